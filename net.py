@@ -1,0 +1,189 @@
+"""The U-Net of the tutorial's section 3: five levels down, a bottleneck, five levels up.
+
+    from net import UNet
+    model = UNet(n_filters=32)                       # 31,094,497 parameters
+    probabilities = model(torch.rand(1, 3, 256, 256))  # (1, 1, 256, 256), values 0..1
+
+Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image Segmentation",
+MICCAI 2015, https://arxiv.org/abs/1505.04597. Unlike the paper's, these convolutions are padded,
+so the output is as large as the input.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless it says otherwise
+STRIDE = 32  # five poolings: both sides of what enters the encoder are multiples of this
+
+
+class DownBlock(nn.Module):
+    """Two 3x3 convolutions, then (where max_pooling) a halving of both sides.
+
+    (B, in_channels, H, W) -> x (B, out_channels, H/2, W/2), skip (B, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels, out_channels, dropout_prob=0, max_pooling=True):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(2) if max_pooling else None
+        self.dropout = nn.Dropout(dropout_prob) if dropout_prob > 0 else None
+
+    def forward(self, x):
+        x = self.relu(self.conv1(x))
+        x = self.relu(self.conv2(x))
+        if self.dropout is not None:
+            x = self.dropout(x)
+        skip = x
+        if self.maxpool is not None:
+            x = self.maxpool(x)
+        return x, skip
+
+
+class UpBlock(nn.Module):
+    """Double both sides, append the encoder's features of that size, then two 3x3 convolutions.
+
+    x (B, in_channels, H, W), skip (B, out_channels, 2H, 2W) -> (B, out_channels, 2H, 2W).
+    """
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+        self.conv1 = nn.Conv2d(out_channels * 2, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x, skip):
+        x = self.up(x)
+        x = torch.cat([x, skip], dim=1)
+        x = self.relu(self.conv1(x))
+        x = self.relu(self.conv2(x))
+        return x
+
+
+class UNet(nn.Module):
+    """(B, n_channels, H, W), any H and W from 1 up -> probabilities (B, n_classes, H, W), float32, 0..1.
+
+    The names of its weights and their shapes are the tutorial's, so either's `best_model.pth`
+    loads in the other. `image_size` is the side in pixels the model is trained at: it changes no
+    arithmetic, travels in the state dict's metadata, and tells predict.py how to resize.
+    """
+
+    def __init__(self, n_channels=3, n_classes=1, n_filters=32, *, image_size=IMAGE_SIZE):
+        super().__init__()
+        self.image_size = image_size
+
+        # Encoder (sides for a 256x256 input)
+        self.down1 = DownBlock(n_channels, n_filters)          # -> 128
+        self.down2 = DownBlock(n_filters, n_filters * 2)       # -> 64
+        self.down3 = DownBlock(n_filters * 2, n_filters * 4)   # -> 32
+        self.down4 = DownBlock(n_filters * 4, n_filters * 8)   # -> 16
+        self.down5 = DownBlock(n_filters * 8, n_filters * 16)  # -> 8
+
+        self.bottleneck = DownBlock(n_filters * 16, n_filters * 32, dropout_prob=0.4, max_pooling=False)
+
+        # Decoder
+        self.up1 = UpBlock(n_filters * 32, n_filters * 16)     # -> 16
+        self.up2 = UpBlock(n_filters * 16, n_filters * 8)      # -> 32
+        self.up3 = UpBlock(n_filters * 8, n_filters * 4)       # -> 64
+        self.up4 = UpBlock(n_filters * 4, n_filters * 2)       # -> 128
+        self.up5 = UpBlock(n_filters * 2, n_filters)           # -> 256
+
+        self.outc = nn.Conv2d(n_filters, n_classes, 1)
+        self.sigmoid = nn.Sigmoid()
+        self.register_state_dict_post_hook(_record_image_size)
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        # Repeating the border, not zeros: a black frame would be an edge that is not in the image.
+        x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+
+        x1, skip1 = self.down1(x)
+        x2, skip2 = self.down2(x1)
+        x3, skip3 = self.down3(x2)
+        x4, skip4 = self.down4(x3)
+        x5, skip5 = self.down5(x4)
+
+        x6, _ = self.bottleneck(x5)
+
+        x = self.up1(x6, skip5)
+        x = self.up2(x, skip4)
+        x = self.up3(x, skip3)
+        x = self.up4(x, skip2)
+        x = self.up5(x, skip1)
+
+        logits = self.outc(x)[..., :height, :width]
+        # In bfloat16 sigmoid(7) is exactly 1, whose logarithm the loss needs: float32 from here on.
+        return self.sigmoid(logits.float())
+
+    @classmethod
+    def from_state_dict(cls, state):
+        """The UNet that these weights belong to, its width and channels read off their shapes.
+
+        state: mapping of names to tensors, as `UNet.state_dict()` gives and as the tutorial saves.
+        Raises ValueError where it is not one, with what is wrong.
+        """
+        try:
+            if not isinstance(state, dict):
+                raise TypeError
+            n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
+            n_classes = state["outc.weight"].shape[0]
+            image_size = getattr(state, "_metadata", {}).get("", {}).get("image_size", IMAGE_SIZE)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError):
+            raise ValueError("not the weights of a UNet: no down1.conv1.weight and outc.weight in it") from None
+        if not isinstance(image_size, int) or not 1 <= image_size <= 8192:
+            raise ValueError(f"not the weights of a UNet: trained at image size {image_size!r}?")
+        with torch.device("meta"):  # no memory is taken before the shapes are known to be right
+            model = cls(n_channels, n_classes, n_filters, image_size=image_size)
+        wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+        found = {name: getattr(weight, "shape", None) for name, weight in state.items()}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise ValueError(f"not the weights of a UNet of {n_filters} filters: {name} has shape "
+                                 f"{_show(found, name)}, expected {_show(wanted, name)}")
+        model.to_empty(device="cpu").load_state_dict(state)
+        return model
+
+
+def load_weights(path):
+    """What torch.save wrote to `path`, on the CPU, tensors and plain containers only: never code.
+
+    Raises FileNotFoundError; ValueError where the file is damaged or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; `python train.py` writes it") from None
+    except Exception as error:  # RuntimeError, EOFError, UnpicklingError, ...: whatever the damage looks like
+        raise ValueError(f"{path}: not saved by PyTorch, damaged, or more than weights ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+
+
+def load_model(path):
+    """The UNet in a file of weights, ours or the tutorial's, on the CPU; FileNotFoundError or ValueError if none."""
+    try:
+        return UNet.from_state_dict(load_weights(path))
+    except ValueError as error:
+        raise ValueError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def _show(shapes, name):
+    return tuple(shapes[name]) if shapes.get(name) is not None else "none"
+
+
+def _record_image_size(model, state, prefix, metadata):
+    metadata["image_size"] = model.image_size
+
+
+def pick_device(name="auto"):
+    """torch.device for 'auto' (cuda, else mps, else cpu) or a named one; ValueError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"no such device as {name!r}: use auto, cuda, mps or cpu") from None
+    if not available.get(device.type) or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} is not available here: use --device auto (or cpu)")
+    return device
