@@ -1,0 +1,525 @@
+"""From a data set on disk to batches on the device (the tutorial's section 2).
+
+    python data.py                 # audit dataset/: what is in it, what is wrong with it, a contact sheet
+    python data.py dataset/synthetic --out /tmp
+
+A data set is a folder with train/, valid/ and test/; each holds images and `_annotations.coco.json`.
+Every image is decoded and every annotation rasterised once, to uint8 at training size; the result is
+kept in ROOT/.cache as one array per split, (N, size, size, 4): red, green, blue, mask.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from net import IMAGE_SIZE
+
+ANNOTATIONS = "_annotations.coco.json"
+SPLITS = ("train", "valid", "test")
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green, blue, in 0..1: the tutorial's
+STD = (0.229, 0.224, 0.225)
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP")  # named, so that no rarely used decoder meets a stranger's file
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
+CACHE_VERSION = 1  # raise it when the pixels of a cached row change
+
+# Pillow warns above 89 megapixels and refuses at twice that: refuse at once.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+# ---- one image -------------------------------------------------------------------------------
+
+def read_image(path):
+    """The picture in a JPEG, PNG, TIFF or BMP file as a PIL image of mode RGB, its stored size kept.
+
+    More than 8 bits a sample are scaled linearly to 0..255 from the range that holds the largest
+    value: 8, 10, 12 or 16 bits (0..1 for floating point). Alpha is dropped.
+    Raises FileNotFoundError; ValueError for what is not one whole picture of at most 89 megapixels.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise ValueError(f"holds {frames} pictures: save each slice in a file of its own")
+            image.load()
+            return _to_8_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, not an image") from None
+    except PermissionError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path}: not a JPEG, PNG, TIFF or BMP image") from None
+    except Exception as error:  # decoders raise many kinds on damaged files: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _to_8_bits(image):
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError("has negative or non-finite pixels: rescale it to 0..65535 first")
+    ranges = [1, 255, 1023, 4095, 65535] if image.mode == "F" else [255, 1023, 4095, 65535]
+    white = next((top for top in ranges if values.max() <= top), values.max())
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
+
+
+def preprocess(image, image_size=IMAGE_SIZE):
+    """PIL image -> uint8 array (image_size, image_size, 3), bilinear and antialiased.
+
+    The one resizing of the project: training, evaluation and prediction all come through here.
+    """
+    return np.array(image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR))
+
+
+def normalize(pixels):
+    """uint8 tensor (B, H, W, 3) -> float32 (B, 3, H, W), mean 0 and deviation 1 by MEAN and STD.
+
+    The memory stays in the order of the pixels, which is what PyTorch calls channels_last.
+    """
+    mean = torch.tensor(MEAN, device=pixels.device)
+    std = torch.tensor(STD, device=pixels.device)
+    return ((pixels.float() - mean * 255) / (std * 255)).permute(0, 3, 1, 2)
+
+
+# ---- annotations -----------------------------------------------------------------------------
+
+def load_coco(folder):
+    """The annotations of one split folder as a pycocotools COCO object.
+
+    Raises FileNotFoundError for a missing folder or file; ValueError for what is not COCO: every image
+    needs an id, a file_name, a width and a height, every annotation the image_id of one of them.
+    """
+    from pycocotools.coco import COCO
+
+    folder = Path(folder)
+    path = folder / ANNOTATIONS
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; get the data with `python download.py`, or name its place with --data")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; get the data again with `python download.py --force`")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    problem = _structure_problem(content)
+    if problem:
+        raise ValueError(f"{path}: not COCO annotations: {problem}")
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(None):  # createIndex reports its progress
+        coco.createIndex()
+    return coco
+
+
+def _structure_problem(content):
+    """What keeps `content` from being indexed as COCO, or None."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}, not an object"
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key, [] if key == "categories" else None), list):
+            return f"no list of {key}"
+        if not all(isinstance(entry, dict) for entry in content.get(key, [])):
+            return f"{key} holds something that is not an object"
+    ids = set()
+    for image in content["images"]:
+        if not isinstance(image.get("id"), (int, str)) or image["id"] in ids:
+            return f"image id {image.get('id')!r} is missing or used twice"
+        ids.add(image["id"])
+        if not isinstance(image.get("file_name"), str):
+            return f"image {image['id']!r} has no file_name"
+        if not all(type(image.get(side)) is int and image[side] > 0 for side in ("width", "height")):
+            return f"image {image['id']!r} has no whole, positive width and height"
+    for number, annotation in enumerate(content["annotations"]):
+        if not isinstance(annotation.get("image_id"), (int, str)) or annotation["image_id"] not in ids:
+            return f"annotations[{number}] belongs to no image (image_id {annotation.get('image_id')!r})"
+        annotation.setdefault("id", number)  # createIndex wants both; nothing of ours depends on them
+        annotation.setdefault("category_id", None)
+        if not isinstance(annotation["id"], (int, str)) or not isinstance(annotation["category_id"], (int, str, type(None))):
+            return f"annotations[{number}] has an id or category_id that is no number"
+    for category in content.get("categories", []):
+        if not isinstance(category.get("id"), (int, str)):
+            return "a category has no id"
+    return None
+
+
+def rasterize(segmentation, height, width):
+    """One COCO segmentation -> uint8 array (height, width) of 0 and 1.
+
+    segmentation: a list of polygons [x1, y1, x2, y2, ...] in pixels, or a run-length encoding
+    {"size": [height, width], "counts": list or compressed string}, as crowds have it.
+    Raises ValueError. The checks come first: pycocotools reads memory that is not its own when runs
+    do not add up to the image, and allocates by the length of an outline, however far it leads.
+    """
+    if isinstance(segmentation, list):
+        if not segmentation:
+            raise ValueError("no segmentation (a box alone does not say which pixels)")
+        for polygon in segmentation:
+            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+                raise ValueError("a polygon needs three points or more, as a flat list x1, y1, x2, y2, ...")
+            if not all(type(value) in (int, float) for value in polygon):
+                raise ValueError("a polygon holds something that is not a number")
+            if not all(-side <= value <= 2 * side for side, values in ((width, polygon[::2]), (height, polygon[1::2]))
+                       for value in values):  # false for NaN too
+                raise ValueError(f"a polygon leads far outside the {width}x{height} image")
+        from pycocotools import mask as coco_mask
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+    if not isinstance(segmentation, dict):
+        raise ValueError("a segmentation is neither polygons nor a run-length encoding")
+    if segmentation.get("size") != [height, width]:
+        raise ValueError(f"run-length encoding of size {segmentation.get('size')} on an image of {[height, width]}")
+    counts = segmentation.get("counts")
+    if isinstance(counts, (str, bytes)):
+        counts = _decompress_counts(counts)
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts) \
+            or sum(counts) != height * width:
+        raise ValueError(f"run-length counts do not add up to {height} x {width} pixels")
+    values = np.arange(len(counts), dtype=np.int64) % 2  # background first, then by turns
+    return np.repeat(values.astype(np.uint8), counts).reshape(width, height).T  # columns first
+
+
+def _decompress_counts(text):
+    """COCO's compressed counts -> list of ints: 5 bits a character, low first, from the third on as differences."""
+    codes = [byte - 48 for byte in (text if isinstance(text, bytes) else text.encode("utf-8"))]
+    counts, value, shift = [], 0, 0
+    for code in codes:
+        if not 0 <= code < 64 or shift > 60:
+            raise ValueError("compressed run-length counts are damaged")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:  # the last character of this count; its fifth bit is the sign
+            if code & 16:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    return counts
+
+
+def resize_nearest(mask, height, width):
+    """(H, W) array -> (height, width), the pixels that torch's interpolate(mode="nearest") takes."""
+    rows, columns = (np.minimum((np.arange(new, dtype=np.float32) * np.float32(old / new)).astype(np.int64), old - 1)
+                     for old, new in zip(mask.shape, (height, width)))
+    return mask[rows[:, None], columns]
+
+
+# ---- the data set ----------------------------------------------------------------------------
+
+class COCOSegmentationDataset(Dataset):
+    """The images of one split with the union of their annotations, crowds included, as foreground.
+
+    coco: pycocotools COCO (`load_coco`, or `COCO(file)`); image_dir: where its file_names are.
+    An item is (image float32 (3, S, S) normalised, mask float32 (1, S, S) of 0 and 1), S = image_size.
+    With `transform`, as in the tutorial, the image is transform(uint8 array (H, W, 3)) and the mask is
+    resized to its height and width.
+    Items raise FileNotFoundError, or ValueError naming the file, where image or annotation is damaged.
+    """
+
+    def __init__(self, coco, image_dir, transform=None, *, image_size=IMAGE_SIZE):
+        self.coco, self.image_dir, self.transform, self.image_size = coco, Path(image_dir), transform, image_size
+        self.image_ids = coco.getImgIds()
+        if not self.image_ids:
+            raise ValueError(f"{self.image_dir}: {ANNOTATIONS} lists no images")
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def __getitem__(self, index):
+        if self.transform is None:
+            row = torch.from_numpy(self.row(index))
+            return normalize(row[None, ..., :3])[0], row[..., 3][None].float()
+        image, mask = self.load(index)
+        image = self.transform(np.array(image))
+        return image, torch.from_numpy(resize_nearest(mask, *image.shape[-2:]))[None].float()
+
+    def path(self, index):
+        """Where the image is. ValueError for a file_name that leads out of image_dir."""
+        name = self.coco.imgs[self.image_ids[index]]["file_name"]
+        for flavour in (PurePosixPath(name), PureWindowsPath(name)):
+            if flavour.is_absolute() or flavour.drive or ".." in flavour.parts or "\0" in name:
+                raise ValueError(f"{self.image_dir / ANNOTATIONS}: file_name {name!r} leads out of the folder")
+        return self.image_dir / name
+
+    def load(self, index):
+        """Image `index` as stored: PIL RGB image, and its mask, uint8 array (height, width) of 0 and 1."""
+        record = self.coco.imgs[self.image_ids[index]]
+        path = self.path(index)
+        image = read_image(path)
+        width, height = image.size
+        if (width, height) != (record["width"], record["height"]):
+            raise ValueError(f"{path}: is {width}x{height}, but its record says {record['width']}x{record['height']}")
+        mask = np.zeros((height, width), np.uint8)
+        for annotation in self.coco.imgToAnns.get(record["id"], ()):
+            try:
+                mask |= rasterize(annotation.get("segmentation"), height, width)
+            except ValueError as error:
+                raise ValueError(f"{path}: annotation {annotation.get('id')}: {error}") from None
+        return image, mask
+
+    def row(self, index):
+        """Image `index` at training size with its mask as a fourth channel: uint8 array (S, S, 4)."""
+        image, mask = self.load(index)
+        mask = resize_nearest(mask, self.image_size, self.image_size)
+        return np.concatenate([preprocess(image, self.image_size), mask[..., None]], axis=2)
+
+
+def load_split(root, split, image_size=IMAGE_SIZE):
+    """Every image of a split at training size: uint8 array (N, image_size, image_size, 4), memory-mapped.
+
+    Made once, in parallel, and kept in root/.cache under a name that depends on the annotations and on
+    the name, size and time of every image; made anew when one of them changes, in memory where the folder
+    cannot be written. Raises FileNotFoundError; ValueError that counts the damaged images and names the first.
+    """
+    folder = Path(root) / split
+    dataset = COCOSegmentationDataset(load_coco(folder), folder, image_size=image_size)
+    shape = (len(dataset), image_size, image_size, 4)
+    path = Path(root) / ".cache" / f"{split}-{image_size}-{_fingerprint(dataset)}.npy"
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or cut short: it is made below
+        rows = np.load(path, mmap_mode="c")
+        if rows.shape == shape and rows.dtype == np.uint8:
+            return rows
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            try:
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for row in _rows(dataset, split):
+                    file.write(row.tobytes())  # not through a memory map: a full disk would be a bus error
+                file.flush()
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        print(f"{path.parent}: {error.strerror}; keeping {split} in memory instead", file=sys.stderr)
+        return np.stack(list(_rows(dataset, split)))
+    for stale in set(path.parent.glob(f"{split}-{image_size}-*.npy")) - {path}:
+        with contextlib.suppress(OSError):  # another process may have it open, or have removed it
+            stale.unlink()
+    return np.load(path, mmap_mode="c")
+
+
+def _fingerprint(dataset):
+    digest = hashlib.sha256((dataset.image_dir / ANNOTATIONS).read_bytes())
+    for index in range(len(dataset)):
+        path = dataset.path(index)
+        state = path.stat() if path.exists() else None
+        digest.update(repr((CACHE_VERSION, path.name, state and (state.st_size, state.st_mtime_ns))).encode())
+    return digest.hexdigest()[:16]
+
+
+def _rows(dataset, split):
+    """Yield dataset.row(i) for every i, in order, decoding on all cores; ValueError once all were tried."""
+    problems = []
+    for row in tqdm(each(dataset.row, range(len(dataset))), f"caching {split}", len(dataset), unit=" images", disable=None):
+        if isinstance(row, Exception):
+            problems.append(row)
+        elif not problems:
+            yield row
+    if problems:
+        others = f" (and {len(problems) - 1} more: `python data.py {dataset.image_dir.parent}` lists them)" if problems[1:] else ""
+        raise type(problems[0])(f"{problems[0]}{others}")
+
+
+def each(function, items):
+    """Yield function(item), or the FileNotFoundError or ValueError that it raised, in the order of the items.
+
+    On all cores, a few items ahead and no more, so that memory does not grow with their number. Threads,
+    not processes: decoding and resizing release the interpreter's lock, and nothing is copied.
+    """
+    def attempt(item):
+        try:
+            return function(item)
+        except (FileNotFoundError, ValueError) as error:
+            return error
+
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(workers) as pool:
+        running = deque()
+        try:
+            for item in items:
+                running.append(pool.submit(attempt, item))
+                if len(running) > 4 * workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Batches:
+    """The batches of a split, on the device and normalised: what a DataLoader is to a DataSet.
+
+    rows: uint8 array (N, S, S, 4) of `load_split`. Iterating yields (images float32 (B, 3, S, S),
+    masks float32 (B, 1, S, S) of 0 and 1). With shuffle, the order is a function of seed and epoch alone.
+    On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
+    """
+
+    def __init__(self, rows, batch_size, device="cpu", *, shuffle=False, seed=0):
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size}: it must be at least 1")
+        self.rows, self.batch_size, self.device = torch.from_numpy(rows), batch_size, torch.device(device)
+        self.shuffle, self.seed = shuffle, seed
+        self.set_epoch(0)
+        if self.device.type == "cuda" and rows.nbytes < 0.4 * torch.cuda.mem_get_info(self.device)[0]:
+            self.rows = self.rows.to(self.device)
+
+    def __len__(self):
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def set_epoch(self, epoch, start=0):
+        """Choose the order of the next pass, and the batch that it begins with (to resume within an epoch)."""
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self):
+        order = torch.arange(len(self.rows))
+        if self.shuffle:
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        for indices in order.split(self.batch_size)[self.start:]:
+            batch = self.rows[indices.to(self.rows.device)].to(self.device)
+            yield normalize(batch[..., :3]), batch[..., 3:].permute(0, 3, 1, 2).float().contiguous()
+
+
+# ---- audit -----------------------------------------------------------------------------------
+
+def audit(root, out=Path(".")):
+    """Print what a data set holds and what is wrong with it; write contact_sheet.png to the folder `out`.
+
+    Returns the list of problems, a line each, in the order of the splits.
+    """
+    problems, tiles = [], []
+    for split in SPLITS:
+        folder = Path(root) / split
+        try:
+            dataset = COCOSegmentationDataset(load_coco(folder), folder)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        shown = set(np.linspace(0, len(dataset) - 1, 8).astype(int).tolist())
+
+        def examine(index):
+            image, mask = dataset.load(index)
+            return image.size, int(mask.sum()), _tile(image, mask) if index in shown else None
+
+        sizes, foreground, pixels, empty, unreadable = Counter(), 0, 0, 0, 0
+        for found in tqdm(each(examine, range(len(dataset))), f"reading {split}", len(dataset), unit=" images", disable=None):
+            if isinstance(found, Exception):
+                unreadable += 1
+                problems.append(str(found))
+                continue
+            size, area, tile = found
+            sizes[size] += 1
+            foreground, pixels, empty = foreground + area, pixels + size[0] * size[1], empty + (area == 0)
+            tiles += [tile] if tile is not None else []
+
+        listed = {dataset.path(i).name for i in range(len(dataset))} if not unreadable else {i["file_name"] for i in dataset.coco.imgs.values()}
+        extra = sum(path.suffix.lower() in SUFFIXES and path.name not in listed for path in folder.iterdir())
+        annotations = dataset.coco.anns.values()
+        names = {category["id"]: category.get("name") for category in dataset.coco.dataset.get("categories", [])}
+        used = Counter(names.get(annotation["category_id"], "?") for annotation in annotations)
+        share = 100 * foreground / pixels if pixels else 0
+        print(f"{split}: {len(dataset)} images, {len(annotations)} annotations")
+        print("  sizes        " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in sizes.most_common(5)) + (" ..." if len(sizes) > 5 else ""))
+        print(f"  foreground   {share:.2f} % of the pixels (answering background everywhere is {100 - share:.2f} % accurate)")
+        print(f"  categories   " + ", ".join(f"{name}: {n}" for name, n in used.most_common()))
+        print(f"  no lesion    {empty} images; unreadable {unreadable}; not listed in {ANNOTATIONS} {extra}")
+    if tiles:
+        sheet = Image.new("RGB", (8 * 160, math.ceil(len(tiles) / 8) * 160))
+        for number, tile in enumerate(tiles):
+            sheet.paste(tile, (number % 8 * 160, number // 8 * 160))
+        path = out / "contact_sheet.png"
+        sheet.save(path)
+        print(f"contact sheet: {path}")
+    return problems
+
+
+def _tile(image, mask):
+    """A 160x160 picture of the image with the outline of its mask in red."""
+    pixels = np.array(image.resize((160, 160), Image.Resampling.BILINEAR))
+    pixels[outline(resize_nearest(mask, 160, 160))] = (255, 40, 40)
+    return Image.fromarray(pixels)
+
+
+def outline(mask):
+    """(H, W) array of 0 and 1 -> bool array of its foreground pixels that touch background or the border."""
+    inside = np.pad(np.asarray(mask, bool), 1)
+    core = inside[1:-1, 1:-1]
+    return core & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
+
+
+# ---- the command line ------------------------------------------------------------------------
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see python {self.prog} --help)\n")
+
+
+def number(low, high=math.inf, kind=int):
+    """An argparse type: a finite number of `kind` from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and value < math.inf):
+            raise argparse.ArgumentTypeError(f"must be at least {low}{f' and at most {high}' if high < math.inf else ''}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
+    return parse
+
+
+def output_folder(path, flag="--out"):
+    """`path` as a folder that can be written to, made if need be; ValueError naming `flag` if it cannot."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write to this folder ({error.strerror}); choose another with {flag}") from None
+
+
+def run(main):
+    """Call main(); what the user can mend becomes one line on stderr and status 2, Ctrl-C status 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(2)
+    except ValueError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    parser = ArgumentParser(description="Audit a data set and write a contact sheet of it.")
+    parser.add_argument("root", nargs="?", default="dataset", help="folder that holds train/ valid/ test/ (default: dataset)")
+    parser.add_argument("--out", default=".", help="folder for contact_sheet.png")
+    args = parser.parse_args()
+    problems = audit(args.root, output_folder(args.out))
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        raise ValueError(f"{args.root}: {len(problems)} problem(s), listed above: mend or remove them before training")
+
+
+if __name__ == "__main__":
+    run(main)
