@@ -1,0 +1,621 @@
+"""download.py against a loopback server (with the real Kaggle client), hostile zips, and its phantoms."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+import download
+
+SCRIPT = Path(download.__file__).resolve()
+SPLITS = ("train", "valid", "test")
+ZIP_NAME = "brain-tumor-image-dataset-semantic-segmentation.zip"
+
+
+# ---------------------------------------------------------------- archives
+
+
+def split_files(split, number=2):
+    """{name: bytes} of one tiny split."""
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), (90, 90, 90)).save(out, "JPEG")
+    files = {f"{split}/{i}_jpg.rf.{split}.jpg": out.getvalue() for i in range(number)}
+    images = [{"id": i, "file_name": Path(n).name, "width": 16, "height": 16} for i, n in enumerate(files)]
+    boxes = [{"id": 1, "image_id": 0, "category_id": 1, "segmentation": [[2, 2, 9, 2, 9, 9, 2, 9, 2, 2]]}]
+    coco = {"info": {"description": "tiny"}, "images": images, "annotations": boxes, "categories": [{"id": 1}]}
+    return files | {f"{split}/_annotations.coco.json": json.dumps(coco).encode()}
+
+
+def good_files():
+    return {name: data for split in SPLITS for name, data in split_files(split).items()}
+
+
+def pack(files, padding=0):
+    """The bytes of a zip of {name or ZipInfo: bytes}, with `padding` incompressible bytes of README."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, data in files.items():
+            z.writestr(name, data)
+        z.writestr("README.txt", np.random.default_rng(0).bytes(padding))
+    return out.getvalue()
+
+
+def tree(root):
+    """{path: (content's hash, modification time)} of everything below `root`; None if there is no such folder."""
+    if not Path(root).exists():
+        return None
+    found = {}
+    for path in Path(root).rglob("*"):
+        content = hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        found[str(path.relative_to(root))] = (content, path.stat().st_mtime_ns)
+    return found
+
+
+# ---------------------------------------------------------------- running the script
+
+
+def environment(home, port=None):
+    """The environment of a run that knows no credentials and reaches nothing but the loopback `port`."""
+    names = ("KAGGLE", "NO_PROXY", "HTTP", "ALL_PROXY", "XDG")
+    env = {k: v for k, v in os.environ.items() if not k.upper().startswith(names)}
+    proxy = f"http://127.0.0.1:{port or 9}"  # nothing listens on 9
+    env |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", "KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
+    return env | {"HTTP_PROXY": proxy, "http_proxy": proxy, "HTTPS_PROXY": proxy, "https_proxy": proxy}
+
+
+def run(folder, *flags, port=None, before="", **extra):
+    """Run download.py in `folder`; `before` is code to run first in the same process."""
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    command = [sys.executable, str(SCRIPT), *flags]
+    if before:
+        start = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import download; {before}; "
+        command = [sys.executable, "-c", start + "sys.exit(download.main(sys.argv[1:]))", *flags]
+    env = environment(home, port) | extra
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+
+
+def assert_mendable(result, *words):
+    """Exit status 2 and one line on stderr that holds `words` and names a command."""
+    assert result.returncode == 2, result
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("download.py: "), result.stderr
+    for word in (*words, "run "):
+        assert word in lines[0]
+
+
+def assert_done(result, root):
+    assert result.returncode == 0, result
+    assert result.stderr == ""
+    assert sorted(p.name for p in root.iterdir()) == sorted(SPLITS)
+    assert all(len(COCO_quietly(root / s / "_annotations.coco.json").imgs) == 2 for s in SPLITS)
+    assert "CC BY 4.0" in result.stdout and "python train.py" in result.stdout
+    assert "Authentication required" not in result.stdout
+
+
+def COCO_quietly(path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(path)
+
+
+# ---------------------------------------------------------------- the server
+
+
+class Site(BaseHTTPRequestHandler):
+    """Kaggle and the mirror: POST is redirected to GET, which serves `site.body` with Range."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        site = self.server
+        request = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("IntrospectToken"):
+            return self.answer(200, b'{"active": true, "username": "alice"}', Content_Type="application/json")
+        site.asked.append(("POST", json.loads(request)))
+        if site.status != 200:
+            return self.answer(site.status, b"no")
+        self.answer(302, Location=f"http://127.0.0.1:{site.server_port}/file.zip")
+
+    def do_GET(self):
+        site, spans = self.server, self.headers.get("Range")
+        site.asked.append(("GET", spans))
+        site.stop.wait(site.stall)
+        if site.status != 200:
+            return self.answer(site.status, b"no")
+        headers = {"ETag": '"one"', "Accept_Ranges": "bytes", "Last_Modified": "Sat, 19 Aug 2023 04:37:54 GMT"}
+        start = int(spans.removeprefix("bytes=").removesuffix("-")) if spans else 0
+        if start >= len(site.body):
+            return self.answer(416, **headers)
+        body = site.body[start:]
+        if start:
+            headers["Content_Range"] = f"bytes {start}-{len(site.body) - 1}/{len(site.body)}"
+        if site.cut:  # once: promise all, send a part, hang up
+            headers["Content_Length"], body, site.cut = len(body), body[: site.cut], 0
+            self.close_connection = True
+        self.answer(206 if start else 200, body, **headers)
+
+
+@pytest.fixture
+def site():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # a client that hung up must not print into the next test's stderr
+    server.body, server.status, server.cut, server.stall = pack(good_files(), 5000), 200, 0, 0
+    server.asked, server.stop = [], threading.Event()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.stop.set()
+    server.shutdown()
+    server.server_close()
+    thread.join(5)
+
+
+def gets(site):
+    return [span for method, span in site.asked if method == "GET"]
+
+
+# ---------------------------------------------------------------- Kaggle, with its real client
+
+
+def test_kaggle_then_nothing_more(site, tmp_path):
+    root = tmp_path / "dataset"
+    result = run(tmp_path, "--source", "kaggle", port=site.server_port)
+    assert_done(result, root)
+    assert site.asked[0][1]["ownerSlug"] == "pkdarabi"
+    before, asked = tree(root), len(site.asked)
+    again = run(tmp_path, port=site.server_port)
+    assert again.returncode == 0 and "already there" in again.stdout and "train" in again.stdout
+    assert tree(root) == before and len(site.asked) == asked
+
+
+@pytest.mark.parametrize("status, words", [(403, "no valid"), (401, "no valid"), (404, "404"), (500, "500")])
+def test_kaggle_refuses(site, tmp_path, status, words):
+    site.status = status
+    result = run(tmp_path, "--source", "kaggle", port=site.server_port)
+    assert_mendable(result, words, "--source mirror")
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_kaggle_refuses_credentials(site, tmp_path):
+    site.status = 403
+    result = run(tmp_path, "--source", "kaggle", port=site.server_port, KAGGLE_API_TOKEN="KGAT_x")
+    assert_mendable(result, "your credentials (403)", "new token")
+
+
+def test_kaggle_cut_then_resumed(site, tmp_path):
+    site.body = pack(good_files(), 3 * 2**20)
+    site.cut = 3 * 2**19  # in the middle of the second chunk, which is lost
+    assert_done(run(tmp_path, "--source", "kaggle", port=site.server_port), tmp_path / "dataset")
+    assert gets(site) == [None, f"bytes={2**20}-"]
+
+
+def test_kaggle_resumes_a_killed_run(site, tmp_path):
+    parts = tmp_path / "dataset" / ".download"
+    parts.mkdir(parents=True)
+    (parts / ZIP_NAME).write_bytes(site.body[:2000])
+    (parts / f"{ZIP_NAME}.kaggle-partial").write_text(json.dumps({"validator": '"one"', "size": len(site.body)}))
+    assert_done(run(tmp_path, "--source", "kaggle", port=site.server_port), tmp_path / "dataset")
+    assert gets(site) == [None, "bytes=2000-"]
+
+
+def test_kaggle_poisoned_file_is_fetched_afresh(site, tmp_path):
+    parts = tmp_path / "dataset" / ".download"
+    parts.mkdir(parents=True)
+    (parts / ZIP_NAME).write_bytes(b"<html>" + site.body[6:-400] + bytes(400))  # the right size: Kaggle would skip it
+    assert_done(run(tmp_path, "--source", "kaggle", port=site.server_port), tmp_path / "dataset")
+    assert len(gets(site)) == 2
+
+
+def test_kaggle_sends_no_zip(site, tmp_path):
+    site.body = b"<html>sorry</html>"
+    assert_mendable(run(tmp_path, "--source", "kaggle", port=site.server_port), "damaged zip twice")
+    assert len(gets(site)) == 2 and not (tmp_path / "dataset").exists()
+
+
+def test_kaggle_sends_another_data_set(site, tmp_path):
+    site.body = pack(split_files("train"))
+    assert_mendable(run(tmp_path, "--source", "kaggle", port=site.server_port), "holds no valid/_annotations")
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_kaggle_stalls(site, tmp_path):
+    site.stall = 20
+    quick = "download.TIMEOUT = (1, 0.3)"
+    result = run(tmp_path, "--source", "kaggle", port=site.server_port, before=quick)
+    assert_mendable(result, "did not answer in time")
+
+
+def test_kaggle_without_home(site, tmp_path):
+    result = run(tmp_path, "--source", "kaggle", port=site.server_port, HOME="/dev/null")
+    assert_mendable(result, "KAGGLE_CONFIG_DIR")
+
+
+def test_kaggle_not_installed(site, tmp_path):
+    missing = "sys.modules['kaggle'] = None"
+    assert_mendable(run(tmp_path, "--source", "kaggle", before=missing), "pip install -r requirements.txt")
+
+
+def test_no_network_names_both_reasons(tmp_path):
+    result = run(tmp_path)
+    assert_mendable(result, "Kaggle cannot be reached", "the mirror cannot be reached", "--zip FILE")
+    assert "kaggle failed" in result.stdout
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_timeouts_are_put_back():
+    from requests.adapters import HTTPAdapter
+
+    send = HTTPAdapter.send
+    with pytest.raises(ZeroDivisionError), download.timeouts():
+        assert HTTPAdapter.send is not send
+        1 / 0
+    assert HTTPAdapter.send is send
+
+
+# ---------------------------------------------------------------- the mirror
+
+
+@pytest.fixture
+def mirror(site, monkeypatch):
+    monkeypatch.setattr(download, "MIRROR", f"http://127.0.0.1:{site.server_port}/file.zip")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return site
+
+
+def fetch(root, *flags):
+    """main() in this process: (exit status, lines on stderr)."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        status = download.main(["--data", str(root), *flags])
+    return status, errors.getvalue().splitlines()
+
+
+def test_auto_goes_on_to_the_mirror(site, tmp_path):
+    there = f"download.MIRROR = 'http://127.0.0.1:{site.server_port}/file.zip'"
+    result = run(tmp_path, before=there, no_proxy="127.0.0.1")
+    assert_done(result, tmp_path / "dataset")
+    assert "Kaggle cannot be reached" in result.stdout
+
+
+def test_mirror_resumes_a_cut_download(mirror, tmp_path):
+    root = tmp_path / "data"
+    mirror.body = pack(good_files(), 3 * 2**20)
+    mirror.cut = 3 * 2**19
+    status, errors = fetch(root, "--source", "mirror")
+    assert status == 2 and len(errors) == 1 and "resumes" in errors[0] and f"--data {root}" in errors[0]
+    assert [p.name for p in root.rglob("*") if p.is_file()] == ["mirror.zip.part"]
+    assert fetch(root, "--source", "mirror") == (0, [])
+    assert gets(mirror) == [None, f"bytes={3 * 2**19}-"]
+    assert sorted(p.name for p in root.iterdir()) == sorted(SPLITS)
+
+
+@pytest.mark.parametrize("part", [b"x" * 700, b"x" * 10**6], ids=["poisoned", "too long"])
+def test_mirror_drops_a_wrong_part(mirror, tmp_path, part):
+    (tmp_path / ".download").mkdir()
+    (tmp_path / ".download" / "mirror.zip.part").write_bytes(part)
+    assert fetch(tmp_path, "--source", "mirror") == (0, [])
+    assert gets(mirror) == [f"bytes={len(part)}-", None]
+
+
+@pytest.mark.parametrize(
+    "setting, word", [({"status": 404}, "404"), ({"body": b"sorry"}, "damaged"), ({"stall": 9}, "time")]
+)
+def test_mirror_fails(mirror, tmp_path, monkeypatch, setting, word):
+    monkeypatch.setattr(download, "TIMEOUT", (1, 0.3))
+    for name, value in setting.items():
+        setattr(mirror, name, value)
+    status, errors = fetch(tmp_path / "data", "--source", "mirror")
+    assert status == 2 and len(errors) == 1 and word in errors[0] and "--zip FILE" in errors[0]
+    assert not (tmp_path / "data").exists()
+
+
+# ---------------------------------------------------------------- archives that must not be trusted
+
+
+def info(name, mode=stat.S_IFREG | 0o644):
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = mode << 16
+    entry.create_system = 3
+    return entry
+
+
+def lying_bomb():
+    """A zip whose headers, both of them, say that 3 MB of zeros are 50 bytes."""
+    raw = bytearray(pack(good_files() | {"train/zeros": bytes(3_000_000)}))
+    size = struct.pack("<I", 3_000_000)
+    while (at := raw.find(size)) >= 0:
+        raw[at : at + 4] = struct.pack("<I", 50)
+    return bytes(raw)
+
+
+def encrypted():
+    raw = bytearray(pack(good_files()))
+    raw[raw.find(b"PK\x01\x02") + 8] |= 1
+    return bytes(raw)
+
+
+def without(end):
+    return pack({name: data for name, data in good_files().items() if not name.endswith(end)})
+
+
+def renamed(old, new):
+    """A zip with a name (same length) changed in the raw bytes, where zipfile would not write it."""
+    return pack(good_files() | {old: b"x"}).replace(old.encode(), new)
+
+
+BAD = {
+    "climbs": (pack(good_files() | {"train/../../evil": b"x"}), "leads out"),
+    "absolute": (pack(good_files() | {"/tmp/evil": b"x"}), "leads out"),
+    "backslash": (renamed("train/AA/evil", b"train\\..\\evil"), "leads out"),
+    "drive": (pack(good_files() | {"C:/evil": b"x"}), "leads out"),
+    "NUL": (renamed("train/evil", b"train/ev\0l"), "leads out"),
+    "link": (pack(good_files() | {info("train/link", stat.S_IFLNK | 0o777): b"/etc"}), "is a link"),
+    "device": (pack(good_files() | {info("train/pipe", stat.S_IFIFO | 0o666): b""}), "special file"),
+    "bomb": (pack(good_files() | {"train/zeros": bytes(3_000_000)}), "many bytes"),
+    "lying bomb": (lying_bomb(), "damaged"),
+    "encrypted": (encrypted(), "encrypted"),
+    "no split": (pack(split_files("train") | split_files("test")), "no valid/_annotations"),
+    "no annotation": (without("test/_annotations.coco.json"), "no test/_annotations"),
+    "no image": (without("1_jpg.rf.valid.jpg"), "1_jpg.rf.valid.jpg is listed"),
+    "not COCO": (pack(good_files() | {"test/_annotations.coco.json": b"[1, 2]"}), "not a COCO"),
+    "not JSON": (pack(good_files() | {"test/_annotations.coco.json": b"\xff{"}), "not a COCO"),
+    "image outside": (pack(good_files()).replace(b"0_jpg", b"../.."), "leads out"),
+    "twice": (renamed("train/1_jpg.rf.trai_.jpg", b"train/1_jpg.rf.train.jpg"), "File exists"),
+    "cut": (pack(good_files())[:-100], "damaged"),
+    "no zip": (b"<html>", "damaged"),
+    "empty": (b"", "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("flags", [(), ("--force",)], ids=["empty", "force"])
+def test_bad_archive_changes_nothing(tmp_path, name, flags):
+    body, word = BAD[name]
+    home, archive = tmp_path / "home", tmp_path / "archive.zip"
+    root = home / "data"
+    home.mkdir()
+    archive.write_bytes(body)
+    if flags:
+        for path, data in good_files().items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(data)
+    before = tree(home)
+    status, errors = fetch(root, "--zip", str(archive), *flags)
+    assert status == 2 and len(errors) == 1, errors
+    assert word in errors[0] and str(archive) in errors[0] and "--zip FILE" in errors[0]
+    after = tree(home)
+    assert after.keys() == before.keys() and all(after[k][0] == before[k][0] for k in before)
+    assert archive.read_bytes() == body  # the user's own file stays
+
+
+def test_caps(tmp_path, monkeypatch):
+    archive = tmp_path / "archive.zip"
+    archive.write_bytes(pack(good_files()))
+    for name, value, word in [("MAX_ENTRIES", 5, "entries"), ("MAX_BYTES", 1000, "GiB")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(download, name, value)
+            status, errors = fetch(tmp_path / "data", "--zip", str(archive))
+        assert status == 2 and word in errors[0] and not (tmp_path / "data").exists()
+
+
+def test_missing_zip(tmp_path):
+    status, errors = fetch(tmp_path / "data", "--zip", str(tmp_path / "none.zip"))
+    assert status == 2 and len(errors) == 1 and "none.zip" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "prefix, valid", [("", "valid"), ("Brain Tumor/", "valid"), ("a/b/", "validation"), ("", "val")]
+)
+def test_wrapped_archive(tmp_path, prefix, valid):
+    archive, root = tmp_path / "archive.zip", tmp_path / "data"
+    wrapped = {prefix + name.replace("valid/", f"{valid}/"): data for name, data in good_files().items()}
+    archive.write_bytes(pack(wrapped))
+    assert fetch(root, "--zip", str(archive)) == (0, [])
+    got = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert got == good_files()
+
+
+# ---------------------------------------------------------------- what is there already, full disks, interruptions
+
+
+@pytest.fixture
+def there(tmp_path):
+    """A folder with the tiny data set, a file of the user's own beside it, and another zip to replace it by."""
+    root = tmp_path / "data"
+    (tmp_path / "good.zip").write_bytes(pack(good_files()))
+    (tmp_path / "more.zip").write_bytes(pack({n: d for s in SPLITS for n, d in split_files(s, 3).items()}))
+    assert fetch(root, "--zip", str(tmp_path / "good.zip")) == (0, [])
+    (root / "notes.txt").write_text("mine")
+    return root
+
+
+def test_force_replaces_only_the_splits(there):
+    assert fetch(there, "--zip", str(there.parent / "more.zip"), "--force") == (0, [])
+    assert sorted(p.name for p in there.iterdir()) == ["notes.txt", "test", "train", "valid"]
+    assert all(len(list((there / split).iterdir())) == 4 for split in SPLITS)
+
+
+@pytest.mark.parametrize("fails_at", range(6))
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_failed_replacement_is_rolled_back(there, monkeypatch, fails_at, error):
+    before, rename, calls = tree(there), os.rename, []
+
+    def failing(a, b):
+        calls.append(a)
+        if len(calls) == fails_at + 1:
+            raise error
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", failing)
+    status, errors = fetch(there, "--zip", str(there.parent / "more.zip"), "--force")
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 2) and len(errors) == 1
+    assert tree(there) == before
+
+
+def test_incomplete_data_is_said(there):
+    victim = there / "valid" / "1_jpg.rf.valid.jpg"
+    victim.unlink()
+    status, errors = fetch(there, "--zip", str(there.parent / "good.zip"))
+    assert status == 2 and len(errors) == 1 and str(victim) in errors[0] and "--force" in errors[0]
+
+
+def test_real_and_phantoms_do_not_replace_each_other(there, tmp_path):
+    few = ("--phantoms", "1", "1", "1")
+    before = tree(there)
+    status, errors = fetch(there, "--synthetic", *few)
+    assert status == 2 and len(errors) == 1 and "the same command with --force" in errors[0] and tree(there) == before
+    assert fetch(there, "--synthetic", "--force", *few) == (0, [])
+    before = tree(there)
+    assert fetch(there, "--synthetic", *few) == (0, []) and tree(there) == before
+    status, errors = fetch(there, "--zip", str(tmp_path / "good.zip"))
+    assert status == 2 and "phantoms" in errors[0] and "--force" in errors[0] and tree(there) == before
+    assert fetch(there, "--zip", str(tmp_path / "good.zip"), "--force") == (0, [])
+
+
+@pytest.mark.parametrize("flags", [("--zip", "good.zip"), ("--source", "kaggle"), ("--source", "mirror")])
+def test_too_little_disk(tmp_path, monkeypatch, flags):
+    (tmp_path / "good.zip").write_bytes(pack(good_files()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    status, errors = fetch(tmp_path / "data", *flags)
+    assert status == 2 and len(errors) == 1 and "MiB" in errors[0] and not (tmp_path / "data").exists()
+
+
+def test_disk_fills_while_unpacking(tmp_path, monkeypatch):
+    (tmp_path / "good.zip").write_bytes(pack(good_files()))
+
+    def full(path, mode):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download, "open", full, raising=False)
+    status, errors = fetch(tmp_path / "data", "--zip", str(tmp_path / "good.zip"))
+    assert status == 2 and len(errors) == 1 and "is full" in errors[0] and not (tmp_path / "data").exists()
+
+
+def test_interrupt_while_unpacking(tmp_path):
+    files = good_files() | {f"train/extra/{i}": b"x" for i in range(20_000)}
+    (tmp_path / "big.zip").write_bytes(pack(files))
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--zip", "big.zip"],
+        cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
+    deadline = time.time() + 20
+    while not list(tmp_path.glob("dataset/.new-*/train/extra/1")) and time.time() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors == "download.py: stopped\n"
+    assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [("--source", "ftp"), ("--zip", "a", "--synthetic"), ("--phantoms", "0", "1", "1"), ("x",)]
+)
+def test_wrong_flags(tmp_path, flags):
+    assert_mendable(run(tmp_path, *flags), "--help")
+
+
+# ---------------------------------------------------------------- phantoms
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    return download.make_phantoms(tmp_path_factory.mktemp("phantoms") / "p", (60, 3, 2), size=128)
+
+
+def read_pairs(folder):
+    """Images and masks (N, H, W) of a split, masks drawn by pycocotools."""
+    coco = COCO_quietly(folder / "_annotations.coco.json")
+    images, masks = [], []
+    for image in coco.loadImgs(coco.getImgIds()):
+        pixels = np.asarray(Image.open(folder / image["file_name"]))
+        assert pixels.shape == (image["height"], image["width"], 3) and image["file_name"].split("_")[0].isdecimal()
+        drawn = [coco.annToMask(a) for a in coco.loadAnns(coco.getAnnIds(image["id"]))]
+        assert all(mask.any() for mask in drawn)
+        images.append(pixels[..., 0])
+        masks.append(np.any(drawn, axis=0) if drawn else np.zeros(pixels.shape[:2], bool))
+    return np.stack(images), np.stack(masks)
+
+
+def test_phantoms_are_laid_out_like_the_data(phantoms):
+    assert sorted(p.name for p in phantoms.iterdir()) == sorted(SPLITS)
+    for split, count in zip(SPLITS, (60, 3, 2)):
+        coco = COCO_quietly(phantoms / split / "_annotations.coco.json")
+        assert len(coco.imgs) == count and [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["tumour"]
+        for annotation in coco.anns.values():
+            drawn = coco.annToMask(annotation)
+            x, y, w, h = annotation["bbox"]
+            assert abs(drawn.sum() / annotation["area"] - 1) < 0.1
+            assert 0 <= x and 0 <= y and x + w <= 128 and y + h <= 128
+            assert 24 <= len(annotation["segmentation"][0]) / 2 <= 40
+
+
+def test_phantoms_need_more_than_a_threshold(phantoms):
+    images, masks = read_pairs(phantoms / "train")
+    assert 0.03 < masks.mean() < 0.06  # so an all-background answer is right on 94 % of the pixels, with Dice 0
+    assert 0.05 < (~masks.any(axis=(1, 2))).mean() < 0.3
+    inside = np.bincount(images[masks], minlength=256)
+    outside = np.bincount(images[~masks], minlength=256)
+    hits, misses = np.r_[0, inside.cumsum()], np.r_[0, outside.cumsum()]
+    low, high = np.triu_indices(257, 1)  # every band of brightness low <= pixel < high, so every threshold too
+    hit = hits[high] - hits[low]
+    dice = 2 * hit / (hit + misses[high] - misses[low] + inside.sum())
+    assert dice.max() < 0.5
+    # Yet the lesions can be seen: inside and just outside differ in most of them.
+    assert np.abs(np.median(images[masks]) - np.median(images[~masks & (images > 40)])) > 20
+
+
+def test_phantoms_depend_on_seed_and_index_alone(phantoms, tmp_path):
+    fewer = download.make_phantoms(tmp_path / "fewer", (2, 1, 1), size=128)
+    other = download.make_phantoms(tmp_path / "other", (2, 1, 1), size=128, seed=1)
+    for name in ("train/0_phantom.jpg", "train/1_phantom.jpg", "test/20000_phantom.jpg"):
+        assert (fewer / name).read_bytes() == (phantoms / name).read_bytes() != (other / name).read_bytes()
+    assert (fewer / "train/0_phantom.jpg").read_bytes() != (fewer / "train/1_phantom.jpg").read_bytes()
+
+
+def test_phantoms_are_kept_or_refused(tmp_path):
+    root = download.make_phantoms(tmp_path / "p", (1, 1, 1), size=64)
+    before = tree(root)
+    assert download.make_phantoms(root, (1, 1, 1), size=64) == root and tree(root) == before
+    for other in ({"counts": (2, 1, 1)}, {"seed": 1}, {"size": 96}):
+        with pytest.raises(ValueError, match="something else"):
+            download.make_phantoms(root, **{"counts": (1, 1, 1), "size": 64, **other})
+    assert tree(root) == before
+
+
+def test_interrupted_phantoms_leave_nothing(tmp_path, monkeypatch):
+    def stop(rng, size):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "draw_phantom", stop)
+    assert fetch(tmp_path / "p", "--synthetic") == (130, ["download.py: stopped"])
+    assert not (tmp_path / "p").exists()
