@@ -1,0 +1,387 @@
+"""SwanLab tracking: the real client, against files and against servers on this machine that misbehave."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from train import SwanLab
+
+REPO = Path(__file__).resolve().parent.parent
+NOWHERE = "http://127.0.0.1:9"    # the discard port: nothing listens there
+LIMIT = 60                        # seconds before a subprocess counts as hanging
+
+
+# ---- a stand-in for the service --------------------------------------------------------------------------------
+
+class Service(BaseHTTPRequestHandler):
+    """Just enough of the SwanLab API. `server.requests` keeps (method, path, body)."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.split("?")[0]
+        self.server.requests.append((self.command, path, body))
+        if self.server.hangs(self.command, path):
+            self.server.stop.wait(LIMIT)
+        status, answer = 200, {}
+        if path == "/api/login/api_key":
+            answer = {"sid": "s", "expiredAt": "2099-01-01T00:00:00.000Z", "userInfo": {"username": "u", "name": "u"}}
+        elif path == "/api/project/u/Brain":
+            answer = {"cuid": "p", "name": "Brain", "path": "/u/Brain", "group": {"username": "u"},
+                      "_count": {"experiments": 0}, "version": 1}
+        elif path.endswith("/experiment"):    # 201: a new experiment; 200: one to continue
+            run_id = json.loads(body)["cuid"]
+            status = 200 if run_id in self.server.known else 201
+            answer = {"cuid": run_id, "slug": run_id, "name": "bs32", "createdAt": "2026-01-01T00:00:00.000Z"}
+        elif path == "/api/resources/presigned/put":
+            answer = {"urls": [f"http://127.0.0.1:{self.server.server_port}/picture"]}
+        elif path.startswith("/api/house/metrics/summaries/"):
+            answer = {}
+        data = self.server.nonsense or json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    do_HEAD = do_GET = do_POST = do_PUT = do_PATCH = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def service(hangs=lambda method, path: False, nonsense=None, known=()):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    server.daemon_threads, server.block_on_close = True, False
+    server.requests, server.stop = [], threading.Event()
+    server.hangs, server.nonsense, server.known = hangs, nonsense, known
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.stop.set()
+        server.shutdown()
+        server.server_close()
+
+
+def address(server):
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def uploaded(server, kind, run_id):
+    """{(key, step): value} of what was posted for a run, kind "scalar" or "media"."""
+    posts = [json.loads(body) for method, path, body in server.requests
+             if (method, path) == ("POST", "/api/house/metrics")]
+    return {(row["key"], row["index"]): row["data"] for post in posts
+            if (post["type"], post["experimentId"]) == (kind, run_id) for row in post["metrics"]}
+
+
+def final_states(server, run_id):
+    return [json.loads(body)["state"] for method, path, body in server.requests
+            if method == "PUT" and path.endswith(f"/runs/{run_id}/state")]
+
+
+# ---- runs, in this process and in others -----------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def nobody(tmp_path, monkeypatch):
+    """A user without settings, key or proxy, in an empty folder."""
+    for name in list(os.environ):
+        if name.startswith("SWANLAB_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def start(mode, **options):
+    return SwanLab(mode, **{"project": "Brain", "experiment_name": "bs32", "config": {"lr": 1e-4},
+                            "log_dir": "swanlog", **options})
+
+
+def python(program, **environment):
+    """Start `program` in a process of its own, with SwanLab imported and `start` as above."""
+    prelude = """
+        import os, sys
+        from train import SwanLab
+        def start(mode, **options):
+            return SwanLab(mode, **{"project": "Brain", "experiment_name": "bs32", "config": {"lr": 1e-4},
+                                    "log_dir": "swanlog", **options})
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(program)], text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1", **environment})
+
+
+def wait(process):
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    assert "Traceback" not in err, err
+    return out
+
+
+# ---- what is recorded ------------------------------------------------------------------------------------------
+
+def test_disabled_imports_nothing_and_does_nothing(tmp_path):
+    process = python("""
+        tracker = start("disabled", project="any name", run_id="kept")
+        tracker.log({"train/loss": 0.5}, step=1)
+        tracker.image("predictions", "missing.png")
+        tracker.finish(failed=True)
+        assert "swanlab" not in sys.modules and "requests" not in sys.modules
+        assert tracker.run_id == "kept" and not tracker.hung
+        print("done")
+    """)
+    assert wait(process) == "done\n" and process.returncode == 0
+    assert not (tmp_path / "swanlog").exists()
+
+
+def test_offline_needs_no_network_and_its_sync_command_uploads_everything(tmp_path, monkeypatch, capsys):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, NOWHERE)
+    Image.new("RGB", (8, 8), "red").save("p.png")
+    began = time.monotonic()
+    tracker = start("offline", log_dir="it's a folder/swanlog")
+    tracker.log({"train/loss": 0.5, "val/dice": 0.25}, step=1)
+    tracker.log({"train/loss": 0.125}, step=2)
+    tracker.image("predictions", Path("p.png"))
+    tracker.finish()
+    assert time.monotonic() - began < 10 and not tracker.hung
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SwanLab: to upload this run: ")]
+    assert list((tmp_path / "it's a folder/swanlog").glob("run-*"))
+
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    with service() as server:    # the printed line, given to a shell as a person would
+        monkeypatch.setenv("SWANLAB_API_HOST", address(server))
+        monkeypatch.setenv("SWANLAB_API_KEY", "x")
+        subprocess.run(line.removeprefix("SwanLab: to upload this run: "), shell=True, check=True, timeout=LIMIT,
+                       capture_output=True)
+        assert uploaded(server, "scalar", tracker.run_id) == {
+            ("train/loss", 1): 0.5, ("val/dice", 1): 0.25, ("train/loss", 2): 0.125}
+        assert [key for key, _ in uploaded(server, "media", tracker.run_id)] == ["predictions"]
+        assert final_states(server, tracker.run_id) == ["FINISHED"]
+
+
+def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us():
+    # In another process: swanlab remembers the server it has logged in to.
+    with service(known=["earlier"]) as server:
+        process = python("""
+            import signal
+            from PIL import Image
+            Image.new("RGB", (8, 8), "red").save("p.png")
+
+            def leave(number, frame):
+                sys.exit(128 + number)
+
+            signal.signal(signal.SIGINT, leave)
+            signal.signal(signal.SIGTERM, leave)
+            for step, run_id in [(1, None), (2, "earlier"), (3, None)]:
+                tracker = start("auto", run_id=run_id)    # a key: online
+                assert signal.getsignal(signal.SIGINT) is leave and signal.getsignal(signal.SIGTERM) is leave
+                print("run", tracker.run_id)
+                tracker.log({"train/loss": 0.5, "train/epoch": step}, step=step)
+                tracker.image("predictions", "p.png")
+                if step < 3:
+                    tracker.finish()
+                    tracker.finish()                      # a second time does nothing
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+            finally:
+                tracker.finish(failed=True)
+        """, SWANLAB_API_HOST=address(server), SWANLAB_API_KEY="x")
+        runs = re.findall("^run (.*)$", wait(process), re.MULTILINE)
+        assert process.returncode == 143
+        assert runs[1] == "earlier" and len(set(runs)) == 3
+        for step, (run, state) in enumerate(zip(runs, ["FINISHED", "FINISHED", "CRASHED"]), start=1):
+            assert uploaded(server, "scalar", run) == {("train/loss", step): 0.5, ("train/epoch", step): step}
+            assert [key for key, _ in uploaded(server, "media", run)] == ["predictions"]
+            assert final_states(server, run) == [state]
+        assert sum(path == "/picture" for _, path, _ in server.requests) == 3
+
+
+# ---- what must not happen --------------------------------------------------------------------------------------
+
+def test_without_a_key_nothing_prompts_at_a_terminal(tmp_path):
+    controller, terminal = pty.openpty()
+    command = """if True:
+        from train import SwanLab
+        options = dict(project="Brain", experiment_name="bs32", config={}, log_dir="swanlog")
+        try:
+            SwanLab("online", **options)
+        except ValueError as error:
+            print(error)
+        tracker = SwanLab("auto", **options)
+        print("auto is", tracker.run.mode)
+        tracker.finish()
+        raise SystemExit(2)
+    """
+    process = subprocess.Popen([sys.executable, "-c", command], stdin=terminal, stdout=terminal, stderr=terminal,
+                               env={**os.environ, "PYTHONPATH": str(REPO)})
+    os.close(terminal)
+    out = []
+
+    def read():
+        try:
+            while data := os.read(controller, 4096):
+                out.append(data)
+        except OSError:    # Linux: the other end is closed
+            pass
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert process.wait(timeout=LIMIT) == 2
+    finally:
+        process.kill()
+    reader.join(5)
+    os.close(controller)
+    text = b"".join(out).decode()
+    assert "swanlab login" in text and "--swanlab offline" in text and "auto is offline" in text
+    assert "Enter your choice" not in text and "Traceback" not in text
+
+
+def test_no_network_is_offline_at_once(monkeypatch, capsys):
+    monkeypatch.setenv("SWANLAB_API_HOST", NOWHERE)
+    monkeypatch.setenv("SWANLAB_API_KEY", "x")
+    began = time.monotonic()
+    tracker = start("online")
+    assert time.monotonic() - began < 5
+    assert tracker.run.mode == "offline"
+    tracker.finish()
+    assert capsys.readouterr().out.count(f"SwanLab: no online run: {NOWHERE} does not answer") == 1
+
+
+def test_a_server_that_never_answers_is_offline_soon(monkeypatch, capsys):
+    monkeypatch.setattr(SwanLab, "ANSWER_TIMEOUT", 1)
+    with service(hangs=lambda method, path: True) as server:
+        monkeypatch.setenv("SWANLAB_API_HOST", address(server))
+        monkeypatch.setenv("SWANLAB_API_KEY", "x")
+        began = time.monotonic()
+        tracker = start("auto")
+        assert time.monotonic() - began < 6
+        assert tracker.run.mode == "offline"
+        tracker.finish()
+    assert not tracker.hung and "does not answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nonsense", [b"<html>hotel wifi</html>", b"[]"])
+def test_a_server_that_talks_nonsense_is_offline(monkeypatch, capsys, nonsense):
+    with service(nonsense=nonsense) as server:
+        monkeypatch.setenv("SWANLAB_API_HOST", address(server))
+        monkeypatch.setenv("SWANLAB_API_KEY", "x")
+        tracker = start("auto")
+        assert tracker.run.mode == "offline"
+        tracker.finish()
+    assert capsys.readouterr().out.count("SwanLab: no online run: ") == 1
+
+
+def test_servers_that_hang_later_delay_neither_training_nor_exit():
+    # Three programs at once, each leaving as train.py does when a SwanLab thread is stuck.
+    program = """
+        import time
+        from PIL import Image
+        SwanLab.START_TIMEOUT, SwanLab.FINISH_TIMEOUT = {start}, 2
+        tracker = start("auto")
+        tracker.log({{"train/loss": 0.5}}, step=1)
+        Image.new("RGB", (8, 8)).save("{name}.png")
+        tracker.image("predictions", "{name}.png")
+        {middle}
+        tracker.finish()
+        assert tracker.hung
+        sys.stdout.flush()
+        os._exit(2)
+    """
+    with service(hangs=lambda method, path: path.startswith("/api/login")) as login, \
+            service(hangs=lambda method, path: path == "/picture") as picture, service() as dies:
+        began = time.monotonic()
+        processes = [python(program.format(name=name, start=limit, middle=middle),
+                            SWANLAB_API_HOST=address(server), SWANLAB_API_KEY="x")
+                     for name, limit, middle, server in [
+                         ("login", 1, "", login), ("picture", 20, "", picture),
+                         ("dies", 20, "print('ready'); sys.stdout.flush(); time.sleep(1.5)", dies)]]
+        for line in processes[2].stdout:
+            if line == "ready\n":
+                break
+        dies.shutdown()
+        dies.server_close()    # from here on a connection is refused, or never taken up
+        outputs = [wait(process) for process in processes]
+        assert time.monotonic() - began < 40    # without os._exit the picture's upload holds the exit for 60
+    assert [process.returncode for process in processes] == [2, 2, 2]
+    assert "SwanLab: no online run: no answer within 1 s" in outputs[0]
+    for out in outputs[1:]:
+        assert "SwanLab: the run did not finish: no answer within 2 s" in out
+        assert "SwanLab: to upload this run: swanlab sync " in out
+
+
+def test_errors_of_swanlab_are_told_once_and_stop_nothing(monkeypatch, capsys):
+    tracker = start("offline")
+
+    def fail(*_, **__):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(tracker.run, "log", fail)
+    tracker.image("predictions", "missing.png")
+    tracker.log({"train/loss": 0.5}, step=1)
+    finish = tracker.run.finish
+    monkeypatch.setattr(tracker.run, "finish", fail)
+    tracker.finish()
+    finish()
+    out = capsys.readouterr().out
+    assert out.count("SwanLab: could not log: ") == 1
+    assert "SwanLab: the run did not finish: two lines\n" in out
+
+
+@pytest.mark.parametrize("log_dir", ["file", "file/swanlog"])
+def test_a_folder_that_cannot_be_made_leaves_training_without_swanlab(tmp_path, capsys, log_dir):
+    (tmp_path / "file").write_text("not a folder")
+    tracker = start("offline", log_dir=log_dir)
+    tracker.log({"train/loss": 0.5}, step=1)
+    tracker.finish()
+    assert tracker.run is None
+    assert re.fullmatch(r"SwanLab: no offline run: .+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("setting, mode, said", [
+    ("offline", "offline", ""), ("local", "offline", "local mode is not supported"), ("disabled", None, ""),
+    ("cloud", "offline", "no online run: "), ("no such mode", None, "going on without it: ")])
+def test_auto_follows_the_users_settings(monkeypatch, capsys, setting, mode, said):
+    monkeypatch.setenv("SWANLAB_API_HOST", NOWHERE)
+    monkeypatch.setenv("SWANLAB_API_KEY", "x")
+    monkeypatch.setenv("SWANLAB_MODE", setting)
+    tracker = start("auto")
+    assert (tracker.run.mode if tracker.run else None) == mode
+    out = capsys.readouterr().out
+    assert out.count("SwanLab: ") == bool(said) and said in out
+    tracker.finish()
+
+
+@pytest.mark.parametrize("project", ["two words", "a/b", "", "é", "x" * 101, "a\n"])
+def test_a_project_name_that_swanlab_refuses(project):
+    with pytest.raises(ValueError, match="--project") as raised:
+        start("offline", project=project)
+    assert "\n" not in str(raised.value)
+
+
+def test_online_without_a_key_says_what_to_do():
+    with pytest.raises(ValueError, match="swanlab login.*--swanlab offline"):
+        start("online")

@@ -1,0 +1,620 @@
+"""Train the U-Net and test its best weights (the tutorial's sections 4 to 6).
+
+    python train.py                             # 40 epochs on dataset/, GPU if there is one
+    python train.py --synthetic --device cpu    # on drawn phantoms: no account, no network
+    python train.py --resume                    # go on where the last run stopped
+    python train.py --test-only                 # test best_model.pth again
+
+Writes to --out: best_model.pth (the weights with the lowest validation loss), last.pth (everything that
+--resume needs), metrics.csv (a line an epoch), curves.png and predictions.png.
+"""
+import copy
+import csv
+import itertools
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import MEAN, SPLITS, STD, ArgumentParser, Batches, load_split, number, output_folder, run
+from net import IMAGE_SIZE, UNet, load_model, load_weights, pick_device
+
+# What of the command line decides the result: a resumed run has to have it in common with its beginning.
+RESULT_FLAGS = ("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision")
+
+
+# ---- loss (tutorial, section 5) --------------------------------------------------------------
+
+def dice_loss(pred, target, smooth=1e-6):
+    """1 - Dice of the whole batch, 0..1, from probabilities; pred and target of any one shape, values 0..1.
+
+    Milletari, Navab, Ahmadi: "V-Net", 3DV 2016, equation 3, without the squares.
+    """
+    pred, target = pred.reshape(-1), target.reshape(-1)
+    intersection = (pred * target).sum()
+    return 1 - (2 * intersection + smooth) / (pred.sum() + target.sum() + smooth)
+
+
+def combined_loss(pred, target):
+    """0.6 Dice loss + 0.4 binary cross-entropy, on probabilities in float32."""
+    return 0.6 * dice_loss(pred, target) + 0.4 * F.binary_cross_entropy(pred, target)
+
+
+# ---- metrics ---------------------------------------------------------------------------------
+
+def metrics(tp, fp, fn, tn):
+    """Scores of the foreground from counts of pixels (true/false positives and negatives), all 0..1.
+
+    With no foreground in truth and answer alike, Dice, IoU, precision and recall are 1;
+    where only one of them has any, they are 0.
+    """
+    def share(part, whole):
+        return part / whole if whole else float(tp + fp + fn == 0)
+
+    iou = share(tp, tp + fp + fn)
+    total = tp + fp + fn + tn
+    return {
+        "acc": (tp + tn) / total,
+        "dice": share(2 * tp, 2 * tp + fp + fn),
+        "iou": iou,
+        "precision": share(tp, tp + fp),
+        "recall": share(tp, tp + fn),
+        "miou": (iou + (tn / (tn + fp + fn) if tn + fp + fn else 1.0)) / 2,
+        "background_acc": (fp + tn) / total,  # what answering "background" everywhere would score as acc
+    }
+
+
+class Scores:
+    """Sums over the images of a split, kept on the device: adding a batch never waits for it."""
+
+    def __init__(self, device):
+        device = torch.device(device)
+        exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)  # tp, fp, fn, tn
+        self.sums = torch.zeros(3, dtype=exact, device=device)  # images, their losses, their own Dice
+        self.shown = torch.zeros(3, dtype=exact, pin_memory=device.type == "cuda")
+
+    @torch.no_grad()
+    def add(self, loss, pred, target, threshold=0.5):
+        """loss: the batch's, a scalar tensor; pred, target: (B, C, H, W), values 0..1."""
+        found, truth = (pred > threshold).flatten(1), (target > 0.5).flatten(1)
+        tp, found, truth = (found & truth).sum(1), found.sum(1), truth.sum(1)  # (B,) each
+        dice = torch.where(found + truth == 0, 1.0, 2 * tp.to(self.sums.dtype) / (found + truth)).sum()
+        tp, found, truth = tp.sum(), found.sum(), truth.sum()
+        self.counts += torch.stack([tp, found - tp, truth - tp, target.numel() - found - truth + tp])
+        self.sums += torch.stack([torch.full_like(dice, len(pred)), loss.to(dice.dtype) * len(pred), dice])
+
+    def result(self):
+        """dict of floats: loss, those of `metrics`, and image_dice, the mean of the images' own Dice."""
+        images, loss, image_dice = self.sums.tolist()
+        return {"loss": loss / images, **metrics(*self.counts.tolist()), "image_dice": image_dice / images}
+
+    def glance(self):
+        """(mean loss, images) as of a moment ago: for a progress bar, which must not make the GPU wait."""
+        self.shown.copy_(self.sums, non_blocking=True)
+        images, loss, _ = self.shown.tolist()
+        return loss / max(images, 1), images
+
+    def state(self):
+        return {"counts": self.counts, "sums": self.sums}
+
+    def load_state(self, state):
+        self.counts.copy_(state["counts"])
+        self.sums.copy_(state["sums"])
+
+
+def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=lambda: None):
+    """Scores of `model` over every batch of `loader`, as `Scores.result` gives them; poll() is called after each."""
+    model.eval()
+    scores = Scores(device)
+    with torch.inference_mode():
+        for images, masks in loader:
+            images, masks = images.to(device), masks.to(device)
+            with autocast:
+                outputs = model(images)
+            scores.add(criterion(outputs, masks), outputs, masks)
+            poll()
+    return scores.result()
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+@contextmanager
+def whole(path, mode="wb"):
+    """A file to write that appears at `path` once it is complete, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path, state):
+    with whole(path) as file:
+        torch.save(state, file)
+
+
+# ---- SwanLab (tutorial, section 4) -----------------------------------------------------------
+
+class SwanLab:
+    """Experiment tracking that never stops, blocks or crashes the training; with mode "disabled", nothing at all.
+
+    mode: "online"; "offline" (files to upload later); "disabled" (imports nothing); or "auto": what the user's
+        SwanLab settings say (SWANLAB_MODE, swanlab.yaml, ...), else online with an API key, else offline.
+    config: the hyperparameters, recorded with the run.    log_dir: where SwanLab keeps its files.
+    run_id: the run to continue, or None for a new one; `self.run_id` is what to pass when resuming.
+
+    Nothing prompts. A run that cannot start online is recorded offline; if that fails too, training goes on
+    without SwanLab. One line says so. Call `finish` on every way out: without it SwanLab's own exit hook uploads
+    what is left, and with the network gone that never ends. If `SwanLab.hung` is true afterwards, one of its
+    threads is stuck and may delay the exit by a minute or more: flush and leave with `os._exit(status)`.
+
+    Raises ValueError for a project name SwanLab refuses, and for mode "online" without an API key.
+    """
+
+    ANSWER_TIMEOUT = 5    # seconds for the API host to answer anything at all
+    START_TIMEOUT = 30
+    FINISH_TIMEOUT = 30
+    hung = False          # about the process, so on the class
+
+    def __init__(self, mode, *, project, experiment_name, config, log_dir, run_id=None):
+        self.run = None   # the swanlab.Run, while there is one
+        self.run_id = run_id
+        self._complained = False
+        if mode == "disabled":
+            return
+        if not re.fullmatch(r"[0-9a-zA-Z_\-+.]{1,100}", project):
+            raise ValueError(f"--project {project!r}: SwanLab takes 1 to 100 letters, digits and _ - + . here")
+        try:
+            import swanlab
+            settings = swanlab.Settings()    # environment, .env, swanlab.yaml, .netrc; no network
+        except Exception as error:           # not installed, or settings it refuses
+            return self._say(f"going on without it: {_one_line(error)}")
+
+        if mode == "auto":
+            mode = settings.mode if "mode" in settings.model_fields_set else "online"
+            if mode == "local":
+                self._say("its local mode is not supported; recording offline")
+            if mode == "local" or mode == "online" and not settings.api_key:
+                mode = "offline"
+        elif mode == "online" and not settings.api_key:
+            raise ValueError("--swanlab online: no API key; run `swanlab login` first, or use --swanlab offline")
+
+        options = dict(project=project, name=experiment_name, config=config, log_dir=str(Path(log_dir).absolute()),
+                       id=run_id, resume="allow" if run_id else "never")
+        if mode == "online" and not self._start(mode, options, settings.api_host) and not self.hung:
+            mode = "offline"
+        if mode == "offline":
+            self._start(mode, options)
+
+    def _start(self, mode, options, api_host=None):
+        """Start a run and return True, or say why there is none."""
+        import swanlab
+        try:
+            if api_host:
+                _check_answers(api_host, self.ANSWER_TIMEOUT)
+            # Off the main thread, where swanlab also leaves our SIGINT handler alone.
+            self.run = _bounded(lambda: swanlab.init(mode=mode, **options), self.START_TIMEOUT)
+            self.run_id = self.run.id
+        except Exception as error:
+            SwanLab.hung = isinstance(error, TimeoutError)    # then it holds a lock that another init would wait for
+            self._say(f"no {mode} run: {_one_line(error)}")
+        return self.run is not None
+
+    def log(self, values, step=None):
+        """Log a dict of numbers at `step`; SwanLab keeps the first value of a key at a step."""
+        # swanlab reads tensors later, on another thread, and drops a step that is not a Python int.
+        self._try(lambda: self.run.log({key: float(value) for key, value in values.items()},
+                                       step=None if step is None else int(step)))
+
+    def image(self, key, path):
+        """Log a picture file (PNG, JPEG), read now."""
+        def log_image():
+            from swanlab import Image
+            self.run.log({key: Image(str(path))})
+        self._try(log_image)
+
+    def _try(self, function):
+        try:
+            if self.run:
+                function()
+        except Exception as error:
+            if not self._complained:
+                self._say(f"could not log: {_one_line(error)} (further errors are not shown)")
+            self._complained = True
+
+    def finish(self, failed=False):
+        """Upload what is left, for FINISH_TIMEOUT seconds at most; `failed` marks the run as crashed."""
+        run, self.run = self.run, None
+        if run is None:
+            return
+        outcome = {"state": "crashed", "error": "training failed"} if failed else {}
+        try:
+            _bounded(lambda: run.finish(**outcome), self.FINISH_TIMEOUT)
+        except Exception as error:
+            SwanLab.hung = isinstance(error, TimeoutError)
+            self._say(f"the run did not finish: {_one_line(error)}")
+        if self.hung or run.mode == "offline":
+            self._say("to upload this run: " + shlex.join(["swanlab", "sync", str(run.dir), "--id", run.id]))
+
+    @staticmethod
+    def _say(text):
+        print(f"SwanLab: {text}", flush=True)
+
+
+def _check_answers(host, seconds):
+    """Raise ConnectionError unless `host` answers, whatever the status; swanlab itself tries for 16 to 76 seconds."""
+    import requests    # as swanlab does: the same proxies and certificates
+    try:
+        _bounded(lambda: requests.head(host, timeout=seconds), 2 * seconds)
+    except Exception as error:
+        raise ConnectionError(f"{host} does not answer ({type(error).__name__})") from error
+
+
+def _bounded(function, seconds):
+    """Return or raise what function() does, run in a daemon thread; TimeoutError if it takes longer."""
+    outcome = []
+
+    def call():
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds} s")
+    result, error = outcome[0]
+    if error:
+        raise error
+    return result
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ---- stopping --------------------------------------------------------------------------------
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came. Not an Exception: nothing on the way out may swallow it."""
+
+    def __init__(self, signum):
+        self.signum = signum
+
+
+class Signals:
+    """Asked to stop once, the training loop ends its step and saves; asked twice, the process ends."""
+
+    def __init__(self):
+        self.came, self.deferred = None, False
+
+    @contextmanager
+    def installed(self):
+        before = {signum: signal.signal(signum, self.receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def receive(self, signum, frame):
+        if self.came:
+            os._exit(128 + signum)
+        self.came = signum
+        if not self.deferred:
+            raise Stopped(signum)
+
+    @contextmanager
+    def defer(self):
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+
+# ---- training (tutorial, section 5) ----------------------------------------------------------
+
+def train_model(model, train_loader, val_loader, criterion, optimizer, num_epochs, device, *, patience=8, out=".",
+                autocast=nullcontext(), resume=None, flags=None, log=lambda values, step: None, signals=None, save_every=60):
+    """Train for num_epochs, or until the validation loss has not fallen for `patience` epochs.
+
+    train_loader, val_loader: iterables of (images (B, C, H, W), masks (B, 1, H, W));
+    criterion(probabilities, masks): scalar tensor. Leaves the best weights in `model` and in
+    out/best_model.pth, everything needed to go on in out/last.pth (anew at least every `save_every`
+    seconds, within an epoch too), and out/metrics.csv.
+    Keyword-only: autocast, a context for the forward pass; resume, what last.pth held; flags, recorded
+    in it; log(dict, step), called after each epoch; signals, a `Signals` to be stopped by.
+    Returns the history, a dict for each epoch. Raises Stopped with last.pth written; ValueError where no
+    validation loss was a number.
+    """
+    out, device, signals = Path(out), torch.device(device), signals or Signals()
+    # Epochs that are complete; batches of the one that is not; the best so far.
+    progress = {"epoch": 0, "step": 0, "best_loss": math.inf, "best_epoch": 0, "history": []}
+    scores, best, best_saved = Scores(device), None, 0
+    if resume:
+        progress, best = resume["progress"], resume["best"]
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        scores.load_state(resume["scores"])
+        torch.set_rng_state(resume["rng"])
+        if device.type == "cuda" and resume["cuda_rng"]:
+            torch.cuda.set_rng_state_all(resume["cuda_rng"])
+    next_save = time.monotonic() + save_every
+
+    def checkpoint():
+        nonlocal best_saved, next_save
+        started = time.monotonic()
+        if best_saved != progress["best_epoch"]:
+            save(out / "best_model.pth", best)
+            best_saved = progress["best_epoch"]
+        save(out / "last.pth", {
+            "progress": progress, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scores": scores.state(), "flags": flags, "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else None})
+        took = time.monotonic() - started  # on a slow disk, writing stays under a twentieth of the run
+        next_save = time.monotonic() + (max(save_every, 20 * took) if save_every else 0)
+
+    def poll():
+        if signals.came or time.monotonic() >= next_save:
+            checkpoint()
+        if signals.came:
+            raise Stopped(signals.came)
+
+    with signals.defer():
+        while progress["epoch"] < num_epochs and progress["epoch"] - progress["best_epoch"] < patience:
+            epoch = progress["epoch"]
+            started, before = time.perf_counter(), scores.sums[0].item()
+            batches = train_loader
+            if hasattr(train_loader, "set_epoch"):
+                train_loader.set_epoch(epoch, progress["step"])
+            else:
+                batches = itertools.islice(train_loader, progress["step"], None)
+            bar = tqdm(batches, f"epoch {epoch + 1}/{num_epochs}", initial=progress["step"], unit=" batches",
+                       total=len(train_loader) if hasattr(train_loader, "__len__") else None, leave=False, disable=None)
+            model.train()
+            for images, masks in bar:
+                images, masks = images.to(device), masks.to(device)
+                with autocast:
+                    outputs = model(images)
+                loss = criterion(outputs, masks)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+                scores.add(loss, outputs, masks)
+                progress["step"] += 1
+                if not bar.disable:
+                    loss, seen = scores.glance()
+                    rate = (seen - before) / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
+                poll()
+            train = scores.result()
+            rate = (scores.sums[0].item() - before) / (time.perf_counter() - started)
+            val = evaluate(model, val_loader, criterion, device, autocast=autocast, poll=poll)
+
+            progress["epoch"], progress["step"], scores = epoch + 1, 0, Scores(device)
+            better = val["loss"] < progress["best_loss"]
+            if better:
+                progress["best_loss"], progress["best_epoch"] = val["loss"], epoch + 1
+                best = copy.deepcopy(model.state_dict())
+            lr = optimizer.param_groups[0]["lr"]
+            progress["history"].append({
+                "epoch": epoch + 1, **{f"train_{key}": value for key, value in train.items()},
+                **{f"val_{key}": value for key, value in val.items()}, "lr": lr,
+                "images_per_second": rate, "seconds": time.perf_counter() - started})
+            with whole(out / "metrics.csv", "w") as file:
+                table = csv.DictWriter(file, progress["history"][0])
+                table.writeheader()
+                table.writerows(progress["history"])
+            print(f"epoch {epoch + 1:>{len(str(num_epochs))}}/{num_epochs}"
+                  f" | train loss {train['loss']:.4f} acc {train['acc']:.4f} dice {train['dice']:.4f}"
+                  f" | val loss {val['loss']:.4f} acc {val['acc']:.4f} dice {val['dice']:.4f} iou {val['iou']:.4f}"
+                  f" | {rate:.0f} images/s{' | best' if better else ''}", flush=True)
+            log({**{f"train/{key}": value for key, value in train.items() if key != "background_acc"},
+                 **{f"val/{key}": value for key, value in val.items()},
+                 "train/epoch": epoch + 1, "train/lr": lr, "perf/images_per_second": rate}, epoch + 1)
+        if progress["epoch"] < num_epochs:
+            print(f"stopping early: no lower validation loss since epoch {progress['best_epoch']}")
+        checkpoint()
+    if best is None:
+        raise ValueError("the validation loss never was a number: lower --lr, or try --precision fp32")
+    model.load_state_dict(best)
+    return progress["history"]
+
+
+# ---- pictures --------------------------------------------------------------------------------
+
+def visualize_predictions(model, test_loader, device, num_samples=5, threshold=0.5, *, path="predictions.png"):
+    """Draw image, true mask, predicted mask and overlay of samples spread over the first batch; returns path."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a screen and keeps every figure alive
+
+    model.eval()
+    images, masks = next(iter(test_loader))
+    chosen = np.linspace(0, len(images) - 1, min(num_samples, len(images))).astype(int)
+    images, masks = images[chosen].to(device), masks[chosen].to(device)
+    with torch.inference_mode():
+        found = model(images) > threshold
+    pictures = (images.permute(0, 2, 3, 1).cpu().numpy() * STD + MEAN).clip(0, 1)
+    rows = math.ceil(len(chosen) / 2)
+    figure = Figure(figsize=(16, 2.2 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, 8, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (picture, mask, answer) in enumerate(zip(pictures, masks.cpu(), found.cpu())):
+        scores = Scores("cpu")
+        scores.add(torch.zeros(()), answer[None], mask[None])
+        panels = axes[number // 2, number % 2 * 4:][:4]
+        for axis, title in zip(panels, ("image", "true mask", "predicted mask", f"overlay, Dice {scores.result()['dice']:.2f}")):
+            axis.set_title(title, fontsize=9)
+        panels[0].imshow(picture)
+        panels[1].imshow(mask[0], cmap="gray", vmin=0, vmax=1)
+        panels[2].imshow(answer[0], cmap="gray", vmin=0, vmax=1)
+        panels[3].imshow(picture)
+        panels[3].imshow(np.ma.masked_equal(answer[0], 0), cmap="Reds", vmin=0, vmax=1.3, alpha=0.5)
+        panels[3].contour(mask[0], [0.5], colors="lime", linewidths=0.8)
+    figure.suptitle(f"Predictions at threshold {threshold:g} (red) and true outline (green)", fontsize=10)
+    figure.savefig(path, dpi=80)
+    return path
+
+
+def plot_curves(history, path):
+    """Draw loss, foreground overlap and accuracy over the epochs to `path`; returns path."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    for axis, keys in zip(panels, (("train_loss", "val_loss"), ("train_dice", "val_dice", "val_iou"), ("train_acc", "val_acc"))):
+        for key in keys:
+            axis.plot(epochs, [row[key] for row in history], label=key.replace("_", " "), marker="." if len(epochs) < 20 else None)
+        axis.set_xlabel("epoch")
+    best = min(history, key=lambda row: row["val_loss"])
+    panels[0].plot(best["epoch"], best["val_loss"], "k*", markersize=11, label=f"best weights (epoch {best['epoch']})")
+    panels[1].set_ylim(0, 1)
+    panels[2].axhline(history[0]["val_background_acc"], color="gray", linestyle="--", label="all background (val)")
+    for axis, title in zip(panels, ("Dice + BCE loss", "foreground overlap", "pixel accuracy")):
+        axis.set_title(title)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
+    return path
+
+
+# ---- the command line ------------------------------------------------------------------------
+
+def parse_arguments(argv):
+    """The command line, and what last.pth holds where it asks to resume (else None)."""
+    parser = ArgumentParser(prog="train.py", description="Train the U-Net and test its best weights.")
+    # data
+    parser.add_argument("--data", default="dataset", help="folder that holds train/ valid/ test/")
+    parser.add_argument("--synthetic", action="store_true", help="draw phantoms in DATA/synthetic and train on them")
+    parser.add_argument("--image-size", type=number(1), default=IMAGE_SIZE, help="side in pixels that images are resized to")
+    # training
+    parser.add_argument("--epochs", type=number(1), default=40)
+    parser.add_argument("--batch-size", type=number(1), default=32)
+    parser.add_argument("--lr", type=number(0.0, kind=float), default=1e-4, help="Adam's learning rate")
+    parser.add_argument("--patience", type=number(1), default=8, help="epochs without a lower validation loss before stopping")
+    parser.add_argument("--n-filters", type=number(1), default=32, help="channels of the first level")
+    parser.add_argument("--seed", type=number(0), default=0)
+    # machine
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the GPU has it, else fp32")
+    # files
+    parser.add_argument("--out", default=".", help="folder for weights, metrics and pictures")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pth, with its flags")
+    parser.add_argument("--test-only", action="store_true", help="test OUT/best_model.pth, train nothing")
+    parser.add_argument("--save-every", type=number(0.0, kind=float), default=60, help="seconds between two writings of last.pth")
+    # SwanLab
+    parser.add_argument("--swanlab", choices=("auto", "online", "offline", "disabled"), default="auto")
+    parser.add_argument("--project", default="Unet-Medical-Segmentation")
+    parser.add_argument("--experiment-name", default="bs32-epoch40")
+    args = parser.parse_args(argv)
+    if not args.resume:
+        return args, None
+    if args.test_only:
+        raise ValueError("--resume trains and --test-only does not: give one of them")
+    path = Path(args.out) / "last.pth"
+    state = load_weights(path)
+    if not isinstance(state, dict) or not state.keys() >= {"progress", "best", "model", "optimizer", "scores", "flags", "rng", "cuda_rng"}:
+        raise ValueError(f"{path}: not written by train.py, so there is nothing to resume")
+    parser.set_defaults(**state["flags"])  # what is not given again stays as it was
+    args = parser.parse_args(argv)
+    for name in RESULT_FLAGS:
+        was, now = state["flags"].get(name), getattr(args, name)
+        if was != now:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{path}: was trained with {flag} {was}, not {now}: leave {flag} away, or start afresh without --resume")
+    return args, state
+
+
+def main(argv=None):
+    args, resume = parse_arguments(argv)
+    signals = Signals()
+    try:
+        with signals.installed():
+            train_and_test(args, resume, signals)
+    except Stopped as stop:
+        print(f"stopped by {signal.Signals(stop.signum).name}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of GPU memory with --batch-size {args.batch_size}: halve it, or lower --image-size or --n-filters") from None
+
+
+def train_and_test(args, resume, signals):
+    device = pick_device(args.device)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda"
+                                        and torch.cuda.is_bf16_supported(including_emulation=False))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    out, root = output_folder(args.out), Path(args.data)
+    if args.synthetic:
+        from download import make_phantoms
+        root = make_phantoms(root / "synthetic")
+
+    torch.manual_seed(args.seed)
+    if args.test_only:
+        model = load_model(out / "best_model.pth")
+        args.image_size = model.image_size
+    else:
+        model = UNet(n_filters=args.n_filters, image_size=args.image_size)
+    model.to(device, memory_format=torch.channels_last)
+
+    loader = {split: Batches(load_split(root, split, args.image_size), args.batch_size, device, shuffle=split == "train", seed=args.seed)
+              for split in (["test"] if args.test_only else SPLITS)}
+    counts = ", ".join(f"{len(batches.rows)} {split}" for split, batches in loader.items())
+    print(f"{root}: {counts} images at {args.image_size}x{args.image_size}; {device}, {'bf16' if bf16 else 'fp32'}; "
+          f"{sum(weight.numel() for weight in model.parameters()):,} parameters; writing to {out}", flush=True)
+
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "test_only")}
+    tracker = SwanLab("disabled" if args.test_only else args.swanlab, project=args.project, experiment_name=args.experiment_name,
+                      config=flags, log_dir=out / "swanlog", run_id=resume and resume["flags"].get("swanlab_run"))
+    flags["swanlab_run"] = tracker.run_id
+    try:
+        if not args.test_only:
+            history = train_model(
+                model, loader["train"], loader["valid"], combined_loss,
+                torch.optim.Adam(model.parameters(), lr=args.lr, fused=True), args.epochs, device, patience=args.patience,
+                out=out, autocast=autocast, resume=resume, flags=flags, log=tracker.log, signals=signals, save_every=args.save_every)
+            curves = plot_curves(history, out / "curves.png")
+        test = evaluate(model, loader["test"], combined_loss, device, autocast=autocast)
+        print(f"test with the best weights: loss {test['loss']:.4f}, Dice {test['dice']:.4f}, IoU {test['iou']:.4f}, "
+              f"mIoU {test['miou']:.4f}, precision {test['precision']:.4f}, recall {test['recall']:.4f}, "
+              f"per-image Dice {test['image_dice']:.4f}\n"
+              f"test accuracy {test['acc']:.4f}; answering background everywhere scores {test['background_acc']:.4f}", flush=True)
+        tracker.log({f"test/{key}": value for key, value in test.items()})
+        picture = visualize_predictions(model, loader["test"], device, num_samples=10, path=out / "predictions.png")
+        tracker.image("predictions", picture)
+        print(f"drawn: {picture}{'' if args.test_only else f' and {curves}'}; next: python predict.py")
+    finally:
+        tracker.finish(failed=sys.exc_info()[0] is not None)
+
+
+if __name__ == "__main__":
+    status = 0
+    try:
+        run(main)
+    except SystemExit as leaving:
+        status = leaving.code
+    if SwanLab.hung:  # a stuck upload would hold up the exit for a minute
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
