@@ -397,7 +397,7 @@ class Batches:
 # ---- audit -----------------------------------------------------------------------------------
 
 def audit(root, out=Path(".")):
-    """Print what a data set holds and what is wrong with it; write contact_sheet.png to the folder `out`.
+    """Print what a data set holds and what is wrong with it; write contact_sheet.jpg to the folder `out`.
 
     Returns the list of problems, a line each, in the order of the splits.
     """
@@ -441,8 +441,8 @@ def audit(root, out=Path(".")):
         sheet = Image.new("RGB", (8 * 160, math.ceil(len(tiles) / 8) * 160))
         for number, tile in enumerate(tiles):
             sheet.paste(tile, (number % 8 * 160, number // 8 * 160))
-        path = out / "contact_sheet.png"
-        sheet.save(path)
+        path = out / "contact_sheet.jpg"
+        sheet.save(path, quality=90)
         print(f"contact sheet: {path}")
     return problems
 
@@ -512,7 +512,7 @@ def run(main):
 def main():
     parser = ArgumentParser(description="Audit a data set and write a contact sheet of it.")
     parser.add_argument("root", nargs="?", default="dataset", help="folder that holds train/ valid/ test/ (default: dataset)")
-    parser.add_argument("--out", default=".", help="folder for contact_sheet.png")
+    parser.add_argument("--out", default=".", help="folder for contact_sheet.jpg")
     args = parser.parse_args()
     problems = audit(args.root, output_folder(args.out))
     for problem in problems:

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import net
-from data import SUFFIXES, ArgumentParser, each, normalize, number, output_folder, preprocess, read_image, run
+from data import SUFFIXES, ArgumentParser, each, normalize, number, output_folder, preprocess, read_image, resize_nearest, run
 from net import IMAGE_SIZE, pick_device
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
@@ -62,7 +62,7 @@ def visualize_result(original_image, predicted_mask, *, path="predictions.png"):
     from matplotlib.figure import Figure  # not pyplot, which takes longer to import and looks for a screen
 
     picture, mask = np.asarray(original_image), np.squeeze(np.asarray(predicted_mask))
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.3), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, title in zip(axes, ("Original Image", "Predicted Mask", "Overlay")):
         axis.set_title(title)
@@ -98,11 +98,13 @@ def describe(path, mask, highest):
 def predict_one(model, path, output, threshold, device):
     """Predict one image; write the tutorial's figure and the mask."""
     image = read_image(path)
-    pixels = preprocess(image, model.image_size)
-    probabilities = predict_probabilities(model, normalize(torch.from_numpy(pixels)[None]), device)[0, 0].cpu()
+    tensor = normalize(torch.from_numpy(preprocess(image, model.image_size))[None])
+    probabilities = predict_probabilities(model, tensor, device)[0, 0].cpu()
     mask = full_size_mask(probabilities, image.size, threshold)
     Image.fromarray(mask).convert("L").save(output / f"{path.stem}_mask.png")
-    visualize_result(pixels, probabilities > threshold, path=output / "predictions.png")
+    shown = image.copy()
+    shown.thumbnail((1024, 1024))  # the figure has no more pixels than that
+    visualize_result(shown, resize_nearest(mask, shown.height, shown.width), path=output / "predictions.png")
     print(describe(path, mask, probabilities.max()))
     print(f"saved {output / 'predictions.png'} and {output / f'{path.stem}_mask.png'}")
 

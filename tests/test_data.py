@@ -326,7 +326,7 @@ def test_audit_counts(dataset, tmp_path):
     share = 100 * 5 * 16 * 16 / (6 * SIZE * SIZE)  # five squares of 16 x 16
     assert f"{share:.2f} %" in train and f"{100 - share:.2f} %" in train
     assert "1 images" in train.split("no lesion")[1] and train.rstrip().endswith("1")  # one empty, one not listed
-    assert Image.open(tmp_path / "contact_sheet.png").size == (1280, 320)
+    assert Image.open(tmp_path / "contact_sheet.jpg").size == (1280, 320)
 
 
 def test_outline():
