@@ -209,9 +209,12 @@ def _decompress_counts(text):
 
 
 def resize_nearest(mask, height, width):
-    """(H, W) array -> (height, width), the pixels that torch's interpolate(mode="nearest") takes."""
-    rows, columns = (np.minimum((np.arange(new, dtype=np.float32) * np.float32(old / new)).astype(np.int64), old - 1)
-                     for old, new in zip(mask.shape, (height, width)))
+    """(H, W) array -> (height, width): for each new pixel, the old one under its centre.
+
+    torch calls this nearest-exact. The tutorial's plain nearest takes the corner, which shifts the mask
+    against its image by half a new pixel.
+    """
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(mask.shape, (height, width)))
     return mask[rows[:, None], columns]
 
 

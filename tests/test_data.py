@@ -101,7 +101,7 @@ def test_items_against_torchvision(split):
     for (image, mask), picture, drawn in zip((dataset[i] for i in range(6)), images.values(), masks):
         assert image.shape == (3, 256, 256) and image.dtype == torch.float32
         assert mask.shape == (1, 256, 256) and mask.dtype == torch.float32
-        wanted = F.interpolate(torch.from_numpy(drawn)[None, None].float(), size=(256, 256), mode="nearest")[0]
+        wanted = F.interpolate(torch.from_numpy(drawn)[None, None].float(), size=(256, 256), mode="nearest-exact")[0]
         assert torch.equal(mask, wanted)
         plain = v2.functional.resize(v2.functional.to_image(picture).float() / 255, [256, 256], antialias=True)
         levels = (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None] - plain).abs() * 255
@@ -114,14 +114,27 @@ def test_the_tutorials_transform_works(split):
     transform = transforms.Compose([transforms.ToTensor(), transforms.Resize((64, 48)), transforms.Normalize(MEAN, STD)])
     image, mask = COCOSegmentationDataset(load_coco(folder), folder, transform=transform)[5]
     assert torch.equal(image, transform(np.asarray(images["5.png"])))
-    assert torch.equal(mask, F.interpolate(torch.from_numpy(masks[5])[None, None].float(), size=(64, 48), mode="nearest")[0])
+    assert torch.equal(mask, F.interpolate(torch.from_numpy(masks[5])[None, None].float(), size=(64, 48), mode="nearest-exact")[0])
 
 
 @pytest.mark.parametrize("old, new", [(640, 256), (90, 256), (70, 33), (1, 7), (7, 1), (255, 256), (513, 96), (1000, 3)])
-def test_nearest_is_torchs(old, new):
+def test_nearest_is_torchs_and_pils(old, new):
     line = torch.arange(old, dtype=torch.float64)[None, None, :, None]
-    wanted = F.interpolate(line, size=(new, 1), mode="nearest").flatten().numpy()
+    wanted = F.interpolate(line, size=(new, 1), mode="nearest-exact").flatten().numpy()
     np.testing.assert_array_equal(data.resize_nearest(line[0, 0].numpy(), new, 1)[:, 0], wanted)
+    image = Image.fromarray(line[0, 0].numpy().astype(np.float32))
+    np.testing.assert_array_equal(np.asarray(image.resize((1, new), Image.Resampling.NEAREST))[:, 0], wanted)
+
+
+def test_mask_and_image_stay_aligned(tmp_path):
+    """A bright rectangle, resized, is bright where its mask is: the centres of gravity agree to a hundredth of a pixel."""
+    pixels = np.zeros((640, 640), np.uint8)
+    pixels[210:410, 130:290] = 255
+    write_split(tmp_path / "train", {"0.png": Image.fromarray(pixels)}, [(0, [[130, 210, 290, 210, 290, 410, 130, 410]])])
+    row = load_split(tmp_path, "train", 64)[0].astype(float)
+    axis = np.arange(64)
+    for weights in (row[..., 0], row[..., 3]):
+        assert (weights.sum(0) @ axis / weights.sum(), weights.sum(1) @ axis / weights.sum()) == pytest.approx((20.5, 30.5), abs=0.01)
 
 
 def test_one_row_is_what_training_and_prediction_see(split):
