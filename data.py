@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import sys
 import tempfile
@@ -370,13 +371,16 @@ class Batches:
     rows: uint8 array (N, S, S, 4) of `load_split`. Iterating yields (images float32 (B, 3, S, S),
     masks float32 (B, 1, S, S) of 0 and 1). With shuffle, the order is a function of seed and epoch alone.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
+    Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size is that
+    of all together, and so is `whole`, the size of the batch last yielded.
     """
 
-    def __init__(self, rows, batch_size, device="cpu", *, shuffle=False, seed=0):
+    def __init__(self, rows, batch_size, device="cpu", *, shuffle=False, seed=0, rank=0, world=1):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
         self.rows, self.batch_size, self.device = torch.from_numpy(rows), batch_size, torch.device(device)
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
+        self.mapped = getattr(rows, "_mmap", None)
         self.set_epoch(0)
         if self.device.type == "cuda" and rows.nbytes < 0.4 * torch.cuda.mem_get_info(self.device)[0]:
             self.rows = self.rows.to(self.device)
@@ -393,7 +397,13 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
         for indices in order.split(self.batch_size)[self.start:]:
-            batch = self.rows[indices.to(self.rows.device)].to(self.device)
+            self.whole = len(indices)
+            batch = self.rows[indices[self.rank::self.world].to(self.rows.device)]
+            if self.device.type == "cuda" and not batch.is_cuda:
+                batch = batch.pin_memory()  # then the copy waits in the GPU's queue, and we do not wait for it
+            batch = batch.to(self.device, non_blocking=True)
+            if hasattr(self.mapped, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+                self.mapped.madvise(mmap.MADV_DONTNEED)  # else the process grows to the size of the file
             yield normalize(batch[..., :3]), batch[..., 3:].permute(0, 3, 1, 2).float().contiguous()
 
 

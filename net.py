@@ -8,6 +8,8 @@ Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image 
 MICCAI 2015, https://arxiv.org/abs/1505.04597. Unlike the paper's, these convolutions are padded,
 so the output is as large as the input.
 """
+import os
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -96,8 +98,9 @@ class UNet(nn.Module):
 
     def forward(self, x):
         height, width = x.shape[-2:]
-        # Repeating the border, not zeros: a black frame would be an edge that is not in the image.
-        x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+        if height % STRIDE or width % STRIDE:
+            # Repeating the border, not zeros: a black frame would be an edge that is not in the image.
+            x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
 
         x1, skip1 = self.down1(x)
         x2, skip2 = self.down2(x1)
@@ -184,6 +187,8 @@ def pick_device(name="auto"):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"no such device as {name!r}: use auto, cuda, mps or cpu") from None
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: a GPU for each process of this machine
     if not available.get(device.type) or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} is not available here: use --device auto (or cpu)")
     return device

@@ -5,9 +5,9 @@
     python predict.py scans/ more/7.tif --output masks   # masks/<name>_mask.png and masks/<name>_overlay.png each
 
 Masks are 0 and 255, of the size of the image. The architecture and the size the model was trained at are
-read from the weights.
+read from the weights. `torchrun --standalone --nproc_per_node=N predict.py scans/` shares a folder among N GPUs.
 """
-import sys
+import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,6 +200,8 @@ def main(argv=None):
     if single:
         predict_one(model, paths[0], output, args.threshold, device)
         return
+    if "LOCAL_RANK" in os.environ:  # torchrun: to each process its share
+        paths = paths[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])]
     problems = predict_many(model, paths, output, args.threshold, device)
     print(f"saved {len(paths) - len(problems)} masks and overlays in {output}")
     if problems:

@@ -4,10 +4,12 @@
     python train.py --synthetic --device cpu    # on drawn phantoms: no account, no network
     python train.py --resume                    # go on where the last run stopped
     python train.py --test-only                 # test best_model.pth again
+    torchrun --standalone --nproc_per_node=4 train.py   # on four GPUs; the batch size is that of all together
 
 Writes to --out: best_model.pth (the weights with the lowest validation loss), last.pth (everything that
 --resume needs), metrics.csv (a line an epoch), curves.png and predictions.png.
 """
+import argparse
 import copy
 import csv
 import itertools
@@ -20,11 +22,14 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import MEAN, SPLITS, STD, ArgumentParser, Batches, load_split, number, output_folder, run
@@ -32,6 +37,63 @@ from net import IMAGE_SIZE, UNet, load_model, load_weights, pick_device
 
 # What of the command line decides the result: a resumed run has to have it in common with its beginning.
 RESULT_FLAGS = ("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision")
+
+
+# ---- several processes (torchrun); each function does nothing in one -------------------------
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A tensor's sum over all processes. Its gradient is summed too: with DDP's mean over processes, the right one."""
+
+    @staticmethod
+    def forward(ctx, part):
+        total = part.clone()
+        dist.all_reduce(total)
+        return total
+
+    backward = forward
+
+
+def sum_over_ranks(part):
+    return SumOverRanks.apply(part) if dist.is_initialized() else part
+
+
+def agree(*numbers):
+    """The largest of each number over all processes: what one of them decided, all know. They wait for each other."""
+    if not dist.is_initialized():
+        return numbers
+    largest = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, over gloo: the GPU is not waited for
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+@contextmanager
+def first_on_each_machine():
+    """Let one process of each machine do something (make a cache, draw phantoms) before the others."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        agree(0)
+    yield
+    if first:
+        agree(0)
+
+
+class SharedDropout(torch.nn.Dropout):
+    """Dropout that draws the noise of the whole batch in each process, so that their number changes nothing."""
+
+    def __init__(self, p, batches):
+        super().__init__(p)
+        self.batches = batches
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        order = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        noise = torch.ones(self.batches.whole, *x.shape[1:], dtype=x.dtype, device=x.device).contiguous(memory_format=order)
+        return x * F.dropout(noise, self.p)[self.batches.rank::self.batches.world]
 
 
 # ---- loss (tutorial, section 5) --------------------------------------------------------------
@@ -42,13 +104,14 @@ def dice_loss(pred, target, smooth=1e-6):
     Milletari, Navab, Ahmadi: "V-Net", 3DV 2016, equation 3, without the squares.
     """
     pred, target = pred.reshape(-1), target.reshape(-1)
-    intersection = (pred * target).sum()
-    return 1 - (2 * intersection + smooth) / (pred.sum() + target.sum() + smooth)
+    intersection, total = sum_over_ranks(torch.stack([(pred * target).sum(), pred.sum() + target.sum()]))
+    return 1 - (2 * intersection + smooth) / (total + smooth)
 
 
 def combined_loss(pred, target):
     """0.6 Dice loss + 0.4 binary cross-entropy, on probabilities in float32."""
-    return 0.6 * dice_loss(pred, target) + 0.4 * F.binary_cross_entropy(pred, target)
+    bce, pixels = sum_over_ranks(torch.stack([F.binary_cross_entropy(pred, target, reduction="sum"), pred.new_tensor(pred.numel())]))
+    return 0.6 * dice_loss(pred, target) + 0.4 * bce / pixels
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -97,8 +160,9 @@ class Scores:
 
     def result(self):
         """dict of floats: loss, those of `metrics`, and image_dice, the mean of the images' own Dice."""
-        images, loss, image_dice = self.sums.tolist()
-        return {"loss": loss / images, **metrics(*self.counts.tolist()), "image_dice": image_dice / images}
+        state = self.state()
+        images, loss, image_dice = state["sums"].tolist()
+        return {"loss": loss / images, **metrics(*state["counts"].tolist()), "image_dice": image_dice / images}
 
     def glance(self):
         """(mean loss, images) as of a moment ago: for a progress bar, which must not make the GPU wait."""
@@ -106,12 +170,15 @@ class Scores:
         images, loss, _ = self.shown.tolist()
         return loss / max(images, 1), images
 
+    @torch.no_grad()
     def state(self):
-        return {"counts": self.counts, "sums": self.sums}
+        """The sums of all processes."""
+        return {"counts": sum_over_ranks(self.counts), "sums": sum_over_ranks(self.sums)}
 
     def load_state(self, state):
-        self.counts.copy_(state["counts"])
-        self.sums.copy_(state["sums"])
+        if rank_and_world()[0] == 0:  # once is enough for the sum
+            self.counts.copy_(state["counts"])
+            self.sums.copy_(state["sums"])
 
 
 def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=lambda: None):
@@ -333,20 +400,23 @@ class Signals:
 
 # ---- training (tutorial, section 5) ----------------------------------------------------------
 
-def train_model(model, train_loader, val_loader, criterion, optimizer, num_epochs, device, *, patience=8, out=".",
-                autocast=nullcontext(), resume=None, flags=None, log=lambda values, step: None, signals=None, save_every=60):
+def train_model(model, train_loader, val_loader, criterion, optimizer, num_epochs, device, *, patience=8, out=".", autocast=nullcontext(),
+                scaler=None, resume=None, flags=None, log=lambda values, step: None, signals=None, save_every=60):
     """Train for num_epochs, or until the validation loss has not fallen for `patience` epochs.
 
     train_loader, val_loader: iterables of (images (B, C, H, W), masks (B, 1, H, W));
     criterion(probabilities, masks): scalar tensor. Leaves the best weights in `model` and in
     out/best_model.pth, everything needed to go on in out/last.pth (anew at least every `save_every`
     seconds, within an epoch too), and out/metrics.csv.
-    Keyword-only: autocast, a context for the forward pass; resume, what last.pth held; flags, recorded
-    in it; log(dict, step), called after each epoch; signals, a `Signals` to be stopped by.
+    Keyword-only: autocast, a context for the forward pass; scaler, a GradScaler for fp16; resume, what
+    last.pth held; flags, recorded in it; log(dict, step), called after each epoch; signals, a `Signals`
+    to be stopped by. Under torchrun every process calls this, with its share of the batches.
     Returns the history, a dict for each epoch. Raises Stopped with last.pth written; ValueError where no
     validation loss was a number.
     """
     out, device, signals = Path(out), torch.device(device), signals or Signals()
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    rank, world = rank_and_world()
     # Epochs that are complete; batches of the one that is not; the best so far.
     progress = {"epoch": 0, "step": 0, "best_loss": math.inf, "best_epoch": 0, "history": []}
     scores, best, best_saved = Scores(device), None, 0
@@ -354,65 +424,80 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
         progress, best = resume["progress"], resume["best"]
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
+        scaler.load_state_dict(resume["scaler"])
         scores.load_state(resume["scores"])
         torch.set_rng_state(resume["rng"])
-        if device.type == "cuda" and resume["cuda_rng"]:
-            torch.cuda.set_rng_state_all(resume["cuda_rng"])
+        if device.type == "cuda" and resume["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(resume["cuda_rng"], device)
+    wrapped = model  # what is trained; what is saved stays the model itself, whose weights keep their names
+    if world > 1:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Dropout):
+                model.set_submodule(name, SharedDropout(module.p, train_loader))
+        wrapped = DistributedDataParallel(model)
     next_save = time.monotonic() + save_every
 
     def checkpoint():
+        """Write best_model.pth where it changed, then last.pth. All processes call it, the first one writes."""
         nonlocal best_saved, next_save
+        sums = scores.state()
+        if rank > 0:
+            return
         started = time.monotonic()
         if best_saved != progress["best_epoch"]:
             save(out / "best_model.pth", best)
             best_saved = progress["best_epoch"]
         save(out / "last.pth", {
             "progress": progress, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scores": scores.state(), "flags": flags, "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else None})
+            "scaler": scaler.state_dict(), "scores": sums, "flags": flags, "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
         took = time.monotonic() - started  # on a slow disk, writing stays under a twentieth of the run
         next_save = time.monotonic() + (max(save_every, 20 * took) if save_every else 0)
 
     def poll():
-        if signals.came or time.monotonic() >= next_save:
+        stop, due = agree(signals.came or 0, rank == 0 and time.monotonic() >= next_save)
+        if stop or due:
             checkpoint()
-        if signals.came:
-            raise Stopped(signals.came)
+        if stop:
+            raise Stopped(int(stop))
 
     with signals.defer():
+        if world > 1 and not resume:
+            checkpoint()  # a restart by torchrun goes on from here, and not from what an older run left
         while progress["epoch"] < num_epochs and progress["epoch"] - progress["best_epoch"] < patience:
             epoch = progress["epoch"]
-            started, before = time.perf_counter(), scores.sums[0].item()
+            started, before = time.perf_counter(), scores.state()["sums"][0].item()
             batches = train_loader
             if hasattr(train_loader, "set_epoch"):
                 train_loader.set_epoch(epoch, progress["step"])
             else:
                 batches = itertools.islice(train_loader, progress["step"], None)
-            bar = tqdm(batches, f"epoch {epoch + 1}/{num_epochs}", initial=progress["step"], unit=" batches",
-                       total=len(train_loader) if hasattr(train_loader, "__len__") else None, leave=False, disable=None)
+            bar = tqdm(batches, f"epoch {epoch + 1}/{num_epochs}", initial=progress["step"], unit=" batches", leave=False,
+                       total=len(train_loader) if hasattr(train_loader, "__len__") else None, disable=None if rank == 0 else True)
             model.train()
             for images, masks in bar:
                 images, masks = images.to(device), masks.to(device)
                 with autocast:
-                    outputs = model(images)
+                    outputs = wrapped(images)
                 loss = criterion(outputs, masks)
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
 
                 scores.add(loss, outputs, masks)
                 progress["step"] += 1
                 if not bar.disable:
                     loss, seen = scores.glance()
-                    rate = (seen - before) / (time.perf_counter() - started)
+                    rate = (seen - before) * world / (time.perf_counter() - started)
                     bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
                 poll()
             train = scores.result()
-            rate = (scores.sums[0].item() - before) / (time.perf_counter() - started)
+            rate = (scores.state()["sums"][0].item() - before) / (time.perf_counter() - started)
             val = evaluate(model, val_loader, criterion, device, autocast=autocast, poll=poll)
 
             progress["epoch"], progress["step"], scores = epoch + 1, 0, Scores(device)
-            better = val["loss"] < progress["best_loss"]
+            better = agree(val["loss"] < progress["best_loss"])[0]
             if better:
                 progress["best_loss"], progress["best_epoch"] = val["loss"], epoch + 1
                 best = copy.deepcopy(model.state_dict())
@@ -421,6 +506,8 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
                 "epoch": epoch + 1, **{f"train_{key}": value for key, value in train.items()},
                 **{f"val_{key}": value for key, value in val.items()}, "lr": lr,
                 "images_per_second": rate, "seconds": time.perf_counter() - started})
+            if rank > 0:
+                continue
             with whole(out / "metrics.csv", "w") as file:
                 table = csv.DictWriter(file, progress["history"][0])
                 table.writeheader()
@@ -432,7 +519,7 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
             log({**{f"train/{key}": value for key, value in train.items() if key != "background_acc"},
                  **{f"val/{key}": value for key, value in val.items()},
                  "train/epoch": epoch + 1, "train/lr": lr, "perf/images_per_second": rate}, epoch + 1)
-        if progress["epoch"] < num_epochs:
+        if progress["epoch"] < num_epochs and rank == 0:
             print(f"stopping early: no lower validation loss since epoch {progress['best_epoch']}")
         checkpoint()
     if best is None:
@@ -462,8 +549,9 @@ def visualize_predictions(model, test_loader, device, num_samples=5, threshold=0
     for number, (picture, mask, answer) in enumerate(zip(pictures, masks.cpu(), found.cpu())):
         scores = Scores("cpu")
         scores.add(torch.zeros(()), answer[None], mask[None])
+        dice = metrics(*scores.counts.tolist())["dice"]
         panels = axes[number // 2, number % 2 * 4:][:4]
-        for axis, title in zip(panels, ("image", "true mask", "predicted mask", f"overlay, Dice {scores.result()['dice']:.2f}")):
+        for axis, title in zip(panels, ("image", "true mask", "predicted mask", f"overlay, Dice {dice:.2f}")):
             axis.set_title(title, fontsize=9)
         panels[0].imshow(picture)
         panels[1].imshow(mask[0], cmap="gray", vmin=0, vmax=1)
@@ -517,7 +605,8 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=number(0), default=0)
     # machine
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the GPU has it, else fp32")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 on a GPU that has it, fp16 on one that has not, else fp32")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the network: a minute, then faster steps")
     # files
     parser.add_argument("--out", default=".", help="folder for weights, metrics and pictures")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pth, with its flags")
@@ -528,7 +617,8 @@ def parse_arguments(argv):
     parser.add_argument("--project", default="Unet-Medical-Segmentation")
     parser.add_argument("--experiment-name", default="bs32-epoch40")
     args = parser.parse_args(argv)
-    if not args.resume:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a process died
+    if not args.resume and not (restarted and (Path(args.out) / "last.pth").exists()):
         return args, None
     if args.test_only:
         raise ValueError("--resume trains and --test-only does not: give one of them")
@@ -559,15 +649,36 @@ def main(argv=None):
         raise ValueError(f"out of GPU memory with --batch-size {args.batch_size}: halve it, or lower --image-size or --n-filters") from None
 
 
+def choose_precision(name, device):
+    """'bf16', 'fp16' or 'fp32' for the --precision of the command line on this device."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def train_and_test(args, resume, signals):
     device = pick_device(args.device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda"
-                                        and torch.cuda.is_bf16_supported(including_emulation=False))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun started this process
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # A prefix for each attempt: after a restart the addresses of the dead are still in the store.
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=timedelta(hours=1),
+                                store=dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))
+    rank, world = rank_and_world()
+    if args.batch_size < world:
+        raise ValueError(f"--batch-size {args.batch_size} is that of all {world} processes together: give at least {world}")
+    say = print if rank == 0 else lambda *_, **__: None
+    precision = choose_precision(args.precision, device)
+    autocast = torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32")
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16" and device.type == "cuda")
     out, root = output_folder(args.out), Path(args.data)
     if args.synthetic:
         from download import make_phantoms
-        root = make_phantoms(root / "synthetic")
+        with first_on_each_machine():
+            root = make_phantoms(root / "synthetic")
 
     torch.manual_seed(args.seed)
     if args.test_only:
@@ -577,34 +688,43 @@ def train_and_test(args, resume, signals):
         model = UNet(n_filters=args.n_filters, image_size=args.image_size)
     model.to(device, memory_format=torch.channels_last)
 
-    loader = {split: Batches(load_split(root, split, args.image_size), args.batch_size, device, shuffle=split == "train", seed=args.seed)
-              for split in (["test"] if args.test_only else SPLITS)}
-    counts = ", ".join(f"{len(batches.rows)} {split}" for split, batches in loader.items())
-    print(f"{root}: {counts} images at {args.image_size}x{args.image_size}; {device}, {'bf16' if bf16 else 'fp32'}; "
-          f"{sum(weight.numel() for weight in model.parameters()):,} parameters; writing to {out}", flush=True)
+    if args.compile:
+        model.compile()  # in place: the weights keep their names
+
+    with first_on_each_machine():
+        rows = {split: load_split(root, split, args.image_size) for split in (["test"] if args.test_only else SPLITS)}
+    loader = {split: Batches(rows[split], args.batch_size, device, shuffle=split == "train", seed=args.seed, rank=rank, world=world)
+              for split in rows}
+    say(f"{root}: {', '.join(f'{len(rows[split])} {split}' for split in rows)} images at {args.image_size}x{args.image_size}; "
+        f"{f'{world} x ' if world > 1 else ''}{device.type}, {precision}; "
+        f"{sum(weight.numel() for weight in model.parameters()):,} parameters; writing to {out}", flush=True)
 
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "test_only")}
-    tracker = SwanLab("disabled" if args.test_only else args.swanlab, project=args.project, experiment_name=args.experiment_name,
+    tracker = SwanLab("disabled" if args.test_only or rank > 0 else args.swanlab, project=args.project, experiment_name=args.experiment_name,
                       config=flags, log_dir=out / "swanlog", run_id=resume and resume["flags"].get("swanlab_run"))
     flags["swanlab_run"] = tracker.run_id
     try:
         if not args.test_only:
             history = train_model(
-                model, loader["train"], loader["valid"], combined_loss,
-                torch.optim.Adam(model.parameters(), lr=args.lr, fused=True), args.epochs, device, patience=args.patience,
-                out=out, autocast=autocast, resume=resume, flags=flags, log=tracker.log, signals=signals, save_every=args.save_every)
-            curves = plot_curves(history, out / "curves.png")
+                model, loader["train"], loader["valid"], combined_loss, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True),
+                args.epochs, device, patience=args.patience, out=out, autocast=autocast, scaler=scaler, resume=resume, flags=flags,
+                log=tracker.log, signals=signals, save_every=args.save_every)
         test = evaluate(model, loader["test"], combined_loss, device, autocast=autocast)
-        print(f"test with the best weights: loss {test['loss']:.4f}, Dice {test['dice']:.4f}, IoU {test['iou']:.4f}, "
-              f"mIoU {test['miou']:.4f}, precision {test['precision']:.4f}, recall {test['recall']:.4f}, "
-              f"per-image Dice {test['image_dice']:.4f}\n"
-              f"test accuracy {test['acc']:.4f}; answering background everywhere scores {test['background_acc']:.4f}", flush=True)
+        say(f"test with the best weights: loss {test['loss']:.4f}, Dice {test['dice']:.4f}, IoU {test['iou']:.4f}, "
+            f"mIoU {test['miou']:.4f}, precision {test['precision']:.4f}, recall {test['recall']:.4f}, "
+            f"per-image Dice {test['image_dice']:.4f}\n"
+            f"test accuracy {test['acc']:.4f}; answering background everywhere scores {test['background_acc']:.4f}", flush=True)
         tracker.log({f"test/{key}": value for key, value in test.items()})
-        picture = visualize_predictions(model, loader["test"], device, num_samples=10, path=out / "predictions.png")
-        tracker.image("predictions", picture)
-        print(f"drawn: {picture}{'' if args.test_only else f' and {curves}'}; next: python predict.py")
+        if rank == 0:
+            drawn = [visualize_predictions(model, loader["test"], device, num_samples=10, path=out / "predictions.png")]
+            tracker.image("predictions", drawn[0])
+            if not args.test_only:
+                drawn.append(plot_curves(history, out / "curves.png"))
+            say(f"drawn: {' and '.join(map(str, drawn))}; next: python predict.py")
     finally:
         tracker.finish(failed=sys.exc_info()[0] is not None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -316,6 +316,17 @@ def test_a_damaged_last_is_refused_and_kept(content, refused, tmp_path):
     assert (tmp_path / "last.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_nearly_the_same(precision, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("fp32", precision):
+        train.main([*map(str, SMALL), "--epochs", "2", "--lr", "1e-3", "--precision", name, "--out", name])
+    for row, other in zip(rows(tmp_path / "fp32"), rows(tmp_path / precision), strict=True):
+        assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), abs=0.01)
+        assert other["val_loss"] != row["val_loss"]  # it is another precision
+    assert all(weight.dtype == torch.float32 for weight in torch.load(tmp_path / precision / "best_model.pth", weights_only=True).values())
+
+
 def test_synthetic_makes_its_own_data(tmp_path, monkeypatch, capsys):
     import download
     few = download.make_phantoms
