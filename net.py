@@ -137,15 +137,18 @@ class UNet(nn.Module):
             raise ValueError("not the weights of a UNet: no down1.conv1.weight and outc.weight in it") from None
         if not isinstance(image_size, int) or not 1 <= image_size <= 8192:
             raise ValueError(f"not the weights of a UNet: trained at image size {image_size!r}?")
-        with torch.device("meta"):  # no memory is taken before the shapes are known to be right
-            model = cls(n_channels, n_classes, n_filters, image_size=image_size)
+        # Before memory is taken for a network that a few bytes claim to be: are its largest weights there?
+        largest = state.get("bottleneck.conv2.weight")
+        if getattr(largest, "shape", None) != (32 * n_filters, 32 * n_filters, 3, 3) or largest.untyped_storage().nbytes() < largest.numel():
+            raise ValueError(f"not the weights of a UNet of {n_filters} filters: bottleneck.conv2.weight does not fit")
+        model = cls(n_channels, n_classes, n_filters, image_size=image_size)
         wanted = {name: weight.shape for name, weight in model.state_dict().items()}
         found = {name: getattr(weight, "shape", None) for name, weight in state.items()}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise ValueError(f"not the weights of a UNet of {n_filters} filters: {name} has shape "
                                  f"{_show(found, name)}, expected {_show(wanted, name)}")
-        model.to_empty(device="cpu").load_state_dict(state)
+        model.load_state_dict(state)
         return model
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import net
@@ -59,19 +59,20 @@ def visualize_result(original_image, predicted_mask, *, path="predictions.png"):
 
     original_image: PIL image or array (H, W, 3); predicted_mask: array or tensor of 0 and 1 that squeezes to (H, W).
     """
-    from matplotlib.figure import Figure  # not pyplot, which takes longer to import and looks for a screen
-
-    picture, mask = np.asarray(original_image), np.squeeze(np.asarray(predicted_mask))
-    figure = Figure(figsize=(12, 4.3), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, title in zip(axes, ("Original Image", "Predicted Mask", "Overlay")):
-        axis.set_title(title)
-        axis.axis("off")
-    axes[0].imshow(picture)
-    axes[1].imshow(mask, cmap="gray", vmin=0, vmax=1)
-    axes[2].imshow(picture)
-    axes[2].imshow(np.ma.masked_equal(mask, 0), cmap="Reds", vmin=0, vmax=1.3, alpha=0.5)
-    figure.savefig(path)
+    # With Pillow: importing matplotlib and drawing with it would take as long as the prediction itself.
+    picture = original_image if isinstance(original_image, Image.Image) else Image.fromarray(np.asarray(original_image))
+    scale = 400 / max(picture.size)
+    width, height = (max(round(side * scale), 1) for side in picture.size)
+    picture = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    mask = resize_nearest(np.squeeze(np.asarray(predicted_mask)) > 0.5, height, width)
+    figure = Image.new("RGB", (3 * max(width, 150) + 40, height + 50), (240, 240, 240))
+    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(18)
+    panels = {"Original Image": picture, "Predicted Mask": Image.fromarray(mask), "Overlay": overlay(picture, mask)}
+    for number, (title, panel) in enumerate(panels.items()):
+        left = 10 + number * (max(width, 150) + 10)
+        draw.text((left + max(width, 150) / 2, 32), title, fill="black", font=font, anchor="ms")
+        figure.paste(panel, (left + (max(width, 150) - width) // 2, 40))
+    figure.save(path)
 
 
 def full_size_mask(probabilities, size, threshold):
@@ -102,9 +103,7 @@ def predict_one(model, path, output, threshold, device):
     probabilities = predict_probabilities(model, tensor, device)[0, 0].cpu()
     mask = full_size_mask(probabilities, image.size, threshold)
     Image.fromarray(mask).convert("L").save(output / f"{path.stem}_mask.png")
-    shown = image.copy()
-    shown.thumbnail((1024, 1024))  # the figure has no more pixels than that
-    visualize_result(shown, resize_nearest(mask, shown.height, shown.width), path=output / "predictions.png")
+    visualize_result(image, mask, path=output / "predictions.png")
     print(describe(path, mask, probabilities.max()))
     print(f"saved {output / 'predictions.png'} and {output / f'{path.stem}_mask.png'}")
 
@@ -121,7 +120,7 @@ def predict_many(model, paths, output, threshold, device):
     def write(path, image, probabilities):
         mask = full_size_mask(probabilities, image.size, threshold)
         Image.fromarray(mask).convert("L").save(output / f"{path.stem}_mask.png")
-        overlay(image, mask).save(output / f"{path.stem}_overlay.png")
+        overlay(image, mask).save(output / f"{path.stem}_overlay.png", compress_level=1)  # size matters less than time
         return describe(path, mask, probabilities.max())
 
     problems, batch, writing = [], [], deque()

@@ -624,7 +624,7 @@ def parse_arguments(argv):
         raise ValueError("--resume trains and --test-only does not: give one of them")
     path = Path(args.out) / "last.pth"
     state = load_weights(path)
-    if not isinstance(state, dict) or not state.keys() >= {"progress", "best", "model", "optimizer", "scores", "flags", "rng", "cuda_rng"}:
+    if not isinstance(state, dict) or not state.keys() >= {"progress", "best", "model", "optimizer", "scaler", "scores", "flags", "rng", "cuda_rng"}:
         raise ValueError(f"{path}: not written by train.py, so there is nothing to resume")
     parser.set_defaults(**state["flags"])  # what is not given again stays as it was
     args = parser.parse_args(argv)

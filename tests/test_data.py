@@ -323,7 +323,7 @@ def test_every_damaged_image_is_found_in_one_pass(dataset, tmp_path):
     assert_refused(audit, "3 problem")
     for name in ("0_train.png", "4_train.png", "1_test.png"):
         assert audit.stdout.count(name) == 1
-    with pytest.raises(ValueError, match="1 more"):
+    with pytest.raises(ValueError, match="2 of 6 images in train"):
         load_split(dataset, "train", 32)
 
 

@@ -120,6 +120,7 @@ def test_from_state_dict_copies():
     (lambda state: state.update({"outc.bias": torch.zeros(5)}), "outc.bias"),
     (lambda state: state.update({"outc.bias": "zero"}), "outc.bias"),
     (lambda state: state.update({"down1.conv1.weight": torch.zeros(0)}), "not the weights"),
+    (lambda state: state.update({"bottleneck.conv2.weight": torch.zeros(1).expand(64, 64, 3, 3)}), "bottleneck"),  # claimed, not there
     (lambda state: state._metadata[""].update(image_size=10 ** 9), "image size"),
     (lambda state: setattr(state, "_metadata", 5), "not the weights"),
 ])

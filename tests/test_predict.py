@@ -145,6 +145,16 @@ def test_many_are_as_one(place):
         np.testing.assert_array_equal(Image.open(place / f"{number:03}_mask.png"), Image.open(place / "all" / f"{number:03}_mask.png"))
 
 
+def test_processes_share_a_folder(place):
+    folder = place / "scans"
+    folder.mkdir()
+    for name in "abcde":
+        scan(40, 40, 5, 5, 20).save(folder / f"{name}.png")
+    said = [script("predict.py", "scans", cwd=place, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)).stdout for rank in (0, 1)]
+    assert [sorted(line[6] for line in text.splitlines() if "foreground" in line) for text in said] == [["a", "c", "e"], ["b", "d"]]
+    assert len(list((place / "predictions").glob("*_mask.png"))) == 5
+
+
 def test_a_damaged_image_among_many_is_named_and_the_rest_done(place):
     folder = place / "scans"
     folder.mkdir()
