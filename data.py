@@ -448,7 +448,7 @@ def audit(root, out=Path(".")):
         print(f"{split}: {len(dataset)} images, {len(annotations)} annotations")
         print("  sizes        " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in sizes.most_common(5)) + (" ..." if len(sizes) > 5 else ""))
         print(f"  foreground   {share:.2f} % of the pixels (answering background everywhere is {100 - share:.2f} % accurate)")
-        print(f"  categories   " + ", ".join(f"{name}: {n}" for name, n in used.most_common()))
+        print("  categories   " + ", ".join(f"{name}: {n}" for name, n in used.most_common()))
         print(f"  no lesion    {empty} images; unreadable {unreadable}; not listed in {ANNOTATIONS} {extra}")
     if tiles:
         sheet = Image.new("RGB", (8 * 160, math.ceil(len(tiles) / 8) * 160))

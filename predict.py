@@ -68,8 +68,8 @@ def visualize_result(original_image, predicted_mask, *, path="predictions.png"):
     figure = Image.new("RGB", (3 * max(width, 150) + 40, height + 50), (240, 240, 240))
     draw, font = ImageDraw.Draw(figure), ImageFont.load_default(18)
     panels = {"Original Image": picture, "Predicted Mask": Image.fromarray(mask), "Overlay": overlay(picture, mask)}
-    for number, (title, panel) in enumerate(panels.items()):
-        left = 10 + number * (max(width, 150) + 10)
+    for index, (title, panel) in enumerate(panels.items()):
+        left = 10 + index * (max(width, 150) + 10)
         draw.text((left + max(width, 150) / 2, 32), title, fill="black", font=font, anchor="ms")
         figure.paste(panel, (left + (max(width, 150) - width) // 2, 40))
     figure.save(path)

@@ -546,11 +546,11 @@ def visualize_predictions(model, test_loader, device, num_samples=5, threshold=0
     axes = figure.subplots(rows, 8, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for number, (picture, mask, answer) in enumerate(zip(pictures, masks.cpu(), found.cpu())):
+    for index, (picture, mask, answer) in enumerate(zip(pictures, masks.cpu(), found.cpu())):
         scores = Scores("cpu")
         scores.add(torch.zeros(()), answer[None], mask[None])
         dice = metrics(*scores.counts.tolist())["dice"]
-        panels = axes[number // 2, number % 2 * 4:][:4]
+        panels = axes[index // 2, index % 2 * 4:][:4]
         for axis, title in zip(panels, ("image", "true mask", "predicted mask", f"overlay, Dice {dice:.2f}")):
             axis.set_title(title, fontsize=9)
         panels[0].imshow(picture)

@@ -77,9 +77,8 @@ def edit_annotations(folder, change):
     path.write_text(json.dumps(content))
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    """tmp_path/dataset: 6 + 4 + 4 noisy images with a bright square each, annotated as a polygon."""
+def make_dataset(root):
+    """root/{train,valid,test}: 6 + 4 + 4 noisy images with a bright square each, annotated as a polygon; returns root."""
     rng = np.random.default_rng(0)
     for split, count in {"train": 6, "valid": 4, "test": 4}.items():
         images, annotations = {}, []
@@ -89,21 +88,14 @@ def dataset(tmp_path):
             pixels[y:y + 16, x:x + 16] = 230
             images[f"{number}_{split}.png"] = Image.fromarray(pixels)
             annotations.append((number, square(x, y, 16)))
-        write_split(tmp_path / "dataset" / split, images, annotations)
-    return tmp_path / "dataset"
+        write_split(root / split, images, annotations)
+    return root
 
 
-# The flags of the smallest training there is; four steps an epoch would need more than six images.
+@pytest.fixture
+def dataset(tmp_path):
+    return make_dataset(tmp_path / "dataset")
+
+
+# The flags of the smallest training there is.
 SMALL = ("--image-size", 32, "--n-filters", 2, "--batch-size", 2, "--swanlab", "disabled", "--device", "cpu")
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder with the files that a training of one epoch leaves; to be read, not changed."""
-    import torch
-
-    from net import UNet
-    folder = tmp_path_factory.mktemp("trained")
-    torch.manual_seed(0)
-    torch.save(UNet(n_filters=2, image_size=32).state_dict(), folder / "best_model.pth")
-    return folder

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, ROOT, SMALL, assert_refused, script
+from conftest import HOME, ROOT, SMALL, make_dataset, script
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -180,9 +180,8 @@ def same_weights(one, other):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A folder with a data set, and in run/ what an uninterrupted training of three epochs left."""
-    from conftest import dataset
     place = tmp_path_factory.mktemp("straight")
-    dataset.__wrapped__(place) if hasattr(dataset, "__wrapped__") else dataset.__pytest_wrapped__.obj(place)
+    make_dataset(place / "dataset")
     result = script("train.py", *SMALL, "--epochs", 3, "--out", "run", cwd=place)
     assert result.returncode == 0, result.stderr
     return place, result.stdout
