@@ -9,6 +9,7 @@ kept in ROOT/.cache as one array per split, (N, size, size, 4): red, green, blue
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -91,9 +92,14 @@ def normalize(pixels):
 
     The memory stays in the order of the pixels, which is what PyTorch calls channels_last.
     """
-    mean = torch.tensor(MEAN, device=pixels.device)
-    std = torch.tensor(STD, device=pixels.device)
-    return pixels.float().sub_(mean * 255).div_(std * 255).permute(0, 3, 1, 2)  # in place: one array, not three
+    mean, std = _statistics(pixels.device)
+    return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # in place: one array, not three
+
+
+@functools.cache
+def _statistics(device):
+    """MEAN and STD of 0..255 on the device, put there once: a copy from the host in every step would wait for the GPU."""
+    return torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255
 
 
 # ---- annotations -----------------------------------------------------------------------------
@@ -396,9 +402,9 @@ class Batches:
         order = torch.arange(len(self.rows))
         if self.shuffle:
             order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
-        for indices in order.split(self.batch_size)[self.start:]:
+        for indices in order.to(self.rows.device).split(self.batch_size)[self.start:]:
             self.whole = len(indices)
-            batch = self.rows[indices[self.rank::self.world].to(self.rows.device)]
+            batch = self.rows[indices[self.rank::self.world]]
             if self.device.type == "cuda" and not batch.is_cuda:
                 batch = batch.pin_memory()  # then the copy waits in the GPU's queue, and we do not wait for it
             batch = batch.to(self.device, non_blocking=True)
@@ -439,7 +445,7 @@ def audit(root, out=Path(".")):
             foreground, pixels, empty = foreground + area, pixels + size[0] * size[1], empty + (area == 0)
             tiles += [tile] if tile is not None else []
 
-        listed = {dataset.path(i).name for i in range(len(dataset))} if not unreadable else {i["file_name"] for i in dataset.coco.imgs.values()}
+        listed = {PurePosixPath(record["file_name"]).name for record in dataset.coco.imgs.values()}
         extra = sum(path.suffix.lower() in SUFFIXES and path.name not in listed for path in folder.iterdir())
         annotations = dataset.coco.anns.values()
         names = {category["id"]: category.get("name") for category in dataset.coco.dataset.get("categories", [])}

@@ -110,7 +110,7 @@ def dice_loss(pred, target, smooth=1e-6):
 
 def combined_loss(pred, target):
     """0.6 Dice loss + 0.4 binary cross-entropy, on probabilities in float32."""
-    bce, pixels = sum_over_ranks(torch.stack([F.binary_cross_entropy(pred, target, reduction="sum"), pred.new_tensor(pred.numel())]))
+    bce, pixels = sum_over_ranks(torch.stack([F.binary_cross_entropy(pred, target, reduction="sum"), pred.new_full((), pred.numel())]))
     return 0.6 * dice_loss(pred, target) + 0.4 * bce / pixels
 
 
@@ -153,7 +153,8 @@ class Scores:
         """loss: the batch's, a scalar tensor; pred, target: (B, C, H, W), values 0..1."""
         found, truth = (pred > threshold).flatten(1), (target > 0.5).flatten(1)
         tp, found, truth = (found & truth).sum(1), found.sum(1), truth.sum(1)  # (B,) each
-        dice = torch.where(found + truth == 0, 1.0, 2 * tp.to(self.sums.dtype) / (found + truth)).sum()
+        empty = (found + truth == 0).to(self.sums.dtype)  # both empty: 1 / 1
+        dice = ((2 * tp + empty) / (found + truth + empty)).sum()
         tp, found, truth = tp.sum(), found.sum(), truth.sum()
         self.counts += torch.stack([tp, found - tp, truth - tp, target.numel() - found - truth + tp])
         self.sums += torch.stack([torch.full_like(dice, len(pred)), loss.to(dice.dtype) * len(pred), dice])
@@ -606,7 +607,7 @@ def parse_arguments(argv):
     # machine
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 on a GPU that has it, fp16 on one that has not, else fp32")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the network: a minute, then faster steps")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the network: slow to start, for long runs")
     # files
     parser.add_argument("--out", default=".", help="folder for weights, metrics and pictures")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pth, with its flags")
