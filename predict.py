@@ -14,16 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import net
 from data import SUFFIXES, ArgumentParser, each, normalize, number, output_folder, preprocess, read_image, resize_nearest, run
-from net import IMAGE_SIZE, pick_device
+from net import IMAGE_SIZE, keep_freed_memory, pick_device
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
-BATCH_SIZE = 16
 
 
 def load_model(model_path="best_model.pth", device="cuda"):
@@ -77,9 +75,8 @@ def visualize_result(original_image, predicted_mask, *, path="predictions.png"):
 
 def full_size_mask(probabilities, size, threshold):
     """float32 probabilities (S, S) on the CPU -> bool array (height, width) for size = (width, height)."""
-    width, height = size
-    resized = F.interpolate(probabilities[None, None], (height, width), mode="bilinear", antialias=True)
-    return (resized[0, 0] > threshold).numpy()
+    # By Pillow, as in preprocessing: a thread that calls PyTorch would start threads of its own, against the network's.
+    return np.asarray(Image.fromarray(probabilities.numpy()).resize(size, Image.Resampling.BILINEAR)) > threshold
 
 
 def overlay(image, mask):
@@ -123,6 +120,7 @@ def predict_many(model, paths, output, threshold, device):
         overlay(image, mask).save(output / f"{path.stem}_overlay.png", compress_level=1)  # size matters less than time
         return describe(path, mask, probabilities.max())
 
+    batch_size = 4 if torch.device(device).type == "cpu" else 16  # more would not fit a CPU's caches, and is slower there
     problems, batch, writing = [], [], deque()
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit=" images", disable=None) as bar:
         def flush(limit):
@@ -136,12 +134,12 @@ def predict_many(model, paths, output, threshold, device):
                 bar.update()
             else:
                 batch.append(found)
-            if batch and (len(batch) == BATCH_SIZE or number_read == len(paths)):
+            if batch and (len(batch) == batch_size or number_read == len(paths)):
                 tensor = normalize(torch.stack([pixels for _, _, pixels in batch]))
                 for (path, image, _), probabilities in zip(batch, predict_probabilities(model, tensor, device)[:, 0].cpu()):
                     writing.append(pool.submit(write, path, image, probabilities))
                 batch = []
-                flush(2 * BATCH_SIZE)
+                flush(2 * batch_size)
         flush(0)
     return problems
 
@@ -192,6 +190,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     paths = expand(args.inputs) if args.inputs else [example()]
     single = len(paths) == 1 and not any(Path(given).is_dir() for given in args.inputs)
     model = load_model(args.model, device)

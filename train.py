@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import MEAN, SPLITS, STD, ArgumentParser, Batches, load_split, number, output_folder, run
-from net import IMAGE_SIZE, UNet, load_model, load_weights, pick_device
+from net import IMAGE_SIZE, UNet, keep_freed_memory, load_model, load_weights, pick_device
 
 # What of the command line decides the result: a resumed run has to have it in common with its beginning.
 RESULT_FLAGS = ("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision")
@@ -661,6 +661,8 @@ def choose_precision(name, device):
 
 def train_and_test(args, resume, signals):
     device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun started this process
         if device.type == "cuda":
             torch.cuda.set_device(device)

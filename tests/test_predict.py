@@ -133,7 +133,7 @@ def test_a_folder_of_every_format(place):
 def test_many_are_as_one(place):
     folder = place / "scans"
     folder.mkdir()
-    for number in range(predict.BATCH_SIZE * 3 + 5):
+    for number in range(3 * 16 + 5):
         scan(40 + number, 50, number % 20, number % 15, 20).save(folder / f"{number:03}.png")
     result = script("predict.py", "scans", "--output", "all", cwd=place)
     assert result.returncode == 0, result.stderr
