@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 START = "import json, sys, time; s = json.loads(sys.argv[1])\n"
 
 LOADER_OURS = START + """
+from net import keep_freed_memory; keep_freed_memory()
 from data import Batches, load_split
 batches = Batches(load_split(s['data'], 'train', s['size']), 32, shuffle=True)
 for _ in batches: pass
@@ -57,7 +58,7 @@ print(json.dumps({'images_per_second': len(loader.dataset) / (time.perf_counter(
 STEP = START + """
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from net import UNet, pick_device
+from net import UNet, keep_freed_memory, pick_device
 from train import choose_precision, combined_loss
 device = pick_device(s['device'])
 torch.manual_seed(0)
@@ -65,6 +66,7 @@ model = UNet(n_filters=s['filters'])
 images = torch.randn(s['batch'], 3, s['size'], s['size'], device=device)
 masks = (torch.rand(s['batch'], 1, s['size'], s['size'], device=device) > 0.96).float()
 plain = s['plain']
+if not plain and device.type == 'cpu': keep_freed_memory()
 precision = 'fp32' if plain else choose_precision('auto', device)
 dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
 model.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
