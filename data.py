@@ -40,6 +40,7 @@ CACHE_VERSION = 1  # raise it when the pixels of a cached row change
 
 # Pillow warns above 89 megapixels and refuses at twice that: refuse at once.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd metadata: the pixels are what counts, and an error where they are damaged
 
 
 # ---- one image -------------------------------------------------------------------------------
@@ -71,7 +72,8 @@ def read_image(path):
 
 
 def _to_8_bits(image):
-    values = np.asarray(image).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # what is not a number is refused below
+        values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all() or values.min() < 0:
         raise ValueError("has negative or non-finite pixels: rescale it to 0..65535 first")
     ranges = [1, 255, 1023, 4095, 65535] if image.mode == "F" else [255, 1023, 4095, 65535]
@@ -104,9 +106,11 @@ def _statistics(device):
 
 # ---- annotations -----------------------------------------------------------------------------
 
-def load_coco(folder):
+def load_coco(folder, bad=None):
     """The annotations of one split folder as a pycocotools COCO object.
 
+    bad: a list; each image that has to be left out because its record, or that of one of its annotations, is
+    damaged adds a line to it. Without it, they are a ValueError.
     Raises FileNotFoundError for a missing folder or file; ValueError for what is not COCO: every image
     needs an id, a file_name, a width and a height, every annotation the image_id of one of them.
     """
@@ -122,9 +126,14 @@ def load_coco(folder):
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    problem = _structure_problem(content)
-    if problem:
-        raise ValueError(f"{path}: not COCO annotations: {problem}")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.setdefault(key, [] if key == "categories" else None), list):
+            raise ValueError(f"{path}: not COCO annotations: no list of {key}")
+    problems = [f"{path}: not COCO annotations: {problem}" for problem in _drop_damaged_records(content)]
+    if problems and bad is None:
+        raise ValueError(problems[0] + _and_more(problems, folder.parent))
+    if problems:
+        bad.extend(problems)
     coco = COCO()
     coco.dataset = content
     with contextlib.redirect_stdout(None):  # createIndex reports its progress
@@ -132,34 +141,48 @@ def load_coco(folder):
     return coco
 
 
-def _structure_problem(content):
-    """What keeps `content` from being indexed as COCO, or None."""
-    if not isinstance(content, dict):
-        return f"it holds a {type(content).__name__}, not an object"
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key, [] if key == "categories" else None), list):
-            return f"no list of {key}"
-        if not all(isinstance(entry, dict) for entry in content.get(key, [])):
-            return f"{key} holds something that is not an object"
-    ids = set()
-    for image in content["images"]:
-        if not isinstance(image.get("id"), (int, str)) or image["id"] in ids:
-            return f"image id {image.get('id')!r} is missing or used twice"
-        ids.add(image["id"])
-        if not isinstance(image.get("file_name"), str):
-            return f"image {image['id']!r} has no file_name"
-        if not all(type(image.get(side)) is int and image[side] > 0 for side in ("width", "height")):
-            return f"image {image['id']!r} has no whole, positive width and height"
+def _and_more(problems, root):
+    return f" ({len(problems)} such: `python data.py {root}` lists them)" if len(problems) > 1 else ""
+
+
+def _drop_damaged_records(content):
+    """Remove from `content` what COCO cannot index, and images with such an annotation; yield a reason for each."""
+    good, spoiled = {}, set()  # images by id; ids of those that go
+    for number, image in enumerate(content["images"]):
+        reason = _image_problem(image, good)
+        if reason:
+            yield f"images[{number}] {reason}"
+            spoiled |= {image["id"]} if isinstance(image, dict) and isinstance(image.get("id"), (int, str)) else set()
+        else:
+            good[image["id"]] = image
+    annotations = []
     for number, annotation in enumerate(content["annotations"]):
-        if not isinstance(annotation.get("image_id"), (int, str)) or annotation["image_id"] not in ids:
-            return f"annotations[{number}] belongs to no image (image_id {annotation.get('image_id')!r})"
-        annotation.setdefault("id", number)  # createIndex wants both; nothing of ours depends on them
-        annotation.setdefault("category_id", None)
-        if not isinstance(annotation["id"], (int, str)) or not isinstance(annotation["category_id"], (int, str, type(None))):
-            return f"annotations[{number}] has an id or category_id that is no number"
-    for category in content.get("categories", []):
-        if not isinstance(category.get("id"), (int, str)):
-            return "a category has no id"
+        owner = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if not isinstance(owner, (int, str)) or owner not in good and owner not in spoiled:
+            yield f"annotations[{number}] belongs to no image" + (f" (image_id {owner!r})" if isinstance(annotation, dict) else "")
+        elif not all(isinstance(annotation.setdefault(key, default), (int, str, type(default))) for key, default in (("id", number), ("category_id", None))):
+            yield f"annotations[{number}] has an id or category_id that is no number"
+            spoiled.add(owner)
+        else:
+            annotations.append(annotation)
+    for number, category in enumerate(content["categories"]):
+        if not isinstance(category, dict) or not isinstance(category.get("id"), (int, str)):
+            yield f"categories[{number}] has no id"
+    content["images"] = [image for key, image in good.items() if key not in spoiled]
+    content["annotations"] = [annotation for annotation in annotations if annotation["image_id"] not in spoiled]
+    content["categories"] = [entry for entry in content["categories"] if isinstance(entry, dict) and isinstance(entry.get("id"), (int, str))]
+
+
+def _image_problem(image, earlier):
+    """What is wrong with an image's record, or None."""
+    if not isinstance(image, dict):
+        return "is not an object"
+    if not isinstance(image.get("id"), (int, str)) or image["id"] in earlier:
+        return f"has id {image.get('id')!r}, which is missing or used twice"
+    if not isinstance(image.get("file_name"), str):
+        return "has no file_name"
+    if not all(type(image.get(side)) is int and image[side] > 0 for side in ("width", "height")):
+        return "has no whole, positive width and height"
     return None
 
 
@@ -285,64 +308,103 @@ class COCOSegmentationDataset(Dataset):
         return np.concatenate([preprocess(image, self.image_size), mask[..., None]], axis=2)
 
 
-def load_split(root, split, image_size=IMAGE_SIZE):
+def load_split(root, split, image_size=IMAGE_SIZE, *, skipped=None):
     """Every image of a split at training size: uint8 array (N, image_size, image_size, 4), memory-mapped.
 
     Made once, in parallel, and kept in root/.cache under a name that depends on the annotations and on
     the name, size and time of every image; made anew when one of them changes, in memory where the folder
-    cannot be written. Raises FileNotFoundError; ValueError that counts the damaged images and names the first.
+    cannot be written. While another process makes it, this one waits.
+    skipped: a list; damaged images are left out and each adds a line to it. Without it they are a
+    ValueError that counts them and names the first. Raises FileNotFoundError.
     """
     folder = Path(root) / split
-    dataset = COCOSegmentationDataset(load_coco(folder), folder, image_size=image_size)
-    shape = (len(dataset), image_size, image_size, 4)
-    path = Path(root) / ".cache" / f"{split}-{image_size}-{_fingerprint(dataset)}.npy"
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or cut short: it is made below
-        rows = np.load(path, mmap_mode="c")
-        if rows.shape == shape and rows.dtype == np.uint8:
-            return rows
+    dataset = COCOSegmentationDataset(load_coco(folder, skipped), folder, image_size=image_size)
+    path = Path(root) / ".cache" / f"{split}-{image_size}-{CACHE_VERSION}{fingerprint(dataset, 'st_size', 'st_mtime_ns')}.npy"
+    found = _cached(path, dataset, skipped)
+    if found is None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with locked(path.parent / "lock", f"{path.parent}: another process is making the cache; waiting for it") as held:
+                found = _cached(path, dataset, skipped)  # the other may have made this one
+                if found is None:
+                    _write_cache(path, dataset, split, skipped)
+                    found = _cached(path, dataset, skipped)
+                    if held:
+                        _tidy(path, f"{split}-{image_size}-*")
+        except OSError as error:
+            print(f"{path.parent}: {error.strerror}; keeping {split} in memory instead", file=sys.stderr)
+    if found is None:
+        bad = []
+        found = np.stack(list(_rows(dataset, split, None if skipped is None else bad))), bad
+    rows, bad = found
+    if skipped is not None:
+        skipped.extend(bad)
+    return rows
+
+
+def _cached(path, dataset, skipped):
+    """What is in the cache, as (rows, lines for the images left out), or None where it is not what is asked for."""
     try:
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            try:
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for row in _rows(dataset, split):
-                    file.write(row.tobytes())  # not through a memory map: a full disk would be a bus error
-                file.flush()
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        print(f"{path.parent}: {error.strerror}; keeping {split} in memory instead", file=sys.stderr)
-        return np.stack(list(_rows(dataset, split)))
-    for stale in set(path.parent.glob(f"{split}-{image_size}-*.npy")) - {path}:
+        rows = np.load(path, mmap_mode="c")
+        bad = path.with_suffix(".txt").read_text("utf-8").splitlines() if path.with_suffix(".txt").exists() else []
+    except (OSError, ValueError):  # not there yet, or cut short
+        return None
+    expected = (len(dataset) - len(bad), dataset.image_size, dataset.image_size, 4)
+    return (rows, bad) if rows.shape == expected and rows.dtype == np.uint8 and (skipped is not None or not bad) else None
+
+
+def _write_cache(path, dataset, split, skipped):
+    bad, count = [], 0
+    with whole(path, sync=False) as file:
+        def header(rows):
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (rows, dataset.image_size, dataset.image_size, 4)})
+
+        header(len(dataset))
+        for row in _rows(dataset, split, None if skipped is None else bad):
+            file.write(row.tobytes())  # not through a memory map: a full disk would be a bus error
+            count += 1
+        file.seek(0)
+        header(count)  # as long as the first: numpy leaves room in it for any number of rows
+        listed = path.with_suffix(".txt")
+        listed.unlink(missing_ok=True)
+        if bad:
+            with whole(listed, sync=False) as lines:
+                lines.write("".join(f"{line}\n" for line in bad).encode())
+
+
+def _tidy(path, pattern):
+    """Remove earlier caches of this split, and what a killed process left of one."""
+    for stale in {*path.parent.glob(pattern), *path.parent.glob(f".{pattern}")} - {path, path.with_suffix(".txt")}:
         with contextlib.suppress(OSError):  # another process may have it open, or have removed it
             stale.unlink()
-    return np.load(path, mmap_mode="c")
 
 
-def _fingerprint(dataset):
+def fingerprint(dataset, *fields):
+    """16 hexadecimal digits that depend on the annotations, and on every image's name and these fields of its os.stat."""
     digest = hashlib.sha256((dataset.image_dir / ANNOTATIONS).read_bytes())
     for index in range(len(dataset)):
         path = dataset.path(index)
         state = path.stat() if path.exists() else None
-        digest.update(repr((CACHE_VERSION, path.name, state and (state.st_size, state.st_mtime_ns))).encode())
+        digest.update(repr((path.name, state and [getattr(state, field) for field in fields])).encode())
     return digest.hexdigest()[:16]
 
 
-def _rows(dataset, split):
-    """Yield dataset.row(i) for every i, in order, decoding on all cores; ValueError once all were tried."""
-    problems = []
+def _rows(dataset, split, bad=None):
+    """Yield dataset.row(i) for every i, in order, decoding on all cores.
+
+    Damaged images are left out, with a line each in `bad`; without it they are a ValueError once all were tried.
+    """
+    problems = [] if bad is None else bad
     for row in tqdm(each(dataset.row, range(len(dataset))), f"caching {split}", len(dataset), unit=" images", disable=None):
         if isinstance(row, Exception):
-            problems.append(row)
-        elif not problems:
+            problems.append(" ".join(str(row).split()))
+        elif bad is not None or not problems:
             yield row
-    if problems:
-        raise type(problems[0])(f"{problems[0]} ({len(problems)} of {len(dataset)} images in {split} are damaged: "
-                                f"`python data.py {dataset.image_dir.parent}` lists them)")
+    if bad is None and problems:
+        raise ValueError(f"{problems[0]} ({len(problems)} of {len(dataset)} images in {split} are damaged: "
+                         f"`python data.py {dataset.image_dir.parent}` lists them)")
+    if len(problems) == len(dataset):
+        raise ValueError(f"{problems[0]} (and so are all {len(dataset)} images in {split})")
 
 
 def each(function, items):
@@ -424,7 +486,7 @@ def audit(root, out=Path(".")):
     for split in SPLITS:
         folder = Path(root) / split
         try:
-            dataset = COCOSegmentationDataset(load_coco(folder), folder)
+            dataset = COCOSegmentationDataset(load_coco(folder, problems), folder)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
             continue
@@ -448,7 +510,7 @@ def audit(root, out=Path(".")):
         listed = {PurePosixPath(record["file_name"]).name for record in dataset.coco.imgs.values()}
         extra = sum(path.suffix.lower() in SUFFIXES and path.name not in listed for path in folder.iterdir())
         annotations = dataset.coco.anns.values()
-        names = {category["id"]: category.get("name") for category in dataset.coco.dataset.get("categories", [])}
+        names = {category["id"]: str(category.get("name")) for category in dataset.coco.dataset.get("categories", [])}
         used = Counter(names.get(annotation["category_id"], "?") for annotation in annotations)
         share = 100 * foreground / pixels if pixels else 0
         print(f"{split}: {len(dataset)} images, {len(annotations)} annotations")
@@ -461,7 +523,8 @@ def audit(root, out=Path(".")):
         for number, tile in enumerate(tiles):
             sheet.paste(tile, (number % 8 * 160, number // 8 * 160))
         path = out / "contact_sheet.jpg"
-        sheet.save(path, quality=90)
+        with whole(path, sync=False) as file:
+            sheet.save(file, "JPEG", quality=90)
         print(f"contact sheet: {path}")
     return problems
 
@@ -498,6 +561,49 @@ def number(low, high=math.inf, kind=int):
         return value
     parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
     return parse
+
+
+@contextlib.contextmanager
+def whole(path, *, sync=True):
+    """A binary file to write that appears at `path` once it is complete, or not at all; with sync, even if the power fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed it since
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path, waiting=None):
+    """Hold a lock that ends with the process. Yields False where the file system has none (or cannot be written).
+
+    waiting: what to say before waiting for another process that holds it; without it, ValueError.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting is None:
+            raise ValueError(f"{path.parent}: another training is writing to this folder; give this one another --out") from None
+        print(waiting, file=sys.stderr, flush=True)
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # before the release: then it is nobody else's
+        lock.release()
 
 
 def output_folder(path, flag="--out"):

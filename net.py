@@ -10,6 +10,7 @@ so the output is as large as the input.
 """
 import ctypes
 import os
+import warnings
 
 import torch
 import torch.nn as nn
@@ -159,7 +160,9 @@ def load_weights(path):
     Raises FileNotFoundError; ValueError where the file is damaged or holds anything else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about a file is an error below, or of no account
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; `python train.py` writes it") from None
     except Exception as error:  # RuntimeError, EOFError, UnpicklingError, ...: whatever the damage looks like

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import net
-from data import SUFFIXES, ArgumentParser, each, normalize, number, output_folder, preprocess, read_image, resize_nearest, run
+from data import SUFFIXES, ArgumentParser, each, normalize, number, output_folder, preprocess, read_image, resize_nearest, run, whole
 from net import IMAGE_SIZE, keep_freed_memory, pick_device
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
@@ -70,7 +70,7 @@ def visualize_result(original_image, predicted_mask, *, path="predictions.png"):
         left = 10 + index * (max(width, 150) + 10)
         draw.text((left + max(width, 150) / 2, 32), title, fill="black", font=font, anchor="ms")
         figure.paste(panel, (left + (max(width, 150) - width) // 2, 40))
-    figure.save(path)
+    save_image(figure, Path(path))
 
 
 def full_size_mask(probabilities, size, threshold):
@@ -86,6 +86,12 @@ def overlay(image, mask):
     return Image.fromarray(pixels)
 
 
+def save_image(image, path, **options):
+    """Write a PIL image as a PNG file that is whole or absent."""
+    with whole(path, sync=False) as file:
+        image.save(file, "PNG", **options)
+
+
 def describe(path, mask, highest):
     """One line for a prediction; the highest probability tells an unsure model from a blind one."""
     return f"{path}: foreground {100 * mask.mean():.2f} %, highest probability {highest:.3f}"
@@ -99,7 +105,7 @@ def predict_one(model, path, output, threshold, device):
     tensor = normalize(torch.from_numpy(preprocess(image, model.image_size))[None])
     probabilities = predict_probabilities(model, tensor, device)[0, 0].cpu()
     mask = full_size_mask(probabilities, image.size, threshold)
-    Image.fromarray(mask).convert("L").save(output / f"{path.stem}_mask.png")
+    save_image(Image.fromarray(mask).convert("L"), output / f"{path.stem}_mask.png")
     visualize_result(image, mask, path=output / "predictions.png")
     print(describe(path, mask, probabilities.max()))
     print(f"saved {output / 'predictions.png'} and {output / f'{path.stem}_mask.png'}")
@@ -116,8 +122,8 @@ def predict_many(model, paths, output, threshold, device):
 
     def write(path, image, probabilities):
         mask = full_size_mask(probabilities, image.size, threshold)
-        Image.fromarray(mask).convert("L").save(output / f"{path.stem}_mask.png")
-        overlay(image, mask).save(output / f"{path.stem}_overlay.png", compress_level=1)  # size matters less than time
+        save_image(Image.fromarray(mask).convert("L"), output / f"{path.stem}_mask.png")
+        save_image(overlay(image, mask), output / f"{path.stem}_overlay.png", compress_level=1)  # size matters less than time
         return describe(path, mask, probabilities.max())
 
     batch_size = 4 if torch.device(device).type == "cpu" else 16  # more would not fit a CPU's caches, and is slower there

@@ -6,12 +6,13 @@
     python train.py --test-only                 # test best_model.pth again
     torchrun --standalone --nproc_per_node=4 train.py   # on four GPUs; the batch size is that of all together
 
-Writes to --out: best_model.pth (the weights with the lowest validation loss), last.pth (everything that
---resume needs), metrics.csv (a line an epoch), curves.png and predictions.png.
+Writes to --out: best_model.pth (the weights with the lowest validation loss), last.pth and last.previous.pth
+(everything that --resume needs), metrics.csv (a line an epoch), curves.png and predictions.png.
 """
 import argparse
 import copy
 import csv
+import io
 import itertools
 import math
 import os
@@ -21,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,13 +31,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from data import MEAN, SPLITS, STD, ArgumentParser, Batches, load_split, number, output_folder, run
+from data import (MEAN, SPLITS, STD, ArgumentParser, Batches, COCOSegmentationDataset, fingerprint, load_coco, load_split, locked, number,
+                  output_folder, run, whole)
 from net import IMAGE_SIZE, UNet, keep_freed_memory, load_model, load_weights, pick_device
 
 # What of the command line decides the result: a resumed run has to have it in common with its beginning.
-RESULT_FLAGS = ("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision")
+RESULT_FLAGS = ("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision", "skip_bad")
+CHECKPOINT_KEYS = {"progress", "best", "model", "optimizer", "scaler", "scores", "health", "flags", "rng", "cuda_rng"}
+NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16's scaler may need 16 to find its scale
+BLIND_LIMIT = 3  # epochs in a row without one pixel of foreground before a warning
 
 
 # ---- several processes (torchrun); each function does nothing in one -------------------------
@@ -109,8 +115,10 @@ def dice_loss(pred, target, smooth=1e-6):
 
 
 def combined_loss(pred, target):
-    """0.6 Dice loss + 0.4 binary cross-entropy, on probabilities in float32."""
-    bce, pixels = sum_over_ranks(torch.stack([F.binary_cross_entropy(pred, target, reduction="sum"), pred.new_full((), pred.numel())]))
+    """0.6 Dice loss + 0.4 binary cross-entropy, on probabilities in float32; not a number where a probability is not."""
+    # On a GPU binary_cross_entropy ends the process at what is no probability; the Dice keeps what is not a number.
+    bce = F.binary_cross_entropy(pred.nan_to_num(0.5), target, reduction="sum")
+    bce, pixels = sum_over_ranks(torch.stack([bce, pred.new_full((), pred.numel())]))
     return 0.6 * dice_loss(pred, target) + 0.4 * bce / pixels
 
 
@@ -149,20 +157,24 @@ class Scores:
         self.shown = torch.zeros(3, dtype=exact, pin_memory=device.type == "cuda")
 
     @torch.no_grad()
-    def add(self, loss, pred, target, threshold=0.5):
-        """loss: the batch's, a scalar tensor; pred, target: (B, C, H, W), values 0..1."""
+    def add(self, loss, pred, target, threshold=0.5, *, finite=True):
+        """loss: the batch's, a scalar tensor; pred, target: (B, C, H, W), values 0..1; finite: False, as a tensor too, counts nothing."""
         found, truth = (pred > threshold).flatten(1), (target > 0.5).flatten(1)
         tp, found, truth = (found & truth).sum(1), found.sum(1), truth.sum(1)  # (B,) each
         empty = (found + truth == 0).to(self.sums.dtype)  # both empty: 1 / 1
         dice = ((2 * tp + empty) / (found + truth + empty)).sum()
         tp, found, truth = tp.sum(), found.sum(), truth.sum()
-        self.counts += torch.stack([tp, found - tp, truth - tp, target.numel() - found - truth + tp])
-        self.sums += torch.stack([torch.full_like(dice, len(pred)), loss.to(dice.dtype) * len(pred), dice])
+        counts = torch.stack([tp, found - tp, truth - tp, target.numel() - found - truth + tp])
+        sums = torch.stack([torch.full_like(dice, len(pred)), loss.to(dice.dtype) * len(pred), dice])
+        self.counts += counts if finite is True else torch.where(finite, counts, 0)
+        self.sums += sums if finite is True else torch.where(finite, sums, 0)
 
     def result(self):
         """dict of floats: loss, those of `metrics`, and image_dice, the mean of the images' own Dice."""
         state = self.state()
         images, loss, image_dice = state["sums"].tolist()
+        if not images:  # every step of the epoch was skipped
+            return dict.fromkeys(("loss", *metrics(1, 0, 0, 0), "image_dice"), math.nan)
         return {"loss": loss / images, **metrics(*state["counts"].tolist()), "image_dice": image_dice / images}
 
     def glance(self):
@@ -198,23 +210,44 @@ def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=l
 
 # ---- files -----------------------------------------------------------------------------------
 
-@contextmanager
-def whole(path, mode="wb"):
-    """A file to write that appears at `path` once it is complete, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode) as file:
-            yield file
+def save(path, state, *, keep=None):
+    """torch.save to a file that is whole or absent; keep: the path that the file before it gets."""
+    with whole(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what PyTorch makes of an OSError while writing
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(_one_line(error)) from None
+        if keep:
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.replace(path, keep)
 
 
-def save(path, state):
-    with whole(path) as file:
-        torch.save(state, file)
+def load_checkpoint(out):
+    """What the newest checkpoint in the folder that loads holds. Raises FileNotFoundError or ValueError where none does."""
+    trouble = None
+    for path in (out / "last.pth", out / "last.previous.pth"):
+        try:
+            state = load_weights(path)
+            if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys() or not isinstance(state["flags"], dict):
+                raise ValueError(f"{path}: not written by train.py, so there is nothing to resume")
+        except (FileNotFoundError, ValueError) as error:
+            trouble = trouble or error
+            continue
+        if trouble:
+            print(f"WARNING: {trouble}\nWARNING: going on from the checkpoint before it, {path}", file=sys.stderr)
+        return {**state, "path": path}
+    raise trouble
+
+
+def _alike(found, template):
+    """Whether what a file holds has the types, keys and shapes of `template`; a whole number may stand for a float."""
+    if isinstance(template, torch.Tensor):
+        return isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (template.shape, template.dtype)
+    if isinstance(template, dict):
+        return isinstance(found, dict) and found.keys() == template.keys() and all(_alike(found[key], template[key]) for key in template)
+    return type(found) is type(template) or type(found) is int and type(template) is float
 
 
 # ---- SwanLab (tutorial, section 4) -----------------------------------------------------------
@@ -412,24 +445,42 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
     Keyword-only: autocast, a context for the forward pass; scaler, a GradScaler for fp16; resume, what
     last.pth held; flags, recorded in it; log(dict, step), called after each epoch; signals, a `Signals`
     to be stopped by. Under torchrun every process calls this, with its share of the batches.
-    Returns the history, a dict for each epoch. Raises Stopped with last.pth written; ValueError where no
-    validation loss was a number.
+    A step whose loss or gradient is not finite changes nothing and is counted ("skipped" in the history).
+    Returns the history, a dict for each epoch. Raises Stopped with last.pth written; ValueError after
+    NON_FINITE_LIMIT such steps in a row, where no validation loss was a number, and where the last
+    checkpoint cannot be written (one in between is only a warning).
     """
     out, device, signals = Path(out), torch.device(device), signals or Signals()
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    # A scaler skips steps that are not finite without waiting for the GPU: beside fp16, one that scales by 1.
+    scaler, fixed_scale = (scaler, None) if scaler else (torch.amp.GradScaler(device.type, init_scale=1.0), 1.0)
     rank, world = rank_and_world()
     # Epochs that are complete; batches of the one that is not; the best so far.
     progress = {"epoch": 0, "step": 0, "best_loss": math.inf, "best_epoch": 0, "history": []}
     scores, best, best_saved = Scores(device), None, 0
+    health = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped in this epoch, and in a row up to now
+    health_shown = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
     if resume:
-        progress, best = resume["progress"], resume["best"]
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        scaler.load_state_dict(resume["scaler"])
-        scores.load_state(resume["scores"])
-        torch.set_rng_state(resume["rng"])
-        if device.type == "cuda" and resume["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(resume["cuda_rng"], device)
+        names = ("loss", *metrics(1, 0, 0, 0), "image_dice")
+        row = {"epoch": 0, **{f"{split}_{name}": 0.0 for split in ("train", "val") for name in names},
+               "lr": 0.0, "skipped": 0, "images_per_second": 0.0, "seconds": 0.0}
+        moments = [{"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight} for weight in model.parameters()]
+        try:
+            if not (_alike(resume["model"], model.state_dict()) and (resume["best"] is None or _alike(resume["best"], model.state_dict()))
+                    and _alike(resume["progress"], progress) and all(_alike(found, row) for found in resume["progress"]["history"])
+                    and _alike(resume["scores"], scores.state()) and _alike(resume["health"], health) and _alike(resume["scaler"], scaler.state_dict())
+                    and (not isinstance(optimizer, torch.optim.Adam) or _alike(resume["optimizer"]["state"], dict(enumerate(moments))) or not resume["optimizer"]["state"])):
+                raise ValueError("another network, or another program")
+            progress, best = resume["progress"], resume["best"]
+            model.load_state_dict(resume["model"])
+            optimizer.load_state_dict({**resume["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})  # the flags say those
+            scaler.load_state_dict(resume["scaler"])
+            scores.load_state(resume["scores"])
+            health.copy_(resume["health"])
+            torch.set_rng_state(resume["rng"])
+            if device.type == "cuda" and resume["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(resume["cuda_rng"], device)
+        except Exception as error:  # of many kinds: whatever does not fit
+            raise ValueError(f"{out / 'last.pth'}: does not fit this training ({_one_line(error)})") from None
     wrapped = model  # what is trained; what is saved stays the model itself, whose weights keep their names
     if world > 1:
         for name, module in list(model.named_modules()):
@@ -438,29 +489,45 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
         wrapped = DistributedDataParallel(model)
     next_save = time.monotonic() + save_every
 
-    def checkpoint():
+    @contextmanager
+    def disk(last_chance):
+        """On a full or broken disk go on training and warn; give up where it is the last chance to write."""
+        try:
+            yield
+        except OSError as error:
+            text = f"{out}: {error.strerror or error}: what was written before is whole; make room or mend the folder"
+            if last_chance:
+                raise ValueError(f"{text}, then go on from there with --resume") from None
+            print(f"WARNING: {text}, writing is tried again later", file=sys.stderr, flush=True)
+
+    def checkpoint(last_chance=False):
         """Write best_model.pth where it changed, then last.pth. All processes call it, the first one writes."""
         nonlocal best_saved, next_save
         sums = scores.state()
         if rank > 0:
             return
         started = time.monotonic()
-        if best_saved != progress["best_epoch"]:
-            save(out / "best_model.pth", best)
-            best_saved = progress["best_epoch"]
-        save(out / "last.pth", {
-            "progress": progress, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "scores": sums, "flags": flags, "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
+        with disk(last_chance):
+            if best_saved != progress["best_epoch"]:
+                save(out / "best_model.pth", best)
+                best_saved = progress["best_epoch"]
+            save(out / "last.pth", {
+                "progress": progress, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "scores": sums, "health": health, "flags": flags, "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}, keep=out / "last.previous.pth")
         took = time.monotonic() - started  # on a slow disk, writing stays under a twentieth of the run
         next_save = time.monotonic() + (max(save_every, 20 * took) if save_every else 0)
 
     def poll():
-        stop, due = agree(signals.came or 0, rank == 0 and time.monotonic() >= next_save)
-        if stop or due:
-            checkpoint()
+        stop, due, in_a_row = agree(signals.came or 0, rank == 0 and time.monotonic() >= next_save, health_shown[1].item())
+        failed = in_a_row >= NON_FINITE_LIMIT
+        if stop or due or failed:
+            checkpoint(last_chance=stop or failed)
         if stop:
             raise Stopped(int(stop))
+        if failed:
+            raise ValueError(f"epoch {progress['epoch'] + 1}, step {progress['step']}: the loss or its gradient was not finite in {int(in_a_row)} steps in a row; "
+                             f"the weights in {out} are from before. Start again with a lower --lr, or --precision fp32")
 
     with signals.defer():
         if world > 1 and not resume:
@@ -483,21 +550,27 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
                 loss = criterion(outputs, masks)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+                gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+                gradients[0].add_(loss.detach() * 0)  # a loss that is not a number leaves no number in the gradient
+                finite = torch.isfinite(get_total_norm(gradients, math.inf))
+                scaler.step(optimizer)  # unless a gradient is not finite
+                scaler.update(fixed_scale)
 
-                scores.add(loss, outputs, masks)
+                scores.add(loss, outputs, masks, finite=finite)
+                health = torch.stack([health[0] + ~finite, (health[1] + 1) * ~finite])
+                health_shown.copy_(health, non_blocking=True)
                 progress["step"] += 1
                 if not bar.disable:
                     loss, seen = scores.glance()
                     rate = (seen - before) * world / (time.perf_counter() - started)
                     bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
                 poll()
-            train = scores.result()
+            train, skipped = scores.result(), health[0].item()
             rate = (scores.state()["sums"][0].item() - before) / (time.perf_counter() - started)
             val = evaluate(model, val_loader, criterion, device, autocast=autocast, poll=poll)
 
             progress["epoch"], progress["step"], scores = epoch + 1, 0, Scores(device)
+            health[0] = 0
             better = agree(val["loss"] < progress["best_loss"])[0]
             if better:
                 progress["best_loss"], progress["best_epoch"] = val["loss"], epoch + 1
@@ -505,24 +578,31 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
             lr = optimizer.param_groups[0]["lr"]
             progress["history"].append({
                 "epoch": epoch + 1, **{f"train_{key}": value for key, value in train.items()},
-                **{f"val_{key}": value for key, value in val.items()}, "lr": lr,
+                **{f"val_{key}": value for key, value in val.items()}, "lr": lr, "skipped": skipped,
                 "images_per_second": rate, "seconds": time.perf_counter() - started})
             if rank > 0:
                 continue
-            with whole(out / "metrics.csv", "w") as file:
-                table = csv.DictWriter(file, progress["history"][0])
-                table.writeheader()
-                table.writerows(progress["history"])
+            table = io.StringIO(newline="")
+            lines = csv.DictWriter(table, progress["history"][0])
+            lines.writeheader()
+            lines.writerows(progress["history"])
+            with disk(last_chance=False), whole(out / "metrics.csv") as file:
+                file.write(table.getvalue().encode())
             print(f"epoch {epoch + 1:>{len(str(num_epochs))}}/{num_epochs}"
                   f" | train loss {train['loss']:.4f} acc {train['acc']:.4f} dice {train['dice']:.4f}"
                   f" | val loss {val['loss']:.4f} acc {val['acc']:.4f} dice {val['dice']:.4f} iou {val['iou']:.4f}"
-                  f" | {rate:.0f} images/s{' | best' if better else ''}", flush=True)
+                  f" | {rate:.0f} images/s{' | best' if better else ''}"
+                  f"{f' | {skipped} steps skipped: not finite' if skipped else ''}", flush=True)
+            blind = [row["val_dice"] == 0 and row["val_acc"] == row["val_background_acc"] for row in progress["history"][-BLIND_LIMIT - 1:]]
+            if len(blind) >= BLIND_LIMIT and all(blind[-BLIND_LIMIT:]) and (len(blind) == BLIND_LIMIT or not blind[0]):
+                print(f"WARNING: for {BLIND_LIMIT} epochs the answer was background everywhere: that is {100 * val['background_acc']:.2f} % "
+                      f"accurate and finds nothing. Some more epochs may mend it; else try another --lr", file=sys.stderr, flush=True)
             log({**{f"train/{key}": value for key, value in train.items() if key != "background_acc"},
                  **{f"val/{key}": value for key, value in val.items()},
                  "train/epoch": epoch + 1, "train/lr": lr, "perf/images_per_second": rate}, epoch + 1)
         if progress["epoch"] < num_epochs and rank == 0:
             print(f"stopping early: no lower validation loss since epoch {progress['best_epoch']}")
-        checkpoint()
+        checkpoint(last_chance=True)
     if best is None:
         raise ValueError("the validation loss never was a number: lower --lr, or try --precision fp32")
     model.load_state_dict(best)
@@ -561,7 +641,7 @@ def visualize_predictions(model, test_loader, device, num_samples=5, threshold=0
         panels[3].imshow(np.ma.masked_equal(answer[0], 0), cmap="Reds", vmin=0, vmax=1.3, alpha=0.5)
         panels[3].contour(mask[0], [0.5], colors="lime", linewidths=0.8)
     figure.suptitle(f"Predictions at threshold {threshold:g} (red) and true outline (green)", fontsize=10)
-    figure.savefig(path, dpi=80)
+    _save_figure(figure, path)
     return path
 
 
@@ -584,8 +664,13 @@ def plot_curves(history, path):
         axis.set_title(title)
         axis.legend()
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=80)
+    _save_figure(figure, path)
     return path
+
+
+def _save_figure(figure, path):
+    with whole(Path(path), sync=False) as file:
+        figure.savefig(file, dpi=80, format="png")
 
 
 # ---- the command line ------------------------------------------------------------------------
@@ -596,13 +681,14 @@ def parse_arguments(argv):
     # data
     parser.add_argument("--data", default="dataset", help="folder that holds train/ valid/ test/")
     parser.add_argument("--synthetic", action="store_true", help="draw phantoms in DATA/synthetic and train on them")
-    parser.add_argument("--image-size", type=number(1), default=IMAGE_SIZE, help="side in pixels that images are resized to")
+    parser.add_argument("--image-size", type=number(1, 8192), default=IMAGE_SIZE, help="side in pixels that images are resized to")
+    parser.add_argument("--skip-bad", action="store_true", help="leave damaged images out, and list them in OUT/skipped.txt")
     # training
     parser.add_argument("--epochs", type=number(1), default=40)
     parser.add_argument("--batch-size", type=number(1), default=32)
     parser.add_argument("--lr", type=number(0.0, kind=float), default=1e-4, help="Adam's learning rate")
     parser.add_argument("--patience", type=number(1), default=8, help="epochs without a lower validation loss before stopping")
-    parser.add_argument("--n-filters", type=number(1), default=32, help="channels of the first level")
+    parser.add_argument("--n-filters", type=number(1, 1024), default=32, help="channels of the first level")
     parser.add_argument("--seed", type=number(0), default=0)
     # machine
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -623,14 +709,15 @@ def parse_arguments(argv):
         return args, None
     if args.test_only:
         raise ValueError("--resume trains and --test-only does not: give one of them")
-    path = Path(args.out) / "last.pth"
-    state = load_weights(path)
-    if not isinstance(state, dict) or not state.keys() >= {"progress", "best", "model", "optimizer", "scaler", "scores", "flags", "rng", "cuda_rng"}:
-        raise ValueError(f"{path}: not written by train.py, so there is nothing to resume")
-    parser.set_defaults(**state["flags"])  # what is not given again stays as it was
-    args = parser.parse_args(argv)
+    state = load_checkpoint(Path(args.out))
+    path, saved = state["path"], []  # what is not given again stays as it was
+    for name, value in state["flags"].items():
+        if name in vars(args) and name not in ("out", "resume", "test_only"):
+            flag = "--" + name.replace("_", "-")
+            saved += [f"{flag}={value}"] if not isinstance(value, bool) else [flag] if value else []
+    args = parser.parse_args(saved + list(sys.argv[1:] if argv is None else argv))
     for name in RESULT_FLAGS:
-        was, now = state["flags"].get(name), getattr(args, name)
+        was, now = state["flags"].get(name, parser.get_default(name)), getattr(args, name)
         if was != now:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{path}: was trained with {flag} {was}, not {now}: leave {flag} away, or start afresh without --resume")
@@ -639,15 +726,19 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args, resume = parse_arguments(argv)
-    signals = Signals()
+    out, signals = output_folder(args.out), Signals()
+    writes = os.environ.get("RANK", "0") == "0" and not args.test_only  # of several processes the first
     try:
-        with signals.installed():
+        with signals.installed(), locked(out / ".lock") if writes else nullcontext():
             train_and_test(args, resume, signals)
     except Stopped as stop:
         print(f"stopped by {signal.Signals(stop.signum).name}", file=sys.stderr)
         sys.exit(128 + stop.signum)
-    except torch.OutOfMemoryError:
-        raise ValueError(f"out of GPU memory with --batch-size {args.batch_size}: halve it, or lower --image-size or --n-filters") from None
+    except (MemoryError, RuntimeError) as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise ValueError(f"out of {'GPU ' if on_gpu else ''}memory with --batch-size {args.batch_size}: halve it, or lower --image-size or --n-filters") from None
 
 
 def choose_precision(name, device):
@@ -676,8 +767,13 @@ def train_and_test(args, resume, signals):
     say = print if rank == 0 else lambda *_, **__: None
     precision = choose_precision(args.precision, device)
     autocast = torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32")
-    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16" and device.type == "cuda")
-    out, root = output_folder(args.out), Path(args.data)
+    scaler = torch.amp.GradScaler("cuda") if precision == "fp16" and device.type == "cuda" else None
+    out, root = Path(args.out), Path(args.data)
+    if rank == 0 and not args.test_only:
+        for remains in out.glob(".*.tmp"):  # of a process that was killed while it wrote
+            remains.unlink(missing_ok=True)
+        if resume and resume["path"] != out / "last.pth":
+            os.replace(resume["path"], out / "last.pth")  # so that the next one does not push the good one out
     if args.synthetic:
         from download import make_phantoms
         with first_on_each_machine():
@@ -694,15 +790,24 @@ def train_and_test(args, resume, signals):
     if args.compile:
         model.compile()  # in place: the weights keep their names
 
+    splits, skipped = ["test"] if args.test_only else SPLITS, [] if args.skip_bad else None
     with first_on_each_machine():
-        rows = {split: load_split(root, split, args.image_size) for split in (["test"] if args.test_only else SPLITS)}
+        rows = {split: load_split(root, split, args.image_size, skipped=skipped) for split in splits}
     loader = {split: Batches(rows[split], args.batch_size, device, shuffle=split == "train", seed=args.seed, rank=rank, world=world)
               for split in rows}
     say(f"{root}: {', '.join(f'{len(rows[split])} {split}' for split in rows)} images at {args.image_size}x{args.image_size}; "
         f"{f'{world} x ' if world > 1 else ''}{device.type}, {precision}; "
         f"{sum(weight.numel() for weight in model.parameters()):,} parameters; writing to {out}", flush=True)
+    if skipped and rank == 0:
+        with whole(out / "skipped.txt") as file:
+            file.write("".join(f"{line}\n" for line in skipped).encode())
+        print(f"{len(skipped)} damaged images left out, listed in {out / 'skipped.txt'}", flush=True)
 
     flags = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "test_only")}
+    if not args.test_only:
+        flags["data_fingerprints"] = [fingerprint(COCOSegmentationDataset(load_coco(root / split, []), root / split), "st_size") for split in ("train", "valid")]
+        if resume and resume["flags"].get("data_fingerprints") != flags["data_fingerprints"]:
+            raise ValueError(f"{resume['path']}: was trained on other data than {root} holds now: give it the same --data, or start afresh without --resume")
     tracker = SwanLab("disabled" if args.test_only or rank > 0 else args.swanlab, project=args.project, experiment_name=args.experiment_name,
                       config=flags, log_dir=out / "swanlog", run_id=resume and resume["flags"].get("swanlab_run"))
     flags["swanlab_run"] = tracker.run_id
