@@ -9,6 +9,7 @@ MICCAI 2015, https://arxiv.org/abs/1505.04597. Unlike the paper's, these convolu
 so the output is as large as the input.
 """
 import ctypes
+import math
 import os
 import warnings
 
@@ -20,23 +21,34 @@ IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at un
 STRIDE = 32  # five poolings: both sides of what enters the encoder are multiples of this
 
 
+def make_norm(kind, channels):
+    """The normalisation layer after a 3x3 convolution: 'batch', 'group' (8 groups) or None, which does nothing."""
+    if kind not in (None, "batch", "group"):
+        raise ValueError(f"norm {kind!r}: it must be None, 'batch' or 'group'")
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(math.gcd(8, channels), channels) if kind else nn.Identity()
+
+
 class DownBlock(nn.Module):
     """Two 3x3 convolutions, then (where max_pooling) a halving of both sides.
 
     (B, in_channels, H, W) -> x (B, out_channels, H/2, W/2), skip (B, out_channels, H, W).
     """
 
-    def __init__(self, in_channels, out_channels, dropout_prob=0, max_pooling=True):
+    def __init__(self, in_channels, out_channels, dropout_prob=0, max_pooling=True, *, norm=None):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = make_norm(norm, out_channels)
+        self.norm2 = make_norm(norm, out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(2) if max_pooling else None
         self.dropout = nn.Dropout(dropout_prob) if dropout_prob > 0 else None
 
     def forward(self, x):
-        x = self.relu(self.conv1(x))
-        x = self.relu(self.conv2(x))
+        x = self.relu(self.norm1(self.conv1(x)))
+        x = self.relu(self.norm2(self.conv2(x)))
         if self.dropout is not None:
             x = self.dropout(x)
         skip = x
@@ -51,48 +63,51 @@ class UpBlock(nn.Module):
     x (B, in_channels, H, W), skip (B, out_channels, 2H, 2W) -> (B, out_channels, 2H, 2W).
     """
 
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels, out_channels, *, norm=None):
         super().__init__()
         self.up = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
         self.conv1 = nn.Conv2d(out_channels * 2, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = make_norm(norm, out_channels)
+        self.norm2 = make_norm(norm, out_channels)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x, skip):
         x = self.up(x)
         x = torch.cat([x, skip], dim=1)
-        x = self.relu(self.conv1(x))
-        x = self.relu(self.conv2(x))
+        x = self.relu(self.norm1(self.conv1(x)))
+        x = self.relu(self.norm2(self.conv2(x)))
         return x
 
 
 class UNet(nn.Module):
     """(B, n_channels, H, W), any H and W from 1 up -> probabilities (B, n_classes, H, W), float32, 0..1.
 
+    norm: 'batch' or 'group' puts such a normalisation after each 3x3 convolution; the tutorial has None.
     The names of its weights and their shapes are the tutorial's, so either's `best_model.pth`
     loads in the other. `image_size` is the side in pixels the model is trained at: it changes no
     arithmetic, travels in the state dict's metadata, and tells predict.py how to resize.
     """
 
-    def __init__(self, n_channels=3, n_classes=1, n_filters=32, *, image_size=IMAGE_SIZE):
+    def __init__(self, n_channels=3, n_classes=1, n_filters=32, *, image_size=IMAGE_SIZE, norm=None):
         super().__init__()
         self.image_size = image_size
 
         # Encoder (sides for a 256x256 input)
-        self.down1 = DownBlock(n_channels, n_filters)          # -> 128
-        self.down2 = DownBlock(n_filters, n_filters * 2)       # -> 64
-        self.down3 = DownBlock(n_filters * 2, n_filters * 4)   # -> 32
-        self.down4 = DownBlock(n_filters * 4, n_filters * 8)   # -> 16
-        self.down5 = DownBlock(n_filters * 8, n_filters * 16)  # -> 8
+        self.down1 = DownBlock(n_channels, n_filters, norm=norm)          # -> 128
+        self.down2 = DownBlock(n_filters, n_filters * 2, norm=norm)       # -> 64
+        self.down3 = DownBlock(n_filters * 2, n_filters * 4, norm=norm)   # -> 32
+        self.down4 = DownBlock(n_filters * 4, n_filters * 8, norm=norm)   # -> 16
+        self.down5 = DownBlock(n_filters * 8, n_filters * 16, norm=norm)  # -> 8
 
-        self.bottleneck = DownBlock(n_filters * 16, n_filters * 32, dropout_prob=0.4, max_pooling=False)
+        self.bottleneck = DownBlock(n_filters * 16, n_filters * 32, dropout_prob=0.4, max_pooling=False, norm=norm)
 
         # Decoder
-        self.up1 = UpBlock(n_filters * 32, n_filters * 16)     # -> 16
-        self.up2 = UpBlock(n_filters * 16, n_filters * 8)      # -> 32
-        self.up3 = UpBlock(n_filters * 8, n_filters * 4)       # -> 64
-        self.up4 = UpBlock(n_filters * 4, n_filters * 2)       # -> 128
-        self.up5 = UpBlock(n_filters * 2, n_filters)           # -> 256
+        self.up1 = UpBlock(n_filters * 32, n_filters * 16, norm=norm)     # -> 16
+        self.up2 = UpBlock(n_filters * 16, n_filters * 8, norm=norm)      # -> 32
+        self.up3 = UpBlock(n_filters * 8, n_filters * 4, norm=norm)       # -> 64
+        self.up4 = UpBlock(n_filters * 4, n_filters * 2, norm=norm)       # -> 128
+        self.up5 = UpBlock(n_filters * 2, n_filters, norm=norm)           # -> 256
 
         self.outc = nn.Conv2d(n_filters, n_classes, 1)
         self.sigmoid = nn.Sigmoid()
@@ -143,7 +158,8 @@ class UNet(nn.Module):
         largest = state.get("bottleneck.conv2.weight")
         if getattr(largest, "shape", None) != (32 * n_filters, 32 * n_filters, 3, 3) or largest.untyped_storage().nbytes() < largest.numel():
             raise ValueError(f"not the weights of a UNet of {n_filters} filters: bottleneck.conv2.weight does not fit")
-        model = cls(n_channels, n_classes, n_filters, image_size=image_size)
+        norm = "batch" if "down1.norm1.running_mean" in state else "group" if "down1.norm1.weight" in state else None
+        model = cls(n_channels, n_classes, n_filters, image_size=image_size, norm=norm)
         wanted = {name: weight.shape for name, weight in model.state_dict().items()}
         found = {name: getattr(weight, "shape", None) for name, weight in state.items()}
         for name in sorted(wanted.keys() | found.keys()):

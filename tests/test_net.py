@@ -143,3 +143,16 @@ def test_devices():
     for name in ("warp", "cuda:99", "meta"):
         with pytest.raises(ValueError, match=name):
             pick_device(name)
+
+
+@pytest.mark.parametrize("norm, layer", [("batch", torch.nn.BatchNorm2d), ("group", torch.nn.GroupNorm)])
+def test_normalisation_is_read_off_the_weights(norm, layer):
+    model = UNet(n_filters=4, norm=norm)
+    with torch.no_grad():
+        model(torch.rand(2, 3, 32, 32))  # moves the running means
+    assert sum(isinstance(module, layer) for module in model.modules()) == 22  # one for each 3x3 convolution
+    found = UNet.from_state_dict(model.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(found.eval()(x), model.eval()(x))
+    with pytest.raises(ValueError, match="norm"):
+        UNet(n_filters=4, norm="layer")
