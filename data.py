@@ -2,6 +2,7 @@
 
     python data.py                 # audit dataset/: what is in it, what is wrong with it, a contact sheet
     python data.py dataset/synthetic --out /tmp
+    python data.py --grouped-split grouped   # the same images, split so that neighbouring slices stay together
 
 A data set is a folder with train/, valid/ and test/; each holds images and `_annotations.coco.json`.
 Every image is decoded and every annotation rasterised once, to uint8 at training size; the result is
@@ -15,6 +16,9 @@ import json
 import math
 import mmap
 import os
+import re
+import shlex
+import shutil
 import sys
 import tempfile
 import warnings
@@ -24,6 +28,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -102,6 +107,25 @@ def normalize(pixels):
 def _statistics(device):
     """MEAN and STD of 0..255 on the device, put there once: a copy from the host in every step would wait for the GPU."""
     return torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255
+
+
+def augment(images, masks, draws):
+    """Flip, turn, scale, shift and light each image in a way of its own; shapes stay, masks stay 0 and 1.
+
+    images float32 (B, 3, H, W) normalised, masks float32 (B, 1, H, W), on any device; draws: (B, 8) in 0..1 on the CPU,
+    what each image's way is made from. Image and mask go through one and the same map, the image bilinear, the mask nearest.
+    The turn is at most 10 degrees: where masks are boxes, as here, a larger one would teach boxes that stand askew.
+    """
+    draws = 2 * draws - 1
+    flips, (turn, scale) = draws[:, :2].sign(), (draws[:, 2] * math.radians(10), 1.15 ** draws[:, 3])
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], 1).view(-1, 2, 2) * scale[:, None, None]
+    theta = torch.cat([rotation * flips[:, None], 0.1 * draws[:, 4:6, None]], 2)  # (B, 2, 3): from new places to old ones
+    light = torch.stack([1.2 ** draws[:, 6], 0.2 * draws[:, 7]], 1)
+    theta, light = theta.to(images.device, non_blocking=True), light.to(images.device, non_blocking=True)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
+    masks = F.grid_sample(masks, grid, "nearest", "zeros", align_corners=False)
+    return torch.addcmul(light[:, 1, None, None, None], images, light[:, 0, None, None, None]).contiguous(memory_format=torch.channels_last), masks
 
 
 # ---- annotations -----------------------------------------------------------------------------
@@ -437,17 +461,18 @@ class Batches:
     """The batches of a split, on the device and normalised: what a DataLoader is to a DataSet.
 
     rows: uint8 array (N, S, S, 4) of `load_split`. Iterating yields (images float32 (B, 3, S, S),
-    masks float32 (B, 1, S, S) of 0 and 1). With shuffle, the order is a function of seed and epoch alone.
+    masks float32 (B, 1, S, S) of 0 and 1). With shuffle, the order is a function of seed and epoch alone, and so,
+    with augmented, is what `augment` does to each image.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
     Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size is that
     of all together, and so is `whole`, the size of the batch last yielded.
     """
 
-    def __init__(self, rows, batch_size, device="cpu", *, shuffle=False, seed=0, rank=0, world=1):
+    def __init__(self, rows, batch_size, device="cpu", *, shuffle=False, seed=0, rank=0, world=1, augmented=False):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
         self.rows, self.batch_size, self.device = torch.from_numpy(rows), batch_size, torch.device(device)
-        self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
+        self.shuffle, self.seed, self.rank, self.world, self.augmented = shuffle, seed, rank, world, augmented
         self.mapped = getattr(rows, "_mmap", None)
         self.set_epoch(0)
         if self.device.type == "cuda" and rows.nbytes < 0.4 * torch.cuda.mem_get_info(self.device)[0]:
@@ -462,9 +487,11 @@ class Batches:
 
     def __iter__(self):
         order = torch.arange(len(self.rows))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         if self.shuffle:
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
-        for indices in order.to(self.rows.device).split(self.batch_size)[self.start:]:
+            order = torch.randperm(len(self.rows), generator=generator)
+        draws = torch.rand(len(self.rows), 8, generator=generator).split(self.batch_size)
+        for number, indices in list(enumerate(order.to(self.rows.device).split(self.batch_size)))[self.start:]:
             self.whole = len(indices)
             batch = self.rows[indices[self.rank::self.world]]
             if self.device.type == "cuda" and not batch.is_cuda:
@@ -472,7 +499,8 @@ class Batches:
             batch = batch.to(self.device, non_blocking=True)
             if hasattr(self.mapped, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
                 self.mapped.madvise(mmap.MADV_DONTNEED)  # else the process grows to the size of the file
-            yield normalize(batch[..., :3]), batch[..., 3:].permute(0, 3, 1, 2).float().contiguous()
+            images, masks = normalize(batch[..., :3]), batch[..., 3:].permute(0, 3, 1, 2).float().contiguous()
+            yield augment(images, masks, draws[number][self.rank::self.world]) if self.augmented and len(images) else (images, masks)
 
 
 # ---- audit -----------------------------------------------------------------------------------
@@ -482,7 +510,7 @@ def audit(root, out=Path(".")):
 
     Returns the list of problems, a line each, in the order of the splits.
     """
-    problems, tiles = [], []
+    problems, tiles, looks = [], [], {}
     for split in SPLITS:
         folder = Path(root) / split
         try:
@@ -494,15 +522,17 @@ def audit(root, out=Path(".")):
 
         def examine(index):
             image, mask = dataset.load(index)
-            return image.size, int(mask.sum()), _tile(image, mask) if index in shown else None
+            return image.size, int(mask.sum()), (dataset.path(index).name, _look(image)), _tile(image, mask) if index in shown else None
 
+        looks[split] = []
         sizes, foreground, pixels, empty, unreadable = Counter(), 0, 0, 0, 0
         for found in tqdm(each(examine, range(len(dataset))), f"reading {split}", len(dataset), unit=" images", disable=None):
             if isinstance(found, Exception):
                 unreadable += 1
                 problems.append(str(found))
                 continue
-            size, area, tile = found
+            size, area, look, tile = found
+            looks[split].append(look)
             sizes[size] += 1
             foreground, pixels, empty = foreground + area, pixels + size[0] * size[1], empty + (area == 0)
             tiles += [tile] if tile is not None else []
@@ -518,6 +548,9 @@ def audit(root, out=Path(".")):
         print(f"  foreground   {share:.2f} % of the pixels (answering background everywhere is {100 - share:.2f} % accurate)")
         print("  categories   " + ", ".join(f"{name}: {n}" for name, n in used.most_common()))
         print(f"  no lesion    {empty} images; unreadable {unreadable}; not listed in {ANNOTATIONS} {extra}")
+    for split in SPLITS[1:]:
+        if looks.get(split) and looks.get("train"):
+            print(f"{split} beside train: {_resemblance(looks[split], looks['train'])}")
     if tiles:
         sheet = Image.new("RGB", (8 * 160, math.ceil(len(tiles) / 8) * 160))
         for number, tile in enumerate(tiles):
@@ -527,6 +560,78 @@ def audit(root, out=Path(".")):
             sheet.save(file, "JPEG", quality=90)
         print(f"contact sheet: {path}")
     return problems
+
+
+def _look(image):
+    """An image as 256 numbers, mean 0 and length 1, so that the product of two is their correlation."""
+    values = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BILINEAR), np.float32).ravel()
+    values = values - values.mean()
+    return values / max(np.linalg.norm(values), 1e-6)
+
+
+def _resemblance(some, train):
+    """What a split's images have in common with those of train; both lists of (file name, look)."""
+    highest = np.stack([look for _, look in some]) @ np.stack([look for _, look in train]).T
+    text = f"{(highest.max(1) >= 0.99).mean():.1%} of the images have a near-duplicate there (correlation of 16x16 grey pixels from 0.99 on)"
+    numbers = {slice_number(name) for name, _ in train}
+    neighbours = [{number - 1, number + 1} & numbers for number in (slice_number(name) for name, _ in some) if number is not None]
+    return text + (f", {np.mean([bool(found) for found in neighbours]):.1%} a neighbour by the number in the file name" if neighbours else "")
+
+
+def slice_number(name):
+    """The number that a file name begins with, or None."""
+    found = re.match(r"\d+", name)
+    return int(found[0]) if found else None
+
+
+def grouped_split(root, target, seed=0, block=50):
+    """Write the images of all splits of `root` to `target`, split anew by blocks of file numbers: returns target.
+
+    Neighbouring slices then stay together, but for the edges of the blocks, so that a score owes less to them. The new
+    splits have about the shares of the old ones; `block` images each go to one, drawn by `seed`. Files are linked
+    where the file system can, else copied. Raises ValueError where target exists or a name has no number.
+    """
+    root, target = Path(root), Path(target)
+    if target.exists():
+        raise ValueError(f"{target}: exists; remove it, or name another folder")
+    entries, shares, categories = [], [], None
+    for split in SPLITS:
+        coco = load_coco(root / split)
+        dataset = COCOSegmentationDataset(coco, root / split)
+        categories = categories or coco.dataset["categories"]
+        shares.append(len(dataset))
+        for index, key in enumerate(dataset.image_ids):
+            path = dataset.path(index)
+            if slice_number(path.name) is None:
+                raise ValueError(f"{path}: the file name does not begin with a number, so its neighbours are not known")
+            entries.append((slice_number(path.name), path.name, path, coco.imgs[key], coco.imgToAnns.get(key, [])))
+    if len({name for _, name, *_ in entries}) < len(entries):
+        raise ValueError(f"{root}: two splits hold images of one name, which cannot share a folder")
+    entries.sort(key=lambda entry: entry[:2])
+    blocks = [entries[start:start + block] for start in range(0, len(entries), block)]
+    order = [blocks[index] for index in np.random.default_rng(seed).permutation(len(blocks))]
+    ends = np.cumsum(shares) / len(entries) * len(blocks)
+    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        for number, split in enumerate(SPLITS):
+            chosen = sorted((entry for place, part in enumerate(order) if np.searchsorted(ends, place + 0.5) == number for entry in part), key=lambda entry: entry[:2])
+            if not chosen:
+                raise ValueError(f"{root}: too few images for blocks of {block} in three splits")
+            (building / split).mkdir(parents=True)
+            for _, name, path, *_ in chosen:
+                try:
+                    os.link(path, building / split / name)
+                except OSError:
+                    shutil.copy2(path, building / split / name)
+            content = {"images": [{**image, "id": index, "file_name": name} for index, (_, name, _, image, _) in enumerate(chosen)],
+                       "annotations": [], "categories": categories}
+            for index, (*_, annotations) in enumerate(chosen):
+                content["annotations"] += [{**annotation, "id": len(content["annotations"]) + more, "image_id": index} for more, annotation in enumerate(annotations)]
+            (building / split / ANNOTATIONS).write_text(json.dumps(content))
+        os.replace(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
 
 
 def _tile(image, mask):
@@ -638,7 +743,14 @@ def main():
     parser = ArgumentParser(description="Audit a data set and write a contact sheet of it.")
     parser.add_argument("root", nargs="?", default="dataset", help="folder that holds train/ valid/ test/ (default: dataset)")
     parser.add_argument("--out", default=".", help="folder for contact_sheet.jpg")
+    parser.add_argument("--grouped-split", metavar="FOLDER", help="instead, write the images there, split by blocks of neighbouring file numbers")
     args = parser.parse_args()
+    if args.grouped_split:
+        target = grouped_split(args.root, args.grouped_split)
+        for split in SPLITS:
+            print(f"{split}: {len(load_coco(target / split).imgs)} images")
+        print(f"next: python data.py {shlex.quote(str(target))}, python train.py --data {shlex.quote(str(target))}")
+        return
     problems = audit(args.root, output_folder(args.out))
     for problem in problems:
         print(f"problem: {problem}")

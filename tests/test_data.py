@@ -1,4 +1,6 @@
 """Reading, rasterising, caching and batching, against torchvision, PIL, hand-drawn masks and pycocotools."""
+import json
+import re
 import shutil
 import struct
 import zlib
@@ -347,3 +349,94 @@ def test_outline():
     mask[1:6, 1:6] = 1
     edge = data.outline(mask)
     assert edge.sum() == 16 and not edge[2:5, 2:5].any()
+
+
+# ---- augmentation ----------------------------------------------------------------------------
+
+def test_augmentation_moves_image_and_mask_alike():
+    """A white square is its own mask, wherever it goes: they may differ where the interpolation blurs its edge, no further."""
+    images, masks = torch.full((64, 3, 64, 64), -1.0), torch.zeros(64, 1, 64, 64)
+    images[:, :, 10:30, 24:50], masks[:, :, 10:30, 24:50] = 1, 1
+    draws = torch.rand(64, 8, generator=torch.Generator().manual_seed(0))
+    moved, found = data.augment(images, masks, draws)
+    assert set(found.unique().tolist()) == {0, 1} and moved.shape == images.shape
+    level = 0.2 * (2 * draws[:, 7] - 1)  # what a pixel halfway between black and white becomes
+    bright = moved[:, :1] > level[:, None, None, None]
+    edge = torch.nn.functional.max_pool2d(found, 3, 1, 1) - (1 - torch.nn.functional.max_pool2d(1 - found, 3, 1, 1))
+    assert ((bright != (found > 0.5)) & (edge == 0)).sum() == 0
+    assert (found.mean((1, 2, 3)) > 0.05).all()  # it does not leave the picture
+    assert len({tuple(mask.nonzero()[0].tolist()) for mask in found}) > 20  # each image goes its own way
+
+
+def test_augmentation_in_the_middle_changes_nothing():
+    images, masks = torch.randn(2, 3, 16, 16), (torch.rand(2, 1, 16, 16) > 0.5).float()
+    draws = torch.full((2, 8), 0.5)
+    draws[:, :2] = 0.9  # no flips
+    moved, found = data.augment(images, masks, draws)
+    torch.testing.assert_close(moved, images, atol=1e-4, rtol=0)
+    assert torch.equal(found, masks)
+    draws[:, 0] = 0.1
+    moved, found = data.augment(images, masks, draws)
+    torch.testing.assert_close(moved, images.flip(3), atol=1e-4, rtol=0)
+    assert torch.equal(found, masks.flip(3))
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_place():
+    rows = np.random.default_rng(0).integers(0, 2, (5, 32, 32, 4), dtype=np.uint8)
+
+    def epoch(number, start=0, **more):
+        batches = Batches(rows, 2, shuffle=True, augmented=True, **more)
+        batches.set_epoch(number, start)
+        return [images for images, _ in batches]
+
+    first = epoch(0)
+    assert all(map(torch.equal, first, epoch(0))) and all(map(torch.equal, first[1:], epoch(0, start=1)))
+    assert not torch.equal(first[0], epoch(1)[0]) and not torch.equal(first[0], epoch(0, seed=1)[0])
+    shares = [epoch(0, rank=rank, world=2) for rank in range(2)]
+    torch.testing.assert_close(torch.cat([shares[0][0], shares[1][0]]), first[0])
+    plain = Batches(rows, 2, shuffle=True)
+    assert not torch.equal(next(iter(plain))[0], first[0])
+
+
+# ---- neighbours ------------------------------------------------------------------------------
+
+@pytest.fixture
+def numbered(tmp_path):
+    """60 images numbered 1 to 60, dealt to the splits in turn; 101 to 104 in valid are copies of four of train."""
+    rng = np.random.default_rng(0)
+    pictures = {number: Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)) for number in range(1, 61)}
+    dealt = {split: {f"{number}_x.png": picture for number, picture in pictures.items() if number % 3 == place} for place, split in enumerate(data.SPLITS)}
+    dealt["valid"] |= {f"{100 + number}_x.png": pictures[3 * number] for number in range(1, 5)}
+    for split, images in dealt.items():
+        write_split(tmp_path / "numbered" / split, images, [(index, square(index % 9, 2, 8)) for index in range(len(images))])
+    return tmp_path / "numbered"
+
+
+def test_the_audit_counts_what_splits_have_in_common(numbered, capsys, tmp_path):
+    assert data.audit(numbered, tmp_path) == []
+    said = capsys.readouterr().out
+    # valid: 4 copies among 24; of 1, 4, ... 58 all but 1 are beside a multiple of 3, of 101 to 104 none. test: 2, 5, ... 59 all are
+    assert re.search(r"valid beside train: 16\.7% .*, 79\.2% a neighbour", said)
+    assert re.search(r"test beside train: 0\.0% .*, 100\.0% a neighbour", said)
+
+
+def test_a_grouped_split_keeps_neighbours_together(numbered, tmp_path, refused):
+    target = data.grouped_split(numbered, tmp_path / "grouped", block=8)
+    found = {split: load_coco(target / split) for split in data.SPLITS}
+    numbers = {split: sorted(data.slice_number(image["file_name"]) for image in coco.imgs.values()) for split, coco in found.items()}
+    assert sorted(sum(numbers.values(), [])) == [*range(1, 61), *range(101, 105)]
+    pairs = sum(number + 1 in held for held in numbers.values() for number in held)
+    assert pairs >= 62 - 7  # 62 neighbouring pairs, of which the edges of 8 blocks part 7 at most
+    for split, coco in found.items():
+        for index, image in coco.imgs.items():
+            old = next(path for path in numbered.glob(f"*/{image['file_name']}"))
+            assert (target / split / image["file_name"]).read_bytes() == old.read_bytes()
+            before = json.loads((old.parent / ANNOTATIONS).read_text())
+            place = next(entry["id"] for entry in before["images"] if entry["file_name"] == image["file_name"])
+            assert [a["segmentation"] for a in coco.imgToAnns[index]] == [a["segmentation"] for a in before["annotations"] if a["image_id"] == place]
+    assert {split: len(load_split(target, split, 32)) for split in found} == {split: len(held) for split, held in numbers.items()}
+    again = data.grouped_split(numbered, tmp_path / "again", block=8)
+    assert all((again / split / ANNOTATIONS).read_bytes() == (target / split / ANNOTATIONS).read_bytes() for split in data.SPLITS)
+    refused("data", numbered, "--grouped-split", target, words=["exists"])
+    refused("data", numbered, "--grouped-split", tmp_path / "new", words=["too few images"])
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*.tmp"))
