@@ -39,7 +39,10 @@ from data import (MEAN, SPLITS, STD, ArgumentParser, Batches, COCOSegmentationDa
 from net import IMAGE_SIZE, UNet, keep_freed_memory, load_model, load_weights, pick_device
 
 # What of the command line decides the result: a resumed run has to have it in common with its beginning.
-RESULT_FLAGS = ("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision", "skip_bad")
+RESULT_FLAGS = ("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision", "skip_bad",
+                "norm", "weight_decay", "warmup", "schedule", "ema", "augment", "dice")
+# Named sets of flags; what the command line gives besides wins.
+RECIPES = {"tutorial": {}, "strong": {"norm": "batch", "lr": 1e-3, "weight_decay": 0.01, "warmup": 100, "schedule": "cosine", "ema": 0.99, "augment": True}}
 CHECKPOINT_KEYS = {"progress", "best", "model", "optimizer", "scaler", "scores", "health", "flags", "rng", "cuda_rng"}
 NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16's scaler may need 16 to find its scale
 BLIND_LIMIT = 3  # epochs in a row without one pixel of foreground before a warning
@@ -112,6 +115,22 @@ def dice_loss(pred, target, smooth=1e-6):
     pred, target = pred.reshape(-1), target.reshape(-1)
     intersection, total = sum_over_ranks(torch.stack([(pred * target).sum(), pred.sum() + target.sum()]))
     return 1 - (2 * intersection + smooth) / (total + smooth)
+
+
+def image_dice_loss(pred, target, smooth=1.0):
+    """1 - the mean Dice of the images, 0..1, each by itself; pred and target (B, C, H, W).
+
+    A larger `smooth` than in `dice_loss`, of one pixel: an image without foreground has a gradient too.
+    """
+    pred, target = pred.flatten(1), target.flatten(1)
+    dice = (2 * (pred * target).sum(1) + smooth) / (pred.sum(1) + target.sum(1) + smooth)
+    total, images = sum_over_ranks(torch.stack([dice.sum(), dice.new_full((), len(dice))]))
+    return 1 - total / images
+
+
+def combined_loss_by_image(pred, target):
+    """`combined_loss` with the Dice of each image by itself, so that a small lesion counts as much as a large one."""
+    return combined_loss(pred, target) + 0.6 * (image_dice_loss(pred, target) - dice_loss(pred, target))
 
 
 def combined_loss(pred, target):
@@ -239,6 +258,18 @@ def load_checkpoint(out):
             print(f"WARNING: {trouble}\nWARNING: going on from the checkpoint before it, {path}", file=sys.stderr)
         return {**state, "path": path}
     raise trouble
+
+
+def make_schedule(kind, warmup, steps):
+    """The share of the learning rate at each step: from 0 to 1 over `warmup` steps, then 1, or with 'cosine' down to 0 at `steps`.
+
+    Loshchilov, Hutter: "SGDR", ICLR 2017, equation 5, one cycle.
+    """
+    def share(step):
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2 if kind == "cosine" else 1.0
+    return share
 
 
 def _alike(found, template):
@@ -435,16 +466,18 @@ class Signals:
 # ---- training (tutorial, section 5) ----------------------------------------------------------
 
 def train_model(model, train_loader, val_loader, criterion, optimizer, num_epochs, device, *, patience=8, out=".", autocast=nullcontext(),
-                scaler=None, resume=None, flags=None, log=lambda values, step: None, signals=None, save_every=60):
+                scaler=None, schedule=None, ema=0.0, resume=None, flags=None, log=lambda values, step: None, signals=None, save_every=60):
     """Train for num_epochs, or until the validation loss has not fallen for `patience` epochs.
 
     train_loader, val_loader: iterables of (images (B, C, H, W), masks (B, 1, H, W));
     criterion(probabilities, masks): scalar tensor. Leaves the best weights in `model` and in
     out/best_model.pth, everything needed to go on in out/last.pth (anew at least every `save_every`
     seconds, within an epoch too), and out/metrics.csv.
-    Keyword-only: autocast, a context for the forward pass; scaler, a GradScaler for fp16; resume, what
-    last.pth held; flags, recorded in it; log(dict, step), called after each epoch; signals, a `Signals`
-    to be stopped by. Under torchrun every process calls this, with its share of the batches.
+    Keyword-only: autocast, a context for the forward pass; scaler, a GradScaler for fp16; schedule(step), the share
+    of the learning rate at that step of the whole run; ema, the decay of a running mean of the weights that is
+    evaluated and kept in place of the weights themselves (0: none); both need a train_loader with a length;
+    resume, what last.pth held; flags, recorded in it; log(dict, step), called after each epoch; signals, a
+    `Signals` to be stopped by. Under torchrun every process calls this, with its share of the batches.
     A step whose loss or gradient is not finite changes nothing and is counted ("skipped" in the history).
     Returns the history, a dict for each epoch. Raises Stopped with last.pth written; ValueError after
     NON_FINITE_LIMIT such steps in a row, where no validation loss was a number, and where the last
@@ -459,6 +492,7 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
     scores, best, best_saved = Scores(device), None, 0
     health = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped in this epoch, and in a row up to now
     health_shown = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+    evaluated = copy.deepcopy(model) if ema else model  # the running mean, where there is one
     if resume:
         names = ("loss", *metrics(1, 0, 0, 0), "image_dice")
         row = {"epoch": 0, **{f"{split}_{name}": 0.0 for split in ("train", "val") for name in names},
@@ -466,12 +500,15 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
         moments = [{"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight} for weight in model.parameters()]
         try:
             if not (_alike(resume["model"], model.state_dict()) and (resume["best"] is None or _alike(resume["best"], model.state_dict()))
+                    and (not ema or _alike(resume["averaged"], model.state_dict()))
                     and _alike(resume["progress"], progress) and all(_alike(found, row) for found in resume["progress"]["history"])
                     and _alike(resume["scores"], scores.state()) and _alike(resume["health"], health) and _alike(resume["scaler"], scaler.state_dict())
-                    and (not isinstance(optimizer, torch.optim.Adam) or _alike(resume["optimizer"]["state"], dict(enumerate(moments))) or not resume["optimizer"]["state"])):
+                    and (not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or _alike(resume["optimizer"]["state"], dict(enumerate(moments))) or not resume["optimizer"]["state"])):
                 raise ValueError("another network, or another program")
             progress, best = resume["progress"], resume["best"]
             model.load_state_dict(resume["model"])
+            if ema:
+                evaluated.load_state_dict(resume["averaged"])
             optimizer.load_state_dict({**resume["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})  # the flags say those
             scaler.load_state_dict(resume["scaler"])
             scores.load_state(resume["scores"])
@@ -481,6 +518,9 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
                 torch.cuda.set_rng_state(resume["cuda_rng"], device)
         except Exception as error:  # of many kinds: whatever does not fit
             raise ValueError(f"{out / 'last.pth'}: does not fit this training ({_one_line(error)})") from None
+    means, currents = ([value for value in network.state_dict().values() if value.is_floating_point()] for network in (evaluated, model))
+    buffers = [value for value in model.buffers() if value.is_floating_point()]  # of batch normalisation
+    base_lr = optimizer.param_groups[0]["lr"]
     wrapped = model  # what is trained; what is saved stays the model itself, whose weights keep their names
     if world > 1:
         for name, module in list(model.named_modules()):
@@ -513,7 +553,7 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
                 best_saved = progress["best_epoch"]
             save(out / "last.pth", {
                 "progress": progress, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "scores": sums, "health": health, "flags": flags, "rng": torch.get_rng_state(),
+                "averaged": evaluated.state_dict() if ema else None, "scaler": scaler.state_dict(), "scores": sums, "health": health, "flags": flags, "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}, keep=out / "last.previous.pth")
         took = time.monotonic() - started  # on a slow disk, writing stays under a twentieth of the run
         next_save = time.monotonic() + (max(save_every, 20 * took) if save_every else 0)
@@ -545,6 +585,11 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
             model.train()
             for images, masks in bar:
                 images, masks = images.to(device), masks.to(device)
+                steps = epoch * len(train_loader) + progress["step"] if schedule or ema else 0
+                if schedule:
+                    for group in optimizer.param_groups:
+                        group["lr"] = base_lr * schedule(steps)
+                before_step = [buffer.clone() for buffer in buffers]
                 with autocast:
                     outputs = wrapped(images)
                 loss = criterion(outputs, masks)
@@ -555,6 +600,10 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
                 finite = torch.isfinite(get_total_norm(gradients, math.inf))
                 scaler.step(optimizer)  # unless a gradient is not finite
                 scaler.update(fixed_scale)
+                for buffer, value in zip(buffers, before_step):
+                    buffer.copy_(torch.where(finite, buffer, value))
+                if ema:  # of few steps at first, so that it forgets the random weights
+                    torch._foreach_lerp_(means, currents, 1 - min(ema, (1 + steps) / (10 + steps)))
 
                 scores.add(loss, outputs, masks, finite=finite)
                 health = torch.stack([health[0] + ~finite, (health[1] + 1) * ~finite])
@@ -567,15 +616,15 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
                 poll()
             train, skipped = scores.result(), health[0].item()
             rate = (scores.state()["sums"][0].item() - before) / (time.perf_counter() - started)
-            val = evaluate(model, val_loader, criterion, device, autocast=autocast, poll=poll)
+            val = evaluate(evaluated, val_loader, criterion, device, autocast=autocast, poll=poll)
 
             progress["epoch"], progress["step"], scores = epoch + 1, 0, Scores(device)
             health[0] = 0
             better = agree(val["loss"] < progress["best_loss"])[0]
             if better:
                 progress["best_loss"], progress["best_epoch"] = val["loss"], epoch + 1
-                best = copy.deepcopy(model.state_dict())
-            lr = optimizer.param_groups[0]["lr"]
+                best = copy.deepcopy(evaluated.state_dict())
+            lr = base_lr * (schedule((epoch + 1) * len(train_loader) - 1) if schedule else 1)  # of the last step
             progress["history"].append({
                 "epoch": epoch + 1, **{f"train_{key}": value for key, value in train.items()},
                 **{f"val_{key}": value for key, value in val.items()}, "lr": lr, "skipped": skipped,
@@ -690,6 +739,15 @@ def parse_arguments(argv):
     parser.add_argument("--patience", type=number(1), default=8, help="epochs without a lower validation loss before stopping")
     parser.add_argument("--n-filters", type=number(1, 1024), default=32, help="channels of the first level")
     parser.add_argument("--seed", type=number(0), default=0)
+    # what the tutorial does without
+    parser.add_argument("--recipe", choices=RECIPES, default="tutorial", help=f"a set of flags; strong: {spell_flags(RECIPES['strong'])}")
+    parser.add_argument("--norm", choices=("none", "batch", "group"), default="none", help="normalisation after each 3x3 convolution")
+    parser.add_argument("--weight-decay", type=number(0.0, kind=float), default=0.0, help="AdamW's, decoupled; with 0 that is Adam")
+    parser.add_argument("--warmup", type=number(0), default=0, help="steps over which the learning rate rises to --lr")
+    parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="cosine: the learning rate falls to 0 at the end of --epochs")
+    parser.add_argument("--ema", type=number(0.0, 0.9999, float), default=0.0, help="decay of a running mean of the weights, which is then what is evaluated and kept")
+    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=False, help="flip, turn, scale, shift and light the training images")
+    parser.add_argument("--dice", choices=("batch", "image"), default="batch", help="the Dice loss of the whole batch, or the mean of its images'")
     # machine
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 on a GPU that has it, fp16 on one that has not, else fp32")
@@ -703,6 +761,7 @@ def parse_arguments(argv):
     parser.add_argument("--swanlab", choices=("auto", "online", "offline", "disabled"), default="auto")
     parser.add_argument("--project", default="Unet-Medical-Segmentation")
     parser.add_argument("--experiment-name", default="bs32-epoch40")
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
     args = parser.parse_args(argv)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a process died
     if not args.resume and not (restarted and (Path(args.out) / "last.pth").exists()):
@@ -714,14 +773,20 @@ def parse_arguments(argv):
     for name, value in state["flags"].items():
         if name in vars(args) and name not in ("out", "resume", "test_only"):
             flag = "--" + name.replace("_", "-")
-            saved += [f"{flag}={value}"] if not isinstance(value, bool) else [flag] if value else []
+            saved += [f"{flag}={value}"] if not isinstance(value, bool) else [flag] if value else ["--no-augment"] if name == "augment" else []
     args = parser.parse_args(saved + list(sys.argv[1:] if argv is None else argv))
-    for name in RESULT_FLAGS:
+    for name in RESULT_FLAGS + ("epochs",) * (args.schedule != "constant"):
         was, now = state["flags"].get(name, parser.get_default(name)), getattr(args, name)
         if was != now:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{path}: was trained with {flag} {was}, not {now}: leave {flag} away, or start afresh without --resume")
     return args, state
+
+
+def spell_flags(values):
+    """{"weight_decay": 0.01, "augment": True} -> "--weight-decay 0.01 --augment"."""
+    return " ".join(("--" if value is not False else "--no-") + flag.replace("_", "-") + ("" if isinstance(value, bool) else f" {value}")
+                    for flag, value in values.items())
 
 
 def main(argv=None):
@@ -784,7 +849,11 @@ def train_and_test(args, resume, signals):
         model = load_model(out / "best_model.pth")
         args.image_size = model.image_size
     else:
-        model = UNet(n_filters=args.n_filters, image_size=args.image_size)
+        model = UNet(n_filters=args.n_filters, image_size=args.image_size, norm=None if args.norm == "none" else args.norm)
+    if args.norm == "batch" and world > 1:
+        if device.type != "cuda":
+            raise ValueError("--norm batch among several processes takes GPUs: use --norm group")
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # of the whole batch, as in one process
     model.to(device, memory_format=torch.channels_last)
 
     if args.compile:
@@ -793,11 +862,14 @@ def train_and_test(args, resume, signals):
     splits, skipped = ["test"] if args.test_only else SPLITS, [] if args.skip_bad else None
     with first_on_each_machine():
         rows = {split: load_split(root, split, args.image_size, skipped=skipped) for split in splits}
-    loader = {split: Batches(rows[split], args.batch_size, device, shuffle=split == "train", seed=args.seed, rank=rank, world=world)
+    loader = {split: Batches(rows[split], args.batch_size, device, shuffle=split == "train", seed=args.seed, rank=rank, world=world,
+                             augmented=args.augment and split == "train")
               for split in rows}
     say(f"{root}: {', '.join(f'{len(rows[split])} {split}' for split in rows)} images at {args.image_size}x{args.image_size}; "
         f"{f'{world} x ' if world > 1 else ''}{device.type}, {precision}; "
         f"{sum(weight.numel() for weight in model.parameters()):,} parameters; writing to {out}", flush=True)
+    if args.recipe != "tutorial":
+        say(f"recipe {args.recipe}: {spell_flags({flag: getattr(args, flag) for flag in RECIPES[args.recipe]})}", flush=True)
     if skipped and rank == 0:
         with whole(out / "skipped.txt") as file:
             file.write("".join(f"{line}\n" for line in skipped).encode())
@@ -808,16 +880,19 @@ def train_and_test(args, resume, signals):
         flags["data_fingerprints"] = [fingerprint(COCOSegmentationDataset(load_coco(root / split, []), root / split), "st_size") for split in ("train", "valid")]
         if resume and resume["flags"].get("data_fingerprints") != flags["data_fingerprints"]:
             raise ValueError(f"{resume['path']}: was trained on other data than {root} holds now: give it the same --data, or start afresh without --resume")
+    criterion = combined_loss_by_image if args.dice == "image" else combined_loss
     tracker = SwanLab("disabled" if args.test_only or rank > 0 else args.swanlab, project=args.project, experiment_name=args.experiment_name,
                       config=flags, log_dir=out / "swanlog", run_id=resume and resume["flags"].get("swanlab_run"))
     flags["swanlab_run"] = tracker.run_id
     try:
         if not args.test_only:
             history = train_model(
-                model, loader["train"], loader["valid"], combined_loss, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True),
-                args.epochs, device, patience=args.patience, out=out, autocast=autocast, scaler=scaler, resume=resume, flags=flags,
+                model, loader["train"], loader["valid"], criterion, torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True),
+                args.epochs, device, patience=args.patience, out=out, autocast=autocast, scaler=scaler,
+                schedule=make_schedule(args.schedule, args.warmup, args.epochs * len(loader["train"])) if args.warmup or args.schedule != "constant" else None,
+                ema=args.ema, resume=resume, flags=flags,
                 log=tracker.log, signals=signals, save_every=args.save_every)
-        test = evaluate(model, loader["test"], combined_loss, device, autocast=autocast)
+        test = evaluate(model, loader["test"], criterion, device, autocast=autocast)
         say(f"test with the best weights: loss {test['loss']:.4f}, Dice {test['dice']:.4f}, IoU {test['iou']:.4f}, "
             f"mIoU {test['miou']:.4f}, precision {test['precision']:.4f}, recall {test['recall']:.4f}, "
             f"per-image Dice {test['image_dice']:.4f}\n"

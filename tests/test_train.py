@@ -245,7 +245,8 @@ def test_stopping_saves_and_resuming_goes_on_from_that_step(straight, signum, st
     assert len(rows(place / out)) == done + 1
 
 
-def test_the_loop_stops_after_its_step_wherever_it_is(tmp_path):
+@pytest.mark.parametrize("norm, more", [(None, {}), ("batch", {"ema": 0.9, "schedule": train.make_schedule("cosine", 2, 6)})])
+def test_the_loop_stops_after_its_step_wherever_it_is(tmp_path, norm, more):
     """Stopped at every step in turn, in training and in validation, and resumed each time: bit-equal to never stopping."""
     def batches(count):
         generator = torch.Generator().manual_seed(count)
@@ -253,7 +254,7 @@ def test_the_loop_stops_after_its_step_wherever_it_is(tmp_path):
 
     def go(folder, stop_every):
         torch.manual_seed(0)
-        model, stops = UNet(n_filters=2), 0
+        model, stops = UNet(n_filters=2, norm=norm), 0
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         folder.mkdir()
         while True:
@@ -268,12 +269,12 @@ def test_the_loop_stops_after_its_step_wherever_it_is(tmp_path):
 
             last = folder / "last.pth"
             try:
-                return stops, train_model(model, batches(3), batches(2), criterion, optimizer, 2, "cpu", out=folder, signals=signals,
+                return stops, train_model(model, batches(3), batches(2), criterion, optimizer, 2, "cpu", out=folder, signals=signals, **more,
                                           resume=torch.load(last, weights_only=True) if last.exists() else None), model.state_dict()
             except train.Stopped:
                 stops += 1
                 assert stops < 50
-                model = UNet(n_filters=2)  # another process would start from other weights, and another random state
+                model = UNet(n_filters=2, norm=norm)  # another process would start from other weights, and another random state
                 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
 
     _, wanted, weights = go(tmp_path / "straight", None)
@@ -343,3 +344,84 @@ def test_importing_does_nothing(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- what the tutorial does without ----------------------------------------------------------
+
+def test_schedule_by_hand_and_against_torch():
+    share = train.make_schedule("cosine", 4, 12)
+    assert [share(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    wanted = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    for step in range(4, 13):
+        assert share(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
+        optimizer.step()
+        wanted.step()
+    assert [train.make_schedule("constant", 0, 12)(step) for step in (0, 11)] == [1, 1]
+
+
+def test_the_mean_of_the_weights_by_hand(tmp_path):
+    """Two steps of plain gradient descent: the mean moves by 1 - min(ema, (1 + t) / (10 + t)) towards each result."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid())
+    start = model[0].bias.item()
+    seen = []
+
+    def criterion(pred, target):
+        if model[0].bias.item() not in seen[-1:]:
+            seen.append(model[0].bias.item())
+        return combined_loss(pred, target)
+
+    batches = [(torch.rand(2, 3, 4, 4), torch.ones(2, 1, 4, 4)) for _ in range(2)]
+    model.train()
+    copy = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid())
+    copy.load_state_dict(model.state_dict())
+    plain = torch.optim.SGD(copy.parameters(), lr=0.5)
+    biases = []
+    for images, masks in batches:
+        plain.zero_grad()
+        combined_loss(copy(images), masks).backward()
+        plain.step()
+        biases.append(copy[0].bias.item())
+    train_model(model, batches, batches, criterion, torch.optim.SGD(model.parameters(), lr=0.5), 1, "cpu", out=tmp_path, ema=0.15)
+    mean = start
+    for step, bias in enumerate(biases):
+        decay = min(0.15, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * bias
+    assert torch.load(tmp_path / "best_model.pth", weights_only=True)["0.bias"].item() == pytest.approx(mean, abs=1e-6)
+    assert model[0].bias.item() == pytest.approx(mean, abs=1e-6)  # what is evaluated is what is left in the model
+
+
+def test_dice_by_image_by_hand():
+    pred = torch.tensor([[[[0.5, 0.5]]], [[[0.0, 0.0]]]])
+    target = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.0]]]])
+    # (2 * 0.5 + 1) / (1 + 1 + 1) and 1 / 1
+    assert train.image_dice_loss(pred, target).item() == pytest.approx(1 - (2 / 3 + 1) / 2)
+    bce = torch.nn.functional.binary_cross_entropy(pred, target)
+    assert train.combined_loss_by_image(pred, target).item() == pytest.approx(0.6 * (1 - (2 / 3 + 1) / 2) + 0.4 * bce.item(), abs=1e-6)
+
+
+def test_a_recipe_is_a_set_of_flags_that_the_command_line_overrules(dataset, tmp_path, monkeypatch, capsys, refused):
+    monkeypatch.chdir(tmp_path)
+    train.main([*map(str, SMALL), "--epochs", "2", "--recipe", "strong", "--lr", "0.01", "--no-augment"])
+    said = capsys.readouterr().out
+    assert "recipe strong: --norm batch --lr 0.01" in said and ("--no-augment" in said or "augment" not in train.RECIPES["strong"])  # as it is, not as it is written
+    state = torch.load("last.pth", weights_only=True)
+    assert {key: state["flags"][key] for key in ("recipe", "norm", "lr", "augment", "ema", "schedule")} == \
+        {"recipe": "strong", "norm": "batch", "lr": 0.01, "augment": False, "ema": 0.99, "schedule": "cosine"}
+    assert load_model("best_model.pth").down1.norm1.running_mean.shape == (2,)
+    refused("train", "--resume", "--epochs", 3, "--out", tmp_path, words=["--epochs"])  # the schedule ends with them
+    before = open("metrics.csv").read()
+    train.main(["--resume"])
+    assert open("metrics.csv").read() == before
+
+
+def test_a_skipped_step_leaves_batch_normalisation_alone(tmp_path):
+    """Steps that are not finite come with activations that are not, and these must not stay in the running means."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.BatchNorm2d(1), torch.nn.Sigmoid())
+    good = (torch.rand(2, 3, 4, 4), torch.ones(2, 1, 4, 4))
+    bad = (torch.full((2, 3, 4, 4), math.nan), torch.ones(2, 1, 4, 4))
+    history = train_model(model, [good, bad, good], [good], combined_loss, torch.optim.SGD(model.parameters(), lr=0.1), 1, "cpu", out=tmp_path)
+    assert history[0]["skipped"] == 1 and math.isfinite(history[0]["val_loss"])
+    assert torch.isfinite(model[1].running_mean).all() and torch.isfinite(model[1].running_var).all()
