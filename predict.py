@@ -3,10 +3,13 @@
     python predict.py                                  # the tutorial's example image, or the first one there is
     python predict.py scan.png                         # predictions.png and scan_mask.png
     python predict.py scans/ more/7.tif --output masks   # masks/<name>_mask.png and masks/<name>_overlay.png each
+    python predict.py dataset/test                     # a folder with annotations: also report.json and report.png
 
 Masks are 0 and 255, of the size of the image. The architecture and the size the model was trained at are
 read from the weights. `torchrun --standalone --nproc_per_node=N predict.py scans/` shares a folder among N GPUs.
 """
+import json
+import math
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import net
-from data import SUFFIXES, ArgumentParser, each, normalize, number, output_folder, preprocess, read_image, resize_nearest, run, whole
+from data import (ANNOTATIONS, MEAN, STD, SUFFIXES, ArgumentParser, Batches, COCOSegmentationDataset, each, load_coco, load_split, normalize,
+                  number, outline, output_folder, preprocess, read_image, resize_nearest, run, whole)
 from net import IMAGE_SIZE, keep_freed_memory, pick_device
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
@@ -95,6 +99,140 @@ def save_image(image, path, **options):
 def describe(path, mask, highest):
     """One line for a prediction; the highest probability tells an unsure model from a blind one."""
     return f"{path}: foreground {100 * mask.mean():.2f} %, highest probability {highest:.3f}"
+
+
+# ---- scores of a folder with annotations -----------------------------------------------------
+
+def hausdorff95(one, other):
+    """95th percentile Hausdorff distance of two bool arrays (H, W) in pixels; NaN where one is empty.
+
+    The larger of the two directed ones, between the pixels of the outlines: Taha, Hanbury, BMC Medical Imaging 2015.
+    """
+    if not one.any() or not other.any():
+        return math.nan
+    distances = torch.cdist(*(torch.from_numpy(np.argwhere(outline(mask))).double() for mask in (one, other)))
+    return max(np.percentile(distances.amin(side).numpy(), 95) for side in (0, 1))
+
+
+def count_pixels(model, rows, thresholds, device):
+    """Pixels of each image at each threshold, int array (N, T, 4) of tp, fp, fn, tn, and HD95 at the first, (N,).
+
+    rows: as of `data.load_split`; scored at that size, as train.py does.
+    """
+    counts, distances = [], []
+    for images, masks in Batches(rows, 4 if torch.device(device).type == "cpu" else 16, device):
+        probabilities, truth = predict_probabilities(model, images, device).cpu().numpy(), masks.cpu().numpy() > 0.5
+        found = np.stack([probabilities > threshold for threshold in thresholds], 1)[:, :, 0]  # (B, T, H, W)
+        tp, fp, fn = ((part & whole).sum((2, 3)) for part, whole in ((found, truth), (found, ~truth), (~found, truth)))
+        counts.append(np.stack([tp, fp, fn, truth[0].size - tp - fp - fn], 2))
+        distances += [hausdorff95(answer, mask) for answer, mask in zip(found[:, 0], truth[:, 0])]
+    return np.concatenate(counts), np.array(distances)
+
+
+def image_dice(counts):
+    """(N, 4) of tp, fp, fn, tn -> (N,) Dice; 1 where truth and answer are both empty."""
+    tp, fp, fn, _ = counts.T
+    return np.divide(2 * tp, 2 * tp + fp + fn, out=np.ones(len(counts)), where=tp + fp + fn > 0)
+
+
+def scores(counts):
+    """(N, 4) -> dict of train.py's metrics of the summed pixels, and image_dice, the mean of the images'."""
+    from train import metrics
+    return {**metrics(*counts.sum(0).tolist()), "image_dice": image_dice(counts).mean()}
+
+
+def confidence(counts, draws=1000, seed=0):
+    """For each score the 2.5th and 97.5th percentile over bootstrap samples of the images (Efron's percentile method).
+
+    It says how much the score owes to the choice of images; not what another training, or another hospital, would give.
+    """
+    rng = np.random.default_rng(seed)
+    samples = [scores(counts[rng.integers(0, len(counts), len(counts))]) for _ in range(draws)]
+    return {name: np.percentile([sample[name] for sample in samples], [2.5, 97.5]).tolist() for name in samples[0]}
+
+
+def report(model, folder, output, threshold, device):
+    """Score a folder that has annotations; write report.json and report.png. Returns what report.json holds.
+
+    The threshold that suits the model best is sought in the split `valid` beside the folder, never in the folder itself.
+    """
+    dataset = COCOSegmentationDataset(load_coco(folder), folder)
+    names = [dataset.path(index).name for index in range(len(dataset))]
+    rows = load_split(folder.parent, folder.name, model.image_size)
+    curve, thresholds, valid = None, [threshold], folder.parent / "valid"
+    if (valid / ANNOTATIONS).exists() and not valid.samefile(folder):
+        tried = [step / 20 for step in range(1, 20)]
+        pixels, _ = count_pixels(model, load_split(valid.parent, valid.name, model.image_size), tried, device)
+        curve = {"thresholds": tried, "dice": [scores(pixels[:, index])["dice"] for index in range(len(tried))]}
+        thresholds.append(tried[int(np.argmax(curve["dice"]))])
+    counts, distances = count_pixels(model, rows, thresholds, device)
+    dice, area = image_dice(counts[:, 0]), counts[:, 0, 0] + counts[:, 0, 2]
+    found = {
+        "folder": str(folder), "images": len(rows), "image_size": model.image_size, "threshold": threshold,
+        "scores": scores(counts[:, 0]), "confidence_95": confidence(counts[:, 0]),
+    }
+    measured = distances[~np.isnan(distances)]
+    found["hd95"] = {"mean": float(measured.mean()) if len(measured) else None, "median": float(np.median(measured)) if len(measured) else None,
+                     "left_out": int(np.isnan(distances).sum())}
+    found["valid"] = curve and {**curve, "chosen_threshold": thresholds[1], "scores_with_it": scores(counts[:, 1])}
+    found["by_lesion_size"] = []  # thirds
+    groups = np.searchsorted(np.unique(np.quantile(area[area > 0], [1 / 3, 2 / 3])), area, side="right") if area.any() else area
+    for group in np.unique(groups[area > 0]):
+        inside = (area > 0) & (groups == group)
+        own = scores(counts[inside, 0])
+        found["by_lesion_size"].append({"pixels": [int(area[inside].min()), int(area[inside].max())], "images": int(inside.sum()),
+                                        "dice": own["dice"], "image_dice": own["image_dice"]})
+    found["no_lesion"] = {"images": int((area == 0).sum()), "with_false_alarm": int(((area == 0) & (counts[:, 0, 1] > 0)).sum())}
+    found["per_image"] = {name: round(float(value), 4) for name, value in zip(names, dice)}
+    with whole(output / "report.json") as file:
+        file.write(json.dumps(found, indent=1).encode())
+    draw_report(model, rows, names, dice, found, output / "report.png", device)
+    return found
+
+
+def draw_report(model, rows, names, dice, found, path, device):
+    """Draw what `report` found to one picture: scores, histogram, threshold curve, sizes, and the best, median and worst images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 10), layout="constrained")
+    axes = figure.subplots(3, 4)
+    (table, histogram, curve, sizes), cases = axes[0], axes[1:].flat
+    table.axis("off")
+    lines = [f"{name:<14} {value:.3f}  [{found['confidence_95'][name][0]:.3f}, {found['confidence_95'][name][1]:.3f}]" for name, value in found["scores"].items()]
+    distance = found["hd95"]["median"]
+    lines += ["", f"threshold {found['threshold']:g}, {found['images']} images of {found['image_size']}x{found['image_size']}", "95 % intervals: bootstrap over images",
+              f"HD95 median {distance:.1f} px, {found['hd95']['left_out']} left out" if distance is not None else "HD95: no image has both masks"]
+    table.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=9, transform=table.transAxes)
+    histogram.hist(dice, bins=20, range=(0, 1))
+    histogram.set(title="Dice of each image", xlabel="Dice", ylabel="images")
+    if found["valid"]:
+        curve.plot(found["valid"]["thresholds"], found["valid"]["dice"], marker=".")
+        chosen = found["valid"]["chosen_threshold"]
+        curve.axvline(chosen, color="gray", linestyle="--")
+        curve.set(title=f"on valid: best at {chosen:g}; with it here Dice {found['valid']['scores_with_it']['dice']:.3f}", xlabel="threshold", ylabel="Dice", ylim=(0, 1))
+    else:
+        curve.axis("off")
+        curve.text(0.5, 0.5, "no other split valid:\nthreshold as given", ha="center")
+    sizes.bar([f"{group['pixels'][0]} to {group['pixels'][1]}\n({group['images']})" for group in found["by_lesion_size"]],
+              [group["image_dice"] for group in found["by_lesion_size"]])
+    sizes.set(title="mean Dice by lesion size", xlabel="pixels (images)", ylim=(0, 1))
+
+    order = np.argsort(-dice, kind="stable")
+    middle = max(len(order) // 2 - 1, 0)
+    chosen = {"best": order[:2], "median": order[middle:middle + 3], "worst": order[-3:]}
+    for axis in axes[1:].flat:
+        axis.axis("off")
+    for axis, (kind, index) in zip(cases, [(kind, index) for kind, indices in chosen.items() for index in indices]):
+        images, masks = next(iter(Batches(rows[index:index + 1], 1, device)))
+        answer = predict_mask(model, images, device, found["threshold"]).cpu().numpy()[0, 0] > 0
+        picture = np.clip(images[0].permute(1, 2, 0).cpu().numpy() * STD + MEAN, 0, 1)
+        picture[answer] = picture[answer] * 0.6 + np.array([0.4, 0, 0])
+        picture[outline(masks[0, 0].cpu().numpy())] = (0, 1, 0)
+        axis.imshow(picture)
+        axis.set_title(f"{kind}: {names[index].split('_')[0]}, Dice {dice[index]:.2f}", fontsize=9)
+    figure.suptitle(f"{found['folder']}: answer red, true outline green", fontsize=11)
+    with whole(path, sync=False) as file:
+        figure.savefig(file, dpi=80, format="png")
 
 
 # ---- the two ways of the command line --------------------------------------------------------
@@ -209,6 +347,14 @@ def main(argv=None):
         paths = paths[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])]
     problems = predict_many(model, paths, output, args.threshold, device)
     print(f"saved {len(paths) - len(problems)} masks and overlays in {output}")
+    annotated = [folder for folder in map(Path, args.inputs) if (folder / ANNOTATIONS).exists()]
+    if len(annotated) > 1:
+        raise ValueError(f"{annotated[0]} and {annotated[1]} both have annotations, and a report is of one folder: score them apart, with another --output")
+    for folder in annotated if os.environ.get("RANK", "0") == "0" else []:
+        found = report(model, folder.resolve(), output, args.threshold, device)
+        say = {name: f"{value:.4f} [{found['confidence_95'][name][0]:.4f}, {found['confidence_95'][name][1]:.4f}]" for name, value in found["scores"].items()}
+        print(f"{folder}: Dice {say['dice']}, per-image Dice {say['image_dice']}, IoU {say['iou']}, accuracy {say['acc']} "
+              f"(background everywhere: {found['scores']['background_acc']:.4f}); saved {output / 'report.json'} and {output / 'report.png'}")
     if problems:
         raise ValueError(f"{len(problems)} of {len(paths)} images left out: {'; '.join(problems)}")
 

@@ -1,16 +1,21 @@
 """Prediction: the functions, the files it writes, and what it refuses."""
+import json
+import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, script
+from conftest import ROOT, assert_refused, edit_annotations, script
 from PIL import Image
 
+import data
 import predict
+import train
 from net import UNet
 
 
@@ -237,3 +242,85 @@ def test_a_single_prediction_loads_no_more_than_it_needs(place):
             "print([name for name in ('torchvision', 'swanlab', 'kaggle', 'matplotlib.pyplot', 'pycocotools') if name in sys.modules])")
     result = subprocess.run([sys.executable, "-c", code], cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
     assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
+
+
+# ---- scores of a folder with annotations -----------------------------------------------------
+
+def random_masks(count, seed):
+    """Blobs of many sizes, some empty: bool (count, 40, 40)."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((count, 40, 40), bool)
+    for mask in masks[1:]:
+        for _ in range(rng.integers(1, 3)):
+            x, y, width, height = rng.integers(0, 25, 2).tolist() + rng.integers(1, 15, 2).tolist()
+            mask[y:y + height, x:x + width] = True
+    return masks
+
+
+def test_hausdorff_by_hand_and_against_monai():
+    from monai.metrics import compute_hausdorff_distance
+    one, other = np.zeros((2, 9, 9), bool)
+    one[4, 1], other[4, 5] = True, True
+    assert predict.hausdorff95(one, other) == 4
+    assert math.isnan(predict.hausdorff95(one, np.zeros((9, 9), bool)))
+    for found, truth in zip(random_masks(20, 0)[1:], random_masks(20, 1)[1:]):
+        wanted = compute_hausdorff_distance(*(torch.from_numpy(mask)[None, None] for mask in (found, truth)), include_background=True, percentile=95)
+        assert predict.hausdorff95(found, truth) == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_scores_against_monai():
+    from monai.metrics import compute_dice, compute_iou, get_confusion_matrix
+    found, truth = random_masks(30, 2), random_masks(30, 3)
+    counts = np.stack([(found & truth).sum((1, 2)), (found & ~truth).sum((1, 2)), (~found & truth).sum((1, 2)), (~found & ~truth).sum((1, 2))], 1)
+    tensors = [torch.from_numpy(masks)[:, None].float() for masks in (found, truth)]
+    np.testing.assert_allclose(predict.image_dice(counts)[1:], compute_dice(*tensors)[1:, 0], atol=1e-6)
+    assert predict.image_dice(counts)[0] == 1  # both empty; MONAI leaves it undefined
+    np.testing.assert_array_equal(get_confusion_matrix(*tensors)[:, 0].numpy(), counts[:, [0, 1, 3, 2]])
+    pooled = [masks.reshape(1, 1, -1, 40) for masks in tensors]
+    own = predict.scores(counts)
+    assert own["dice"] == pytest.approx(compute_dice(*pooled).item(), abs=1e-6)
+    assert own["iou"] == pytest.approx(compute_iou(*pooled).item(), abs=1e-6)
+    low, high = predict.confidence(counts)["dice"]
+    assert low < own["dice"] < high
+    assert predict.confidence(np.repeat(counts[5:6], 9, 0))["dice"] == pytest.approx([predict.scores(counts[5:6])["dice"]] * 2)  # nothing to choose from
+
+
+def test_a_folder_with_annotations_is_scored(place, dataset):
+    """Against train.py's own test of the same weights, and by what report.json says of its own parts."""
+    result = script("predict.py", dataset / "test", "--output", "scored", "--threshold", 0.3, cwd=place)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((place / "scored" / "report.json").read_text())
+    model = predict.load_model(place / "best_model.pth", "cpu")
+    loader = data.Batches(data.load_split(dataset, "test", model.image_size), 2)
+    scores = train.Scores("cpu")
+    for images, masks in loader:
+        scores.add(torch.zeros(()), predict.predict_probabilities(model, images, "cpu"), masks, threshold=0.3)
+    wanted = scores.result()
+    assert found["scores"] == pytest.approx({key: wanted[key] for key in found["scores"]}, abs=1e-9)
+    assert set(found["per_image"]) == {f"{number}_test.png" for number in range(4)}
+    assert np.mean(list(found["per_image"].values())) == pytest.approx(found["scores"]["image_dice"], abs=1e-4)
+    assert sum(group["images"] for group in found["by_lesion_size"]) + found["no_lesion"]["images"] == 4
+    assert found["hd95"]["left_out"] in range(5)
+    assert Image.open(place / "scored" / "report.png").size[0] > 1000
+    assert len(list((place / "scored").glob("*_mask.png"))) == 4  # and all is predicted as in any folder
+
+
+def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
+    """Test images are replaced by others: what is chosen stays; valid is: it follows. Without valid, none is chosen."""
+    model = predict.load_model(place / "best_model.pth", "cpu")
+
+    def choose():
+        return predict.report(model, dataset / "test", place, 0.5, "cpu")["valid"]
+
+    first = choose()
+    rows = data.load_split(dataset, "valid", model.image_size)
+    counts, _ = predict.count_pixels(model, rows, first["thresholds"], "cpu")
+    dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in counts.sum(0).tolist()]
+    assert first["dice"] == pytest.approx(dice) and first["chosen_threshold"] == first["thresholds"][int(np.argmax(dice))]
+    edit_annotations(dataset / "test", lambda content: content["annotations"].clear())
+    second = choose()
+    assert (second["dice"], second["chosen_threshold"]) == (first["dice"], first["chosen_threshold"])
+    edit_annotations(dataset / "valid", lambda content: content["annotations"].clear())
+    assert choose()["dice"] != first["dice"]
+    shutil.rmtree(dataset / "valid")
+    assert choose() is None
