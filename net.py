@@ -12,6 +12,7 @@ import ctypes
 import math
 import os
 import warnings
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -178,6 +179,10 @@ def load_weights(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about a file is an error below, or of no account
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+                    if (part := archive.testzip()) is not None:
+                        raise ValueError(f"wrong checksum of {part}")
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; `python train.py` writes it") from None

@@ -916,7 +916,9 @@ if __name__ == "__main__":
         run(main)
     except SystemExit as leaving:
         status = leaving.code
-    if SwanLab.hung:  # a stuck upload would hold up the exit for a minute
+    if SwanLab.hung or "LOCAL_RANK" in os.environ:
+        # A stuck upload would hold up the exit for a minute, and a thread of gloo that lets go of its last tensor
+        # while Python shuts down would make it an abort.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
