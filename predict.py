@@ -156,6 +156,7 @@ def report(model, folder, output, threshold, device):
 
     The threshold that suits the model best is sought in the split `valid` beside the folder, never in the folder itself.
     """
+    given, folder = folder, folder.resolve()  # `dataset/test/` and `.` have a parent too
     dataset = COCOSegmentationDataset(load_coco(folder), folder)
     names = [dataset.path(index).name for index in range(len(dataset))]
     rows = load_split(folder.parent, folder.name, model.image_size)
@@ -168,7 +169,7 @@ def report(model, folder, output, threshold, device):
     counts, distances = count_pixels(model, rows, thresholds, device)
     dice, area = image_dice(counts[:, 0]), counts[:, 0, 0] + counts[:, 0, 2]
     found = {
-        "folder": str(folder), "images": len(rows), "image_size": model.image_size, "threshold": threshold,
+        "folder": str(given), "images": len(rows), "image_size": model.image_size, "threshold": threshold,
         "scores": scores(counts[:, 0]), "confidence_95": confidence(counts[:, 0]),
     }
     measured = distances[~np.isnan(distances)]
@@ -186,12 +187,12 @@ def report(model, folder, output, threshold, device):
     found["per_image"] = {name: round(float(value), 4) for name, value in zip(names, dice)}
     with whole(output / "report.json") as file:
         file.write(json.dumps(found, indent=1).encode())
-    draw_report(model, rows, names, dice, found, output / "report.png", device)
+    draw_report(model, rows, names, dice, area > 0, found, output / "report.png", device)
     return found
 
 
-def draw_report(model, rows, names, dice, found, path, device):
-    """Draw what `report` found to one picture: scores, histogram, threshold curve, sizes, and the best, median and worst images."""
+def draw_report(model, rows, names, dice, lesion, found, path, device):
+    """Draw what `report` found to one picture: scores, histogram, threshold curve, sizes, and the best (with a lesion), median and worst images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 10), layout="constrained")
@@ -219,7 +220,7 @@ def draw_report(model, rows, names, dice, found, path, device):
 
     order = np.argsort(-dice, kind="stable")
     middle = max(len(order) // 2 - 1, 0)
-    chosen = {"best": order[:2], "median": order[middle:middle + 3], "worst": order[-3:]}
+    chosen = {"best": order[np.argsort(~lesion[order], kind="stable")][:2], "median": order[middle:middle + 3], "worst": order[-3:]}
     for axis in axes[1:].flat:
         axis.axis("off")
     for axis, (kind, index) in zip(cases, [(kind, index) for kind, indices in chosen.items() for index in indices]):
@@ -351,7 +352,7 @@ def main(argv=None):
     if len(annotated) > 1:
         raise ValueError(f"{annotated[0]} and {annotated[1]} both have annotations, and a report is of one folder: score them apart, with another --output")
     for folder in annotated if os.environ.get("RANK", "0") == "0" else []:
-        found = report(model, folder.resolve(), output, args.threshold, device)
+        found = report(model, folder, output, args.threshold, device)
         say = {name: f"{value:.4f} [{found['confidence_95'][name][0]:.4f}, {found['confidence_95'][name][1]:.4f}]" for name, value in found["scores"].items()}
         print(f"{folder}: Dice {say['dice']}, per-image Dice {say['image_dice']}, IoU {say['iou']}, accuracy {say['acc']} "
               f"(background everywhere: {found['scores']['background_acc']:.4f}); saved {output / 'report.json'} and {output / 'report.png'}")
