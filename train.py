@@ -40,9 +40,9 @@ from net import IMAGE_SIZE, UNet, keep_freed_memory, load_model, load_weights, p
 
 # What of the command line decides the result: a resumed run has to have it in common with its beginning.
 RESULT_FLAGS = ("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision", "skip_bad",
-                "norm", "weight_decay", "warmup", "schedule", "ema", "augment", "dice")
+                "norm", "prior", "weight_decay", "warmup", "schedule", "ema", "augment", "dice")
 # Named sets of flags; what the command line gives besides wins.
-RECIPES = {"tutorial": {}, "strong": {"norm": "batch", "lr": 1e-3, "weight_decay": 0.01, "warmup": 100, "schedule": "cosine", "ema": 0.99, "augment": True}}
+RECIPES = {"tutorial": {}, "strong": {"norm": "batch", "prior": 0.04, "lr": 1e-3, "weight_decay": 0.01, "warmup": 100, "ema": 0.995, "augment": True}}
 CHECKPOINT_KEYS = {"progress", "best", "model", "optimizer", "scaler", "scores", "health", "flags", "rng", "cuda_rng"}
 NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16's scaler may need 16 to find its scale
 BLIND_LIMIT = 3  # epochs in a row without one pixel of foreground before a warning
@@ -742,11 +742,12 @@ def parse_arguments(argv):
     # what the tutorial does without
     parser.add_argument("--recipe", choices=RECIPES, default="tutorial", help=f"a set of flags; strong: {spell_flags(RECIPES['strong'])}")
     parser.add_argument("--norm", choices=("none", "batch", "group"), default="none", help="normalisation after each 3x3 convolution")
+    parser.add_argument("--prior", type=number(0.0, 0.99, float), default=0.0, help="probability that the untrained network begins at; 0: as PyTorch draws it, near 0.5")
     parser.add_argument("--weight-decay", type=number(0.0, kind=float), default=0.0, help="AdamW's, decoupled; with 0 that is Adam")
     parser.add_argument("--warmup", type=number(0), default=0, help="steps over which the learning rate rises to --lr")
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="cosine: the learning rate falls to 0 at the end of --epochs")
     parser.add_argument("--ema", type=number(0.0, 0.9999, float), default=0.0, help="decay of a running mean of the weights, which is then what is evaluated and kept")
-    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=False, help="flip, turn, scale, shift and light the training images")
+    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=False, help="turn, scale, shift and light the training images, slightly")
     parser.add_argument("--dice", choices=("batch", "image"), default="batch", help="the Dice loss of the whole batch, or the mean of its images'")
     # machine
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -850,6 +851,8 @@ def train_and_test(args, resume, signals):
         args.image_size = model.image_size
     else:
         model = UNet(n_filters=args.n_filters, image_size=args.image_size, norm=None if args.norm == "none" else args.norm)
+        if args.prior:  # Lin et al.: "Focal Loss for Dense Object Detection", ICCV 2017, section 4.1
+            torch.nn.init.constant_(model.outc.bias, math.log(args.prior / (1 - args.prior)))
     if args.norm == "batch" and world > 1:
         if device.type != "cuda":
             raise ValueError("--norm batch among several processes takes GPUs: use --norm group")

@@ -357,28 +357,27 @@ def test_augmentation_moves_image_and_mask_alike():
     """A white square is its own mask, wherever it goes: they may differ where the interpolation blurs its edge, no further."""
     images, masks = torch.full((64, 3, 64, 64), -1.0), torch.zeros(64, 1, 64, 64)
     images[:, :, 10:30, 24:50], masks[:, :, 10:30, 24:50] = 1, 1
-    draws = torch.rand(64, 8, generator=torch.Generator().manual_seed(0))
+    draws = torch.rand(64, 6, generator=torch.Generator().manual_seed(0))
     moved, found = data.augment(images, masks, draws)
     assert set(found.unique().tolist()) == {0, 1} and moved.shape == images.shape
-    level = 0.2 * (2 * draws[:, 7] - 1)  # what a pixel halfway between black and white becomes
+    level = 0.1 * (2 * draws[:, 5] - 1)  # what a pixel halfway between black and white becomes
     bright = moved[:, :1] > level[:, None, None, None]
     edge = torch.nn.functional.max_pool2d(found, 3, 1, 1) - (1 - torch.nn.functional.max_pool2d(1 - found, 3, 1, 1))
     assert ((bright != (found > 0.5)) & (edge == 0)).sum() == 0
     assert (found.mean((1, 2, 3)) > 0.05).all()  # it does not leave the picture
-    assert len({tuple(mask.nonzero()[0].tolist()) for mask in found}) > 20  # each image goes its own way
+    assert len({tuple(mask.nonzero()[0].tolist()) for mask in found}) > 15  # each image goes its own way
 
 
-def test_augmentation_in_the_middle_changes_nothing():
-    images, masks = torch.randn(2, 3, 16, 16), (torch.rand(2, 1, 16, 16) > 0.5).float()
-    draws = torch.full((2, 8), 0.5)
-    draws[:, :2] = 0.9  # no flips
+def test_augmentation_by_hand():
+    images, masks = torch.randn(2, 3, 80, 80), (torch.rand(2, 1, 80, 80) > 0.5).float()
+    draws = torch.full((2, 6), 0.5)  # the middle changes nothing
     moved, found = data.augment(images, masks, draws)
     torch.testing.assert_close(moved, images, atol=1e-4, rtol=0)
     assert torch.equal(found, masks)
-    draws[:, 0] = 0.1
+    draws[:, 2] = 1  # 5 % of half the width is 2 pixels
     moved, found = data.augment(images, masks, draws)
-    torch.testing.assert_close(moved, images.flip(3), atol=1e-4, rtol=0)
-    assert torch.equal(found, masks.flip(3))
+    torch.testing.assert_close(moved[..., :-2], images[..., 2:], atol=1e-4, rtol=0)
+    assert torch.equal(found[..., :-2], masks[..., 2:]) and not found[..., -2:].any()
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_place():
