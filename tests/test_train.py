@@ -403,12 +403,12 @@ def test_dice_by_image_by_hand():
 
 def test_a_recipe_is_a_set_of_flags_that_the_command_line_overrules(dataset, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.chdir(tmp_path)
-    train.main([*map(str, SMALL), "--epochs", "2", "--recipe", "strong", "--lr", "0.01", "--augment"])
+    train.main([*map(str, SMALL), "--epochs", "2", "--recipe", "strong", "--lr", "0.01", "--schedule", "cosine"])
     said = capsys.readouterr().out
     assert "recipe strong: --norm batch" in said and " --lr 0.01 " in said  # as it is, not as it is written
     state = torch.load("last.pth", weights_only=True)
     assert {key: state["flags"][key] for key in ("recipe", "norm", "lr", "augment", "ema", "schedule")} == \
-        {"recipe": "strong", "norm": "batch", "lr": 0.01, "augment": True, "ema": 0.99, "schedule": "cosine"}
+        {"recipe": "strong", "norm": "batch", "lr": 0.01, "augment": True, "ema": 0.995, "schedule": "cosine"}
     assert load_model("best_model.pth").down1.norm1.running_mean.shape == (2,)
     refused("train", "--resume", "--epochs", 3, "--out", tmp_path, words=["--epochs"])  # the schedule ends with them
     before = open("metrics.csv").read()
