@@ -114,7 +114,7 @@ def augment(images, masks, draws):
 
     images float32 (B, 3, H, W) normalised, masks float32 (B, 1, H, W), on any device; draws: (B, 6) in 0..1 on the CPU,
     what each image's way is made from. Image and mask go through one and the same map, the image bilinear, the mask nearest.
-    All of it is slight: turned further, the boxes that masks are here would stand askew, and no scan lies flipped.
+    All of it is slight, for masks are boxes here, which a large turn leaves askew.
     """
     draws = 2 * draws - 1
     turn, scale = draws[:, 0] * math.radians(5), 1.1 ** draws[:, 1]
@@ -490,7 +490,7 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         if self.shuffle:
             order = torch.randperm(len(self.rows), generator=generator)
-        draws = torch.rand(len(self.rows), 6, generator=generator).split(self.batch_size)
+        draws = torch.rand(len(self.rows), 6, generator=generator).split(self.batch_size) if self.augmented else None
         for number, indices in list(enumerate(order.to(self.rows.device).split(self.batch_size)))[self.start:]:
             self.whole = len(indices)
             batch = self.rows[indices[self.rank::self.world]]

@@ -123,7 +123,7 @@ def count_pixels(model, rows, thresholds, device):
     for images, masks in Batches(rows, 4 if torch.device(device).type == "cpu" else 16, device):
         probabilities, truth = predict_probabilities(model, images, device).cpu().numpy(), masks.cpu().numpy() > 0.5
         found = np.stack([probabilities > threshold for threshold in thresholds], 1)[:, :, 0]  # (B, T, H, W)
-        tp, fp, fn = ((part & whole).sum((2, 3)) for part, whole in ((found, truth), (found, ~truth), (~found, truth)))
+        tp, fp, fn = ((one & other).sum((2, 3)) for one, other in ((found, truth), (found, ~truth), (~found, truth)))
         counts.append(np.stack([tp, fp, fn, truth[0].size - tp - fp - fn], 2))
         distances += [hausdorff95(answer, mask) for answer, mask in zip(found[:, 0], truth[:, 0])]
     return np.concatenate(counts), np.array(distances)
@@ -195,6 +195,8 @@ def draw_report(model, rows, names, dice, lesion, found, path, device):
     """Draw what `report` found to one picture: scores, histogram, threshold curve, sizes, and the best (with a lesion), median and worst images."""
     from matplotlib.figure import Figure
 
+    from train import save_figure
+
     figure = Figure(figsize=(16, 10), layout="constrained")
     axes = figure.subplots(3, 4)
     (table, histogram, curve, sizes), cases = axes[0], axes[1:].flat
@@ -232,8 +234,7 @@ def draw_report(model, rows, names, dice, lesion, found, path, device):
         axis.imshow(picture)
         axis.set_title(f"{kind}: {names[index].split('_')[0]}, Dice {dice[index]:.2f}", fontsize=9)
     figure.suptitle(f"{found['folder']}: answer red, true outline green", fontsize=11)
-    with whole(path, sync=False) as file:
-        figure.savefig(file, dpi=80, format="png")
+    save_figure(figure, path)
 
 
 # ---- the two ways of the command line --------------------------------------------------------

@@ -130,15 +130,15 @@ def image_dice_loss(pred, target, smooth=1.0):
 
 def combined_loss_by_image(pred, target):
     """`combined_loss` with the Dice of each image by itself, so that a small lesion counts as much as a large one."""
-    return combined_loss(pred, target) + 0.6 * (image_dice_loss(pred, target) - dice_loss(pred, target))
+    return combined_loss(pred, target, dice=image_dice_loss)
 
 
-def combined_loss(pred, target):
+def combined_loss(pred, target, *, dice=dice_loss):
     """0.6 Dice loss + 0.4 binary cross-entropy, on probabilities in float32; not a number where a probability is not."""
     # On a GPU binary_cross_entropy ends the process at what is no probability; the Dice keeps what is not a number.
     bce = F.binary_cross_entropy(pred.nan_to_num(0.5), target, reduction="sum")
     bce, pixels = sum_over_ranks(torch.stack([bce, pred.new_full((), pred.numel())]))
-    return 0.6 * dice_loss(pred, target) + 0.4 * bce / pixels
+    return 0.6 * dice(pred, target) + 0.4 * bce / pixels
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -690,7 +690,7 @@ def visualize_predictions(model, test_loader, device, num_samples=5, threshold=0
         panels[3].imshow(np.ma.masked_equal(answer[0], 0), cmap="Reds", vmin=0, vmax=1.3, alpha=0.5)
         panels[3].contour(mask[0], [0.5], colors="lime", linewidths=0.8)
     figure.suptitle(f"Predictions at threshold {threshold:g} (red) and true outline (green)", fontsize=10)
-    _save_figure(figure, path)
+    save_figure(figure, path)
     return path
 
 
@@ -713,11 +713,11 @@ def plot_curves(history, path):
         axis.set_title(title)
         axis.legend()
         axis.grid(alpha=0.3)
-    _save_figure(figure, path)
+    save_figure(figure, path)
     return path
 
 
-def _save_figure(figure, path):
+def save_figure(figure, path):
     with whole(Path(path), sync=False) as file:
         figure.savefig(file, dpi=80, format="png")
 
