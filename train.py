@@ -499,11 +499,13 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
                "lr": 0.0, "skipped": 0, "images_per_second": 0.0, "seconds": 0.0}
         moments = [{"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight} for weight in model.parameters()]
         try:
-            if not (_alike(resume["model"], model.state_dict()) and (resume["best"] is None or _alike(resume["best"], model.state_dict()))
-                    and (not ema or _alike(resume["averaged"], model.state_dict()))
-                    and _alike(resume["progress"], progress) and all(_alike(found, row) for found in resume["progress"]["history"])
-                    and _alike(resume["scores"], scores.state()) and _alike(resume["health"], health) and _alike(resume["scaler"], scaler.state_dict())
-                    and (not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or _alike(resume["optimizer"]["state"], dict(enumerate(moments))) or not resume["optimizer"]["state"])):
+            weights = model.state_dict()
+            template = {"model": weights, "best": None if resume["best"] is None else weights, "averaged": weights if ema else None,
+                        "progress": progress, "scores": scores.state(), "health": health, "scaler": scaler.state_dict()}
+            fits = all(_alike(resume[key], value) for key, value in template.items()) and all(_alike(found, row) for found in resume["progress"]["history"])
+            if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and (found := resume["optimizer"]["state"]):
+                fits = fits and _alike(found, dict(enumerate(moments)))
+            if not fits:
                 raise ValueError("another network, or another program")
             progress, best = resume["progress"], resume["best"]
             model.load_state_dict(resume["model"])
@@ -553,7 +555,8 @@ def train_model(model, train_loader, val_loader, criterion, optimizer, num_epoch
                 best_saved = progress["best_epoch"]
             save(out / "last.pth", {
                 "progress": progress, "best": best, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "averaged": evaluated.state_dict() if ema else None, "scaler": scaler.state_dict(), "scores": sums, "health": health, "flags": flags, "rng": torch.get_rng_state(),
+                "averaged": evaluated.state_dict() if ema else None, "scaler": scaler.state_dict(), "scores": sums, "health": health,
+                "flags": flags, "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}, keep=out / "last.previous.pth")
         took = time.monotonic() - started  # on a slow disk, writing stays under a twentieth of the run
         next_save = time.monotonic() + (max(save_every, 20 * took) if save_every else 0)
