@@ -683,15 +683,16 @@ def visualize_predictions(model, test_loader, device, num_samples=5, threshold=0
         scores = Scores("cpu")
         scores.add(torch.zeros(()), answer[None], mask[None])
         dice = metrics(*scores.counts.tolist())["dice"]
+        mask, answer = mask[0].numpy(), answer[0].numpy()
         panels = axes[index // 2, index % 2 * 4:][:4]
         for axis, title in zip(panels, ("image", "true mask", "predicted mask", f"overlay, Dice {dice:.2f}")):
             axis.set_title(title, fontsize=9)
         panels[0].imshow(picture)
-        panels[1].imshow(mask[0], cmap="gray", vmin=0, vmax=1)
-        panels[2].imshow(answer[0], cmap="gray", vmin=0, vmax=1)
+        panels[1].imshow(mask, cmap="gray", vmin=0, vmax=1)
+        panels[2].imshow(answer, cmap="gray", vmin=0, vmax=1)
         panels[3].imshow(picture)
-        panels[3].imshow(np.ma.masked_equal(answer[0], 0), cmap="Reds", vmin=0, vmax=1.3, alpha=0.5)
-        panels[3].contour(mask[0], [0.5], colors="lime", linewidths=0.8)
+        panels[3].imshow(np.ma.masked_equal(answer, 0), cmap="Reds", vmin=0, vmax=1.3, alpha=0.5)
+        panels[3].contour(mask, [0.5], colors="lime", linewidths=0.8)
     figure.suptitle(f"Predictions at threshold {threshold:g} (red) and true outline (green)", fontsize=10)
     save_figure(figure, path)
     return path
