@@ -8,27 +8,28 @@ Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image 
 MICCAI 2015, https://arxiv.org/abs/1505.04597. Unlike the paper's, these convolutions are padded,
 so the output is as large as the input.
 """
-import ctypes
+
 import math
-import os
-import warnings
-import zipfile
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless it says otherwise
+from medseg.checkpoint import load_weights
+from medseg.images import IMAGE_SIZE
+
 STRIDE = 32  # five poolings: both sides of what enters the encoder are multiples of this
 
 
 def make_norm(kind, channels):
-    """The normalisation layer after a 3x3 convolution: 'batch', 'group' (8 groups) or None, which does nothing."""
-    if kind not in (None, "batch", "group"):
-        raise ValueError(f"norm {kind!r}: it must be None, 'batch' or 'group'")
+    """The layer after a 3x3 convolution: 'batch', 'group' (8 groups), or None: no change."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(math.gcd(8, channels), channels) if kind else nn.Identity()
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(8, channels), channels)
+    if kind is None:
+        return nn.Identity()
+    raise ValueError(f"norm {kind!r}: it must be None, 'batch' or 'group'")
 
 
 class DownBlock(nn.Module):
@@ -82,33 +83,37 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, n_channels, H, W), any H and W from 1 up -> probabilities (B, n_classes, H, W), float32, 0..1.
+    """(B, n_channels, H, W), any H, W >= 1 -> probabilities (B, n_classes, H, W), float32, 0..1.
 
-    norm: 'batch' or 'group' puts such a normalisation after each 3x3 convolution; the tutorial has None.
     The names of its weights and their shapes are the tutorial's, so either's `best_model.pth`
-    loads in the other. `image_size` is the side in pixels the model is trained at: it changes no
+    loads in the other. norm: 'batch' or 'group' puts such a layer after each 3x3 convolution; the
+    tutorial has None. `image_size` is the side in pixels the model is trained at: it changes no
     arithmetic, travels in the state dict's metadata, and tells predict.py how to resize.
     """
 
-    def __init__(self, n_channels=3, n_classes=1, n_filters=32, *, image_size=IMAGE_SIZE, norm=None):
+    def __init__(
+        self, n_channels=3, n_classes=1, n_filters=32, *, image_size=IMAGE_SIZE, norm=None
+    ):
         super().__init__()
         self.image_size = image_size
 
         # Encoder (sides for a 256x256 input)
-        self.down1 = DownBlock(n_channels, n_filters, norm=norm)          # -> 128
-        self.down2 = DownBlock(n_filters, n_filters * 2, norm=norm)       # -> 64
-        self.down3 = DownBlock(n_filters * 2, n_filters * 4, norm=norm)   # -> 32
-        self.down4 = DownBlock(n_filters * 4, n_filters * 8, norm=norm)   # -> 16
+        self.down1 = DownBlock(n_channels, n_filters, norm=norm)  # -> 128
+        self.down2 = DownBlock(n_filters, n_filters * 2, norm=norm)  # -> 64
+        self.down3 = DownBlock(n_filters * 2, n_filters * 4, norm=norm)  # -> 32
+        self.down4 = DownBlock(n_filters * 4, n_filters * 8, norm=norm)  # -> 16
         self.down5 = DownBlock(n_filters * 8, n_filters * 16, norm=norm)  # -> 8
 
-        self.bottleneck = DownBlock(n_filters * 16, n_filters * 32, dropout_prob=0.4, max_pooling=False, norm=norm)
+        self.bottleneck = DownBlock(
+            n_filters * 16, n_filters * 32, dropout_prob=0.4, max_pooling=False, norm=norm
+        )
 
         # Decoder
-        self.up1 = UpBlock(n_filters * 32, n_filters * 16, norm=norm)     # -> 16
-        self.up2 = UpBlock(n_filters * 16, n_filters * 8, norm=norm)      # -> 32
-        self.up3 = UpBlock(n_filters * 8, n_filters * 4, norm=norm)       # -> 64
-        self.up4 = UpBlock(n_filters * 4, n_filters * 2, norm=norm)       # -> 128
-        self.up5 = UpBlock(n_filters * 2, n_filters, norm=norm)           # -> 256
+        self.up1 = UpBlock(n_filters * 32, n_filters * 16, norm=norm)  # -> 16
+        self.up2 = UpBlock(n_filters * 16, n_filters * 8, norm=norm)  # -> 32
+        self.up3 = UpBlock(n_filters * 8, n_filters * 4, norm=norm)  # -> 64
+        self.up4 = UpBlock(n_filters * 4, n_filters * 2, norm=norm)  # -> 128
+        self.up5 = UpBlock(n_filters * 2, n_filters, norm=norm)  # -> 256
 
         self.outc = nn.Conv2d(n_filters, n_classes, 1)
         self.sigmoid = nn.Sigmoid()
@@ -117,7 +122,7 @@ class UNet(nn.Module):
     def forward(self, x):
         height, width = x.shape[-2:]
         if height % STRIDE or width % STRIDE:
-            # Repeating the border, not zeros: a black frame would be an edge that is not in the image.
+            # Repeat the border: a black frame would be an edge that is not in the image.
             x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
 
         x1, skip1 = self.down1(x)
@@ -150,87 +155,51 @@ class UNet(nn.Module):
                 raise TypeError
             n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
             n_classes = state["outc.weight"].shape[0]
-            image_size = getattr(state, "_metadata", {}).get("", {}).get("image_size", IMAGE_SIZE)
+            metadata = getattr(state, "_metadata", {}).get("", {})
+            image_size = metadata.get("image_size", IMAGE_SIZE)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError):
-            raise ValueError("not the weights of a UNet: no down1.conv1.weight and outc.weight in it") from None
+            raise ValueError(
+                "not the weights of a UNet: no down1.conv1.weight and outc.weight in it"
+            ) from None
         if not isinstance(image_size, int) or not 1 <= image_size <= 8192:
             raise ValueError(f"not the weights of a UNet: trained at image size {image_size!r}?")
-        # Before memory is taken for a network that a few bytes claim to be: are its largest weights there?
-        largest = state.get("bottleneck.conv2.weight")
-        if getattr(largest, "shape", None) != (32 * n_filters, 32 * n_filters, 3, 3) or largest.untyped_storage().nbytes() < largest.numel():
-            raise ValueError(f"not the weights of a UNet of {n_filters} filters: bottleneck.conv2.weight does not fit")
-        norm = "batch" if "down1.norm1.running_mean" in state else "group" if "down1.norm1.weight" in state else None
+        # Before memory is taken for a network that a few bytes claim to be: are its largest
+        # weights there?
+        largest, width = state.get("bottleneck.conv2.weight"), 32 * n_filters
+        complete = getattr(largest, "shape", None) == (width, width, 3, 3)
+        if not complete or largest.untyped_storage().nbytes() < largest.numel():
+            raise ValueError(
+                f"not the weights of a UNet of {n_filters} filters: "
+                "bottleneck.conv2.weight does not fit"
+            )
+        norm = None
+        if "down1.norm1.weight" in state:
+            norm = "batch" if "down1.norm1.running_mean" in state else "group"
         model = cls(n_channels, n_classes, n_filters, image_size=image_size, norm=norm)
-        wanted = {name: weight.shape for name, weight in model.state_dict().items()}
-        found = {name: getattr(weight, "shape", None) for name, weight in state.items()}
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                raise ValueError(f"not the weights of a UNet of {n_filters} filters: {name} has shape "
-                                 f"{_show(found, name)}, expected {_show(wanted, name)}")
+        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        shapes = {name: getattr(weight, "shape", None) for name, weight in state.items()}
+        for name in sorted(expected.keys() | shapes.keys()):
+            if expected.get(name) != shapes.get(name):
+                raise ValueError(
+                    f"not the weights of a UNet of {n_filters} filters: {name} has shape "
+                    f"{shapes.get(name)}, expected {expected.get(name)}"
+                )
         model.load_state_dict(state)
         return model
 
 
-def load_weights(path):
-    """What torch.save wrote to `path`, on the CPU, tensors and plain containers only: never code.
-
-    Raises FileNotFoundError; ValueError where the file is damaged or holds anything else.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is odd about a file is an error below, or of no account
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
-                    if (part := archive.testzip()) is not None:
-                        raise ValueError(f"wrong checksum of {part}")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; `python train.py` writes it") from None
-    except Exception as error:  # RuntimeError, EOFError, UnpicklingError, ...: whatever the damage looks like
-        raise ValueError(f"{path}: not saved by PyTorch, damaged, or more than weights ({(str(error) or type(error).__name__).splitlines()[0]})") from None
-
-
 def load_model(path):
-    """The UNet in a file of weights, ours or the tutorial's, on the CPU; FileNotFoundError or ValueError if none."""
+    """The UNet in a file of weights, ours or the tutorial's, on the CPU.
+
+    Raises FileNotFoundError; ValueError where the file holds no UNet.
+    """
+    weights = load_weights(path)
     try:
-        return UNet.from_state_dict(load_weights(path))
+        return UNet.from_state_dict(weights)
     except ValueError as error:
-        raise ValueError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from None
-
-
-def _show(shapes, name):
-    return tuple(shapes[name]) if shapes.get(name) is not None else "none"
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _record_image_size(model, state, prefix, metadata):
+    """Hook of `state_dict`: the size that the model is trained at travels with its weights."""
     metadata["image_size"] = model.image_size
-
-
-def pick_device(name="auto"):
-    """torch.device for 'auto' (cuda, else mps, else cpu) or a named one; ValueError if it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"no such device as {name!r}: use auto, cuda, mps or cpu") from None
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: a GPU for each process of this machine
-    if not available.get(device.type) or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} is not available here: use --device auto (or cpu)")
-    return device
-
-
-def keep_freed_memory():
-    """Have the C library keep the memory of freed tensors for the next ones; nothing happens where it is not glibc.
-
-    By default it hands every large block back to the system, and a network on a CPU spends a third of its
-    time on having each page of the next one mapped and cleared again.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    libc.mallopt(-4, 0)   # M_MMAP_MAX: no block gets a mapping of its own
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks

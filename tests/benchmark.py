@@ -1,284 +1,522 @@
-"""How fast it is, as ratios that hold on any machine: both sides of a pair run in turn, in processes of their own.
+"""How fast it is, as ratios that hold on any machine: both sides of a pair run in turn.
 
-    python tests/benchmark.py --data dataset                      # against this project's own plain way
-    python tests/benchmark.py --data dataset --tutorial DIR       # and against the tutorial's program, laid out in DIR
-    python tests/benchmark.py --quick                             # on phantoms, small: that it runs, not how fast
+    python tests/benchmark.py --data dataset                 # against this project's own plain way
+    python tests/benchmark.py --data dataset --tutorial DIR  # and the tutorial's program in DIR
+    python tests/benchmark.py --quick                        # on phantoms: that it runs
 
-Each side is warmed up before its clock starts (except where a cold start is what is measured) and runs
---rounds times; the table shows medians and the spread of the ratio. No network, SwanLab off.
+Every measurement is a process of its own. It is warmed up before its clock starts (except where a
+cold start is what is measured) and repeated --rounds times; the table shows medians and the range
+of the ratio. No network, SwanLab off. With --quick, sizes are small, there is one round, and the
+trainings are forks, which need not import PyTorch: their times mean nothing.
 """
+
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
+import resource
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ANNOTATIONS = "_annotations.coco.json"
+EXAMPLE = "27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg"  # what the tutorial's predict.py opens
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
 
-# Each snippet finds its settings in `s` and prints one JSON object.
-START = "import json, sys, time; s = json.loads(sys.argv[1])\n"
-
-LOADER_OURS = START + """
-from net import keep_freed_memory; keep_freed_memory()
-from data import Batches, load_split
-batches = Batches(load_split(s['data'], 'train', s['size']), 32, shuffle=True)
-for _ in batches: pass
-begun = time.perf_counter()
-for epoch in range(5):
-    for images, masks in batches: pass
-print(json.dumps({'images_per_second': 5 * len(batches.rows) / (time.perf_counter() - begun)}))
-"""
-LOADER_EACH_TIME = START + """
-import torch
-from data import COCOSegmentationDataset, load_coco
-dataset = COCOSegmentationDataset(load_coco(s['data'] + '/train'), s['data'] + '/train', image_size=s['size'])
-loader = torch.utils.data.DataLoader(dataset, batch_size=32, shuffle=True)
-begun = time.perf_counter()
-for images, masks in loader: pass
-print(json.dumps({'images_per_second': len(dataset) / (time.perf_counter() - begun)}))
-"""
-LOADER_TUTORIAL = START + """
-import contextlib, torch, torchvision.transforms as transforms
-from pycocotools.coco import COCO
-from data import COCOSegmentationDataset
-transform = transforms.Compose([transforms.ToTensor(), transforms.Resize((256, 256)),
-                                transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])])
-with contextlib.redirect_stdout(None):
-    coco = COCO(s['data'] + '/train/_annotations.coco.json')
-loader = torch.utils.data.DataLoader(COCOSegmentationDataset(coco, s['data'] + '/train', transform), batch_size=32, shuffle=True)
-begun = time.perf_counter()
-for images, masks in loader: pass
-print(json.dumps({'images_per_second': len(loader.dataset) / (time.perf_counter() - begun)}))
-"""
-STEP = START + """
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from net import UNet, keep_freed_memory, pick_device
-from train import choose_precision, combined_loss
-device = pick_device(s['device'])
-torch.manual_seed(0)
-model = UNet(n_filters=s['filters'])
-images = torch.randn(s['batch'], 3, s['size'], s['size'], device=device)
-masks = (torch.rand(s['batch'], 1, s['size'], s['size'], device=device) > 0.96).float()
-plain = s['plain']
-if not plain and device.type == 'cpu': keep_freed_memory()
-precision = 'fp32' if plain else choose_precision('auto', device)
-dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
-model.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
-if not plain: images = images.contiguous(memory_format=torch.channels_last)
-if s['compile']: model.compile()
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=not plain)
-def step():
-    with torch.autocast(device.type, dtype, enabled=precision != 'fp32'):
-        outputs = model(images)
-    loss = combined_loss(outputs, masks)
-    optimizer.zero_grad(); loss.backward(); optimizer.step()
-wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
-def seconds(function, times):
-    function(); wait(); begun = time.perf_counter()
-    for _ in range(times): function()
-    wait(); return (time.perf_counter() - begun) / times
-with FlopCounterMode(display=False) as counter:
-    step()
-if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
-taken = seconds(step, s['steps'])
-n = 8192 if device.type == 'cuda' else 2048
-a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-rate = 2 * n ** 3 / seconds(lambda: a @ b, 10)
-print(json.dumps({'images_per_second': s['batch'] / taken, 'share_of_matrix_rate': counter.get_total_flops() / taken / rate,
-                  'matrix_tflops': rate / 1e12, 'gpu_gib': torch.cuda.max_memory_allocated() / 2**30 if device.type == 'cuda' else None}))
-"""
-FOLDER_TUTORIAL = START + """
-import pathlib
-from predict import load_model, predict_mask, preprocess_image
-import torch
-device = 'cuda' if torch.cuda.is_available() and s['device'] != 'cpu' else 'cpu'
-model = load_model(s['model'], device)
-for path in pathlib.Path(s['folder']).iterdir():
-    predict_mask(model, preprocess_image(path)[0], device).cpu().numpy()
-print(json.dumps({}))
-"""
+# ---- measurements: each runs in a process of its own and returns its figures -------------------
+# `data`, `predict` and so on are this project's modules, or the tutorial's, by settings["path"].
 
 
-def run(command, cwd=None, path=None):
+def loader_cached(settings):
+    from data import Batches, load_split
+    from medseg.device import keep_freed_memory
+
+    keep_freed_memory()
+    rows = load_split(settings["data"], "train", settings["size"])
+    batches = Batches(rows, 32, shuffle=True)
+    for _ in batches:
+        pass
+    started = time.perf_counter()
+    for _ in range(5):
+        for _ in batches:
+            pass
+    return {"images_per_second": 5 * len(batches.rows) / (time.perf_counter() - started)}
+
+
+def loader_decoding(settings):
+    from data import COCOSegmentationDataset
+    from medseg.coco import load_coco
+
+    folder = Path(settings["data"]) / "train"
+    dataset = COCOSegmentationDataset(load_coco(folder), folder, image_size=settings["size"])
+    return time_loader(dataset)
+
+
+def loader_of_tutorial(settings):
+    from pycocotools.coco import COCO
+    from torchvision import transforms
+
+    from data import COCOSegmentationDataset
+
+    normalize = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    steps = [transforms.ToTensor(), transforms.Resize((256, 256)), normalize]
+    folder = Path(settings["data"]) / "train"
+    with contextlib.redirect_stdout(None):
+        coco = COCO(folder / ANNOTATIONS)
+    return time_loader(COCOSegmentationDataset(coco, folder, transforms.Compose(steps)))
+
+
+def time_loader(dataset):
+    import torch
+
+    loader = torch.utils.data.DataLoader(dataset, batch_size=32, shuffle=True)
+    started = time.perf_counter()
+    for _ in loader:
+        pass
+    return {"images_per_second": len(dataset) / (time.perf_counter() - started)}
+
+
+def training_step(settings):
+    """plain: in float32, memory in the default order, the optimizer not fused."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from medseg.device import choose_precision, keep_freed_memory, make_autocast, pick_device
+    from net import UNet
+    from train import combined_loss
+
+    device, plain = pick_device(settings["device"]), settings["plain"]
+    if not plain and device.type == "cpu":
+        keep_freed_memory()
+    precision = "fp32" if plain else choose_precision("auto", device)
+    order = torch.contiguous_format if plain else torch.channels_last
+    torch.manual_seed(0)
+    model = UNet(n_filters=settings["filters"]).to(device, memory_format=order)
+    shape = (settings["batch"], 1, settings["size"], settings["size"])
+    images = torch.randn(shape, device=device).repeat(1, 3, 1, 1).contiguous(memory_format=order)
+    masks = (torch.rand(shape, device=device) > 0.96).float()
+    if settings["compile"]:
+        model.compile()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=not plain)
+    autocast = make_autocast(precision, device)
+
+    def step():
+        with autocast:
+            outputs = model(images)
+        loss = combined_loss(outputs, masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = time_on(device, step, settings["steps"])
+    rate = matrix_rate(device, precision, settings["matrix"])
+    return {
+        "images_per_second": settings["batch"] / seconds,
+        "share_of_matrix_rate": counter.get_total_flops() / seconds / rate,
+        "matrix_tflops": rate / 1e12,
+        "gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+    }
+
+
+def time_on(device, function, times):
+    """Seconds that a call takes, after one to warm up."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    function()
+    wait()
+    started = time.perf_counter()
+    for _ in range(times):
+        function()
+    wait()
+    return (time.perf_counter() - started) / times
+
+
+def matrix_rate(device, precision, size):
+    """Floating-point operations a second of a product of square matrices."""
+    import torch
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    a, b = torch.randn(2, size, size, device=device, dtype=dtypes[precision])
+    return 2 * size**3 / time_on(device, lambda: a @ b, 10)
+
+
+def folder_of_tutorial(settings):
+    import torch
+
+    from predict import load_model, predict_mask, preprocess_image
+
+    use_gpu = torch.cuda.is_available() and settings["device"] != "cpu"
+    device = "cuda" if use_gpu else "cpu"
+    model = load_model(settings["model"], device)
+    for path in Path(settings["folder"]).iterdir():
+        predict_mask(model, preprocess_image(path)[0], device).cpu().numpy()
+    return {}
+
+
+# ---- running them ----------------------------------------------------------------------------
+
+
+def run(command, cwd=None):
     """Run a command; its last JSON line, its wall seconds and its peak memory in MiB."""
-    import time
-    environment = {**os.environ, "PYTHONPATH": str(path or ""), "SWANLAB_MODE": "disabled"}
+    environment = {**os.environ, "SWANLAB_MODE": "disabled"}
     with tempfile.TemporaryFile("w+") as said:
-        begun = time.perf_counter()
-        process = subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=cwd,
+            env=environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        wall = time.perf_counter() - begun
+        wall = time.perf_counter() - started
         said.seek(0)
         text = said.read()
     if process.returncode:
-        raise RuntimeError(f"{command} ended with status {process.returncode}:\n{text[-3000:]}")
-    found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    return {**(found[-1] if found else {}), "wall": wall, "peak_mib": usage.ru_maxrss / 1024, "text": text}
+        raise RuntimeError(f"{command} ended with {process.returncode}:\n{text[-3000:]}")
+    results = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    last = results[-1] if results else {}
+    return {**last, "wall": wall, "peak_mib": usage.ru_maxrss / 1024, "text": text}
 
 
-def snippet(code, settings, cwd=None):
-    return lambda: run([sys.executable, "-c", code, json.dumps(settings)], cwd=cwd, path=cwd or ROOT)
+def measure(function, settings, path=ROOT, **more):
+    """Run one of the measurements above in a process, with the modules of `path`."""
+    given = json.dumps({**settings, **more, "path": str(path)})
+    return run([sys.executable, __file__, "--measure", function.__name__, given], cwd=path)
+
+
+def run_fork(function, *arguments):
+    """Call a function in a fork of this process; what it returns and its peak memory in MiB."""
+
+    def target():
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+            result = function(*arguments) or {}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        sender.send({**result, "peak_mib": peak})
+
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=target)
+    process.start()
+    sender.close()  # so that receiving fails where the process has died
+    result = receiver.recv()
+    process.join()
+    return result
+
+
+def train_in_two(argv):
+    """train.main in this process and a fork of it, in the environment that torchrun makes."""
+    import train
+
+    def main(rank):
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+        train.main(argv)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ["MASTER_PORT"] = str(server.getsockname()[1])
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    other = multiprocessing.get_context("fork").Process(target=main, args=(1,))
+    other.start()
+    main(0)
+    other.join()
 
 
 def subset(source, target, counts, repeat=1):
-    """A data set of the first images of another, each `repeat` times under names of its own, linked."""
+    """Write a data set of the first images of another, as links; return `target`.
+
+    Each image is there `repeat` times, under names of its own.
+    """
     for split, count in counts.items():
-        content = json.loads((source / split / "_annotations.coco.json").read_text())
+        content = json.loads((source / split / ANNOTATIONS).read_text())
         images, annotations = [], []
         (target / split).mkdir(parents=True)
         for image in content["images"][:count]:
+            own = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
             for copy in range(repeat):
                 number, name = len(images), f"{copy}_{image['file_name']}"
-                (target / split / name).symlink_to((source / split / image["file_name"]).resolve())
+                file = source / split / image["file_name"]
+                (target / split / name).symlink_to(file.resolve())
                 images.append({**image, "id": number, "file_name": name})
-                annotations += [{**a, "id": len(annotations) + k, "image_id": number}
-                                for k, a in enumerate(a for a in content["annotations"] if a["image_id"] == image["id"])]
-        (target / split / "_annotations.coco.json").write_text(json.dumps({**content, "images": images, "annotations": annotations}))
+                for entry in own:
+                    annotations.append({**entry, "id": len(annotations), "image_id": number})
+        content |= {"images": images, "annotations": annotations}
+        (target / split / ANNOTATIONS).write_text(json.dumps(content))
     return target
 
 
-def compare(table, name, key, ours, other, rounds, higher_is_better):
-    """Run ours and the other in turn; a row with both medians and the ratio pair by pair."""
-    pairs = []
-    for _ in range(rounds):
-        pairs.append((other()[key], ours()[key]))
-    ratios = sorted(b / a if higher_is_better else a / b for a, b in pairs)
-    row = {"name": name, "unit": key, "other": statistics.median(a for a, _ in pairs), "ours": statistics.median(b for _, b in pairs),
-           "times_as_good": statistics.median(ratios), "from": ratios[0], "to": ratios[-1], "rounds": rounds}
-    table.append(row)
-    print(f"{name:<60} {row['other']:>10.3f} {row['ours']:>10.3f} {row['times_as_good']:>8.2f}x  ({ratios[0]:.2f} to {ratios[-1]:.2f})  {key}", flush=True)
+class Bench:
+    """A folder with a data set and a model to measure with, and the figures so far."""
+
+    def __init__(self, args, place):
+        import torch
+
+        from medseg.device import pick_device
+        from medseg.phantoms import make_phantoms
+        from net import UNet
+
+        if args.quick:
+            args.device = "cpu"  # a GPU cannot be used in a fork
+        matrix = 8192 if pick_device(args.device).type == "cuda" else 2048
+        self.args, self.place, self.table, self.facts = args, place, [], {}
+        self.rounds = 1 if args.quick else args.rounds
+        source = args.data
+        if source is None:
+            source = make_phantoms(place / "phantoms", counts=(24, 8, 8), size=128)
+        self.source, count = source.resolve(), 8 if args.quick else args.images
+        counts = {"train": None, "valid": None, "test": 2}
+        if count:
+            counts = {"train": count, "valid": max(count // 4, 2), "test": 2}
+        self.data = subset(self.source, place / "data", counts)
+        self.settings = {
+            "data": str(self.data),
+            "size": 32 if args.quick else 256,
+            "filters": 4 if args.quick else 32,
+            "batch": 4 if args.quick else min(count or 32, 32),
+            "steps": 2 if args.quick else 3,
+            "matrix": 256 if args.quick else matrix,
+            "images": count,
+            "device": args.device,
+            "plain": False,
+            "compile": False,
+        }
+        self.model = place / "best_model.pth"
+        torch.save(UNet(n_filters=self.settings["filters"]).state_dict(), self.model)
+        if args.quick:
+            torch.set_num_threads(1)  # threads do not survive a fork
+            # The first optimizer of a process imports torch._dynamo: here, not in every fork.
+            torch.optim.SGD([torch.zeros(1)], lr=1)
+
+    def compare(self, name, key, other, ours, higher_is_better=False):
+        """Run both in turn; add a row with both medians and the range of the ratio."""
+        if self.args.only not in name:
+            return
+        pairs, ratios = [], []
+        for _ in range(self.rounds):
+            a, b = other()[key], ours()[key]
+            pairs.append((a, b))
+            ratios.append(b / a if higher_is_better else a / b)
+        row = {
+            "name": name,
+            "unit": key,
+            "other": statistics.median(a for a, _ in pairs),
+            "ours": statistics.median(b for _, b in pairs),
+            "times_as_good": statistics.median(ratios),
+            "from": min(ratios),
+            "to": max(ratios),
+            "rounds": self.rounds,
+        }
+        self.table.append(row)
+        print(
+            f"{name:<60} {row['other']:>10.3f} {row['ours']:>10.3f} {row['times_as_good']:>8.2f}x"
+            f"  ({row['from']:.2f} to {row['to']:.2f})  {key}",
+            flush=True,
+        )
+
+    def measure(self, function, **more):
+        return partial(measure, function, self.settings, **more)
+
+    def train(self, folder, data=None, processes=1, extra=()):
+        """Train for two epochs; what `run` returns and the seconds of the second epoch."""
+        settings, out = self.settings, self.place / folder
+        flags = ("--data", data or self.data, "--out", out, "--overwrite", "--epochs", 2)
+        flags += ("--image-size", settings["size"], "--n-filters", settings["filters"])
+        flags += ("--batch-size", settings["batch"], "--device", self.args.device)
+        flags = list(map(str, (*flags, "--swanlab", "disabled", *extra)))
+        if self.args.quick:
+            import train
+
+            result = run_fork(train.main if processes == 1 else train_in_two, flags)
+        else:
+            launcher = [sys.executable] if processes == 1 else TORCHRUN
+            result = run([*launcher, ROOT / "train.py", *flags])
+        names, _, second = (out / "metrics.csv").read_text().splitlines()
+        row = dict(zip(names.split(","), second.split(","), strict=True))
+        return {**result, "second_epoch": float(row["seconds"])}
 
 
-def second_epoch_of_ours(folder):
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    return dict(zip(lines[0].split(","), map(float, lines[2].split(","))))["seconds"]
+def measure_loading(bench):
+    rate, cached = "images_per_second", bench.measure(loader_cached)
+    decoding = bench.measure(loader_decoding)
+    bench.compare("loader, cached against decoding each time", rate, decoding, cached, True)
+    if bench.args.tutorial:
+        tutorial = bench.measure(loader_of_tutorial, path=bench.args.tutorial)
+        bench.compare("loader, against the tutorial's", rate, tutorial, cached, True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="the data set; without it, phantoms")
-    parser.add_argument("--tutorial", type=Path, help="folder with the tutorial's own net.py, data.py, train.py and predict.py")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=64, help="images in an epoch; 0 for the whole data set")
-    parser.add_argument("--quick", action="store_true", help="small sizes, one round")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--json", type=Path, default="benchmark.json")
-    args = parser.parse_args()
-    size, filters, batch, steps, rounds = (32, 4, 4, 2, 1) if args.quick else (256, 32, 32 if args.images >= 32 or not args.images else args.images, 3, args.rounds)
-    args.images = 8 if args.quick else args.images
+def measure_training(bench):
+    last = {}
 
+    def step():
+        last.update(bench.measure(training_step)())
+        return last
+
+    rate, plain = "images_per_second", bench.measure(training_step, plain=True)
+    bench.compare("training step, against fp32, contiguous, unfused", rate, plain, step, True)
+    if last:
+        names = ("share_of_matrix_rate", "matrix_tflops", "gpu_gib", "peak_mib")
+        bench.facts.update({name: last[name] for name in names})
+        share = 100 * last["share_of_matrix_rate"]
+        print(f"  at {share:.0f} % of a matrix product's {last['matrix_tflops']:.2f} TFLOP/s")
+    if not bench.args.quick:  # compiling takes a minute
+        compiled = bench.measure(training_step, compile=True)
+        bench.compare("training step, compiled against not", rate, step, compiled, True)
+    if bench.args.tutorial:
+        name, tutorial = "second epoch, against the tutorial's", partial(tutorial_epochs, bench)
+        bench.compare(name, "second_epoch", tutorial, partial(bench.train, "epoch"))
+    bench.compare(
+        "second epoch, two processes against one",
+        "second_epoch",
+        partial(bench.train, "one"),
+        partial(bench.train, "two", processes=2),
+    )
+
+
+def tutorial_epochs(bench):
+    """Two epochs of the tutorial's program, which prints lines like TUTORIAL {"step": 2, ...}."""
+    link = bench.args.tutorial / "dataset"
+    link.unlink(missing_ok=True)
+    link.symlink_to(bench.data)
+    os.environ["EPOCHS"] = "2"
+    text = run([sys.executable, "train.py"], cwd=bench.args.tutorial)["text"]
+    lines = [line.split("TUTORIAL ")[1] for line in text.splitlines() if "TUTORIAL " in line]
+    seconds = {line["step"]: line["seconds"] for line in map(json.loads, lines)}
+    return {"second_epoch": seconds[2]}
+
+
+def measure_prediction(bench):
+    picture = sorted((bench.data / "test").glob("*.*g"))[0]
+    command = (sys.executable, ROOT / "predict.py", "--device", bench.args.device)
+    command += ("--model", bench.model)
+    single = partial(run, [*command, picture, "--output", bench.place / "single"])
+    bench.facts["single_prediction_seconds"] = single()["wall"]
+    tutorial = bench.args.tutorial
+    if not tutorial:
+        return
     import torch
 
     from net import UNet
-    table, facts = [], {}
+
+    example = bench.data / "test" / EXAMPLE
+    if not example.exists():
+        example.symlink_to(picture.resolve())
+    for path in (bench.model, tutorial / "best_model.pth"):
+        torch.save(UNet(n_filters=32).state_dict(), path)
+    folder = bench.place / "folder"
+    folder.mkdir()
+    train = (bench.data / "train").iterdir()
+    pictures = [path for path in sorted(train) if path.suffix != ".json"]
+    for number in range(200):
+        link = folder / f"{number}{picture.suffix}"
+        link.symlink_to(pictures[number % len(pictures)].resolve())
+    bench.compare(
+        "one prediction from a cold start, against the tutorial's",
+        "wall",
+        partial(run, [sys.executable, "predict.py"], cwd=tutorial),
+        partial(run, [*command, example, "--output", bench.place / "single"]),
+    )
+    bench.compare(
+        "a folder of 200 images, against the tutorial's",
+        "wall",
+        bench.measure(
+            folder_of_tutorial, path=tutorial, folder=str(folder), model=str(bench.model)
+        ),
+        partial(run, [*command, folder, "--output", bench.place / "masks"]),
+    )
+
+
+def measure_scale(bench):
+    """Memory and time of a training against the number of images."""
+    from data import load_split
+
+    quick = bench.args.quick
+    base = {"train": 8 if quick else 32, "valid": 4, "test": 2}
+    size = 32 if quick else 128
+    flags = ("--image-size", size, "--n-filters", 4, "--batch-size", 8)
+
+    def train(factor):
+        data = subset(bench.source, bench.place / f"x{factor}", base, repeat=factor)
+        for split in base:
+            load_split(data, split, size)  # makes the cache
+        return bench.train(f"scale{factor}", data, extra=flags)
+
+    for factor in (1, 4, 16):
+        result, images = train(factor), base["train"] * factor
+        peak, per_image = result["peak_mib"], 1000 * result["second_epoch"] / images
+        fact = {"images": images, "peak_mib": peak, "ms_per_image": per_image}
+        bench.facts[f"scale_{factor}x"] = fact
+        print(
+            f"scale, {images:>5} images: peak {peak:.0f} MiB, {per_image:.2f} ms an image in the "
+            "second epoch",
+            flush=True,
+        )
+
+
+def write_figures(bench):
+    import torch
+
+    on_gpu = torch.cuda.is_available() and bench.args.device != "cpu"
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    names = ("size", "filters", "batch", "images")
+    settings = {name: bench.settings[name] for name in names}
+    figures = {"machine": machine, "settings": settings}
+    figures |= {"rows": bench.table, "facts": bench.facts}
+    bench.args.json.write_text(json.dumps(figures, indent=1))
+    print(f"{machine}\nwritten to {bench.args.json}")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, help="the data set; without it, phantoms")
+    add("--tutorial", type=Path, help="folder with the tutorial's net, data, train and predict.py")
+    add("--device", default="auto")
+    add("--rounds", type=int, default=3)
+    add("--images", type=int, default=64, help="images in an epoch; 0 for the whole data set")
+    add("--quick", action="store_true", help="small sizes, one round")
+    add("--only", default="", help="rows whose name holds this")
+    add("--json", type=Path, default=Path("benchmark.json"))
+    add("--measure", nargs=2, help=argparse.SUPPRESS)  # a measurement and its settings
+    return parser.parse_args()
+
+
+def main():
+    args = get_args()
+    if args.measure:
+        name, settings = args.measure[0], json.loads(args.measure[1])
+        sys.path.insert(0, settings["path"])
+        print(json.dumps(globals()[name](settings)))
+        return
+    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        source = args.data
-        if source is None:
-            from download import make_phantoms
-            source = make_phantoms(place / "phantoms", counts=(24, 8, 8), size=128)
-        source = source.resolve()
-        counts = {"train": args.images, "valid": max(args.images // 4, 2), "test": 2} if args.images else {"train": None, "valid": None, "test": 2}
-        data = subset(source, place / "data", counts)
-        settings = {"data": str(data), "size": size, "filters": filters, "batch": batch, "steps": steps, "device": args.device,
-                    "plain": False, "compile": False}
-        torch.save(UNet(n_filters=filters).state_dict(), place / "best_model.pth")
+        bench = Bench(args, Path(place))
         print(f"{'':<60} {'other':>10} {'ours':>10}")
-
-        def wanted(name):
-            return args.only in name
-
-        def row(name, key, ours, other, higher_is_better=False):
-            if wanted(name):
-                compare(table, name, key, ours, other, rounds, higher_is_better)
-
-        # ---- loading
-        ours = snippet(LOADER_OURS, settings)
-        row("loader, cached against decoding each time", "images_per_second", ours, snippet(LOADER_EACH_TIME, settings), True)
-        if args.tutorial:
-            row("loader, against the tutorial's", "images_per_second", ours, snippet(LOADER_TUTORIAL, settings, args.tutorial), True)
-
-        # ---- training
-        last = {}
-
-        def step(**change):
-            def once():
-                last.update(snippet(STEP, {**settings, **change})())
-                return last
-            return once
-
-        row("training step, against fp32, contiguous, unfused", "images_per_second", step(), step(plain=True), True)
-        if wanted("training step") and last:
-            facts.update({key: last[key] for key in ("share_of_matrix_rate", "matrix_tflops", "gpu_gib", "peak_mib")})
-            print(f"  a step runs at {100 * facts['share_of_matrix_rate']:.0f} % of the {facts['matrix_tflops']:.2f} TFLOP/s of a matrix product")
-        if not args.quick:  # compiling takes a minute
-            row("training step, compiled against not", "images_per_second", step(compile=True), step(), True)
-
-        def train(folder, data=data, launcher=(sys.executable,), epochs=2, extra=()):
-            found = run([*launcher, ROOT / "train.py", "--data", data, "--out", place / folder, "--epochs", epochs, "--image-size", size,
-                         "--n-filters", filters, "--batch-size", batch, "--device", args.device, "--swanlab", "disabled", *extra])
-            return {**found, "second_epoch": second_epoch_of_ours(place / folder) if epochs > 1 else None}
-
-        if args.tutorial:
-            link = args.tutorial / "dataset"
-            link.unlink(missing_ok=True)
-            link.symlink_to(data)
-
-            def tutorial_epochs():
-                os.environ["EPOCHS"] = "2"
-                text = run([sys.executable, "train.py"], cwd=args.tutorial)["text"]
-                lines = [json.loads(line.split("TUTORIAL ")[1]) for line in text.splitlines() if line.startswith("TUTORIAL ")]
-                return {"second_epoch": next(line["seconds"] for line in lines if line["step"] == 2)}
-
-            row("second epoch, against the tutorial's", "second_epoch", lambda: train("epoch"), tutorial_epochs)
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
-        row("second epoch, two processes against one", "second_epoch", lambda: train("two", launcher=torchrun), lambda: train("one"))
-
-        # ---- prediction
-        picture = sorted((data / "test").glob("*.*g"))[0]
-        folder = place / "folder"
-        folder.mkdir()
-        pictures = [path for path in sorted((data / "train").iterdir()) if path.suffix != ".json"]
-        for number in range(10 if args.quick else 200):
-            (folder / f"{number}{picture.suffix}").symlink_to(pictures[number % len(pictures)].resolve())
-        predict = [sys.executable, ROOT / "predict.py", "--device", args.device, "--model", place / "best_model.pth"]
-        facts["single_prediction_seconds"] = run([*predict, picture, "--output", place / "single"])["wall"]
-        if args.tutorial:
-            example = data / "test" / "27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg"  # the image its predict.py opens
-            if not example.exists():
-                example.symlink_to(picture.resolve())
-            torch.save(UNet(n_filters=32).state_dict(), args.tutorial / "best_model.pth")
-            torch.save(UNet(n_filters=32).state_dict(), place / "best_model.pth")
-            row("one prediction from a cold start, against the tutorial's", "wall", lambda: run([*predict, example, "--output", place / "single"]),
-                lambda: run([sys.executable, "predict.py"], cwd=args.tutorial))
-            row("a folder of 200 images, against the tutorial's", "wall", lambda: run([*predict, folder, "--output", place / "masks"]),
-                snippet(FOLDER_TUTORIAL, {**settings, "folder": str(folder), "model": str(place / "best_model.pth")}, args.tutorial))
-
-        # ---- memory and time against the number of images
-        if wanted("scale"):
-            base = {"train": 32 if not args.quick else 8, "valid": 4, "test": 2}
-            for factor in (1, 4, 16):
-                scaled = subset(source, place / f"x{factor}", base, repeat=factor)
-                flags = ("--image-size", 128 if not args.quick else 32, "--n-filters", 4, "--batch-size", 8)
-                train(f"cache{factor}", scaled, epochs=1, extra=flags)  # makes the cache
-                found = train(f"scale{factor}", scaled, extra=flags)
-                images = base["train"] * factor
-                facts[f"scale_{factor}x"] = {"images": images, "peak_mib": found["peak_mib"], "ms_per_image": 1000 * found["second_epoch"] / images}
-                print(f"scale, {images:>5} images: peak {found['peak_mib']:.0f} MiB, {facts[f'scale_{factor}x']['ms_per_image']:.2f} ms an image in the second epoch", flush=True)
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else None
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "python": platform.python_version()}
-    args.json.write_text(json.dumps({"machine": machine, "settings": {"size": size, "filters": filters, "batch": batch, "images": args.images},
-                                     "rows": table, "facts": facts}, indent=1))
-    print(f"{machine}\nwritten to {args.json}")
+        measure_loading(bench)
+        measure_training(bench)
+        measure_prediction(bench)
+        if args.only in "scale":
+            measure_scale(bench)
+        write_figures(bench)
 
 
 if __name__ == "__main__":

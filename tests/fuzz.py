@@ -1,12 +1,14 @@
-"""Feed the readers damaged input: each case has to end in success, or in status 2 and one line, soon, in little memory.
+"""Give the scripts damaged input: each case ends in success, or in status 2 and one line.
 
-    python tests/fuzz.py --cases 400                    # 2000 cases: 400 of each of the five readers
+    python tests/fuzz.py --cases 400                    # 2000 cases: 400 of each of five readers
     python tests/fuzz.py images --cases 40 --seed 3
 
-Good annotation files, images, archives, checkpoints and command lines are mutated by hypothesis. The scripts'
-own main functions run in this process, which fails on a traceback, on a case of more than SECONDS, beyond
-MEMORY of address space above what it started with, and on a file outside the output folder.
+Good annotation files, images, archives, checkpoints and command lines are mutated by hypothesis.
+The scripts' own main functions run in this process. It fails on a traceback, on a case that takes
+more than SECONDS, on MEMORY more address space than it started with, and on a change to a file
+outside the output folder.
 """
+
 import argparse
 import contextlib
 import copy
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -35,15 +38,28 @@ import data
 import download
 import predict
 import train
+from medseg.cli import run_main
+from medseg.coco import ANNOTATIONS
 from net import UNet
 
 SECONDS = 20
 MEMORY = 3 << 30
-SPECIAL = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, -1e300, 1e308, float("nan"), float("inf"), "", "0", "../../escaped", "/etc/passwd",
-           "C:\\escaped", "a\0b", "\ud800", "é" * 300, [], {}, [[]], [None], {"size": [10**9, 10**9], "counts": "1"}, {"counts": [10**18]}, [[0, 0, 1e9, 0, 1e9, 1e9]]]
+SPECIAL = [
+    *(None, True, -1, 0, 1, 2**31, 2**63, 10**30),
+    *(0.5, -1e300, 1e308, float("nan"), float("inf")),
+    *("", "0", "../../escaped", "/etc/passwd", "C:\\escaped", "a\0b", "\ud800", "é" * 300),
+    *([], {}, [[]], [None], {"size": [10**9, 10**9], "counts": "1"}, {"counts": [10**18]}),
+    [[0, 0, 1e9, 0, 1e9, 1e9]],
+]
 
 integers = st.integers(0, 2**31)
 special = st.sampled_from(SPECIAL)
+
+
+# ---- mutations -------------------------------------------------------------------------------
+
+CHANGES = ["cut", "flip", "overwrite", "repeat", "insert", "shorten"]
+FILLERS = [b"\0", b"\xff", b"\x7f", b"\x80"]
 
 
 def mutate_bytes(content, draw):
@@ -51,19 +67,20 @@ def mutate_bytes(content, draw):
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 8))):
         place, length = draw(integers) % (len(content) + 1), draw(st.integers(1, 64))
-        how = draw(st.sampled_from(["cut", "flip", "overwrite", "repeat", "insert", "shorten"]))
-        if how == "cut":
+        change = draw(st.sampled_from(CHANGES))
+        if change == "cut":
             del content[place:]
-        elif how == "flip" and content:
+        elif change == "flip" and content:
             content[place % len(content)] ^= 1 << draw(st.integers(0, 7))
-        elif how == "overwrite":
-            content[place:place + length] = draw(st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80"])) * length
-        elif how == "repeat":
-            content[place:place] = content[place:place + length] * draw(st.integers(1, 50))
-        elif how == "insert":
+        elif change == "overwrite":
+            content[place : place + length] = draw(st.sampled_from(FILLERS)) * length
+        elif change == "repeat":
+            part = content[place : place + length]
+            content[place:place] = part * draw(st.integers(1, 50))
+        elif change == "insert":
             content[place:place] = draw(st.binary(min_size=1, max_size=32))
         else:
-            del content[place:place + length]
+            del content[place : place + length]
     return bytes(content)
 
 
@@ -72,19 +89,44 @@ def mutate_tree(value, draw, depth=0):
     if depth < 6 and isinstance(value, (dict, list)) and value and draw(st.integers(0, 9)):
         keys = list(value) if isinstance(value, dict) else range(len(value))
         key = keys[draw(integers) % len(keys)]
-        how = draw(st.integers(0, 9))
-        if how == 0:
+        change = draw(st.integers(0, 9))
+        if change == 0:
             del value[key]
-        elif how == 1 and isinstance(value, list):
+        elif change == 1 and isinstance(value, list):
             value.extend([value[key]] * draw(st.integers(1, 20)))
         else:
             value[key] = mutate_tree(value[key], draw, depth + 1)
         return value
-    return copy.deepcopy(draw(special))  # a case may change it
+    return copy.deepcopy(draw(special))  # the case may change what it is given
+
+
+def mutate_tree_often(value, draw):
+    for _ in range(draw(st.integers(1, 3))):
+        value = mutate_tree(value, draw)
+    return value
+
+
+# ---- running a case --------------------------------------------------------------------------
+
+
+def run(module, *arguments):
+    """(status, stderr) of a script's main in this process."""
+    said, status = io.StringIO(), 0
+    command = [f"{module.__name__}.py", *map(str, arguments)]
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(said),
+        mock.patch.object(sys, "argv", command),
+    ):
+        try:
+            run_main(module.main)
+        except SystemExit as leaving:
+            status = leaving.code
+    return status, said.getvalue()
 
 
 class Ground:
-    """A folder to play in: what was there before a case has to be there after it, and nothing else."""
+    """The folder in which the cases run; a case may change nothing but its folder out/."""
 
     def __init__(self, place):
         self.place, self.out = place, place / "out"
@@ -92,33 +134,31 @@ class Ground:
         torch.manual_seed(0)
         torch.save(UNet(n_filters=2, image_size=32).state_dict(), place / "best_model.pth")
         os.chdir(place)
-        self.run(lambda: train.main(list(map(str, (*SMALL, "--data", self.dataset, "--epochs", 1, "--out", place / "trained")))))
+        trained = ("--epochs", 1, "--out", place / "trained")
+        assert run(train, *SMALL, "--data", self.dataset, *trained) == (0, "")
         self.picture = next((self.dataset / "test").glob("*.png"))
         self.cases, self.refused = 0, 0
 
     def files(self):
-        return {str(path): path.stat().st_size for path in self.place.rglob("*") if path.is_file() and self.out not in path.parents and ".cache" not in path.parts}
+        """{path: size} of every file that a case must leave alone."""
+        return {
+            str(path): path.stat().st_size
+            for path in self.place.rglob("*")
+            if path.is_file() and self.out not in path.parents and ".cache" not in path.parts
+        }
 
-    def run(self, call):
-        """Status and stderr of call(), run as a script's main."""
-        said = io.StringIO()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            try:
-                data.run(lambda: sys.exit(call()))  # download.main returns its status
-            except SystemExit as leaving:
-                status = leaving.code or 0
-        return status, said.getvalue()
-
-    def check(self, call, bound=SECONDS):
+    def check(self, module, *arguments, prepare=lambda: None):
+        """Run a script with an empty out/, after prepare(), and check how it ends."""
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir()
+        prepare()
         before = self.files()
-        faulthandler.dump_traceback_later(bound, exit=True)  # a hang ends the whole campaign
+        faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends the whole campaign
         try:
-            status, said = self.run(call)
+            status, said = run(module, *arguments)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        lines = [line for line in said.splitlines() if line.strip() and "it/s" not in line and not line.startswith("WARNING")]
+        lines = [line for line in said.splitlines() if is_message(line)]
         assert status in (0, 2), (status, said)
         assert status == 0 or len(lines) == 1, said
         assert self.files() == before, "files outside the output folder"
@@ -126,34 +166,45 @@ class Ground:
         self.refused += status == 2
 
 
+def is_message(line):
+    """Whether a line on stderr is more than a progress bar or a warning."""
+    return line.strip() and "it/s" not in line and not line.startswith("WARNING")
+
+
+# ---- the readers -----------------------------------------------------------------------------
+
+
 def annotations(ground, draw):
     """train.py and data.py on a data set with a mutated annotation file."""
-    path = ground.dataset / "train" / data.ANNOTATIONS
+    path = ground.dataset / "train" / ANNOTATIONS
     good = path.read_bytes()
     try:
         if draw(st.booleans()):
-            content = json.loads(good)
-            for _ in range(draw(st.integers(1, 3))):
-                content = mutate_tree(content, draw)
-            path.write_text(json.dumps(content))
+            path.write_text(json.dumps(mutate_tree_often(json.loads(good), draw)))
         else:
             path.write_bytes(mutate_bytes(good, draw))
         if draw(st.booleans()):
             more = ["--skip-bad"] if draw(st.booleans()) else []
-            ground.check(lambda: train.main(list(map(str, (*SMALL, "--data", ground.dataset, "--epochs", 1, "--out", ground.out, *more)))))
+            command = (*SMALL, "--data", ground.dataset, "--epochs", 1, "--out", ground.out)
+            ground.check(train, *command, *more)
         else:
-            ground.check(lambda: with_arguments("data.py", data.main, ground.dataset, "--out", ground.out))
+            ground.check(data, ground.dataset, "--out", ground.out)
     finally:
         path.write_bytes(good)
 
 
-def with_arguments(name, call, *arguments):
-    sys.argv = [name, *map(str, arguments)]
-    call()
-
-
-FORMATS = {"a.png": ("PNG", "RGB"), "b.jpg": ("JPEG", "L"), "c.tif": ("TIFF", "I;16"), "d.bmp": ("BMP", "RGB"), "e.png": ("PNG", "P"),
-           "f.png": ("PNG", "RGBA"), "g.tif": ("TIFF", "F"), "h.png": ("PNG", "I;16"), "i.jpg": ("JPEG", "CMYK")}
+FORMATS = {
+    "a.png": ("PNG", "RGB"),
+    "b.jpg": ("JPEG", "L"),
+    "c.tif": ("TIFF", "I;16"),
+    "d.bmp": ("BMP", "RGB"),
+    "e.png": ("PNG", "P"),
+    "f.png": ("PNG", "RGBA"),
+    "g.tif": ("TIFF", "F"),
+    "h.png": ("PNG", "I;16"),
+    "i.jpg": ("JPEG", "CMYK"),
+}
+DTYPES = {"I;16": np.uint16, "F": np.float32}  # of the modes that are not 8 bits
 
 
 def images(ground, draw):
@@ -162,9 +213,11 @@ def images(ground, draw):
     kind, mode = FORMATS[name]
     size = draw(st.integers(1, 90)), draw(st.integers(1, 90))
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0]), dtype=np.uint8)
-    image = Image.fromarray(pixels.astype({"I;16": np.uint16, "F": np.float32}.get(mode, np.uint8)))
+    image = Image.fromarray(pixels.astype(DTYPES.get(mode, np.uint8)))
+    if mode not in DTYPES:
+        image = image.convert(mode)
     content = io.BytesIO()
-    (image if mode in ("I;16", "F") else image.convert(mode)).save(content, kind)
+    image.save(content, kind)
     folder = ground.place / "images"
     folder.mkdir()
     try:
@@ -172,41 +225,56 @@ def images(ground, draw):
         many = draw(st.booleans())
         if many:
             shutil.copy(ground.picture, folder / "good.png")
-        ground.check(lambda: predict.main(list(map(str, (folder if many else folder / name, "--output", ground.out, "--device", "cpu")))))
+        given = folder if many else folder / name
+        ground.check(predict, given, "--output", ground.out, "--device", "cpu")
         assert not many or (ground.out / "good_mask.png").exists()
     finally:
         shutil.rmtree(folder)
 
 
+BAD_ENTRIES = [
+    *("../escaped.png", "/escaped.png", "train/../../escaped.png", "..\\escaped", "train/CON"),
+    *("train/" + "d/" * 40 + "x.png", "train/\u202e.png", "train/Train.png", "valid"),
+    *("x" * 250 + ".png", "test/_annotations.coco.json"),
+]
+COMPRESSIONS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+
+
+def write_archive(path, entries, draw):
+    with zipfile.ZipFile(path, "w", draw(st.sampled_from(COMPRESSIONS))) as archive:
+        for name, content in entries.items():
+            entry = zipfile.ZipInfo(name)
+            if not draw(st.integers(0, 200)):
+                entry.external_attr = 0o120777 << 16  # a link
+            archive.writestr(entry, content)
+
+
 def archives(ground, draw):
     """download.py --zip on a mutated archive: its bytes, or its entries."""
     path = ground.place / "data.zip"
-    entries = {str(file.relative_to(ground.dataset)): file.read_bytes() for file in sorted(ground.dataset.glob("t*/*"))}
-    entries |= {f"valid/{file.name}": file.read_bytes() for file in sorted((ground.dataset / "valid").glob("*"))}
+    files = sorted(ground.dataset.glob("t*/*")) + sorted(ground.dataset.glob("valid/*"))
+    entries = {str(file.relative_to(ground.dataset)): file.read_bytes() for file in files}
     for _ in range(draw(st.integers(0, 2))):
-        name = draw(st.sampled_from(["../escaped.png", "/escaped.png", "train/../../escaped.png", "train/CON", "..\\escaped", "train/" + "d/" * 40 + "x.png",
-                                     "train/\u202e.png", "train/Train.png", "valid", "x" * 250 + ".png", "test/_annotations.coco.json"]))
+        name = draw(st.sampled_from(BAD_ENTRIES))
         entries[name] = draw(st.sampled_from([b"", b"x", bytes(5_000_000), b"{}"]))
     if draw(st.booleans()):
         entries.pop(draw(st.sampled_from(sorted(entries))))
     try:
-        with zipfile.ZipFile(path, "w", draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]))) as archive:
-            for name, content in entries.items():
-                entry = zipfile.ZipInfo(name)
-                if not draw(st.integers(0, 200)):
-                    entry.external_attr = 0o120777 << 16  # a link
-                archive.writestr(entry, content)
+        write_archive(path, entries, draw)
         if draw(st.booleans()):
             path.write_bytes(mutate_bytes(path.read_bytes(), draw))
         before = path.read_bytes()
-        ground.check(lambda: download.main(["--zip", str(path), "--data", str(ground.out / "dataset")]))
+        ground.check(download, "--zip", path, "--data", ground.out / "dataset")
         assert path.read_bytes() == before
     finally:
         path.unlink()
 
 
 def checkpoints(ground, draw):
-    """predict.py on mutated weights, train.py --resume on a mutated last.pth: their bytes, or what they hold."""
+    """predict.py on mutated weights, train.py --resume on a mutated last.pth.
+
+    Either their bytes are mutated, or what they hold.
+    """
     resume = draw(st.booleans())
     good = ground.place / ("trained/last.pth" if resume else "best_model.pth")
     changed = ground.place / "changed"
@@ -217,51 +285,107 @@ def checkpoints(ground, draw):
             path.write_bytes(mutate_bytes(good.read_bytes(), draw))
         else:
             content = dict(torch.load(good, weights_only=True))
-            for _ in range(draw(st.integers(1, 3))):
-                content = mutate_tree(content, draw)
-            torch.save(content, path)
+            torch.save(mutate_tree_often(content, draw), path)
         before = path.read_bytes()
         if resume:
-            def call():
-                shutil.copy(path, ground.out / "last.pth")
-                train.main(["--resume", "--epochs", "2", "--data", str(ground.dataset), "--out", str(ground.out), "--swanlab", "disabled"])
-            ground.check(call)
+            command = ("--resume", "--epochs", 2, "--data", ground.dataset, "--out", ground.out)
+            ground.check(
+                train,
+                *(*command, "--swanlab", "disabled"),
+                prepare=lambda: shutil.copy(path, ground.out / "last.pth"),
+            )
         else:
-            ground.check(lambda: predict.main([str(ground.picture), "--model", str(path), "--output", str(ground.out), "--device", "cpu"]))
+            command = (ground.picture, "--model", path, "--output", ground.out)
+            ground.check(predict, *command, "--device", "cpu")
         assert path.read_bytes() == before
     finally:
         shutil.rmtree(changed)
 
 
-WORDS = ["", "-", "--", "0", "-1", "1", "32", "1e400", "nan", "inf", "99999999999999999999", "x", "../..", "/", "/dev/null", "/dev/full", "cuda", "cuda:99", "cpu:1", "mps", "meta",
-         "é", "a b", "%s", "\ud800", "disabled", "offline", "fp32", "fp64", "dataset", "dataset/test", "best_model.pth", "_mask.png", "1.5", "x" * 5000]
+WORDS = [
+    *("", "-", "--", "0", "-1", "1", "32", "1e400", "nan", "inf", "99999999999999999999", "x"),
+    *("../..", "/", "/dev/null", "/dev/full", "cuda", "cuda:99", "cpu:1", "mps", "meta"),
+    *("é", "a b", "%s", "\ud800", "disabled", "offline", "fp32", "fp64"),
+    *("dataset", "dataset/test", "best_model.pth", "_mask.png", "1.5", "x" * 5000),
+]
+FLAGS = {
+    "train": [
+        *("--image-size", "--batch-size", "--lr", "--patience", "--n-filters", "--seed"),
+        *("--device", "--precision", "--save-every", "--project", "--resume", "--test-only"),
+        *("--skip-bad", "--overwrite", "--recipe", "--schedule", "--prior", "--nonsense"),
+    ],
+    "predict": ["--model", "--threshold", "--device", "--nonsense"],
+    "data": ["--nonsense"],
+    "download": ["--source", "--force", "--seed", "--phantoms", "--nonsense"],
+}
+# One of these is given to the script besides.
+INPUTS = {
+    "train": ["dataset", "dataset", "nowhere", "best_model.pth", "dataset/test"],
+    "data": ["dataset", "dataset/test", "best_model.pth", "nowhere", "/dev/null"],
+    "download": ["best_model.pth", "nowhere.zip", "dataset", "/dev/null"],
+}
 
 
 def commands(ground, draw):
-    """The scripts with wrong words in their command lines; what would train for long or load from outside is left out."""
+    """The scripts with wrong words in their command lines.
+
+    What would train for long, or load from the network, is left out.
+    """
     name = draw(st.sampled_from(["train", "predict", "data", "download"]))
-    flags = {"train": ["--image-size", "--batch-size", "--lr", "--patience", "--n-filters", "--seed", "--device", "--precision", "--save-every", "--project", "--resume",
-                       "--test-only", "--skip-bad", "--nonsense"],
-             "predict": ["--model", "--threshold", "--device", "--nonsense"], "data": ["--nonsense"], "download": ["--source", "--force", "--seed", "--nonsense"]}[name]
-    words = [word for _ in range(draw(st.integers(0, 3))) for word in (draw(st.sampled_from(flags)), draw(st.sampled_from(WORDS)))]
+    words = []
+    for _ in range(draw(st.integers(0, 3))):
+        words += [draw(st.sampled_from(FLAGS[name])), draw(st.sampled_from(WORDS))]
+    if name == "predict":
+        possible = [*WORDS[:20], str(ground.picture), "dataset/test", "dataset/train"]
+        inputs = draw(st.lists(st.sampled_from(possible), max_size=2)) or [ground.picture]
+        ground.check(predict, *words, "--output", ground.out, "--", *inputs)
+        return
+    given = draw(st.sampled_from(INPUTS[name]))
     if name == "train":
-        fixed = [*map(str, SMALL), "--epochs", "1", "--data", draw(st.sampled_from(["dataset", "dataset", "nowhere", "best_model.pth", "dataset/test"])), "--out", str(ground.out)]
-        ground.check(lambda: train.main([*fixed[:fixed.index("--data")], *words, *fixed[fixed.index("--data"):], "--image-size", "32", "--swanlab", "disabled"][:]))
-    elif name == "predict":
-        inputs = draw(st.lists(st.sampled_from([*WORDS[:20], str(ground.picture), "dataset/test", "dataset/train"]), max_size=2))
-        ground.check(lambda: predict.main([*words, "--output", str(ground.out), "--", *(inputs or [str(ground.picture)])]))
+        fixed = ("--data", given, "--out", ground.out, "--image-size", 32, "--swanlab", "disabled")
+        ground.check(train, *SMALL, "--epochs", 1, *words, *fixed)
     elif name == "data":
-        ground.check(lambda: with_arguments("data.py", data.main, *words, draw(st.sampled_from(["dataset", "dataset/test", "best_model.pth", "nowhere", "/dev/null"])), "--out", ground.out))
+        ground.check(data, *words, given, "--out", ground.out)
     else:
-        ground.check(lambda: download.main([*words, "--zip", draw(st.sampled_from(["best_model.pth", "nowhere.zip", "dataset", "/dev/null"])), "--data", str(ground.out / "dataset")]))
+        ground.check(download, *words, "--zip", given, "--data", ground.out / "dataset")
 
 
-READERS = {reader.__name__: reader for reader in (annotations, images, archives, checkpoints, commands)}
+READERS = {reader.__name__: reader for reader in (annotations, images, archives)}
+READERS |= {reader.__name__: reader for reader in (checkpoints, commands)}
+
+
+def limit_memory():
+    """Allow MEMORY more address space than this process uses now (on Linux)."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        used = int(pages.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+
+
+def run_campaign(ground, name, cases, random_seed):
+    """Run cases of one reader; what to report of it."""
+
+    @seed(random_seed)
+    @settings(
+        max_examples=cases,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(st.data())
+    def campaign(choices):
+        READERS[name](ground, choices.draw)
+
+    ground.cases = ground.refused = 0
+    campaign()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {"reader": name, "cases": ground.cases, "refused": ground.refused, "peak_mib": peak}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("readers", nargs="*", choices=[*READERS, []], help="which; all without a name")
+    parser.add_argument("readers", nargs="*", choices=[*READERS, []], help="default: all")
     parser.add_argument("--cases", type=int, default=40, help="of each reader")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     args = parser.parse_args()
@@ -269,20 +393,9 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         ground = Ground(Path(place).resolve())
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 0
-        if used:
-            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+        limit_memory()
         for name in args.readers or READERS:
-            ground.cases = ground.refused = 0
-
-            @seed(args.seed)
-            @settings(max_examples=args.cases, database=None, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False)
-            @given(st.data())
-            def campaign(choices):
-                READERS[name](ground, choices.draw)
-
-            campaign()
-            print(json.dumps({"reader": name, "cases": ground.cases, "refused": ground.refused, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}), flush=True)
+            print(json.dumps(run_campaign(ground, name, args.cases, args.seed)), flush=True)
         os.chdir("/")
 
 

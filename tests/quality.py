@@ -1,12 +1,14 @@
 """How good it is: recipes, splits and seeds trained and scored in turn, with a table at the end.
 
-    python tests/quality.py --data dataset               # the tutorial's size, for a GPU: 256x256, 32 filters, 40 epochs
+    python tests/quality.py --data dataset               # the tutorial's size, for a GPU
     python tests/quality.py --data dataset --rows ablation
-    python tests/quality.py --data dataset --out runs/small --image-size 128 --n-filters 16 --epochs 12   # for a CPU
+    python tests/quality.py --data dataset --image-size 128 --n-filters 16 --epochs 12   # a CPU
 
-What this script does not know goes to train.py. It may be stopped at any time: the same command goes on from the last
-checkpoint, and trains nothing twice. Everything is chosen on valid: the epoch by the loss, and the threshold.
+The tutorial's size is 256x256, 32 filters, 40 epochs. Flags that are not of this script go to
+train.py. It may be stopped at any time: the same command resumes from the last checkpoint, and
+trains nothing twice. Everything is chosen on valid: the epoch by the loss, and the threshold.
 """
+
 import argparse
 import csv
 import json
@@ -21,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 RECIPES = {"tutorial": ("--recipe", "tutorial"), "strong": ("--recipe", "strong")}
-ABLATION = {name: (*RECIPES["strong"], *change) for name, change in {  # what strong is worth with one thing changed
+CHANGES = {  # one thing changed in strong
     "strong": (),
     "no normalisation": ("--norm", "none"),
     "group normalisation": ("--norm", "group"),
@@ -32,75 +34,116 @@ ABLATION = {name: (*RECIPES["strong"], *change) for name, change in {  # what st
     "cosine": ("--schedule", "cosine"),
     "no averaging of weights": ("--ema", "0"),
     "no augmentation": ("--no-augment",),
-    "Dice by image": ("--dice", "image"),
-}.items()}
-SHOWN = ("dice", "dice_chosen", "image_dice", "iou", "precision", "recall", "acc")
+}
+ABLATION = {name: (*RECIPES["strong"], *change) for name, change in CHANGES.items()}
+ROWS = {"recipes": RECIPES, "ablation": ABLATION}
+
+COLUMNS = {  # of the table, by their name in a report
+    "dice": "Dice",
+    "dice_chosen": "Dice, threshold from valid",
+    "image_dice": "per-image Dice",
+    "iou": "IoU",
+    "precision": "precision",
+    "recall": "recall",
+    "acc": "accuracy",
+}
 
 
 def call(*command):
-    """Run a script of this repository, its output as it comes; SystemExit where it fails."""
+    """Run a script of this repository; SystemExit where it fails."""
     status = subprocess.run([sys.executable, *map(str, command)]).returncode
     if status:
         sys.exit(status)
 
 
 def measure(data, folder, flags):
-    """Train to the end in `folder`, score the best weights on test; what was done already is not done again."""
+    """Train in `folder` and score the best weights on test, unless that has been done already."""
     if not (folder / "report.json").exists():
         if not (folder / "curves.png").exists():  # the last thing that train.py writes
-            resume = ("--resume",) if any(folder.glob("last*.pth")) else ()
-            call(ROOT / "train.py", "--data", data, "--out", folder, "--swanlab", "disabled", *flags, *resume)
-        call(ROOT / "predict.py", data / "test", "--model", folder / "best_model.pth", "--output", folder)
+            # Before its first checkpoint, a run that was killed may have left weights.
+            can_resume = any(folder.glob("last*.pth"))
+            restart = "--resume" if can_resume else "--overwrite"
+            command = ("--data", data, "--out", folder, "--swanlab", "disabled", *flags, restart)
+            call(ROOT / "train.py", *command)
+        weights = folder / "best_model.pth"
+        call(ROOT / "predict.py", data / "test", "--model", weights, "--output", folder)
         for checkpoint in folder.glob("last*.pth"):  # a gigabyte of each run at the tutorial's size
             checkpoint.unlink()
     report = json.loads((folder / "report.json").read_text())
     with open(folder / "metrics.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     valid = report["valid"]
-    return {"epochs": len(seconds), "minutes": sum(seconds) / 60, **report["scores"], "dice_95": report["confidence_95"]["dice"],
-            "chosen_threshold": valid["chosen_threshold"], "dice_chosen": valid["scores_with_it"]["dice"]}
+    return {
+        "epochs": len(seconds),
+        "minutes": sum(seconds) / 60,
+        **report["scores"],
+        "dice_95": report["confidence_95"]["dice"],
+        "chosen_threshold": valid["chosen_threshold"],
+        "dice_chosen": valid["scores_with_it"]["dice"],
+    }
+
+
+def cell(key, values):
+    """The mean of a score over the seeds and, for Dice, from the least to the most."""
+    if key == "acc":
+        return f"{statistics.mean(values):.4f}"
+    text = f"{statistics.mean(values):.3f}"
+    if len(values) > 1 and key in ("dice", "dice_chosen"):
+        text += f" ({min(values):.3f} to {max(values):.3f})"
+    return text
 
 
 def table(runs):
-    """The runs as lines of Markdown: a row of each kind, mean over its seeds and, of several, from the least to the most."""
-    lines = ["| split | row | Dice | Dice, threshold from valid | per-image Dice | IoU | precision | recall | accuracy | minutes |", "|---" * 10 + "|"]
+    """The runs as lines of Markdown: a line for each split and row of flags."""
+    header = ("split", "row", *COLUMNS.values(), "minutes")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for split, name in dict.fromkeys((run["split"], run["row"]) for run in runs):
         own = [run for run in runs if (run["split"], run["row"]) == (split, name)]
-        cells = []
-        for key in SHOWN:
-            values = [run[key] for run in own]
-            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 and key in ("dice", "dice_chosen") else ""
-            cells.append(f"{statistics.mean(values):.4f}" if key == "acc" else f"{statistics.mean(values):.3f}{spread}")
-        lines.append(f"| {split} | {name} | {' | '.join(cells)} | {statistics.mean(run['minutes'] for run in own):.1f} |")
+        cells = [cell(key, [run[key] for run in own]) for key in COLUMNS]
+        minutes = statistics.mean(run["minutes"] for run in own)
+        lines.append(f"| {' | '.join((split, name, *cells, f'{minutes:.1f}'))} |")
     return "\n".join(lines)
 
 
-def main():
+def get_args(argv):
+    """(this script's own flags, those for train.py)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    splits = ("official", "grouped")
     parser.add_argument("--data", type=Path, default=Path("dataset"))
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--rows", choices=("recipes", "ablation"), default="recipes")
-    parser.add_argument("--splits", nargs="+", choices=("official", "grouped"), default=("official", "grouped"))
+    parser.add_argument("--rows", choices=ROWS, default="recipes")
+    parser.add_argument("--splits", nargs="+", choices=splits, default=splits)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    args, flags = parser.parse_known_args()
+    return parser.parse_known_args(argv)
+
+
+def main(argv=None):
+    args, flags = get_args(argv)
 
     import torch
 
-    from data import grouped_split
+    from medseg.audit import grouped_split
+
     data = {"official": args.data, "grouped": args.out / "grouped"}
     if "grouped" in args.splits and not data["grouped"].exists():
         args.out.mkdir(parents=True, exist_ok=True)
         grouped_split(args.data, data["grouped"])
-    rows, runs = RECIPES if args.rows == "recipes" else ABLATION, []
-    machine = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cores": os.cpu_count(),
-               "torch": torch.__version__, "python": platform.python_version()}
-    for seed in args.seeds:  # so that what a short time allows is a whole table
+    machine = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    written, runs = args.out / f"{args.rows}.json", []
+    for seed in args.seeds:  # outermost, so that every row has a result soon
         for split in args.splits:
-            for name, own in rows.items():
+            for name, own in ROWS[args.rows].items():
                 folder = args.out / split / name.replace(" ", "_") / f"seed{seed}"
-                runs.append({"split": split, "row": name, "seed": seed, **measure(data[split], folder, (*flags, *own, "--seed", seed))})
-                (args.out / f"{args.rows}.json").write_text(json.dumps({"machine": machine, "flags": flags, "runs": runs}, indent=1))
-    print(f"\n{table(runs)}\n\n{machine}, {' '.join(flags)}\nwritten to {args.out / f'{args.rows}.json'}")
+                result = measure(data[split], folder, (*flags, *own, "--seed", seed))
+                runs.append({"split": split, "row": name, "seed": seed, **result})
+                content = {"machine": machine, "flags": flags, "runs": runs}
+                written.write_text(json.dumps(content, indent=1))
+    print(f"\n{table(runs)}\n\n{machine}, {' '.join(flags)}\nwritten to {written}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,45 @@
-"""Several processes against one: the same curve, every image once, one set of files, and a killed worker made good."""
+"""Several processes against one.
+
+They give the same curve, use every image once, write one set of files, and survive a killed worker.
+"""
+
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import HOME, ROOT, SMALL, script
+from conftest import HOME, ROOT, SMALL, fork_script, script_here
 
-from data import MEAN, STD, Batches
+from data import Batches
+from medseg.images import MEAN, STD
+
+TIMES = ("seconds", "images_per_second")  # these differ between any two runs
 
 
-def torchrun(*arguments, cwd, processes=2, restarts=0):
+def torchrun(*arguments, cwd, restarts=0):
+    """Start train.py in two processes."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-         f"--max_restarts={restarts}", "--monitor_interval=0.1", str(ROOT / "train.py"), *map(str, arguments)],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "HOME": HOME, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", f"--max_restarts={restarts}"),
+            *("--monitor_interval=0.1", str(ROOT / "train.py"), *map(str, arguments)),
+        ],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HOME": HOME, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
 
 
 def finish(process, timeout=180):
+    """Wait for a torchrun to end; its output."""
     try:
         said, _ = process.communicate(timeout=timeout)
     finally:
@@ -30,59 +48,103 @@ def finish(process, timeout=180):
     return said
 
 
+def train_in_two(*arguments, cwd):
+    """Run train.py in two processes forked from this one; what they print.
+
+    They find the environment that torchrun makes. Forks need not import PyTorch.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+
+    def start(rank):
+        def prepare():
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+            os.environ.update(shared | own)
+            os.chdir(cwd)
+
+        return fork_script("train.py", *arguments, log=logs[rank], prepare=prepare)
+
+    logs = [cwd / f"log{rank}" for rank in range(2)]
+    processes = [start(rank) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+        process.kill()
+    said = "".join(log.read_text() for log in logs)
+    assert [process.exitcode for process in processes] == [0, 0], said
+    return said
+
+
+def wait_for(path, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def workers(process):
+    """Process ids of the workers of a torchrun."""
+    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    return [int(pid) for pid in listed.split()]
+
+
 def curve(folder):
+    """metrics.csv as a list of dicts of floats, without times."""
     with open(folder / "metrics.csv") as file:
-        return [{key: float(value) for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name in TIMES:
+            del row[name]
+    return [{key: float(value) for key, value in row.items()} for row in rows]
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_every_image_once_whatever_the_number_of_processes(world):
+def test_every_image_once_for_any_number_of_processes(world):
     rows = np.zeros((11, 8, 8, 4), np.uint8)
-    rows[..., 0] = np.arange(11)[:, None, None]
+    rows[..., 0] = np.arange(11)[:, None, None]  # its number is the colour of an image
+
+    def numbers(images):
+        return [round((float(image[0, 0, 0]) * STD[0] + MEAN[0]) * 255) for image in images]
+
     seen = []
     for rank in range(world):
         batches = Batches(rows, 5, shuffle=True, rank=rank, world=world)
         batches.set_epoch(3)
-        shares = [[round((float(image[0, 0, 0]) * STD[0] + MEAN[0]) * 255) for image in images] for images, _ in batches]
-        assert len(shares) == len(batches) == 3 and batches.whole == 1
-        seen += sum(shares, [])
+        parts = [numbers(images) for images, _ in batches]
+        assert len(parts) == len(batches) == 3
+        assert batches.global_batch_size == 1  # of the last batch
+        seen += sum(parts, [])
     assert sorted(seen) == list(range(11))
 
 
-# Batches of 5 of 6 images: the last one has a single image, and so nothing for the second process.
+# In batches of 5 of 6 images the last one has a single image: none for the second process.
 @pytest.mark.parametrize("batch_size", [4, 5])
+@pytest.mark.usefixtures("no_pictures")
 def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
     flags = (*SMALL, "--batch-size", batch_size, "--epochs", 4, "--lr", 1e-2)
-    one = script("train.py", *flags, "--out", "one", cwd=tmp_path)
+    one = script_here("train.py", *flags, "--out", "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
-    two = torchrun(*flags, "--out", "two", cwd=tmp_path)
-    said = finish(two)
-    assert two.returncode == 0, said
-    assert "2 x cpu" in said and said.count("epoch 1/4") == 1 and said.count("test with the best weights") == 1
-    files = {path.name for path in (tmp_path / "two").iterdir()}
-    assert files - {"last.previous.pth"} == {path.name for path in (tmp_path / "one").iterdir()}  # two save before they begin
+    said = train_in_two(*flags, "--out", "two", cwd=tmp_path)
+    assert "2 x cpu" in said and said.count("epoch 1/4") == 1
+    assert said.count("test with the best weights") == 1
+    # Two processes save before they begin, and so twice.
+    files = {path.name for path in (tmp_path / "two").iterdir()} - {"last.previous.pth"}
+    assert files == {path.name for path in (tmp_path / "one").iterdir()}
     for row, other in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert other["train_loss"] == pytest.approx(row["train_loss"], abs=1e-4)
         assert other["val_loss"] == pytest.approx(row["val_loss"], abs=1e-4)
-    # and what one process wrote, two go on with
-    more = torchrun("--resume", "--epochs", 5, "--out", "one", cwd=tmp_path)
-    assert finish(more) and more.returncode == 0 and len(curve(tmp_path / "one")) == 5
+    # What one process wrote, two resume.
+    train_in_two("--resume", "--epochs", 5, "--out", "one", cwd=tmp_path)
+    assert len(curve(tmp_path / "one")) == 5
 
 
-def workers(process):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
-
-
+@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_worker_is_restarted_and_the_result_is_the_same(dataset, tmp_path):
     flags = (*SMALL, "--epochs", 12, "--save-every", 0)
-    calm = torchrun(*flags, "--out", "calm", cwd=tmp_path)
-    assert finish(calm) and calm.returncode == 0
+    train_in_two(*flags, "--out", "calm", cwd=tmp_path)
     hit = torchrun(*flags, "--out", "hit", cwd=tmp_path, restarts=2)
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "hit" / "metrics.csv").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(tmp_path / "hit" / "metrics.csv")
         os.kill(max(workers(hit)), signal.SIGKILL)
     finally:
         said = finish(hit)
@@ -91,16 +153,18 @@ def test_a_killed_worker_is_restarted_and_the_result_is_the_same(dataset, tmp_pa
     assert curve(tmp_path / "hit") == curve(tmp_path / "calm")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_stopping_reaches_all_processes(dataset, tmp_path):
-    process = torchrun(*SMALL, "--epochs", 5000, "--patience", 5000, "--out", "run", cwd=tmp_path)
+    endless = ("--epochs", 5000, "--patience", 5000, "--out", "run")
+    process = torchrun(*SMALL, *endless, cwd=tmp_path)
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "metrics.csv").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(tmp_path / "run" / "metrics.csv")
         os.kill(workers(process)[0], signal.SIGTERM)  # to one of them
     finally:
         said = finish(process, 60)
     assert said.count("stopped by SIGTERM") == 2
     epochs = len(curve(tmp_path / "run"))
-    result = script("train.py", "--resume", "--epochs", epochs + 1, "--out", "run", cwd=tmp_path)
-    assert result.returncode == 0 and len(curve(tmp_path / "run")) == epochs + 1
+    more = ("--resume", "--epochs", epochs + 1, "--out", "run")
+    result = script_here("train.py", *more, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(curve(tmp_path / "run")) == epochs + 1

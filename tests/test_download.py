@@ -1,4 +1,4 @@
-"""download.py against a loopback server (with the real Kaggle client), hostile zips, and its phantoms."""
+"""download.py: a loopback server with the real Kaggle client, unsafe zips, and phantoms."""
 
 import contextlib
 import errno
@@ -17,6 +17,7 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,13 +25,17 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import download
+from medseg import archive, phantoms
+from medseg.cli import run_main
 
 SCRIPT = Path(download.__file__).resolve()
 SPLITS = ("train", "valid", "test")
 ZIP_NAME = "brain-tumor-image-dataset-semantic-segmentation.zip"
 
-# Python 3.10 gets kaggle 1.7, which speaks another protocol and wants an account for public data too.
-new_client = pytest.mark.skipif(int(version("kaggle").split(".")[0]) < 2, reason="kaggle 2.2 and newer need Python 3.11")
+# Python 3.10 gets kaggle 1.7: another protocol, which wants an account for public data too.
+new_client = pytest.mark.skipif(
+    int(version("kaggle").split(".")[0]) < 2, reason="kaggle 2.2 and newer need Python 3.11"
+)
 
 
 # ---------------------------------------------------------------- archives
@@ -41,9 +46,13 @@ def split_files(split, number=2):
     out = io.BytesIO()
     Image.new("RGB", (16, 16), (90, 90, 90)).save(out, "JPEG")
     files = {f"{split}/{i}_jpg.rf.{split}.jpg": out.getvalue() for i in range(number)}
-    images = [{"id": i, "file_name": Path(n).name, "width": 16, "height": 16} for i, n in enumerate(files)]
-    boxes = [{"id": 1, "image_id": 0, "category_id": 1, "segmentation": [[2, 2, 9, 2, 9, 9, 2, 9, 2, 2]]}]
-    coco = {"info": {"description": "tiny"}, "images": images, "annotations": boxes, "categories": [{"id": 1}]}
+    images = [
+        {"id": i, "file_name": Path(n).name, "width": 16, "height": 16} for i, n in enumerate(files)
+    ]
+    square = [[2, 2, 9, 2, 9, 9, 2, 9, 2, 2]]
+    annotations = [{"id": 1, "image_id": 0, "category_id": 1, "segmentation": square}]
+    coco = {"info": {"description": "tiny"}, "images": images}
+    coco |= {"annotations": annotations, "categories": [{"id": 1}]}
     return files | {f"{split}/_annotations.coco.json": json.dumps(coco).encode()}
 
 
@@ -52,7 +61,7 @@ def good_files():
 
 
 def pack(files, padding=0):
-    """The bytes of a zip of {name or ZipInfo: bytes}, with `padding` incompressible bytes of README."""
+    """The bytes of a zip of {name or ZipInfo: bytes} and a README of `padding` random bytes."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
         for name, data in files.items():
@@ -62,7 +71,7 @@ def pack(files, padding=0):
 
 
 def tree(root):
-    """{path: (content's hash, modification time)} of everything below `root`; None if there is no such folder."""
+    """{path: (hash, modification time)} of everything below `root`; None if it does not exist."""
     if not Path(root).exists():
         return None
     found = {}
@@ -76,12 +85,21 @@ def tree(root):
 
 
 def environment(home, port=None):
-    """The environment of a run that knows no credentials and reaches nothing but the loopback `port`."""
+    """The environment of a run without credentials that reaches only the loopback `port`."""
     names = ("KAGGLE", "NO_PROXY", "HTTP", "ALL_PROXY", "XDG")
     env = {k: v for k, v in os.environ.items() if not k.upper().startswith(names)}
     proxy = f"http://127.0.0.1:{port or 9}"  # nothing listens on 9
-    env |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", "KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
-    return env | {"HTTP_PROXY": proxy, "http_proxy": proxy, "HTTPS_PROXY": proxy, "https_proxy": proxy}
+    env |= {
+        "HOME": str(home),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
+    }
+    return env | {
+        "HTTP_PROXY": proxy,
+        "http_proxy": proxy,
+        "HTTPS_PROXY": proxy,
+        "https_proxy": proxy,
+    }
 
 
 def run(folder, *flags, port=None, before="", **extra):
@@ -90,18 +108,21 @@ def run(folder, *flags, port=None, before="", **extra):
     home.mkdir(exist_ok=True)
     command = [sys.executable, str(SCRIPT), *flags]
     if before:
-        start = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import download; {before}; "
-        command = [sys.executable, "-c", start + "sys.exit(download.main(sys.argv[1:]))", *flags]
+        start = (
+            f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import download; {before}; "
+        )
+        start += "sys.argv[0] = 'download.py'; from medseg.cli import run_main; "
+        command = [sys.executable, "-c", start + "run_main(download.main)", *flags]
     env = environment(home, port) | extra
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
 
 
-def assert_mendable(result, *words):
-    """Exit status 2 and one line on stderr that holds `words` and names a command."""
+def assert_mendable(result, *words, advice="run "):
+    """Exit status 2 and one line on stderr that holds `words` and `advice`, before a command."""
     assert result.returncode == 2, result
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("download.py: "), result.stderr
-    for word in (*words, "run "):
+    for word in (*words, advice):
         assert word in lines[0]
 
 
@@ -141,7 +162,8 @@ class Site(BaseHTTPRequestHandler):
         site = self.server
         request = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path.endswith("IntrospectToken"):
-            return self.answer(200, b'{"active": true, "username": "alice"}', Content_Type="application/json")
+            body = b'{"active": true, "username": "alice"}'
+            return self.answer(200, body, Content_Type="application/json")
         site.asked.append(("POST", json.loads(request)))
         if site.status != 200:
             return self.answer(site.status, b"no")
@@ -153,7 +175,8 @@ class Site(BaseHTTPRequestHandler):
         site.stop.wait(site.stall)
         if site.status != 200:
             return self.answer(site.status, b"no")
-        headers = {"ETag": '"one"', "Accept_Ranges": "bytes", "Last_Modified": "Sat, 19 Aug 2023 04:37:54 GMT"}
+        headers = {"ETag": '"one"', "Accept_Ranges": "bytes"}
+        headers["Last_Modified"] = "Sat, 19 Aug 2023 04:37:54 GMT"
         start = int(spans.removeprefix("bytes=").removesuffix("-")) if spans else 0
         if start >= len(site.body):
             return self.answer(416, **headers)
@@ -170,10 +193,14 @@ class Site(BaseHTTPRequestHandler):
 def site():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # a client that hung up must not print into the next test's stderr
-    server.body, server.status, server.cut, server.stall = pack(good_files(), 5000), 200, 0, 0
+    # A client that hung up must not print into the next test's stderr.
+    server.handle_error = lambda *_: None
+    server.body = pack(good_files(), 5000)
+    server.status, server.cut, server.stall = 200, 0, 0
     server.asked, server.stop = [], threading.Event()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     yield server
     server.stop.set()
@@ -202,7 +229,9 @@ def test_kaggle_then_nothing_more(site, tmp_path):
 
 
 @new_client
-@pytest.mark.parametrize("status, words", [(403, "no valid"), (401, "no valid"), (404, "404"), (500, "500")])
+@pytest.mark.parametrize(
+    "status, words", [(403, "no valid"), (401, "no valid"), (404, "404"), (500, "500")]
+)
 def test_kaggle_refuses(site, tmp_path, status, words):
     site.status = status
     result = run(tmp_path, "--source", "kaggle", port=site.server_port)
@@ -230,7 +259,8 @@ def test_kaggle_resumes_a_killed_run(site, tmp_path):
     parts = tmp_path / "dataset" / ".download"
     parts.mkdir(parents=True)
     (parts / ZIP_NAME).write_bytes(site.body[:2000])
-    (parts / f"{ZIP_NAME}.kaggle-partial").write_text(json.dumps({"validator": '"one"', "size": len(site.body)}))
+    state = {"validator": '"one"', "size": len(site.body)}
+    (parts / f"{ZIP_NAME}.kaggle-partial").write_text(json.dumps(state))
     assert_done(run(tmp_path, "--source", "kaggle", port=site.server_port), tmp_path / "dataset")
     assert gets(site) == [None, "bytes=2000-"]
 
@@ -239,7 +269,8 @@ def test_kaggle_resumes_a_killed_run(site, tmp_path):
 def test_kaggle_poisoned_file_is_fetched_afresh(site, tmp_path):
     parts = tmp_path / "dataset" / ".download"
     parts.mkdir(parents=True)
-    (parts / ZIP_NAME).write_bytes(b"<html>" + site.body[6:-400] + bytes(400))  # the right size: Kaggle would skip it
+    # The right size: the Kaggle client would keep it.
+    (parts / ZIP_NAME).write_bytes(b"<html>" + site.body[6:-400] + bytes(400))
     assert_done(run(tmp_path, "--source", "kaggle", port=site.server_port), tmp_path / "dataset")
     assert len(gets(site)) == 2
 
@@ -254,7 +285,9 @@ def test_kaggle_sends_no_zip(site, tmp_path):
 @new_client
 def test_kaggle_sends_another_data_set(site, tmp_path):
     site.body = pack(split_files("train"))
-    assert_mendable(run(tmp_path, "--source", "kaggle", port=site.server_port), "holds no valid/_annotations")
+    assert_mendable(
+        run(tmp_path, "--source", "kaggle", port=site.server_port), "holds no valid/_annotations"
+    )
     assert not (tmp_path / "dataset").exists()
 
 
@@ -273,13 +306,17 @@ def test_kaggle_without_home(site, tmp_path):
 
 def test_kaggle_not_installed(site, tmp_path):
     missing = "sys.modules['kaggle'] = None"
-    assert_mendable(run(tmp_path, "--source", "kaggle", before=missing), "pip install -r requirements.txt")
+    assert_mendable(
+        run(tmp_path, "--source", "kaggle", before=missing), "pip install -r requirements.txt"
+    )
 
 
 @new_client
 def test_no_network_names_both_reasons(tmp_path):
     result = run(tmp_path)
-    assert_mendable(result, "Kaggle cannot be reached", "the mirror cannot be reached", "--zip FILE")
+    assert_mendable(
+        result, "Kaggle cannot be reached", "the mirror cannot be reached", "--zip FILE"
+    )
     assert "kaggle failed" in result.stdout
     assert not (tmp_path / "dataset").exists()
 
@@ -290,7 +327,7 @@ def test_timeouts_are_put_back():
     send = HTTPAdapter.send
     with pytest.raises(ZeroDivisionError), download.timeouts():
         assert HTTPAdapter.send is not send
-        1 / 0
+        raise ZeroDivisionError
     assert HTTPAdapter.send is send
 
 
@@ -305,10 +342,14 @@ def mirror(site, monkeypatch):
 
 
 def fetch(root, *flags):
-    """main() in this process: (exit status, lines on stderr)."""
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors):
-        status = download.main(["--data", str(root), *flags])
+    """The script in this process: (exit status, lines on stderr)."""
+    errors, status = io.StringIO(), 0
+    command = ["download.py", "--data", str(root), *flags]
+    with contextlib.redirect_stderr(errors), mock.patch.object(sys, "argv", command):
+        try:
+            run_main(download.main)
+        except SystemExit as leaving:
+            status = leaving.code
     return status, errors.getvalue().splitlines()
 
 
@@ -325,7 +366,12 @@ def test_mirror_resumes_a_cut_download(mirror, tmp_path):
     mirror.body = pack(good_files(), 3 * 2**20)
     mirror.cut = 3 * 2**19
     status, errors = fetch(root, "--source", "mirror")
-    assert status == 2 and len(errors) == 1 and "resumes" in errors[0] and f"--data {root}" in errors[0]
+    assert (
+        status == 2
+        and len(errors) == 1
+        and "resumes" in errors[0]
+        and f"--data {root}" in errors[0]
+    )
     assert [p.name for p in root.rglob("*") if p.is_file()] == ["mirror.zip.part"]
     assert fetch(root, "--source", "mirror") == (0, [])
     assert gets(mirror) == [None, f"bytes={3 * 2**19}-"]
@@ -341,7 +387,8 @@ def test_mirror_drops_a_wrong_part(mirror, tmp_path, part):
 
 
 @pytest.mark.parametrize(
-    "setting, word", [({"status": 404}, "404"), ({"body": b"sorry"}, "damaged"), ({"stall": 9}, "time")]
+    "setting, word",
+    [({"status": 404}, "404"), ({"body": b"sorry"}, "damaged"), ({"stall": 9}, "time")],
 )
 def test_mirror_fails(mirror, tmp_path, monkeypatch, setting, word):
     monkeypatch.setattr(download, "TIMEOUT", (1, 0.3))
@@ -352,7 +399,7 @@ def test_mirror_fails(mirror, tmp_path, monkeypatch, setting, word):
     assert not (tmp_path / "data").exists()
 
 
-# ---------------------------------------------------------------- archives that must not be trusted
+# ---------------------------------------------------------------- unsafe archives
 
 
 def info(name, mode=stat.S_IFREG | 0o644):
@@ -382,7 +429,7 @@ def without(end):
 
 
 def renamed(old, new):
-    """A zip with a name (same length) changed in the raw bytes, where zipfile would not write it."""
+    """A zip with a name (same length) changed in the raw bytes: zipfile would not write it."""
     return pack(good_files() | {old: b"x"}).replace(old.encode(), new)
 
 
@@ -393,15 +440,18 @@ BAD = {
     "drive": (pack(good_files() | {"C:/evil": b"x"}), "leads out"),
     "NUL": (renamed("train/evil", b"train/ev\0l"), "leads out"),
     "link": (pack(good_files() | {info("train/link", stat.S_IFLNK | 0o777): b"/etc"}), "is a link"),
-    "device": (pack(good_files() | {info("train/pipe", stat.S_IFIFO | 0o666): b""}), "special file"),
+    "device": (
+        pack(good_files() | {info("train/pipe", stat.S_IFIFO | 0o666): b""}),
+        "special file",
+    ),
     "bomb": (pack(good_files() | {"train/zeros": bytes(3_000_000)}), "many bytes"),
     "lying bomb": (lying_bomb(), "damaged"),
     "encrypted": (encrypted(), "encrypted"),
     "no split": (pack(split_files("train") | split_files("test")), "no valid/_annotations"),
     "no annotation": (without("test/_annotations.coco.json"), "no test/_annotations"),
     "no image": (without("1_jpg.rf.valid.jpg"), "1_jpg.rf.valid.jpg is listed"),
-    "not COCO": (pack(good_files() | {"test/_annotations.coco.json": b"[1, 2]"}), "not a COCO"),
-    "not JSON": (pack(good_files() | {"test/_annotations.coco.json": b"\xff{"}), "not a COCO"),
+    "not COCO": (pack(good_files() | {"test/_annotations.coco.json": b"[1, 2]"}), "not COCO"),
+    "not JSON": (pack(good_files() | {"test/_annotations.coco.json": b"\xff{"}), "not JSON"),
     "image outside": (pack(good_files()).replace(b"0_jpg", b"../.."), "leads out"),
     "twice": (renamed("train/1_jpg.rf.trai_.jpg", b"train/1_jpg.rf.train.jpg"), "File exists"),
     "cut": (pack(good_files())[:-100], "damaged"),
@@ -414,30 +464,31 @@ BAD = {
 @pytest.mark.parametrize("flags", [(), ("--force",)], ids=["empty", "force"])
 def test_bad_archive_changes_nothing(tmp_path, name, flags):
     body, word = BAD[name]
-    home, archive = tmp_path / "home", tmp_path / "archive.zip"
+    home, path = tmp_path / "home", tmp_path / "archive.zip"
     root = home / "data"
     home.mkdir()
-    archive.write_bytes(body)
+    path.write_bytes(body)
     if flags:
-        for path, data in good_files().items():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_bytes(data)
+        for file, data in good_files().items():
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_bytes(data)
     before = tree(home)
-    status, errors = fetch(root, "--zip", str(archive), *flags)
+    status, errors = fetch(root, "--zip", str(path), *flags)
     assert status == 2 and len(errors) == 1, errors
-    assert word in errors[0] and str(archive) in errors[0] and "--zip FILE" in errors[0]
+    assert word in errors[0] and str(path) in errors[0] and "--zip FILE" in errors[0]
+    assert ".new-" not in errors[0]  # the temporary folder is gone
     after = tree(home)
     assert after.keys() == before.keys() and all(after[k][0] == before[k][0] for k in before)
-    assert archive.read_bytes() == body  # the user's own file stays
+    assert path.read_bytes() == body  # the user's own file stays
 
 
 def test_caps(tmp_path, monkeypatch):
-    archive = tmp_path / "archive.zip"
-    archive.write_bytes(pack(good_files()))
+    path = tmp_path / "archive.zip"
+    path.write_bytes(pack(good_files()))
     for name, value, word in [("MAX_ENTRIES", 5, "entries"), ("MAX_BYTES", 1000, "GiB")]:
         with monkeypatch.context() as patch:
-            patch.setattr(download, name, value)
-            status, errors = fetch(tmp_path / "data", "--zip", str(archive))
+            patch.setattr(archive, name, value)
+            status, errors = fetch(tmp_path / "data", "--zip", str(path))
         assert status == 2 and word in errors[0] and not (tmp_path / "data").exists()
 
 
@@ -450,23 +501,37 @@ def test_missing_zip(tmp_path):
     "prefix, valid", [("", "valid"), ("Brain Tumor/", "valid"), ("a/b/", "validation"), ("", "val")]
 )
 def test_wrapped_archive(tmp_path, prefix, valid):
-    archive, root = tmp_path / "archive.zip", tmp_path / "data"
-    wrapped = {prefix + name.replace("valid/", f"{valid}/"): data for name, data in good_files().items()}
-    archive.write_bytes(pack(wrapped))
-    assert fetch(root, "--zip", str(archive)) == (0, [])
+    path, root = tmp_path / "archive.zip", tmp_path / "data"
+    wrapped = {}
+    for name, data in good_files().items():
+        wrapped[prefix + name.replace("valid/", f"{valid}/")] = data
+    path.write_bytes(pack(wrapped))
+    assert fetch(root, "--zip", str(path)) == (0, [])
     got = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
     assert got == good_files()
 
 
-# ---------------------------------------------------------------- what is there already, full disks, interruptions
+def test_damaged_records_are_counted(tmp_path, capsys):
+    """An annotation of no image does not make a split incomplete: `train.py` can leave it out."""
+    files = good_files()
+    coco = json.loads(files["train/_annotations.coco.json"])
+    coco["annotations"].append({"id": 2, "image_id": 99, "category_id": 1, "segmentation": []})
+    files["train/_annotations.coco.json"] = json.dumps(coco).encode()
+    (tmp_path / "archive.zip").write_bytes(pack(files))
+    assert fetch(tmp_path / "data", "--zip", str(tmp_path / "archive.zip")) == (0, [])
+    assert f"1 damaged records: python data.py {tmp_path / 'data'}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- existing data, full disks, Ctrl-C
 
 
 @pytest.fixture
 def there(tmp_path):
-    """A folder with the tiny data set, a file of the user's own beside it, and another zip to replace it by."""
+    """The tiny data set with a file of the user's own beside it, and a zip to replace it by."""
     root = tmp_path / "data"
     (tmp_path / "good.zip").write_bytes(pack(good_files()))
-    (tmp_path / "more.zip").write_bytes(pack({n: d for s in SPLITS for n, d in split_files(s, 3).items()}))
+    more = split_files("train", 3) | split_files("valid", 3) | split_files("test", 3)
+    (tmp_path / "more.zip").write_bytes(pack(more))
     assert fetch(root, "--zip", str(tmp_path / "good.zip")) == (0, [])
     (root / "notes.txt").write_text("mine")
     return root
@@ -479,7 +544,9 @@ def test_force_replaces_only_the_splits(there):
 
 
 @pytest.mark.parametrize("fails_at", range(6))
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_failed_replacement_is_rolled_back(there, monkeypatch, fails_at, error):
     before, rename, calls = tree(there), os.rename, []
 
@@ -506,22 +573,28 @@ def test_real_and_phantoms_do_not_replace_each_other(there, tmp_path):
     few = ("--phantoms", "1", "1", "1")
     before = tree(there)
     status, errors = fetch(there, "--synthetic", *few)
-    assert status == 2 and len(errors) == 1 and "the same command with --force" in errors[0] and tree(there) == before
+    assert status == 2 and len(errors) == 1 and "the same command with --force" in errors[0]
+    assert tree(there) == before
     assert fetch(there, "--synthetic", "--force", *few) == (0, [])
     before = tree(there)
     assert fetch(there, "--synthetic", *few) == (0, []) and tree(there) == before
     status, errors = fetch(there, "--zip", str(tmp_path / "good.zip"))
-    assert status == 2 and "phantoms" in errors[0] and "--force" in errors[0] and tree(there) == before
+    assert (
+        status == 2 and "phantoms" in errors[0] and "--force" in errors[0] and tree(there) == before
+    )
     assert fetch(there, "--zip", str(tmp_path / "good.zip"), "--force") == (0, [])
 
 
-@pytest.mark.parametrize("flags", [("--zip", "good.zip"), ("--source", "kaggle"), ("--source", "mirror")])
+@pytest.mark.parametrize(
+    "flags", [("--zip", "good.zip"), ("--source", "kaggle"), ("--source", "mirror")]
+)
 def test_too_little_disk(tmp_path, monkeypatch, flags):
     (tmp_path / "good.zip").write_bytes(pack(good_files()))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     status, errors = fetch(tmp_path / "data", *flags)
-    assert status == 2 and len(errors) == 1 and "MiB" in errors[0] and not (tmp_path / "data").exists()
+    assert status == 2 and len(errors) == 1 and "MiB" in errors[0]
+    assert not (tmp_path / "data").exists()
 
 
 def test_disk_fills_while_unpacking(tmp_path, monkeypatch):
@@ -530,9 +603,10 @@ def test_disk_fills_while_unpacking(tmp_path, monkeypatch):
     def full(path, mode):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(download, "open", full, raising=False)
+    monkeypatch.setattr(archive, "open", full, raising=False)
     status, errors = fetch(tmp_path / "data", "--zip", str(tmp_path / "good.zip"))
-    assert status == 2 and len(errors) == 1 and "is full" in errors[0] and not (tmp_path / "data").exists()
+    assert status == 2 and len(errors) == 1 and "is full" in errors[0]
+    assert not (tmp_path / "data").exists()
 
 
 def test_interrupt_while_unpacking(tmp_path):
@@ -540,31 +614,44 @@ def test_interrupt_while_unpacking(tmp_path):
     (tmp_path / "big.zip").write_bytes(pack(files))
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--zip", "big.zip"],
-        cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.time() + 20
     while not list(tmp_path.glob("dataset/.new-*/train/extra/1")) and time.time() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and errors == "download.py: stopped\n"
+    assert process.returncode == 130 and errors == "download.py: interrupted\n"
     assert not (tmp_path / "dataset").exists()
 
 
+def test_importing_needs_neither_torch_nor_kaggle():
+    code = "import sys, download; print({'torch', 'kaggle', 'requests'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("set()\n", "")
+
+
 @pytest.mark.parametrize(
-    "flags", [("--source", "ftp"), ("--zip", "a", "--synthetic"), ("--phantoms", "0", "1", "1"), ("x",)]
+    "flags",
+    [("--source", "ftp"), ("--zip", "a", "--synthetic"), ("--phantoms", "0", "1", "1"), ("x",)],
 )
 def test_wrong_flags(tmp_path, flags):
-    assert_mendable(run(tmp_path, *flags), "--help")
+    assert_mendable(run(tmp_path, *flags), "--help", advice="see ")
 
 
 # ---------------------------------------------------------------- phantoms
 
 
 @pytest.fixture(scope="module")
-def phantoms(tmp_path_factory):
-    return download.make_phantoms(tmp_path_factory.mktemp("phantoms") / "p", (60, 3, 2), size=128)
+def drawn(tmp_path_factory):
+    return phantoms.make_phantoms(tmp_path_factory.mktemp("phantoms") / "p", (60, 3, 2), size=128)
 
 
 def read_pairs(folder):
@@ -573,35 +660,39 @@ def read_pairs(folder):
     images, masks = [], []
     for image in coco.loadImgs(coco.getImgIds()):
         pixels = np.asarray(Image.open(folder / image["file_name"]))
-        assert pixels.shape == (image["height"], image["width"], 3) and image["file_name"].split("_")[0].isdecimal()
-        drawn = [coco.annToMask(a) for a in coco.loadAnns(coco.getAnnIds(image["id"]))]
-        assert all(mask.any() for mask in drawn)
+        assert pixels.shape == (image["height"], image["width"], 3)
+        assert image["file_name"].split("_")[0].isdecimal()
+        lesions = [coco.annToMask(a) for a in coco.loadAnns(coco.getAnnIds(image["id"]))]
+        assert all(mask.any() for mask in lesions)
         images.append(pixels[..., 0])
-        masks.append(np.any(drawn, axis=0) if drawn else np.zeros(pixels.shape[:2], bool))
+        masks.append(np.any(lesions, axis=0) if lesions else np.zeros(pixels.shape[:2], bool))
     return np.stack(images), np.stack(masks)
 
 
-def test_phantoms_are_laid_out_like_the_data(phantoms):
-    assert sorted(p.name for p in phantoms.iterdir()) == sorted(SPLITS)
-    for split, count in zip(SPLITS, (60, 3, 2)):
-        coco = COCO_quietly(phantoms / split / "_annotations.coco.json")
-        assert len(coco.imgs) == count and [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["tumour"]
+def test_phantoms_are_laid_out_like_the_data(drawn):
+    assert sorted(p.name for p in drawn.iterdir()) == sorted(SPLITS)
+    for split, count in zip(SPLITS, (60, 3, 2), strict=True):
+        coco = COCO_quietly(drawn / split / "_annotations.coco.json")
+        assert len(coco.imgs) == count
+        assert [category["name"] for category in coco.cats.values()] == ["tumour"]
         for annotation in coco.anns.values():
-            drawn = coco.annToMask(annotation)
+            mask = coco.annToMask(annotation)
             x, y, w, h = annotation["bbox"]
-            assert abs(drawn.sum() / annotation["area"] - 1) < 0.1
+            assert abs(mask.sum() / annotation["area"] - 1) < 0.1
             assert 0 <= x and 0 <= y and x + w <= 128 and y + h <= 128
             assert 24 <= len(annotation["segmentation"][0]) / 2 <= 40
 
 
-def test_phantoms_need_more_than_a_threshold(phantoms):
-    images, masks = read_pairs(phantoms / "train")
-    assert 0.03 < masks.mean() < 0.06  # so an all-background answer is right on 94 % of the pixels, with Dice 0
+def test_phantoms_need_more_than_a_threshold(drawn):
+    images, masks = read_pairs(drawn / "train")
+    # All background is then right on 94 % of the pixels, with Dice 0.
+    assert 0.03 < masks.mean() < 0.06
     assert 0.05 < (~masks.any(axis=(1, 2))).mean() < 0.3
     inside = np.bincount(images[masks], minlength=256)
     outside = np.bincount(images[~masks], minlength=256)
     hits, misses = np.r_[0, inside.cumsum()], np.r_[0, outside.cumsum()]
-    low, high = np.triu_indices(257, 1)  # every band of brightness low <= pixel < high, so every threshold too
+    # Every band of brightness low <= pixel < high, and so every threshold too.
+    low, high = np.triu_indices(257, 1)
     hit = hits[high] - hits[low]
     dice = 2 * hit / (hit + misses[high] - misses[low] + inside.sum())
     assert dice.max() < 0.5
@@ -609,21 +700,27 @@ def test_phantoms_need_more_than_a_threshold(phantoms):
     assert np.abs(np.median(images[masks]) - np.median(images[~masks & (images > 40)])) > 20
 
 
-def test_phantoms_depend_on_seed_and_index_alone(phantoms, tmp_path):
-    fewer = download.make_phantoms(tmp_path / "fewer", (2, 1, 1), size=128)
-    other = download.make_phantoms(tmp_path / "other", (2, 1, 1), size=128, seed=1)
+def test_phantoms_depend_on_seed_and_index_alone(drawn, tmp_path):
+    fewer = phantoms.make_phantoms(tmp_path / "fewer", (2, 1, 1), size=128)
+    other = phantoms.make_phantoms(tmp_path / "other", (2, 1, 1), size=128, seed=1)
     for name in ("train/0_phantom.jpg", "train/1_phantom.jpg", "test/20000_phantom.jpg"):
-        assert (fewer / name).read_bytes() == (phantoms / name).read_bytes() != (other / name).read_bytes()
-    assert (fewer / "train/0_phantom.jpg").read_bytes() != (fewer / "train/1_phantom.jpg").read_bytes()
+        assert (
+            (fewer / name).read_bytes()
+            == (drawn / name).read_bytes()
+            != (other / name).read_bytes()
+        )
+    assert (fewer / "train/0_phantom.jpg").read_bytes() != (
+        fewer / "train/1_phantom.jpg"
+    ).read_bytes()
 
 
 def test_phantoms_are_kept_or_refused(tmp_path):
-    root = download.make_phantoms(tmp_path / "p", (1, 1, 1), size=64)
+    root = phantoms.make_phantoms(tmp_path / "p", (1, 1, 1), size=64)
     before = tree(root)
-    assert download.make_phantoms(root, (1, 1, 1), size=64) == root and tree(root) == before
+    assert phantoms.make_phantoms(root, (1, 1, 1), size=64) == root and tree(root) == before
     for other in ({"counts": (2, 1, 1)}, {"seed": 1}, {"size": 96}):
         with pytest.raises(ValueError, match="something else"):
-            download.make_phantoms(root, **{"counts": (1, 1, 1), "size": 64, **other})
+            phantoms.make_phantoms(root, **{"counts": (1, 1, 1), "size": 64, **other})
     assert tree(root) == before
 
 
@@ -631,6 +728,6 @@ def test_interrupted_phantoms_leave_nothing(tmp_path, monkeypatch):
     def stop(rng, size):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(download, "draw_phantom", stop)
-    assert fetch(tmp_path / "p", "--synthetic") == (130, ["download.py: stopped"])
+    monkeypatch.setattr(phantoms, "draw_phantom", stop)
+    assert fetch(tmp_path / "p", "--synthetic") == (130, ["download.py: interrupted"])
     assert not (tmp_path / "p").exists()

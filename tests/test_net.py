@@ -1,44 +1,63 @@
 """The network against the tutorial's listing: names, shapes, counts, arithmetic."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from net import DownBlock, UNet, UpBlock, load_model, pick_device
+from medseg.device import pick_device
+from net import DownBlock, UNet, UpBlock, load_model
 
 
 def tutorial_shapes(c=32):
     """Every weight of the tutorial's section 3, written out from its constructor calls."""
     shapes = {}
 
-    def convolution(name, to, come, kernel):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (to, come, kernel, kernel), (to,)
+    def add_convolution(name, out_channels, in_channels, kernel):
+        shapes[f"{name}.weight"] = (out_channels, in_channels, kernel, kernel)
+        shapes[f"{name}.bias"] = (out_channels,)
 
-    down = {"down1": (3, c), "down2": (c, 2 * c), "down3": (2 * c, 4 * c), "down4": (4 * c, 8 * c), "down5": (8 * c, 16 * c),
-            "bottleneck": (16 * c, 32 * c)}
-    for name, (come, to) in down.items():
-        convolution(f"{name}.conv1", to, come, 3)
-        convolution(f"{name}.conv2", to, to, 3)
-    up = {"up1": (32 * c, 16 * c), "up2": (16 * c, 8 * c), "up3": (8 * c, 4 * c), "up4": (4 * c, 2 * c), "up5": (2 * c, c)}
-    for name, (come, to) in up.items():
-        shapes[f"{name}.up.weight"], shapes[f"{name}.up.bias"] = (come, to, 2, 2), (to,)
-        convolution(f"{name}.conv1", to, 2 * to, 3)
-        convolution(f"{name}.conv2", to, to, 3)
-    convolution("outc", 1, c, 1)
+    down = {
+        "down1": (3, c),
+        "down2": (c, 2 * c),
+        "down3": (2 * c, 4 * c),
+        "down4": (4 * c, 8 * c),
+        "down5": (8 * c, 16 * c),
+        "bottleneck": (16 * c, 32 * c),
+    }
+    for name, (in_channels, out_channels) in down.items():
+        add_convolution(f"{name}.conv1", out_channels, in_channels, 3)
+        add_convolution(f"{name}.conv2", out_channels, out_channels, 3)
+    up = {
+        "up1": (32 * c, 16 * c),
+        "up2": (16 * c, 8 * c),
+        "up3": (8 * c, 4 * c),
+        "up4": (4 * c, 2 * c),
+        "up5": (2 * c, c),
+    }
+    for name, (in_channels, out_channels) in up.items():
+        shapes[f"{name}.up.weight"] = (in_channels, out_channels, 2, 2)
+        shapes[f"{name}.up.bias"] = (out_channels,)
+        add_convolution(f"{name}.conv1", out_channels, 2 * out_channels, 3)
+        add_convolution(f"{name}.conv2", out_channels, out_channels, 3)
+    add_convolution("outc", 1, c, 1)
     return shapes
 
 
 def test_weights_are_the_tutorials():
     with torch.device("meta"):
         model = UNet()
-    assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == tutorial_shapes()
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    assert shapes == tutorial_shapes()
     assert sum(weight.numel() for weight in model.parameters()) == 31_094_497
 
 
 def functional_unet(state, x):
-    """The tutorial's forward pass, written without modules: an independent reading of section 3."""
+    """The tutorial's forward pass without modules: an independent reading of section 3."""
+
     def double(name, x):
         for part in ("conv1", "conv2"):
-            x = F.relu(F.conv2d(x, state[f"{name}.{part}.weight"], state[f"{name}.{part}.bias"], padding=1))
+            weight, bias = state[f"{name}.{part}.weight"], state[f"{name}.{part}.bias"]
+            x = F.relu(F.conv2d(x, weight, bias, padding=1))
         return x
 
     skips = []
@@ -48,7 +67,8 @@ def functional_unet(state, x):
         x = F.max_pool2d(x, 2)
     x = double("bottleneck", x)
     for level in range(1, 6):
-        x = F.conv_transpose2d(x, state[f"up{level}.up.weight"], state[f"up{level}.up.bias"], stride=2)
+        weight, bias = state[f"up{level}.up.weight"], state[f"up{level}.up.bias"]
+        x = F.conv_transpose2d(x, weight, bias, stride=2)
         x = double(f"up{level}", torch.cat([x, skips.pop()], 1))
     return torch.sigmoid(F.conv2d(x, state["outc.weight"], state["outc.bias"]))
 
@@ -56,24 +76,26 @@ def functional_unet(state, x):
 def test_forward_is_the_tutorials():
     torch.manual_seed(0)
     model = UNet(n_filters=4).eval()
-    for weight in model.parameters():  # default weights leave the answer almost constant: nothing to tell apart
+    # With PyTorch's own initial weights the output is almost constant, and any two would agree.
+    for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), functional_unet(model.state_dict(), x), rtol=1e-4, atol=1e-5)
+        expected = functional_unet(model.state_dict(), x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (37, 50), (255, 257), (32, 32)])
-def test_any_size_in_the_same_size_out(size):
+def test_the_output_is_as_large_as_the_input(size):
     model = UNet(n_filters=2).eval()
     with torch.no_grad():
         x = torch.rand(2, 3, *size)
-        answer = model(x)
-        assert answer.shape == (2, 1, *size) and answer.dtype == torch.float32
-        assert 0 <= answer.min() and answer.max() <= 1
+        pred = model(x)
+        assert pred.shape == (2, 1, *size) and pred.dtype == torch.float32
+        assert 0 <= pred.min() and pred.max() <= 1
         bottom, right = -size[0] % 32, -size[1] % 32
         padded = model(F.pad(x, (0, right, 0, bottom), mode="replicate"))
-    torch.testing.assert_close(answer, padded[..., :size[0], :size[1]])
+    torch.testing.assert_close(pred, padded[..., : size[0], : size[1]])
 
 
 def test_blocks():
@@ -87,43 +109,56 @@ def test_blocks():
 def test_probabilities_stay_below_one_in_bfloat16():
     model = UNet(n_filters=2).eval()
     torch.nn.init.zeros_(model.outc.weight)
-    torch.nn.init.constant_(model.outc.bias, 7.0)  # sigmoid(7) = 0.99909, which bfloat16 rounds to 1
+    # sigmoid(7) = 0.99909, which bfloat16 rounds to 1
+    torch.nn.init.constant_(model.outc.bias, 7.0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        answer = model(torch.rand(1, 3, 32, 32))
-    assert answer.dtype == torch.float32
-    torch.testing.assert_close(answer, torch.full_like(answer, 0.99909), atol=1e-5, rtol=0)
+        pred = model(torch.rand(1, 3, 32, 32))
+    assert pred.dtype == torch.float32
+    torch.testing.assert_close(pred, torch.full_like(pred, 0.99909), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [dict(n_filters=4), dict(n_channels=1, n_classes=3, n_filters=6, image_size=96)])
-def test_architecture_is_read_off_the_weights(shape, tmp_path):
-    model = UNet(**shape).eval()
+@pytest.mark.parametrize(
+    "arguments",
+    [{"n_filters": 4}, {"n_channels": 1, "n_classes": 3, "n_filters": 6, "image_size": 96}],
+)
+def test_architecture_is_read_from_the_weights(arguments, tmp_path):
+    model = UNet(**arguments).eval()
     torch.save(model.state_dict(), tmp_path / "model.pth")
-    same = load_model(tmp_path / "model.pth").eval()
-    x = torch.rand(1, shape.get("n_channels", 3), 32, 32)
+    loaded = load_model(tmp_path / "model.pth").eval()
+    x = torch.rand(1, arguments.get("n_channels", 3), 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(same(x), model(x), rtol=0, atol=0)
-    assert same.image_size == shape.get("image_size", 256)
+        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert loaded.image_size == arguments.get("image_size", 256)
 
 
 def test_from_state_dict_copies():
     model = UNet(n_filters=2)
-    same = UNet.from_state_dict(model.state_dict())
+    copy = UNet.from_state_dict(model.state_dict())
     with torch.no_grad():
-        same.outc.bias += 1
-    assert model.outc.bias != same.outc.bias
+        copy.outc.bias += 1
+    assert model.outc.bias != copy.outc.bias
 
 
-@pytest.mark.parametrize("spoil, word", [
-    (lambda state: state.clear(), "down1.conv1.weight"),
-    (lambda state: state.pop("up3.conv2.bias"), "up3.conv2.bias"),
-    (lambda state: state.update(extra=torch.zeros(1)), "extra"),
-    (lambda state: state.update({"outc.bias": torch.zeros(5)}), "outc.bias"),
-    (lambda state: state.update({"outc.bias": "zero"}), "outc.bias"),
-    (lambda state: state.update({"down1.conv1.weight": torch.zeros(0)}), "not the weights"),
-    (lambda state: state.update({"bottleneck.conv2.weight": torch.zeros(1).expand(64, 64, 3, 3)}), "bottleneck"),  # claimed, not there
-    (lambda state: state._metadata[""].update(image_size=10 ** 9), "image size"),
-    (lambda state: setattr(state, "_metadata", 5), "not the weights"),
-])
+def update(name, value):
+    """A function that replaces one entry of a state dict."""
+    return lambda state: state.update({name: value})
+
+
+@pytest.mark.parametrize(
+    "spoil, word",
+    [
+        (lambda state: state.clear(), "down1.conv1.weight"),
+        (lambda state: state.pop("up3.conv2.bias"), "up3.conv2.bias"),
+        (update("extra", torch.zeros(1)), "extra"),
+        (update("outc.bias", torch.zeros(5)), "outc.bias"),
+        (update("outc.bias", "zero"), "outc.bias"),
+        (update("down1.conv1.weight", torch.zeros(0)), "not the weights"),
+        # The right shape, of which only one number is stored.
+        (update("bottleneck.conv2.weight", torch.zeros(1).expand(64, 64, 3, 3)), "bottleneck"),
+        (lambda state: state._metadata[""].update(image_size=10**9), "image size"),
+        (lambda state: setattr(state, "_metadata", 5), "not the weights"),
+    ],
+)
 def test_other_weights_are_refused(spoil, word):
     state = UNet(n_filters=2).state_dict()
     spoil(state)
@@ -131,7 +166,9 @@ def test_other_weights_are_refused(spoil, word):
         UNet.from_state_dict(state)
 
 
-@pytest.mark.parametrize("thing", [[], 5, None, torch.zeros(3), {"down1.conv1.weight": 1, "outc.weight": 2}])
+@pytest.mark.parametrize(
+    "thing", [[], 5, None, torch.zeros(3), {"down1.conv1.weight": 1, "outc.weight": 2}]
+)
 def test_what_is_no_state_dict_is_refused(thing):
     with pytest.raises(ValueError, match="not the weights of a UNet"):
         UNet.from_state_dict(thing)
@@ -145,14 +182,26 @@ def test_devices():
             pick_device(name)
 
 
-@pytest.mark.parametrize("norm, layer", [("batch", torch.nn.BatchNorm2d), ("group", torch.nn.GroupNorm)])
-def test_normalisation_is_read_off_the_weights(norm, layer):
+def test_a_number_is_a_gpu(refused):
+    with pytest.raises(ValueError, match="cuda:99"):
+        pick_device("99")
+    if torch.cuda.is_available():
+        assert pick_device("0") == torch.device("cuda", 0)
+    else:
+        refused("predict", "--device", "0", words=["cuda:0", "not available"])
+
+
+@pytest.mark.parametrize(
+    "norm, layer", [("batch", torch.nn.BatchNorm2d), ("group", torch.nn.GroupNorm)]
+)
+def test_normalisation_is_read_from_the_weights(norm, layer):
     model = UNet(n_filters=4, norm=norm)
     with torch.no_grad():
         model(torch.rand(2, 3, 32, 32))  # moves the running means
-    assert sum(isinstance(module, layer) for module in model.modules()) == 22  # one for each 3x3 convolution
-    found = UNet.from_state_dict(model.state_dict())
+    layers = sum(isinstance(module, layer) for module in model.modules())
+    assert layers == 22  # one for each 3x3 convolution
+    loaded = UNet.from_state_dict(model.state_dict())
     x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(found.eval()(x), model.eval()(x))
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
     with pytest.raises(ValueError, match="norm"):
         UNet(n_filters=4, norm="layer")

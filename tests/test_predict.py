@@ -1,4 +1,7 @@
-"""Prediction: the functions, the files it writes, and what it refuses."""
+"""Prediction: the functions, the files it writes, and what it refuses; and scores of a folder."""
+
+import functools
+import importlib
 import json
 import math
 import os
@@ -6,6 +9,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import SUPPRESS
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,27 +20,35 @@ from PIL import Image
 
 import data
 import predict
-import train
+from medseg.cli import ArgumentParser
+from medseg.images import full_size_mask, overlay
+from medseg.metrics import RunningScores, bootstrap, hausdorff95, image_dice, pooled_scores
+from medseg.report import _choose_cases, count_pixels
 from net import UNet
 
 
 def brightness_model(image_size=32):
-    """A UNet set by hand: probability over 0.5 where a pixel is bright. Its answers can be told without running it."""
+    """A UNet with weights set by hand: the probability is over 0.5 where a pixel is bright.
+
+    What it should predict can be told without running it.
+    """
     model = UNet(n_filters=2, image_size=image_size)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
         model.down1.conv1.weight[0, :, 1, 1] = 1 / 3  # channel 0: mean of red, green, blue
         model.down1.conv2.weight[0, 0, 1, 1] = 1
-        model.up5.conv1.weight[0, 2, 1, 1] = 1        # the skip connection comes after the two upsampled channels
+        model.up5.conv1.weight[0, 2, 1, 1] = 1  # 0 and 1 come from below, 2 from the skip
         model.up5.conv2.weight[0, 0, 1, 1] = 1
         model.outc.weight[0, 0] = 8
-        model.outc.bias[0] = -4                       # sigmoid(8 x - 4) > 0.5 where x > 0.5, some way above mid-grey
+        model.outc.bias[0] = -4  # sigmoid(8 x - 4) > 0.5 where x > 0.5, some way above mid-grey
     return model
 
 
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path, monkeypatch):
+    """An empty folder with best_model.pth, which is the current one."""
+    monkeypatch.chdir(tmp_path)
     torch.save(brightness_model().state_dict(), tmp_path / "best_model.pth")
     return tmp_path
 
@@ -43,29 +56,42 @@ def place(tmp_path):
 def scan(width, height, x, y, side):
     """A dark picture with a bright square."""
     pixels = np.full((height, width), 20, np.uint8)
-    pixels[y:y + side, x:x + side] = 235
+    pixels[y : y + side, x : x + side] = 235
     return Image.fromarray(pixels)
 
 
-def overlap(one, other):
-    return (one & other).sum() / (one | other).sum()
+def write_scans(folder, stems):
+    folder.mkdir()
+    for stem in stems:
+        scan(40, 40, 5, 5, 20).save(folder / f"{stem}.png")
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def overlap(mask, other):
+    return (mask & other).sum() / (mask | other).sum()
 
 
 # ---- functions -------------------------------------------------------------------------------
+
 
 def test_the_tutorials_functions(place):
     scan(640, 640, 200, 300, 160).save(place / "scan.png")
     model = predict.load_model(place / "best_model.pth", "cpu")
     assert not model.training and model.image_size == 32
     tensor, picture = predict.preprocess_image(place / "scan.png")
-    assert tensor.shape == (1, 3, 256, 256) and tensor.dtype == torch.float32 and picture.size == (256, 256)
+    assert tensor.shape == (1, 3, 256, 256) and tensor.dtype == torch.float32
+    assert picture.size == (256, 256)
     mask = predict.predict_mask(model, tensor, "cpu")
-    assert mask.shape == (1, 1, 256, 256) and mask.dtype == torch.float32 and set(mask.unique().tolist()) == {0, 1}
-    assert mask[0, 0, 120:184, 80:144].mean() > 0.98 and mask.sum() < 66 ** 2
+    assert mask.shape == (1, 1, 256, 256) and mask.dtype == torch.float32
+    assert set(mask.unique().tolist()) == {0, 1}
+    assert mask[0, 0, 120:184, 80:144].mean() > 0.98 and mask.sum() < 66**2
     assert predict.predict_mask(model, tensor, "cpu", threshold=1.0).sum() == 0
     predict.visualize_result(picture, mask.cpu().numpy(), path=place / "figure.png")
-    red = np.asarray(Image.open(place / "figure.png").convert("RGB")).astype(int)
-    assert ((red[..., 0] - red[..., 1]) > 60).sum() > 500  # something is tinted
+    figure = np.asarray(Image.open(place / "figure.png").convert("RGB")).astype(int)
+    assert ((figure[..., 0] - figure[..., 1]) > 60).sum() > 500  # something is tinted red
 
 
 def test_cuda_by_default_falls_back(place):
@@ -73,45 +99,79 @@ def test_cuda_by_default_falls_back(place):
         pytest.skip("there is a GPU here")
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     model = predict.load_model(place / "best_model.pth")
-    assert predict.predict_mask(model, predict.preprocess_image(place / "scan.png")[0]).shape == (1, 1, 256, 256)
+    tensor, _ = predict.preprocess_image(place / "scan.png")
+    assert predict.predict_mask(model, tensor).shape == (1, 1, 256, 256)
 
 
 def test_masks_return_to_the_place_they_came_from():
-    probabilities = torch.zeros(32, 32)
+    probabilities = np.zeros((32, 32), np.float32)
     probabilities[8:16, 16:24] = 1
-    mask = predict.full_size_mask(probabilities, (320, 160), 0.5)
-    wanted = np.zeros((160, 320), bool)
-    wanted[40:80, 160:240] = True
-    assert mask.shape == (160, 320) and overlap(mask, wanted) > 0.97
+    mask = full_size_mask(probabilities, (320, 160), 0.5)
+    expected = np.zeros((160, 320), bool)
+    expected[40:80, 160:240] = True
+    assert mask.shape == (160, 320) and overlap(mask, expected) > 0.97
 
 
 def test_overlay_tints_the_foreground_alone():
     image = Image.new("RGB", (4, 3), (100, 50, 200))
     mask = np.zeros((3, 4), bool)
     mask[1, 2] = True
-    pixels = np.asarray(predict.overlay(image, mask))
+    pixels = np.asarray(overlay(image, mask))
     assert pixels[1, 2].tolist() == [162, 30, 120]
     assert (pixels[~mask] == (100, 50, 200)).all()
 
 
 # ---- the command -----------------------------------------------------------------------------
 
+
 def test_one_image(place):
     scan(200, 120, 60, 40, 40).save(place / "scan.png")
     result = script("predict.py", "scan.png", cwd=place)
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in place.iterdir()} == {"best_model.pth", "scan.png", "scan_mask.png", "predictions.png"}
+    assert names(place) == {"best_model.pth", "scan.png", "scan_mask.png", "predictions.png"}
     mask = Image.open(place / "scan_mask.png")
     assert mask.size == (200, 120) and mask.mode == "L" and set(np.unique(mask)) == {0, 255}
-    wanted = np.zeros((120, 200), bool)
-    wanted[40:80, 60:100] = True
-    assert overlap(np.asarray(mask) > 0, wanted) > 0.75
-    share = 100 * (np.asarray(mask) > 0).mean()
-    assert f"foreground {share:.2f} %" in result.stdout and "highest probability" in result.stdout
+    foreground = np.asarray(mask) > 0
+    expected = np.zeros((120, 200), bool)
+    expected[40:80, 60:100] = True
+    assert overlap(foreground, expected) > 0.75
+    assert f"foreground {100 * foreground.mean():.2f} %" in result.stdout
+    assert "highest probability" in result.stdout
     assert np.asarray(Image.open(place / "predictions.png")).std() > 10
 
 
-def test_a_folder_of_every_format(place):
+def test_output_names_the_mask_of_one_image(place):
+    scan(200, 120, 60, 40, 40).save(place / "scan.png")
+    predict.main(["scan.png"])
+    before = names(place)
+    predict.main(["scan.png", "--output", "out.png"])
+    assert names(place) == {*before, "out.png"}
+    assert (place / "out.png").read_bytes() == (place / "scan_mask.png").read_bytes()
+
+
+def test_output_with_a_dot_is_a_folder_unless_it_names_a_picture(place):
+    scan(64, 64, 10, 10, 20).save(place / "scan.png")
+    predict.main(["scan.png", "--output", "folder.v2"])
+    assert names(place / "folder.v2") == {"scan_mask.png", "predictions.png"}
+    (place / "folder.png").mkdir()
+    predict.main(["scan.png", "--output", "folder.png"])
+    assert names(place / "folder.png") == {"scan_mask.png", "predictions.png"}
+
+
+def test_output_that_does_not_fit_is_refused(place, refused):
+    write_scans(place / "scans", "ab")
+    before = sorted(place.rglob("*"))
+    for inputs, output, reason in [
+        (["scans/a.png", "scans/b.png"], "out.png", "several images"),
+        (["scans"], "out.png", "several images"),
+        (["scans/a.png"], "out.jpg", ".png"),
+        (["scans/a.png"], "scans/b.png/out.png", "cannot write"),
+    ]:
+        refused("predict", *inputs, "--output", output, words=["--output", reason])
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_folder_of_every_format(place, refused):
     folder = place / "scans"
     folder.mkdir()
     picture = scan(90, 70, 30, 20, 25)
@@ -122,71 +182,79 @@ def test_a_folder_of_every_format(place):
     picture.save(folder / "e.tif")
     picture.save(folder / "f.bmp")
     Image.fromarray(np.asarray(picture).astype(np.uint16) * 257).save(folder / "g.png")
-    (folder / "notes.txt").write_text("no picture, and none claimed")
+    (folder / "notes.txt").write_text("this is no picture")
     result = script("predict.py", "scans", cwd=place)
     assert result.returncode == 0, result.stderr
-    masks = {path.name[0]: np.asarray(Image.open(path)) for path in (place / "predictions").glob("*_mask.png")}
+    masks = {}
+    for path in (place / "predictions").glob("*_mask.png"):
+        masks[path.name[0]] = np.asarray(Image.open(path))
     assert set(masks) == set("abcdefg")
     for name in "cdefg":
         np.testing.assert_array_equal(masks[name], masks["b"], err_msg=name)
     assert overlap(masks["a"] > 0, masks["b"] > 0) > 0.9
     assert len(list((place / "predictions").glob("*_overlay.png"))) == 7
-    again = script("predict.py", "predictions", "--output", "twice", cwd=place)  # ours are no inputs
-    assert_refused(again, "no images")
+    # Masks and overlays are not taken for images.
+    refused("predict", "predictions", "--output", "twice", words=["no images"])
 
 
-def test_many_are_as_one(place):
+def test_many_are_predicted_as_one_is(place):
     folder = place / "scans"
     folder.mkdir()
     for number in range(3 * 16 + 5):
         scan(40 + number, 50, number % 20, number % 15, 20).save(folder / f"{number:03}.png")
     result = script("predict.py", "scans", "--output", "all", cwd=place)
     assert result.returncode == 0, result.stderr
-    said = [line for line in result.stdout.splitlines() if "foreground" in line]
-    assert [line.split(":")[0] for line in said] == [f"scans/{number:03}.png" for number in range(len(said))] and len(said) == 53
+    lines = [line for line in result.stdout.splitlines() if "foreground" in line]
+    predicted = [line.split(":")[0] for line in lines]
+    assert predicted == [f"scans/{number:03}.png" for number in range(53)]
     model = predict.load_model(place / "best_model.pth", "cpu")
     for number in (0, 17, 52):
         predict.predict_one(model, folder / f"{number:03}.png", place, 0.5, "cpu")
-        np.testing.assert_array_equal(Image.open(place / f"{number:03}_mask.png"), Image.open(place / "all" / f"{number:03}_mask.png"))
+        name = f"{number:03}_mask.png"
+        alone, among_many = Image.open(place / name), Image.open(place / "all" / name)
+        np.testing.assert_array_equal(alone, among_many)
 
 
 def test_processes_share_a_folder(place):
-    folder = place / "scans"
-    folder.mkdir()
-    for name in "abcde":
-        scan(40, 40, 5, 5, 20).save(folder / f"{name}.png")
-    said = [script("predict.py", "scans", cwd=place, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)).stdout for rank in (0, 1)]
-    assert [sorted(line[6] for line in text.splitlines() if "foreground" in line) for text in said] == [["a", "c", "e"], ["b", "d"]]
+    write_scans(place / "scans", "abcde")
+
+    def start(rank):
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        return script("predict.py", "scans", cwd=place, **environment).stdout
+
+    with ThreadPoolExecutor() as pool:
+        outputs = list(pool.map(start, (0, 1)))
+    predicted = []
+    for output in outputs:
+        lines = [line for line in output.splitlines() if "foreground" in line]
+        predicted.append(sorted(line.removeprefix("scans/")[0] for line in lines))
+    assert predicted == [["a", "c", "e"], ["b", "d"]]
     assert len(list((place / "predictions").glob("*_mask.png"))) == 5
 
 
-def test_a_damaged_image_among_many_is_named_and_the_rest_done(place):
-    folder = place / "scans"
-    folder.mkdir()
-    for name in "abc":
-        scan(40, 40, 5, 5, 20).save(folder / f"{name}.png")
-    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:60])
-    result = script("predict.py", "scans", cwd=place)
-    assert_refused(result, "1 of 3", "b.png")
-    assert {path.name for path in (place / "predictions").iterdir()} == {"a_mask.png", "a_overlay.png", "c_mask.png", "c_overlay.png"}
+def test_a_damaged_image_among_many_is_named_and_the_others_predicted(place, refused):
+    write_scans(place / "scans", "abc")
+    damaged = place / "scans" / "b.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    refused("predict", "scans", words=["1 of 3", "b.png"])
+    written = {"a_mask.png", "a_overlay.png", "c_mask.png", "c_overlay.png"}
+    assert names(place / "predictions") == written
 
 
-def test_nothing_named_takes_the_example(place):
-    assert_refused(script("predict.py", cwd=place), "download.py")
+def test_without_an_image_it_takes_the_example(place, refused, capsys):
+    refused("predict", words=["download.py"])
     phantoms = place / "dataset" / "synthetic" / "test"
     phantoms.mkdir(parents=True)
-    scan(64, 64, 10, 10, 20).save(phantoms / "9.png")
-    result = script("predict.py", cwd=place)
-    assert result.returncode == 0 and "taking dataset/synthetic/test/9.png" in result.stdout
     real = place / predict.EXAMPLE
     real.parent.mkdir()
-    scan(64, 64, 10, 10, 20).save(real.parent / "1.jpg")
-    assert "taking dataset/test/1.jpg" in script("predict.py", cwd=place).stdout
-    scan(64, 64, 10, 10, 20).save(real)
-    assert f"taking {predict.EXAMPLE}" in script("predict.py", cwd=place).stdout
+    for path in (phantoms / "9.png", real.parent / "1.jpg", real):
+        scan(64, 64, 10, 10, 20).save(path)
+        predict.main([])
+        assert f"taking {path.relative_to(place)}" in capsys.readouterr().out
 
 
 # ---- refusals --------------------------------------------------------------------------------
+
 
 class Evil:
     """Unpickled without care, it leaves a file behind."""
@@ -196,10 +264,11 @@ class Evil:
 
 
 def bad_models(folder):
+    """Write files that are no weights of a UNet; returns their stems, and one that is missing."""
     good = (folder / "best_model.pth").read_bytes()
     torch.save({"weights": Evil()}, folder / "code.pth")
     (folder / "pickle.pth").write_bytes(pickle.dumps(Evil()))
-    (folder / "cut.pth").write_bytes(good[:len(good) // 2])
+    (folder / "cut.pth").write_bytes(good[: len(good) // 2])
     (folder / "empty.pth").write_bytes(b"")
     (folder / "text.pth").write_text("not weights")
     torch.save(torch.nn.Linear(3, 4).state_dict(), folder / "linear.pth")
@@ -211,25 +280,45 @@ def test_bad_models(place, refused):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     for name in bad_models(place):
         refused("predict", "scan.png", "--model", f"{name}.pth", words=[f"{name}.pth"])
-    assert not (place / "EXECUTED").exists() and not (place / "predictions.png").exists() and not (place / "scan_mask.png").exists()
+    assert not names(place) & {"EXECUTED", "predictions.png", "scan_mask.png"}
 
 
 def test_bad_input(place, refused):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     (place / "text.png").write_text("no picture")
+    (place / "text").write_text("no folder")
     (place / "cut.png").write_bytes((place / "scan.png").read_bytes()[:70])
     (place / "empty").mkdir()
     (place / "other").mkdir()
     scan(64, 64, 10, 10, 20).save(place / "other" / "scan.jpg")
     before = sorted(place.rglob("*"))
     for arguments, word in {
-        ("text.png",): "text.png", ("cut.png",): "cut.png", ("nothing.png",): "nothing.png", ("empty",): "empty",
-        ("scan.png", "--threshold", 1.5): "--threshold", ("scan.png", "--threshold", -0.1): "--threshold",
-        ("scan.png", "--threshold", "nan"): "--threshold", ("scan.png", "--output", "text.png"): "--output",
-        ("scan.png", "other/scan.jpg"): "both", ("scan.png", "--device", "warp"): "warp", ("--frobnicate",): "--frobnicate",
+        ("text.png",): "text.png",
+        ("cut.png",): "cut.png",
+        ("nothing.png",): "nothing.png",
+        ("empty",): "empty",
+        ("scan.png", "--threshold", 1.5): "--threshold",
+        ("scan.png", "--threshold", -0.1): "--threshold",
+        ("scan.png", "--threshold", "nan"): "--threshold",
+        ("scan.png", "--output", "text"): "--output",
+        ("scan.png", "other/scan.jpg"): "both",
+        ("scan.png", "--device", "warp"): "warp",
+        ("--frobnicate",): "--frobnicate",
     }.items():
         refused("predict", *arguments, words=[word])
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name, given, meant",
+    [
+        ("predict", ("scan.png", "--thresh", 0.4), "--threshold"),
+        ("predict", ("scan.png", "--out_put", "masks"), "--output"),
+        ("data", ("--grouped_split", "grouped"), "--grouped-split"),
+    ],
+)
+def test_a_misspelt_flag_is_refused_with_its_right_spelling(name, given, meant, refused):
+    refused(name, *given, words=["unrecognized arguments", f"did you mean {meant}?"])
 
 
 def test_the_command_itself_refuses_in_one_line(place):
@@ -238,75 +327,132 @@ def test_the_command_itself_refuses_in_one_line(place):
 
 def test_a_single_prediction_loads_no_more_than_it_needs(place):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
-    code = ("import sys, predict; predict.main(['scan.png', '--device', 'cpu'])\n"
-            "print([name for name in ('torchvision', 'swanlab', 'kaggle', 'matplotlib.pyplot', 'pycocotools') if name in sys.modules])")
-    result = subprocess.run([sys.executable, "-c", code], cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
+    code = (
+        "import sys, predict; predict.main(['scan.png', '--device', 'cpu'])\n"
+        "slow = {'torchvision', 'swanlab', 'kaggle', 'matplotlib.pyplot', 'pycocotools'}\n"
+        "print(sorted(slow & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
     assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["data", "predict", "train", "download"])
+def test_help_explains_every_option_and_shows_its_default(name, tmp_path, monkeypatch):
+    parsers = []
+
+    def parse_args(parser, *_):
+        parsers.append(parser)
+        sys.exit()
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main([])
+    result = script(f"{name}.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    shown = "".join(result.stdout.split())  # long texts are wrapped
+    for action in parsers[0]._actions:
+        assert action.help, action
+        text = f"{action.help} (default: {action.default})"
+        if isinstance(action.default, bool):
+            text = f"{action.help} (default: {'on' if action.default else 'off'})"
+        elif action.default in (None, SUPPRESS):
+            text = action.help
+        assert "".join(text.split()) in shown
+        for flag in action.option_strings:
+            assert flag in shown
 
 
 # ---- scores of a folder with annotations -----------------------------------------------------
 
+
 def random_masks(count, seed):
-    """Blobs of many sizes, some empty: bool (count, 40, 40)."""
+    """Rectangles of many sizes, the first mask empty: bool (count, 40, 40)."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((count, 40, 40), bool)
     for mask in masks[1:]:
         for _ in range(rng.integers(1, 3)):
             x, y, width, height = rng.integers(0, 25, 2).tolist() + rng.integers(1, 15, 2).tolist()
-            mask[y:y + height, x:x + width] = True
+            mask[y : y + height, x : x + width] = True
     return masks
 
 
 def test_hausdorff_by_hand_and_against_monai():
     from monai.metrics import compute_hausdorff_distance
-    one, other = np.zeros((2, 9, 9), bool)
-    one[4, 1], other[4, 5] = True, True
-    assert predict.hausdorff95(one, other) == 4
-    assert math.isnan(predict.hausdorff95(one, np.zeros((9, 9), bool)))
-    for found, truth in zip(random_masks(20, 0)[1:], random_masks(20, 1)[1:]):
-        wanted = compute_hausdorff_distance(*(torch.from_numpy(mask)[None, None] for mask in (found, truth)), include_background=True, percentile=95)
-        assert predict.hausdorff95(found, truth) == pytest.approx(wanted.item(), abs=1e-5)
+
+    pred, target = np.zeros((2, 9, 9), bool)
+    pred[4, 1], target[4, 5] = True, True
+    assert hausdorff95(pred, target) == 4
+    assert math.isnan(hausdorff95(pred, np.zeros((9, 9), bool)))
+    preds, targets = random_masks(20, 0)[1:], random_masks(20, 1)[1:]
+    expected = compute_hausdorff_distance(
+        torch.from_numpy(preds)[:, None],
+        torch.from_numpy(targets)[:, None],
+        include_background=True,
+        percentile=95,
+    )
+    distances = list(map(hausdorff95, preds, targets))
+    assert distances == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
 
 
 def test_scores_against_monai():
     from monai.metrics import compute_dice, compute_iou, get_confusion_matrix
-    found, truth = random_masks(30, 2), random_masks(30, 3)
-    counts = np.stack([(found & truth).sum((1, 2)), (found & ~truth).sum((1, 2)), (~found & truth).sum((1, 2)), (~found & ~truth).sum((1, 2))], 1)
-    tensors = [torch.from_numpy(masks)[:, None].float() for masks in (found, truth)]
-    np.testing.assert_allclose(predict.image_dice(counts)[1:], compute_dice(*tensors)[1:, 0], atol=1e-6)
-    assert predict.image_dice(counts)[0] == 1  # both empty; MONAI leaves it undefined
-    np.testing.assert_array_equal(get_confusion_matrix(*tensors)[:, 0].numpy(), counts[:, [0, 1, 3, 2]])
+
+    preds, targets = random_masks(30, 2), random_masks(30, 3)
+    tp, fp, fn, tn = preds & targets, preds & ~targets, ~preds & targets, ~preds & ~targets
+    counts = np.stack([pixels.sum((1, 2)) for pixels in (tp, fp, fn, tn)], 1)
+    tensors = [torch.from_numpy(masks)[:, None].float() for masks in (preds, targets)]
+    expected = compute_dice(*tensors)[:, 0]
+    np.testing.assert_allclose(image_dice(counts)[1:], expected[1:], atol=1e-6)
+    assert image_dice(counts)[0] == 1  # both are empty, and MONAI leaves that undefined
+    confusion = get_confusion_matrix(*tensors)[:, 0].numpy()
+    np.testing.assert_array_equal(confusion, counts[:, [0, 1, 3, 2]])
     pooled = [masks.reshape(1, 1, -1, 40) for masks in tensors]
-    own = predict.scores(counts)
-    assert own["dice"] == pytest.approx(compute_dice(*pooled).item(), abs=1e-6)
-    assert own["iou"] == pytest.approx(compute_iou(*pooled).item(), abs=1e-6)
-    low, high = predict.confidence(counts)["dice"]
-    assert low < own["dice"] < high
-    assert predict.confidence(np.repeat(counts[5:6], 9, 0))["dice"] == pytest.approx([predict.scores(counts[5:6])["dice"]] * 2)  # nothing to choose from
+    scores = pooled_scores(counts)
+    assert scores["dice"] == pytest.approx(compute_dice(*pooled).item(), abs=1e-6)
+    assert scores["iou"] == pytest.approx(compute_iou(*pooled).item(), abs=1e-6)
+    low, high = bootstrap(counts)["dice"]
+    assert low < scores["dice"] < high
+    same = np.repeat(counts[5:6], 9, 0)  # whichever images are drawn, the score is the same
+    dice = pooled_scores(counts[5:6])["dice"]
+    assert bootstrap(same)["dice"] == pytest.approx([dice, dice])
 
 
 def test_a_folder_with_annotations_is_scored(place, dataset):
-    """Against train.py's own test of the same weights, and by what report.json says of its own parts."""
-    result = script("predict.py", dataset / "test", "--output", "scored", "--threshold", 0.3, cwd=place)
+    """Against the scores of train.py for the same weights, and report.json against itself."""
+    options = ("--output", "scored", "--threshold", 0.3)
+    result = script("predict.py", dataset / "test", *options, cwd=place)
     assert result.returncode == 0, result.stderr
-    found = json.loads((place / "scored" / "report.json").read_text())
+    report = json.loads((place / "scored" / "report.json").read_text())
     model = predict.load_model(place / "best_model.pth", "cpu")
-    loader = data.Batches(data.load_split(dataset, "test", model.image_size), 2)
-    scores = train.Scores("cpu")
-    for images, masks in loader:
-        scores.add(torch.zeros(()), predict.predict_probabilities(model, images, "cpu"), masks, threshold=0.3)
-    wanted = scores.result()
-    assert found["scores"] == pytest.approx({key: wanted[key] for key in found["scores"]}, abs=1e-9)
-    assert set(found["per_image"]) == {f"{number}_test.png" for number in range(4)}
-    assert np.mean(list(found["per_image"].values())) == pytest.approx(found["scores"]["image_dice"], abs=1e-4)
-    assert sum(group["images"] for group in found["by_lesion_size"]) + found["no_lesion"]["images"] == 4
-    assert found["hd95"]["left_out"] in range(5)
+    scores = RunningScores("cpu")
+    for images, masks in data.Batches(data.load_split(dataset, "test", model.image_size), 2):
+        pred = predict.predict_probabilities(model, images, "cpu")
+        scores.add(torch.zeros(()), pred, masks, threshold=0.3)
+    result = scores.result()
+    expected = {name: result[name] for name in report["scores"]}
+    assert report["scores"] == pytest.approx(expected, abs=1e-9)
+    assert set(report["per_image"]) == {f"{number}_test.png" for number in range(4)}
+    mean = np.mean(list(report["per_image"].values()))
+    assert mean == pytest.approx(report["scores"]["image_dice"], abs=1e-4)
+    with_lesion = sum(group["images"] for group in report["by_lesion_size"])
+    assert with_lesion + report["no_lesion"]["images"] == 4
+    assert report["hd95"]["left_out"] in range(5)
     assert Image.open(place / "scored" / "report.png").size[0] > 1000
-    assert len(list((place / "scored").glob("*_mask.png"))) == 4  # and all is predicted as in any folder
+    masks = list((place / "scored").glob("*_mask.png"))
+    assert len(masks) == 4  # the images are predicted as in any other folder
 
 
 def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
-    """Test images are replaced by others: what is chosen stays; valid is: it follows. Without valid, none is chosen."""
+    """Other annotations in test leave the choice as it is, and other ones in valid change it.
+
+    Without valid, no threshold is chosen.
+    """
     model = predict.load_model(place / "best_model.pth", "cpu")
 
     def choose():
@@ -314,13 +460,39 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
 
     first = choose()
     rows = data.load_split(dataset, "valid", model.image_size)
-    counts, _ = predict.count_pixels(model, rows, first["thresholds"], "cpu")
+    predict_rows = functools.partial(predict.predict_rows, model, device="cpu")
+    counts, _ = count_pixels(predict_rows, rows, first["thresholds"])
     dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in counts.sum(0).tolist()]
-    assert first["dice"] == pytest.approx(dice) and first["chosen_threshold"] == first["thresholds"][int(np.argmax(dice))]
+    assert first["dice"] == pytest.approx(dice)
+    assert first["chosen_threshold"] == first["thresholds"][int(np.argmax(dice))]
     edit_annotations(dataset / "test", lambda content: content["annotations"].clear())
     second = choose()
-    assert (second["dice"], second["chosen_threshold"]) == (first["dice"], first["chosen_threshold"])
+    for key in ("dice", "chosen_threshold"):
+        assert second[key] == first[key]
     edit_annotations(dataset / "valid", lambda content: content["annotations"].clear())
     assert choose()["dice"] != first["dice"]
     shutil.rmtree(dataset / "valid")
     assert choose() is None
+
+
+def test_a_report_names_false_alarms_and_missed_lesions():
+    rows = np.zeros((5, 8, 8, 4), np.uint8)
+    target, pred = rows[..., 3], rows[..., 0]  # the fake model takes red for foreground
+    target[0, :4], pred[0, :4] = 1, 255
+    target[1, :4], pred[1, :2] = 1, 255  # Dice 2 x 16 / (32 + 16)
+    pred[2, :2] = 255
+    target[3, :4], pred[3, 4:] = 1, 255
+
+    def fake_predict(rows):
+        yield rows[..., 3] > 0, rows[..., 0] / np.float32(255)
+
+    counts, _ = count_pixels(fake_predict, rows, [0.5])
+    files = ["perfect_0.png", "partial_1.png", "false_2.png", "missed_3.png", "empty_4.png"]
+    cases = _choose_cases(files, rows, counts[:, 0], fake_predict, 0.5)
+    assert [title for *_, title in cases] == [
+        *("best: perfect, Dice 1.00", "best: partial, Dice 0.67"),
+        *("median: empty, Dice 1.00", "median: partial, Dice 0.67", "median: false, false alarm"),
+        "worst: partial, Dice 0.67",
+        "worst: false, false alarm",
+        "worst: missed, missed lesion",
+    ]

@@ -1,29 +1,55 @@
 """The quality runs go on where they stopped, and their table says what the reports say."""
+
 import json
 import os
 import subprocess
 import sys
 
-from conftest import ROOT, make_dataset
+import quality
+from conftest import ROOT, make_dataset, script_here
+
+COMMAND = (
+    *("--splits", "official", "--seeds", "0", "--out", "quality", "--device", "cpu"),
+    *("--image-size", "32", "--n-filters", "2", "--batch-size", "2", "--epochs", "1"),
+)
 
 
-def test_every_run_once_and_the_table_from_the_reports(tmp_path):
+def read_runs(place):
+    return json.loads((place / "quality" / "recipes.json").read_text())["runs"]
+
+
+def test_every_run_once_and_the_table_from_the_reports(tmp_path, monkeypatch, capsys):
     make_dataset(tmp_path / "dataset")
-    command = [sys.executable, ROOT / "tests" / "quality.py", "--splits", "official", "--seeds", "0", "--out", "quality", "--device", "cpu",
-               "--image-size", "32", "--n-filters", "2", "--batch-size", "2", "--epochs", "1"]
+    monkeypatch.chdir(tmp_path)
+    trainings = []
 
-    def quality():
-        result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def call(script, *arguments):
+        result = script_here(script.name, *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        return result.stdout, json.loads((tmp_path / "quality" / "recipes.json").read_text())["runs"]
+        trainings.append(result.stdout.count("epoch 1/1"))
 
-    said, runs = quality()
-    assert said.count("epoch 1/1") == 2 and [run["row"] for run in runs] == ["tutorial", "strong"]
+    monkeypatch.setattr(quality, "call", call)  # in this process, which saves many seconds
+    half_written = tmp_path / "quality" / "official" / "strong" / "seed0" / "best_model.pth"
+    half_written.parent.mkdir(parents=True)
+    half_written.touch()  # what a run leaves that is killed before its first checkpoint
+    quality.main(COMMAND)
+    said, runs = capsys.readouterr().out, read_runs(tmp_path)
+    assert sum(trainings) == 2 and [run["row"] for run in runs] == ["tutorial", "strong"]
     for run in runs:
         folder = tmp_path / "quality" / "official" / run["row"] / "seed0"
         report = json.loads((folder / "report.json").read_text())
-        assert (run["dice"], run["dice_chosen"]) == (report["scores"]["dice"], report["valid"]["scores_with_it"]["dice"])
+        chosen = report["valid"]["scores_with_it"]["dice"]
+        assert (run["dice"], run["dice_chosen"]) == (report["scores"]["dice"], chosen)
         assert f"| {run['dice']:.3f} |" in said and not list(folder.glob("last*"))
-    (tmp_path / "quality" / "official" / "strong" / "seed0" / "report.json").unlink()  # stopped before the last was scored
-    again, same = quality()
-    assert "epoch 1/1" not in again and same == runs
+
+    # As if it had been stopped before the last run was scored; now in processes.
+    (tmp_path / "quality" / "official" / "strong" / "seed0" / "report.json").unlink()
+    again = subprocess.run(
+        [sys.executable, ROOT / "tests" / "quality.py", *COMMAND],
+        text=True,
+        capture_output=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert again.returncode == 0, again.stderr
+    assert "epoch 1/1" not in again.stdout and read_runs(tmp_path) == runs

@@ -1,5 +1,6 @@
-"""SwanLab tracking: the real client, against files and against servers on this machine that misbehave."""
+"""SwanLab tracking: the real client, with files and with local servers that misbehave."""
 
+import inspect
 import json
 import os
 import pty
@@ -14,43 +15,59 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from train import SwanLab
+from medseg.tracking import SwanLab
 
-REPO = Path(__file__).resolve().parent.parent
-NOWHERE = "http://127.0.0.1:9"    # the discard port: nothing listens there
-LIMIT = 60                        # seconds before a subprocess counts as hanging
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
+LIMIT = 60  # seconds before a subprocess counts as hanging
 
 
-# ---- a stand-in for the service --------------------------------------------------------------------------------
+# ---- a stand-in for the service --------------------------------------------------------------
+
 
 class Service(BaseHTTPRequestHandler):
     """Just enough of the SwanLab API. `server.requests` keeps (method, path, body)."""
 
     protocol_version = "HTTP/1.1"
 
-    def answer(self):
+    def respond(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = self.path.split("?")[0]
         self.server.requests.append((self.command, path, body))
         if self.server.hangs(self.command, path):
             self.server.stop.wait(LIMIT)
-        status, answer = 200, {}
+        status, reply = 200, {}
         if path == "/api/login/api_key":
-            answer = {"sid": "s", "expiredAt": "2099-01-01T00:00:00.000Z", "userInfo": {"username": "u", "name": "u"}}
+            reply = {
+                "sid": "s",
+                "expiredAt": "2099-01-01T00:00:00.000Z",
+                "userInfo": {"username": "u", "name": "u"},
+            }
         elif path == "/api/project/u/Brain":
-            answer = {"cuid": "p", "name": "Brain", "path": "/u/Brain", "group": {"username": "u"},
-                      "_count": {"experiments": 0}, "version": 1}
-        elif path.endswith("/experiment"):    # 201: a new experiment; 200: one to continue
+            reply = {
+                "cuid": "p",
+                "name": "Brain",
+                "path": "/u/Brain",
+                "group": {"username": "u"},
+                "_count": {"experiments": 0},
+                "version": 1,
+            }
+        elif path.endswith("/experiment"):  # 201: a new experiment; 200: one to continue
             run_id = json.loads(body)["cuid"]
             status = 200 if run_id in self.server.known else 201
-            answer = {"cuid": run_id, "slug": run_id, "name": "bs32", "createdAt": "2026-01-01T00:00:00.000Z"}
+            reply = {
+                "cuid": run_id,
+                "slug": run_id,
+                "name": "bs32",
+                "createdAt": "2026-01-01T00:00:00.000Z",
+            }
         elif path == "/api/resources/presigned/put":
-            answer = {"urls": [f"http://127.0.0.1:{self.server.server_port}/picture"]}
+            reply = {"urls": [f"http://127.0.0.1:{self.server.server_port}/picture"]}
         elif path.startswith("/api/house/metrics/summaries/"):
-            answer = {}
-        data = self.server.nonsense or json.dumps(answer).encode()
+            reply = {}
+        data = self.server.nonsense or json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -58,7 +75,7 @@ class Service(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    do_HEAD = do_GET = do_POST = do_PUT = do_PATCH = answer
+    do_HEAD = do_GET = do_POST = do_PUT = do_PATCH = respond
 
     def log_message(self, *_):
         pass
@@ -66,6 +83,11 @@ class Service(BaseHTTPRequestHandler):
 
 @contextmanager
 def service(hangs=lambda method, path: False, nonsense=None, known=()):
+    """A server that runs within the context.
+
+    hangs(method, path): whether a request gets no response. nonsense: bytes to respond with
+    instead. known: ids of the runs it has already.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
     server.daemon_threads, server.block_on_close = True, False
     server.requests, server.stop = [], threading.Event()
@@ -85,21 +107,33 @@ def address(server):
 
 def uploaded(server, kind, run_id):
     """{(key, step): value} of what was posted for a run, kind "scalar" or "media"."""
-    posts = [json.loads(body) for method, path, body in server.requests
-             if (method, path) == ("POST", "/api/house/metrics")]
-    return {(row["key"], row["index"]): row["data"] for post in posts
-            if (post["type"], post["experimentId"]) == (kind, run_id) for row in post["metrics"]}
+    values = {}
+    for method, path, body in server.requests:
+        if (method, path) != ("POST", "/api/house/metrics"):
+            continue
+        post = json.loads(body)
+        if (post["type"], post["experimentId"]) == (kind, run_id):
+            values |= {(row["key"], row["index"]): row["data"] for row in post["metrics"]}
+    return values
+
+
+def uploaded_pictures(server, run_id):
+    return [key for key, _ in uploaded(server, "media", run_id)]
 
 
 def final_states(server, run_id):
-    return [json.loads(body)["state"] for method, path, body in server.requests
-            if method == "PUT" and path.endswith(f"/runs/{run_id}/state")]
+    return [
+        json.loads(body)["state"]
+        for method, path, body in server.requests
+        if method == "PUT" and path.endswith(f"/runs/{run_id}/state")
+    ]
 
 
-# ---- runs, in this process and in others -----------------------------------------------------------------------
+# ---- runs, in this process and in others -----------------------------------------------------
+
 
 @pytest.fixture(autouse=True)
-def nobody(tmp_path, monkeypatch):
+def no_account(tmp_path, monkeypatch):
     """A user without settings, key or proxy, in an empty folder."""
     for name in list(os.environ):
         if name.startswith("SWANLAB_") or name.lower().endswith("_proxy"):
@@ -109,26 +143,43 @@ def nobody(tmp_path, monkeypatch):
 
 
 def start(mode, **options):
-    return SwanLab(mode, **{"project": "Brain", "experiment_name": "bs32", "config": {"lr": 1e-4},
-                            "log_dir": "swanlog", **options})
+    """A run with these options, and defaults for those that are not given."""
+    defaults = {"project": "Brain", "experiment_name": "bs32", "config": {"lr": 1e-4}}
+    return SwanLab(mode, **{**defaults, "log_dir": "swanlog", **options})
 
 
-def python(program, **environment):
-    """Start `program` in a process of its own, with SwanLab imported and `start` as above."""
-    prelude = """
-        import os, sys
-        from train import SwanLab
-        def start(mode, **options):
-            return SwanLab(mode, **{"project": "Brain", "experiment_name": "bs32", "config": {"lr": 1e-4},
-                                    "log_dir": "swanlog", **options})
+def python(program, server=None):
+    """Start `program` in a process of its own, where it can call `start`.
+
+    server: the service that it has an API key for.
     """
+    prelude = f"import os, sys\nfrom medseg.tracking import SwanLab\n{inspect.getsource(start)}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    if server:
+        environment |= {"SWANLAB_API_HOST": address(server), "SWANLAB_API_KEY": "x"}
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(program)], text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1", **environment})
+        [sys.executable, "-c", prelude + textwrap.dedent(program)],
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+
+
+@pytest.fixture
+def log_in(monkeypatch):
+    """log_in(host): from here on, this process has an API key for the service at `host`."""
+
+    def set_variables(host):
+        monkeypatch.setenv("SWANLAB_API_HOST", host)
+        monkeypatch.setenv("SWANLAB_API_KEY", "x")
+
+    return set_variables
 
 
 def wait(process):
+    """Wait for a process of `python`; returns what it printed to stdout."""
     try:
         out, err = process.communicate(timeout=LIMIT)
     finally:
@@ -137,7 +188,8 @@ def wait(process):
     return out
 
 
-# ---- what is recorded ------------------------------------------------------------------------------------------
+# ---- what is recorded ------------------------------------------------------------------------
+
 
 def test_disabled_imports_nothing_and_does_nothing(tmp_path):
     process = python("""
@@ -153,8 +205,13 @@ def test_disabled_imports_nothing_and_does_nothing(tmp_path):
     assert not (tmp_path / "swanlog").exists()
 
 
-def test_offline_needs_no_network_and_its_sync_command_uploads_everything(tmp_path, monkeypatch, capsys):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+
+
+def test_offline_needs_no_network_and_its_sync_command_uploads_everything(
+    tmp_path, monkeypatch, capsys, log_in
+):
+    for name in PROXIES:
         monkeypatch.setenv(name, NOWHERE)
     Image.new("RGB", (8, 8), "red").save("p.png")
     began = time.monotonic()
@@ -164,67 +221,86 @@ def test_offline_needs_no_network_and_its_sync_command_uploads_everything(tmp_pa
     tracker.image("predictions", Path("p.png"))
     tracker.finish()
     assert time.monotonic() - began < 10 and not tracker.hung
-    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SwanLab: to upload this run: ")]
+    advice = "SwanLab: to upload this run: "
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(advice)]
     assert list((tmp_path / "it's a folder/swanlog").glob("run-*"))
 
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+    for name in PROXIES:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    with service() as server:    # the printed line, given to a shell as a person would
-        monkeypatch.setenv("SWANLAB_API_HOST", address(server))
-        monkeypatch.setenv("SWANLAB_API_KEY", "x")
-        subprocess.run(line.removeprefix("SwanLab: to upload this run: "), shell=True, check=True, timeout=LIMIT,
-                       capture_output=True)
+    command = line.removeprefix(advice)
+    with service() as server:  # the command goes to a shell, as when a person pastes it
+        log_in(address(server))
+        subprocess.run(command, shell=True, check=True, timeout=LIMIT, capture_output=True)
         assert uploaded(server, "scalar", tracker.run_id) == {
-            ("train/loss", 1): 0.5, ("val/dice", 1): 0.25, ("train/loss", 2): 0.125}
-        assert [key for key, _ in uploaded(server, "media", tracker.run_id)] == ["predictions"]
+            ("train/loss", 1): 0.5,
+            ("val/dice", 1): 0.25,
+            ("train/loss", 2): 0.125,
+        }
+        assert uploaded_pictures(server, tracker.run_id) == ["predictions"]
         assert final_states(server, tracker.run_id) == ["FINISHED"]
+
+
+def test_an_offline_run_prints_its_sync_command_once():
+    # In another process: what swanlab prints as it exits counts too.
+    process = python("""
+        tracker = start("offline")
+        tracker.log({"train/loss": 0.5}, step=1)
+        tracker.finish()
+    """)
+    out = wait(process)
+    assert out.count("swanlab sync") == 1 and process.returncode == 0, out
 
 
 def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us():
     # In another process: swanlab remembers the server it has logged in to.
+    program = """
+        import signal
+        from PIL import Image
+        Image.new("RGB", (8, 8), "red").save("p.png")
+
+        def leave(number, frame):
+            sys.exit(128 + number)
+
+        signal.signal(signal.SIGINT, leave)
+        signal.signal(signal.SIGTERM, leave)
+        for step, run_id in [(1, None), (2, "earlier"), (3, None)]:
+            tracker = start("auto", run_id=run_id)  # with an API key, that is online
+            assert signal.getsignal(signal.SIGINT) is leave
+            assert signal.getsignal(signal.SIGTERM) is leave
+            print("run", tracker.run_id)
+            tracker.log({"train/loss": 0.5, "train/epoch": step}, step=step)
+            tracker.image("predictions", "p.png")
+            if step < 3:
+                tracker.finish()
+                tracker.finish()  # a second time does nothing
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            tracker.finish(failed=True)
+    """
     with service(known=["earlier"]) as server:
-        process = python("""
-            import signal
-            from PIL import Image
-            Image.new("RGB", (8, 8), "red").save("p.png")
-
-            def leave(number, frame):
-                sys.exit(128 + number)
-
-            signal.signal(signal.SIGINT, leave)
-            signal.signal(signal.SIGTERM, leave)
-            for step, run_id in [(1, None), (2, "earlier"), (3, None)]:
-                tracker = start("auto", run_id=run_id)    # a key: online
-                assert signal.getsignal(signal.SIGINT) is leave and signal.getsignal(signal.SIGTERM) is leave
-                print("run", tracker.run_id)
-                tracker.log({"train/loss": 0.5, "train/epoch": step}, step=step)
-                tracker.image("predictions", "p.png")
-                if step < 3:
-                    tracker.finish()
-                    tracker.finish()                      # a second time does nothing
-            try:
-                os.kill(os.getpid(), signal.SIGTERM)
-                signal.pause()
-            finally:
-                tracker.finish(failed=True)
-        """, SWANLAB_API_HOST=address(server), SWANLAB_API_KEY="x")
+        process = python(program, server)
         runs = re.findall("^run (.*)$", wait(process), re.MULTILINE)
         assert process.returncode == 143
         assert runs[1] == "earlier" and len(set(runs)) == 3
-        for step, (run, state) in enumerate(zip(runs, ["FINISHED", "FINISHED", "CRASHED"]), start=1):
-            assert uploaded(server, "scalar", run) == {("train/loss", step): 0.5, ("train/epoch", step): step}
-            assert [key for key, _ in uploaded(server, "media", run)] == ["predictions"]
+        states = ["FINISHED", "FINISHED", "CRASHED"]
+        for step, (run, state) in enumerate(zip(runs, states, strict=True), start=1):
+            values = {("train/loss", step): 0.5, ("train/epoch", step): step}
+            assert uploaded(server, "scalar", run) == values
+            assert uploaded_pictures(server, run) == ["predictions"]
             assert final_states(server, run) == [state]
         assert sum(path == "/picture" for _, path, _ in server.requests) == 3
 
 
-# ---- what must not happen --------------------------------------------------------------------------------------
+# ---- what must not happen --------------------------------------------------------------------
+
 
 def test_without_a_key_nothing_prompts_at_a_terminal(tmp_path):
     controller, terminal = pty.openpty()
     command = """if True:
-        from train import SwanLab
+        from medseg.tracking import SwanLab
         options = dict(project="Brain", experiment_name="bs32", config={}, log_dir="swanlog")
         try:
             SwanLab("online", **options)
@@ -235,8 +311,13 @@ def test_without_a_key_nothing_prompts_at_a_terminal(tmp_path):
         tracker.finish()
         raise SystemExit(2)
     """
-    process = subprocess.Popen([sys.executable, "-c", command], stdin=terminal, stdout=terminal, stderr=terminal,
-                               env={**os.environ, "PYTHONPATH": str(REPO)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", command],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     os.close(terminal)
     out = []
 
@@ -244,7 +325,7 @@ def test_without_a_key_nothing_prompts_at_a_terminal(tmp_path):
         try:
             while data := os.read(controller, 4096):
                 out.append(data)
-        except OSError:    # Linux: the other end is closed
+        except OSError:  # Linux: the other end is closed
             pass
 
     reader = threading.Thread(target=read, daemon=True)
@@ -260,9 +341,8 @@ def test_without_a_key_nothing_prompts_at_a_terminal(tmp_path):
     assert "Enter your choice" not in text and "Traceback" not in text
 
 
-def test_no_network_is_offline_at_once(monkeypatch, capsys):
-    monkeypatch.setenv("SWANLAB_API_HOST", NOWHERE)
-    monkeypatch.setenv("SWANLAB_API_KEY", "x")
+def test_no_network_is_offline_at_once(capsys, log_in):
+    log_in(NOWHERE)
     began = time.monotonic()
     tracker = start("online")
     assert time.monotonic() - began < 5
@@ -271,11 +351,10 @@ def test_no_network_is_offline_at_once(monkeypatch, capsys):
     assert capsys.readouterr().out.count(f"SwanLab: no online run: {NOWHERE} does not answer") == 1
 
 
-def test_a_server_that_never_answers_is_offline_soon(monkeypatch, capsys):
+def test_a_server_that_never_answers_is_offline_soon(monkeypatch, capsys, log_in):
     monkeypatch.setattr(SwanLab, "ANSWER_TIMEOUT", 1)
     with service(hangs=lambda method, path: True) as server:
-        monkeypatch.setenv("SWANLAB_API_HOST", address(server))
-        monkeypatch.setenv("SWANLAB_API_KEY", "x")
+        log_in(address(server))
         began = time.monotonic()
         tracker = start("auto")
         assert time.monotonic() - began < 6
@@ -285,10 +364,9 @@ def test_a_server_that_never_answers_is_offline_soon(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("nonsense", [b"<html>hotel wifi</html>", b"[]"])
-def test_a_server_that_talks_nonsense_is_offline(monkeypatch, capsys, nonsense):
+def test_a_server_that_talks_nonsense_is_offline(capsys, log_in, nonsense):
     with service(nonsense=nonsense) as server:
-        monkeypatch.setenv("SWANLAB_API_HOST", address(server))
-        monkeypatch.setenv("SWANLAB_API_KEY", "x")
+        log_in(address(server))
         tracker = start("auto")
         assert tracker.run.mode == "offline"
         tracker.finish()
@@ -300,32 +378,40 @@ def test_servers_that_hang_later_delay_neither_training_nor_exit():
     program = """
         import time
         from PIL import Image
-        SwanLab.START_TIMEOUT, SwanLab.FINISH_TIMEOUT = {start}, 2
+        SwanLab.START_TIMEOUT, SwanLab.FINISH_TIMEOUT = {start_timeout}, 2
         tracker = start("auto")
         tracker.log({{"train/loss": 0.5}}, step=1)
         Image.new("RGB", (8, 8)).save("{name}.png")
         tracker.image("predictions", "{name}.png")
-        {middle}
+        {before_finish}
         tracker.finish()
         assert tracker.hung
         sys.stdout.flush()
         os._exit(2)
     """
-    with service(hangs=lambda method, path: path.startswith("/api/login")) as login, \
-            service(hangs=lambda method, path: path == "/picture") as picture, service() as dies:
+    pause = "print('ready'); sys.stdout.flush(); time.sleep(1.5)"
+    with (
+        service(hangs=lambda method, path: path.startswith("/api/login")) as login,
+        service(hangs=lambda method, path: path == "/picture") as picture,
+        service() as dies,
+    ):
         began = time.monotonic()
-        processes = [python(program.format(name=name, start=limit, middle=middle),
-                            SWANLAB_API_HOST=address(server), SWANLAB_API_KEY="x")
-                     for name, limit, middle, server in [
-                         ("login", 1, "", login), ("picture", 20, "", picture),
-                         ("dies", 20, "print('ready'); sys.stdout.flush(); time.sleep(1.5)", dies)]]
+        processes = []
+        for name, start_timeout, before_finish, server in [
+            ("login", 1, "", login),
+            ("picture", 20, "", picture),
+            ("dies", 20, pause, dies),
+        ]:
+            values = {"name": name, "start_timeout": start_timeout, "before_finish": before_finish}
+            processes.append(python(program.format(**values), server))
         for line in processes[2].stdout:
             if line == "ready\n":
                 break
         dies.shutdown()
-        dies.server_close()    # from here on a connection is refused, or never taken up
+        dies.server_close()  # from here on a connection is refused, or never accepted
         outputs = [wait(process) for process in processes]
-        assert time.monotonic() - began < 40    # without os._exit the picture's upload holds the exit for 60
+        # Without os._exit, the upload of the picture would delay the exit for 60 seconds.
+        assert time.monotonic() - began < 40
     assert [process.returncode for process in processes] == [2, 2, 2]
     assert "SwanLab: no online run: no answer within 1 s" in outputs[0]
     for out in outputs[1:]:
@@ -333,7 +419,7 @@ def test_servers_that_hang_later_delay_neither_training_nor_exit():
         assert "SwanLab: to upload this run: swanlab sync " in out
 
 
-def test_errors_of_swanlab_are_told_once_and_stop_nothing(monkeypatch, capsys):
+def test_errors_of_swanlab_are_reported_once_and_stop_nothing(monkeypatch, capsys):
     tracker = start("offline")
 
     def fail(*_, **__):
@@ -361,17 +447,23 @@ def test_a_folder_that_cannot_be_made_leaves_training_without_swanlab(tmp_path, 
     assert re.fullmatch(r"SwanLab: no offline run: .+\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("setting, mode, said", [
-    ("offline", "offline", ""), ("local", "offline", "local mode is not supported"), ("disabled", None, ""),
-    ("cloud", "offline", "no online run: "), ("no such mode", None, "going on without it: ")])
-def test_auto_follows_the_users_settings(monkeypatch, capsys, setting, mode, said):
-    monkeypatch.setenv("SWANLAB_API_HOST", NOWHERE)
-    monkeypatch.setenv("SWANLAB_API_KEY", "x")
+@pytest.mark.parametrize(
+    "setting, mode, message",
+    [
+        ("offline", "offline", ""),
+        ("local", "offline", "local mode is not supported"),
+        ("disabled", None, ""),
+        ("cloud", "offline", "no online run: "),
+        ("no such mode", None, "going on without it: "),
+    ],
+)
+def test_auto_follows_the_users_settings(monkeypatch, capsys, log_in, setting, mode, message):
+    log_in(NOWHERE)
     monkeypatch.setenv("SWANLAB_MODE", setting)
     tracker = start("auto")
     assert (tracker.run.mode if tracker.run else None) == mode
     out = capsys.readouterr().out
-    assert out.count("SwanLab: ") == bool(said) and said in out
+    assert out.count("SwanLab: ") == bool(message) and message in out
     tracker.finish()
 
 

@@ -1,27 +1,47 @@
 """Losses, metrics, early stopping, checkpoints and the training command."""
+
 import csv
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, ROOT, SMALL, make_dataset, script
+from conftest import (
+    HOME,
+    ROOT,
+    SMALL,
+    make_dataset,
+    script,
+    script_here,
+)
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import train
-from data import COCOSegmentationDataset, load_coco
+from data import Batches, COCOSegmentationDataset, load_split
+from medseg.checkpoint import HISTORY_ROW
+from medseg.cli import ArgumentParser, number
+from medseg.coco import load_coco
+from medseg.flags import experiment_name, make_parser
+from medseg.history import print_epoch
+from medseg.metrics import RunningScores, metrics
+from medseg.optim import make_schedule
+from medseg.phantoms import make_phantoms
+from medseg.signals import Signals, Stopped
 from net import UNet, load_model
-from train import Scores, combined_loss, dice_loss, evaluate, metrics, train_model
-
+from train import combined_loss, dice_loss, evaluate, train_model
 
 # ---- loss ------------------------------------------------------------------------------------
+
 
 def test_losses_by_hand():
     pred = torch.tensor([[0.9, 0.2], [0.6, 0.1]])
@@ -29,7 +49,8 @@ def test_losses_by_hand():
     # intersection 0.9 + 0.6 = 1.5; sums 1.8 and 2
     assert dice_loss(pred, target).item() == pytest.approx(1 - 3.0 / 3.8, abs=1e-6)
     bce = -(math.log(0.9) + math.log(0.8) + math.log(0.6) + math.log(0.9)) / 4
-    assert combined_loss(pred, target).item() == pytest.approx(0.6 * (1 - 3.0 / 3.8) + 0.4 * bce, abs=1e-6)
+    expected = 0.6 * (1 - 3.0 / 3.8) + 0.4 * bce
+    assert combined_loss(pred, target).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_losses_at_the_ends():
@@ -40,65 +61,84 @@ def test_losses_at_the_ends():
     assert math.isfinite(combined_loss(zeros, ones).item())  # torch bounds the logarithm at -100
 
 
-def test_dice_is_of_the_whole_batch_whatever_its_memory_order():
+def test_dice_is_of_the_whole_batch_in_any_memory_order():
     pred, target = torch.rand(3, 2, 5, 7), (torch.rand(3, 2, 5, 7) > 0.5).float()
-    wanted = 1 - 2 * (pred * target).sum() / (pred.sum() + target.sum())
-    assert dice_loss(pred, target).item() == pytest.approx(wanted.item(), abs=1e-6)
+    expected = 1 - 2 * (pred * target).sum() / (pred.sum() + target.sum())
+    assert dice_loss(pred, target).item() == pytest.approx(expected.item(), abs=1e-6)
     other = pred.contiguous(memory_format=torch.channels_last)
-    assert dice_loss(other, target).item() == pytest.approx(wanted.item(), abs=1e-6)
+    assert dice_loss(other, target).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 # ---- metrics ---------------------------------------------------------------------------------
 
+
 def test_metrics_by_hand():
-    found = metrics(tp=6, fp=2, fn=4, tn=88)
-    assert found == pytest.approx({
-        "acc": 0.94, "dice": 12 / 18, "iou": 6 / 12, "precision": 6 / 8, "recall": 6 / 10,
-        "miou": (6 / 12 + 88 / 94) / 2, "background_acc": 0.90})
+    expected = {
+        "acc": 0.94,
+        "dice": 12 / 18,
+        "iou": 6 / 12,
+        "precision": 6 / 8,
+        "recall": 6 / 10,
+        "miou": (6 / 12 + 88 / 94) / 2,
+        "background_acc": 0.90,
+    }
+    assert metrics(tp=6, fp=2, fn=4, tn=88) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("counts, wanted", [
-    ((0, 0, 0, 9), dict(dice=1, iou=1, precision=1, recall=1, miou=1, acc=1, background_acc=1)),  # nothing there, nothing said
-    ((0, 3, 0, 6), dict(dice=0, iou=0, precision=0, recall=0, acc=6 / 9, background_acc=1)),  # nothing there, something said
-    ((0, 0, 3, 6), dict(dice=0, iou=0, precision=0, recall=0, acc=6 / 9, background_acc=6 / 9)),  # all missed
-    ((9, 0, 0, 0), dict(dice=1, iou=1, precision=1, recall=1, miou=1, acc=1, background_acc=0)),  # all foreground
-])
-def test_metrics_of_empty_masks(counts, wanted):
-    found = metrics(*counts)
-    assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+PERFECT = dict.fromkeys(("dice", "iou", "precision", "recall", "miou", "acc"), 1)
+NO_OVERLAP = {**dict.fromkeys(("dice", "iou", "precision", "recall"), 0), "acc": 6 / 9}
+
+
+@pytest.mark.parametrize(
+    "counts, expected",
+    [
+        ((0, 0, 0, 9), {**PERFECT, "background_acc": 1}),  # target and prediction empty
+        ((0, 3, 0, 6), {**NO_OVERLAP, "background_acc": 1}),  # only the target empty
+        ((0, 0, 3, 6), {**NO_OVERLAP, "background_acc": 6 / 9}),  # only the prediction empty
+        ((9, 0, 0, 0), {**PERFECT, "background_acc": 0}),  # both all foreground
+    ],
+)
+def test_metrics_of_empty_masks(counts, expected):
+    scores = metrics(*counts)
+    assert {key: scores[key] for key in expected} == pytest.approx(expected)
 
 
 def test_scores_are_sums_over_images():
     pred, target = torch.zeros(4, 1, 4, 4), torch.zeros(4, 1, 4, 4)
-    pred[0, 0, :2], target[0, 0, :1] = 0.9, 1     # 8 said, 4 true, 4 right: Dice 8/12
-    target[1, 0, 0, 0] = 1                        # missed: 0
-    pred[2, 0, 0, 0] = 0.51                       # nothing there: 0
-    pred[3] = 0.5                                 # at the threshold is background; both empty: 1
-    whole, parts = Scores("cpu"), Scores("cpu")
-    whole.add(torch.tensor(2.0), pred, target)
-    parts.add(torch.tensor(1.0), pred[:1], target[:1])  # unequal batches, losses 1 and 3
-    parts.add(torch.tensor(3.0), pred[1:], target[1:])
-    assert parts.counts.tolist() == whole.counts.tolist() == [4, 5, 1, 54]
-    for scores in (whole, parts):
+    pred[0, 0, :2], target[0, 0, :1] = 0.9, 1  # 8 predicted, 4 true, 4 in both: Dice 8/12
+    target[1, 0, 0, 0] = 1  # missed: Dice 0
+    pred[2, 0, 0, 0] = 0.51  # false alarm: Dice 0
+    pred[3] = 0.5  # at the threshold is background; both empty: Dice 1
+    at_once, in_parts = RunningScores("cpu"), RunningScores("cpu")
+    at_once.add(torch.tensor(2.0), pred, target)
+    in_parts.add(torch.tensor(1.0), pred[:1], target[:1])  # unequal batches, losses 1 and 3
+    in_parts.add(torch.tensor(3.0), pred[1:], target[1:])
+    assert in_parts.counts.tolist() == at_once.counts.tolist() == [4, 5, 1, 54]
+    for scores in (at_once, in_parts):
         assert scores.result()["image_dice"] == pytest.approx((8 / 12 + 0 + 0 + 1) / 4)
-    assert parts.result()["loss"] == pytest.approx((1 * 1 + 3 * 3) / 4)
-    assert whole.result()["dice"] == pytest.approx(8 / 14)
+    assert in_parts.result()["loss"] == pytest.approx((1 * 1 + 3 * 3) / 4)
+    assert at_once.result()["dice"] == pytest.approx(8 / 14)
 
 
 def test_evaluate_gives_the_same_scores_for_any_batch_size():
     torch.manual_seed(0)
-    model, images, masks = UNet(n_filters=2), torch.randn(5, 3, 32, 32), (torch.rand(5, 1, 32, 32) > 0.7).float()
+    model, images = UNet(n_filters=2), torch.randn(5, 3, 32, 32)
+    masks = (torch.rand(5, 1, 32, 32) > 0.7).float()
     torch.nn.init.zeros_(model.outc.bias)
+    bce = torch.nn.functional.binary_cross_entropy
 
-    def bce(pred, target):
-        return torch.nn.functional.binary_cross_entropy(pred, target)
+    def scores(size):
+        loader = zip(images.split(size), masks.split(size), strict=True)
+        return evaluate(model, loader, bce, "cpu")
 
-    found = [evaluate(model, zip(images.split(size), masks.split(size)), bce, "cpu") for size in (1, 2, 5)]
-    assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0] == pytest.approx(found[2], abs=1e-6)
+    one_by_one = scores(1)
+    assert one_by_one == pytest.approx(scores(2), abs=1e-6)
+    assert one_by_one == pytest.approx(scores(5), abs=1e-6)
     assert not model.training
 
 
 # ---- the loop --------------------------------------------------------------------------------
+
 
 class Scripted:
     """A criterion whose value in evaluation is read from a script."""
@@ -112,64 +152,126 @@ class Scripted:
 
 def tiny():
     model = UNet(n_filters=2)
-    return model, [(torch.rand(2, 3, 32, 32), torch.zeros(2, 1, 32, 32))], torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(torch.rand(2, 3, 32, 32), torch.zeros(2, 1, 32, 32))]
+    return model, batches, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("losses, patience, epochs, best", [
-    ([5, 4, 3, 2, 1], 2, 5, 5),                    # falling to the end
-    ([5, 3, 4, 4, 4, 4], 3, 5, 2),                 # stops three epochs after the second
-    ([5, 3, 3, 3, 9], 2, 4, 2),                    # equal is not lower
-    ([5, 6, 4, 6, 6, 1], 2, 5, 3),                 # a new best starts the count again
-    ([5, math.nan, 4, 9, 9, 9], 2, 5, 3),          # no number is never the best
-])
+LOGGED = (
+    *("train/loss", "train/acc", "train/epoch", "train/dice", "train/lr"),
+    *("val/loss", "val/acc", "val/dice", "val/iou", "perf/images_per_second"),
+)
+
+
+@pytest.mark.parametrize(
+    "losses, patience, epochs, best",
+    [
+        ([5, 4, 3, 2, 1], 2, 5, 5),  # falling to the end
+        ([5, 3, 4, 4, 4, 4], 3, 5, 2),  # stops three epochs after the second
+        ([5, 3, 3, 3, 9], 2, 4, 2),  # equal is not lower
+        ([5, 6, 4, 6, 6, 1], 2, 5, 3),  # a new best starts the count again
+        ([5, math.nan, 4, 9, 9, 9], 2, 5, 3),  # NaN is never the best
+    ],
+)
 def test_early_stopping(losses, patience, epochs, best, tmp_path):
     model, batches, optimizer = tiny()
     logged = []
-    history = train_model(model, batches, batches, Scripted(losses), optimizer, 6 if len(losses) == 6 else 5, "cpu", patience=patience,
-                          out=tmp_path, log=lambda values, step: logged.append((step, values, model.outc.bias.item())))
+    history = train_model(
+        model,
+        batches,
+        batches,
+        Scripted(losses),
+        optimizer,
+        len(losses),
+        "cpu",
+        patience=patience,
+        out=tmp_path,
+        log=lambda values, step: logged.append((step, values, model.outc.bias.item())),
+    )
     assert [row["epoch"] for row in history] == list(range(1, epochs + 1))
     assert [step for step, *_ in logged] == list(range(1, epochs + 1))
-    assert [row["val_loss"] for row in history] == pytest.approx(losses[:epochs], nan_ok=True)
-    assert model.outc.bias.item() == logged[best - 1][2]  # the best weights are in the model, and in the file
-    assert load_model(tmp_path / "best_model.pth").outc.bias.item() == logged[best - 1][2]
-    for key in ("train/loss", "train/acc", "train/epoch", "val/loss", "val/acc", "train/dice", "val/dice", "val/iou", "train/lr",
-                "perf/images_per_second"):
-        assert all(key in values for _, values, _ in logged)
+    val_losses = [row["val_loss"] for row in history]
+    assert val_losses == pytest.approx(losses[:epochs], nan_ok=True)
+    # The best weights are in the model, and in the file.
+    bias_of_best = logged[best - 1][2]
+    assert model.outc.bias.item() == bias_of_best
+    assert load_model(tmp_path / "best_model.pth").outc.bias.item() == bias_of_best
+    for _, values, _ in logged:
+        assert values.keys() >= set(LOGGED)
 
 
-def test_a_loss_that_never_is_a_number_is_said(tmp_path):
+def test_a_loss_that_is_never_a_number_is_an_error(tmp_path):
     model, batches, optimizer = tiny()
+    criterion = Scripted([math.nan] * 9)
     with pytest.raises(ValueError, match="--lr"):
-        train_model(model, batches, batches, Scripted([math.nan] * 9), optimizer, 3, "cpu", out=tmp_path)
+        train_model(model, batches, batches, criterion, optimizer, 3, "cpu", out=tmp_path)
     assert not (tmp_path / "best_model.pth").exists()
 
 
+def test_an_epochs_line_tells_the_time(tmp_path, capsys):
+    model, batches, optimizer = tiny()
+    criterion = Scripted([2, 1])
+    train_model(model, batches, batches, criterion, optimizer, 2, "cpu", out=tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    for line in lines:
+        assert re.search(r"\| \d+:\d\d:\d\d elapsed, \d+:\d\d:\d\d left \|", line)
+    assert "0:00:00 left" in lines[-1]
+
+
 def test_train_model_takes_a_dataloader(dataset, tmp_path):
-    def loader(split):
-        return DataLoader(COCOSegmentationDataset(load_coco(dataset / split), dataset / split, image_size=32), batch_size=2)
+    def loader(split, batch_size=2):
+        folder = dataset / split
+        images = COCOSegmentationDataset(load_coco(folder), folder, image_size=32)
+        return DataLoader(images, batch_size=batch_size)
 
     model = UNet(n_filters=2)
-    history = train_model(model, loader("train"), loader("valid"), combined_loss, torch.optim.Adam(model.parameters()), 2, "cpu", out=tmp_path)
+    history = train_model(
+        model,
+        loader("train"),
+        loader("valid"),
+        combined_loss,
+        torch.optim.Adam(model.parameters()),
+        2,
+        "cpu",
+        out=tmp_path,
+    )
     assert len(history) == 2
-    picture = train.visualize_predictions(model, loader("test"), "cpu", num_samples=3, path=tmp_path / "picture.png")
+    picture = train.visualize_predictions(
+        model, loader("test", 3), "cpu", num_samples=3, path=tmp_path / "picture.png"
+    )
     assert Image.open(picture).size[0] > 800
 
 
-def test_the_loss_falls_and_the_square_is_found(dataset, tmp_path):
-    from data import Batches, load_split
+def test_the_loss_falls_and_the_square_is_segmented(dataset, tmp_path):
     torch.manual_seed(0)
     model = UNet(n_filters=4)
     rows = load_split(dataset, "train", 32)
-    history = train_model(model, Batches(rows, 2, shuffle=True), Batches(rows, 2), combined_loss,
-                          torch.optim.Adam(model.parameters(), lr=2e-3), 40, "cpu", out=tmp_path, patience=40)
+    history = train_model(
+        model,
+        Batches(rows, 2, shuffle=True),
+        Batches(rows, 2),
+        combined_loss,
+        torch.optim.Adam(model.parameters(), lr=2e-3),
+        40,
+        "cpu",
+        out=tmp_path,
+        patience=40,
+    )
     assert max(row["val_dice"] for row in history) > 0.9
 
 
 # ---- the command -----------------------------------------------------------------------------
 
-def rows(folder):
+TIMES = ("seconds", "images_per_second")  # these differ between any two runs
+
+
+def without_times(row):
+    return {key: value for key, value in row.items() if key not in TIMES}
+
+
+def read_metrics(folder):
     with open(folder / "metrics.csv") as file:
-        return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in csv.DictReader(file)]
+        return [without_times(row) for row in csv.DictReader(file)]
 
 
 def same_weights(one, other):
@@ -177,114 +279,177 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def main_small(*flags):
+    """train.main with the flags of SMALL."""
+    train.main(list(map(str, (*SMALL, *flags))))
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A folder with a data set, and in run/ what an uninterrupted training of three epochs left."""
+    """(a folder with a data set, and in run/ an uninterrupted training of three epochs; stdout)."""
     place = tmp_path_factory.mktemp("straight")
     make_dataset(place / "dataset")
-    result = script("train.py", *SMALL, "--epochs", 3, "--out", "run", cwd=place)
+    result = script_here("train.py", *SMALL, "--epochs", 3, "--out", "run", cwd=place)
     assert result.returncode == 0, result.stderr
     return place, result.stdout
 
 
-def test_a_training_leaves_what_it_promises(straight):
+def test_a_training_writes_its_files_and_scores(straight):
     place, said = straight
     run = place / "run"
-    assert {path.name for path in run.iterdir()} == {"best_model.pth", "last.pth", "metrics.csv", "curves.png", "predictions.png"}
-    assert len(rows(run)) == 3 and said.count("epoch ") == 3
+    written = {"best_model.pth", "last.pth", "metrics.csv", "curves.png", "predictions.png"}
+    assert {path.name for path in run.iterdir()} == written
+    assert len(read_metrics(run)) == 3 and said.count("epoch ") == 3
     for name in ("curves.png", "predictions.png"):
         assert np.asarray(Image.open(run / name).convert("L")).std() > 10
-    assert set(torch.load(run / "best_model.pth", weights_only=True)) == set(UNet(n_filters=2).state_dict())
+    weights = torch.load(run / "best_model.pth", weights_only=True)
+    assert set(weights) == set(UNet(n_filters=2).state_dict())
     assert load_model(run / "best_model.pth").image_size == 32
-    background = 1 - 16 * 16 / 48 ** 2  # a 16-pixel square in 48 x 48, of which nearest-resizing to 32 x 32 keeps about the share
-    scored = float(re.search(r"background everywhere scores ([\d.]+)", said)[1])
-    assert scored == pytest.approx(background, abs=0.02)
+    # A square of 16 pixels in an image of 48; resizing to 32 about keeps its share.
+    background = 1 - 16 * 16 / 48**2
+    printed = float(re.search(r"background everywhere scores ([\d.]+)", said)[1])
+    assert printed == pytest.approx(background, abs=0.02)
 
 
 def test_the_test_uses_the_best_weights(straight):
     place, said = straight
-    again = script("train.py", "--test-only", "--out", "run", "--device", "cpu", "--batch-size", 2, cwd=place)
+    flags = ("--test-only", "--out", "run", "--device", "cpu", "--batch-size", 2)
+    again = script_here("train.py", *flags, cwd=place)
     assert again.returncode == 0, again.stderr
-    line = next(line for line in said.splitlines() if line.startswith("test with the best weights"))
+    lines = said.splitlines()
+    line = next(line for line in lines if line.startswith("test with the best weights"))
     assert line in again.stdout
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resuming_is_exact(straight):
     place, _ = straight
-    first = script("train.py", *SMALL, "--epochs", 1, "--out", "resumed", cwd=place)
+    first = script_here("train.py", *SMALL, "--epochs", 1, "--out", "resumed", cwd=place)
     assert first.returncode == 0, first.stderr
-    second = script("train.py", "--resume", "--epochs", 3, "--out", "resumed", cwd=place)  # with the flags of the first
+    # In another process, and with the flags of the first one.
+    second = script("train.py", "--resume", "--epochs", 3, "--out", "resumed", cwd=place)
     assert second.returncode == 0, second.stderr
-    assert rows(place / "resumed") == rows(place / "run")
-    assert same_weights(place / "resumed" / "best_model.pth", place / "run" / "best_model.pth")
-    assert load_model(place / "resumed" / "best_model.pth").image_size == 32
+    assert read_metrics(place / "resumed") == read_metrics(place / "run")
+    resumed = place / "resumed" / "best_model.pth"
+    assert same_weights(resumed, place / "run" / "best_model.pth")
+    assert load_model(resumed).image_size == 32
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopping_saves_and_resuming_goes_on_from_that_step(straight, signum, status):
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "signum, status, out, to_go_on",
+    [
+        (signal.SIGTERM, 143, "stopped143", "python train.py --resume --out stopped143"),
+        (signal.SIGINT, 130, ".", "python train.py --resume"),
+    ],
+)
+def test_stopping_saves_and_resuming_goes_on_from_that_step(
+    straight, signum, status, out, to_go_on
+):
     place, _ = straight
-    out = f"stopped{status}"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, SMALL), "--epochs", "3000", "--patience", "3000", "--out", out],
-                               cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "HOME": HOME})
+    flags = [*map(str, SMALL), "--epochs", "3000", "--patience", "3000", "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HOME": HOME},
+    )
     try:
         assert "images at 32x32" in process.stdout.readline()
         deadline = time.monotonic() + 60
         while not (place / out / "metrics.csv").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.01)
         process.send_signal(signum)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == status
-    assert error.strip() == f"stopped by {signum.name}"
+    assert error.strip() == f"stopped by {signum.name}; to go on: {to_go_on}"
     done = torch.load(place / out / "last.pth", weights_only=True)["progress"]["epoch"]
-    result = script("train.py", "--resume", "--epochs", done + 1, "--out", out, cwd=place)
+    _, name, *printed = shlex.split(to_go_on)
+    result = script_here(name, *printed, "--epochs", done + 1, cwd=place)
     assert result.returncode == 0, result.stderr
-    keep = min(len(rows(place / "run")), done + 1)
-    assert rows(place / out)[:keep] == rows(place / "run")[:keep]
-    assert len(rows(place / out)) == done + 1
+    keep = min(len(read_metrics(place / "run")), done + 1)
+    assert read_metrics(place / out)[:keep] == read_metrics(place / "run")[:keep]
+    assert len(read_metrics(place / out)) == done + 1
 
 
-@pytest.mark.parametrize("norm, more", [(None, {}), ("batch", {"ema": 0.9, "schedule": train.make_schedule("cosine", 2, 6)})])
-def test_the_loop_stops_after_its_step_wherever_it_is(tmp_path, norm, more):
-    """Stopped at every step in turn, in training and in validation, and resumed each time: bit-equal to never stopping."""
-    def batches(count):
-        generator = torch.Generator().manual_seed(count)
-        return [(torch.rand(2, 3, 32, 32, generator=generator), (torch.rand(2, 1, 32, 32, generator=generator) > 0.5).float()) for _ in range(count)]
+def test_stopped_before_a_checkpoint_it_names_no_way_to_go_on(tmp_path, monkeypatch):
+    def stop(*_):
+        raise Stopped(signal.SIGTERM)
 
-    def go(folder, stop_every):
-        torch.manual_seed(0)
-        model, stops = UNet(n_filters=2, norm=norm), 0
+    monkeypatch.setattr(train, "train_and_test", stop)
+    result = script_here("train.py", *SMALL, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (143, "stopped by SIGTERM\n")
+
+
+def random_batches(count):
+    generator = torch.Generator().manual_seed(count)
+    batches = []
+    for _ in range(count):
+        images = torch.rand(2, 3, 32, 32, generator=generator)
+        masks = torch.rand(2, 1, 32, 32, generator=generator) > 0.5
+        batches.append((images, masks.float()))
+    return batches
+
+
+def train_with_stops(folder, stop_every, norm, more):
+    """Train two epochs, stopped after every stop_every-th batch, and resumed each time.
+
+    Returns (number of stops, history, weights).
+    """
+    torch.manual_seed(0)
+    folder.mkdir()
+    last, stops = folder / "last.pth", 0
+    while True:
+        # After a stop these are other weights in another random state, as in another process.
+        model = UNet(n_filters=2, norm=norm)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        folder.mkdir()
-        while True:
-            signals, seen = train.Signals(), 0
+        signals, batches_seen = Signals(), 0
 
-            def criterion(pred, target):
-                nonlocal seen
-                seen += 1
-                if stop_every and seen == stop_every:
-                    signals.came = signal.SIGTERM
-                return combined_loss(pred, target)
+        def criterion(pred, target, signals=signals):
+            nonlocal batches_seen
+            batches_seen += 1
+            if batches_seen == stop_every:
+                signals.received = signal.SIGTERM
+            return combined_loss(pred, target)
 
-            last = folder / "last.pth"
-            try:
-                return stops, train_model(model, batches(3), batches(2), criterion, optimizer, 2, "cpu", out=folder, signals=signals, **more,
-                                          resume=torch.load(last, weights_only=True) if last.exists() else None), model.state_dict()
-            except train.Stopped:
-                stops += 1
-                assert stops < 50
-                model = UNet(n_filters=2, norm=norm)  # another process would start from other weights, and another random state
-                optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        try:
+            history = train_model(
+                model,
+                random_batches(3),
+                random_batches(2),
+                criterion,
+                optimizer,
+                2,
+                "cpu",
+                out=folder,
+                signals=signals,
+                resume=torch.load(last, weights_only=True) if last.exists() else None,
+                **more,
+            )
+            return stops, history, model.state_dict()
+        except Stopped:
+            stops += 1
+            assert stops < 50
 
-    _, wanted, weights = go(tmp_path / "straight", None)
-    for every in (3, 4, 5):  # 3 and 2 batches an epoch: stops fall into training, into validation, between the two
-        stops, history, found = go(tmp_path / str(every), every)
+
+@pytest.mark.parametrize(
+    "norm, more", [(None, {}), ("batch", {"ema": 0.9, "schedule": make_schedule("cosine", 2, 6)})]
+)
+def test_stopped_at_every_step_and_resumed_it_ends_with_the_same_bits(tmp_path, norm, more):
+    _, expected, weights = train_with_stops(tmp_path / "straight", None, norm, more)
+    # With 3 and 2 batches an epoch, these fall into training, into validation and between them.
+    for every in (3, 4, 5):
+        stops, history, resumed = train_with_stops(tmp_path / str(every), every, norm, more)
         assert stops >= 2
-        for row, other in zip(history, wanted, strict=True):
-            assert {key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} == \
-                {key: value for key, value in other.items() if key not in ("seconds", "images_per_second")}
-        assert all(torch.equal(found[key], weights[key]) for key in weights)
+        assert list(map(without_times, history)) == list(map(without_times, expected))
+        assert all(torch.equal(resumed[key], weights[key]) for key in weights)
+
+
+# ---- what is refused -------------------------------------------------------------------------
 
 
 def test_refusals(straight, refused):
@@ -298,12 +463,74 @@ def test_refusals(straight, refused):
     refused("train", "--lr", "nan", words=["--lr"])
     refused("train", "--frobnicate", words=["--frobnicate"])
     refused("train", "--device", "warp", words=["warp"])
-    refused("train", "--project", "no spaces", "--swanlab", "offline", "--data", place / "dataset", "--image-size", 32, "--n-filters", 2,
-            "--out", place / "other", words=["--project"])
+    data = ("--data", place / "dataset")
+    small = ("--image-size", 32, "--n-filters", 2, "--out", place / "other")
+    swanlab = ("--project", "no spaces", "--swanlab", "offline")
+    refused("train", *swanlab, *data, *small, words=["--project"])
     (place / "file").write_text("in the way")
-    refused("train", "--out", place / "file", "--data", place / "dataset", words=["file", "--out"])
-    refused("train", "--out", place / "file" / "below", "--data", place / "dataset", words=["--out"])
+    refused("train", "--out", place / "file", *data, words=["file", "--out"])
+    refused("train", "--out", place / "file" / "below", *data, words=["--out"])
     assert (place / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    "given, suggestion",
+    [
+        (["--epoch", 3], "--epochs"),
+        (["--synth"], "--synthetic"),
+        (["--test"], "--test-only"),
+        (["--batch_size", 4], "--batch-size"),
+    ],
+)
+def test_abbreviated_and_misspelled_flags_are_answered_with_the_right_one(
+    given, suggestion, refused
+):
+    refused("train", *given, words=[given[0], f"did you mean {suggestion}?"])
+
+
+@pytest.mark.parametrize("harm", ["missing", "empty", "no valid", "no annotations"])
+def test_missing_data_is_answered_with_the_layout(harm, dataset, refused):
+    root, valid = dataset, dataset / "valid"
+    if harm == "missing":
+        root = dataset / "nowhere"
+    elif harm == "empty":
+        root = dataset / "empty"
+        root.mkdir()
+    elif harm == "no valid":
+        valid.rename(dataset / "elsewhere")
+    else:
+        (valid / "_annotations.coco.json").unlink()
+    named = {"no valid": valid, "no annotations": valid}.get(harm, root)
+    layout = ["train/, valid/ and test/", "_annotations.coco.json"]
+    line = refused("train", *SMALL, "--data", root, words=[named, *layout])
+    assert "--force" not in line
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "last.pth", "last.previous.pth"])
+def test_another_run_is_not_overwritten_unasked(name, straight, refused, tmp_path):
+    old = tmp_path / name
+    old.write_bytes(b"another run")
+    data = ("--data", straight[0] / "dataset")
+    words = [old, "--resume", "--overwrite", "--out"]
+    refused("train", *SMALL, *data, "--out", tmp_path, words=words)
+    # Nor is it lost where what was asked for fails.
+    refused("train", *SMALL, "--data", "nowhere", "--overwrite", words=["nowhere"])
+    assert old.read_bytes() == b"another run"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_overwrite_trains_afresh(straight, tmp_path):
+    place, _ = straight
+    for name in ("best_model.pth", "last.pth", "last.previous.pth"):
+        (tmp_path / name).write_bytes(b"another run")
+    data = ("--data", place / "dataset")
+    result = script_here("train.py", *SMALL, *data, "--epochs", 3, "--overwrite", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "last.previous.pth").exists()  # a run this short saves once
+    assert same_weights(tmp_path / "best_model.pth", place / "run" / "best_model.pth")
+    assert read_metrics(tmp_path) == read_metrics(place / "run")
+    flags = torch.load(tmp_path / "last.pth", weights_only=True)["flags"]
+    assert "overwrite" not in flags  # else resuming would begin afresh too
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged", b"PK\3\4 damaged"])
@@ -316,118 +543,271 @@ def test_a_damaged_last_is_refused_and_kept(content, refused, tmp_path):
     assert (tmp_path / "last.pth").read_bytes() == before
 
 
+# ---- flags of an earlier run -----------------------------------------------------------------
+
+
+def make_small_parser():
+    parser = ArgumentParser("train.py", "Train.")
+    parser.add_argument("--epochs", type=number(1), default=40)
+    parser.add_argument("--lr", type=number(0.0, kind=float), default=1e-4)
+    parser.add_argument("--norm", choices=("none", "batch"), default="none")
+    parser.add_argument("--augment", action="store_true")
+    parser.add_argument("--name")
+    return parser
+
+
+def test_restored_flags_are_defaults():
+    parser = make_small_parser()
+    saved = {"epochs": 3, "lr": 0.5, "norm": "batch", "augment": True, "name": None, "later": []}
+    parser.restore(saved)
+    args = parser.parse_args(["--epochs", "5"])
+    assert (args.epochs, args.lr, args.norm, args.augment) == (5, 0.5, "batch", True)
+    assert args.name is None and not hasattr(args, "later")
+    parser.restore({"name": "mine"})
+    assert parser.parse_args([]).name == "mine"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("epochs", value) for value in ("3", 3.0, True, 0, None, [3])),
+        *(("lr", value) for value in ("0.1", 1, -0.1, math.nan, math.inf)),
+        *(("norm", value) for value in ("layer", None, ["none"])),
+        *(("augment", value) for value in (1, "yes", None)),
+        *(("name", value) for value in (5, ["mine"])),
+    ],
+)
+def test_flags_that_could_not_have_been_are_not_restored(name, value):
+    parser = make_small_parser()
+    with pytest.raises(ValueError, match=f"--{name} cannot have been"):
+        parser.restore({name: value})
+
+
+@pytest.mark.parametrize("change", [{"epochs": -1}, {"lr": "high"}, {"norm": "layer"}])
+def test_a_last_with_impossible_flags_is_refused_by_name(change, straight, refused, tmp_path):
+    state = torch.load(straight[0] / "run" / "last.pth", weights_only=True)
+    state["flags"].update(change)
+    torch.save(state, tmp_path / "last.pth")
+    (flag,) = change
+    words = [tmp_path / "last.pth", f"--{flag}"]
+    refused("train", "--resume", "--out", tmp_path, words=words)
+
+
+def test_the_experiment_is_named_after_batch_size_epochs_and_recipe():
+    def name(*flags):
+        return experiment_name(make_parser("").parse_args(flags))
+
+    assert name() == "bs32-epoch40"
+    assert name("--batch-size", "8", "--epochs", "20") == "bs8-epoch20"
+    assert name("--batch-size", "8", "--recipe", "strong") == "bs8-epoch40-strong"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_experiment_name_on_swanlab(dataset, tmp_path, monkeypatch):
+    names = []
+
+    class Recorder(train.SwanLab):
+        def __init__(self, mode, *, experiment_name, **options):
+            names.append(experiment_name)
+            super().__init__(mode, experiment_name=experiment_name, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SwanLab", Recorder)
+    main_small("--epochs", 1)
+    main_small("--epochs", 1, "--experiment-name", "mine", "--overwrite")
+    assert names == ["bs2-epoch1", "mine"]
+
+
+# ---- runs of other kinds ---------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_nearly_the_same(precision, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("fp32", precision):
-        train.main([*map(str, SMALL), "--epochs", "2", "--lr", "1e-3", "--precision", name, "--out", name])
-    for row, other in zip(rows(tmp_path / "fp32"), rows(tmp_path / precision), strict=True):
+        main_small("--epochs", 2, "--lr", 1e-3, "--precision", name, "--out", name)
+    rows = zip(read_metrics(tmp_path / "fp32"), read_metrics(tmp_path / precision), strict=True)
+    for row, other in rows:
         assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), abs=0.01)
         assert other["val_loss"] != row["val_loss"]  # it is another precision
-    assert all(weight.dtype == torch.float32 for weight in torch.load(tmp_path / precision / "best_model.pth", weights_only=True).values())
+    weights = torch.load(tmp_path / precision / "best_model.pth", weights_only=True)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
-def test_synthetic_makes_its_own_data(tmp_path, monkeypatch, capsys):
-    import download
-    few = download.make_phantoms
-    monkeypatch.setattr(download, "make_phantoms", lambda root: few(root, counts=(6, 2, 2), size=64))
+@pytest.fixture
+def few_phantoms(monkeypatch):
+    """--synthetic draws 6 + 2 + 2 phantoms of 64x64."""
+    monkeypatch.setattr(
+        train, "make_phantoms", lambda root: make_phantoms(root, counts=(6, 2, 2), size=64)
+    )
+
+
+def test_synthetic_makes_its_own_data(few_phantoms, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.main(["--synthetic", "--epochs", "1", *map(str, SMALL)])
+    main_small("--synthetic", "--epochs", 1)
     assert "6 train, 2 valid, 2 test" in capsys.readouterr().out
-    assert (tmp_path / "dataset" / "synthetic" / "test").is_dir() and (tmp_path / "best_model.pth").exists()
+    assert (tmp_path / "dataset" / "synthetic" / "test").is_dir()
+    assert (tmp_path / "best_model.pth").exists()
 
 
-def test_importing_does_nothing(tmp_path):
-    code = ("import sys, net, data, train, predict, download\n"
-            "loaded = [name for name in ('matplotlib', 'torchvision', 'swanlab', 'kaggle', 'pycocotools') if name in sys.modules]\n"
-            "assert not loaded, loaded")
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.usefixtures("no_pictures")
+def test_a_later_test_is_on_the_data_of_the_training(few_phantoms, tmp_path):
+    flags = ("--synthetic", "--data", "Y", "--out", "run", "--epochs", 1)
+    result = script_here("train.py", *SMALL, *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    scores = [line for line in result.stdout.splitlines() if line.startswith("test ")]
+    again = script_here("train.py", "--test-only", "--out", "run", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"{Path('Y/synthetic')}: 2 test images at 32x32" in again.stdout
+    assert [line for line in again.stdout.splitlines() if line.startswith("test ")] == scores
 
 
-# ---- what the tutorial does without ----------------------------------------------------------
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], "python predict.py"),
+        (["--out", "runs/x"], "python predict.py --model runs/x/best_model.pth"),
+        (["--data", "my data"], "python predict.py 'my data/test'"),
+        (["--synthetic"], "python predict.py"),
+        (
+            ["--synthetic", "--data", "Y", "--out", "runs/x"],
+            "python predict.py Y/synthetic/test --model runs/x/best_model.pth",
+        ),
+    ],
+)
+def test_the_next_command_works(flags, expected, few_phantoms, tmp_path):
+    if "--synthetic" not in flags:
+        make_dataset(tmp_path / (flags[1] if "--data" in flags else "dataset"))
+    result = script_here("train.py", *SMALL, *flags, "--epochs", 1, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    command = result.stdout.splitlines()[-1].split("next: ")[1]
+    assert command == expected
+    _, name, *arguments = shlex.split(command)
+    predicted = script_here(name, *arguments, cwd=tmp_path)
+    assert predicted.returncode == 0, predicted.stderr
+    assert list(tmp_path.rglob("*_mask.png"))
+
+
+# ---- beyond the tutorial ---------------------------------------------------------------------
+
 
 def test_schedule_by_hand_and_against_torch():
-    share = train.make_schedule("cosine", 4, 12)
-    assert [share(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    factor = make_schedule("cosine", 4, 12)
+    assert [factor(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    wanted = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
     for step in range(4, 13):
-        assert share(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
+        assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-6)
         optimizer.step()
-        wanted.step()
-    assert [train.make_schedule("constant", 0, 12)(step) for step in (0, 11)] == [1, 1]
+        reference.step()
+    factor = make_schedule("constant", 2, 12)
+    assert [factor(step) for step in (0, 1, 2, 11)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert make_schedule("constant", 0, 12) is None  # the factor is always 1
 
 
-def test_the_mean_of_the_weights_by_hand(tmp_path):
-    """Two steps of plain gradient descent: the mean moves by 1 - min(ema, (1 + t) / (10 + t)) towards each result."""
+def test_the_running_mean_of_the_weights_by_hand(tmp_path):
+    """After step t of plain gradient descent the mean keeps min(ema, (1 + t) / (10 + t))."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid())
-    start = model[0].bias.item()
-    seen = []
-
-    def criterion(pred, target):
-        if model[0].bias.item() not in seen[-1:]:
-            seen.append(model[0].bias.item())
-        return combined_loss(pred, target)
-
+    mean = model[0].bias.item()
     batches = [(torch.rand(2, 3, 4, 4), torch.ones(2, 1, 4, 4)) for _ in range(2)]
-    model.train()
     copy = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid())
     copy.load_state_dict(model.state_dict())
     plain = torch.optim.SGD(copy.parameters(), lr=0.5)
-    biases = []
-    for images, masks in batches:
+    for step, (images, masks) in enumerate(batches):
         plain.zero_grad()
         combined_loss(copy(images), masks).backward()
         plain.step()
-        biases.append(copy[0].bias.item())
-    train_model(model, batches, batches, criterion, torch.optim.SGD(model.parameters(), lr=0.5), 1, "cpu", out=tmp_path, ema=0.15)
-    mean = start
-    for step, bias in enumerate(biases):
         decay = min(0.15, (1 + step) / (10 + step))
-        mean = decay * mean + (1 - decay) * bias
-    assert torch.load(tmp_path / "best_model.pth", weights_only=True)["0.bias"].item() == pytest.approx(mean, abs=1e-6)
-    assert model[0].bias.item() == pytest.approx(mean, abs=1e-6)  # what is evaluated is what is left in the model
+        mean = decay * mean + (1 - decay) * copy[0].bias.item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    train_model(model, batches, batches, combined_loss, optimizer, 1, "cpu", out=tmp_path, ema=0.15)
+    best = torch.load(tmp_path / "best_model.pth", weights_only=True)
+    assert best["0.bias"].item() == pytest.approx(mean, abs=1e-6)
+    # What was evaluated is what is left in the model.
+    assert model[0].bias.item() == pytest.approx(mean, abs=1e-6)
 
 
-def test_dice_by_image_by_hand():
-    pred = torch.tensor([[[[0.5, 0.5]]], [[[0.0, 0.0]]]])
-    target = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.0]]]])
-    # (2 * 0.5 + 1) / (1 + 1 + 1) and 1 / 1
-    assert train.image_dice_loss(pred, target).item() == pytest.approx(1 - (2 / 3 + 1) / 2)
-    bce = torch.nn.functional.binary_cross_entropy(pred, target)
-    assert train.combined_loss_by_image(pred, target).item() == pytest.approx(0.6 * (1 - (2 / 3 + 1) / 2) + 0.4 * bce.item(), abs=1e-6)
-
-
-def test_a_recipe_is_a_set_of_flags_that_the_command_line_overrules(dataset, tmp_path, monkeypatch, capsys, refused):
+@pytest.mark.usefixtures("no_pictures")
+def test_a_recipe_is_a_set_of_flags_that_the_command_line_overrules(
+    dataset, tmp_path, monkeypatch, capsys, refused
+):
     monkeypatch.chdir(tmp_path)
-    train.main([*map(str, SMALL), "--epochs", "2", "--recipe", "strong", "--lr", "0.01", "--schedule", "cosine"])
+    own = ("--lr", "0.01", "--schedule", "cosine")
+    main_small("--epochs", 2, "--recipe", "strong", *own)
     said = capsys.readouterr().out
-    assert "recipe strong: --norm batch" in said and " --lr 0.01 " in said  # as it is, not as it is written
-    state = torch.load("last.pth", weights_only=True)
-    assert {key: state["flags"][key] for key in ("recipe", "norm", "lr", "augment", "ema", "schedule")} == \
-        {"recipe": "strong", "norm": "batch", "lr": 0.01, "augment": True, "ema": 0.995, "schedule": "cosine"}
+    # The recipe is printed as it was used.
+    assert "recipe strong: --norm batch" in said and " --lr 0.01 " in said
+    expected = {
+        "recipe": "strong",
+        "norm": "batch",
+        "lr": 0.01,
+        "augment": True,
+        "ema": 0.995,
+        "schedule": "cosine",
+    }
+    flags = torch.load("last.pth", weights_only=True)["flags"]
+    assert {key: flags[key] for key in expected} == expected
     assert load_model("best_model.pth").down1.norm1.running_mean.shape == (2,)
-    refused("train", "--resume", "--epochs", 3, "--out", tmp_path, words=["--epochs"])  # the schedule ends with them
-    before = open("metrics.csv").read()
+    # The schedule ends with the epochs, so more of them would be another run.
+    refused("train", "--resume", "--epochs", 3, "--out", tmp_path, words=["--epochs"])
+    before = Path("metrics.csv").read_text()
     train.main(["--resume"])
-    assert open("metrics.csv").read() == before
+    assert Path("metrics.csv").read_text() == before
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_prior_is_the_probability_that_training_begins_at(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.main([*map(str, SMALL), "--epochs", "1", "--prior", "0.04", "--lr", "0"])
-    assert load_model("best_model.pth").outc.bias.sigmoid().item() == pytest.approx(0.04)
+    main_small("--epochs", 1, "--prior", 0.04, "--lr", 0)
+    bias = load_model("best_model.pth").outc.bias
+    assert bias.sigmoid().item() == pytest.approx(0.04)
 
 
 def test_a_skipped_step_leaves_batch_normalisation_alone(tmp_path):
-    """Steps that are not finite come with activations that are not, and these must not stay in the running means."""
+    """A step that is not finite must leave no trace in the running mean and variance."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.BatchNorm2d(1), torch.nn.Sigmoid())
+    layers = torch.nn.Conv2d(3, 1, 1), torch.nn.BatchNorm2d(1), torch.nn.Sigmoid()
+    model = torch.nn.Sequential(*layers)
     good = (torch.rand(2, 3, 4, 4), torch.ones(2, 1, 4, 4))
     bad = (torch.full((2, 3, 4, 4), math.nan), torch.ones(2, 1, 4, 4))
-    history = train_model(model, [good, bad, good], [good], combined_loss, torch.optim.SGD(model.parameters(), lr=0.1), 1, "cpu", out=tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = train_model(
+        model, [good, bad, good], [good], combined_loss, optimizer, 1, "cpu", out=tmp_path
+    )
     assert history[0]["skipped"] == 1 and math.isfinite(history[0]["val_loss"])
-    assert torch.isfinite(model[1].running_mean).all() and torch.isfinite(model[1].running_var).all()
+    assert torch.isfinite(model[1].running_mean).all()
+    assert torch.isfinite(model[1].running_var).all()
+
+
+def test_test_only_needs_no_last_and_says_when_it_is_damaged(straight, tmp_path, capsys):
+    place, said = straight
+    shutil.copy(place / "run" / "best_model.pth", tmp_path)
+    (tmp_path / "last.pth").write_bytes(b"damaged")
+    data = ["--data", str(place / "dataset"), "--device", "cpu", "--batch-size", "2"]
+    train.main(["--test-only", "--out", str(tmp_path), *data])
+    again = capsys.readouterr()
+    assert "WARNING" in again.err and "last.pth" in again.err
+    line = next(line for line in said.splitlines() if line.startswith("test with the best"))
+    assert line in again.out
+
+
+def test_what_last_does_not_keep_is_not_restored(straight, tmp_path, monkeypatch):
+    """Where to write is the command line's to say, whatever a file holds."""
+    place, _ = straight
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(place / "run" / "last.pth", weights_only=True)
+    state["flags"] |= {"out": "elsewhere", "test_only": True, "data": str(place / "dataset")}
+    (tmp_path / "run").mkdir()
+    torch.save(state, "run/last.pth")
+    train.main(["--resume", "--out", "run", "--epochs", "4"])
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 and not (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_without_an_end_still_says_how_long_it_takes(capsys):
+    row = dict.fromkeys(HISTORY_ROW, 0.5)
+    print_epoch([{**row, "epoch": 1, "skipped": 0, "seconds": 9.0}], 10**14, False)
+    assert "left" in capsys.readouterr().out

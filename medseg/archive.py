@@ -1,0 +1,198 @@
+"""A zip of the three splits: check it, unpack it safely, and put the splits in place.
+
+No entry of an archive is trusted. Names that lead out of the folder, links, encrypted entries and
+entries that unpack to far more bytes than they take are refused before anything is written.
+"""
+
+import lzma
+import os
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from medseg.coco import ANNOTATIONS, SPLITS, image_path, read_annotations
+
+# Names that the folder of a split may have in an archive.
+ALIASES = {split: (split,) for split in SPLITS} | {"valid": ("valid", "val", "validation")}
+
+MAX_ENTRIES = 100_000
+MAX_BYTES = 4 * 2**30  # unpacked
+MAX_RATIO = 200  # unpacked to packed bytes of one entry: JPEGs have about 1, JSON about 20
+
+# What zipfile raises for an archive that is damaged, or packed in a way that it does not know.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+
+
+# ---------------------------------------------------------------- splits on disk
+
+
+def read_split(folder, damaged):
+    """The annotations of one complete split: the file parses and every image it lists exists.
+
+    damaged: a list; each record that cannot be used is left out and adds a line to it.
+    Raises ValueError naming the file that is missing or wrong.
+    """
+    folder = Path(folder)
+    try:
+        coco = read_annotations(folder, damaged)
+    except FileNotFoundError:  # its message suggests to get the data, which is going on here
+        raise ValueError(f"{folder / ANNOTATIONS} is missing") from None
+    for image in coco["images"]:
+        path = image_path(folder, image["file_name"])
+        if not path.is_file():
+            raise ValueError(f"{path} is listed in {ANNOTATIONS} but missing")
+    return coco
+
+
+def read_splits(root, damaged):
+    """{'train': annotations, 'valid': ..., 'test': ...} of a data set; see `read_split`."""
+    return {split: read_split(Path(root) / split, damaged) for split in SPLITS}
+
+
+def occupied(root):
+    """Whether `root` holds anything under the name of a split."""
+    return any(os.path.lexists(Path(root) / split) for split in SPLITS)
+
+
+def check_disk_space(folder, needed):
+    """Raise OSError unless the file system of `folder` has `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder}: {needed / 2**20:.0f} MiB are needed and its disk has "
+            f"{free / 2**20:.0f} MiB free"
+        )
+
+
+def install(root, write_splits):
+    """Let write_splits(folder) write the three splits into a temporary folder, then move them in.
+
+    The temporary folder is in `root`, so that moving is renaming. Splits that `root` already has
+    are moved aside first, deleted only when the new ones are in place, and moved back if anything
+    fails. Raises what `write_splits` raises, and ValueError for an incomplete split.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as new:
+        new = Path(new)
+        write_splits(new)
+        try:
+            read_splits(new, damaged=[])
+        except ValueError as error:  # the temporary folder is gone when the message is read
+            raise ValueError(str(error).replace(f"{new}{os.sep}", "")) from None
+        old = Path(tempfile.mkdtemp(prefix=".old-", dir=root))
+        try:
+            for split in SPLITS:
+                if os.path.lexists(root / split):
+                    os.rename(root / split, old / split)
+                os.rename(new / split, root / split)
+        except BaseException:  # Ctrl-C too
+            for split in SPLITS:
+                if not (new / split).exists():
+                    os.rename(root / split, new / split)
+                if os.path.lexists(old / split):
+                    os.rename(old / split, root / split)
+            old.rmdir()
+            raise
+        shutil.rmtree(old)
+
+
+# ---------------------------------------------------------------- the zip
+
+
+def is_intact(archive):
+    """Whether `archive` is a zip whose every entry agrees with its checksum."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            return z.testzip() is None
+    except DAMAGED:
+        return False
+
+
+def refusal_reason(entry):
+    """Why a zip entry (a ZipInfo) is not unpacked, or None if it may be."""
+    name = entry.orig_filename  # as stored: `filename` is already cut at a NUL
+    leaves = name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name)
+    if leaves or "\\" in name or "\0" in name:
+        return "has a name that leads out of its folder"
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "is a link or a special file"
+    if entry.flag_bits & 1:
+        return "is encrypted"
+    if entry.file_size > MAX_RATIO * max(entry.compress_size, 1):
+        return "unpacks to suspiciously many bytes"
+    return None
+
+
+def find_splits(names):
+    """{folder in the archive: split}, at any depth, for the names of an archive's entries.
+
+    Raises ValueError if a split is missing.
+    """
+    candidates = {}  # folder that holds splits -> {split: its folder}
+    for path in map(PurePosixPath, names):
+        for split, aliases in ALIASES.items():
+            if path.name == ANNOTATIONS and path.parent.name.lower() in aliases:
+                candidates.setdefault(path.parent.parent, {})[split] = path.parent
+    best = max(candidates.values(), key=len, default={})
+    if missing := [split for split in SPLITS if split not in best]:
+        raise ValueError(f"holds no {missing[0]}/{ANNOTATIONS}")
+    return {folder: split for split, folder in best.items()}
+
+
+def unpack(archive, folder):
+    """Write the splits of the zip `archive` to folder/{train,valid,test} (a Path).
+
+    Raises FileNotFoundError if there is no archive; ValueError if it is damaged, not this data
+    set, or unsafe to unpack.
+    """
+    try:
+        with zipfile.ZipFile(archive) as z:
+            _check_entries(z.infolist())
+            _extract(z, folder)
+    except DAMAGED as error:
+        raise ValueError(f"damaged or not a zip ({error})") from None
+
+
+def _check_entries(entries):
+    if len(entries) > MAX_ENTRIES:
+        raise ValueError(f"holds more than {MAX_ENTRIES} entries")
+    for entry in entries:
+        if reason := refusal_reason(entry):
+            raise ValueError(f"holds {entry.filename!r}, which {reason}")
+
+
+def _extract(z, folder):
+    entries = z.infolist()
+    splits = find_splits([entry.filename for entry in entries])
+    check_disk_space(folder, min(sum(entry.file_size for entry in entries), MAX_BYTES))
+    remaining = MAX_BYTES  # counted here: the sizes in an archive's headers may be false
+    for entry in tqdm(entries, desc="unpacking", unit="file", disable=None):
+        path = PurePosixPath(entry.filename)
+        source_folder = next((parent for parent in path.parents if parent in splits), None)
+        if source_folder is None or entry.is_dir():
+            continue
+        target = folder / splits[source_folder] / path.relative_to(source_folder)
+        try:
+            remaining -= _extract_file(z, entry, target, remaining)
+        except (FileExistsError, NotADirectoryError) as error:
+            reason = f"collides with another entry ({error.strerror})"
+            raise ValueError(f"holds {entry.filename!r}, which {reason}") from None
+
+
+def _extract_file(z, entry, target, max_bytes):
+    """Write one entry to the new file `target`; return its size in bytes."""
+    written = 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with z.open(entry) as source, open(target, "xb") as out:
+        while chunk := source.read(2**20):
+            written += len(chunk)
+            if written > max_bytes:
+                raise ValueError(f"unpacks to more than {MAX_BYTES >> 30} GiB")
+            out.write(chunk)
+    return written

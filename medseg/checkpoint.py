@@ -1,0 +1,286 @@
+"""Files of weights, and the state of a training: saved, checked, restored."""
+
+import copy
+import math
+import os
+import sys
+import time
+import warnings
+import zipfile
+from contextlib import contextmanager, suppress
+
+import torch
+
+from medseg.cache import fingerprint
+from medseg.cli import one_line
+from medseg.dist import all_reduce_max, is_first
+from medseg.files import atomic_write, remove_partial_writes
+from medseg.metrics import SCORE_NAMES
+from medseg.signals import Stopped
+
+NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16 may need 16 to find its scale
+BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "last.previous.pth"
+KEYS = {"flags", "model", "running_mean", "guarded_step", "scores", "progress", "rng"}
+
+
+def load_weights(path):
+    """What torch.save wrote to `path`, on the CPU: tensors and plain containers, never code.
+
+    Raises FileNotFoundError; ValueError where the file is damaged or holds anything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters about an odd file is an error below
+            if zipfile.is_zipfile(path):  # torch.load does not look at the file's checksums
+                with zipfile.ZipFile(path) as archive:
+                    if (part := archive.testzip()) is not None:
+                        raise ValueError(f"wrong checksum of {part}")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; `python train.py` writes it") from None
+    except Exception as error:  # RuntimeError, EOFError, UnpicklingError, ...
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path}: not saved by PyTorch, damaged, or more than weights ({reason})"
+        ) from None
+
+
+def save_weights(path, state, *, previous=None):
+    """torch.save to a file that is whole or absent; `previous`: where the file before it goes."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what PyTorch makes of an OSError while writing
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(one_line(error)) from None
+        if previous:
+            file.flush()
+            os.fsync(file.fileno())
+            with suppress(FileNotFoundError):
+                os.replace(path, previous)
+
+
+def load_checkpoint(out):
+    """What the newest checkpoint in the folder that loads holds, and its "path".
+
+    Raises FileNotFoundError or ValueError where none does.
+    """
+    first_error = None
+    for path in (out / LAST, out / PREVIOUS):
+        try:
+            state = load_weights(path)
+            if not isinstance(state, dict) or not KEYS <= state.keys():
+                raise ValueError(
+                    f"{path}: not written by train.py (of this version), so it cannot be resumed"
+                )
+            if not isinstance(state["flags"], dict):
+                raise ValueError(f"{path}: not written by train.py")
+        except (FileNotFoundError, ValueError) as error:
+            first_error = first_error or error
+            continue
+        if first_error:
+            print(f"WARNING: {first_error}", file=sys.stderr)
+            print(f"WARNING: going on from the checkpoint before it, {path}", file=sys.stderr)
+        return {**state, "path": path}
+    raise first_error
+
+
+def refuse_other_run(out):
+    """ValueError where the folder holds the weights of another run."""
+    for name in (BEST, LAST, PREVIOUS):
+        if (out / name).exists():
+            raise ValueError(
+                f"{out / name}: written by an earlier run: go on with --resume, replace it with "
+                "--overwrite, or give this run another --out"
+            )
+
+
+def prepare_folder(out, checkpoint):
+    """Remove what an earlier run left, or put the checkpoint to go on from in its place."""
+    remove_partial_writes(out)
+    if checkpoint is None:
+        for name in (BEST, LAST, PREVIOUS):
+            (out / name).unlink(missing_ok=True)
+    elif checkpoint["path"] != out / LAST:
+        os.replace(checkpoint["path"], out / LAST)  # the next one must not push the good one out
+
+
+def check_same_data(datasets, root, checkpoint):
+    """Fingerprints of data sets; ValueError where a checkpoint was trained on others."""
+    fingerprints = [fingerprint(dataset, "st_size") for dataset in datasets]
+    if checkpoint and checkpoint["flags"].get("data_fingerprints") != fingerprints:
+        raise ValueError(
+            f"{checkpoint['path']}: was trained on other data than {root} holds now: "
+            "give it the same --data, or start afresh without --resume"
+        )
+    return fingerprints
+
+
+class Progress:
+    """How far a training has come: epochs and steps done, the best epoch and its weights."""
+
+    def __init__(self):
+        self.epoch = 0  # epochs that are complete
+        self.step = 0  # batches done of the one that is not
+        self.best_loss, self.best_epoch, self.best_weights = math.inf, 0, None
+        self.history = []  # a dict for each epoch
+
+    def epochs_since_best(self):
+        return self.epoch - self.best_epoch
+
+    def end_epoch(self):
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def keep_best(self, loss, model):
+        """Copy the weights of the epoch that just ended as the best so far."""
+        self.best_loss, self.best_epoch = loss, self.epoch
+        self.best_weights = copy.deepcopy(model.state_dict())
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+class RandomState:
+    """PyTorch's random number generators, of the CPU and of the GPU in use."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def state_dict(self):
+        on_gpu = self.device.type == "cuda"
+        cuda = torch.cuda.get_rng_state(self.device) if on_gpu else None
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def load_state_dict(self, state):
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+class Checkpointer:
+    """Writes best_model.pth and last.pth, and restores what last.pth holds.
+
+    objects: name -> object with state_dict and load_state_dict; together the state of a training.
+    flags: recorded with it. save_every: seconds between two checkpoints that `due` asks for.
+    Of several processes all call `save`, and the first writes.
+    """
+
+    def __init__(self, out, objects, *, flags, save_every):
+        self.out, self.objects, self.flags = out, objects, flags
+        self.save_every, self.best_saved = save_every, 0
+        self.next_save = time.monotonic() + save_every
+
+    def due(self):
+        return is_first() and time.monotonic() >= self.next_save
+
+    def save(self, *, last_chance=False):
+        """Write best_model.pth where the best epoch changed, then last.pth.
+
+        A disk that is full or broken is a warning, and with last_chance a ValueError.
+        """
+        state = {name: thing.state_dict() for name, thing in self.objects.items()}
+        if not is_first():
+            return
+        started, progress = time.monotonic(), self.objects["progress"]
+        with self.disk(last_chance):
+            if self.best_saved != progress.best_epoch:
+                save_weights(self.out / BEST, progress.best_weights)
+                self.best_saved = progress.best_epoch
+            state["flags"] = self.flags
+            save_weights(self.out / LAST, state, previous=self.out / PREVIOUS)
+        # On a slow disk, writing stays under a twentieth of the run.
+        took = time.monotonic() - started
+        pause = max(self.save_every, 20 * took) if self.save_every else 0
+        self.next_save = time.monotonic() + pause
+
+    def poll(self, signals):
+        """After a batch: save where it is time, stop where asked to or where no step succeeds.
+
+        Raises Stopped, and ValueError after NON_FINITE_LIMIT skipped steps in a row.
+        """
+        in_a_row = self.objects["guarded_step"].skipped_in_a_row()
+        stop, due, in_a_row = all_reduce_max(signals.received, self.due(), in_a_row)
+        failed = in_a_row >= NON_FINITE_LIMIT
+        if stop or due or failed:
+            self.save(last_chance=bool(stop or failed))
+        if stop:
+            raise Stopped(int(stop), checkpointed=True)
+        if failed:
+            progress = self.objects["progress"]
+            raise ValueError(
+                f"epoch {progress.epoch + 1}, step {progress.step}: the loss or its gradient was "
+                f"not finite in {int(in_a_row)} steps in a row; the weights in {self.out} are "
+                "from before. Start again with a lower --lr, or --precision fp32"
+            )
+
+    def restore(self, state):
+        """Give every object its part of a checkpoint. ValueError where it does not fit them."""
+        try:
+            check_fits(state, self.objects)
+            for name, thing in self.objects.items():
+                thing.load_state_dict(state[name])
+        except Exception as error:  # of many kinds: whatever does not fit
+            raise ValueError(
+                f"{self.out / LAST}: does not fit this training ({one_line(error)})"
+            ) from None
+
+    @contextmanager
+    def disk(self, last_chance=False):
+        """On a full or broken disk, warn and go on; with last_chance, raise ValueError."""
+        try:
+            yield
+        except OSError as error:
+            text = (
+                f"{self.out}: {error.strerror or error}: what was written before is whole; "
+                "make room or mend the folder"
+            )
+            if last_chance:
+                raise ValueError(f"{text}, then go on from there with --resume") from None
+            print(f"WARNING: {text}, writing is tried again later", file=sys.stderr, flush=True)
+
+
+HISTORY_ROW = {
+    "epoch": 0,
+    **{f"{split}_{name}": 0.0 for split in ("train", "val") for name in SCORE_NAMES},
+    "lr": 0.0,
+    "skipped": 0,
+    "images_per_second": 0.0,
+    "seconds": 0.0,
+}
+
+
+def check_fits(state, objects):
+    """ValueError unless a checkpoint has the keys, types and shapes that `objects` have."""
+    own = {name: thing.state_dict() for name, thing in objects.items()}
+    weights, progress = own["model"], state["progress"]
+    own["progress"]["best_weights"] = None if progress["best_weights"] is None else weights
+    own["progress"]["history"] = [HISTORY_ROW] * len(progress["history"])
+    optimizer = state["guarded_step"]["optimizer"]
+    own["guarded_step"]["optimizer"] = optimizer  # torch checks it, but for the moments of Adam
+    fits = all(is_alike(state[name], template) for name, template in own.items() if name != "rng")
+    is_adam = isinstance(objects["guarded_step"].optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    if is_adam and optimizer["state"]:
+        template = {
+            number: {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
+            for number, weight in enumerate(objects["model"].parameters())
+        }
+        fits = fits and is_alike(optimizer["state"], template)
+    if not fits:
+        raise ValueError("another network, or another program")
+
+
+def is_alike(value, template):
+    """Whether `value` has the types, keys and shapes of `template`; an int may be a float."""
+    if isinstance(template, torch.Tensor):
+        same_kind = isinstance(value, torch.Tensor)
+        return same_kind and (value.shape, value.dtype) == (template.shape, template.dtype)
+    if isinstance(template, dict):
+        same_keys = isinstance(value, dict) and value.keys() == template.keys()
+        return same_keys and all(is_alike(value[key], template[key]) for key in template)
+    if isinstance(template, list):
+        same_length = isinstance(value, list) and len(value) == len(template)
+        return same_length and all(map(is_alike, value, template))
+    return type(value) is type(template) or (type(value) is int and type(template) is float)

@@ -1,0 +1,160 @@
+"""The command line of every script: one parser, number types, one exit handler."""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Keeps the line breaks of the examples and shows the default of every flag that has one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _fill_text(self, text, width, indent):
+        return text
+
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or "%(default)" in action.help:
+            return action.help
+        if isinstance(action.default, bool):
+            return f"{action.help} (default: {'on' if action.default else 'off'})"
+        if isinstance(action.default, (tuple, list)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return f"{action.help} (default: %(default)s)"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with errors of one line, no abbreviated flags, and examples after the help.
+
+    prog: name of the script. doc: its docstring; the first line is the description, the rest
+    follows the list of flags.
+    """
+
+    def __init__(self, prog, doc):
+        description, _, examples = doc.partition("\n")
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=examples.strip("\n"),
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
+        return namespace
+
+    def _suggestion(self, unknown):
+        """', did you mean --batch-size?' for the first unknown flag that resembles a known one."""
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for flag in unknown:
+            spelled = flag.partition("=")[0].replace("_", "-").lower()
+            if spelled.startswith("--") and (close := difflib.get_close_matches(spelled, known, 1)):
+                return f", did you mean {close[0]}?"
+        return ""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see python {self.prog} --help)\n")
+
+    def restore(self, saved):
+        """Make the flags of an earlier run the defaults: what the command line gives again wins.
+
+        saved: mapping of names to values; unknown names are ignored. Raises ValueError for a
+        value that the flag could not have had.
+        """
+        for action in self._actions:
+            if action.dest not in saved:
+                continue
+            value, default = saved[action.dest], action.default
+            possible = type(value) is (str if default is None else type(default))
+            if possible and action.choices:
+                possible = value in action.choices
+            if possible and action.type:
+                try:
+                    action.type(value)
+                except (ValueError, TypeError, argparse.ArgumentTypeError):
+                    possible = False
+            if not possible and not (value is None and default is None):
+                raise ValueError(f"{flag_name(action.dest)} cannot have been {value!r:.50}")
+            self.set_defaults(**{action.dest: value})
+
+
+def flag_name(name):
+    """'batch_size' -> '--batch-size'."""
+    return "--" + name.replace("_", "-")
+
+
+def spell_flags(values):
+    """{'weight_decay': 0.01, 'augment': True} -> '--weight-decay 0.01 --augment'."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(flag_name(name if value else f"no_{name}"))
+        else:
+            words.append(f"{flag_name(name)} {value}")
+    return " ".join(words)
+
+
+def number(low, high=math.inf, kind=int):
+    """An argparse type: a finite number of `kind` (int or float) from `low` to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and value < math.inf):
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be at least {low}{most}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
+    return parse
+
+
+def output_folder(path, flag="--out"):
+    """`path` as a folder that can be written to, made if need be. ValueError names `flag`."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be a folder to write to ({error.strerror}); choose another with {flag}"
+        ) from None
+
+
+def one_line(error):
+    """The message of an exception without line breaks."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_main(main, *, exit_at_once=lambda: False):
+    """Call main(). What the user can mend is one line on stderr and status 2; Ctrl-C is 130.
+
+    exit_at_once(): whether to leave without waiting for threads and Python's own shutdown.
+    """
+    name, status = Path(sys.argv[0]).name, 0
+    try:
+        main()
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = 130
+    except (OSError, ValueError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        status = 2
+    if exit_at_once():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)

@@ -1,0 +1,88 @@
+"""Files written whole or not at all, locks between processes, and a map over all cores."""
+
+import contextlib
+import os
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+
+@contextlib.contextmanager
+def atomic_write(path, *, sync=True):
+    """A binary file to write that appears at `path` (a Path) once complete, or not at all.
+
+    sync: wait until the disk has it, so that this holds even where the power fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed it since
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_partial_writes(folder):
+    """Remove what `atomic_write` left in `folder` where its process was killed."""
+    for partial in folder.glob(".*.tmp"):
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def file_lock(path, *, busy, wait=False):
+    """Hold a lock that ends with the process. Yields False where the file system has no locks.
+
+    busy: what to say where another process holds it; printed before waiting, with wait, else
+    raised as a ValueError.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise ValueError(busy) from None
+        print(busy, file=sys.stderr, flush=True)
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks, or one that cannot be written
+    try:
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # before the release: then it is nobody else's
+        lock.release()
+
+
+def parallel_map(function, items):
+    """Yield function(item), or the FileNotFoundError or ValueError it raised, in order.
+
+    On all cores, a few items ahead and no more, so that memory does not grow with their number.
+    Threads, not processes: decoding and resizing release the interpreter's lock, and nothing is
+    copied.
+    """
+
+    def attempt(item):
+        try:
+            return function(item)
+        except (FileNotFoundError, ValueError) as error:
+            return error
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        pending = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(attempt, item))
+                if len(pending) > 4 * cores:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,214 @@
+"""The flags of a training: their parser, named sets of them, and those of a run gone on with."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from medseg.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint
+from medseg.cli import ArgumentParser, flag_name, number, spell_flags
+from medseg.dist import restart_count
+from medseg.images import IMAGE_SIZE
+
+# Named sets of flags; what the command line gives besides wins.
+RECIPES = {
+    "tutorial": {},
+    "strong": {
+        "norm": "batch",
+        "prior": 0.04,
+        "lr": 1e-3,
+        "weight_decay": 0.01,
+        "warmup": 100,
+        "ema": 0.995,
+        "augment": True,
+    },
+}
+# The flags that decide the result: a resumed run must have them in common with its beginning.
+RESULT_FLAGS = (
+    *("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision"),
+    *("skip_bad", "norm", "prior", "weight_decay", "warmup", "schedule", "ema", "augment"),
+)
+NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
+POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, kind=float)  # types of flags
+
+
+def make_parser(doc):
+    """The parser of train.py, whose docstring is `doc`."""
+    parser = ArgumentParser("train.py", doc)
+    _add_data_flags(parser)
+    _add_training_flags(parser)
+    _add_recipe_flags(parser)
+    _add_machine_flags(parser)
+    _add_file_flags(parser)
+    _add_tracking_flags(parser)
+    return parser
+
+
+def _add_data_flags(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="dataset", metavar="FOLDER", help="holds train/, valid/ and test/")
+    add("--synthetic", action="store_true", help="draw phantoms in DATA/synthetic, train on them")
+    add("--image-size", type=number(1, 8192), default=IMAGE_SIZE, help="pixels a side to resize to")
+    add("--skip-bad", action="store_true", help="omit damaged images, list them in skipped.txt")
+
+
+def _add_training_flags(parser):
+    add = parser.add_argument_group("training").add_argument
+    strong = spell_flags(RECIPES["strong"])
+    add("--recipe", choices=RECIPES, default="tutorial", help=f"strong: {strong}")
+    add("--epochs", type=POSITIVE, default=40, help="most epochs")
+    add("--batch-size", type=POSITIVE, default=32, help="over all processes together")
+    add("--lr", type=REAL, default=1e-4, help="learning rate of Adam")
+    add("--patience", type=POSITIVE, default=8, help="epochs without a lower validation loss")
+    add("--n-filters", type=number(1, 1024), default=32, help="channels of the first level")
+    add("--seed", type=AT_LEAST_0, default=0, help="of weights, order and augmentation")
+
+
+def _add_recipe_flags(parser):
+    add = parser.add_argument_group("beyond the tutorial").add_argument
+    norms, schedules = ("none", "batch", "group"), ("constant", "cosine")
+    add("--norm", choices=norms, default="none", help="normalisation after each 3x3 convolution")
+    add(
+        "--prior",
+        type=number(0.0, 0.99, float),
+        default=0.0,
+        help="probability that the untrained network gives; 0: as PyTorch initialises it, near 0.5",
+    )
+    add("--weight-decay", type=REAL, default=0.0, help="decoupled, as in AdamW; 0 is Adam")
+    add("--warmup", type=AT_LEAST_0, default=0, help="steps in which the learning rate rises")
+    add(
+        "--schedule",
+        choices=schedules,
+        default="constant",
+        help="cosine: the learning rate falls to 0 at the end of --epochs",
+    )
+    add(
+        "--ema",
+        type=number(0.0, 0.9999, float),
+        default=0.0,
+        help="decay of a running mean of the weights, which is then evaluated and kept; 0: none",
+    )
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="slightly rotate, scale, shift and brighten the training images",
+    )
+
+
+def _add_machine_flags(parser):
+    add = parser.add_argument_group("machine").add_argument
+    precisions = ("auto", "bf16", "fp16", "fp32")
+    add("--device", default="auto", help="auto, cuda, mps, cpu, or the number of a GPU")
+    add(
+        "--precision",
+        choices=precisions,
+        default="auto",
+        help="auto: bf16 on a GPU that has it, fp16 on one that has not, else fp32",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the network: slow to start, for long runs",
+    )
+
+
+def _add_file_flags(parser):
+    add = parser.add_argument_group("files").add_argument
+    add("--out", default=".", metavar="FOLDER", help="for weights, metrics and pictures")
+    add("--resume", action="store_true", help="go on from OUT/last.pth, with its flags")
+    add("--overwrite", action="store_true", help="replace the weights of another run in OUT")
+    add("--test-only", action="store_true", help="test OUT/best_model.pth, train nothing")
+    add("--save-every", type=REAL, default=60.0, help="seconds between two checkpoints")
+
+
+def _add_tracking_flags(parser):
+    add = parser.add_argument_group("SwanLab").add_argument
+    modes = ("auto", "online", "offline", "disabled")
+    add(
+        "--swanlab",
+        choices=modes,
+        default="auto",
+        help="auto: online with an API key, else offline",
+    )
+    add("--project", default="Unet-Medical-Segmentation", help="its name on SwanLab")
+    add("--experiment-name", metavar="NAME", help="default: by the flags, as in bs32-epoch40")
+
+
+def parse_arguments(argv, doc):
+    """(the command line, the checkpoint to go on from or None).
+
+    Raises ValueError where a checkpoint is damaged or of other flags; FileNotFoundError where
+    there is nothing to resume.
+    """
+    parser = make_parser(doc)
+    args = parser.parse_args(argv)
+    if args.resume and args.test_only:
+        raise ValueError("--resume trains and --test-only does not: give one of them")
+    out, checkpoint = Path(args.out), None
+    has_checkpoint = any((out / name).exists() for name in (LAST, PREVIOUS))
+    restarted = restart_count() > 0 and has_checkpoint  # by torchrun, after a process died
+    parser.set_defaults(**RECIPES[args.recipe])
+    if args.resume or restarted:
+        checkpoint = load_checkpoint(out)
+    elif args.test_only and has_checkpoint:
+        try:
+            checkpoint = load_checkpoint(out)
+        except ValueError as error:  # best_model.pth may be good all the same
+            print(f"WARNING: {error}: testing with the flags given", file=sys.stderr)
+    if checkpoint:
+        flags = checkpoint["flags"].items()
+        try:  # what is not given again stays as it was
+            parser.restore({name: value for name, value in flags if name not in NOT_RECORDED})
+        except ValueError as error:
+            raise ValueError(f"{checkpoint['path']}: damaged: {error}") from None
+    args = parser.parse_args(argv)
+    if args.test_only:
+        return args, None
+    if checkpoint:
+        check_same_run(args, checkpoint, parser)
+    return args, checkpoint
+
+
+def check_same_run(args, checkpoint, parser):
+    """ValueError where a flag that decides the result differs from the checkpoint's."""
+    names = RESULT_FLAGS
+    if args.schedule != "constant":  # it ends with the epochs
+        names = (*names, "epochs")
+    for name in names:
+        before = checkpoint["flags"].get(name, parser.get_default(name))
+        now = getattr(args, name)
+        if before != now:
+            flag = flag_name(name)
+            raise ValueError(
+                f"{checkpoint['path']}: was trained with {flag} {before}, not {now}: leave {flag} "
+                "away, or start afresh without --resume"
+            )
+
+
+def recorded_flags(args):
+    """The flags that last.pth keeps, as a dict."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+
+
+def experiment_name(args):
+    recipe = "" if args.recipe == "tutorial" else f"-{args.recipe}"
+    return f"bs{args.batch_size}-epoch{args.epochs}{recipe}"
+
+
+def command(script, *words, out=None):
+    """A command to paste, with --out where that is not this folder."""
+    if out is not None and out != Path("."):
+        words = (*words, "--out", out)
+    return shlex.join(["python", script, *map(str, words)])
+
+
+def predict_command(args, root):
+    """A command that shows a prediction of the weights in --out."""
+    words = []
+    if args.data != "dataset":  # predict.py finds an example of its own only there
+        words.append(root / "test")
+    if args.out != ".":
+        words += ["--model", Path(args.out) / BEST]
+    return command("predict.py", *words)

@@ -1,0 +1,130 @@
+"""What an epoch shows on the screen and leaves behind: bar, line, metrics.csv, tracked values."""
+
+import csv
+import io
+import itertools
+import sys
+import time
+from datetime import timedelta
+
+from tqdm import tqdm
+
+from medseg.dist import is_first, rank_and_world
+from medseg.files import atomic_write
+
+ALL_BACKGROUND_LIMIT = 3  # epochs in a row without a pixel of foreground before a warning
+
+
+def progress_bar(loader, progress, title):
+    """tqdm over the batches that the epoch has left, silent in all processes but the first."""
+    batches = loader
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(progress.epoch, progress.step)
+    else:
+        batches = itertools.islice(loader, progress.step, None)
+    return tqdm(
+        batches,
+        title,
+        initial=progress.step,
+        total=len(loader) if hasattr(loader, "__len__") else None,
+        unit=" batches",
+        leave=False,
+        disable=None if is_first() else True,  # None: where stderr is no terminal
+    )
+
+
+def show_loss(bar, scores, images_before):
+    if not bar.disable:
+        loss, images = scores.running_loss()
+        rate = (images - images_before) * rank_and_world()[1] / (time.time() - bar.start_t)
+        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
+
+
+def write_history(history, path):
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, history[0])
+    writer.writeheader()
+    writer.writerows(history)
+    with atomic_write(path) as file:
+        file.write(table.getvalue().encode())
+
+
+def print_epoch(history, num_epochs, better):
+    """A line on the epoch that just ended; a warning where masks have been empty for a while."""
+    row, width = history[-1], len(str(num_epochs))
+    elapsed = sum(epoch["seconds"] for epoch in history)
+    left = min(elapsed / len(history) * (num_epochs - len(history)), 1e9)  # else no timedelta
+    parts = [
+        f"epoch {row['epoch']:>{width}}/{num_epochs}",
+        f"train loss {row['train_loss']:.4f} acc {row['train_acc']:.4f} "
+        f"dice {row['train_dice']:.4f}",
+        f"val loss {row['val_loss']:.4f} acc {row['val_acc']:.4f} dice {row['val_dice']:.4f} "
+        f"iou {row['val_iou']:.4f}",
+        f"{row['images_per_second']:.0f} images/s",
+        f"{timedelta(seconds=round(elapsed))} elapsed, {timedelta(seconds=round(left))} left",
+    ]
+    if better:
+        parts.append("best")
+    if row["skipped"]:
+        parts.append(f"{row['skipped']} steps skipped: not finite")
+    print(" | ".join(parts), flush=True)
+
+    all_background = 0  # epochs in a row, up to this one
+    for epoch in reversed(history):
+        if epoch["val_dice"] > 0 or epoch["val_acc"] != epoch["val_background_acc"]:
+            break
+        all_background += 1
+    if all_background == ALL_BACKGROUND_LIMIT:
+        print(
+            f"WARNING: for {ALL_BACKGROUND_LIMIT} epochs the predicted masks were empty: that is "
+            f"{100 * row['val_background_acc']:.2f} % accurate and finds nothing. Some more epochs "
+            "may mend it; else try another --lr",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def log_values(row):
+    """A row of the history under SwanLab's keys, the tutorial's among them."""
+    values = {
+        "train/epoch": row["epoch"],
+        "train/lr": row["lr"],
+        "perf/images_per_second": row["images_per_second"],
+    }
+    for name, value in row.items():
+        split, _, score = name.partition("_")
+        if split in ("train", "val") and name != "train_background_acc":
+            values[f"{split}/{score}"] = value
+    return values
+
+
+def print_test(scores):
+    print(
+        f"test with the best weights: loss {scores['loss']:.4f}, Dice {scores['dice']:.4f}, "
+        f"IoU {scores['iou']:.4f}, mIoU {scores['miou']:.4f}, "
+        f"precision {scores['precision']:.4f}, recall {scores['recall']:.4f}, "
+        f"per-image Dice {scores['image_dice']:.4f}\n"
+        f"test accuracy {scores['acc']:.4f}; answering background everywhere scores "
+        f"{scores['background_acc']:.4f}",
+        flush=True,
+    )
+
+
+def print_run(root, args, loaders, model, machine):
+    """What is about to be trained or tested: images, device, size of the network."""
+    counts = ", ".join(f"{len(loader.rows)} {split}" for split, loader in loaders.items())
+    world, weights = rank_and_world()[1], sum(weight.numel() for weight in model.parameters())
+    processes = f"{world} x " if world > 1 else ""
+    print(
+        f"{root}: {counts} images at {args.image_size}x{args.image_size}; "
+        f"{processes}{machine}; {weights:,} parameters; writing to {args.out}",
+        flush=True,
+    )
+
+
+def list_skipped(lines, out):
+    """Write what --skip-bad left out to out/skipped.txt, a line for each image."""
+    path = out / "skipped.txt"
+    with atomic_write(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    print(f"{len(lines)} damaged images left out, listed in {path}", flush=True)

@@ -1,0 +1,154 @@
+"""From masks to scores: pixel counts, running sums, Hausdorff distance, bootstrap."""
+
+import math
+
+import numpy as np
+import torch
+
+from medseg.dist import all_reduce_sum, is_first
+from medseg.images import outline
+
+
+def dice_score(tp, fp, fn):
+    """2 tp / (2 tp + fp + fn), 0..1; 1 where target and prediction are both empty.
+
+    tp, fp, fn: numbers of pixels, as Python numbers, numpy arrays or floating-point tensors.
+    """
+    empty = tp + fp + fn == 0
+    return (2 * tp + empty) / (2 * tp + fp + fn + empty)
+
+
+def metrics(tp, fp, fn, tn):
+    """Scores of the foreground from counts of pixels (true/false positives and negatives), 0..1.
+
+    Where target and prediction are both empty, Dice, IoU, precision and recall are 1; where only
+    one of them is, they are 0. miou is the mean IoU of foreground and background;
+    background_acc is what answering "background" everywhere would score as acc.
+    """
+    total = tp + fp + fn + tn
+    empty = tp + fp + fn == 0
+
+    def safe_divide(part, whole):
+        return part / whole if whole else float(empty)
+
+    iou = safe_divide(tp, tp + fp + fn)
+    background_iou = tn / (tn + fp + fn) if tn + fp + fn else 1.0
+    return {
+        "acc": (tp + tn) / total,
+        "dice": dice_score(tp, fp, fn),
+        "iou": iou,
+        "precision": safe_divide(tp, tp + fp),
+        "recall": safe_divide(tp, tp + fn),
+        "miou": (iou + background_iou) / 2,
+        "background_acc": (fp + tn) / total,
+    }
+
+
+SCORE_NAMES = ("loss", *metrics(1, 0, 0, 0), "image_dice")  # of RunningScores.result
+
+
+class RunningScores:
+    """Sums over the images of a split, kept on the device: adding a batch never waits for it."""
+
+    def __init__(self, device):
+        device = torch.device(device)
+        exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)  # tp, fp, fn, tn
+        self.sums = torch.zeros(3, dtype=exact, device=device)  # images, their losses, their Dice
+        self.shown = torch.zeros(3, dtype=exact, pin_memory=device.type == "cuda")
+
+    @torch.no_grad()
+    def add(self, loss, pred, target, threshold=0.5, *, finite=True):
+        """Count a batch. loss: scalar tensor, the batch's; pred, target: (B, C, H, W), 0..1.
+
+        finite: bool or bool tensor; where False, the batch counts nothing.
+        """
+        pred, target = (pred > threshold).flatten(1), (target > 0.5).flatten(1)
+        pixels = target.numel()
+        tp, positive, true = (pred & target).sum(1), pred.sum(1), target.sum(1)  # (B,) each
+        fp, fn = positive - tp, true - tp
+        exact = self.sums.dtype
+        dice = dice_score(tp.to(exact), fp.to(exact), fn.to(exact)).sum()
+        tp, fp, fn = tp.sum(), fp.sum(), fn.sum()
+        counts = torch.stack([tp, fp, fn, pixels - tp - fp - fn])
+        images = torch.full_like(dice, len(pred))
+        sums = torch.stack([images, loss.to(exact) * len(pred), dice])
+        self.counts += counts if finite is True else torch.where(finite, counts, 0)
+        self.sums += sums if finite is True else torch.where(finite, sums, 0)
+
+    def result(self):
+        """dict of floats: loss, those of `metrics`, and image_dice, the mean Dice of the images.
+
+        All are NaN where nothing was counted.
+        """
+        state = self.state_dict()
+        images, loss, image_dice = state["sums"].tolist()
+        if not images:  # every step of the epoch was skipped
+            return dict.fromkeys(SCORE_NAMES, math.nan)
+        scores = metrics(*state["counts"].tolist())
+        return {"loss": loss / images, **scores, "image_dice": image_dice / images}
+
+    def images(self):
+        """Images counted, over all processes."""
+        return self.state_dict()["sums"][0].item()
+
+    def running_loss(self):
+        """(mean loss, images) of this process as of a moment ago: the GPU is not waited for."""
+        self.shown.copy_(self.sums, non_blocking=True)
+        images, loss, _ = self.shown.tolist()
+        return loss / max(images, 1), images
+
+    def reset(self):
+        self.counts.zero_()
+        self.sums.zero_()
+
+    @torch.no_grad()
+    def state_dict(self):
+        """The sums over all processes, which all have to call this."""
+        return {"counts": all_reduce_sum(self.counts), "sums": all_reduce_sum(self.sums)}
+
+    def load_state_dict(self, state):
+        if is_first():  # once is enough for the sum
+            self.counts.copy_(state["counts"])
+            self.sums.copy_(state["sums"])
+
+
+# ---- of a folder: numpy counts, an image a row -----------------------------------------------
+
+
+def image_dice(counts):
+    """(N, 4) of tp, fp, fn, tn -> (N,) Dice of each image."""
+    tp, fp, fn, _ = counts.T
+    return dice_score(tp, fp, fn)
+
+
+def pooled_scores(counts):
+    """(N, 4) -> `metrics` of the summed pixels, and image_dice, the mean of the images'."""
+    return {**metrics(*counts.sum(0).tolist()), "image_dice": image_dice(counts).mean()}
+
+
+def bootstrap(counts, samples=1000, seed=0):
+    """[2.5th, 97.5th percentile] of each of `pooled_scores` over resampled images.
+
+    Efron's percentile method. It says how much a score owes to the choice of images, not what
+    another training, or another hospital, would give.
+    """
+    rng, size = np.random.default_rng(seed), len(counts)
+    scores = [pooled_scores(counts[rng.integers(0, size, size)]) for _ in range(samples)]
+    return {
+        name: np.percentile([score[name] for score in scores], [2.5, 97.5]).tolist()
+        for name in scores[0]
+    }
+
+
+def hausdorff95(pred, target):
+    """95th percentile Hausdorff distance of two bool arrays (H, W) in pixels, NaN if one is empty.
+
+    The larger of the two directed ones, between the pixels of the outlines: Taha, Hanbury,
+    "Metrics for evaluating 3D medical image segmentation", BMC Medical Imaging 2015.
+    """
+    if not pred.any() or not target.any():
+        return math.nan
+    points = (torch.from_numpy(np.argwhere(outline(mask))).double() for mask in (pred, target))
+    distances = torch.cdist(*points)
+    return max(np.percentile(distances.amin(side).numpy(), 95) for side in (0, 1))

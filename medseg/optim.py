@@ -1,0 +1,138 @@
+"""Between gradient and weights: the learning rate, steps that are skipped, the running mean."""
+
+import copy
+import math
+
+import torch
+from torch.nn.utils import get_total_norm
+
+
+def make_schedule(kind, warmup, steps):
+    """The factor of the learning rate as a function of the step; None where it is always 1.
+
+    From 0 to 1 over `warmup` steps, then 1 ('constant'), or down to 0 at `steps` ('cosine').
+    Loshchilov, Hutter: "SGDR", ICLR 2017, equation 5, one cycle.
+    """
+    if kind == "constant" and not warmup:
+        return None
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if kind == "cosine":
+            return (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+        return 1.0
+
+    return factor
+
+
+class GuardedStep:
+    """Backward pass and optimizer step, skipped where the loss or a gradient is not finite.
+
+    Nothing here waits for the GPU: a GradScaler skips such steps on the device, with fp16 as with
+    a scale fixed at 1. Used as
+
+        step.begin()               # sets the learning rate
+        loss = criterion(model(images), masks)
+        finite = step.finish(loss)  # bool tensor: whether the weights have changed
+
+    schedule: factor of the optimizer's learning rate as a function of the step, or None.
+    """
+
+    def __init__(self, model, optimizer, device, *, scaler=None, schedule=None):
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.scaler, self.fixed_scale = scaler, None
+        if scaler is None:
+            self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
+            self.fixed_scale = 1.0
+        self.base_lr = optimizer.param_groups[0]["lr"]
+        # Running statistics of batch normalisation, which the forward pass already changes.
+        self.buffers = [value for value in model.buffers() if value.is_floating_point()]
+        self.steps = 0  # begun so far
+        # Steps skipped in this epoch, and in a row up to now.
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
+        self.shown = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    @property
+    def lr(self):
+        """Learning rate of the last step."""
+        return self.base_lr * (self.schedule(self.steps - 1) if self.schedule else 1)
+
+    def begin(self):
+        self.steps += 1
+        if self.schedule:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+
+    def finish(self, loss):
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        weights = self.model.parameters()
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        # A loss that is not a number leaves no number in the gradient.
+        gradients[0].add_(loss.detach() * 0)
+        finite = torch.isfinite(get_total_norm(gradients, math.inf))
+        self.scaler.step(self.optimizer)  # unless a gradient is not finite
+        self.scaler.update(self.fixed_scale)
+        for buffer, before in zip(self.buffers, self.buffers_before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
+        in_epoch, in_a_row = self.skipped
+        self.skipped = torch.stack([in_epoch + ~finite, (in_a_row + 1) * ~finite])
+        self.shown.copy_(self.skipped, non_blocking=True)
+        return finite
+
+    def skipped_in_a_row(self):
+        """As of a few steps ago: the GPU is not waited for."""
+        return self.shown[1].item()
+
+    def end_epoch(self):
+        """Steps skipped in the epoch that ends; the next one counts from 0."""
+        skipped = self.skipped[0].item()
+        self.skipped[0] = 0
+        return skipped
+
+    def state_dict(self):
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "scaler": self.scaler.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+        self.skipped.copy_(state["skipped"])
+        self.scaler.load_state_dict(state["scaler"])
+        # Learning rate and the like are what the optimizer was made with.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+
+
+class RunningMean:
+    """An exponential moving average of the weights; with decay 0, `model` is the model itself.
+
+    Polyak, Juditsky: "Acceleration of stochastic approximation by averaging", 1992. After n steps
+    the decay is at most n / (9 + n), so that the random weights of the start are soon forgotten.
+    """
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.model = copy.deepcopy(model) if decay else model
+        self.means, self.values = (
+            [value for value in network.state_dict().values() if value.is_floating_point()]
+            for network in (self.model, model)
+        )
+
+    def update(self, steps):
+        """Take in the weights after the steps-th step of the run."""
+        if self.decay:
+            decay = min(self.decay, steps / (9 + steps))
+            torch._foreach_lerp_(self.means, self.values, 1 - decay)
+
+    def state_dict(self):
+        return self.model.state_dict() if self.decay else {}
+
+    def load_state_dict(self, state):
+        if self.decay:
+            self.model.load_state_dict(state)
