@@ -125,7 +125,7 @@ def output_folder(path, flag="--out"):
             return folder
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be a folder to write to ({error.strerror}); choose another with {flag}"
+            f"{path}: cannot write to this folder ({error.strerror}); choose another with {flag}"
         ) from None
 
 

@@ -165,6 +165,8 @@ def test_output_that_does_not_fit_is_refused(place, refused):
         (["scans/a.png", "scans/b.png"], "out.png", "several images"),
         (["scans"], "out.png", "several images"),
         (["scans/a.png"], "out.jpg", ".png"),
+        (["scans/a.png"], "out.webp", ".png"),
+        (["scans/a.png"], "scans/a.png", "the image itself"),
         (["scans/a.png"], "scans/b.png/out.png", "cannot write"),
     ]:
         refused("predict", *inputs, "--output", output, words=["--output", reason])
@@ -361,6 +363,8 @@ def test_help_explains_every_option_and_shows_its_default(name, tmp_path, monkey
         text = f"{action.help} (default: {action.default})"
         if isinstance(action.default, bool):
             text = f"{action.help} (default: {'on' if action.default else 'off'})"
+        elif isinstance(action.default, tuple):
+            text = f"{action.help} (default: {' '.join(map(str, action.default))})"
         elif action.default in (None, SUPPRESS):
             text = action.help
         assert "".join(text.split()) in shown
