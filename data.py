@@ -8,10 +8,12 @@ examples:
 A data set is a folder with train/, valid/ and test/; each holds images and
 `_annotations.coco.json`. Every image is decoded and every annotation rasterised once, to uint8 at
 training size. The result is kept in ROOT/.cache as one array per split, (N, size, size, 4): red,
-green, blue, mask.
+green, blue, mask (of several classes, a bit each).
 """
 
 import functools
+import hashlib
+import json
 import math
 import mmap
 import shlex
@@ -25,45 +27,79 @@ from torch.utils.data import Dataset
 from medseg.audit import audit, grouped_split, require_data_set
 from medseg.cache import cached_rows
 from medseg.cli import ArgumentParser, output_folder, run_main
-from medseg.coco import ANNOTATIONS, SPLITS, image_path, load_coco, rasterize
-from medseg.images import IMAGE_SIZE, MEAN, STD, preprocess, read_image, resize_nearest
+from medseg.coco import (
+    ANNOTATIONS,
+    SPLITS,
+    image_path,
+    load_coco,
+    rasterize,
+    used_categories,
+)
+from medseg.images import IMAGE_SIZE, mean_and_std, preprocess, read_image, resize_nearest
 
 
 class COCOSegmentationDataset(Dataset):
-    """The images of one split with the union of their annotations, crowds included, as foreground.
+    """The images of one split with their annotations, crowds included, as masks.
 
     coco: pycocotools COCO (`load_coco`, or `COCO(file)`); image_dir: where its file_names are.
-    An item is (image float32 (3, S, S) normalised, mask float32 (1, S, S) of 0 and 1), with
-    S = image_size. With `transform`, as in the tutorial, the image is transform(uint8 array
+    An item is (image float32 (n_channels, S, S) normalised, mask float32 (C, S, S) of 0 and 1),
+    with S = image_size. With `transform`, as in the tutorial, the image is transform(uint8 array
     (H, W, 3)) and the mask is resized to its height and width.
+    classes: names of categories, each a channel of the mask; None, the tutorial's way, is a single
+    channel with the union of all annotations. n_channels: 3, or 1 for grey images.
     Items raise FileNotFoundError, or ValueError naming the file, where an image or annotation is
     damaged.
     """
 
-    def __init__(self, coco, image_dir, transform=None, *, image_size=IMAGE_SIZE):
+    def __init__(
+        self, coco, image_dir, transform=None, *, image_size=IMAGE_SIZE, classes=None, n_channels=3
+    ):
         self.coco, self.image_dir, self.transform = coco, Path(image_dir), transform
-        self.image_size, self.row_shape = image_size, (image_size, image_size, 4)
+        self.image_size, self.n_channels, self.classes = image_size, n_channels, classes
+        self.channel_of = None  # {category id: channel of the mask}
+        if classes is not None:
+            channels = {name: channel for channel, name in enumerate(classes)}
+            used = used_categories(coco)
+            self.channel_of = {
+                key: channels[name] for name, ids in used.items() if name in channels for key in ids
+            }
+        self.n_classes = 1 if classes is None else len(classes)
         self.image_ids = coco.getImgIds()
         if not self.image_ids:
             raise ValueError(f"{self.image_dir}: {ANNOTATIONS} lists no images")
+
+    @property
+    def row_shape(self):
+        """Of `row`: eight classes share a byte."""
+        return (self.image_size, self.image_size, self.n_channels + math.ceil(self.n_classes / 8))
+
+    @property
+    def variant(self):
+        """A word for what `row` holds that is not the tutorial's, for the cache's name."""
+        if self.classes is None and self.n_channels == 3:
+            return ""
+        content = json.dumps([self.classes, self.n_channels])
+        return "-v" + hashlib.sha256(content.encode()).hexdigest()[:8]
 
     def __len__(self):
         return len(self.image_ids)
 
     def __getitem__(self, index):
         if self.transform is None:
-            row = torch.from_numpy(self.row(index))
-            return normalize(row[None, ..., :3])[0], row[..., 3][None].float()
-        image, mask = self.load(index)
+            row = torch.from_numpy(self.row(index))[None]
+            image, masks = split_rows(row, self.n_channels, self.n_classes)
+            return image[0], masks[0]
+        image, masks = self.load(index)
         image = self.transform(np.array(image))
-        return image, torch.from_numpy(resize_nearest(mask, *image.shape[-2:]))[None].float()
+        masks = [resize_nearest(mask, *image.shape[-2:]) for mask in masks]
+        return image, torch.from_numpy(np.stack(masks)).float()
 
     def path(self, index):
         """Where the image is. ValueError for a file_name that leads out of image_dir."""
         return image_path(self.image_dir, self.coco.imgs[self.image_ids[index]]["file_name"])
 
     def load(self, index):
-        """Image `index` as stored: PIL RGB image and its mask, uint8 (H, W) of 0 and 1."""
+        """Image `index` as stored: PIL RGB image and its masks, uint8 (C, H, W) of 0 and 1."""
         record = self.coco.imgs[self.image_ids[index]]
         path = self.path(index)
         image = read_image(path)
@@ -71,58 +107,89 @@ class COCOSegmentationDataset(Dataset):
         if (width, height) != (record["width"], record["height"]):
             recorded = f"{record['width']}x{record['height']}"
             raise ValueError(f"{path}: is {width}x{height}, but its record says {recorded}")
-        mask = np.zeros((height, width), np.uint8)
+        masks = np.zeros((self.n_classes, height, width), np.uint8)
         for annotation in self.coco.imgToAnns.get(record["id"], ()):
+            channel = 0
+            if self.channel_of is not None:
+                channel = self.channel_of.get(annotation["category_id"])
+                if channel is None:  # a category that is not asked for
+                    continue
             try:
-                mask |= rasterize(annotation.get("segmentation"), height, width)
+                masks[channel] |= rasterize(annotation.get("segmentation"), height, width)
             except ValueError as error:
                 raise ValueError(f"{path}: annotation {annotation.get('id')}: {error}") from None
-        return image, mask
+        return image, masks
 
     def row(self, index):
-        """Image `index` at training size with its mask as a fourth channel: uint8 (S, S, 4)."""
-        image, mask = self.load(index)
-        mask = resize_nearest(mask, self.image_size, self.image_size)
-        return np.concatenate([preprocess(image, self.image_size), mask[..., None]], axis=2)
+        """Image `index` at training size and its masks: uint8 (S, S, n_channels + bytes).
+
+        The mask of class k is bit k % 8 of the byte k // 8.
+        """
+        image, masks = self.load(index)
+        size = self.image_size
+        masks = np.stack([resize_nearest(mask, size, size) for mask in masks], axis=2)
+        pixels = preprocess(image, size, self.n_channels)
+        return np.concatenate([pixels, np.packbits(masks, axis=2, bitorder="little")], axis=2)
 
 
-def open_split(root, split, image_size=IMAGE_SIZE, *, skipped=None):
+def open_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3):
     """The COCOSegmentationDataset of root/split; `skipped` as in `load_split`."""
     folder = Path(root) / split
-    return COCOSegmentationDataset(load_coco(folder, skipped), folder, image_size=image_size)
+    coco = load_coco(folder, skipped)
+    return COCOSegmentationDataset(
+        coco, folder, image_size=image_size, classes=classes, n_channels=n_channels
+    )
 
 
-def load_split(root, split, image_size=IMAGE_SIZE, *, skipped=None):
-    """Every image of a split at training size: uint8 array (N, image_size, image_size, 4).
+def load_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3):
+    """Every image of a split at training size: uint8 array (N, S, S, n_channels + bytes).
 
-    Made once, in parallel, kept in root/.cache and mapped into memory (`medseg.cache`).
+    S = image_size; the last bytes are the masks, see COCOSegmentationDataset.row: with a single
+    class, 0 and 1. Made once, in parallel, kept in root/.cache and mapped into memory
+    (`medseg.cache`).
     skipped: a list; damaged images are left out and each adds a line to it. Without it they are a
     ValueError that counts them and names the first. Raises FileNotFoundError.
     """
-    dataset = open_split(root, split, image_size, skipped=skipped)
+    dataset = open_split(
+        root, split, image_size, skipped=skipped, classes=classes, n_channels=n_channels
+    )
     return cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
 
 
 def normalize(pixels):
-    """uint8 tensor (B, H, W, 3) -> float32 (B, 3, H, W), mean 0 and deviation 1 by MEAN and STD.
+    """uint8 tensor (B, H, W, C) -> float32 (B, C, H, W), mean 0 and deviation 1 by MEAN and STD.
 
-    The memory stays in the order of the pixels, which is what PyTorch calls channels_last.
+    C is 3, or 1 for grey. The memory stays in the order of the pixels, which is what PyTorch
+    calls channels_last.
     """
-    mean, std = _mean_and_std(pixels.device)
+    mean, std = _mean_and_std(pixels.shape[-1], pixels.device)
     return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # in place: one array, not three
 
 
 @functools.cache
-def _mean_and_std(device):
-    """MEAN and STD of 0..255 on the device, once: a copy in every step would wait for the GPU."""
-    return torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255
+def _mean_and_std(n_channels, device):
+    """Of 0..255 and on the device, once: a copy in every step would wait for the GPU."""
+    mean, std = mean_and_std(n_channels)
+    return torch.tensor(mean, device=device) * 255, torch.tensor(std, device=device) * 255
+
+
+def split_rows(rows, n_channels, n_classes):
+    """uint8 tensor (B, S, S, n_channels + bytes) -> images and masks as a network takes them.
+
+    Images: float32 (B, n_channels, S, S) normalised; masks: float32 (B, n_classes, S, S).
+    """
+    masks = rows[..., n_channels:]
+    if n_classes > 1:
+        bits = torch.arange(8, dtype=torch.uint8, device=rows.device)
+        masks = ((masks[..., None] >> bits) & 1).flatten(-2)[..., :n_classes]
+    return normalize(rows[..., :n_channels]), masks.permute(0, 3, 1, 2).float().contiguous()
 
 
 def augment(images, masks, draws):
     """Rotate, scale, shift and brighten each image in a way of its own; shapes stay.
 
-    images: float32 (B, 3, H, W) normalised; masks: float32 (B, 1, H, W) of 0 and 1, and so they
-    stay; draws: (B, 6) uniform in 0..1, on the CPU, which decide what happens to each image.
+    images: float32 (B, 1 or 3, H, W) normalised; masks: float32 (B, C, H, W) of 0 and 1, and so
+    they stay; draws: (B, 6) uniform in 0..1, on the CPU, which decide what happens to each image.
     Image and mask go through the same map, the image bilinear, the mask nearest. All of it is
     slight (5 degrees, 10 % scale, 5 % shift), for the masks are boxes, which a large rotation
     leaves askew.
@@ -146,9 +213,10 @@ def augment(images, masks, draws):
 class Batches:
     """The batches of a split, on the device and normalised: what a DataLoader is to a Dataset.
 
-    rows: uint8 array (N, S, S, 4) of `load_split`. Iterating yields (images float32 (B, 3, S, S),
-    masks float32 (B, 1, S, S) of 0 and 1). With shuffle, the order is a function of seed and epoch
-    alone, and so, with augmented, is what `augment` does to each image.
+    rows: uint8 array (N, S, S, n_channels + bytes) of `load_split`. Iterating yields (images
+    float32 (B, n_channels, S, S), masks float32 (B, n_classes, S, S) of 0 and 1). With shuffle,
+    the order is a function of seed and epoch alone, and so, with augmented, is what `augment`
+    does to each image.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
     Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size
     is that over all processes, and so is `global_batch_size`, the size of the batch last yielded.
@@ -165,12 +233,15 @@ class Batches:
         rank=0,
         world=1,
         augmented=False,
+        n_channels=3,
+        n_classes=1,
     ):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
         self.rows, self.batch_size = torch.from_numpy(rows), batch_size
         self.device, self.rank, self.world = torch.device(device), rank, world
         self.shuffle, self.seed, self.augmented = shuffle, seed, augmented
+        self.n_channels, self.n_classes = n_channels, n_classes
         self.memory_map = getattr(rows, "_mmap", None)
         self.set_epoch(0)
         if self.device.type == "cuda":
@@ -208,8 +279,7 @@ class Batches:
         batch = batch.to(self.device, non_blocking=True)
         if hasattr(self.memory_map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             self.memory_map.madvise(mmap.MADV_DONTNEED)  # else the process grows to the file's size
-        masks = batch[..., 3:].permute(0, 3, 1, 2).float().contiguous()
-        return normalize(batch[..., :3]), masks
+        return split_rows(batch, self.n_channels, self.n_classes)
 
 
 def main(argv=None):

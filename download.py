@@ -1,8 +1,14 @@
-"""Get the brain-tumour MRI data set, or draw phantoms that stand in for it.
+"""Get the brain-tumour MRI data set, draw phantoms that stand in for it, or import your own data.
 
     python download.py                      # Kaggle; if that fails, the tutorial's mirror
     python download.py --zip archive.zip    # the zip that a browser saved from the Kaggle page
     python download.py --synthetic          # no account, no network: MRI-like phantoms
+
+    python download.py --masks images masks --data mine     # a folder of images, one of masks
+    python download.py --masks scan.nii.gz mask.nii.gz --data mine --into test  # NIfTI, or DICOM
+    python download.py --labelme folder --data mine         # what LabelMe saved
+    python download.py --coco instances.json images --data mine
+    python download.py --masks test/images test/masks --into test --data mine  # one split more
 
 Afterwards dataset/ has train/, valid/ and test/, each with its images and one
 _annotations.coco.json. Splits that are already there are replaced only with --force.
@@ -18,8 +24,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from medseg import own_data
 from medseg.archive import check_disk_space, install, is_intact, occupied, read_splits, unpack
 from medseg.cli import ArgumentParser, number, one_line, run_main
+from medseg.dataset import holds_own_data
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
 
 SLUG = "pkdarabi/brain-tumor-image-dataset-semantic-segmentation"
@@ -268,16 +276,34 @@ def get_args(argv):
         metavar=("TRAIN", "VALID", "TEST"),
         help="number of images in each split",
     )
-    phantoms.add_argument("--seed", type=number(0), default=0, help="random seed of the phantoms")
-    return parser.parse_args(argv)
+    phantoms.add_argument(
+        "--two-classes", action="store_true", help="two classes of lesions, bright and dark"
+    )
+    seed_help = "random seed of the phantoms, and of --split"
+    data.add_argument("--seed", type=number(0), default=0, help=seed_help)
+    own_data.add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.two_classes and not args.synthetic:
+        parser.error("--two-classes: goes with --synthetic")
+    own_data.check_arguments(parser, args)
+    return args
 
 
 def get_data(root, args):
-    """Do what the flags ask for. Raises DownloadError or OSError; no split has changed then."""
+    """Do what the flags ask for.
+
+    Raises DownloadError, ValueError or OSError; no split has changed then.
+    """
+    if own_data.source(args):
+        own_data.import_data(root, args)
+        return
     keep = occupied(root) and not args.force
     try:
         if args.synthetic:
-            make_phantoms(root, args.phantoms, seed=args.seed, force=args.force)
+            options = {"seed": args.seed, "force": args.force, "two_classes": args.two_classes}
+            make_phantoms(root, args.phantoms, **options)
+        elif keep and holds_own_data(root):
+            raise ValueError(f"{root} holds own data: name another folder with --data")
         elif keep and is_phantom(read_splits(root, damaged=[])):
             raise ValueError(f"{root} holds phantoms, not the real data")
     except ValueError as error:
@@ -322,7 +348,10 @@ def main(argv=None):
         for folder in [root / ".download"] + [root] * (not existed):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # succeeds only where the folder is empty
-    print_summary(root, data_flag)
+    if own_data.source(args):
+        own_data.print_next(root, data_flag)
+    else:
+        print_summary(root, data_flag)
 
 
 if __name__ == "__main__":

@@ -88,14 +88,25 @@ class UNet(nn.Module):
     The names of its weights and their shapes are the tutorial's, so either's `best_model.pth`
     loads in the other. norm: 'batch' or 'group' puts such a layer after each 3x3 convolution; the
     tutorial has None. `image_size` is the side in pixels the model is trained at: it changes no
-    arithmetic, travels in the state dict's metadata, and tells predict.py how to resize.
+    arithmetic and tells predict.py how to resize. `class_names`: a name for each class, by default
+    "1", "2", ... or, of a single one, "foreground". Both travel in the state dict's metadata.
     """
 
     def __init__(
-        self, n_channels=3, n_classes=1, n_filters=32, *, image_size=IMAGE_SIZE, norm=None
+        self,
+        n_channels=3,
+        n_classes=1,
+        n_filters=32,
+        *,
+        image_size=IMAGE_SIZE,
+        norm=None,
+        class_names=None,
     ):
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
+        self.class_names = tuple(class_names or default_class_names(n_classes))
+        if len(self.class_names) != n_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {n_classes} classes")
 
         # Encoder (sides for a 256x256 input)
         self.down1 = DownBlock(n_channels, n_filters, norm=norm)  # -> 128
@@ -117,7 +128,7 @@ class UNet(nn.Module):
 
         self.outc = nn.Conv2d(n_filters, n_classes, 1)
         self.sigmoid = nn.Sigmoid()
-        self.register_state_dict_post_hook(_record_image_size)
+        self.register_state_dict_post_hook(_record_metadata)
 
     def forward(self, x):
         height, width = x.shape[-2:]
@@ -157,12 +168,16 @@ class UNet(nn.Module):
             n_classes = state["outc.weight"].shape[0]
             metadata = getattr(state, "_metadata", {}).get("", {})
             image_size = metadata.get("image_size", IMAGE_SIZE)
+            class_names = metadata.get("class_names", default_class_names(n_classes))
         except (KeyError, TypeError, AttributeError, ValueError, IndexError):
             raise ValueError(
                 "not the weights of a UNet: no down1.conv1.weight and outc.weight in it"
             ) from None
         if not isinstance(image_size, int) or not 1 <= image_size <= 8192:
             raise ValueError(f"not the weights of a UNet: trained at image size {image_size!r}?")
+        names = class_names if isinstance(class_names, (list, tuple)) else ()
+        if len(names) != n_classes or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"not the weights of a UNet: class names {class_names!r:.80}?")
         # Before memory is taken for a network that a few bytes claim to be: are its largest
         # weights there?
         largest, width = state.get("bottleneck.conv2.weight"), 32 * n_filters
@@ -175,7 +190,9 @@ class UNet(nn.Module):
         norm = None
         if "down1.norm1.weight" in state:
             norm = "batch" if "down1.norm1.running_mean" in state else "group"
-        model = cls(n_channels, n_classes, n_filters, image_size=image_size, norm=norm)
+        model = cls(
+            n_channels, n_classes, n_filters, image_size=image_size, norm=norm, class_names=names
+        )
         expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         shapes = {name: getattr(weight, "shape", None) for name, weight in state.items()}
         for name in sorted(expected.keys() | shapes.keys()):
@@ -200,6 +217,13 @@ def load_model(path):
         raise ValueError(f"{path}: {error}") from None
 
 
-def _record_image_size(model, state, prefix, metadata):
-    """Hook of `state_dict`: the size that the model is trained at travels with its weights."""
+def default_class_names(n_classes):
+    if n_classes == 1:
+        return ("foreground",)
+    return tuple(str(number + 1) for number in range(n_classes))
+
+
+def _record_metadata(model, state, prefix, metadata):
+    """Hook of `state_dict`: image size and class names travel with the weights."""
     metadata["image_size"] = model.image_size
+    metadata["class_names"] = list(model.class_names)

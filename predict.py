@@ -6,9 +6,12 @@ examples:
   python predict.py scan.png --output mask.png       # only the mask, in that file
   python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.png of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
+  python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
+  python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
   torchrun --standalone --nproc_per_node=4 predict.py scans/   # a folder on four GPUs
 
-Masks are 0 and 255, of the size of the image. The architecture and the size the model was trained
+Masks are 0 and 255, of the size of the image, or with several classes a palette image of class
+numbers. The architecture and the size the model was trained
 at are read from the weights.
 """
 
@@ -25,23 +28,25 @@ from tqdm import tqdm
 
 import net
 from data import Batches, load_split, normalize, open_split
-from medseg.cli import ArgumentParser, number, output_folder, run_main
-from medseg.coco import ANNOTATIONS
+from medseg.cli import ArgumentParser, number, run_main
+from medseg.coco import ANNOTATIONS, check_classes
 from medseg.device import available_device, inference_batch_size, keep_freed_memory, pick_device
 from medseg.files import parallel_map
 from medseg.images import (
     IMAGE_SIZE,
     SUFFIXES,
-    full_size_mask,
+    full_size_labels,
     overlay,
     preprocess,
     read_image,
     resize_nearest,
     save_mask,
     save_png,
+    with_legend,
 )
+from medseg.inputs import choose_output, expand, sort_inputs
+from medseg.medical import base_name, mask_name
 
-OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "contact_sheet.jpg")
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 
 
@@ -54,46 +59,49 @@ def load_model(model_path="best_model.pth", device="cuda"):
     return model.to(available_device(device), memory_format=torch.channels_last).eval()
 
 
-def preprocess_image(image_path, *, image_size=IMAGE_SIZE):
-    """Image file -> (normalised float32 tensor (1, 3, S, S), the resized PIL image S x S).
+def preprocess_image(image_path, *, image_size=IMAGE_SIZE, n_channels=3):
+    """Image file -> (normalised float32 tensor (1, n_channels, S, S), the resized PIL image).
 
-    image_path: a path, or a PIL image read already. S = image_size.
-    Raises FileNotFoundError or ValueError as `medseg.images.read_image` does.
+    image_path: a path, or a PIL image read already. S = image_size; n_channels is 3, or 1 for
+    grey. Raises FileNotFoundError or ValueError as `medseg.images.read_image` does.
     """
     image = image_path if isinstance(image_path, Image.Image) else read_image(image_path)
-    pixels = preprocess(image, image_size)
-    return normalize(torch.from_numpy(pixels)[None]), Image.fromarray(pixels)
+    pixels = preprocess(image, image_size, n_channels)
+    return normalize(torch.from_numpy(pixels)[None]), Image.fromarray(pixels.squeeze())
 
 
 def predict_mask(
     model, image_tensor, device="cuda", threshold=0.5, *, size=None, return_highest=False
 ):
-    """Normalised image (B, 3, H, W) -> float32 mask (B, 1, H, W), 1 above the threshold.
+    """Normalised image (B, 3, H, W) -> float32 mask (B, C, H, W), 1 above the threshold.
 
-    size: (width, height) of the one image of the batch as it was: the probabilities are resized
-    to it first, and the mask is (1, 1, height, width), on the CPU.
-    return_highest: return (mask, highest probability of the batch).
+    size: (width, height) of the one image of the batch as it was. The probabilities are resized to
+    it first, and the mask is (1, 1, height, width), on the CPU, and holds class numbers: 0 for
+    background, 1 for the first class, and so on.
+    return_highest: return (mask, highest probability of each class in the batch, array (C,)).
     """
     probabilities = predict_probabilities(model, image_tensor, device)
     if size is None:
         mask = (probabilities > threshold).float()
     else:
-        resized = full_size_mask(probabilities[0, 0].cpu().numpy(), size, threshold)
-        mask = torch.from_numpy(resized)[None, None].float()
-    return (mask, probabilities.max().item()) if return_highest else mask
+        labels = full_size_labels(probabilities[0].cpu().numpy(), size, threshold)
+        mask = torch.from_numpy(labels)[None, None].float()
+    return (mask, probabilities.amax((0, 2, 3)).cpu().numpy()) if return_highest else mask
 
 
 def predict_probabilities(model, image_tensor, device="cuda"):
-    """Normalised image (B, 3, H, W) -> float32 probabilities (B, 1, H, W) on the device."""
+    """Normalised image (B, 3, H, W) -> float32 probabilities (B, C, H, W) on the device."""
     with torch.inference_mode():
         return model(image_tensor.to(available_device(device)))
 
 
-def visualize_result(original_image, predicted_mask, *, path="predictions.png"):
+def visualize_result(
+    original_image, predicted_mask, *, path="predictions.png", class_names=("foreground",)
+):
     """Draw image, mask and overlay side by side to `path`.
 
-    original_image: PIL image or uint8 array (H, W, 3); predicted_mask: array or tensor of 0 and 1
-    that squeezes to (H, W).
+    original_image: PIL image or uint8 array (H, W, 3); predicted_mask: array or tensor that
+    squeezes to (H, W), of 0 and 1 or of class numbers.
     """
     # With Pillow: importing matplotlib would take as long as the prediction itself.
     picture = original_image
@@ -102,11 +110,14 @@ def visualize_result(original_image, predicted_mask, *, path="predictions.png"):
     scale = 400 / max(picture.size)
     width, height = (max(round(side * scale), 1) for side in picture.size)
     picture = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    mask = resize_nearest(np.squeeze(np.asarray(predicted_mask)) > 0.5, height, width)
+    labels = np.rint(np.squeeze(np.asarray(predicted_mask))).astype(np.uint8)
+    labels = resize_nearest(labels, height, width)
+    black, n_classes = Image.new("RGB", picture.size), len(class_names)
+    mask = Image.fromarray(labels > 0)
     panels = {
         "Original Image": picture,
-        "Predicted Mask": Image.fromarray(mask),
-        "Overlay": overlay(picture, mask),
+        "Predicted Mask": mask if n_classes == 1 else overlay(black, labels, n_classes),
+        "Overlay": overlay(picture, labels, n_classes),
     }
     column = max(width, 150)
     figure = Image.new("RGB", (3 * column + 40, height + 50), (240, 240, 240))
@@ -115,36 +126,44 @@ def visualize_result(original_image, predicted_mask, *, path="predictions.png"):
         left = 10 + index * (column + 10)
         draw.text((left + column / 2, 32), title, fill="black", font=font, anchor="ms")
         figure.paste(panel, (left + (column - width) // 2, 40))
-    save_png(figure, path)
+    save_png(with_legend(figure, class_names), path)
 
 
-def describe(path, mask, highest):
-    """One line on a prediction; the highest probability tells why a mask is empty."""
-    share = 100 * mask.mean()
-    return f"{path}: foreground {share:.2f} %, highest probability {highest:.3f}"
+def describe(path, labels, highest, class_names):
+    """A line on a prediction, or with several classes one for each.
+
+    The highest probability tells why a mask is empty.
+    """
+    lines = [] if len(class_names) == 1 else [f"{path}:"]
+    for index, name in enumerate(class_names):
+        what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
+        share = 100 * (labels == index + 1).mean()
+        lines.append(f"{what} {share:.2f} %, highest probability {highest[index]:.3f}")
+    return "\n".join(lines)
 
 
-# ---- one image, many images, a folder with annotations ---------------------------------------
+# ---- one image, many, a volume, a folder with annotations ------------------------------------
 
 
-def predict_one(model, path, output, threshold, device):
+def predict_one(model, picture, output, threshold, device):
     """Predict one image; write the mask and, where `output` is a folder, the tutorial's figure."""
-    image = read_image(path)
-    image_tensor, _ = preprocess_image(image, image_size=model.image_size)
+    image = picture.load()
+    image_tensor, _ = preprocess_image(
+        image, image_size=model.image_size, n_channels=model.n_channels
+    )
     mask, highest = predict_mask(
         model, image_tensor, device, threshold, size=image.size, return_highest=True
     )
-    mask = mask[0, 0].numpy() > 0
-    written = [output]
+    labels, written = mask[0, 0].numpy().astype(np.uint8), [output]
     if output.is_dir():
-        written = [output / f"{path.stem}_mask.png", output / "predictions.png"]
-        visualize_result(image, mask, path=written[1])
-    save_mask(mask, written[0])
-    print(describe(path, mask, highest))
+        written = [output / f"{picture.name}_mask.png", output / "predictions.png"]
+        visualize_result(image, labels, path=written[1], class_names=model.class_names)
+    save_mask(labels, written[0], model.class_names)
+    print(describe(picture.path, labels, highest, model.class_names))
     print(f"saved {' and '.join(map(str, written))}")
 
 
-def predict_many(model, paths, output, threshold, device):
+def predict_many(model, pictures, output, threshold, device):
     """Predict images in batches; write a mask and an overlay for each.
 
     Decoding runs ahead and writing behind in threads, a few batches of each at most; the threads
@@ -152,48 +171,83 @@ def predict_many(model, paths, output, threshold, device):
     Returns what went wrong, a line each.
     """
 
-    def read(path):
-        image = read_image(path)
-        return path, image, preprocess(image, model.image_size)
+    def read(picture):
+        image = picture.load()
+        return picture, image, preprocess(image, model.image_size, model.n_channels)
 
-    def write(path, image, probabilities):
-        mask = full_size_mask(probabilities, image.size, threshold)
-        save_mask(mask, output / f"{path.stem}_mask.png")
+    def write(picture, image, probabilities):
+        labels = full_size_labels(probabilities, image.size, threshold)
+        save_mask(labels, output / f"{picture.name}_mask.png", names)
+        drawn = with_legend(overlay(image, labels, len(names)), names)
         # Size matters less than time here.
-        save_png(overlay(image, mask), output / f"{path.stem}_overlay.png", compress_level=1)
-        return describe(path, mask, probabilities.max())
+        save_png(drawn, output / f"{picture.name}_overlay.png", compress_level=1)
+        return describe(picture.path, labels, probabilities.max((1, 2)), names)
 
-    batch_size = inference_batch_size(device)
+    batch_size, names, total = inference_batch_size(device), model.class_names, len(pictures)
     problems, batch, writing = [], [], deque()
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit=" images", disable=None) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=total, unit=" images", disable=None) as bar:
 
         def finish_writing(limit):
             while len(writing) > limit:
                 tqdm.write(writing.popleft().result())
                 bar.update()
 
-        for count, item in enumerate(parallel_map(read, paths), 1):
+        for count, item in enumerate(parallel_map(read, pictures), 1):
             if isinstance(item, Exception):
                 problems.append(str(item))
                 bar.update()
             else:
                 batch.append(item)
-            if batch and (len(batch) == batch_size or count == len(paths)):
+            if batch and (len(batch) == batch_size or count == total):
                 images = normalize(torch.from_numpy(np.stack([pixels for *_, pixels in batch])))
-                probabilities = predict_probabilities(model, images, device)[:, 0].cpu().numpy()
-                for (path, image, _), own in zip(batch, probabilities, strict=True):
-                    writing.append(pool.submit(write, path, image, own))
+                probabilities = predict_probabilities(model, images, device).cpu().numpy()
+                for (picture, image, _), own in zip(batch, probabilities, strict=True):
+                    writing.append(pool.submit(write, picture, image, own))
                 batch = []
                 finish_writing(2 * batch_size)
         finish_writing(0)
     return problems
 
 
+def predict_volume(model, path, output, threshold, device, window):
+    """Predict every slice of a NIfTI volume; write a mask volume and a montage of slices."""
+    from medseg.nifti import montage, open_nifti, write_mask
+
+    volume, names = open_nifti(path), model.class_names
+    pictures, highest = volume.pictures(window), np.zeros(len(names))
+    masks = np.zeros((len(pictures), *pictures[0].shape), np.uint8)
+    batches = np.arange(0, len(pictures), inference_batch_size(device))
+    for start in tqdm(batches, path.name, unit=" batches", disable=None):
+        indices = range(start, min(start + inference_batch_size(device), len(pictures)))
+        images = [Image.fromarray(pictures[index]) for index in indices]
+        rows = [preprocess(image, model.image_size, model.n_channels) for image in images]
+        batch = normalize(torch.from_numpy(np.stack(rows)))
+        probabilities = predict_probabilities(model, batch, device).cpu().numpy()
+        highest = np.maximum(highest, probabilities.max((0, 2, 3)))
+        for index, own in zip(indices, probabilities, strict=True):
+            masks[index] = full_size_labels(own, images[0].size, threshold)
+    written = [output]
+    if output.is_dir():
+        written = [output / mask_name(path), output / f"{base_name(path)}_montage.png"]
+        drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(names)))
+        save_png(with_legend(drawn, names), written[1])
+    write_mask(written[0], volume, masks)
+    print(describe(path, masks, highest, names))
+    print(f"saved {' and '.join(map(str, written))}")
+
+
 def predict_rows(model, rows, *, device):
-    """Yield (target bool (B, S, S), probabilities float32 (B, S, S)), arrays, for all `rows`."""
-    for images, masks in Batches(rows, inference_batch_size(device), device):
+    """Yield (targets bool, probabilities float32), arrays (B, C, S, S), for all `rows`."""
+    batches = Batches(
+        rows,
+        inference_batch_size(device),
+        device,
+        n_channels=model.n_channels,
+        n_classes=model.n_classes,
+    )
+    for images, masks in batches:
         probabilities = predict_probabilities(model, images, device)
-        yield masks[:, 0].cpu().numpy() > 0.5, probabilities[:, 0].cpu().numpy()
+        yield masks.cpu().numpy() > 0.5, probabilities.cpu().numpy()
 
 
 def report(model, folder, output, threshold, device):
@@ -204,18 +258,27 @@ def report(model, folder, output, threshold, device):
     """
     from medseg.report import write_report
 
+    def load(folder):
+        return load_split(folder.parent, folder.name, model.image_size, **content)
+
+    classes = list(model.class_names) if model.n_classes > 1 else None
+    content = {"classes": classes, "n_channels": model.n_channels}
     place = folder.resolve()  # `dataset/test/` and `.` have a parent too
     dataset, valid = open_split(place.parent, place.name), place.parent / "valid"
+    check_classes(dataset.coco, classes, folder)
     names = [dataset.path(index).name for index in range(len(dataset))]
-    rows, valid_rows = load_split(place.parent, place.name, model.image_size), None
+    rows, valid_rows = load(place), None
     if (valid / ANNOTATIONS).exists() and not valid.samefile(place):
-        valid_rows = load_split(valid.parent, valid.name, model.image_size)
+        valid_rows = load(valid)
     predict = partial(predict_rows, model, device=device)
-    return write_report(output, str(folder), names, rows, valid_rows, predict, threshold)
+    class_names = model.class_names
+    return write_report(
+        output, str(folder), names, rows, valid_rows, predict, threshold, class_names
+    )
 
 
 def print_report(folder, output, scores, intervals):
-    said = {}
+    said, by_class = {}, [name for name in scores if name.startswith("dice/")]
     for name, value in scores.items():
         low, high = intervals[name]
         said[name] = f"{value:.4f} [{low:.4f}, {high:.4f}]"
@@ -224,42 +287,22 @@ def print_report(folder, output, scores, intervals):
         f"accuracy {said['acc']} (background everywhere: {scores['background_acc']:.4f}); "
         f"saved {output / 'report.json'} and {output / 'report.png'}"
     )
+    for name in by_class:
+        print(f"  {name.removeprefix('dice/')}: Dice {said[name]}")
+
+
+def score(model, folders, output, threshold, device):
+    """Write and print the report of the one annotated folder."""
+    if len(folders) > 1:
+        raise ValueError(
+            f"{folders[0]} and {folders[1]} both have annotations, and a report is of one "
+            "folder: score them apart, with another --output"
+        )
+    result = report(model, folders[0], output, threshold, device)
+    print_report(folders[0], output, result["scores"], result["confidence_95"])
 
 
 # ---- the command line ------------------------------------------------------------------------
-
-
-def expand(inputs):
-    """Files and folders -> list of image files.
-
-    Raises FileNotFoundError, and ValueError where there are none or two would share a name.
-    """
-    paths = []
-    for given in map(Path, inputs):
-        if given.is_dir():
-            images = [path for path in sorted(given.iterdir()) if is_input(path)]
-            if not images:
-                raise ValueError(f"{given}: no images ({', '.join(SUFFIXES)}) in this folder")
-            paths += images
-        elif given.exists():
-            paths.append(given)
-        else:
-            raise FileNotFoundError(f"{given}: no such image or folder")
-    stems = {}
-    for path in paths:
-        other = stems.setdefault(path.stem, path)
-        if other != path:
-            raise ValueError(
-                f"{path} and {other} would both become {path.stem}_mask.png: "
-                "predict them apart, with another --output"
-            )
-    return list(stems.values())
-
-
-def is_input(path):
-    """Whether a file in a folder is an image, and not one that these scripts wrote."""
-    ours = path.name in OWN_PICTURES or path.stem.endswith(("_mask", "_overlay"))
-    return path.suffix.lower() in SUFFIXES and not ours
 
 
 def example():
@@ -275,29 +318,13 @@ def example():
     )
 
 
-def choose_output(given, single, inputs):
-    """The folder to write to, made if need be, or for a single image the file that was named."""
-    path = Path(given or ("." if single else "predictions"))
-    other_pictures = (".gif", ".webp", ".jp2", ".tga", ".ppm")
-    if not given or path.is_dir() or path.suffix.lower() not in (*SUFFIXES, *other_pictures):
-        return output_folder(path, "--output")
-    if not single:
-        raise ValueError(f"--output {given}: several images need a folder, not one file")
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--output {given}: a mask is written as .png, which loses nothing")
-    if path.exists() and any(path.samefile(other) for other in inputs):
-        raise ValueError(f"--output {given}: that is the image itself; name another file")
-    output_folder(path.parent, "--output")
-    return path
-
-
-def main(argv=None):
+def make_parser():
     parser = ArgumentParser("predict.py", __doc__)
     parser.add_argument(
         "inputs",
         nargs="*",
         metavar="IMAGE|FOLDER",
-        help="JPEG, PNG, TIFF or BMP; without one, the tutorial's example image",
+        help="JPEG, PNG, TIFF, BMP, DICOM or NIfTI; without one, the tutorial's example image",
     )
     add = parser.add_argument_group("model").add_argument
     add("--model", default="best_model.pth", metavar="FILE", help="weights, ours or the tutorial's")
@@ -311,35 +338,56 @@ def main(argv=None):
     add = parser.add_argument_group("files").add_argument
     add(
         "--output",
-        metavar="FOLDER|FILE.png",
+        metavar="FOLDER|FILE",
         help="where to write; default: here for one image, predictions/ for several",
     )
-    args = parser.parse_args(argv)
+    add(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("CENTER", "WIDTH"),
+        help="of DICOM or NIfTI values; default: the file's own, or 0.5 to 99.5 %% of a volume",
+    )
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
 
     device = pick_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
     paths = expand(args.inputs) if args.inputs else [example()]
-    single = len(paths) == 1 and not any(Path(given).is_dir() for given in args.inputs)
+    named_one = len(paths) == 1 and not any(Path(given).is_dir() for given in args.inputs)
+    window = tuple(args.window) if args.window else None
+    pictures, volumes, problems = sort_inputs(paths, window)
+    if named_one and problems:
+        raise ValueError(problems[0])
+    single = named_one and len(pictures) + len(volumes) == 1
     model = load_model(args.model, device)
     output = choose_output(args.output, single, paths)
+    rank, world = 0, 1
+    if "LOCAL_RANK" in os.environ:  # torchrun: to each process its part
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for path in volumes[rank::world]:
+        try:
+            predict_volume(model, path, output, args.threshold, device, window)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+            if single:
+                raise
+    if single and pictures:
+        predict_one(model, pictures[0], output, args.threshold, device)
     if single:
-        predict_one(model, paths[0], output, args.threshold, device)
         return
-    rank = int(os.environ.get("RANK", 0))
-    if "LOCAL_RANK" in os.environ:  # torchrun: to each process its share
-        paths = paths[rank :: int(os.environ["WORLD_SIZE"])]
-    problems = predict_many(model, paths, output, args.threshold, device)
-    print(f"saved {len(paths) - len(problems)} masks and overlays in {output}")
+    pictures = pictures[rank::world]
+    if pictures:
+        failed = predict_many(model, pictures, output, args.threshold, device)
+        problems += failed
+        print(f"saved {len(pictures) - len(failed)} masks and overlays in {output}")
     annotated = [folder for folder in map(Path, args.inputs) if (folder / ANNOTATIONS).exists()]
-    if len(annotated) > 1:
-        raise ValueError(
-            f"{annotated[0]} and {annotated[1]} both have annotations, and a report is of one "
-            "folder: score them apart, with another --output"
-        )
     if annotated and rank == 0:
-        result = report(model, annotated[0], output, args.threshold, device)
-        print_report(annotated[0], output, result["scores"], result["confidence_95"])
+        score(model, annotated, output, args.threshold, device)
     if problems:
         raise ValueError(f"{len(problems)} of {len(paths)} left out: {'; '.join(problems)}")
 

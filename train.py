@@ -38,7 +38,7 @@ from medseg.checkpoint import (
     refuse_other_run,
 )
 from medseg.cli import output_folder, run_main, spell_flags
-from medseg.coco import SPLITS
+from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.device import (
     choose_precision,
     keep_freed_memory,
@@ -66,7 +66,7 @@ from medseg.history import (
     show_loss,
     write_history,
 )
-from medseg.metrics import RunningScores, dice_score
+from medseg.metrics import RunningScores, class_names, dice_score
 from medseg.optim import GuardedStep, RunningMean, make_schedule
 from medseg.phantoms import make_phantoms
 from medseg.plots import denormalize, plot_curves, plot_predictions
@@ -105,7 +105,7 @@ def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=l
     poll() is called after each batch.
     """
     model.eval()
-    scores = RunningScores(device)
+    scores = RunningScores(device, class_names(model))
     with torch.inference_mode():
         for images, masks in loader:
             images, masks = images.to(device), masks.to(device)
@@ -186,7 +186,7 @@ def train_model(
         model=model,
         running_mean=RunningMean(model, ema),
         guarded_step=GuardedStep(model, optimizer, device, scaler=scaler, schedule=schedule),
-        scores=RunningScores(device),
+        scores=RunningScores(device, class_names(model)),
         progress=Progress(),
         rng=RandomState(device),
     )
@@ -247,13 +247,14 @@ def visualize_predictions(
     model.eval()
     images, masks = next(iter(test_loader))
     chosen = np.linspace(0, len(images) - 1, min(num_samples, len(images))).astype(int)
-    images, targets = images[chosen].to(device), masks[chosen, 0].to(device) > 0.5
+    images, targets = images[chosen].to(device), masks[chosen].to(device) > 0.5
     with torch.inference_mode():
-        preds = model(images)[:, 0] > threshold
-    titles = []
-    for pred, target in zip(preds, targets, strict=True):
-        counts = ((pred & target).sum(), (pred & ~target).sum(), (~pred & target).sum())
-        titles.append(f"Dice {dice_score(*(count.item() for count in counts)):.2f}")
+        preds = model(images) > threshold
+    tp, fp, fn = (
+        (one & other).sum((2, 3)).double()
+        for one, other in ((preds, targets), (preds, ~targets), (~preds, targets))
+    )
+    titles = [f"Dice {dice:.2f}" for dice in dice_score(tp, fp, fn).mean(1).tolist()]
     return plot_predictions(
         denormalize(images),
         targets.cpu().numpy(),
@@ -261,6 +262,7 @@ def visualize_predictions(
         titles,
         path,
         title=title or f"predictions at threshold {threshold:g}",
+        class_names=class_names(model),
     )
 
 
@@ -305,8 +307,8 @@ def train_and_test(args, checkpoint, signals):
             with dist.first_on_each_machine():
                 root = make_phantoms(root / "synthetic")
         precision = choose_precision(args.precision, device)
-        model = make_model(args, device)
-        loaders, skipped = load_data(args, root, device)
+        model = make_model(args, root, device)
+        loaders, skipped = load_data(args, root, model, device)
         if dist.is_first():
             print_run(root, args, loaders, model, f"{device.type}, {precision}")
             if args.recipe != "tutorial":
@@ -343,7 +345,7 @@ def train_and_test(args, checkpoint, signals):
             scores = evaluate(model, loaders["test"], combined_loss, device, autocast=autocast)
             tracker.log({f"test/{name}": value for name, value in scores.items()})
             if dist.is_first():
-                print_test(scores)
+                print_test(scores, model.class_names)
                 draw(args, root, model, loaders["test"], device, history, tracker)
         finally:
             tracker.finish(failed=sys.exc_info()[0] is not None)
@@ -371,15 +373,29 @@ def train(args, model, loaders, device, checkpoint, flags, **machinery):
     )
 
 
-def make_model(args, device):
+def make_model(args, root, device):
     """The network of these flags, or with --test-only that of best_model.pth, on the device."""
     torch.manual_seed(args.seed)
     if args.test_only:
         model = load_model(Path(args.out) / BEST)
         args.image_size = model.image_size
     else:
-        norm = None if args.norm == "none" else args.norm
-        model = UNet(n_filters=args.n_filters, image_size=args.image_size, norm=norm)
+        names = None
+        if args.classes == "each":
+            names = list(used_categories(load_coco(root / "train", [])))
+            if not 1 <= len(names) <= 255:
+                raise ValueError(
+                    f"{root / 'train'}: {len(names)} categories have annotations, and --classes "
+                    "each takes 1 to 255"
+                )
+        model = UNet(
+            args.n_channels,
+            len(names) if names else 1,
+            args.n_filters,
+            image_size=args.image_size,
+            norm=None if args.norm == "none" else args.norm,
+            class_names=names,
+        )
         if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
             bias = math.log(args.prior / (1 - args.prior))
             torch.nn.init.constant_(model.outc.bias, bias)
@@ -390,7 +406,7 @@ def make_model(args, device):
     return model
 
 
-def load_data(args, root, device):
+def load_data(args, root, model, device):
     """{split: Batches}, and the lines on images that --skip-bad leaves out (None without it)."""
     skipped, loaders = [] if args.skip_bad else None, {}
     rank, world = dist.rank_and_world()
@@ -399,9 +415,13 @@ def load_data(args, root, device):
             f"--batch-size {args.batch_size} is over all {world} processes together: "
             f"give at least {world}"
         )
+    classes = None
+    if model.n_classes > 1 or args.classes == "each":
+        classes = list(model.class_names)
+    content = {"classes": classes, "n_channels": model.n_channels}
     with dist.first_on_each_machine():
         for split in ("test",) if args.test_only else SPLITS:
-            rows = load_split(root, split, args.image_size, skipped=skipped)
+            rows = load_split(root, split, args.image_size, skipped=skipped, **content)
             train = split == "train"
             loaders[split] = Batches(
                 rows,
@@ -412,6 +432,8 @@ def load_data(args, root, device):
                 rank=rank,
                 world=world,
                 augmented=train and args.augment,
+                n_channels=model.n_channels,
+                n_classes=model.n_classes,
             )
     return loaders, skipped
 

@@ -50,14 +50,14 @@ def read_split(folder, damaged):
     return coco
 
 
-def read_splits(root, damaged):
+def read_splits(root, damaged, splits=SPLITS):
     """{'train': annotations, 'valid': ..., 'test': ...} of a data set; see `read_split`."""
-    return {split: read_split(Path(root) / split, damaged) for split in SPLITS}
+    return {split: read_split(Path(root) / split, damaged) for split in splits}
 
 
-def occupied(root):
-    """Whether `root` holds anything under the name of a split."""
-    return any(os.path.lexists(Path(root) / split) for split in SPLITS)
+def occupied(root, splits=SPLITS):
+    """Whether `root` holds anything under the name of one of these splits."""
+    return any(os.path.lexists(Path(root) / split) for split in splits)
 
 
 def check_disk_space(folder, needed):
@@ -70,29 +70,30 @@ def check_disk_space(folder, needed):
         )
 
 
-def install(root, write_splits):
-    """Let write_splits(folder) write the three splits into a temporary folder, then move them in.
+def install(root, write_splits, splits=SPLITS):
+    """Let write_splits(folder) write the splits into a temporary folder, then move them in.
 
     The temporary folder is in `root`, so that moving is renaming. Splits that `root` already has
     are moved aside first, deleted only when the new ones are in place, and moved back if anything
-    fails. Raises what `write_splits` raises, and ValueError for an incomplete split.
+    fails; those that `splits` does not name are not touched. Raises what `write_splits` raises,
+    and ValueError for an incomplete split.
     """
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as new:
         new = Path(new)
         write_splits(new)
         try:
-            read_splits(new, damaged=[])
+            read_splits(new, [], splits)
         except ValueError as error:  # the temporary folder is gone when the message is read
             raise ValueError(str(error).replace(f"{new}{os.sep}", "")) from None
         old = Path(tempfile.mkdtemp(prefix=".old-", dir=root))
         try:
-            for split in SPLITS:
+            for split in splits:
                 if os.path.lexists(root / split):
                     os.rename(root / split, old / split)
                 os.rename(new / split, root / split)
         except BaseException:  # Ctrl-C too
-            for split in SPLITS:
+            for split in splits:
                 if not (new / split).exists():
                     os.rename(root / split, new / split)
                 if os.path.lexists(old / split):

@@ -10,16 +10,25 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.coco import ANNOTATIONS, LAYOUT, SPLITS, image_path, load_coco
+from medseg.coco import ANNOTATIONS, LAYOUT, SPLITS, image_path, load_coco, used_categories
 from medseg.files import atomic_write, parallel_map
-from medseg.images import SUFFIXES, outline, resize_nearest
+from medseg.images import (
+    SUFFIXES,
+    class_colors,
+    image_kind,
+    outline,
+    resize_nearest,
+    with_legend,
+)
 
 TILE = 160  # pixels a side of an image in the contact sheet
 TILES = 8  # of each split, and in a row
-NEAR_DUPLICATE = 0.99  # correlation of two thumbnails from which on images count as duplicates
+THUMBNAIL = 16  # pixels a side
+NEAR_DUPLICATE = 0.9  # correlation of two thumbnails from which on images count as duplicates
 
 
 @dataclass
@@ -27,11 +36,14 @@ class SplitSummary:
     """What was counted in the images of one split."""
 
     sizes: Counter = field(default_factory=Counter)  # (width, height) -> images
+    kinds: Counter = field(default_factory=Counter)  # how pixels are stored -> images
     pixels: int = 0
-    foreground: int = 0  # pixels
+    foreground: int = 0  # pixels of any class
+    class_pixels: Counter = field(default_factory=Counter)  # name -> pixels
+    class_images: Counter = field(default_factory=Counter)  # name -> images that have it
     empty: int = 0  # images without foreground
     unreadable: int = 0  # images
-    thumbnails: list = field(default_factory=list)  # (file name, vector)
+    thumbnails: list = field(default_factory=list)  # (file name, array)
     tiles: list = field(default_factory=list)  # for the contact sheet
 
 
@@ -45,18 +57,27 @@ def require_data_set(root):
 def audit(root, out, open_split):
     """Print what a data set holds and what is wrong with it; write out/contact_sheet.jpg.
 
-    open_split(root, split, skipped=list): the COCOSegmentationDataset of a split.
+    open_split(root, split, skipped=list, classes=names): the COCOSegmentationDataset of a split.
     Returns the list of problems, a line each, in the order of the splits.
     """
-    problems, summaries = [], {}
+    problems, summaries, categories = [], {}, {}
     for split in SPLITS:
         try:
-            dataset = open_split(root, split, skipped=problems)
+            categories[split] = list(used_categories(load_coco(root / split, [])))
         except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+    names = list(dict.fromkeys(name for used in categories.values() for name in used))
+    for split in categories:
+        try:
+            dataset = open_split(root, split, skipped=problems, classes=names)
+        except ValueError as error:
             problems.append(str(error))
             continue
         summaries[split] = _examine_split(dataset, split, problems)
         _print_split(split, dataset, summaries[split])
+        lacking = [name for name in names if name not in categories[split]]
+        if lacking:
+            print(f"  lacks        {', '.join(lacking)}: no annotation of it in this split")
     for split in SPLITS[1:]:
         if split in summaries and "train" in summaries:
             found = near_duplicates(summaries[split].thumbnails, summaries["train"].thumbnails)
@@ -64,7 +85,7 @@ def audit(root, out, open_split):
                 print(f"{split} beside train: {found}")
     tiles = [tile for summary in summaries.values() for tile in summary.tiles]
     if tiles:
-        print(f"contact sheet: {_save_contact_sheet(tiles, out / 'contact_sheet.jpg')}")
+        print(f"contact sheet: {_save_contact_sheet(tiles, names, out / 'contact_sheet.jpg')}")
     return problems
 
 
@@ -74,9 +95,11 @@ def _examine_split(dataset, split, problems):
     shown = set(np.linspace(0, total - 1, TILES).astype(int).tolist())
 
     def examine(index):
-        image, mask = dataset.load(index)
-        tile = _tile(image, mask) if index in shown else None
-        return image.size, int(mask.sum()), (dataset.path(index).name, _thumbnail(image)), tile
+        image, masks = dataset.load(index)
+        tile = _tile(image, masks) if index in shown else None
+        areas, area = masks.sum((1, 2), dtype=int).tolist(), int(masks.any(0).sum())
+        thumbnail = (dataset.path(index).name, _thumbnail(image))
+        return image.size, image_kind(dataset.path(index)), area, areas, thumbnail, tile
 
     results = parallel_map(examine, range(total))
     for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):
@@ -84,11 +107,15 @@ def _examine_split(dataset, split, problems):
             summary.unreadable += 1
             problems.append(str(result))
             continue
-        size, area, thumbnail, tile = result
+        size, kind, area, areas, thumbnail, tile = result
         summary.sizes[size] += 1
+        summary.kinds[kind] += 1
         summary.pixels += size[0] * size[1]
         summary.foreground += area
         summary.empty += area == 0
+        for name, pixels in zip(dataset.classes, areas, strict=True):
+            summary.class_pixels[name] += pixels
+            summary.class_images[name] += pixels > 0
         summary.thumbnails.append(thumbnail)
         if tile is not None:
             summary.tiles.append(tile)
@@ -101,20 +128,22 @@ def _print_split(split, dataset, summary):
         path.suffix.lower() in SUFFIXES and path.name not in listed
         for path in dataset.image_dir.iterdir()
     )
-    annotations = dataset.coco.anns.values()
-    categories = dataset.coco.dataset.get("categories", [])
-    names = {category["id"]: str(category.get("name")) for category in categories}
-    used = Counter(names.get(annotation["category_id"], "?") for annotation in annotations)
-    percent = 100 * summary.foreground / summary.pixels if summary.pixels else 0
+    pixels = max(summary.pixels, 1)
+    percent = 100 * summary.foreground / pixels
     sizes = [f"{w}x{h}: {count}" for (w, h), count in summary.sizes.most_common(5)]
+    kinds = [f"{kind}: {count}" for kind, count in summary.kinds.most_common(5)]
     more = " ..." if len(summary.sizes) > 5 else ""
-    print(f"{split}: {len(dataset)} images, {len(annotations)} annotations")
+    print(f"{split}: {len(dataset)} images, {len(dataset.coco.anns)} annotations")
     print(f"  sizes        {', '.join(sizes)}{more}")
+    print(f"  pixels       {', '.join(kinds)}")
     print(
         f"  foreground   {percent:.2f} % of the pixels "
         f"(answering background everywhere is {100 - percent:.2f} % accurate)"
     )
-    print(f"  categories   {', '.join(f'{name}: {count}' for name, count in used.most_common())}")
+    for name in dataset.classes:
+        share = 100 * summary.class_pixels[name] / pixels
+        images = summary.class_images[name]
+        print(f"  category     {name}: {share:.2f} % of the pixels, in {images} images")
     print(
         f"  no lesion    {summary.empty} images; unreadable {summary.unreadable}; "
         f"not listed in {ANNOTATIONS} {unlisted}"
@@ -122,33 +151,45 @@ def _print_split(split, dataset, summary):
 
 
 def _thumbnail(image):
-    """An image as 256 numbers, mean 0 and length 1: the product of two is their correlation."""
-    small = image.convert("L").resize((16, 16), Image.Resampling.BILINEAR)
-    values = np.asarray(small, np.float32).ravel()
-    values = values - values.mean()
-    return values / max(np.linalg.norm(values), 1e-6)
+    """An image as 16x16 grey values, each less the mean of the nine around it.
+
+    So the brightness of large areas, which images of one kind have in common, counts for little.
+    """
+    small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    values = np.asarray(small, np.float32)
+    padded = np.pad(values, 1, mode="edge")
+    nine = sliding_window_view(padded, (3, 3)).mean((2, 3))
+    return (values - nine).ravel()
 
 
 def near_duplicates(some, train):
     """A line on what a split's images have in common with those of train, '' without images.
 
-    some, train: lists of (file name, thumbnail vector).
+    some, train: lists of (file name, thumbnail). The mean thumbnail of train is subtracted from
+    all: what every image of the data set shows makes no duplicate.
     """
     if not some or not train:
         return ""
-    vectors = np.stack([vector for _, vector in train])
-    correlation = (np.stack([vector for _, vector in some]) @ vectors.T).max(1)
+    own, others = (np.stack([values for _, values in images]) for images in (some, train))
+    mean = others.mean(0) if len(others) > 1 else 0
+    correlation = (_unit_length(own - mean) @ _unit_length(others - mean).T).max(1)
     share = (correlation >= NEAR_DUPLICATE).mean()
     text = (
         f"{share:.1%} of the images have a near-duplicate there "
-        f"(correlation of 16x16 grey pixels from {NEAR_DUPLICATE} on)"
+        f"(correlation of 16x16 grey details from {NEAR_DUPLICATE} on)"
     )
     numbers = {slice_number(name) for name, _ in train}
-    own = [slice_number(name) for name, _ in some]
-    neighbours = [bool({n - 1, n + 1} & numbers) for n in own if n is not None]
+    own_numbers = [slice_number(name) for name, _ in some]
+    neighbours = [bool({n - 1, n + 1} & numbers) for n in own_numbers if n is not None]
     if neighbours:
         text += f", {np.mean(neighbours):.1%} a neighbour by the number in the file name"
     return text
+
+
+def _unit_length(vectors):
+    """Rows with mean 0 and length 1: the product of two is their correlation."""
+    vectors = vectors - vectors.mean(1, keepdims=True)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
 
 
 def slice_number(name):
@@ -157,19 +198,20 @@ def slice_number(name):
     return int(digits[0]) if digits else None
 
 
-def _tile(image, mask):
-    """A TILE x TILE picture of the image with the outline of its mask in red."""
+def _tile(image, masks):
+    """A TILE x TILE picture of the image with the outlines of its masks in the class colours."""
     pixels = np.array(image.resize((TILE, TILE), Image.Resampling.BILINEAR))
-    pixels[outline(resize_nearest(mask, TILE, TILE))] = (255, 40, 40)
+    for mask, color in zip(masks, class_colors(len(masks)), strict=True):
+        pixels[outline(resize_nearest(mask, TILE, TILE))] = color
     return Image.fromarray(pixels)
 
 
-def _save_contact_sheet(tiles, path):
+def _save_contact_sheet(tiles, class_names, path):
     sheet = Image.new("RGB", (TILES * TILE, math.ceil(len(tiles) / TILES) * TILE))
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % TILES * TILE, number // TILES * TILE))
     with atomic_write(path, sync=False) as file:
-        sheet.save(file, "JPEG", quality=90)
+        with_legend(sheet, class_names).save(file, "JPEG", quality=90)
     return path
 
 

@@ -16,16 +16,16 @@ CACHE_VERSION = 1  # raise it when the pixels of a cached row change
 def cached_rows(dataset, folder, split, *, skipped=None):
     """dataset.row(i) of every image as one uint8 array (N, S, S, C), memory-mapped.
 
-    dataset: has `image_dir`, `path(i)`, `row_shape` = (S, S, C) and a length. folder: where the
-    arrays are kept, under a name that depends on the annotations and on the name, size and time
-    of every image; what has changed is made anew. Where the folder cannot be written, the array
+    dataset: has `image_dir`, `path(i)`, `row_shape` = (S, S, C), `variant` (a word for what rows
+    hold besides, '' where there is nothing to say) and a length. folder: where the arrays are
+    kept, under a name that depends on the annotations and on the name, size and time of every
+    image; what has changed is made anew. Where the folder cannot be written, the array
     stays in memory. While another process makes the array, this one waits.
     skipped: a list; damaged images are left out and each adds a line to it. Without it they are
     a ValueError that counts them and names the first.
     """
-    prefix = f"{split}-{dataset.row_shape[0]}-"
-    version = f"{CACHE_VERSION}{fingerprint(dataset, 'st_size', 'st_mtime_ns')}"
-    path = folder / f"{prefix}{version}.npy"
+    prefix = f"{split}-{dataset.row_shape[0]}{dataset.variant}-{CACHE_VERSION}"
+    path = folder / f"{prefix}{fingerprint(dataset, 'st_size', 'st_mtime_ns')}.npy"
     cached = _read(path, dataset, skipped)
     if cached is None:
         try:

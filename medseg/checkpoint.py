@@ -15,7 +15,6 @@ from medseg.cache import fingerprint
 from medseg.cli import one_line
 from medseg.dist import all_reduce_max, is_first
 from medseg.files import atomic_write, remove_partial_writes
-from medseg.metrics import SCORE_NAMES
 from medseg.signals import Stopped
 
 NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16 may need 16 to find its scale
@@ -242,22 +241,20 @@ class Checkpointer:
             print(f"WARNING: {text}, writing is tried again later", file=sys.stderr, flush=True)
 
 
-HISTORY_ROW = {
-    "epoch": 0,
-    **{f"{split}_{name}": 0.0 for split in ("train", "val") for name in SCORE_NAMES},
-    "lr": 0.0,
-    "skipped": 0,
-    "images_per_second": 0.0,
-    "seconds": 0.0,
-}
+def history_row(keys):
+    """A row of the history with the types it has. keys: of the scores."""
+    scores = {f"{split}_{key}": 0.0 for split in ("train", "val") for key in keys}
+    speed = {"images_per_second": 0.0, "seconds": 0.0}
+    return {"epoch": 0, **scores, "lr": 0.0, "skipped": 0, **speed}
 
 
 def check_fits(state, objects):
     """ValueError unless a checkpoint has the keys, types and shapes that `objects` have."""
     own = {name: thing.state_dict() for name, thing in objects.items()}
     weights, progress = own["model"], state["progress"]
+    row = history_row(objects["scores"].keys())
     own["progress"]["best_weights"] = None if progress["best_weights"] is None else weights
-    own["progress"]["history"] = [HISTORY_ROW] * len(progress["history"])
+    own["progress"]["history"] = [row] * len(progress["history"])
     optimizer = state["guarded_step"]["optimizer"]
     own["guarded_step"]["optimizer"] = optimizer  # torch checks it, but for the moments of Adam
     fits = all(is_alike(state[name], template) for name, template in own.items() if name != "rng")

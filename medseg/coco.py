@@ -27,6 +27,14 @@ def read_annotations(folder, skipped=None):
         raise FileNotFoundError(_missing(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {LAYOUT}")
+    return read_coco(path, skipped, advice=f": `python data.py {folder.parent}` lists them")
+
+
+def read_coco(path, skipped=None, *, advice=""):
+    """The content of one annotation file, wherever it is; see `read_annotations`.
+
+    advice: ends the message that counts several damaged records.
+    """
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -38,7 +46,7 @@ def read_annotations(folder, skipped=None):
             raise ValueError(f"{path}: not COCO annotations: no list of {key}")
     problems = [f"{path}: not COCO annotations: {line}" for line in _drop_damaged_records(content)]
     if problems and skipped is None:
-        more = f" ({len(problems)} such: `python data.py {folder.parent}` lists them)"
+        more = f" ({len(problems)} such{advice})"
         raise ValueError(problems[0] + (more if len(problems) > 1 else ""))
     if problems:
         skipped.extend(problems)
@@ -61,6 +69,32 @@ def load_coco(folder, skipped=None):
     with contextlib.redirect_stdout(None):  # createIndex reports its progress
         coco.createIndex()
     return coco
+
+
+def used_categories(coco):
+    """{name: set of category ids} of the categories with an annotation, in the order of the ids.
+
+    Annotations of a category that is not listed are of "?".
+    """
+    used = {annotation["category_id"] for annotation in coco.anns.values()}
+    categories = {}
+    for category in coco.dataset.get("categories", []):
+        if category["id"] in used:
+            categories.setdefault(str(category.get("name")), set()).add(category["id"])
+            used.remove(category["id"])
+    if used:
+        categories["?"] = used
+    return categories
+
+
+def check_classes(coco, classes, folder):
+    """ValueError where none of the names in `classes` is a category of the annotations."""
+    names = [str(entry.get("name")) for entry in coco.dataset.get("categories", [])]
+    if classes and not set(classes) & set(names):
+        raise ValueError(
+            f"{folder / ANNOTATIONS}: has the categories {', '.join(names) or '(none)'}, "
+            f"but the weights know {', '.join(classes)}"
+        )
 
 
 def image_path(folder, name):

@@ -27,6 +27,7 @@ RECIPES = {
 RESULT_FLAGS = (
     *("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision"),
     *("skip_bad", "norm", "prior", "weight_decay", "warmup", "schedule", "ema", "augment"),
+    *("classes", "n_channels"),
 )
 NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
 POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, kind=float)  # types of flags
@@ -49,6 +50,13 @@ def _add_data_flags(parser):
     add("--data", default="dataset", metavar="FOLDER", help="holds train/, valid/ and test/")
     add("--synthetic", action="store_true", help="draw phantoms in DATA/synthetic, train on them")
     add("--image-size", type=number(1, 8192), default=IMAGE_SIZE, help="pixels a side to resize to")
+    add(
+        "--classes",
+        choices=("union", "each"),
+        default="union",
+        help="union: all categories are one foreground; each: a class for each category",
+    )
+    add("--n-channels", type=int, choices=(1, 3), default=3, help="3, or 1 for grey images")
     add("--skip-bad", action="store_true", help="omit damaged images, list them in skipped.txt")
 
 

@@ -98,7 +98,7 @@ def log_values(row):
     return values
 
 
-def print_test(scores):
+def print_test(scores, class_names):
     print(
         f"test with the best weights: loss {scores['loss']:.4f}, Dice {scores['dice']:.4f}, "
         f"IoU {scores['iou']:.4f}, mIoU {scores['miou']:.4f}, "
@@ -108,6 +108,13 @@ def print_test(scores):
         f"{scores['background_acc']:.4f}",
         flush=True,
     )
+    for name in class_names if len(class_names) > 1 else ():
+        own = {key: scores[f"{key}/{name}"] for key in ("dice", "iou", "precision", "recall")}
+        print(
+            f"  {name}: Dice {own['dice']:.4f}, IoU {own['iou']:.4f}, "
+            f"precision {own['precision']:.4f}, recall {own['recall']:.4f}",
+            flush=True,
+        )
 
 
 def print_run(root, args, loaders, model, machine):

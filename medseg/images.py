@@ -1,16 +1,19 @@
 """One picture: reading it, resizing it, outlining and tinting what was found in it. No torch."""
 
+import colorsys
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from medseg.files import atomic_write
 
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green, blue, in 0..1: the tutorial's
 STD = (0.229, 0.224, 0.225)
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # of one channel: the means of those
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")  # named, so that no rare decoder meets a stranger's file
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
 
@@ -47,6 +50,19 @@ def read_image(path):
         raise ValueError(f"{path}: {error}") from None
 
 
+KINDS = {
+    **{"1": "1-bit", "L": "8-bit grey", "LA": "8-bit grey with alpha", "P": "8-bit palette"},
+    **{"RGB": "8-bit RGB", "RGBA": "8-bit RGB with alpha", "CMYK": "8-bit CMYK"},
+    **{"I": "32-bit grey", "F": "floating-point grey"},
+}
+
+
+def image_kind(path):
+    """How the pixels of an image file are stored: '8-bit RGB', '16-bit grey', ..."""
+    with Image.open(path, formats=FORMATS) as image:
+        return "16-bit grey" if image.mode.startswith("I;16") else KINDS.get(image.mode, image.mode)
+
+
 def _to_8_bits(image):
     with np.errstate(invalid="ignore"):  # what is not a number is refused below
         values = np.asarray(image).astype(np.float64)
@@ -57,13 +73,20 @@ def _to_8_bits(image):
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
-def preprocess(image, image_size=IMAGE_SIZE):
-    """PIL image -> uint8 array (image_size, image_size, 3), bilinear and antialiased.
+def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
+    """PIL image -> uint8 array (image_size, image_size, n_channels), bilinear and antialiased.
 
-    The one resizing of the project: training, evaluation and prediction all come through here.
+    n_channels: 3, or 1 for grey. The one resizing of the project: training, evaluation and
+    prediction all come through here.
     """
-    resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.array(resized)
+    image = image.convert("L" if n_channels == 1 else "RGB")
+    resized = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
+    return resized[..., None] if n_channels == 1 else resized
+
+
+def mean_and_std(n_channels):
+    """What images of so many channels are normalised by, of values in 0..1."""
+    return (GREY_MEAN, GREY_STD) if n_channels == 1 else (MEAN, STD)
 
 
 def resize_nearest(mask, height, width):
@@ -79,17 +102,65 @@ def resize_nearest(mask, height, width):
     return mask[rows[:, None], columns]
 
 
-def full_size_mask(probabilities, size, threshold):
-    """float32 array (S, S) of 0..1 -> bool array (height, width), for size = (width, height)."""
-    resized = Image.fromarray(probabilities).resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(resized) > threshold
+def full_size_labels(probabilities, size, threshold):
+    """float32 array (C, S, S) of 0..1 -> class numbers, uint8 (height, width), 0 for background.
+
+    size: (width, height). Where classes overlap, the most probable one is taken.
+    """
+    labels = highest = None
+    for number, channel in enumerate(probabilities, 1):
+        resized = np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR))
+        if labels is None:
+            labels, highest = (resized > threshold).astype(np.uint8), resized
+        else:
+            wins = (resized > threshold) & (resized > highest)
+            labels[wins] = number
+            highest = np.maximum(resized, highest)
+    return labels
 
 
-def overlay(image, mask):
-    """PIL RGB image and bool array of its size -> PIL image with the foreground tinted red."""
+# Okabe and Ito's palette, which colour-blind readers tell apart.
+PALETTE = (
+    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
+)
+
+
+def class_colors(n_classes):
+    """Red, green, blue (0..255) of each class; a single one is red."""
+    if n_classes == 1:
+        return [(255, 0, 0)]
+    colors = list(PALETTE[:n_classes])
+    for number in range(len(colors), n_classes):  # hues a golden angle apart
+        red, green, blue = colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 0.9)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colors
+
+
+def overlay(image, labels, n_classes=1):
+    """PIL RGB image and class numbers (H, W), or a bool mask -> PIL image with them tinted."""
     pixels = np.array(image)
-    pixels[mask] = pixels[mask] * 0.6 + np.array([102, 0, 0])
+    for number, color in enumerate(class_colors(n_classes), 1):
+        inside = labels == number
+        pixels[inside] = pixels[inside] * 0.6 + 0.4 * np.array(color)
     return Image.fromarray(pixels)
+
+
+def with_legend(image, class_names):
+    """The PIL image with a line for each class below it; a single class needs none."""
+    if len(class_names) <= 1:
+        return image
+    font, line = ImageFont.load_default(14), 20
+    colors = class_colors(len(class_names))
+    width = max(image.width, 200)
+    taller = Image.new("RGB", (width, image.height + line * len(colors) + 6), (240, 240, 240))
+    taller.paste(image)
+    draw = ImageDraw.Draw(taller)
+    for row, (name, color) in enumerate(zip(class_names, colors, strict=True)):
+        top = image.height + 4 + row * line
+        draw.rectangle((6, top + 2, 20, top + 16), fill=color)
+        draw.text((28, top + 9), name, fill="black", font=font, anchor="lm")
+    return taller
 
 
 def outline(mask):
@@ -105,6 +176,20 @@ def save_png(image, path, **options):
         image.save(file, "PNG", **options)
 
 
-def save_mask(mask, path):
-    """Write a bool array (H, W) as a PNG of 0 and 255."""
-    save_png(Image.fromarray(mask).convert("L"), path)
+def save_mask(labels, path, class_names=("foreground",)):
+    """Write class numbers (H, W) as a PNG.
+
+    Of a single class it holds 0 and 255; of several, a palette image of the class numbers, with
+    their names in the file's text "classes" (1=NAME, 2=NAME, ...).
+    """
+    if len(class_names) == 1:
+        save_png(Image.fromarray(labels > 0).convert("L"), path)
+        return
+    image = Image.fromarray(labels.astype(np.uint8)).convert("P")
+    image.putpalette(
+        [0, 0, 0, *(value for color in class_colors(len(class_names)) for value in color)]
+    )
+    text = PngInfo()
+    names = ", ".join(f"{number}={name}" for number, name in enumerate(class_names, 1))
+    text.add_itxt("classes", names)
+    save_png(image, path, pnginfo=text)

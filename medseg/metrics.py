@@ -44,18 +44,38 @@ def metrics(tp, fp, fn, tn):
     }
 
 
-SCORE_NAMES = ("loss", *metrics(1, 0, 0, 0), "image_dice")  # of RunningScores.result
+SCORE_NAMES = (*metrics(1, 0, 0, 0), "image_dice")  # of one class
+
+
+def mean_over_classes(scores, names):
+    """[dict of scores of each class] -> their means and, of several classes, NAME/CLASS of each."""
+    if len(names) == 1:
+        return dict(scores[0])
+    result = {key: sum(own[key] for own in scores) / len(scores) for key in scores[0]}
+    for name, own in zip(names, scores, strict=True):
+        result.update({f"{key}/{name}": value for key, value in own.items()})
+    return result
+
+
+def class_names(model):
+    """The names of the classes of a UNet; any other model has one, "foreground"."""
+    return getattr(model, "class_names", ("foreground",))
 
 
 class RunningScores:
-    """Sums over the images of a split, kept on the device: adding a batch never waits for it."""
+    """Sums over the images of a split, kept on the device: adding a batch never waits for it.
 
-    def __init__(self, device):
-        device = torch.device(device)
+    names: of the classes. Their scores are counted for each class by itself.
+    """
+
+    def __init__(self, device, names=("foreground",)):
+        device, self.names = torch.device(device), tuple(names)
         exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-        self.counts = torch.zeros(4, dtype=torch.int64, device=device)  # tp, fp, fn, tn
-        self.sums = torch.zeros(3, dtype=exact, device=device)  # images, their losses, their Dice
-        self.shown = torch.zeros(3, dtype=exact, pin_memory=device.type == "cuda")
+        # tp, fp, fn, tn of each class
+        self.counts = torch.zeros(len(names), 4, dtype=torch.int64, device=device)
+        # images, their losses, their Dice in each class
+        self.sums = torch.zeros(2 + len(names), dtype=exact, device=device)
+        self.shown = torch.zeros(2, dtype=exact, pin_memory=device.type == "cuda")
 
     @torch.no_grad()
     def add(self, loss, pred, target, threshold=0.5, *, finite=True):
@@ -63,30 +83,40 @@ class RunningScores:
 
         finite: bool or bool tensor; where False, the batch counts nothing.
         """
-        pred, target = (pred > threshold).flatten(1), (target > 0.5).flatten(1)
-        pixels = target.numel()
-        tp, positive, true = (pred & target).sum(1), pred.sum(1), target.sum(1)  # (B,) each
+        shape = (len(pred), len(self.names), -1)  # a single name is of all channels together
+        pred, target = (pred > threshold).reshape(shape), (target > 0.5).reshape(shape)
+        pixels = target.shape[0] * target.shape[2]
+        tp, positive, true = (pred & target).sum(2), pred.sum(2), target.sum(2)  # (B, C) each
         fp, fn = positive - tp, true - tp
         exact = self.sums.dtype
-        dice = dice_score(tp.to(exact), fp.to(exact), fn.to(exact)).sum()
-        tp, fp, fn = tp.sum(), fp.sum(), fn.sum()
-        counts = torch.stack([tp, fp, fn, pixels - tp - fp - fn])
-        images = torch.full_like(dice, len(pred))
-        sums = torch.stack([images, loss.to(exact) * len(pred), dice])
+        dice = dice_score(tp.to(exact), fp.to(exact), fn.to(exact)).T.contiguous().sum(1)
+        tp, fp, fn = tp.sum(0), fp.sum(0), fn.sum(0)
+        counts = torch.stack([tp, fp, fn, pixels - tp - fp - fn], 1)
+        images = dice.new_full((1,), len(pred))
+        sums = torch.cat([images, (loss.to(exact) * len(pred)).view(1), dice])
         self.counts += counts if finite is True else torch.where(finite, counts, 0)
         self.sums += sums if finite is True else torch.where(finite, sums, 0)
+
+    def keys(self):
+        """The names of what `result` gives."""
+        row = dict.fromkeys(SCORE_NAMES, 0.0)
+        return ("loss", *mean_over_classes([row] * len(self.names), self.names))
 
     def result(self):
         """dict of floats: loss, those of `metrics`, and image_dice, the mean Dice of the images.
 
+        With several classes each is the mean over them, and dice/NAME and so on are of each.
         All are NaN where nothing was counted.
         """
         state = self.state_dict()
-        images, loss, image_dice = state["sums"].tolist()
+        images, loss, *image_dice = state["sums"].tolist()
         if not images:  # every step of the epoch was skipped
-            return dict.fromkeys(SCORE_NAMES, math.nan)
-        scores = metrics(*state["counts"].tolist())
-        return {"loss": loss / images, **scores, "image_dice": image_dice / images}
+            return dict.fromkeys(self.keys(), math.nan)
+        scores = [
+            {**metrics(*counts), "image_dice": dice / images}
+            for counts, dice in zip(state["counts"].tolist(), image_dice, strict=True)
+        ]
+        return {"loss": loss / images, **mean_over_classes(scores, self.names)}
 
     def images(self):
         """Images counted, over all processes."""
@@ -94,8 +124,8 @@ class RunningScores:
 
     def running_loss(self):
         """(mean loss, images) of this process as of a moment ago: the GPU is not waited for."""
-        self.shown.copy_(self.sums, non_blocking=True)
-        images, loss, _ = self.shown.tolist()
+        self.shown.copy_(self.sums[:2], non_blocking=True)
+        images, loss = self.shown.tolist()
         return loss / max(images, 1), images
 
     def reset(self):
@@ -127,14 +157,21 @@ def pooled_scores(counts):
     return {**metrics(*counts.sum(0).tolist()), "image_dice": image_dice(counts).mean()}
 
 
-def bootstrap(counts, samples=1000, seed=0):
-    """[2.5th, 97.5th percentile] of each of `pooled_scores` over resampled images.
+def class_scores(counts, names):
+    """(N, C, 4) -> `pooled_scores` of each class, see `mean_over_classes`."""
+    scores = [pooled_scores(counts[:, index]) for index in range(len(names))]
+    return mean_over_classes(scores, names)
 
-    Efron's percentile method. It says how much a score owes to the choice of images, not what
-    another training, or another hospital, would give.
+
+def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
+    """[2.5th, 97.5th percentile] of each of `class_scores` over resampled images.
+
+    counts: (N, C, 4), or (N, 4) of one class. Efron's percentile method. It says how much a score
+    owes to the choice of images, not what another training, or another hospital, would give.
     """
+    counts = counts.reshape(len(counts), len(names), 4)
     rng, size = np.random.default_rng(seed), len(counts)
-    scores = [pooled_scores(counts[rng.integers(0, size, size)]) for _ in range(samples)]
+    scores = [class_scores(counts[rng.integers(0, size, size)], names) for _ in range(samples)]
     return {
         name: np.percentile([score[name] for score in scores], [2.5, 97.5]).tolist()
         for name in scores[0]

@@ -18,6 +18,7 @@ from medseg.coco import ANNOTATIONS, SPLITS
 
 PHANTOM = "phantoms made by download.py"  # starts info.description of every phantom split
 COUNTS = (400, 100, 100)  # images in train, valid and test
+DARK_SHARE = 0.12  # of the lesions, of one class
 
 # In what follows, (u, v) are head coordinates: (size, size) float32 arrays in which the head is
 # about the unit circle; rho is the distance from its centre, made slightly irregular. Every scalar
@@ -30,15 +31,17 @@ def is_phantom(splits):
     return any(PHANTOM in str(coco.get("info")) for coco in splits.values())
 
 
-def make_phantoms(root, counts=COUNTS, size=256, seed=0, *, force=False):
+def make_phantoms(root, counts=COUNTS, size=256, seed=0, *, force=False, two_classes=False):
     """Write phantoms as root/{train,valid,test}, JPEGs with COCO polygons, and return `root`.
 
-    counts: images in each split; size: pixels a side. The n-th image of a split depends on `seed`
-    and `size` alone. Phantoms of the same counts, size and seed are kept as they are. Raises
-    ValueError if `root` holds other splits, unless `force` says to replace them.
+    counts: images in each split; size: pixels a side. two_classes: "bright" and "dark" lesions in
+    equal numbers, instead of one class "tumour". The n-th image of a split depends on `seed`,
+    `size` and `two_classes` alone. Phantoms of the same counts, size, seed and classes are kept as
+    they are. Raises ValueError if `root` holds other splits, unless `force` says to replace them.
     """
     root = Path(root)
-    description = f"{PHANTOM}, size {size}, seed {seed}"
+    classes = ", two classes" if two_classes else ""
+    description = f"{PHANTOM}, size {size}, seed {seed}{classes}"
     if occupied(root) and not force:
         with contextlib.suppress(ValueError):  # an incomplete split is something else
             splits = read_splits(root, damaged=[])
@@ -52,14 +55,14 @@ def make_phantoms(root, counts=COUNTS, size=256, seed=0, *, force=False):
         with tqdm(desc="phantoms", total=sum(counts), unit="image", disable=None) as bar:
             for number, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
                 coco = {"info": {"description": description}}
-                coco |= write_images(folder / split, number, count, size, seed, bar)
+                coco |= write_images(folder / split, number, count, size, seed, two_classes, bar)
                 (folder / split / ANNOTATIONS).write_text(json.dumps(coco))
 
     install(root, write_splits)
     return root
 
 
-def write_images(folder, split_number, count, size, seed, bar):
+def write_images(folder, split_number, count, size, seed, two_classes, bar):
     """Write `count` phantoms as JPEGs into the new `folder`; return their COCO lists as a dict.
 
     bar: a tqdm progress bar, advanced by one for each image.
@@ -68,18 +71,23 @@ def write_images(folder, split_number, count, size, seed, bar):
     images, annotations = [], []
     for index in range(count):
         rng = np.random.default_rng((seed, split_number, index))
-        pixels, outlines = draw_phantom(rng, size)
+        pixels, lesions = draw_phantom(rng, size, dark_share=0.5 if two_classes else DARK_SHARE)
         name = f"{10_000 * split_number + index}_phantom.jpg"  # a slice number, as in the real data
         Image.fromarray(pixels).convert("RGB").save(folder / name, quality=92)
         images.append({"id": index, "file_name": name, "width": size, "height": size})
-        for outline in outlines:
-            annotations.append(to_coco(outline, len(annotations) + 1, index))
+        for outline, dark in lesions:
+            category = 2 if two_classes and dark else 1
+            annotations.append(to_coco(outline, len(annotations) + 1, index, category))
         bar.update()
-    category = {"id": 1, "name": "tumour", "supercategory": "none"}
-    return {"categories": [category], "images": images, "annotations": annotations}
+    names = ("bright", "dark") if two_classes else ("tumour",)
+    categories = [
+        {"id": number, "name": name, "supercategory": "none"}
+        for number, name in enumerate(names, 1)
+    ]
+    return {"categories": categories, "images": images, "annotations": annotations}
 
 
-def to_coco(outline, annotation_id, image_id):
+def to_coco(outline, annotation_id, image_id, category_id):
     """The COCO annotation of one outline, an array (K, 2) of x and y in pixels."""
     x, y = outline.round(2).T
     area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2  # the shoelace formula
@@ -87,7 +95,7 @@ def to_coco(outline, annotation_id, image_id):
     return {
         "id": annotation_id,
         "image_id": image_id,
-        "category_id": 1,
+        "category_id": category_id,
         "segmentation": [np.stack([x, y], axis=1).ravel().tolist()],
         "bbox": [round(float(side), 2) for side in box],
         "area": round(float(area), 2),
@@ -98,20 +106,21 @@ def to_coco(outline, annotation_id, image_id):
 # ---------------------------------------------------------------- drawing
 
 
-def draw_phantom(rng, size):
-    """One slice: a uint8 array (size, size), and the outlines of its lesions.
+def draw_phantom(rng, size, dark_share=DARK_SHARE):
+    """One slice: a uint8 array (size, size), and its lesions as (outline, whether it is dark).
 
     rng: a numpy Generator. Outlines are arrays (K, 2) of x and y in pixels.
     """
     head_to_image, u, v, rho = head_coordinates(rng, size)
     image, base = draw_tissue(rng, u, v, rho)
     draw_ventricles(rng, image, u, v)
-    outlines = draw_outlines(rng, size, head_to_image)
-    for outline in outlines:
-        draw_lesion(rng, image, outline, base)
+    lesions = []
+    for outline in draw_outlines(rng, size, head_to_image):
+        dark = draw_lesion(rng, image, outline, base, dark_share)
+        lesions.append((outline, dark))
     draw_vessels(rng, image, u, v)
     draw_skull(rng, image, rho)
-    return scan(rng, image), outlines
+    return scan(rng, image), lesions
 
 
 def smooth_noise(rng, cells, size):
@@ -193,8 +202,8 @@ def draw_outlines(rng, size, head_to_image):
     return outlines
 
 
-def draw_lesion(rng, image, outline, base):
-    """Draw one lesion into `image`: bright, or dark with a bright rim.
+def draw_lesion(rng, image, outline, base, dark_share):
+    """Draw one lesion into `image`: bright, or dark with a bright rim. Returns whether it is dark.
 
     It has a soft edge, a texture of its own and a faint halo of swollen tissue.
     """
@@ -206,13 +215,14 @@ def draw_lesion(rng, image, outline, base):
         np.asarray(mask.filter(ImageFilter.BoxBlur(size * radius)), np.float32) / 255
         for radius in (0.007, 0.05)
     )
-    dark = rng.random() < 0.12
+    dark = rng.random() < dark_share
     change = (-1 if dark else 1) * rng.uniform(0.26, 0.38)
     inside = base + change + 0.07 * smooth_noise(rng, 22, size)
     rim = 0.7 if dark else rng.uniform(-0.2, 0.2)  # dark cores have rims, as under contrast agent
     inside += rim * ramp(0.8 - halo, 0.3)
     image += 0.15 * change * halo
     image += (inside - image) * edge
+    return dark
 
 
 def draw_vessels(rng, image, u, v):

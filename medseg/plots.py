@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.files import atomic_write
-from medseg.images import MEAN, STD
+from medseg.images import class_colors, mean_and_std
 
 # Blue and orange of Okabe and Ito's palette: red-green blind readers tell them apart, and the
 # prediction is dashed besides.
@@ -28,8 +28,17 @@ def save_figure(figure, path):
 
 
 def denormalize(images):
-    """float32 tensor (B, 3, H, W) normalised by MEAN and STD -> array (B, H, W, 3) of 0..1."""
-    return (images.permute(0, 2, 3, 1).cpu().numpy() * STD + MEAN).clip(0, 1)
+    """float32 tensor (B, C, H, W) as `data.normalize` gives -> array (B, H, W, C) of 0..1."""
+    mean, std = mean_and_std(images.shape[1])
+    return (images.permute(0, 2, 3, 1).cpu().numpy() * std + mean).clip(0, 1)
+
+
+def outline_colors(n_classes):
+    """(color of the true outline, color of the prediction) of each class."""
+    if n_classes == 1:
+        return [(TARGET_COLOR, PRED_COLOR)]
+    colors = [tuple(value / 255 for value in color) for color in class_colors(n_classes)]
+    return [(color, color) for color in colors]
 
 
 def draw_outline(axis, mask, color, style):
@@ -38,32 +47,41 @@ def draw_outline(axis, mask, color, style):
         height, width = mask.shape
         columns, rows = np.arange(-1, width + 1), np.arange(-1, height + 1)
         padded = np.pad(mask, 1).astype(float)  # an outline at the border is closed there
-        axis.contour(columns, rows, padded, [0.5], colors=color, linestyles=style, linewidths=1.8)
+        axis.contour(columns, rows, padded, [0.5], colors=[color], linestyles=style, linewidths=1.8)
 
 
-def draw_case(axis, picture, target, pred, title):
-    """Show a picture with the outlines of target and prediction, bool arrays (H, W)."""
-    axis.imshow(picture)
-    draw_outline(axis, target, TARGET_COLOR, "solid")
-    draw_outline(axis, pred, PRED_COLOR, "dashed")
+def draw_case(axis, picture, targets, preds, title):
+    """Show a picture (H, W, 1 or 3) with the outlines of bool arrays (C, H, W)."""
+    axis.imshow(np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture)
+    for target, pred, colors in zip(targets, preds, outline_colors(len(targets)), strict=True):
+        draw_outline(axis, target, colors[0], "solid")
+        draw_outline(axis, pred, colors[1], "dashed")
     axis.set_title(title, fontsize=12)
     axis.axis("off")
 
 
-def add_legend(figure, title):
+def add_legend(figure, title, class_names):
     """Title and, below the panels, which outline is which."""
     from matplotlib.lines import Line2D
 
+    def line(color, style, label):
+        return Line2D([], [], color=color, linestyle=style, linewidth=2, label=label)
+
+    colors = outline_colors(len(class_names))
+    target, pred = colors[0] if len(colors) == 1 else ("black", "black")
+    lines = [line(target, "solid", "true outline"), line(pred, "dashed", "prediction")]
+    if len(colors) > 1:
+        pairs = zip(class_names, colors, strict=True)
+        lines += [line(color, "solid", name) for name, (color, _) in pairs]
     figure.suptitle(title, fontsize=13)
-    lines = [
-        Line2D([], [], color=TARGET_COLOR, linestyle="solid", linewidth=2, label="true outline"),
-        Line2D([], [], color=PRED_COLOR, linestyle="dashed", linewidth=2, label="prediction"),
-    ]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, fontsize=12)
+    figure.legend(handles=lines, loc="outside lower center", ncols=6, frameon=False, fontsize=12)
 
 
-def plot_predictions(pictures, targets, preds, titles, path, *, title):
-    """Pictures (0..1 or uint8) with both outlines, five in a row; returns `path`."""
+def plot_predictions(pictures, targets, preds, titles, path, *, title, class_names):
+    """Pictures (0..1 or uint8) with both outlines, five in a row; returns `path`.
+
+    targets, preds: bool arrays (C, H, W) for each picture.
+    """
     columns = min(len(pictures), 5)
     rows = math.ceil(len(pictures) / columns)
     figure = new_figure(4 * columns, 4.2 * rows + 1)
@@ -72,7 +90,7 @@ def plot_predictions(pictures, targets, preds, titles, path, *, title):
         axis.axis("off")
     for axis, *case in zip(axes.flat, pictures, targets, preds, titles, strict=False):
         draw_case(axis, *case)
-    add_legend(figure, title)
+    add_legend(figure, title, class_names)
     return save_figure(figure, path)
 
 
@@ -133,15 +151,19 @@ def plot_report(report, dice, cases, path):
     for axis, case in zip(axes[1:].flat, cases, strict=False):
         draw_case(axis, *case)
     size = report["image_size"]
-    add_legend(figure, f"{report['folder']}, scored at {size}x{size}")
+    add_legend(figure, f"{report['folder']}, scored at {size}x{size}", report["class_names"])
     return save_figure(figure, path)
 
 
 def _draw_score_table(axis, report):
     lines = []
     for name, value in report["scores"].items():
+        if "/" in name and not name.startswith("dice/"):
+            continue  # of a class: report.json has them all
         low, high = report["confidence_95"][name]
-        lines.append(f"{name:<14} {value:.3f}  [{low:.3f}, {high:.3f}]")
+        lines.append(f"{name:<14.14} {value:.3f}  [{low:.3f}, {high:.3f}]")
+    if len(lines) > 20:
+        lines = [*lines[:20], "..."]
     distance = report["hd95"]["median"]
     hd95 = "HD95: no image has both masks"
     if distance is not None:

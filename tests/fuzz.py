@@ -1,18 +1,22 @@
 """Give the scripts damaged input: each case ends in success, or in status 2 and one line.
 
-    python tests/fuzz.py --cases 400                    # 2000 cases: 400 of each of five readers
+    python tests/fuzz.py --cases 400                    # 2400 cases: 400 of each of six readers
     python tests/fuzz.py images --cases 40 --seed 3
 
-Good annotation files, images, archives, checkpoints and command lines are mutated by hypothesis.
+Good annotation files, images, archives, checkpoints, command lines and files of other tools are
+mutated by hypothesis.
 The scripts' own main functions run in this process. It fails on a traceback, on a case that takes
 more than SECONDS, on MEMORY more address space than it started with, and on a change to a file
 outside the output folder.
 """
 
 import argparse
+import base64
 import contextlib
 import copy
 import faulthandler
+import functools
+import gzip
 import io
 import json
 import os
@@ -350,8 +354,128 @@ def commands(ground, draw):
         ground.check(download, *words, "--zip", given, "--data", ground.out / "dataset")
 
 
+def imports(ground, draw):
+    """download.py --labelme, --coco and --masks on files of which one is mutated."""
+    folder = ground.place / "imports"
+    folder.mkdir()
+    try:
+        source = draw(st.sampled_from(sorted(SOURCES)))
+        flags, path = SOURCES[source](folder)
+        if path.suffix == ".json" and draw(st.booleans()):
+            path.write_text(json.dumps(mutate_tree_often(json.loads(path.read_text()), draw)))
+        else:
+            path.write_bytes(mutate_bytes(path.read_bytes(), draw))
+        more = draw(
+            st.sampled_from([(), ("--skip-unpaired",), ("--group", "a"), ("--into", "test")])
+        )
+        share = () if "--into" in more else ("--split", 100, 0, 0)
+        ground.check(download, *flags, *more, *share, "--data", ground.out / "dataset")
+    finally:
+        shutil.rmtree(folder)
+
+
+def labelme_files(folder):
+    """(flags, the file to mutate) of a LabelMe file beside its image."""
+    Image.new("L", (20, 16)).save(folder / "a.png")
+    bitmap = io.BytesIO()
+    Image.new("1", (4, 4), 1).save(bitmap, "PNG")
+    shapes = [
+        {"label": "x", "points": [[1, 1], [9, 2], [5, 8]], "shape_type": "polygon"},
+        {"label": "x", "points": [[3, 3], [7, 9]], "shape_type": "rectangle"},
+        {"label": "y", "points": [[10, 9], [12, 9]], "shape_type": "circle"},
+        {
+            "label": "y",
+            "points": [[1, 2], [4, 5]],
+            "shape_type": "mask",
+            "mask": base64.b64encode(bitmap.getvalue()).decode(),
+        },
+    ]
+    size = {"imageWidth": 20, "imageHeight": 16}
+    content = {"version": "5.5.0", "imagePath": "a.png", "imageData": None, "shapes": shapes}
+    (folder / "a.json").write_text(json.dumps(content | size))
+    return ("--labelme", folder), folder / "a.json"
+
+
+def coco_files(folder):
+    """(flags, the file to mutate) of a COCO file with a polygon, a box and run lengths."""
+    Image.new("L", (20, 16)).save(folder / "a.png")
+    runs = {"size": [16, 20], "counts": [100, 20, 200]}
+    outlines = [
+        {"segmentation": [[1, 1, 9, 2, 5, 8]]},
+        {"bbox": [1, 2, 3, 4]},
+        {"segmentation": runs, "iscrowd": 1},
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 20, "height": 16}],
+        "categories": [{"id": 3, "name": "x"}],
+        "annotations": [
+            {"id": number, "image_id": 1, "category_id": 3, **outline}
+            for number, outline in enumerate(outlines)
+        ],
+    }
+    (folder / "c.json").write_text(json.dumps(content))
+    return ("--coco", folder / "c.json", folder, "--boxes"), folder / "c.json"
+
+
+def pair_of(folder, image, mask):
+    """(flags, path of the mask) of folders with two pairs a and b; the mutated one is of a."""
+    for place, content, name in (("images", *image), ("masks", *mask)):
+        (folder / place).mkdir()
+        for stem in "ab":
+            (folder / place / f"{stem}{name}").write_bytes(content)
+    return ("--masks", folder / "images", folder / "masks"), folder / "masks" / f"a{mask[1]}"
+
+
+def picture(kind, mode="L", size=(20, 16)):
+    """The bytes of a mask of 0 and 255."""
+    pixels = np.zeros(size[::-1], np.uint8)
+    pixels[4:9, 5:15] = 255
+    content = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(content, kind)
+    return content.getvalue()
+
+
+def mask_files(folder, kind, mode, suffix):
+    return pair_of(folder, (picture("PNG"), ".png"), (picture(kind, mode), suffix))
+
+
+def volume_files(folder, mutated, suffix=".nii"):
+    """(flags, the file to mutate) of NIfTI volumes; mutated: "images" or "masks"."""
+    import nibabel
+
+    voxels = np.arange(8 * 6 * 4, dtype=np.int16).reshape(8, 6, 4)
+    contents = []
+    for values in (voxels, (voxels % 3).astype(np.uint8)):
+        content = nibabel.Nifti1Image(values, np.diag([1.0, 1, 2, 1])).to_bytes()
+        contents.append(gzip.compress(content) if suffix == ".nii.gz" else content)
+    flags, mask = pair_of(folder, (contents[0], suffix), (contents[1], suffix))
+    return flags, folder / mutated / mask.name
+
+
+def dicom_files(folder):
+    """(flags, the file to mutate) of DICOM files with pictures as masks."""
+    from pydicom.data import get_testdata_file
+
+    content = Path(get_testdata_file("MR_small_RLE.dcm", download=False)).read_bytes()
+    flags, _ = pair_of(folder, (content, ".dcm"), (picture("PNG", size=(64, 64)), ".png"))
+    return (*flags, "--window", 600, 1200), folder / "images" / "a.dcm"
+
+
+SOURCES = {
+    "labelme": labelme_files,
+    "coco": coco_files,
+    "png": functools.partial(mask_files, kind="PNG", mode="P", suffix=".png"),
+    "gif": functools.partial(mask_files, kind="GIF", mode="L", suffix=".gif"),
+    "tiff": functools.partial(mask_files, kind="TIFF", mode="1", suffix=".tif"),
+    "jpeg": functools.partial(mask_files, kind="JPEG", mode="RGB", suffix=".jpg"),
+    "volume": functools.partial(volume_files, mutated="images"),
+    "mask volume": functools.partial(volume_files, mutated="masks"),
+    "zipped volume": functools.partial(volume_files, mutated="images", suffix=".nii.gz"),
+    "dicom": dicom_files,
+}
+
 READERS = {reader.__name__: reader for reader in (annotations, images, archives)}
-READERS |= {reader.__name__: reader for reader in (checkpoints, commands)}
+READERS |= {reader.__name__: reader for reader in (checkpoints, commands, imports)}
 
 
 def limit_memory():

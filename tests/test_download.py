@@ -725,7 +725,7 @@ def test_phantoms_are_kept_or_refused(tmp_path):
 
 
 def test_interrupted_phantoms_leave_nothing(tmp_path, monkeypatch):
-    def stop(rng, size):
+    def stop(rng, size, dark_share):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(phantoms, "draw_phantom", stop)

@@ -568,7 +568,7 @@ def test_every_load_is_of_weights_only():
     assert loads >= 2
 
 
-READERS = ("annotations", "images", "archives", "checkpoints", "commands")
+READERS = ("annotations", "images", "archives", "checkpoints", "commands", "imports")
 
 
 @pytest.fixture(scope="module")
@@ -588,7 +588,7 @@ def fuzzed():
 
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_input_ends_in_one_line(reader, fuzzed):
-    """40 cases of each here; `python tests/fuzz.py --cases 400` is the campaign of 2000."""
+    """40 cases of each here; `python tests/fuzz.py --cases 400` is a campaign of 2400."""
     status, reports, output = fuzzed
     assert status == 0 and reader in reports, output
     assert reports[reader]["cases"] >= 40

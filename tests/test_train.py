@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 import train
 from data import Batches, COCOSegmentationDataset, load_split
-from medseg.checkpoint import HISTORY_ROW
+from medseg.checkpoint import history_row
 from medseg.cli import ArgumentParser, number
 from medseg.coco import load_coco
 from medseg.flags import experiment_name, make_parser
@@ -113,7 +113,7 @@ def test_scores_are_sums_over_images():
     at_once.add(torch.tensor(2.0), pred, target)
     in_parts.add(torch.tensor(1.0), pred[:1], target[:1])  # unequal batches, losses 1 and 3
     in_parts.add(torch.tensor(3.0), pred[1:], target[1:])
-    assert in_parts.counts.tolist() == at_once.counts.tolist() == [4, 5, 1, 54]
+    assert in_parts.counts.tolist() == at_once.counts.tolist() == [[4, 5, 1, 54]]
     for scores in (at_once, in_parts):
         assert scores.result()["image_dice"] == pytest.approx((8 / 12 + 0 + 0 + 1) / 4)
     assert in_parts.result()["loss"] == pytest.approx((1 * 1 + 3 * 3) / 4)
@@ -808,6 +808,6 @@ def test_what_last_does_not_keep_is_not_restored(straight, tmp_path, monkeypatch
 
 
 def test_a_run_without_an_end_still_says_how_long_it_takes(capsys):
-    row = dict.fromkeys(HISTORY_ROW, 0.5)
+    row = dict.fromkeys(history_row(RunningScores("cpu").keys()), 0.5)
     print_epoch([{**row, "epoch": 1, "skipped": 0, "seconds": 9.0}], 10**14, False)
     assert "left" in capsys.readouterr().out

@@ -1,0 +1,179 @@
+"""One COCO file and a folder of images, as CVAT, Label Studio and Roboflow export them.
+
+Polygons and run lengths become masks at the size of their image, exactly as training would draw
+them; annotations of one class are united.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from medseg.coco import rasterize, read_coco
+from medseg.dataset import Item
+from medseg.images import SUFFIXES
+from medseg.sources import fit_mask, list_files, make_grouping, read_upright, unique_names
+
+
+def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=False, boxes=False):
+    """(items, class names) of the images that a COCO file lists, below a folder.
+
+    Prints what is left out. classes: categories to use, in their order; without it all that have
+    an annotation, in the file's. group: a regular expression on the path of the image, see
+    `make_grouping`. skip_unpaired: leave out listed images that are not there, else a ValueError.
+    boxes: annotations that have only a box become rectangles, else a ValueError.
+    Raises ValueError or FileNotFoundError that names the file.
+    """
+    path, images = Path(annotations), Path(images)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    content = read_coco(path)
+    of_image = _by_image(path, content, boxes)
+    names, chosen = _choose_classes(path, content, classes)
+    found = _find_images(path, content["images"], images, skip_unpaired)
+    group_of = make_grouping(group)
+    relative = [image.relative_to(images) for _, image in found]
+    items = []
+    for name, place, (record, image) in zip(unique_names(relative), relative, found, strict=True):
+        outlines = [
+            (names[annotation["category_id"]], annotation)
+            for annotation in of_image.get(record["id"], ())
+            if names[annotation["category_id"]] in chosen
+        ]
+        items.append(Item(name, group_of(place), _Loader(path, image, record, outlines)))
+    return items, chosen
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """What `Item.load` is for a record of an image."""
+
+    path: Path
+    image: Path
+    record: dict
+    outlines: list  # (class name, annotation)
+
+    def __call__(self):
+        upright = read_upright(self.image)
+        width, height = self.record["width"], self.record["height"]
+        sizes = [upright.size] + [upright.size[::-1]] * (upright.orientation >= 5)
+        if (width, height) not in sizes:
+            actual = "x".join(map(str, upright.size))
+            raise ValueError(
+                f"{self.image}: is {actual}, but its record in {self.path} says {width}x{height}"
+            )
+        masks = {}
+        for name, annotation in self.outlines:
+            try:
+                segmentation = annotation.get("segmentation") or [_rectangle(annotation)]
+                mask = rasterize(segmentation, height, width).astype(bool)
+            except ValueError as error:
+                label = f"annotation {annotation['id']!r:.40} of {self.image.name}"
+                raise ValueError(f"{self.path}: {label}: {error}") from None
+            masks[name] = masks.get(name, False) | fit_mask(mask, upright)
+        return upright.picture, masks
+
+
+def _rectangle(annotation):
+    """The box of an annotation as a polygon [x1, y1, x2, y2, ...]."""
+    box = annotation["bbox"]
+    numbers = isinstance(box, list) and len(box) == 4
+    if not numbers or not all(type(value) in (int, float) for value in box):
+        raise ValueError("its bbox is not four numbers")
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+def _by_image(path, content, boxes):
+    """{image id: annotations}; ValueError for one without an outline, or with only a box."""
+    of_image, only_boxes = {}, []
+    for annotation in content["annotations"]:
+        of_image.setdefault(annotation["image_id"], []).append(annotation)
+        if annotation.get("segmentation"):
+            continue
+        if not annotation.get("bbox"):
+            raise ValueError(
+                f"{path}: annotation {annotation['id']!r:.40} has neither a segmentation nor a bbox"
+            )
+        only_boxes.append(annotation)
+    if only_boxes and not boxes:
+        raise ValueError(
+            f"{path}: {len(only_boxes)} of {len(content['annotations'])} annotations have a box "
+            f"and no segmentation (annotation {only_boxes[0]['id']!r:.40}); --boxes takes the "
+            "boxes as rectangles"
+        )
+    if only_boxes:
+        print(f"boxes: {len(only_boxes)} annotations without a segmentation become rectangles")
+    return of_image
+
+
+def _choose_classes(path, content, classes):
+    """({category id: class name}, class names), with what is left out printed."""
+    names = {c["id"]: str(c.get("name", c["id"])) for c in content["categories"]}
+    counts = Counter()
+    for annotation in content["annotations"]:
+        if annotation["category_id"] not in names:
+            raise ValueError(
+                f"{path}: annotation {annotation['id']!r:.40} has category_id "
+                f"{annotation['category_id']!r:.40}, which categories does not list"
+            )
+        counts[names[annotation["category_id"]]] += 1
+    known = list(dict.fromkeys(names.values()))
+    if unknown := [name for name in classes or () if name not in known]:
+        raise ValueError(f"--classes: {path} has no category {unknown[0]!r}, but {known}")
+    chosen = list(classes or [name for name in known if counts[name]])
+    if not chosen:
+        raise ValueError(f"{path}: holds no annotations")
+    print(f"categories: {', '.join(f'{name} ({counts[name]} annotations)' for name in chosen)}")
+    if unused := [f"{name} ({counts[name]})" for name in known if name not in chosen]:
+        print(f"left out: categories: {', '.join(unused)}")
+    return names, chosen
+
+
+# ---------------------------------------------------------------- images
+
+
+def _find_images(path, records, images, skip_missing):
+    """[(record, Path)] of the records whose image is there; ValueError for others."""
+    by_name = {}
+    for image in list_files(images, SUFFIXES):
+        by_name.setdefault(image.name, []).append(image)
+    found, missing, taken = [], [], set()
+    for record in records:
+        candidates = find_image(images, record["file_name"], by_name)
+        if len(candidates) > 1:
+            several = " and ".join(str(image) for image in candidates[:2])
+            raise ValueError(f"{path}: {record['file_name']!r:.120} may be {several}")
+        if candidates and candidates[0] in taken:
+            raise ValueError(f"{path}: two records of images mean {candidates[0]}")
+        if candidates:
+            found.append((record, candidates[0]))
+            taken.add(candidates[0])
+        else:
+            missing.append(record["file_name"])
+    if missing:
+        listed = ", ".join(f"{name!r:.120}" for name in missing[:3])
+        more = ", ..." if len(missing) > 3 else ""
+        problem = f"{len(missing)} of {len(records)} images are not below {images}: {listed}{more}"
+        if not (skip_missing and found):
+            raise ValueError(f"{path}: {problem}; --skip-unpaired goes on without them")
+        print(f"left out: {problem}")
+    if not found:
+        raise ValueError(f"{path}: lists no images")
+    return found
+
+
+def find_image(images, name, by_name):
+    """The files below `images` that a file_name may mean: by its path, else by its last part.
+
+    Windows separators are understood; a path that leads out of the folder counts by its last
+    part. by_name: {name: [Path]} of all image files.
+    """
+    name = PureWindowsPath(name)
+    if not name.anchor and ".." not in name.parts:
+        candidates = by_name.get(name.name, ())
+        meant = os.path.normpath(images / name.as_posix())
+        exact = [image for image in candidates if os.path.normpath(image) == meant]
+        if exact:
+            return exact
+    return by_name.get(name.name, [])

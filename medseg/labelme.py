@@ -1,0 +1,263 @@
+"""A folder of LabelMe files (versions 4 to 7) -> items for `write_dataset`.
+
+Shapes are drawn as LabelMe draws them (Pillow's polygon with its outline), in order, later over
+earlier ones. `_background_` cuts holes; `__ignore__` is background too. LabelMe shows pictures
+turned by their EXIF orientation, and its points refer to that.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from medseg.dataset import Item
+from medseg.files import parallel_map
+from medseg.images import SUFFIXES
+from medseg.sources import list_files, make_grouping, read_upright, unique_names
+
+BACKGROUND, IGNORED = "_background_", "__ignore__"
+POINTS = {
+    "rectangle": 2,
+    "circle": 2,
+    "mask": 2,
+    "oriented_rectangle": 4,
+}  # a polygon has 3 or more
+LEFT_OUT = ("point", "points", "line", "linestrip")  # they cover no area
+MAX_BYTES = 256 * 2**20  # of one JSON file, imageData included
+FAR = 10  # coordinates may lie this many sides outside the image
+
+
+def labelme_items(folder, *, classes=None, group=None):
+    """(items, class names) of the LabelMe files below a folder.
+
+    Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
+    group: a regular expression on the path of the JSON file, see `make_grouping`.
+    Raises ValueError or FileNotFoundError that names the file.
+    """
+    folder = Path(folder)
+    paths = list_files(folder, (".json",))
+    if not paths:
+        raise ValueError(f"{folder}: holds no LabelMe files (.json)")
+    labels, left_out = _tally(paths)
+    found = sorted(label for label in labels if label not in (BACKGROUND, IGNORED))
+    if not found:
+        raise ValueError(f"{folder}: the LabelMe files hold no labelled areas")
+    if unknown := [name for name in classes or () if name not in found]:
+        raise ValueError(f"--classes: no area is labelled {unknown[0]!r}, but {', '.join(found)}")
+    chosen = tuple(classes or found)
+    _report(folder, paths, labels, left_out, chosen)
+    group_of = make_grouping(group)
+    relative = [path.relative_to(folder) for path in paths]
+    items = []
+    for name, path, place in zip(unique_names(relative), paths, relative, strict=True):
+        items.append(Item(name, group_of(place), _Loader(path, folder, chosen)))
+    return items, list(chosen)
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """What `Item.load` is for a LabelMe file."""
+
+    path: Path
+    folder: Path
+    classes: tuple
+
+    def __call__(self):
+        content = read_labelme(self.path)
+        upright = _read_picture(self.path, self.folder, content)
+        width, height = upright.size
+        recorded = content.get("imageWidth"), content.get("imageHeight")
+        if all(type(side) is int for side in recorded) and recorded != upright.size:
+            raise ValueError(
+                f"{self.path}: was made on an image of {recorded[0]}x{recorded[1]}, "
+                f"but its image is {width}x{height}"
+            )
+        try:
+            numbers = draw_shapes(content["shapes"], upright.size, self.classes)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        present = np.unique(numbers)
+        return upright.picture, {self.classes[n - 1]: numbers == n for n in present if n}
+
+
+def _tally(paths):
+    """Counter of the labels of areas, and Counter of the kinds of shapes that are left out."""
+
+    def count(path):
+        shapes = read_labelme(path)["shapes"]
+        areas = [shape["label"] for shape in shapes if shape["shape_type"] not in LEFT_OUT]
+        return areas, [s["shape_type"] for s in shapes if s["shape_type"] in LEFT_OUT]
+
+    labels, left_out = Counter(), Counter()
+    with contextlib.closing(parallel_map(count, paths)) as results:
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+            labels.update(result[0])
+            left_out.update(result[1])
+    return labels, left_out
+
+
+def _report(folder, paths, labels, left_out, classes):
+    areas = ", ".join(f"{name} ({labels[name]})" for name in classes)
+    print(f"{len(paths)} LabelMe files; areas: {areas}")
+    unused = {name: n for name, n in labels.items() if name not in (*classes, BACKGROUND, IGNORED)}
+    for what, counts in (("shapes without an area", left_out), ("other labels", unused)):
+        if counts:
+            print(f"left out: {what}: {', '.join(f'{k} ({n})' for k, n in sorted(counts.items()))}")
+    if labels[IGNORED]:
+        print(f"warning: {labels[IGNORED]} areas labelled {IGNORED} count as background")
+    stems = {path.with_suffix("") for path in paths}
+    unlabelled = [f for f in list_files(folder, SUFFIXES) if f.with_suffix("") not in stems]
+    if unlabelled:
+        print(f"note: {len(unlabelled)} images have no LabelMe file of their name")
+
+
+# ---------------------------------------------------------------- one file
+
+
+def read_labelme(path):
+    """The content of a LabelMe file, a shape_type filled in where it is missing.
+
+    Raises FileNotFoundError; ValueError for what is not LabelMe: a list of shapes, each with a
+    label and a known shape_type.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no LabelMe file is")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+        raise ValueError(f"{path}: not a LabelMe file (no list of shapes): move it elsewhere")
+    for number, shape in enumerate(content["shapes"]):
+        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+            raise ValueError(f"{path}: shapes[{number}] has no label")
+        kind = shape.get("shape_type") or "polygon"
+        if kind != "polygon" and kind not in [*POINTS, *LEFT_OUT]:
+            raise ValueError(f"{path}: shapes[{number}] has the unknown shape_type {kind!r:.40}")
+        shape["shape_type"] = kind
+    return content
+
+
+def _read_picture(path, folder, content):
+    """The Upright picture of a LabelMe file: the image that imagePath names, else imageData."""
+    name = content.get("imagePath")
+    if isinstance(name, str) and (image := find_image(path, folder, name)):
+        return read_upright(image)
+    data = content.get("imageData")
+    if not isinstance(data, str):
+        raise ValueError(
+            f"{path}: its image {name!r:.120} is not below {folder}, nor is it in imageData"
+        )
+    try:
+        file = io.BytesIO(base64.b64decode(data))
+    except ValueError as error:
+        raise ValueError(f"{path}: imageData is damaged ({error})") from None
+    try:
+        return read_upright(file)
+    except ValueError as error:  # its message begins with the name of the file: "<...>: "
+        raise ValueError(f"{path}: imageData: {str(error).partition('>: ')[2]}") from None
+
+
+def find_image(path, folder, name):
+    """The file that a LabelMe file at `path` means by its imagePath `name`, or None.
+
+    Windows separators are understood. A path that leads out of `folder`, or to nothing, is tried
+    by its last part beside the LabelMe file.
+    """
+    name = PureWindowsPath(name)
+    if not name.name or "\0" in name.name:
+        return None
+    beside = path.parent / name.name
+    if not name.anchor:
+        meant = Path(os.path.normpath(path.parent / name.as_posix()))
+        inside = Path(os.path.abspath(folder)) in Path(os.path.abspath(meant)).parents
+        if inside and os.path.isfile(meant):
+            return meant
+    return beside if os.path.isfile(beside) else None
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def draw_shapes(shapes, size, classes):
+    """The number of the class at each pixel, int32 (H, W): 1 is classes[0], 0 background.
+
+    shapes: as `read_labelme` returns them. size: (width, height). Raises ValueError.
+    """
+    canvas = Image.new("I", size)
+    for number, shape in enumerate(shapes):
+        label, kind = shape["label"], shape["shape_type"]
+        if kind in LEFT_OUT or label not in (*classes, BACKGROUND, IGNORED):
+            continue
+        value = classes.index(label) + 1 if label in classes else 0
+        try:
+            _draw_shape(canvas, kind, _read_points(shape, size), value, shape)
+        except ValueError as error:
+            raise ValueError(f"shapes[{number}] ({label!r:.40}): {error}") from None
+    return np.asarray(canvas)
+
+
+def _read_points(shape, size):
+    """[(x, y)] of a shape; ValueError where they are too few, no numbers, or far outside."""
+    kind, points = shape["shape_type"], shape.get("points")
+    expected = POINTS.get(kind)
+    if not isinstance(points, list) or not (
+        len(points) == expected or (not expected and points[2:])
+    ):
+        raise ValueError(f"a {kind} needs {expected or 'three or more'} points")
+    limit = FAR * max(size)
+    for point in points:
+        numbers = isinstance(point, list) and len(point) == 2
+        if not numbers or not all(type(value) in (int, float) for value in point):
+            raise ValueError(f"{point!r:.40} is no point [x, y]")
+        if not all(-limit <= value <= limit for value in point):  # false for NaN too
+            raise ValueError(f"{point!r:.60} is far outside the {size[0]}x{size[1]} image")
+    return [tuple(point) for point in points]
+
+
+def _draw_shape(canvas, kind, points, value, shape):
+    draw = ImageDraw.Draw(canvas)
+    ordered = [sorted(values) for values in zip(*points, strict=True)]  # of x, of y
+    if kind == "mask":
+        bitmap = _read_bitmap(shape.get("mask"))
+        (left, right), (top, bottom) = ordered
+        left, top = int(left), int(top)  # as LabelMe does: whole numbers, both corners inside
+        size = int(right) - left + 1, int(bottom) - top + 1
+        if any(abs(a - b) > 1 for a, b in zip(bitmap.size, size, strict=True)):
+            raise ValueError(f"its mask is {bitmap.size}, but its corners span {size}")
+        canvas.paste(value, (left, top), bitmap)
+    elif kind == "circle":
+        (x, y), edge = points
+        radius = math.dist((x, y), edge)
+        box = [x - radius, y - radius, x + radius, y + radius]
+        draw.ellipse(box, outline=value, fill=value)
+    elif kind == "rectangle":
+        (left, right), (top, bottom) = ordered
+        draw.rectangle([left, top, right, bottom], outline=value, fill=value)
+    else:
+        draw.polygon(points, outline=value, fill=value)
+
+
+def _read_bitmap(text):
+    """A PIL image of mode "1" from base64 of a PNG whose pixels are 0 or not."""
+    if not isinstance(text, str):
+        raise ValueError("a mask needs its picture")
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text)), formats=["PNG"]) as image:
+            pixels = np.asarray(image)
+    except Exception as error:  # decoders raise many kinds on damaged files
+        reason = "not a PNG" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(f"its mask is damaged ({reason})") from None
+    if pixels.ndim != 2:
+        raise ValueError("its mask has several channels")
+    return Image.fromarray(pixels != 0)

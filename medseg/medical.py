@@ -1,0 +1,106 @@
+"""Medical files: what kind a file is, its name, its window, and the optional libraries."""
+
+import contextlib
+import importlib
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from medseg.cli import one_line
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+
+
+def kind(path):
+    """'dicom', 'nifti' or None: by the suffix; without one, or with a number, by the content."""
+    path = Path(path)
+    name = path.name.lower()
+    if name.endswith(DICOM_SUFFIXES):
+        return "dicom"
+    if name.endswith(NIFTI_SUFFIXES):
+        return "nifti"
+    if path.suffix and not path.suffix[1:].isdecimal():
+        return None
+    try:
+        with open(path, "rb") as file:
+            head = file.read(348)
+    except OSError:
+        return None
+    if head[128:132] == b"DICM":
+        return "dicom"
+    return "nifti" if nifti_version(head) else None
+
+
+def base_name(path):
+    """The name of an image file without its suffix: 'a.nii.gz' -> 'a', '1.2.840' -> '1.2.840'."""
+    path = Path(path)
+    for suffix in NIFTI_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name if path.suffix[1:].isdecimal() else path.stem
+
+
+def mask_name(path):
+    """The file name of the mask of a volume: 'a.nii.gz' -> 'a_mask.nii.gz'."""
+    return f"{base_name(path)}_mask.nii.gz"
+
+
+def nifti_version(head):
+    """1 or 2 by the first 348 bytes of a file that holds header and voxels, else None."""
+    if head[344:348] == b"n+1\0":
+        return 1
+    return 2 if head[4:8] == b"n+2\0" else None
+
+
+def window_limits(window):
+    """(center, width) -> (low, high). ValueError for a width that is not above 0."""
+    center, width = map(float, window)
+    if not (math.isfinite(center) and 0 < width < math.inf):
+        raise ValueError(f"a window of center {center:g} and width {width:g} shows nothing")
+    return center - width / 2, center + width / 2
+
+
+def window_to_uint8(values, low, high):
+    """Array of numbers -> uint8 array: low and below 0, high and above 255, linear between.
+
+    NaN becomes 0. Where high is not above low, everything above low becomes 255.
+    """
+    values = np.asarray(values, np.float64)
+    if not high > low:
+        return np.where(values > low, np.uint8(255), np.uint8(0))
+    with np.errstate(all="ignore"):
+        scaled = np.clip(values, low, high)
+        scaled -= low
+        scaled *= 255
+        scaled /= high - low
+        return np.nan_to_num(scaled, copy=False).round(out=scaled).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def name_file(path):
+    """Turn whatever a reader raises into one line that begins with the file's name."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, not a file") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # pydicom, nibabel, zlib and decoders raise many kinds
+        line = one_line(error)
+        raise ValueError(line if line.startswith(f"{path}: ") else f"{path}: {line}") from None
+
+
+def import_reader(name, format_name):
+    """Import pydicom or nibabel, with their warnings off. ValueError where it is missing."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"reading {format_name} needs {name}: run `pip install {name}`") from None
+    # They warn of odd metadata and mend it; pixels they cannot read are errors.
+    warnings.filterwarnings("ignore", module=rf"{name}\.")
+    return module

@@ -1,0 +1,279 @@
+"""NIfTI: the slices of a volume, masks written back. nibabel is optional, imported when used."""
+
+import gzip
+import importlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from medseg.files import atomic_write
+from medseg.images import overlay
+from medseg.medical import (
+    NIFTI_SUFFIXES,
+    import_reader,
+    name_file,
+    nifti_version,
+    window_limits,
+    window_to_uint8,
+)
+
+MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
+SAMPLE = 1 << 20  # voxels, at most, that the percentiles of a volume are taken from
+PERCENTILES = (0.5, 99.5)
+
+
+def open_nifti(path):
+    """The one volume in a NIfTI file, as a `Volume`.
+
+    Voxels keep their stored type: a .nii file is mapped into memory, a .nii.gz file decoded once.
+    Raises FileNotFoundError; ValueError for what is not a whole NIfTI file with one volume of
+    real numbers, some of them finite.
+    """
+    with name_file(path):
+        return Volume(path)
+
+
+class Volume:
+    """A volume cut into slices across the axis of the largest spacing, the last where they tie.
+
+    path, header (nibabel's), affine (4, 4); shape and spacing: of the three axes, in voxels and
+    header units; axis: the one across which it is cut; limits: (low, high), the 0.5 and 99.5
+    percentiles of the finite voxels, of about a million of them spread evenly where there are
+    more. `len(volume)` slices; `volume[k]` is one, float32, slope and intercept applied, its
+    rows and columns the two other axes in stored order: nothing is turned or flipped.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.header = _read_nifti_header(self.path)
+        self.affine = self.header.get_best_affine()
+        if not np.isfinite(self.affine).all():
+            raise ValueError("its affine is not finite")
+        self.shape = (*self.header.get_data_shape(), 1, 1)[:3]
+        spacing = np.nan_to_num(np.abs([*self.header.get_zooms(), 1, 1][:3]))
+        self.spacing = tuple(spacing.tolist())
+        self.axis = int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])
+        slope, intercept = self.header.get_slope_inter()
+        self._slope = 1.0 if slope is None else float(slope)
+        self._intercept = 0.0 if intercept is None else float(intercept)
+        self._voxels = _read_voxels(self.path, self.header).reshape(self.shape, order="F")
+        self.limits = self._percentiles()
+
+    def __len__(self):
+        return self.shape[self.axis]
+
+    def __getitem__(self, index):
+        values = self._scale(np.moveaxis(self._voxels, self.axis, 0)[index])
+        with np.errstate(all="ignore"):
+            return values.astype(np.float32)
+
+    def slices(self):
+        """Yield every slice: float32 (H, W)."""
+        return (self[index] for index in range(len(self)))
+
+    def pictures(self, window=None):
+        """The slices as a sequence of uint8 arrays (H, W).
+
+        window: (center, width); default: from `limits[0]` to `limits[1]`.
+        """
+        return VolumePictures(self, window_limits(window) if window else self.limits)
+
+    def _scale(self, voxels):
+        with np.errstate(all="ignore"):
+            return voxels.astype(np.float64) * self._slope + self._intercept
+
+    def _percentiles(self):
+        step = -(-self._voxels.size // SAMPLE)
+        while math.gcd(step, self.shape[0] * self.shape[1]) > 1:  # else it keeps to a few columns
+            step += 1
+        values = self._scale(self._voxels.reshape(-1, order="F")[::step])
+        values = values[np.isfinite(values)]
+        if not values.size and step > 1:
+            values = np.concatenate([one[np.isfinite(one)] for one in self.slices()])
+        if not values.size:
+            raise ValueError("none of its voxels is finite")
+        low, high = np.percentile(values, PERCENTILES).tolist()
+        return (low, high) if low < high else (float(values.min()), float(values.max()))
+
+
+class VolumePictures(Sequence):
+    """What `Volume.pictures` returns."""
+
+    def __init__(self, volume, limits):
+        self._volume, self._limits = volume, limits
+
+    def __len__(self):
+        return len(self._volume)
+
+    def __getitem__(self, index):
+        return window_to_uint8(self._volume[index], *self._limits)
+
+
+def _open_binary(path):
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+def _read_nifti_header(path):
+    """nibabel's header of a NIfTI file that holds one volume of real numbers."""
+    nibabel = import_reader("nibabel", "NIfTI")
+    nibabel.imageglobals.logger.disabled = True  # it writes on stderr what it mends in a header
+    with _open_binary(path) as file:
+        head = file.read(540)
+    version = nifti_version(head)
+    if version is None:
+        raise ValueError("not a NIfTI file (.nii or .nii.gz, header and voxels in one)")
+    if version == 1:
+        header = nibabel.Nifti1Header(head[:348])
+    else:
+        header = nibabel.Nifti2Header(head)
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    said = " x ".join(map(str, shape))
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(f"holds no volume: its shape is {said or 'missing'}")
+    if max(shape[3:], default=1) > 1:
+        raise ValueError(f"holds more than one volume ({said}): save one in a file of its own")
+    if dtype.kind not in "iuf":
+        raise ValueError(f"its voxels are {dtype.name}: only real numbers can be shown as grey")
+    claimed = header.get_data_offset() + math.prod(map(int, shape)) * dtype.itemsize
+    if claimed > MAX_VOLUME_BYTES:
+        raise ValueError(f"claims {claimed / 2**30:.0f} GiB ({said}): more than 4 GiB")
+    return header
+
+
+def _read_voxels(path, header):
+    """The voxels in their stored type and order, one axis."""
+    dtype, offset = header.get_data_dtype(), header.get_data_offset()
+    size = math.prod(map(int, header.get_data_shape()))
+    if not path.name.lower().endswith(".gz"):
+        missing = offset + size * dtype.itemsize - path.stat().st_size
+        if missing > 0:
+            raise ValueError(f"is cut short: {missing} bytes of voxels are missing")
+        return np.memmap(path, dtype, "r", offset, size)
+    # Not through nibabel, which stops before the checksum at the end.
+    voxels = np.empty(size, dtype)
+    room = memoryview(voxels.view(np.uint8))
+    with _open_binary(path) as file:
+        file.seek(offset)
+        while room and (count := file.readinto(room[: 1 << 20])):
+            room = room[count:]
+        if room:
+            raise ValueError(f"is cut short: {len(room)} bytes of voxels are missing")
+        file.read(1)  # at the end of the file, this compares the checksum
+    return voxels
+
+
+def write_mask(path, volume, slices):
+    """Write the masks of all slices of a `Volume` as a NIfTI file that is whole or absent.
+
+    slices: iterable of integer arrays (H, W) of class numbers 0..255, in order. Shape, affine and
+    header geometry are those of the volume; voxels are uint8. path ends with .nii or .nii.gz.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith(NIFTI_SUFFIXES):
+        raise ValueError(f"{path}: a mask volume is written as .nii.gz or .nii")
+    mask = np.zeros(volume.shape, np.uint8, order="F")
+    across = np.moveaxis(mask, volume.axis, 0)
+    for target, values in zip(across, slices, strict=True):
+        if np.shape(values) != target.shape:
+            raise ValueError(f"{path}: a slice of {np.shape(values)} in a mask of {target.shape}")
+        target[...] = values
+    nibabel = importlib.import_module("nibabel")  # it read the volume
+    header = volume.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_data_offset(0)  # the header's extensions are not copied
+    header.set_slope_inter(1, 0)
+    header.set_intent("none")
+    header["cal_min"] = header["cal_max"] = 0
+    of_version_2 = isinstance(header, nibabel.Nifti2Header)
+    make_image = nibabel.Nifti2Image if of_version_2 else nibabel.Nifti1Image
+    image = make_image(mask.reshape(header.get_data_shape(), order="F"), volume.affine, header)
+    with atomic_write(path) as file:
+        if not path.name.lower().endswith(".gz"):
+            image.to_stream(file)
+            return
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) as compressed:
+            image.to_stream(compressed)
+
+
+def volume_pairs(image_path, mask_path, window=None):
+    """The slices of a volume with their masks: a sequence of (name suffix, picture, classes).
+
+    name suffix: '_z000' and on; picture: PIL image of mode L; classes: uint16 array (H, W) of
+    class numbers. window as in `Volume.pictures`.
+    Raises FileNotFoundError; ValueError where the two do not cover the same space and, when the
+    slice is read, where the mask holds something else than whole numbers from 0 on.
+    """
+    image, mask = open_nifti(image_path), open_nifti(mask_path)
+    if image.shape != mask.shape:
+        sizes = [" x ".join(map(str, volume.shape)) for volume in (image, mask)]
+        raise ValueError(f"{mask_path}: {sizes[1]} voxels, but {image_path} has {sizes[0]}")
+    corners = np.stack([*np.meshgrid(*([0, side - 1] for side in image.shape)), np.ones((2, 2, 2))])
+    apart = (image.affine - mask.affine)[:3] @ corners.reshape(4, -1)
+    if np.linalg.norm(apart, axis=0).max() > 0.5 * min(image.spacing):
+        raise ValueError(f"{mask_path}: lies elsewhere than {image_path}: their affines differ")
+    mask.axis = image.axis  # equal but for rounding
+    return VolumePairs(image.pictures(window), mask)
+
+
+class VolumePairs(Sequence):
+    """What `volume_pairs` returns."""
+
+    def __init__(self, pictures, mask):
+        self._pictures, self._mask = pictures, mask
+
+    def __len__(self):
+        return len(self._pictures)
+
+    def __getitem__(self, index):
+        classes = self.classes(index)
+        return f"_z{index:03d}", Image.fromarray(self._pictures[index]), classes
+
+    @property
+    def axis(self):
+        """The axis across which both are cut, 0 to 2."""
+        return self._mask.axis
+
+    def classes(self, index):
+        """The class numbers of one slice: uint16 array (H, W)."""
+        values = self._mask[index]
+        classes = np.nan_to_num(values, nan=-1).clip(-1, 65536).astype(np.int32)
+        if (classes != values).any() or classes.min() < 0 or classes.max() > 65535:
+            raise ValueError(
+                f"{self._mask.path}: slice {index} holds something else than class numbers "
+                "0, 1, 2, ..."
+            )
+        return classes.astype(np.uint16)
+
+
+def overlay_foreground(image, mask):
+    return overlay(image, mask > 0)
+
+
+def montage(pictures, masks, *, draw=overlay_foreground, side=256, limit=20):
+    """Up to `limit` slices with their masks drawn on them, numbered, as one PIL RGB image.
+
+    pictures: sequence of uint8 arrays (H, W) or (H, W, 3); masks: sequence of arrays (H, W). The
+    slices are spread over those with foreground, or over all where there is none.
+    draw(PIL RGB image, mask) -> PIL image; default: foreground tinted red.
+    side: pixels of the longer side of a slice.
+    """
+    chosen = [index for index in range(len(pictures)) if np.any(masks[index])]
+    chosen = chosen or list(range(len(pictures)))
+    spread = np.linspace(0, len(chosen) - 1, min(limit, len(chosen))).round().astype(int)
+    chosen = [chosen[position] for position in spread]
+    height, width = np.shape(pictures[0])[:2]
+    scale = side / max(height, width)
+    width, height = max(round(width * scale), 1), max(round(height * scale), 1)
+    columns = min(math.ceil(math.sqrt(len(chosen) * height / width)), len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + 24) + 4), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for place, index in enumerate(chosen):
+        left, top = 4 + place % columns * (width + 4), 24 + place // columns * (height + 24)
+        tile = draw(Image.fromarray(pictures[index]).convert("RGB"), np.asarray(masks[index]))
+        sheet.paste(tile.resize((width, height), Image.Resampling.BILINEAR), (left, top))
+        pen.text((left, top - 4), f"slice {index}", fill="black", font=font, anchor="ls")
+    return sheet

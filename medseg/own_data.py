@@ -1,0 +1,138 @@
+"""The flags of download.py for data of one's own, and the importer behind each."""
+
+import shlex
+from pathlib import Path
+
+from medseg.cli import flag_name, number, one_line
+from medseg.coco import SPLITS
+from medseg.cocojson import coco_items
+from medseg.dataset import SHARES, check_free, present_splits, wanted_splits, write_dataset
+from medseg.labelme import labelme_items
+from medseg.masks import mask_items
+from medseg.medical import window_limits
+
+SOURCES = ("masks", "labelme", "coco")
+NEED_A_SOURCE = ("split", "into", "group", "classes", "skip_unpaired", "boxes")
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",")]
+
+
+def add_arguments(parser):
+    own = parser.add_argument_group("your own data, instead of a download")
+    own.add_argument(
+        "--masks",
+        nargs=2,
+        metavar=("IMAGES", "MASKS"),
+        help="a folder of images or NIfTI volumes and one of their masks, or two files",
+    )
+    own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
+    own.add_argument(
+        "--coco", nargs=2, metavar=("JSON", "IMAGES"), help="a COCO file and a folder of images"
+    )
+    splits = own.add_mutually_exclusive_group()
+    splits.add_argument(
+        "--split",
+        type=number(0, 100),
+        nargs=3,
+        default=SHARES,
+        metavar=("TRAIN", "VALID", "TEST"),
+        help="percent of the images, drawn by --seed; 0 writes no such split",
+    )
+    splits.add_argument("--into", choices=SPLITS, help="write this split; the others stay")
+    own.add_argument(
+        "--group",
+        metavar="REGEX",
+        help="images in whose path it finds the same (a patient, a volume) stay in one split",
+    )
+    own.add_argument(
+        "--classes",
+        type=_names,
+        metavar="A,B",
+        help="names for the values of masks, ascending; or the labels or categories to use",
+    )
+    own.add_argument(
+        "--skip-unpaired", action="store_true", help="leave out images without a mask, or file"
+    )
+    own.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("CENTER", "WIDTH"),
+        help="of DICOM or NIfTI values; default: the file's own, or 0.5 to 99.5 %% of a volume",
+    )
+    own.add_argument("--boxes", action="store_true", help="COCO: boxes alone become rectangles")
+
+
+def source(args):
+    """The name of the importer that the flags ask for, or None."""
+    return next((name for name in SOURCES if getattr(args, name)), None)
+
+
+def check_arguments(parser, args):
+    """End with one line where flags do not go together."""
+    chosen = [name for name in ("zip", "synthetic", *SOURCES) if getattr(args, name)]
+    if len(chosen) > 1:
+        parser.error(f"{flag_name(chosen[1])}: not allowed with {flag_name(chosen[0])}")
+    for name in NEED_A_SOURCE:
+        if not source(args) and getattr(args, name) != parser.get_default(name):
+            parser.error(f"{flag_name(name)}: goes with --masks, --labelme or --coco")
+    if args.boxes and not args.coco:
+        parser.error("--boxes: goes with --coco")
+    if args.window and not args.masks:
+        parser.error("--window: goes with --masks")
+    if args.window:
+        try:
+            window_limits(args.window)
+        except ValueError as error:
+            parser.error(f"--window: {error}")
+    if sum(args.split) != 100:
+        parser.error(f"--split: {' + '.join(map(str, args.split))} is not 100 percent")
+
+
+def import_data(root, args):
+    """Write the images and masks that the flags name as splits of `root`.
+
+    Raises ValueError, or OSError where a file cannot be read or written; `root` is unchanged then.
+    """
+    splits = wanted_splits(args.split, args.into)
+    check_free(root, splits, args.force)
+    _check_sources(root, splits, [*(args.masks or ()), *(args.coco or ()), args.labelme])
+    options = {"classes": args.classes, "group": args.group}
+    try:
+        if args.masks:
+            options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
+            items, classes = mask_items(*args.masks, **options)
+        elif args.labelme:
+            items, classes = labelme_items(args.labelme, **options)
+        else:
+            options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
+            items, classes = coco_items(*args.coco, **options)
+        choice = {"split": args.split, "into": args.into, "seed": args.seed, "force": args.force}
+        write_dataset(root, items, classes, **choice)
+    except FileNotFoundError as error:
+        raise ValueError(one_line(error)) from None
+
+
+def _check_sources(root, splits, sources):
+    """Raise ValueError where a source lies in a split that is to be replaced, or around `root`."""
+    for name in filter(None, sources):
+        place = Path(name).resolve()
+        for split in splits:
+            if (root / split).resolve() in (place, *place.parents):
+                raise ValueError(f"{name}: lies in {root / split}, which would be replaced")
+        if present_splits(root) and place in (root.resolve(), *root.resolve().parents):
+            raise ValueError(
+                f"{name}: its images would be read together with those of the data set {root}, "
+                "which lies in it: name a folder elsewhere with --data"
+            )
+
+
+def print_next(root, data_flag):
+    """Print which splits are missing, and the commands to run next."""
+    for split in SPLITS:
+        if split not in present_splits(root):
+            print(f"missing: {split}, which train.py needs: add it with --into {split}")
+    name = f" {shlex.quote(str(root))}" if data_flag else ""
+    print(f"next: python data.py{name}, python train.py{data_flag}")

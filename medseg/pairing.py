@@ -1,0 +1,153 @@
+"""Which mask belongs to which image, found from their names."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from medseg.medical import base_name
+
+COMMONEST = 12  # ends (or beginnings) of names that are tried, of images and of masks each
+
+
+@dataclass
+class Pairing:
+    """pairs: [(image, mask)]. missing: images without a mask. several: [(image, its masks)]."""
+
+    rule: str = ""
+    pairs: list = field(default_factory=list)
+    missing: list = field(default_factory=list)
+    several: list = field(default_factory=list)
+
+
+def pair_files(images, masks, image_root, mask_root):
+    """The Pairing of two lists of Paths, each below its root.
+
+    Names are compared without case and suffix. The rules that are tried: the same path below the
+    roots; the same name; names that share a beginning, where all images go on in one way and all
+    masks in another (x and x_mask, 21_training and 21_manual1), or an end (img_1, mask_1). The
+    rule that finds a mask for most images is taken, of equal ones the first. Where two rules of
+    the last kind find different masks for as many images (x_reader1, x_reader2), both are
+    candidates. Raises ValueError where no rule finds a mask for half the images.
+    """
+    shared = set(images) & set(masks)  # one folder holds both: only names tell them apart
+    rules = []
+    if not shared:
+        rules.append(("path", _by_key(images, masks, image_root, mask_root)))
+        rules.append(("name", _by_key(images, masks)))
+    rules.append(("the part that their names share", _by_shared_part(images, masks, shared)))
+    rule, candidates = max(rules, key=lambda found: len(found[1]))
+    enough = len(images) / 4 if shared else min(len(images), len(masks)) / 2
+    if not candidates or len(candidates) < enough:
+        raise ValueError(
+            f"{mask_root}: no rule pairs its {len(masks)} masks, such as {masks[0].name}, with "
+            f"the {len(images)} images, such as {images[0].name}: give a mask its image's name, "
+            "or that name and an ending"
+        )
+    return _sort_out("name" if rule == "path" else rule, images, candidates, shared)
+
+
+def _sort_out(rule, images, candidates, shared):
+    pairing = Pairing(rule)
+    users = Counter(mask for found in candidates.values() for mask in found)
+    in_use = shared & users.keys()
+    for image in images:
+        found = candidates.get(image, [])
+        if len(found) == 1 and users[found[0]] == 1:
+            pairing.pairs.append((image, found[0]))
+        elif found:
+            pairing.several.append((image, found))
+        elif image not in in_use:
+            pairing.missing.append(image)
+    return pairing
+
+
+def stem(path):
+    """The name of a file without its suffix, in lower case."""
+    return base_name(path).casefold()
+
+
+def _by_key(images, masks, image_root=None, mask_root=None):
+    """{image: masks} of equal stems; with roots, of equal paths below them too."""
+
+    def key(path, root):
+        folders = path.relative_to(root).parent.parts if root else ()
+        return (*(folder.casefold() for folder in folders), stem(path))
+
+    table = {}
+    for mask in masks:
+        table.setdefault(key(mask, mask_root), []).append(mask)
+    keyed = ((image, key(image, image_root)) for image in images)
+    return {image: table[name] for image, name in keyed if name in table}
+
+
+# ---------------------------------------------------------------- the part that names share
+
+
+def _by_shared_part(images, masks, shared):
+    """{image: masks} of the pair of ends, or of beginnings, that pairs most images.
+
+    Where several pair as many, the candidates of all.
+    """
+    most, best = 0, []
+    for split_name in (_endings, _beginnings):
+        image_cores, mask_cores = _cores(images, split_name), _cores(masks, split_name)
+        for image_rest, images_of in image_cores.items():
+            if shared and image_rest:
+                continue  # else x_mask could be the image of x
+            for mask_rest, masks_of in mask_cores.items():
+                cores = images_of.keys() & masks_of.keys()
+                if image_rest == mask_rest or not _is_credible(image_rest, cores, images):
+                    continue
+                paired = sum(len(images_of[core]) for core in cores)
+                if paired > most:
+                    most, best = paired, []
+                if paired == most:
+                    best.append((cores, images_of, masks_of))
+    candidates = {}
+    for cores, images_of, masks_of in best:
+        for core in cores:
+            for image in images_of[core]:
+                candidates.setdefault(image, set()).update(masks_of[core])
+    return {image: sorted(found) for image, found in candidates.items()}
+
+
+def _is_credible(image_rest, cores, images):
+    """Whether what ends the images' names may be cut off: a number only where most have it.
+
+    Without this, scan_5 would be the image of scan_7_mask.
+    """
+    numbered = any(character.isdigit() for character in image_rest)
+    return not numbered or (len(cores) > 1 and 2 * len(cores) >= len(images))
+
+
+def _cores(paths, split_name):
+    """{rest: {core: paths}} of the commonest rests of the paths' names."""
+    names = {path: list(split_name(stem(path))) for path in paths}
+    counts = Counter(rest for splits in names.values() for _, rest in splits)
+    kept = {rest: {} for rest, _ in counts.most_common(COMMONEST)} | {"": {}}
+    for path, splits in names.items():
+        for core, rest in splits:
+            if rest in kept:
+                kept[rest].setdefault(core, []).append(path)
+    return kept
+
+
+def _endings(name):
+    """('21', '_training') and every other (core, rest) of '21_training'; ('21_training', '')."""
+    yield name, ""
+    for place in range(1, len(name)):
+        if not name[place].isalnum() or _digits_border(name, place):
+            yield name[:place], name[place:]
+
+
+def _beginnings(name):
+    """('1', 'img_') and every other (core, rest) of 'img_1'; ('img_1', '')."""
+    yield name, ""
+    for place in range(1, len(name)):
+        if not name[place - 1].isalnum() or _digits_border(name, place):
+            yield name[place:], name[:place]
+
+
+def _digits_border(name, place):
+    """Whether a number begins or ends at this place, beside a letter."""
+    before, after = name[place - 1], name[place]
+    return before.isalnum() and after.isalnum() and before.isdigit() != after.isdigit()

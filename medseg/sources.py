@@ -1,0 +1,140 @@
+"""Reading other people's files: finding them, naming them, grouping them, turning them upright."""
+
+import os
+import re
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from medseg.images import FORMATS, read_image
+from medseg.medical import base_name, kind
+
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
+
+
+def list_files(folder, suffixes, *, medical=False):
+    """The files below `folder` whose names end with one of `suffixes`, sorted.
+
+    medical: DICOM and NIfTI files too, also those that only their content tells.
+    Hidden files and folders are left out. Raises FileNotFoundError without a folder.
+    """
+    folder, suffixes = Path(folder), tuple(suffixes)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(place, name)
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(suffixes) or (medical and path.is_file() and kind(path)):
+                found.append(path)
+    return sorted(found)
+
+
+def unique_names(paths):
+    """A file stem for each relative path, unique whatever the case and safe in a file system.
+
+    The path's `base_name` where all differ, else its folders and that name joined by `_`, else
+    that after a number.
+    """
+    paths = [PurePath(path) for path in paths]
+    own = [base_name(path) for path in paths]
+    joined = ["_".join((*path.parent.parts, name)) for path, name in zip(paths, own, strict=True)]
+    for names in (own, joined):
+        names = [_safe_name(name) for name in names]
+        if len({name.casefold() for name in names}) == len(names):
+            return names
+    return [f"{number:05}_{_safe_name(name)}" for number, name in enumerate(joined)]
+
+
+def _safe_name(name):
+    name = re.sub(r"[^\w.() -]", "_", name).lstrip(".")  # \w: letters of any alphabet
+    return name.encode("utf-8", "ignore")[:200].decode("utf-8", "ignore").strip() or "_"
+
+
+def make_grouping(regex):
+    """relative path -> group: what `regex` finds in it (its first group, else the whole match).
+
+    Without a regex every path is a group of its own, "". The function that is returned raises
+    ValueError for a path in which nothing is found.
+    """
+    if regex is None:
+        return lambda relative: ""
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"--group: {regex!r} is not a regular expression ({error})") from None
+
+    def group_of(relative):
+        found = pattern.search(PurePath(relative).as_posix())
+        captured = found and found[min(pattern.groups, 1)]
+        if not captured:
+            raise ValueError(f"{relative}: --group {regex!r} finds nothing in this name")
+        return captured
+
+    return group_of
+
+
+class Upright(NamedTuple):
+    """A picture that was read: see `Item` for `picture`."""
+
+    picture: object  # Path or PIL image
+    size: tuple  # (width, height) of the upright picture
+    orientation: int  # EXIF's, 1 to 8; how the stored pixels were turned
+
+
+def read_upright(file):
+    """Read a picture as `read_image` does, and turn it by its EXIF orientation.
+
+    file: a Path, which stays the `picture` where that is upright as `read_image` reads it; or a
+    binary file, whose picture becomes a PIL image. What is turned is 8-bit RGB, as training reads
+    it. Raises as `read_image` does.
+    """
+    picture = read_image(file)
+    orientation, turned_by_pillow = _orientation(file)
+    if orientation != 1 and not turned_by_pillow:
+        picture = Image.fromarray(turn(np.asarray(picture), orientation))
+    elif isinstance(file, Path):
+        return Upright(file, picture.size, orientation)
+    return Upright(picture, picture.size, orientation)
+
+
+def _orientation(file):
+    """(EXIF orientation 1 to 8, whether Pillow turns the picture itself when it loads it)."""
+    with Image.open(file, formats=FORMATS) as image:
+        try:
+            orientation = image.getexif().get(ORIENTATION, 1)
+        except Exception:  # damaged metadata raises many kinds; the pixels were read
+            orientation = 1
+        return orientation if orientation in range(1, 9) else 1, image.format == "TIFF"
+
+
+def turn(pixels, orientation):
+    """Array (H, W, ...) as stored -> as shown, by its EXIF orientation (1 to 8)."""
+    if orientation in (5, 7):
+        pixels = np.swapaxes(pixels, 0, 1)
+    quarters = {3: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)
+    pixels = np.rot90(pixels, quarters)
+    if orientation == 2:
+        pixels = pixels[:, ::-1]
+    if orientation == 4:
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def fit_mask(mask, upright):
+    """A mask (H, W) as it lies on an upright picture, or None where it has another size.
+
+    A mask of the picture's size was drawn on the picture as it is shown, as annotation tools do.
+    One of the size before turning, if that is another, is turned along.
+    """
+    width, height = upright.size
+    if mask.shape == (height, width):
+        return mask
+    if mask.shape == (width, height) and upright.orientation >= 5:
+        return turn(mask, upright.orientation)
+    return None

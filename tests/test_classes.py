@@ -1,0 +1,238 @@
+"""Several classes: masks, scores, files and weights, against hand-drawn masks and MONAI."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, edit_annotations, square, write_split
+from PIL import Image
+
+import predict
+import train
+from data import Batches, COCOSegmentationDataset, load_coco, load_split, split_rows
+from medseg.audit import audit
+from medseg.coco import SPLITS, used_categories
+from medseg.images import class_colors, full_size_labels, overlay, save_mask
+from medseg.metrics import RunningScores, class_scores
+from medseg.phantoms import make_phantoms
+from net import UNet, load_model
+
+NAMES = ("core", "edema", "cyst")
+
+
+def set_classes(folder, names, category_of):
+    """Give a split these categories; category_of(annotation number) -> category id from 1."""
+
+    def change(content):
+        content["categories"] = [{"id": n, "name": name} for n, name in enumerate(names, 1)]
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["category_id"] = category_of(number)
+
+    edit_annotations(folder, change)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three classes in 48x48 images: cyst lies within core, edema overlaps it; one has nothing."""
+    for split in SPLITS:
+        rng = np.random.default_rng(0)
+        images, annotations = {}, []
+        for number in range(4):
+            pixels = rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)
+            images[f"{number}.png"] = Image.fromarray(pixels)
+        for number in range(3):
+            annotations += [
+                (number, square(4, 4, 20)),
+                (number, square(16, 16, 20)),
+                (number, square(8, 8, 6)),
+            ]
+        write_split(tmp_path / split, images, annotations)
+        set_classes(tmp_path / split, NAMES, lambda number: number % 3 + 1)
+    return tmp_path
+
+
+def drawn():
+    """The masks of `three`, by hand."""
+    masks = np.zeros((3, 48, 48), np.uint8)
+    masks[0, 4:24, 4:24] = masks[1, 16:36, 16:36] = masks[2, 8:14, 8:14] = 1
+    return masks
+
+
+def test_each_class_has_a_mask_of_its_own_and_the_union_is_the_tutorials(three):
+    coco = load_coco(three / "train")
+    assert list(used_categories(coco)) == list(NAMES)
+    each = COCOSegmentationDataset(coco, three / "train", image_size=48, classes=list(NAMES))
+    np.testing.assert_array_equal(each.load(0)[1], drawn())
+    np.testing.assert_array_equal(each[0][1].numpy(), drawn())
+    assert each[3][1].sum() == 0
+    union = COCOSegmentationDataset(coco, three / "train", image_size=48)
+    np.testing.assert_array_equal(union[0][1][0].numpy(), drawn().any(0))
+    some = COCOSegmentationDataset(coco, three / "train", image_size=48, classes=["cyst", "core"])
+    np.testing.assert_array_equal(some[0][1].numpy(), drawn()[[2, 0]])
+
+
+def test_grey_and_classes_get_caches_of_their_own(three):
+    union = load_split(three, "train", 48)
+    each = load_split(three, "train", 48, classes=list(NAMES))
+    grey = load_split(three, "train", 48, n_channels=1)
+    assert union.shape[3] == 4 and each.shape[3] == 4 and grey.shape[3] == 2
+    assert len(list((three / ".cache").glob("*.npy"))) == 3
+    batches = Batches(each, 4, n_classes=3)
+    images, masks = next(iter(batches))
+    assert images.shape == (4, 3, 48, 48) and masks.shape == (4, 3, 48, 48)
+    np.testing.assert_array_equal(masks[0].numpy(), drawn())
+    images, masks = next(iter(Batches(grey, 4, n_channels=1)))
+    assert images.shape == (4, 1, 48, 48) and masks.shape == (4, 1, 48, 48)
+    luma = np.asarray(Image.open(three / "train" / "0.png").convert("L")) / 255
+    np.testing.assert_allclose(images[0, 0].numpy(), (luma - 0.449) / 0.226, atol=1e-5)
+
+
+def test_sixty_five_classes_share_nine_bytes():
+    rng = np.random.default_rng(1)
+    masks = (rng.random((2, 16, 16, 65)) > 0.5).astype(np.uint8)
+    packed = np.packbits(masks, axis=3, bitorder="little")
+    rows = np.concatenate([np.zeros((2, 16, 16, 3), np.uint8), packed], axis=3)
+    assert rows.shape[3] == 3 + 9
+    _, found = split_rows(torch.from_numpy(rows), 3, 65)
+    np.testing.assert_array_equal(found.permute(0, 2, 3, 1).numpy(), masks)
+    assert len(set(class_colors(65))) == 65
+
+
+def test_scores_of_each_class_against_monai():
+    from monai.metrics import compute_dice, compute_iou, get_confusion_matrix
+
+    rng = np.random.default_rng(2)
+    pred, target = (torch.from_numpy(rng.random((9, 3, 20, 20)) > 0.6).float() for _ in range(2))
+    pred[:, 2], target[:, 2] = 0, 0  # a class that is nowhere
+    scores = RunningScores("cpu", NAMES)
+    for part in (slice(0, 4), slice(4, 9)):
+        scores.add(torch.tensor(1.0), pred[part], target[part])
+    result = scores.result()
+    per_image = compute_dice(pred, target)
+    for index, name in enumerate(NAMES[:2]):
+        pooled = [masks[:, index].reshape(1, 1, -1, 20) for masks in (pred, target)]
+        assert result[f"dice/{name}"] == pytest.approx(compute_dice(*pooled).item(), abs=1e-6)
+        assert result[f"iou/{name}"] == pytest.approx(compute_iou(*pooled).item(), abs=1e-6)
+        mean = per_image[:, index].mean().item()
+        assert result[f"image_dice/{name}"] == pytest.approx(mean, abs=1e-6)
+    assert result["dice/cyst"] == 1  # empty prediction on empty truth
+    mean = (result["dice/core"] + result["dice/edema"] + 1) / 3
+    assert result["dice"] == pytest.approx(mean)
+    # MONAI's order is tp, fp, tn, fn.
+    counts = get_confusion_matrix(pred, target).numpy()[..., [0, 1, 3, 2]].astype(int)
+    own = class_scores(counts, NAMES)
+    assert own == pytest.approx({key: result[key] for key in own})
+
+
+def test_where_classes_overlap_the_more_probable_one_is_drawn():
+    probabilities = np.zeros((3, 8, 8), np.float32)
+    probabilities[0, :4], probabilities[1, 2:6], probabilities[2, 7] = 0.7, 0.9, 0.4
+    labels = full_size_labels(probabilities, (8, 8), 0.5)
+    wanted = np.zeros((8, 8), int)
+    wanted[:2], wanted[2:6] = 1, 2  # 0.9 wins over 0.7; 0.4 is below the threshold
+    np.testing.assert_array_equal(labels, wanted)
+
+
+def test_a_mask_of_classes_is_a_palette_image_with_their_names(tmp_path):
+    labels = np.array([[0, 1], [2, 3]], np.uint8)
+    save_mask(labels, tmp_path / "mask.png", ("core", "Ödem", "cyst"))
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == "P" and image.text["classes"] == "1=core, 2=Ödem, 3=cyst"
+        np.testing.assert_array_equal(np.asarray(image), labels)
+        colors = np.asarray(image.convert("RGB"))
+    assert [tuple(color) for color in colors.reshape(4, 3)] == [(0, 0, 0), *class_colors(3)]
+    grey = Image.new("RGB", (2, 2), (100, 100, 100))
+    tinted = np.asarray(overlay(grey, labels, 3))
+    assert tuple(tinted[0, 0]) == (100, 100, 100)
+    red, green, blue = class_colors(3)[0]
+    assert tinted[0, 1] == pytest.approx([60 + 0.4 * red, 60 + 0.4 * green, 60 + 0.4 * blue], abs=1)
+
+
+def test_names_travel_with_the_weights(tmp_path):
+    model = UNet(1, 3, 2, class_names=NAMES)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    same = load_model(tmp_path / "model.pth")
+    assert same.class_names == NAMES and (same.n_channels, same.n_classes) == (1, 3)
+    assert UNet(n_filters=2).class_names == ("foreground",)
+    for names in (["a"], "abc", [1, 2, 3], None):
+        state = model.state_dict()
+        state._metadata[""]["class_names"] = names
+        with pytest.raises(ValueError, match="class names"):
+            UNet.from_state_dict(state)
+    with pytest.raises(ValueError, match="class names"):
+        UNet(n_classes=2, n_filters=2, class_names=("one",))
+
+
+def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, capsys):
+    """A class that valid lacks, one that the test split lacks, one channel in."""
+    monkeypatch.chdir(tmp_path)
+    edit_annotations(three / "valid", lambda content: content["annotations"].pop(2))
+    set_classes(three / "test", NAMES, lambda number: 2)
+    flags = [*map(str, SMALL), "--classes", "each", "--n-channels", "1", "--epochs", "2"]
+    train.main([*flags, "--data", str(three), "--out", "run"])
+    said = capsys.readouterr().out
+    assert all(f"  {name}: Dice" in said for name in NAMES)
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {f"val_dice/{name}" for name in NAMES} <= set(header)
+    assert load_model("run/best_model.pth").class_names == NAMES
+    before = (tmp_path / "run" / "metrics.csv").read_text()
+    train.main(["--resume", "--out", "run"])
+    assert (tmp_path / "run" / "metrics.csv").read_text() == before
+    train.main(["--test-only", "--out", "run"])
+    again = capsys.readouterr().out
+    assert said.splitlines()[-5:-1] == again.splitlines()[-5:-1]
+
+    predict.main([str(three / "test"), "--model", "run/best_model.pth", "--output", "masks"])
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said and f"  {name}: Dice" in said for name in NAMES)
+    report = json.loads((tmp_path / "masks" / "report.json").read_text())
+    assert report["class_names"] == list(NAMES) and set(report["hd95_by_class"]) == set(NAMES)
+    mean = np.mean([report["scores"][f"dice/{name}"] for name in NAMES])
+    assert report["scores"]["dice"] == pytest.approx(mean)
+    assert Image.open("masks/0_mask.png").mode == "P"
+    assert Image.open("masks/0_overlay.png").height > 48  # with a legend below
+    predict.main([str(three / "test" / "1.png"), "--model", "run/best_model.pth", "--output", "."])
+    assert Image.open("1_mask.png").size == (48, 48)
+
+
+def test_weights_of_other_classes_are_refused_in_a_report(three, tmp_path, refused):
+    model = UNet(n_classes=2, n_filters=2, image_size=32, class_names=("cat", "dog"))
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    refused(
+        "predict",
+        three / "test",
+        *("--model", tmp_path / "model.pth", "--output", tmp_path / "out"),
+        words=["core, edema, cyst", "cat, dog"],
+    )
+
+
+def test_resuming_wants_the_same_classes(three, tmp_path, refused):
+    train.main([*map(str, SMALL), "--epochs", "1", "--data", str(three), "--out", str(tmp_path)])
+    refused("train", "--resume", "--out", tmp_path, "--classes", "each", words=["--classes"])
+
+
+def test_the_audit_counts_each_class_and_names_what_a_split_lacks(three, tmp_path, capsys):
+    from data import open_split
+
+    set_classes(three / "valid", NAMES, lambda number: number % 2 + 1)
+    assert audit(three, tmp_path, open_split) == []
+    said = capsys.readouterr().out
+    share = 100 * 3 * 20 * 20 / (4 * 48 * 48)
+    assert f"core: {share:.2f} % of the pixels, in 3 images" in said
+    assert said.count("lacks") == 1 and "lacks        cyst" in said
+    assert "8-bit RGB: 4" in said
+    assert Image.open(tmp_path / "contact_sheet.jpg").width == 8 * 160
+
+
+def test_phantoms_of_two_classes(tmp_path):
+    root = make_phantoms(tmp_path / "two", (12, 2, 2), size=32, two_classes=True)
+    coco = load_coco(root / "train")
+    assert list(used_categories(coco)) == ["bright", "dark"]
+    for number in coco.getImgIds():
+        record = coco.imgs[number]
+        grey = np.asarray(Image.open(root / "train" / record["file_name"]).convert("L"), float)
+        assert grey.shape == (32, 32)
+    with pytest.raises(ValueError, match="two"):
+        make_phantoms(tmp_path / "two", (12, 2, 2), size=32)  # others are there already
+    assert make_phantoms(tmp_path / "two", (12, 2, 2), size=32, two_classes=True) == root

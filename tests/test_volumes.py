@@ -1,0 +1,776 @@
+"""DICOM and NIfTI, against hand-computed values, pydicom's and nibabel's own files and readers."""
+
+import gzip
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import predict
+from medseg import dicom, nifti
+from medseg.dicom import read_any_image, read_dicom, read_pictures
+from medseg.medical import base_name, kind, mask_name, window_limits, window_to_uint8
+from medseg.nifti import montage, open_nifti, volume_pairs, write_mask
+from net import UNet
+
+pydicom = pytest.importorskip("pydicom")
+nibabel = pytest.importorskip("nibabel")
+from pydicom.data import get_testdata_file  # noqa: E402
+
+NIBABEL_DATA = Path(nibabel.__file__).parent / "tests" / "data"
+IMPLICIT, EXPLICIT = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
+BIG_ENDIAN = pydicom.uid.ExplicitVRBigEndian
+STORED = np.array([[0, 100, 150], [200, 300, 1000]], np.uint16)  # 2 rows, 3 columns
+
+
+def sample(name):
+    return get_testdata_file(name, download=False)
+
+
+def one_line(refusal, path, *words):
+    """The refusal is one line that begins with the file's name and holds the words."""
+    text = str(refusal.value)
+    assert text.startswith(f"{path}: ") and text.count(str(path)) == 1, text
+    assert "\n" not in text
+    for word in words:
+        assert word in text, text
+
+
+def write_dicom(path, pixels=STORED, *, syntax=EXPLICIT, **values):
+    """A DICOM file of one frame (H, W) or of several (N, H, W)."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.SOPClassUID = dataset.SOPInstanceUID = "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape[-2:]
+    if pixels.ndim == 3:
+        dataset.NumberOfFrames = len(pixels)
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    bits = 8 * pixels.itemsize
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    order = ">" if syntax == BIG_ENDIAN else "<"
+    dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    dataset["PixelData"].VR = "OW"
+    for name, value in values.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_nifti(path, voxels, affine=None, *, version=1, slope=None, intercept=0, zooms=None):
+    make = nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image
+    image = make(voxels, np.eye(4) if affine is None else affine)
+    if zooms:
+        image.header.set_zooms(zooms)
+        image.set_sform(np.diag([*zooms[:3], 1]), 1)
+    if slope is not None:
+        image.header.set_slope_inter(slope, intercept)
+    image.to_filename(path)
+    if slope is not None:  # nibabel divides by the slope when it writes: store the voxels as given
+        content = bytearray(Path(path).read_bytes())
+        content[352:] = voxels.tobytes(order="F")
+        content[112:120] = struct.pack("<2f", slope, intercept)
+        Path(path).write_bytes(content)
+    return path
+
+
+# ---- kinds and names -------------------------------------------------------------------------
+
+
+def test_the_kind_is_told_by_suffix_and_without_one_by_content(tmp_path):
+    assert kind("a.dcm") == kind("a.DICOM") == kind("x/a.Ima") == "dicom"
+    assert kind("a.nii") == kind("A.NII.GZ") == "nifti"
+    assert kind("a.png") is kind("a.gz") is kind("missing") is kind(tmp_path) is None
+    dicom, nifti = write_dicom(tmp_path / "a.dcm"), tmp_path / "a.nii"
+    write_nifti(nifti, np.zeros((2, 3, 4), np.int16))
+    write_nifti(tmp_path / "b.nii", np.zeros((2, 3, 4), np.int16), version=2)
+    for name, source, wanted in [
+        ("IM0001", dicom, "dicom"),
+        ("1.2.840.113619", dicom, "dicom"),
+        ("volume", nifti, "nifti"),
+        ("volume2", tmp_path / "b.nii", "nifti"),
+        ("note.7", Path(__file__), None),
+        ("a.txt", dicom, None),
+    ]:
+        (tmp_path / name).write_bytes(source.read_bytes())
+        assert kind(tmp_path / name) == wanted, name
+    assert len(read_dicom(tmp_path / "1.2.840.113619")) == 1
+    assert open_nifti(tmp_path / "volume").shape == (2, 3, 4)
+    assert open_nifti(tmp_path / "volume2").shape == (2, 3, 4)
+
+
+def test_names():
+    assert base_name("x/a.b.nii.gz") == "a.b"
+    assert base_name("a.NII") == "a"
+    assert base_name("a.dcm") == "a"
+    assert base_name("1.2.840") == "1.2.840"
+    assert mask_name("x/a.nii") == mask_name("a.nii.gz") == "a_mask.nii.gz"
+
+
+def test_window_to_uint8_by_hand():
+    values = [-np.inf, -5, 0, 1, 2.5, 5, 10, 11, np.inf, np.nan]
+    wanted = [0, 0, 0, 26, 64, 128, 255, 255, 255, 0]  # 25.5, 63.75 and 127.5 are rounded to even
+    assert window_to_uint8(values, 0, 10).tolist() == wanted
+    assert window_to_uint8(np.array([3, 4, 5], np.int16), 4, 4).tolist() == [0, 0, 255]
+    assert window_limits((40, 80)) == (0, 80)
+    for bad in [(0, 0), (0, -1), (np.nan, 1), (0, np.inf)]:
+        with pytest.raises(ValueError, match="shows nothing"):
+            window_limits(bad)
+
+
+# ---- DICOM -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG_ENDIAN])
+def test_slope_window_and_monochrome1_by_hand(tmp_path, syntax):
+    window = {"WindowCenter": ["200", "5"], "WindowWidth": ["400", "5"]}
+    rescale = {"RescaleSlope": "2", "RescaleIntercept": "-100"}  # -100 100 200 / 300 500 1900
+    path = write_dicom(tmp_path / "a.dcm", syntax=syntax, **window, **rescale)
+    wanted = [[0, 64, 128], [191, 255, 255]]  # 0..400: 63.75 127.5 / 191.25
+    assert read_dicom(path)[0].tolist() == wanted
+    inverted = write_dicom(
+        tmp_path / "b.dcm", PhotometricInterpretation="MONOCHROME1", **window, **rescale
+    )
+    assert read_dicom(inverted)[0].tolist() == [[255, 191, 127], [64, 0, 0]]
+    assert read_dicom(path, (100, 400))[0].tolist() == [[0, 128, 191], [255, 255, 255]]
+
+
+def test_without_a_window_the_range_of_all_frames_counts(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.stack([STORED, STORED // 2]))
+    frames = read_dicom(path)
+    assert len(frames) == 2
+    wanted = (np.stack([STORED, STORED // 2]) * 0.255).round().tolist()
+    assert [frame.tolist() for frame in frames] == wanted
+    assert frames[1].tolist() == frames[-1].tolist() == wanted[1]
+    with pytest.raises(IndexError):
+        frames[2]
+    useless = write_dicom(tmp_path / "b.dcm", WindowCenter="0", WindowWidth="0")
+    assert read_dicom(useless)[0].tolist() == wanted[0]
+    flat = write_dicom(tmp_path / "c.dcm", STORED * 0)
+    assert not read_dicom(flat)[0].any()
+    signed = write_dicom(tmp_path / "d.dcm", STORED.astype(np.int16) - 1000)
+    assert read_dicom(signed)[0].tolist() == wanted[0]
+
+
+def test_a_frame_of_an_enhanced_file_has_its_own_slope_and_window(tmp_path):
+    def item(**values):
+        dataset = pydicom.Dataset()
+        for name, value in values.items():
+            setattr(dataset, name, value)
+        return dataset
+
+    def group(slope):
+        rescale = item(RescaleSlope=slope, RescaleIntercept=0, RescaleType="US")
+        return item(PixelValueTransformationSequence=[rescale])
+
+    window = item(WindowCenter=500, WindowWidth=1000)
+    path = write_dicom(
+        tmp_path / "a.dcm",
+        np.stack([STORED, STORED]),
+        PerFrameFunctionalGroupsSequence=[group(1), group(2)],
+        SharedFunctionalGroupsSequence=[item(FrameVOILUTSequence=[window])],
+    )
+    wanted = [(STORED * slope * 0.255).clip(0, 255).round().tolist() for slope in (1, 2)]
+    assert [frame.tolist() for frame in read_dicom(path)] == wanted
+
+
+def test_the_modality_table_counts_where_there_is_no_slope(tmp_path):
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [4, 0, 16], "US"
+    table.LUTData = [0, 10, 20, 200]
+    table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
+    pixels = np.array([[0, 1], [2, 3]], np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", pixels, ModalityLUTSequence=[table])
+    assert read_dicom(path, (100, 200))[0].tolist() == [[0, 13], [26, 255]]  # 12.75, 25.5
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "CR1/6154"])
+def test_samples_of_pydicom(name):
+    path = sample(f"dicomdirtests/77654033/{name}" if "/" in name else name)
+    dataset = pydicom.dcmread(path)
+    values = dataset.pixel_array * float(dataset.get("RescaleSlope", 1))
+    values = values + float(dataset.get("RescaleIntercept", 0))
+    low, high = values.min(), values.max()
+    if "WindowCenter" in dataset:
+        low, high = (dataset.WindowCenter + side * dataset.WindowWidth / 2 for side in (-1, 1))
+    wanted = np.round(255 * (np.clip(values, low, high) - low) / (high - low))
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        wanted = 255 - wanted
+    (frame,) = read_dicom(path)
+    assert frame.dtype == np.uint8
+    # Half a grey level may round either way.
+    assert np.abs(frame - wanted).max() <= 1 and (frame != wanted).mean() < 0.01
+    assert ("WindowCenter" in dataset) == (name != "CT_small.dcm")
+    assert (dataset.PhotometricInterpretation == "MONOCHROME1") == (name == "CR1/6154")
+
+
+def test_deflated_and_jpeg_2000_are_read():
+    for name, size in [("image_dfl.dcm", (512, 512)), ("JPEG2000.dcm", (1024, 256))]:
+        (frame,) = read_dicom(sample(name))
+        assert frame.shape == size and frame.max() == 255
+
+
+def test_colour_is_rgb_whatever_the_window():
+    path = sample("SC_rgb_rle_2frame.dcm")
+    frames = list(read_dicom(path, (0, 1)))
+    np.testing.assert_array_equal(frames, pydicom.dcmread(path).pixel_array)
+    assert frames[0].shape == (100, 100, 3) and frames[0][5, 5].tolist() == [255, 0, 0]
+    deep = list(read_dicom(sample("SC_rgb_rle_16bit_2frame.dcm")))
+    np.testing.assert_array_equal(deep, frames)
+    # The same test picture, stored as luma and chroma.
+    ybr = read_dicom(sample("SC_ybr_full_422_uncompressed.dcm"))[0]
+    assert np.abs(ybr[5, 5].astype(int) - [255, 0, 0]).max() < 5
+    palette = read_dicom(sample("examples_palette.dcm"))[0]
+    assert palette.shape == (350, 800, 3) and len(np.unique(palette.reshape(-1, 3), axis=0)) > 50
+
+
+def test_single_and_several_pictures():
+    image = read_any_image(sample("CT_small.dcm"), (40, 400))
+    assert (image.mode, image.size) == ("RGB", (128, 128))
+    path = sample("SC_rgb_rle_2frame.dcm")
+    with pytest.raises(ValueError) as refusal:
+        read_any_image(path)
+    one_line(refusal, path, "2 frames", "predict.py")
+    assert [suffix for suffix, _ in read_pictures(path)] == ["_f000", "_f001"]
+    assert [suffix for suffix, _ in read_pictures(sample("CT_small.dcm"))] == [""]
+    with pytest.raises(ValueError) as refusal:
+        read_any_image(NIBABEL_DATA / "anatomical.nii")
+    one_line(refusal, NIBABEL_DATA / "anatomical.nii", "a volume")
+
+
+def test_usual_pictures_are_read_as_ever(tmp_path):
+    Image.new("L", (5, 4), 7).save(tmp_path / "a.png")
+    assert read_any_image(tmp_path / "a.png").getpixel((0, 0)) == (7, 7, 7)
+    assert [suffix for suffix, _ in read_pictures(tmp_path / "a.png")] == [""]
+
+
+def test_frames_are_decoded_one_at_a_time(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((200, 100, 100), np.uint16))
+    read_dicom(path)[0]
+    tracemalloc.start()
+    assert sum(frame.shape == (100, 100) for frame in read_dicom(path)) == 200
+    assert tracemalloc.get_traced_memory()[1] < 1_500_000  # all frames are 4 MB
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("keep", [0, 100, 131, 133, 200, 400, 6000, 39000])
+def test_a_cut_dicom_file_is_one_line(tmp_path, keep):
+    path = tmp_path / "cut.dcm"
+    path.write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:keep])
+    with pytest.raises(ValueError) as refusal:
+        list(read_dicom(path))
+    one_line(refusal, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("MR_truncated.dcm", "cut short"),
+        ("rtplan.dcm", "holds no image"),
+        ("no_meta.dcm", "not a DICOM file"),
+        ("meta_missing_tsyntax.dcm", "no transfer syntax"),
+        ("badVR.dcm", "1A"),
+        ("JPEG-lossy.dcm", "GPLv3"),
+    ],
+)
+def test_samples_that_cannot_be_read_are_one_line(name, words):
+    with pytest.raises(ValueError) as refusal:
+        list(read_dicom(sample(name)))
+    one_line(refusal, sample(name), words)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("JPEGLSNearLossless_16.dcm", "`pip install pyjpegls`"),
+        ("SC_rgb_jpeg_gdcm.dcm", "`pip install python-gdcm`"),
+    ],
+)
+def test_without_its_decoder_the_command_is_named(name, command):
+    syntax = pydicom.dcmread(sample(name)).file_meta.TransferSyntaxUID
+    if pydicom.pixels.get_decoder(syntax).is_available:
+        pytest.skip("the decoder is installed")
+    with pytest.raises(ValueError) as refusal:
+        read_dicom(sample(name))
+    one_line(refusal, sample(name), "no decoder", command)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"Rows": 65535, "Columns": 65535}, "million"),
+        ({"NumberOfFrames": 2**31 - 1}, "cut short"),
+        ({"NumberOfFrames": -1}, "claims -1 frames"),
+        ({"Rows": 0}, "claims"),
+        ({"Rows": 3}, "cut short: 6 bytes"),
+        ({"SamplesPerPixel": 4}, "claims"),
+        ({"PhotometricInterpretation": "HSV"}, "HSV"),
+    ],
+)
+def test_absurd_headers_are_refused_before_memory_is_taken(tmp_path, values, words):
+    path = write_dicom(tmp_path / "a.dcm", **values)
+    tracemalloc.start()
+    with pytest.raises(ValueError) as refusal:
+        list(read_dicom(path))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    one_line(refusal, path, words)
+
+
+def test_a_deflated_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom, "MAX_INFLATED_BYTES", 100_000)
+    path = sample("image_dfl.dcm")
+    with pytest.raises(ValueError) as refusal:
+        read_dicom(path)
+    one_line(refusal, path, "inflates to more")
+
+
+# ---- NIfTI -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("zooms", [(3, 1, 1), (1, 3, 1), (1, 1, 3), (1, 1, 1), (1, 3, 3)])
+def test_slices_are_cut_across_the_largest_spacing_in_stored_order(tmp_path, zooms, suffix):
+    voxels = np.random.default_rng(0).integers(-999, 999, (4, 5, 6)).astype(np.int16)
+    volume = open_nifti(write_nifti(tmp_path / f"a{suffix}", voxels, zooms=zooms))
+    axis = {(3, 1, 1): 0, (1, 3, 1): 1}.get(zooms, 2)
+    assert (volume.axis, volume.shape, volume.spacing) == (axis, (4, 5, 6), zooms)
+    slices = list(volume.slices())
+    assert len(volume) == len(slices) == voxels.shape[axis]
+    assert all(one.dtype == np.float32 for one in slices)
+    np.testing.assert_array_equal(np.stack(slices, axis), voxels)
+
+
+def test_slope_and_intercept_by_hand(tmp_path):
+    voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    path = write_nifti(tmp_path / "a.nii", voxels, slope=2.0, intercept=-10.0)
+    np.testing.assert_array_equal(nibabel.load(path).get_fdata(), voxels * 2 - 10)
+    volume = open_nifti(path)
+    np.testing.assert_array_equal(volume[3], voxels[..., 3] * 2 - 10)
+    np.testing.assert_allclose(volume.limits, np.percentile(voxels * 2 - 10, [0.5, 99.5]))
+    # Center 10, width 20: 0 to 20. Slice 3 holds 3, 7, ... 23: -4, 4, 12 / 20, 28, 36.
+    assert volume.pictures((10, 20))[3].tolist() == [[0, 51, 153], [255, 255, 255]]
+
+
+def test_samples_of_nibabel():
+    volume = open_nifti(NIBABEL_DATA / "anatomical.nii")  # big-endian
+    data = nibabel.load(NIBABEL_DATA / "anatomical.nii").get_fdata()
+    np.testing.assert_array_equal(np.stack(list(volume.slices()), 2), data.astype(np.float32))
+    np.testing.assert_allclose(volume.limits, np.percentile(data, [0.5, 99.5]))
+    for name in ("example4d.nii.gz", "functional.nii", "example_nifti2.nii.gz"):
+        with pytest.raises(ValueError) as refusal:
+            open_nifti(NIBABEL_DATA / name)
+        one_line(refusal, NIBABEL_DATA / name, "more than one volume", " x ")
+
+
+def test_nan_is_dark_and_not_counted(tmp_path):
+    voxels = np.linspace(0, 1, 24, dtype=np.float32).reshape(2, 3, 4)
+    voxels[0, 0], voxels[1, 2, 3] = np.nan, np.inf
+    volume = open_nifti(write_nifti(tmp_path / "a.nii.gz", voxels))
+    np.testing.assert_allclose(
+        volume.limits, np.percentile(voxels[np.isfinite(voxels)], [0.5, 99.5])
+    )
+    assert volume.pictures()[0][0, 0] == 0 and volume.pictures()[3][1, 2] == 255
+
+
+def test_percentiles_of_a_large_volume_come_from_an_even_sample(tmp_path):
+    voxels = np.random.default_rng(0).normal(100, 20, (256, 128, 80)).astype(np.float32)
+    voxels[:, ::2] += 50  # a sample of every other column would miss it
+    assert voxels.size > 2 * nifti.SAMPLE
+    low, high = open_nifti(write_nifti(tmp_path / "a.nii", voxels)).limits
+    wanted = np.percentile(voxels, [0.5, 99.5])
+    np.testing.assert_allclose((low, high), wanted, atol=0.5)
+    voxels[:] = np.nan
+    voxels[7, 3, 1] = 5
+    assert open_nifti(write_nifti(tmp_path / "b.nii", voxels)).limits == (5, 5)
+
+
+def test_what_is_no_volume_of_real_numbers_is_one_line(tmp_path):
+    colour = np.zeros((2, 3, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for number, (voxels, word) in enumerate(
+        [
+            (np.zeros((2, 3, 4), np.complex64), "complex64"),
+            (colour, "real numbers"),
+            (np.full((2, 3, 4), np.nan, np.float32), "finite"),
+            (np.zeros((2, 3, 4, 2), np.int16), "more than one volume"),
+            (np.zeros(5, np.int16), "no volume"),
+        ]
+    ):
+        path = write_nifti(tmp_path / f"{number}.nii.gz", voxels)
+        with pytest.raises(ValueError) as refusal:
+            open_nifti(path)
+        one_line(refusal, path, word)
+    for name in ("text.nii", "text.nii.gz", "empty.nii"):
+        (tmp_path / name).write_bytes(b"" if "empty" in name else b"hello" * 200)
+        with pytest.raises(ValueError) as refusal:
+            open_nifti(tmp_path / name)
+        one_line(refusal, tmp_path / name)
+    (tmp_path / "folder.nii").mkdir()
+    with pytest.raises(ValueError, match="folder.nii: a folder"):
+        open_nifti(tmp_path / "folder.nii")
+    for read in (open_nifti, read_dicom):
+        with pytest.raises(FileNotFoundError, match="none.nii: no such file"):
+            read(tmp_path / "none.nii")
+
+
+def test_cut_and_damaged_volumes_are_one_line(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 99, (20, 20, 20)).astype(np.int16)
+    for suffix in (".nii", ".nii.gz"):
+        path = write_nifti(tmp_path / f"a{suffix}", voxels)
+        content = path.read_bytes()
+        for keep in (0, 5, 200, 347, 351, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:keep])
+            with pytest.raises(ValueError) as refusal:
+                open_nifti(path)
+            one_line(refusal, path)
+    damaged = bytearray(content)
+    damaged[-6] ^= 1  # the checksum
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError) as refusal:
+        open_nifti(path)
+    one_line(refusal, path, "CRC")
+
+
+def test_an_absurd_size_is_refused_before_memory_is_taken(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", np.zeros((2, 3, 4), np.float64))
+    content = bytearray(path.read_bytes())
+    content[42:48] = struct.pack("<3h", 32767, 32767, 32767)
+    path.write_bytes(content)
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(bytes(content)))
+    for name in ("a.nii", "b.nii.gz"):
+        with pytest.raises(ValueError) as refusal:
+            open_nifti(tmp_path / name)
+        one_line(refusal, tmp_path / name, "GiB")
+
+
+# ---- mask volumes ----------------------------------------------------------------------------
+
+TURN = np.array([[0, 0, 3, 10], [-1, 0.1, 0, 20], [0.1, 1, 0, -30], [0, 0, 0, 1.0]])
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 6, 1), (4, 5)])
+def test_a_mask_volume_lies_where_the_volume_lies(tmp_path, suffix, version, shape):
+    rng = np.random.default_rng(0)
+    make = nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image
+    image = make(rng.normal(0, 99, shape).astype(np.float32), TURN)
+    image.header.set_slope_inter(0.5, 3)
+    image.set_sform(TURN, "mni")
+    image.set_qform(TURN, "scanner")
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["cal_max"] = 99
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"secret name"))
+    image.to_filename(tmp_path / "a.nii")
+    volume = open_nifti(tmp_path / "a.nii")
+    masks = rng.integers(0, 3, (len(volume), *volume[0].shape)).astype(np.uint8)
+    path = tmp_path / f"a_mask{suffix}"
+    write_mask(path, volume, iter(masks))
+    back = nibabel.load(path)
+    assert isinstance(back, make) and back.shape == shape
+    assert back.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(back.affine, nibabel.load(tmp_path / "a.nii").affine)
+    np.testing.assert_array_equal(
+        np.asarray(back.dataobj).reshape(volume.shape), np.moveaxis(masks, 0, volume.axis)
+    )
+    for key in ("sform_code", "qform_code", "xyzt_units", "pixdim"):
+        np.testing.assert_array_equal(back.header[key], image.header[key])
+    assert back.header["cal_max"] == 0 and not back.header.extensions
+    assert back.header.get_slope_inter() in [(1, 0), (None, None)]
+    again = open_nifti(path)
+    assert (again.axis, again.shape, again.spacing) == (volume.axis, volume.shape, volume.spacing)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_mask_of_a_big_endian_volume(tmp_path):
+    volume = open_nifti(NIBABEL_DATA / "anatomical.nii")
+    data = nibabel.load(NIBABEL_DATA / "anatomical.nii")
+    write_mask(tmp_path / "m.nii.gz", volume, (one > 9000 for one in volume.slices()))
+    back = nibabel.load(tmp_path / "m.nii.gz")
+    np.testing.assert_array_equal(np.asarray(back.dataobj), data.get_fdata() > 9000)
+    np.testing.assert_array_equal(back.affine, data.affine)
+
+
+def test_a_mask_volume_is_whole_or_absent(tmp_path):
+    volume = open_nifti(write_nifti(tmp_path / "a.nii", np.ones((4, 5, 3), np.int16)))
+    path = tmp_path / "a_mask.nii.gz"
+    path.write_bytes(b"earlier")
+
+    def failing():
+        yield np.zeros((4, 5))
+        raise RuntimeError("the network stopped")
+
+    with pytest.raises(RuntimeError):
+        write_mask(path, volume, failing())
+    for wrong in ([np.zeros((4, 5))] * 2, [np.zeros((4, 5))] * 4, [np.zeros((5, 4))] * 3):
+        with pytest.raises(ValueError):
+            write_mask(path, volume, wrong)
+    assert path.read_bytes() == b"earlier"
+    with pytest.raises(ValueError, match="written as .nii.gz or .nii"):
+        write_mask(tmp_path / "a_mask.png", volume, [])
+    assert sorted(os.listdir(tmp_path)) == ["a.nii", "a_mask.nii.gz"]
+
+
+# ---- pairs and montage -----------------------------------------------------------------------
+
+
+def test_pairs_of_volumes_become_pairs_of_slices(tmp_path):
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(0, 1000, (6, 4, 5)).astype(np.int16)
+    classes = rng.integers(0, 3, (6, 4, 5)).astype(np.float32)
+    image = write_nifti(tmp_path / "a.nii.gz", voxels, zooms=(1, 3, 1))
+    nearly = np.diag([1.00001, 3, 1, 1])
+    mask = write_nifti(tmp_path / "m.nii.gz", classes, nearly)
+    pairs = volume_pairs(image, mask, (500, 1000))
+    assert len(pairs) == 4 and pairs[2][0] == "_z002"
+    assert [suffix for suffix, *_ in pairs] == ["_z000", "_z001", "_z002", "_z003"]
+    for index, (_, picture, numbers) in enumerate(pairs):
+        assert picture.mode == "L" and picture.size == (5, 6)
+        np.testing.assert_array_equal(np.asarray(picture), (voxels[:, index] * 0.255).round())
+        np.testing.assert_array_equal(numbers, classes[:, index])
+        assert numbers.dtype == np.uint16
+
+
+def test_pairs_that_do_not_match_are_one_line(tmp_path):
+    image = write_nifti(tmp_path / "a.nii", np.arange(60, dtype=np.int16).reshape(3, 4, 5))
+    shifted = np.eye(4)
+    shifted[0, 3] = 0.8
+    for name, values, affine, word in [
+        ("shape", np.zeros((4, 3, 5), np.uint8), np.eye(4), "4 x 3 x 5 voxels"),
+        ("shift", np.zeros((3, 4, 5), np.uint8), shifted, "affines differ"),
+        ("half", np.full((3, 4, 5), 0.5, np.float32), np.eye(4), "class numbers"),
+        ("negative", np.full((3, 4, 5), -1, np.int16), np.eye(4), "class numbers"),
+        ("large", np.full((3, 4, 5), 70000, np.int32), np.eye(4), "class numbers"),
+    ]:
+        path = write_nifti(tmp_path / f"{name}.nii.gz", values, affine)
+        with pytest.raises(ValueError) as refusal:
+            list(volume_pairs(image, path))
+        one_line(refusal, path, word)
+        assert word == "class numbers" or str(image) in str(refusal.value)
+
+
+def test_the_montage_shows_the_slices_with_foreground():
+    pictures = [np.full((40, 80), 3 * index, np.uint8) for index in range(60)]
+    masks = np.zeros((60, 40, 80), np.uint8)
+    masks[10:13, 5:10, 5:10] = 2
+    shown = []
+
+    def draw(image, mask):
+        shown.append((image.getpixel((0, 0))[0] // 3, int(mask.max())))
+        return image
+
+    montage(pictures, masks, draw=draw)
+    assert shown == [(10, 2), (11, 2), (12, 2)]
+    shown.clear()
+    sheet = montage(pictures, masks * 0, draw=draw)
+    assert len(shown) == 20 and shown[0][0] == 0 and shown[-1][0] == 59
+    assert sheet.mode == "RGB" and max(sheet.size) < 2000
+    masks[:] = 1
+    red = np.asarray(montage(pictures, masks)).astype(int)
+    assert (red[..., 0] - red[..., 1] > 80).mean() > 0.5
+
+
+# ---- missing libraries, memory, damage -------------------------------------------------------
+
+
+def test_missing_libraries_are_named_with_the_command(monkeypatch, tmp_path):
+    path, volume = write_dicom(tmp_path / "scan.dcm"), tmp_path / "v.nii"
+    write_nifti(volume, np.ones((2, 3, 4), np.int16))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    with pytest.raises(ValueError) as refusal:
+        read_dicom(path.name)
+    assert str(refusal.value) == (
+        "scan.dcm: reading DICOM needs pydicom: run `pip install pydicom`"
+    )
+    with pytest.raises(ValueError) as refusal:
+        open_nifti(volume.name)
+    assert str(refusal.value) == "v.nii: reading NIfTI needs nibabel: run `pip install nibabel`"
+
+
+def run_python(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "default", "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=100,
+    )
+
+
+def test_importing_the_room_imports_neither_library():
+    code = (
+        "import sys, medseg.dicom, medseg.nifti; "
+        "print({'torch', 'pydicom', 'nibabel'} & set(sys.modules))"
+    )
+    assert run_python(code).stdout == "set()\n"
+
+
+def test_memory_stays_near_the_stored_size(tmp_path):
+    voxels = np.zeros((256, 256, 150), np.int16)  # 19.7 MB; 79 MB as float32
+    voxels[::7, ::5, ::3] = 900
+    write_nifti(tmp_path / "a.nii.gz", voxels)
+    code = """
+import resource, sys
+from medseg.nifti import open_nifti, write_mask
+import nibabel
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+volume = open_nifti(sys.argv[1])
+write_mask(sys.argv[2], volume, (one > 100 for one in volume.slices()))
+for index, picture in enumerate(volume.pictures()):
+    assert picture.max() == (255 if index % 3 == 0 else 0)
+print(peak() - before)
+"""
+    result = run_python(code, tmp_path / "a.nii.gz", tmp_path / "m.nii.gz")
+    assert not result.stderr
+    grown = int(result.stdout)  # voxels 20, mask 10, a million voxels as float64 with their copies
+    assert grown < 75, f"{grown} MiB"
+    assert np.count_nonzero(nibabel.load(tmp_path / "m.nii.gz").dataobj) == 37 * 52 * 50
+
+
+FUZZ = """
+import sys, time
+from pathlib import Path
+from medseg.dicom import read_dicom
+from medseg.nifti import open_nifti
+for path in sys.argv[1:]:
+    start = time.perf_counter()
+    try:
+        if Path(path).suffix == ".dcm":
+            for picture in read_dicom(path): pass
+        else:
+            for picture in open_nifti(path).pictures(): pass
+    except (ValueError, FileNotFoundError) as error:
+        if chr(10) in str(error) or not str(error).startswith(path + ": "):
+            print(path, "not one line:", error)
+    except Exception as error:
+        print(path, type(error), error)
+    seconds = time.perf_counter() - start
+    if seconds > 2:
+        print(path, "took", seconds)
+"""
+
+
+def mutate(content, draw, header):
+    """Flip bits, mostly in the header, overwrite, repeat, remove or cut."""
+    content = bytearray(content)
+    for _ in range(draw.randint(1, 6)):
+        place = draw.randrange(min(header, len(content)) if draw.random() < 0.7 else len(content))
+        length = draw.randint(1, 16)
+        how = draw.choice(["flip", "flip", "overwrite", "repeat", "remove", "cut"])
+        if how == "flip":
+            content[place] ^= 1 << draw.randrange(8)
+        elif how == "overwrite":
+            content[place : place + length] = draw.choice([b"\0", b"\xff", b"\x7f"]) * length
+        elif how == "repeat":
+            content[place:place] = content[place : place + length]
+        elif how == "remove":
+            del content[place : place + length]
+        elif draw.random() < 0.3:
+            del content[max(place, 64) :]
+    return bytes(content)
+
+
+def test_damaged_files_end_in_success_or_in_one_line(tmp_path):
+    draw = random.Random(11)
+    volume = write_nifti(tmp_path / "a.nii", np.arange(6000, dtype=np.int16).reshape(20, 20, 15))
+    plain = volume.read_bytes()
+    dicoms = [
+        (Path(sample("CT_small.dcm")), 6200),
+        (Path(sample("SC_rgb_rle_2frame.dcm")), 1500),
+        (Path(sample("MR_small_jp2klossless.dcm")), 2000),
+        (Path(sample("image_dfl.dcm")), 1200),
+    ]
+    paths = []
+    for number in range(40):
+        source, header = dicoms[number % len(dicoms)]
+        paths.append(tmp_path / f"{number}.dcm")
+        paths[-1].write_bytes(mutate(source.read_bytes(), draw, header))
+        paths.append(tmp_path / f"{number}.nii")
+        content = mutate(plain, draw, 352)
+        if number % 4 == 0:  # compressed after or before the damage
+            paths[-1] = tmp_path / f"{number}.nii.gz"
+            content = gzip.compress(content)
+        elif number % 4 == 1:
+            paths[-1] = tmp_path / f"{number}.nii.gz"
+            content = mutate(gzip.compress(plain), draw, 352)
+        paths[-1].write_bytes(content)
+    result = run_python(FUZZ, *paths)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# ---- predict.py ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """The current folder with best_model.pth of a random network of one grey channel."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = UNet(1, 1, 2, image_size=32)
+    torch.nn.init.normal_(model.outc.weight, std=3)
+    torch.save(model.state_dict(), "best_model.pth")
+    return tmp_path
+
+
+def test_a_dicom_file_gets_a_mask_of_its_size_and_its_frames_one_each(weights, capsys):
+    shutil.copy(sample("CT_small.dcm"), "ct.dcm")
+    shutil.copy(sample("SC_rgb_rle_2frame.dcm"), "two.dcm")
+    predict.main(["ct.dcm", "--window", "40", "400", "--device", "cpu"])
+    assert Image.open("ct_mask.png").size == (128, 128) and Path("predictions.png").exists()
+    predict.main(["two.dcm", "--device", "cpu", "--output", "frames"])
+    names = {path.name for path in Path("frames").iterdir()}
+    assert names == {f"two_f00{n}_{what}.png" for n in (0, 1) for what in ("mask", "overlay")}
+    predict.main([".", "--device", "cpu", "--output", "all"])  # a folder, our own files left out
+    assert len(list(Path("all").glob("*_mask.png"))) == 3
+    assert "highest probability" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["anatomical.nii", "brain.nii.gz"])
+def test_a_volume_gets_a_mask_volume_of_the_same_geometry(weights, name):
+    if name == "brain.nii.gz":
+        write_nifti(Path(name), np.random.default_rng(0).integers(0, 900, (20, 24, 6), np.int16))
+    else:
+        shutil.copy(NIBABEL_DATA / name, name)
+    predict.main([name, "--device", "cpu"])
+    stem = name.split(".")[0]
+    image, mask = nibabel.load(name), nibabel.load(f"{stem}_mask.nii.gz")
+    assert mask.shape == image.shape and mask.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(mask.affine, image.affine)
+    for field in ("qform_code", "sform_code", "xyzt_units"):
+        assert mask.header[field] == image.header[field]
+    assert Image.open(f"{stem}_montage.png").mode == "RGB"
+    predict.main([name, "--device", "cpu", "--output", "named.nii"])
+    np.testing.assert_array_equal(nibabel.load("named.nii").dataobj, mask.dataobj)
+    # Each slice is what the same picture gives as an image of its own.
+    volume = open_nifti(name)
+    Image.fromarray(volume.pictures()[3]).save("slice.png")
+    predict.main(["slice.png", "--device", "cpu"])
+    own = np.asarray(Image.open("slice_mask.png")) > 0
+    np.testing.assert_array_equal(np.moveaxis(mask.dataobj, volume.axis, 0)[3] > 0, own)
+
+
+def test_volumes_that_predict_refuses(weights, refused):
+    shutil.copy(NIBABEL_DATA / "example4d.nii.gz", "four.nii.gz")
+    Path("cut.nii.gz").write_bytes(Path("four.nii.gz").read_bytes()[:5000])
+    Path("cut.dcm").write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:9000])
+    for name in ("four.nii.gz", "cut.nii.gz", "cut.dcm"):
+        refused("predict", name, "--device", "cpu", words=[name])
+    shutil.copy(sample("CT_small.dcm"), "ct.dcm")
+    refused("predict", "ct.dcm", "--window", 40, 0, "--device", "cpu", words=["width 0"])
+    refused("predict", "ct.dcm", "--output", "m.nii.gz", "--device", "cpu", words=["--output"])
+    assert not list(weights.glob("*_mask*"))
