@@ -140,10 +140,15 @@ def _print_split(split, dataset, summary):
         f"  foreground   {percent:.2f} % of the pixels "
         f"(answering background everywhere is {100 - percent:.2f} % accurate)"
     )
+    ids = used_categories(dataset.coco)
     for name in dataset.classes:
-        share = 100 * summary.class_pixels[name] / pixels
-        images = summary.class_images[name]
-        print(f"  category     {name}: {share:.2f} % of the pixels, in {images} images")
+        own = ids.get(name, ())
+        count = sum(entry["category_id"] in own for entry in dataset.coco.anns.values())
+        share, images = 100 * summary.class_pixels[name] / pixels, summary.class_images[name]
+        print(
+            f"  category     {name}: {count} annotations, {share:.2f} % of the pixels, "
+            f"in {images} images"
+        )
     print(
         f"  no lesion    {summary.empty} images; unreadable {summary.unreadable}; "
         f"not listed in {ANNOTATIONS} {unlisted}"

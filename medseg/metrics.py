@@ -83,15 +83,16 @@ class RunningScores:
 
         finite: bool or bool tensor; where False, the batch counts nothing.
         """
-        shape = (len(pred), len(self.names), -1)  # a single name is of all channels together
+        # A single name is of all channels together; a process may have no image of the last batch.
+        pixels = pred.shape[1:].numel() // len(self.names)
+        shape = (len(pred), len(self.names), pixels)
         pred, target = (pred > threshold).reshape(shape), (target > 0.5).reshape(shape)
-        pixels = target.shape[0] * target.shape[2]
         tp, positive, true = (pred & target).sum(2), pred.sum(2), target.sum(2)  # (B, C) each
         fp, fn = positive - tp, true - tp
         exact = self.sums.dtype
         dice = dice_score(tp.to(exact), fp.to(exact), fn.to(exact)).T.contiguous().sum(1)
         tp, fp, fn = tp.sum(0), fp.sum(0), fn.sum(0)
-        counts = torch.stack([tp, fp, fn, pixels - tp - fp - fn], 1)
+        counts = torch.stack([tp, fp, fn, len(pred) * pixels - tp - fp - fn], 1)
         images = dice.new_full((1,), len(pred))
         sums = torch.cat([images, (loss.to(exact) * len(pred)).view(1), dice])
         self.counts += counts if finite is True else torch.where(finite, counts, 0)
