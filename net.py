@@ -9,27 +9,15 @@ MICCAI 2015, https://arxiv.org/abs/1505.04597. Unlike the paper's, these convolu
 so the output is as large as the input.
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from medseg.checkpoint import load_weights
 from medseg.images import IMAGE_SIZE
+from medseg.layers import Architecture
 
-STRIDE = 32  # five poolings: both sides of what enters the encoder are multiples of this
-
-
-def make_norm(kind, channels):
-    """The layer after a 3x3 convolution: 'batch', 'group' (8 groups), or None: no change."""
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    if kind == "group":
-        return nn.GroupNorm(math.gcd(8, channels), channels)
-    if kind is None:
-        return nn.Identity()
-    raise ValueError(f"norm {kind!r}: it must be None, 'batch' or 'group'")
+TUTORIAL = Architecture()
 
 
 class DownBlock(nn.Module):
@@ -38,19 +26,22 @@ class DownBlock(nn.Module):
     (B, in_channels, H, W) -> x (B, out_channels, H/2, W/2), skip (B, out_channels, H, W).
     """
 
-    def __init__(self, in_channels, out_channels, dropout_prob=0, max_pooling=True, *, norm=None):
+    def __init__(
+        self, in_channels, out_channels, dropout_prob=0, max_pooling=True, *, layers=TUTORIAL
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.norm1 = make_norm(norm, out_channels)
-        self.norm2 = make_norm(norm, out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(2) if max_pooling else None
+        self.conv1 = layers.conv3x3(in_channels, out_channels)
+        self.conv2 = layers.conv3x3(out_channels, out_channels)
+        self.norm1 = layers.make_norm(out_channels)
+        self.norm2 = layers.make_norm(out_channels)
+        self.relu = layers.make_activation()
+        self.drop_channels = layers.make_channel_dropout()
+        self.maxpool = layers.make_down(out_channels) if max_pooling else None
         self.dropout = nn.Dropout(dropout_prob) if dropout_prob > 0 else None
 
     def forward(self, x):
-        x = self.relu(self.norm1(self.conv1(x)))
-        x = self.relu(self.norm2(self.conv2(x)))
+        x = self.relu(self.drop_channels(self.norm1(self.conv1(x))))
+        x = self.relu(self.drop_channels(self.norm2(self.conv2(x))))
         if self.dropout is not None:
             x = self.dropout(x)
         skip = x
@@ -65,20 +56,21 @@ class UpBlock(nn.Module):
     x (B, in_channels, H, W), skip (B, out_channels, 2H, 2W) -> (B, out_channels, 2H, 2W).
     """
 
-    def __init__(self, in_channels, out_channels, *, norm=None):
+    def __init__(self, in_channels, out_channels, *, layers=TUTORIAL):
         super().__init__()
-        self.up = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
-        self.conv1 = nn.Conv2d(out_channels * 2, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.norm1 = make_norm(norm, out_channels)
-        self.norm2 = make_norm(norm, out_channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.up = layers.make_up(in_channels, out_channels)
+        self.conv1 = layers.conv3x3(out_channels * 2, out_channels)
+        self.conv2 = layers.conv3x3(out_channels, out_channels)
+        self.norm1 = layers.make_norm(out_channels)
+        self.norm2 = layers.make_norm(out_channels)
+        self.relu = layers.make_activation()
+        self.drop_channels = layers.make_channel_dropout()
 
     def forward(self, x, skip):
         x = self.up(x)
         x = torch.cat([x, skip], dim=1)
-        x = self.relu(self.norm1(self.conv1(x)))
-        x = self.relu(self.norm2(self.conv2(x)))
+        x = self.relu(self.drop_channels(self.norm1(self.conv1(x))))
+        x = self.relu(self.drop_channels(self.norm2(self.conv2(x))))
         return x
 
 
@@ -86,10 +78,11 @@ class UNet(nn.Module):
     """(B, n_channels, H, W), any H, W >= 1 -> probabilities (B, n_classes, H, W), float32, 0..1.
 
     The names of its weights and their shapes are the tutorial's, so either's `best_model.pth`
-    loads in the other. norm: 'batch' or 'group' puts such a layer after each 3x3 convolution; the
-    tutorial has None. `image_size` is the side in pixels the model is trained at: it changes no
-    arithmetic and tells predict.py how to resize. `class_names`: a name for each class, by default
-    "1", "2", ... or, of a single one, "foreground". Both travel in the state dict's metadata.
+    loads in the other. words: depth, norm, up, ... of `medseg.layers.Architecture`, whose defaults
+    are the tutorial's. `image_size` is the side in pixels the model is trained at, or None where
+    images keep their own: it changes no arithmetic and tells predict.py how to resize.
+    `class_names`: a name for each class, by default "1", "2", ... or, of a single one,
+    "foreground". All of it travels in the state dict's metadata.
     """
 
     def __init__(
@@ -99,32 +92,37 @@ class UNet(nn.Module):
         n_filters=32,
         *,
         image_size=IMAGE_SIZE,
-        norm=None,
         class_names=None,
+        **words,
     ):
         super().__init__()
         self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
+        self.n_filters, self.architecture = n_filters, Architecture(**words)
         self.class_names = tuple(class_names or default_class_names(n_classes))
         if len(self.class_names) != n_classes:
             raise ValueError(f"{len(self.class_names)} class names for {n_classes} classes")
+        layers, depth = self.architecture, self.architecture.depth
 
-        # Encoder (sides for a 256x256 input)
-        self.down1 = DownBlock(n_channels, n_filters, norm=norm)  # -> 128
-        self.down2 = DownBlock(n_filters, n_filters * 2, norm=norm)  # -> 64
-        self.down3 = DownBlock(n_filters * 2, n_filters * 4, norm=norm)  # -> 32
-        self.down4 = DownBlock(n_filters * 4, n_filters * 8, norm=norm)  # -> 16
-        self.down5 = DownBlock(n_filters * 8, n_filters * 16, norm=norm)  # -> 8
+        # Encoder: down1 to down5 in the tutorial. Its channels are 32, 64, 128, 256 and 512, its
+        # sides 128, 64, 32, 16 and 8 for a 256x256 input.
+        channels = [n_filters * 2**level for level in range(depth + 1)]
+        for level in range(depth):
+            in_channels = channels[level - 1] if level else n_channels
+            block = DownBlock(in_channels, channels[level], layers=layers)
+            self.add_module(f"down{level + 1}", block)
 
         self.bottleneck = DownBlock(
-            n_filters * 16, n_filters * 32, dropout_prob=0.4, max_pooling=False, norm=norm
+            channels[depth - 1],
+            channels[depth],
+            dropout_prob=0.4 if layers.dropout == "bottleneck" else 0,
+            max_pooling=False,
+            layers=layers,
         )
 
-        # Decoder
-        self.up1 = UpBlock(n_filters * 32, n_filters * 16, norm=norm)  # -> 16
-        self.up2 = UpBlock(n_filters * 16, n_filters * 8, norm=norm)  # -> 32
-        self.up3 = UpBlock(n_filters * 8, n_filters * 4, norm=norm)  # -> 64
-        self.up4 = UpBlock(n_filters * 4, n_filters * 2, norm=norm)  # -> 128
-        self.up5 = UpBlock(n_filters * 2, n_filters, norm=norm)  # -> 256
+        # Decoder: up1 to up5, from the deepest level to the first.
+        for level in reversed(range(depth)):
+            block = UpBlock(channels[level + 1], channels[level], layers=layers)
+            self.add_module(f"up{depth - level}", block)
 
         self.outc = nn.Conv2d(n_filters, n_classes, 1)
         self.sigmoid = nn.Sigmoid()
@@ -132,67 +130,50 @@ class UNet(nn.Module):
 
     def forward(self, x):
         height, width = x.shape[-2:]
-        if height % STRIDE or width % STRIDE:
+        bottom, right = (self._padding(side) for side in (height, width))
+        if bottom or right:
             # Repeat the border: a black frame would be an edge that is not in the image.
-            x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+            x = F.pad(x, (0, right, 0, bottom), mode="replicate")
 
-        x1, skip1 = self.down1(x)
-        x2, skip2 = self.down2(x1)
-        x3, skip3 = self.down3(x2)
-        x4, skip4 = self.down4(x3)
-        x5, skip5 = self.down5(x4)
+        skips = []
+        for level in range(1, self.architecture.depth + 1):
+            x, skip = self.get_submodule(f"down{level}")(x)
+            skips.append(skip)
 
-        x6, _ = self.bottleneck(x5)
+        x, _ = self.bottleneck(x)
 
-        x = self.up1(x6, skip5)
-        x = self.up2(x, skip4)
-        x = self.up3(x, skip3)
-        x = self.up4(x, skip2)
-        x = self.up5(x, skip1)
+        for level in range(1, self.architecture.depth + 1):
+            x = self.get_submodule(f"up{level}")(x, skips.pop())
 
         logits = self.outc(x)[..., :height, :width]
         # In bfloat16 sigmoid(7) is exactly 1, whose logarithm the loss needs: float32 from here on.
         return self.sigmoid(logits.float())
 
+    def _padding(self, side):
+        """Pixels to add to a side: every level halves it, and a reflection needs two at the end."""
+        stride = 2**self.architecture.depth
+        least = 2 * stride if self.architecture.padding == "reflect" else stride
+        return max(-side % stride, least - side)
+
     @classmethod
     def from_state_dict(cls, state):
-        """The UNet that these weights belong to, its width and channels read off their shapes.
+        """The UNet that these weights belong to, read off their shapes and metadata.
 
         state: mapping of names to tensors, as `UNet.state_dict()` gives and as the tutorial saves.
-        Raises ValueError where it is not one, with what is wrong.
+        Raises ValueError where it is not one, or where metadata and tensors contradict each other.
         """
-        try:
-            if not isinstance(state, dict):
-                raise TypeError
-            n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
-            n_classes = state["outc.weight"].shape[0]
-            metadata = getattr(state, "_metadata", {}).get("", {})
-            image_size = metadata.get("image_size", IMAGE_SIZE)
-            class_names = metadata.get("class_names", default_class_names(n_classes))
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError):
-            raise ValueError(
-                "not the weights of a UNet: no down1.conv1.weight and outc.weight in it"
-            ) from None
-        if not isinstance(image_size, int) or not 1 <= image_size <= 8192:
-            raise ValueError(f"not the weights of a UNet: trained at image size {image_size!r}?")
-        names = class_names if isinstance(class_names, (list, tuple)) else ()
-        if len(names) != n_classes or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"not the weights of a UNet: class names {class_names!r:.80}?")
+        arguments = _read_arguments(state)
+        words, n_filters = arguments.pop("words"), arguments["n_filters"]
         # Before memory is taken for a network that a few bytes claim to be: are its largest
         # weights there?
-        largest, width = state.get("bottleneck.conv2.weight"), 32 * n_filters
+        largest, width = state.get("bottleneck.conv2.weight"), 2 ** words["depth"] * n_filters
         complete = getattr(largest, "shape", None) == (width, width, 3, 3)
         if not complete or largest.untyped_storage().nbytes() < largest.numel():
             raise ValueError(
-                f"not the weights of a UNet of {n_filters} filters: "
+                f"not the weights of a UNet of {n_filters} filters and {words['depth']} levels: "
                 "bottleneck.conv2.weight does not fit"
             )
-        norm = None
-        if "down1.norm1.weight" in state:
-            norm = "batch" if "down1.norm1.running_mean" in state else "group"
-        model = cls(
-            n_channels, n_classes, n_filters, image_size=image_size, norm=norm, class_names=names
-        )
+        model = cls(**arguments, **words)
         expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         shapes = {name: getattr(weight, "shape", None) for name, weight in state.items()}
         for name in sorted(expected.keys() | shapes.keys()):
@@ -203,6 +184,48 @@ class UNet(nn.Module):
                 )
         model.load_state_dict(state)
         return model
+
+
+def _read_arguments(state):
+    """The arguments of the UNet that a state dict belongs to; those of `Architecture` in "words".
+
+    Weights of the tutorial have no metadata; those of an earlier version name no architecture, and
+    of what it can be they had a normalisation only.
+    """
+    try:
+        if not isinstance(state, dict):
+            raise TypeError
+        n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
+        n_classes = state["outc.weight"].shape[0]
+        metadata = getattr(state, "_metadata", {}).get("", {})
+        image_size = metadata.get("image_size", IMAGE_SIZE)
+        class_names = metadata.get("class_names", default_class_names(n_classes))
+        words = metadata.get("architecture")
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError):
+        raise ValueError(
+            "not the weights of a UNet: no down1.conv1.weight and outc.weight in it"
+        ) from None
+    known_size = image_size is None or type(image_size) is int and 1 <= image_size <= 8192
+    if not known_size:
+        raise ValueError(f"not the weights of a UNet: trained at image size {image_size!r:.20}?")
+    names = class_names if isinstance(class_names, (list, tuple)) else ()
+    if len(names) != n_classes or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"not the weights of a UNet: class names {class_names!r:.80}?")
+    if words is None:
+        kind = "batch" if "down1.norm1.running_mean" in state else "group"
+        words = {"norm": kind if "down1.norm1.weight" in state else None}
+    try:
+        words = Architecture(**words).as_dict()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"not the weights of a UNet: its architecture: {error}") from None
+    return {
+        "n_channels": n_channels,
+        "n_classes": n_classes,
+        "n_filters": n_filters,
+        "image_size": image_size,
+        "class_names": names,
+        "words": words,
+    }
 
 
 def load_model(path):
@@ -224,6 +247,7 @@ def default_class_names(n_classes):
 
 
 def _record_metadata(model, state, prefix, metadata):
-    """Hook of `state_dict`: image size and class names travel with the weights."""
+    """Hook of `state_dict`: architecture, image size and class names travel with the weights."""
+    metadata["architecture"] = model.architecture.as_dict()
     metadata["image_size"] = model.image_size
     metadata["class_names"] = list(model.class_names)

@@ -116,6 +116,44 @@ def number(low, high=math.inf, kind=int):
     return parse
 
 
+def parse_words(text, known):
+    """'flip,rotate=30' -> {'flip': 1.0, 'rotate': 30.0}, in the order of `known`; 'none' -> {}.
+
+    known: {word: (value where none is given, highest value)}; the lowest is 0. Raises ValueError.
+    """
+    words = {}
+    for part in text.split(",") if text != "none" else ():
+        word, given, value = (piece.strip() for piece in part.partition("="))
+        if word not in known:
+            close = difflib.get_close_matches(word, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"unknown word {word!r}: {hint}")
+        if word in words:
+            raise ValueError(f"{word} is there twice")
+        default, highest = known[word]
+        try:
+            number = float(value) if given else default
+        except ValueError:
+            number = math.nan
+        if not 0 <= number <= highest:
+            raise ValueError(f"{word}={value}: it must be from 0 to {highest:g}")
+        words[word] = float(number)
+    return {word: words[word] for word in known if word in words}
+
+
+def word_list(known):
+    """An argparse type: text that `parse_words` takes, which it stays."""
+
+    def check(text):
+        try:
+            parse_words(text, known)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return check
+
+
 def output_folder(path, flag="--out"):
     """`path` as a folder that can be written to, made if need be. ValueError names `flag`."""
     folder = Path(path)

@@ -1,0 +1,122 @@
+"""What a UNet is built of: a few words that choose its layers, and the named sets of them."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch.nn as nn
+
+CHOICES = {
+    "norm": (None, "batch", "group"),
+    "up": ("transpose", "bilinear", "nearest"),
+    "down": ("maxpool", "stride"),
+    "activation": ("relu", "leaky_relu"),
+    "padding": ("zeros", "reflect"),
+    "dropout": ("bottleneck", "channels", "none"),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The words that describe a UNet; the defaults are the tutorial's.
+
+    depth: levels of the encoder, 1 to 8, each of which halves both sides.
+    norm: after each 3x3 convolution, None, 'batch', or 'group' (8 groups). bias: whether these
+    convolutions have one; a normalisation after them has its own.
+    up: 'transpose', a transposed convolution, or an upsampling, 'bilinear' or 'nearest', with a
+    1x1 convolution that halves the channels.
+    down: 'maxpool', or 'stride', a 3x3 convolution of stride 2 with norm and activation.
+    activation: 'relu' or 'leaky_relu' (slope 0.01). padding: of the 3x3 convolutions, 'zeros' or
+    'reflect'.
+    dropout: 'bottleneck', 40 % of the values of the deepest level; 'channels', 30 % of the
+    channels after each 3x3 convolution; 'none'.
+    Raises ValueError for any other value.
+    """
+
+    depth: int = 5
+    norm: str | None = None
+    bias: bool = True
+    up: str = "transpose"
+    down: str = "maxpool"
+    activation: str = "relu"
+    padding: str = "zeros"
+    dropout: str = "bottleneck"
+
+    def __post_init__(self):
+        if type(self.depth) is not int or not 1 <= self.depth <= 8:
+            raise ValueError(f"depth {self.depth!r:.20}: it must be from 1 to 8")
+        if type(self.bias) is not bool:
+            raise ValueError(f"bias {self.bias!r:.20}: it must be True or False")
+        for word, choices in CHOICES.items():
+            value = getattr(self, word)
+            if not any(value is choice or value == choice for choice in choices):
+                known = ", ".join(map(repr, choices))
+                raise ValueError(f"{word} {value!r:.20}: it must be one of {known}")
+
+    def as_dict(self):
+        return asdict(self)
+
+    def conv3x3(self, in_channels, out_channels, stride=1):
+        return nn.Conv2d(
+            in_channels,
+            out_channels,
+            3,
+            stride,
+            padding=1,
+            padding_mode=self.padding,
+            bias=self.bias,
+        )
+
+    def make_norm(self, channels):
+        """The layer after a 3x3 convolution."""
+        layers = nn.Identity() if self.norm is None else None
+        if self.norm == "batch":
+            layers = nn.BatchNorm2d(channels)
+        if self.norm == "group":
+            layers = nn.GroupNorm(math.gcd(8, channels), channels)
+        return layers
+
+    def make_activation(self):
+        return nn.ReLU(inplace=True) if self.activation == "relu" else nn.LeakyReLU(inplace=True)
+
+    def make_channel_dropout(self):
+        return nn.Dropout2d(0.3) if self.dropout == "channels" else nn.Identity()
+
+    def make_down(self, channels):
+        """(B, channels, H, W) -> (B, channels, H/2, W/2)."""
+        if self.down == "maxpool":
+            return nn.MaxPool2d(2)
+        return nn.Sequential(
+            self.conv3x3(channels, channels, stride=2),
+            self.make_norm(channels),
+            self.make_activation(),
+        )
+
+    def make_up(self, in_channels, out_channels):
+        """(B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
+        if self.up == "transpose":
+            return nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+        corners = True if self.up == "bilinear" else None
+        # The 1x1 convolution first: the result is the same, of a quarter of the work.
+        return nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1),
+            nn.Upsample(scale_factor=2, mode=self.up, align_corners=corners),
+        )
+
+
+# Named networks: words for `Architecture`, those of the tutorial left out, and flags of train.py.
+ARCHITECTURES = {
+    "tutorial": {},
+    # Four levels, batch normalisation and bilinear upsampling; see docs/networks.md.
+    "drive": {"depth": 4, "norm": "batch", "up": "bilinear", "dropout": "none"},
+    # Strided convolutions down, nearest up, reflected borders, dropout of whole channels.
+    "study": {
+        "depth": 4,
+        "norm": "batch",
+        "bias": False,
+        "up": "nearest",
+        "down": "stride",
+        "activation": "leaky_relu",
+        "padding": "reflect",
+        "dropout": "channels",
+    },
+}

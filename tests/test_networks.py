@@ -1,0 +1,217 @@
+"""The named networks against counts by hand, and every pair of words of an architecture."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from medseg.layers import ARCHITECTURES, CHOICES, Architecture
+from net import UNet
+
+
+def count(model):
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def drive_by_hand():
+    """64 filters, four levels, batch normalisation: weights and biases, level by level."""
+    encoder = [
+        # 3x3 convolution, its normalisation, 3x3 convolution, its normalisation
+        (3 * 64 * 9 + 64) + 2 * 64 + (64 * 64 * 9 + 64) + 2 * 64,
+        (64 * 128 * 9 + 128) + 2 * 128 + (128 * 128 * 9 + 128) + 2 * 128,
+        (128 * 256 * 9 + 256) + 2 * 256 + (256 * 256 * 9 + 256) + 2 * 256,
+        (256 * 512 * 9 + 512) + 2 * 512 + (512 * 512 * 9 + 512) + 2 * 512,
+        (512 * 1024 * 9 + 1024) + 2 * 1024 + (1024 * 1024 * 9 + 1024) + 2 * 1024,
+    ]
+    decoder = [
+        # 1x1 convolution, then the two 3x3 convolutions
+        (1024 * 512 + 512) + (1024 * 512 * 9 + 512) + 1024 + (512 * 512 * 9 + 512) + 1024,
+        (512 * 256 + 256) + (512 * 256 * 9 + 256) + 512 + (256 * 256 * 9 + 256) + 512,
+        (256 * 128 + 128) + (256 * 128 * 9 + 128) + 256 + (128 * 128 * 9 + 128) + 256,
+        (128 * 64 + 64) + (128 * 64 * 9 + 64) + 128 + (64 * 64 * 9 + 64) + 128,
+    ]
+    return sum(encoder) + sum(decoder) + 64 + 1
+
+
+def test_parameters_of_the_vessel_network():
+    assert drive_by_hand() == 28_954_561
+    with torch.device("meta"):
+        model = UNet(n_filters=64, **ARCHITECTURES["drive"])
+    assert count(model) == 28_954_561
+
+
+def test_parameters_of_the_study_network():
+    # No biases but in the 1x1 convolutions; a strided convolution after each level.
+    levels = [(3, 64), (64, 128), (128, 256), (256, 512), (512, 1024)]
+    encoder = sum(9 * i * o + 2 * o + 9 * o * o + 2 * o for i, o in levels)
+    strided = sum(9 * c * c + 2 * c for c in (64, 128, 256, 512))
+    decoder = sum(
+        (2 * c * c + c) + (9 * 2 * c * c + 2 * c) + (9 * c * c + 2 * c) for c in (512, 256, 128, 64)
+    )
+    assert encoder + strided + decoder + 65 == 32_084_033
+    with torch.device("meta"):
+        model = UNet(n_filters=64, **ARCHITECTURES["study"])
+    assert count(model) == 32_084_033
+
+
+def study_forward(state, x):
+    """The study network's forward pass in evaluation mode, without modules."""
+
+    def block(name, part, x, stride=1):
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        x = F.conv2d(x, state[f"{name}.{part}.weight"], stride=stride)
+        norm = f"{name}.norm{part[-1]}" if part.startswith("conv") else f"{name}.maxpool.1"
+        mean, var = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+        x = F.batch_norm(x, mean, var, state[f"{norm}.weight"], state[f"{norm}.bias"])
+        return torch.where(x > 0, x, 0.01 * x)
+
+    skips = []
+    for level in range(1, 5):
+        x = block(f"down{level}", "conv2", block(f"down{level}", "conv1", x))
+        skips.append(x)
+        x = block(f"down{level}", "maxpool.0", x, stride=2)
+    x = block("bottleneck", "conv2", block("bottleneck", "conv1", x))
+    for level in range(1, 5):
+        # Upsampling first, as the study has it; the module convolves first.
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = F.conv2d(x, state[f"up{level}.up.0.weight"], state[f"up{level}.up.0.bias"])
+        x = torch.cat([x, skips.pop()], 1)
+        x = block(f"up{level}", "conv2", block(f"up{level}", "conv1", x))
+    return torch.sigmoid(F.conv2d(x, state["outc.weight"], state["outc.bias"]))
+
+
+def randomize(model):
+    """Weights for which the output is not nearly constant."""
+    for weight in model.parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight)
+    return model
+
+
+def test_forward_of_the_study_network():
+    torch.manual_seed(0)
+    model = randomize(UNet(n_filters=4, **ARCHITECTURES["study"]))
+    x = torch.randn(2, 3, 64, 48)
+    model(x)  # moves the running means
+    model.eval()
+    with torch.no_grad():
+        expected = study_forward(model.state_dict(), x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.01
+
+
+def test_bilinear_upsampling_is_that_of_the_vessel_network():
+    """Upsampling with aligned corners, then the convolution, gives what the module gives."""
+    torch.manual_seed(0)
+    up = Architecture(up="bilinear").make_up(8, 4)
+    x = torch.randn(2, 8, 5, 7)
+    larger = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(up(x), up[0](larger), rtol=1e-4, atol=1e-5)
+
+
+def pairwise():
+    """Sets of words in which every two values of two words meet at least once."""
+    values = {"depth": (1, 3), "bias": (True, False), **CHOICES}
+    words = list(values)
+    wanted = {
+        ((one, a), (other, b))
+        for one, other in itertools.combinations(words, 2)
+        for a in values[one]
+        for b in values[other]
+    }
+    chosen = []
+    candidates = [dict(zip(words, row, strict=True)) for row in itertools.product(*values.values())]
+    while wanted:
+        pairs_of = [set(itertools.combinations(row.items(), 2)) & wanted for row in candidates]
+        best = max(range(len(candidates)), key=lambda index: len(pairs_of[index]))
+        chosen.append(candidates[best])
+        wanted -= pairs_of[best]
+    return chosen
+
+
+PAIRS = pairwise()
+
+
+@pytest.mark.parametrize("words", PAIRS, ids=[str(number) for number in range(len(PAIRS))])
+def test_every_pair_of_words(words):
+    torch.manual_seed(0)
+    model = UNet(2, 2, 3, image_size=None, **words)
+    shape = (2, 2, 17, 30)
+    model(torch.rand(shape)).log().sum().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+    loaded = UNet.from_state_dict(model.state_dict()).eval()
+    assert loaded.architecture == Architecture(**words) and loaded.image_size is None
+    x = torch.rand(shape)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_size(name):
+    model = UNet(n_filters=2, **ARCHITECTURES[name]).eval()
+    with torch.no_grad():
+        for height, width in [(1, 1), (2, 40), (16, 16), (33, 31), (64, 96)]:
+            assert model(torch.rand(1, 3, height, width)).shape == (1, 1, height, width)
+
+
+def test_dropout_is_where_the_words_say():
+    def shares(words):
+        """Of each dropout layer in training: the share of channels that are wholly 0."""
+        model = UNet(n_filters=16, **words).train()
+        found = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, (torch.nn.Dropout, torch.nn.Dropout2d)):
+                out = layer(torch.ones(8, 64, 4, 4))
+                found[name] = (out.amax((2, 3)) == 0).float().mean().item()
+        return found
+
+    assert shares({"dropout": "none"}) == {}
+    assert list(shares({})) == ["bottleneck.dropout"] and shares({})["bottleneck.dropout"] < 0.01
+    channels = shares(ARCHITECTURES["study"])
+    assert len(channels) == 9  # a block each, used after both of its convolutions
+    assert all(0.2 < share < 0.4 for share in channels.values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *({"depth": depth} for depth in (0, 9, 2.0, True, "2")),
+        *({word: "other"} for word in CHOICES),
+        {"bias": 1},
+        {"norm": 0},
+    ],
+)
+def test_words_that_mean_nothing(words):
+    with pytest.raises(ValueError, match=next(iter(words))):
+        UNet(n_filters=2, **words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth": 4},
+        {"norm": "batch"},
+        {"norm": "group"},
+        {"bias": False},
+        {"up": "nearest"},
+        {"down": "stride"},
+        {"depth": 10**9},
+        {"later": 1},
+        {"up": ["nearest"]},
+    ],
+)
+def test_metadata_that_contradict_the_tensors(change):
+    state = UNet(n_filters=2).state_dict()
+    state._metadata[""]["architecture"].update(change)
+    with pytest.raises(ValueError, match="not the weights of a UNet"):
+        UNet.from_state_dict(state)
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "group"])
+def test_weights_that_name_no_architecture(norm):
+    """Those of the tutorial, and those of earlier versions, which had a normalisation at most."""
+    state = UNet(n_filters=2, norm=norm).state_dict()
+    del state._metadata[""]["architecture"]
+    assert UNet.from_state_dict(state).architecture == Architecture(norm=norm)
