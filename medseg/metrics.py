@@ -187,6 +187,28 @@ def hausdorff95(pred, target):
     """
     if not pred.any() or not target.any():
         return math.nan
-    points = (torch.from_numpy(np.argwhere(outline(mask))).double() for mask in (pred, target))
-    distances = torch.cdist(*points)
-    return max(np.percentile(distances.amin(side).numpy(), 95) for side in (0, 1))
+    rows, columns = (np.flatnonzero((pred | target).any(axis)) for axis in (1, 0))
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # saves time
+    pred, target = outline(pred)[box], outline(target)[box]
+    directed = (_distances(pred, target), _distances(target, pred))
+    return max(float(np.percentile(distances, 95)) for distances in directed)
+
+
+def _distances(mask, other):
+    """From each pixel of a bool array (H, W) to the nearest pixel of another one that is not empty.
+
+    First the nearest of each column, then of each row of those: the time grows with the number of
+    pixels, not with its square, which outlines of vessels in a large image would not allow.
+    """
+    height, width = other.shape
+    numbers, far = np.arange(height)[:, None], 2.0 * (height + width)
+    before = np.maximum.accumulate(np.where(other, numbers, -far))
+    after = np.minimum.accumulate(np.where(other, numbers, 2 * far)[::-1])[::-1]
+    present = np.flatnonzero(other.any(0))  # the columns with pixels
+    squares = np.minimum(numbers - before, after - numbers)[:, present] ** 2  # within each column
+    across = (np.arange(width)[:, None] - present) ** 2.0
+    nearest = []
+    for row, columns in zip(squares, mask, strict=True):
+        if columns.any():
+            nearest.append((across[columns] + row).min(1))
+    return np.sqrt(np.concatenate(nearest))
