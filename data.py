@@ -7,11 +7,10 @@ examples:
 
 A data set is a folder with train/, valid/ and test/; each holds images and
 `_annotations.coco.json`. Every image is decoded and every annotation rasterised once, to uint8 at
-training size. The result is kept in ROOT/.cache as one array per split, (N, size, size, 4): red,
-green, blue, mask (of several classes, a bit each).
+training size, or at its own. The result is kept in ROOT/.cache as one array per split,
+(N, size, size, 4): red, green, blue, mask (of several classes, a bit each).
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -21,11 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from medseg.audit import audit, grouped_split, require_data_set
-from medseg.cache import cached_rows
+from medseg.augment import (
+    augment,
+    count_draws,
+    statistics_tensors,
+    window_side,
+)
+from medseg.cache import RaggedRows, cached_rows
 from medseg.cli import ArgumentParser, output_folder, run_main
 from medseg.coco import (
     ANNOTATIONS,
@@ -35,7 +39,8 @@ from medseg.coco import (
     rasterize,
     used_categories,
 )
-from medseg.images import IMAGE_SIZE, mean_and_std, preprocess, read_image, resize_nearest
+from medseg.crop import crops_per_epoch, gather_windows, place_crops
+from medseg.images import IMAGE_SIZE, preprocess, read_image, resize_nearest
 
 
 class COCOSegmentationDataset(Dataset):
@@ -43,8 +48,9 @@ class COCOSegmentationDataset(Dataset):
 
     coco: pycocotools COCO (`load_coco`, or `COCO(file)`); image_dir: where its file_names are.
     An item is (image float32 (n_channels, S, S) normalised, mask float32 (C, S, S) of 0 and 1),
-    with S = image_size. With `transform`, as in the tutorial, the image is transform(uint8 array
-    (H, W, 3)) and the mask is resized to its height and width.
+    with S = image_size; with None, of the image's own height and width. With `transform`, as in
+    the tutorial, the image is transform(uint8 array (H, W, 3)) and the mask is resized to its
+    height and width.
     classes: names of categories, each a channel of the mask; None, the tutorial's way, is a single
     channel with the union of all annotations. n_channels: 3, or 1 for grey images.
     Items raise FileNotFoundError, or ValueError naming the file, where an image or annotation is
@@ -70,8 +76,9 @@ class COCOSegmentationDataset(Dataset):
 
     @property
     def row_shape(self):
-        """Of `row`: eight classes share a byte."""
-        return (self.image_size, self.image_size, self.n_channels + math.ceil(self.n_classes / 8))
+        """Of `row`, without a height and width of the image's own: eight classes share a byte."""
+        side = (self.image_size, self.image_size) if self.image_size else ()
+        return (*side, self.n_channels + math.ceil(self.n_classes / 8))
 
     @property
     def variant(self):
@@ -126,9 +133,8 @@ class COCOSegmentationDataset(Dataset):
         The mask of class k is bit k % 8 of the byte k // 8.
         """
         image, masks = self.load(index)
-        size = self.image_size
-        masks = np.stack([resize_nearest(mask, size, size) for mask in masks], axis=2)
-        pixels = preprocess(image, size, self.n_channels)
+        pixels = preprocess(image, self.image_size, self.n_channels)
+        masks = np.stack([resize_nearest(mask, *pixels.shape[:2]) for mask in masks], axis=2)
         return np.concatenate([pixels, np.packbits(masks, axis=2, bitorder="little")], axis=2)
 
 
@@ -144,9 +150,10 @@ def open_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None
 def load_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3):
     """Every image of a split at training size: uint8 array (N, S, S, n_channels + bytes).
 
-    S = image_size; the last bytes are the masks, see COCOSegmentationDataset.row: with a single
-    class, 0 and 1. Made once, in parallel, kept in root/.cache and mapped into memory
-    (`medseg.cache`).
+    S = image_size; with None, every image keeps its own size, and the result is a
+    `medseg.cache.RaggedRows` of N arrays (H, W, n_channels + bytes). The last bytes are the masks,
+    see COCOSegmentationDataset.row: with a single class, 0 and 1. Made once, in parallel, kept in
+    root/.cache and mapped into memory (`medseg.cache`).
     skipped: a list; damaged images are left out and each adds a line to it. Without it they are a
     ValueError that counts them and names the first. Raises FileNotFoundError.
     """
@@ -162,15 +169,8 @@ def normalize(pixels):
     C is 3, or 1 for grey. The memory stays in the order of the pixels, which is what PyTorch
     calls channels_last.
     """
-    mean, std = _mean_and_std(pixels.shape[-1], pixels.device)
+    mean, std = statistics_tensors(pixels.shape[-1], pixels.device, white=255)
     return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # in place: one array, not three
-
-
-@functools.cache
-def _mean_and_std(n_channels, device):
-    """Of 0..255 and on the device, once: a copy in every step would wait for the GPU."""
-    mean, std = mean_and_std(n_channels)
-    return torch.tensor(mean, device=device) * 255, torch.tensor(std, device=device) * 255
 
 
 def split_rows(rows, n_channels, n_classes):
@@ -185,38 +185,15 @@ def split_rows(rows, n_channels, n_classes):
     return normalize(rows[..., :n_channels]), masks.permute(0, 3, 1, 2).float().contiguous()
 
 
-def augment(images, masks, draws):
-    """Rotate, scale, shift and brighten each image in a way of its own; shapes stay.
-
-    images: float32 (B, 1 or 3, H, W) normalised; masks: float32 (B, C, H, W) of 0 and 1, and so
-    they stay; draws: (B, 6) uniform in 0..1, on the CPU, which decide what happens to each image.
-    Image and mask go through the same map, the image bilinear, the mask nearest. All of it is
-    slight (5 degrees, 10 % scale, 5 % shift), for the masks are boxes, which a large rotation
-    leaves askew.
-    """
-    draws = 2 * draws - 1
-    angle, scale = draws[:, 0] * math.radians(5), 1.1 ** draws[:, 1]
-    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
-    rotation = rotation.view(-1, 2, 2) * scale[:, None, None]
-    theta = torch.cat([rotation, 0.05 * draws[:, 2:4, None]], 2)  # (B, 2, 3): from new to old
-    light = torch.stack([1.1 ** draws[:, 4], 0.1 * draws[:, 5]], 1)  # (B, 2): contrast, brightness
-    theta = theta.to(images.device, non_blocking=True)
-    light = light.to(images.device, non_blocking=True)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
-    images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
-    masks = F.grid_sample(masks, grid, "nearest", "zeros", align_corners=False)
-    contrast, brightness = light[:, 0, None, None, None], light[:, 1, None, None, None]
-    images = torch.addcmul(brightness, images, contrast)
-    return images.contiguous(memory_format=torch.channels_last), masks
-
-
 class Batches:
     """The batches of a split, on the device and normalised: what a DataLoader is to a Dataset.
 
-    rows: uint8 array (N, S, S, n_channels + bytes) of `load_split`. Iterating yields (images
-    float32 (B, n_channels, S, S), masks float32 (B, n_classes, S, S) of 0 and 1). With shuffle,
-    the order is a function of seed and epoch alone, and so, with augmented, is what `augment`
-    does to each image.
+    rows: uint8 array (N, S, S, n_channels + bytes) or RaggedRows, see `load_split`. Iterating
+    yields (images float32 (B, n_channels, S, S), masks float32 (B, n_classes, S, S) of 0 and 1).
+    With shuffle, the order is a function of seed and epoch alone, and so are the crops and, with
+    `augmented` ({word: value} of `medseg.augment.AUGMENTATIONS`), what `augment` does to each.
+    crop: side of square crops of the images, see `medseg.crop`; each image is drawn as often as
+    they would tile it. RaggedRows without crop come one image at a time, for each process.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
     Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size
     is that over all processes, and so is `global_batch_size`, the size of the batch last yielded.
@@ -232,54 +209,113 @@ class Batches:
         seed=0,
         rank=0,
         world=1,
-        augmented=False,
+        augmented=None,
+        crop=None,
         n_channels=3,
         n_classes=1,
     ):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
-        self.rows, self.batch_size = torch.from_numpy(rows), batch_size
+        if crop and not isinstance(rows, RaggedRows):
+            rows = RaggedRows.of_array(rows)
+        self.rows, self.ragged = rows, isinstance(rows, RaggedRows)
+        self.one_by_one = self.ragged and not crop
+        self.batch_size = world if self.one_by_one else batch_size
         self.device, self.rank, self.world = torch.device(device), rank, world
-        self.shuffle, self.seed, self.augmented = shuffle, seed, augmented
+        self.shuffle, self.seed, self.words, self.crop = shuffle, seed, augmented or {}, crop
         self.n_channels, self.n_classes = n_channels, n_classes
-        self.memory_map = getattr(rows, "_mmap", None)
-        self.set_epoch(0)
+        pixels = rows.pixels if self.ragged else rows
+        self.memory_map = getattr(pixels, "_mmap", None)
+        self.pixels = torch.from_numpy(pixels)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             if rows.nbytes < 0.4 * free:
-                self.rows = self.rows.to(self.device)
+                self.pixels = self.pixels.to(self.device)
+        self.drawn = torch.arange(len(rows))  # the images of an epoch, unshuffled
+        if crop:
+            times = crops_per_epoch(torch.from_numpy(rows.sizes), crop)
+            self.drawn = self.drawn.repeat_interleave(times)
+        self.set_epoch(0)
 
     def __len__(self):
-        return math.ceil(len(self.rows) / self.batch_size)
+        return math.ceil(len(self.drawn) / self.batch_size)
 
     def set_epoch(self, epoch, start=0):
         """Choose the order of the next pass, and the batch it begins with (to resume within)."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order, draws = torch.arange(len(self.rows)), None
+        generator, order = self._generator(), self.drawn
         if self.shuffle:
-            order = torch.randperm(len(self.rows), generator=generator)
-        if self.augmented:
-            draws = torch.rand(len(self.rows), 6, generator=generator).split(self.batch_size)
-        batches = order.to(self.rows.device).split(self.batch_size)
-        mine = slice(self.rank, None, self.world)
-        for number in range(self.start, len(batches)):
-            self.global_batch_size = len(batches[number])
-            images, masks = self._load(batches[number][mine])
-            if self.augmented and len(images):
-                images, masks = augment(images, masks, draws[number][mine])
+            order = order[torch.randperm(len(order), generator=generator)]
+        columns = count_draws(self.words)
+        draws = torch.rand(len(order), columns + (2 if self.crop else 0), generator=generator)
+        places = self._places(order, draws[:, columns:])
+        for number in range(self.start, len(self)):
+            first, end = number * self.batch_size, (number + 1) * self.batch_size
+            mine = slice(first + self.rank, end, self.world)
+            self.global_batch_size = len(order[first:end])
+            images, masks = self._load(places[mine], places[first])
+            if self.words and len(images):
+                size = (self.crop, self.crop) if self.crop else images.shape[-2:]
+                noise = self._noise(first, size) if self.words.get("noise") else None
+                images, masks = augment(
+                    images, masks, draws[mine], self.words, size=size, noise=noise
+                )
             yield images, masks
 
-    def _load(self, indices):
-        batch = self.rows[indices]
+    def _generator(self, device="cpu", position=0):
+        """Random numbers of this seed and epoch, and of the image at a position of its order."""
+        seed = self.seed * 1_000_003 + self.epoch + position * 1_000_003**2
+        return torch.Generator(device).manual_seed(seed % 2**63)
+
+    def _places(self, order, draws):
+        """What `_load` takes of each image: its number; of RaggedRows first pixel, height, width.
+
+        With crop, also top and left of the window around it: see `gather_windows`.
+        """
+        if not self.ragged:
+            return order.to(self.pixels.device)
+        places = torch.from_numpy(np.column_stack([self.rows.starts, self.rows.sizes]))[order]
+        if not self.crop:
+            return places
+        margin = (window_side(self.crop, self.words) - self.crop) // 2
+        corners = place_crops(places[:, 1:], draws, self.crop)
+        return torch.cat([places, corners - margin], 1)
+
+    def _load(self, places, first):
+        """Images and masks at `places`, for the crops the windows around them.
+
+        first: of the whole batch, whose size an empty part of it has.
+        """
+        if self.crop:
+            side = window_side(self.crop, self.words) if len(places) else self.crop
+            batch = gather_windows(self.pixels, places, side)
+        elif self.ragged:
+            start, height, width = (places[0] if len(places) else first).tolist()
+            image = self.pixels[start : start + height * width].view(1, height, width, -1)
+            batch = image[: len(places)]
+        else:
+            batch = self.pixels[places]
         if self.device.type == "cuda" and not batch.is_cuda:
             batch = batch.pin_memory()  # the copy then waits in the GPU's queue, and we do not
         batch = batch.to(self.device, non_blocking=True)
         if hasattr(self.memory_map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             self.memory_map.madvise(mmap.MADV_DONTNEED)  # else the process grows to the file's size
         return split_rows(batch, self.n_channels, self.n_classes)
+
+    def _noise(self, first, size):
+        """Standard normal noise for our part of the batch that begins with image `first`.
+
+        Drawn on the device for the batch of all processes, so that it is the same in any number of
+        them; where the images differ in size, for each image.
+        """
+        count, mine = self.global_batch_size, slice(self.rank, None, self.world)
+        if self.one_by_one:
+            first, count, mine = first + self.rank, 1, slice(None)
+        generator = self._generator(self.device, 1 + first)  # 0: the order's
+        shape = (count, self.n_channels, *size)
+        return torch.randn(shape, generator=generator, device=self.device)[mine]
 
 
 def main(argv=None):

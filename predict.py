@@ -11,8 +11,8 @@ examples:
   torchrun --standalone --nproc_per_node=4 predict.py scans/   # a folder on four GPUs
 
 Masks are 0 and 255, of the size of the image, or with several classes a palette image of class
-numbers. The architecture and the size the model was trained
-at are read from the weights.
+numbers. The architecture and the size the model was trained at are read from the weights; a model
+trained on crops takes each image at its own size.
 """
 
 import os
@@ -30,7 +30,13 @@ import net
 from data import Batches, load_split, normalize, open_split
 from medseg.cli import ArgumentParser, number, run_main
 from medseg.coco import ANNOTATIONS, check_classes
-from medseg.device import available_device, inference_batch_size, keep_freed_memory, pick_device
+from medseg.device import (
+    available_device,
+    inference_batch_size,
+    keep_freed_memory,
+    out_of_memory,
+    pick_device,
+)
 from medseg.files import parallel_map
 from medseg.images import (
     IMAGE_SIZE,
@@ -62,8 +68,9 @@ def load_model(model_path="best_model.pth", device="cuda"):
 def preprocess_image(image_path, *, image_size=IMAGE_SIZE, n_channels=3):
     """Image file -> (normalised float32 tensor (1, n_channels, S, S), the resized PIL image).
 
-    image_path: a path, or a PIL image read already. S = image_size; n_channels is 3, or 1 for
-    grey. Raises FileNotFoundError or ValueError as `medseg.images.read_image` does.
+    image_path: a path, or a PIL image read already. S = image_size; None keeps the image's own
+    height and width. n_channels is 3, or 1 for grey. Raises FileNotFoundError or ValueError as
+    `medseg.images.read_image` does.
     """
     image = image_path if isinstance(image_path, Image.Image) else read_image(image_path)
     pixels = preprocess(image, image_size, n_channels)
@@ -90,9 +97,27 @@ def predict_mask(
 
 
 def predict_probabilities(model, image_tensor, device="cuda"):
-    """Normalised image (B, 3, H, W) -> float32 probabilities (B, C, H, W) on the device."""
-    with torch.inference_mode():
-        return model(image_tensor.to(available_device(device)))
+    """Normalised image (B, 3, H, W) -> float32 probabilities (B, C, H, W) on the device.
+
+    Raises ValueError where the memory does not suffice.
+    """
+    device, (count, _, height, width) = available_device(device), image_tensor.shape
+    try:
+        with torch.inference_mode():
+            return model(image_tensor.to(device))
+    except (MemoryError, RuntimeError) as error:
+        memory = out_of_memory(error)
+        if memory is None:
+            raise
+        other = "" if torch.device(device).type == "cpu" else "try --device cpu, or "
+        raise ValueError(
+            f"out of {memory} with {count} x {width}x{height} pixels: {other}give smaller images"
+        ) from None
+
+
+def batch_size_of(model, device):
+    """Images at a time: one where the model takes each image at its own size."""
+    return inference_batch_size(device) if model.image_size else 1
 
 
 def visualize_result(
@@ -151,9 +176,12 @@ def predict_one(model, picture, output, threshold, device):
     image_tensor, _ = preprocess_image(
         image, image_size=model.image_size, n_channels=model.n_channels
     )
-    mask, highest = predict_mask(
-        model, image_tensor, device, threshold, size=image.size, return_highest=True
-    )
+    try:
+        mask, highest = predict_mask(
+            model, image_tensor, device, threshold, size=image.size, return_highest=True
+        )
+    except ValueError as error:
+        raise ValueError(f"{picture.path}: {error}") from None
     labels, written = mask[0, 0].numpy().astype(np.uint8), [output]
     if output.is_dir():
         written = [output / f"{picture.name}_mask.png", output / "predictions.png"]
@@ -183,7 +211,7 @@ def predict_many(model, pictures, output, threshold, device):
         save_png(drawn, output / f"{picture.name}_overlay.png", compress_level=1)
         return describe(picture.path, labels, probabilities.max((1, 2)), names)
 
-    batch_size, names, total = inference_batch_size(device), model.class_names, len(pictures)
+    batch_size, names, total = batch_size_of(model, device), model.class_names, len(pictures)
     problems, batch, writing = [], [], deque()
     with ThreadPoolExecutor() as pool, tqdm(total=total, unit=" images", disable=None) as bar:
 
@@ -200,9 +228,13 @@ def predict_many(model, pictures, output, threshold, device):
                 batch.append(item)
             if batch and (len(batch) == batch_size or count == total):
                 images = normalize(torch.from_numpy(np.stack([pixels for *_, pixels in batch])))
-                probabilities = predict_probabilities(model, images, device).cpu().numpy()
-                for (picture, image, _), own in zip(batch, probabilities, strict=True):
-                    writing.append(pool.submit(write, picture, image, own))
+                try:
+                    probabilities = predict_probabilities(model, images, device).cpu().numpy()
+                    for (picture, image, _), own in zip(batch, probabilities, strict=True):
+                        writing.append(pool.submit(write, picture, image, own))
+                except ValueError as error:  # out of memory
+                    problems += [f"{picture.path}: {error}" for picture, *_ in batch]
+                    bar.update(len(batch))
                 batch = []
                 finish_writing(2 * batch_size)
         finish_writing(0)
@@ -237,7 +269,10 @@ def predict_volume(model, path, output, threshold, device, window):
 
 
 def predict_rows(model, rows, *, device):
-    """Yield (targets bool, probabilities float32), arrays (B, C, S, S), for all `rows`."""
+    """Yield (targets bool, probabilities float32), arrays (B, C, S, S), for all `rows`.
+
+    Of RaggedRows each batch is one image, of its own height and width.
+    """
     batches = Batches(
         rows,
         inference_batch_size(device),

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 
 from data import Batches, load_split, open_split
 from medseg import dist
+from medseg.augment import AUGMENTATIONS
 from medseg.checkpoint import (
     BEST,
     Checkpointer,
@@ -37,7 +39,7 @@ from medseg.checkpoint import (
     prepare_folder,
     refuse_other_run,
 )
-from medseg.cli import output_folder, run_main, spell_flags
+from medseg.cli import output_folder, parse_words, run_main, spell_flags
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.device import (
     choose_precision,
@@ -49,9 +51,11 @@ from medseg.device import (
 )
 from medseg.files import file_lock
 from medseg.flags import (
+    LOSSES,
     RECIPES,
     command,
     experiment_name,
+    network_words,
     parse_arguments,
     predict_command,
     recorded_flags,
@@ -88,12 +92,35 @@ def dice_loss(pred, target, smooth=1e-6):
     return 1 - (2 * intersection + smooth) / (total + smooth)
 
 
-def combined_loss(pred, target):
-    """0.6 Dice loss + 0.4 binary cross-entropy, on float32 probabilities; NaN where pred is."""
-    # On a GPU, binary_cross_entropy of NaN ends the process; the Dice loss passes it on.
-    bce = F.binary_cross_entropy(pred.nan_to_num(0.5), target, reduction="sum")
-    bce, pixels = dist.all_reduce_sum(torch.stack([bce, pred.new_full((), pred.numel())]))
-    return 0.6 * dice_loss(pred, target) + 0.4 * bce / pixels
+def focal_loss(pred, target, alpha=0.25, gamma=2.0, *, reduction="mean"):
+    """Cross-entropy that counts sure pixels less; pred: probabilities, target: 0 and 1.
+
+    -a (1 - p)^gamma log(p), with p the probability of the right answer and a = alpha where that is
+    foreground, else 1 - alpha. Lin et al.: "Focal Loss for Dense Object Detection", ICCV 2017,
+    equation 5. reduction: "mean" or "sum" over the pixels of this process.
+    """
+    cross_entropy = F.binary_cross_entropy(pred, target, reduction="none")
+    right = pred * target + (1 - pred) * (1 - target)
+    weight = alpha * target + (1 - alpha) * (1 - target)
+    loss = weight * (1 - right) ** gamma * cross_entropy
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def combined_loss(pred, target, *, dice=0.6, bce=0.4, focal=0.0):
+    """The weighted sum of Dice loss, binary cross-entropy and focal loss; NaN where pred is.
+
+    pred: float32 probabilities, target: 0 and 1, of one shape. The tutorial's weights are 0.6 for
+    the Dice loss and 0.4 for the cross-entropy. Means are over the pixels of all processes.
+    """
+    # On a GPU, binary_cross_entropy of NaN ends the process; what is added last passes it on.
+    finite, loss = pred.nan_to_num(0.5), pred.new_zeros(())
+    if bce:
+        loss = loss + bce * F.binary_cross_entropy(finite, target, reduction="sum")
+    if focal:
+        loss = loss + focal * focal_loss(finite, target, reduction="sum")
+    loss, pixels = dist.all_reduce_sum(torch.stack([loss, pred.new_full((), pred.numel())]))
+    overlap = dice * dice_loss(pred, target) if dice else 0 * pred.sum()
+    return overlap + loss / pixels
 
 
 # ---- training (tutorial, section 5) ----------------------------------------------------------
@@ -240,25 +267,30 @@ def train_model(
 def visualize_predictions(
     model, test_loader, device, num_samples=5, threshold=0.5, *, path="predictions.png", title=""
 ):
-    """Draw samples of the first batch with the outlines of true and predicted mask.
+    """Draw samples of the first batches with the outlines of true and predicted mask.
 
-    The samples are spread evenly over the batch. Returns path.
+    The samples are spread evenly over as many batches as hold num_samples images. Returns path.
     """
     model.eval()
-    images, masks = next(iter(test_loader))
-    chosen = np.linspace(0, len(images) - 1, min(num_samples, len(images))).astype(int)
-    images, targets = images[chosen].to(device), masks[chosen].to(device) > 0.5
-    with torch.inference_mode():
-        preds = model(images) > threshold
-    tp, fp, fn = (
-        (one & other).sum((2, 3)).double()
-        for one, other in ((preds, targets), (preds, ~targets), (~preds, targets))
-    )
-    titles = [f"Dice {dice:.2f}" for dice in dice_score(tp, fp, fn).mean(1).tolist()]
+    samples, titles, cases = [], [], []
+    for images, masks in test_loader:
+        samples += zip(images, masks, strict=True)
+        if len(samples) >= num_samples:
+            break
+    chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).astype(int)
+    for image, mask in (samples[index] for index in chosen):  # their sizes may differ
+        target = mask.to(device) > 0.5
+        with torch.inference_mode():
+            pred = model(image[None].to(device))[0] > threshold
+        tp, fp, fn = (
+            (one & other).sum((1, 2)).double()
+            for one, other in ((pred, target), (pred, ~target), (~pred, target))
+        )
+        titles.append(f"Dice {dice_score(tp, fp, fn).mean():.2f}")
+        picture = denormalize(image[None])[0]
+        cases.append((picture, target.cpu().numpy(), pred.cpu().numpy()))
     return plot_predictions(
-        denormalize(images),
-        targets.cpu().numpy(),
-        preds.cpu().numpy(),
+        *zip(*cases, strict=True),
         titles,
         path,
         title=title or f"predictions at threshold {threshold:g}",
@@ -270,7 +302,7 @@ def visualize_predictions(
 
 
 def main(argv=None):
-    args, checkpoint = parse_arguments(argv, __doc__)
+    args, checkpoint = parse_arguments(argv, __doc__, load_model)
     out, signals, lock = output_folder(args.out), Signals(), nullcontext()
     writes = os.environ.get("RANK", "0") == "0" and not args.test_only  # the first of the processes
     if writes:
@@ -292,7 +324,7 @@ def main(argv=None):
             raise
         raise ValueError(
             f"out of {memory} with --batch-size {args.batch_size}: halve it, "
-            "or lower --image-size or --n-filters"
+            f"or lower {'--crop' if args.crop else '--image-size'} or --n-filters"
         ) from None
 
 
@@ -307,7 +339,7 @@ def train_and_test(args, checkpoint, signals):
             with dist.first_on_each_machine():
                 root = make_phantoms(root / "synthetic")
         precision = choose_precision(args.precision, device)
-        model = make_model(args, root, device)
+        model = make_model(args, root, device, start=not checkpoint)
         loaders, skipped = load_data(args, root, model, device)
         if dist.is_first():
             print_run(root, args, loaders, model, f"{device.type}, {precision}")
@@ -342,7 +374,7 @@ def train_and_test(args, checkpoint, signals):
                     prepare_folder(out, checkpoint)
                 history = train(args, model, loaders, device, checkpoint, flags, **machinery)
             autocast = machinery["autocast"]
-            scores = evaluate(model, loaders["test"], combined_loss, device, autocast=autocast)
+            scores = evaluate(model, loaders["test"], loss_of(args), device, autocast=autocast)
             tracker.log({f"test/{name}": value for name, value in scores.items()})
             if dist.is_first():
                 print_test(scores, model.class_names)
@@ -358,7 +390,7 @@ def train(args, model, loaders, device, checkpoint, flags, **machinery):
         model,
         loaders["train"],
         loaders["valid"],
-        combined_loss,
+        loss_of(args),
         torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True),
         args.epochs,
         device,
@@ -373,8 +405,17 @@ def train(args, model, loaders, device, checkpoint, flags, **machinery):
     )
 
 
-def make_model(args, root, device):
-    """The network of these flags, or with --test-only that of best_model.pth, on the device."""
+def loss_of(args):
+    """The criterion that --loss names."""
+    weights = parse_words(args.loss, LOSSES)
+    return partial(combined_loss, **{name: weights.get(name, 0.0) for name in LOSSES})
+
+
+def make_model(args, root, device, *, start=True):
+    """The network of these flags, or with --test-only that of best_model.pth, on the device.
+
+    start: whether --init counts; a run that is resumed has weights of its own.
+    """
     torch.manual_seed(args.seed)
     if args.test_only:
         model = load_model(Path(args.out) / BEST)
@@ -392,18 +433,35 @@ def make_model(args, root, device):
             args.n_channels,
             len(names) if names else 1,
             args.n_filters,
-            image_size=args.image_size,
-            norm=None if args.norm == "none" else args.norm,
+            image_size=None if args.crop else args.image_size,
             class_names=names,
+            **network_words(args),
         )
         if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
             bias = math.log(args.prior / (1 - args.prior))
             torch.nn.init.constant_(model.outc.bias, bias)
+        if args.init and start:
+            copy_weights(load_model(args.init), model)
     model = dist.synchronize_batch_norm(model, device)
     model.to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()  # in place: the weights keep their names
     return model
+
+
+def copy_weights(source, model):
+    """Start `model` from another UNet's weights; the head stays new where its classes are others.
+
+    A head of one class is taken over whatever the class is called.
+    """
+    weights, names = source.state_dict(), source.class_names
+    if names != model.class_names and (len(names), model.n_classes) != (1, 1):
+        for name in ("outc.weight", "outc.bias"):
+            weights[name] = model.state_dict()[name]
+        if dist.is_first():
+            classes = ", ".join(model.class_names)
+            print(f"the last layer starts anew: its classes are {classes}", flush=True)
+    model.load_state_dict(weights)
 
 
 def load_data(args, root, model, device):
@@ -419,9 +477,10 @@ def load_data(args, root, model, device):
     if model.n_classes > 1 or args.classes == "each":
         classes = list(model.class_names)
     content = {"classes": classes, "n_channels": model.n_channels}
+    changes = parse_words(args.augment, AUGMENTATIONS)
     with dist.first_on_each_machine():
         for split in ("test",) if args.test_only else SPLITS:
-            rows = load_split(root, split, args.image_size, skipped=skipped, **content)
+            rows = load_split(root, split, model.image_size, skipped=skipped, **content)
             train = split == "train"
             loaders[split] = Batches(
                 rows,
@@ -431,7 +490,8 @@ def load_data(args, root, model, device):
                 seed=args.seed,
                 rank=rank,
                 world=world,
-                augmented=train and args.augment,
+                augmented=changes if train else None,
+                crop=args.crop if train else None,
                 n_channels=model.n_channels,
                 n_classes=model.n_classes,
             )
@@ -440,8 +500,9 @@ def load_data(args, root, model, device):
 
 def draw(args, root, model, test_loader, device, history, tracker):
     """Pictures of a finished run, and the command to look at a prediction with."""
-    out, filters = Path(args.out), model.down1.conv1.out_channels
-    title = f"{args.image_size}x{args.image_size}, {filters} filters"
+    out = Path(args.out)
+    sides = f"{model.image_size}x{model.image_size}" if model.image_size else "own size"
+    title = f"{sides}, {model.n_filters} filters"
     drawn = [
         visualize_predictions(
             model,

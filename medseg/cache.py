@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -13,18 +15,57 @@ from medseg.files import atomic_write, file_lock, parallel_map
 CACHE_VERSION = 1  # raise it when the pixels of a cached row change
 
 
-def cached_rows(dataset, folder, split, *, skipped=None):
-    """dataset.row(i) of every image as one uint8 array (N, S, S, C), memory-mapped.
+class RaggedRows(Sequence):
+    """Images of different sizes in one array: item i is uint8 (H, W, C), a view.
 
-    dataset: has `image_dir`, `path(i)`, `row_shape` = (S, S, C), `variant` (a word for what rows
-    hold besides, '' where there is nothing to say) and a length. folder: where the arrays are
+    pixels: uint8 array (P, C), the pixels of all images one after the other; sizes: (N, 2) of
+    heights and widths, which add up to P pixels, else ValueError. A slice is a RaggedRows too.
+    """
+
+    def __init__(self, pixels, sizes):
+        self.pixels, self.sizes = pixels, np.asarray(sizes, np.int64).reshape(-1, 2)
+        self.ends = np.cumsum(self.sizes.prod(1))
+        if (self.sizes < 1).any() or len(pixels) != (self.ends[-1] if len(self.ends) else 0):
+            raise ValueError("the sizes of the images do not fit their pixels")
+        self.starts = self.ends - self.sizes.prod(1)
+        self.nbytes = pixels.nbytes
+
+    @classmethod
+    def of_array(cls, rows):
+        """The same of an array (N, H, W, C), without a copy."""
+        count, height, width, channels = rows.shape
+        return cls(rows.reshape(-1, channels), np.tile((height, width), (count, 1)))
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            chosen = range(len(self))[index]
+            if chosen.step != 1:
+                raise ValueError("a slice of images of different sizes has step 1")
+            pixels = self.pixels[:0]
+            if chosen:
+                pixels = self.pixels[self.starts[chosen[0]] : self.ends[chosen[-1]]]
+            return RaggedRows(pixels, self.sizes[index])
+        index = range(len(self))[index]
+        height, width = self.sizes[index]
+        return self.pixels[self.starts[index] : self.ends[index]].reshape(height, width, -1)
+
+
+def cached_rows(dataset, folder, split, *, skipped=None):
+    """dataset.row(i) of every image, memory-mapped: uint8 array (N, S, S, C), or RaggedRows.
+
+    dataset: has `image_dir`, `path(i)`, `image_size` S (None where every image keeps its own),
+    `row_shape` = (S, S, C), or (C,) where S is None, `variant` (a word for what rows hold
+    besides, '' where there is nothing to say) and a length. folder: where the arrays are
     kept, under a name that depends on the annotations and on the name, size and time of every
     image; what has changed is made anew. Where the folder cannot be written, the array
     stays in memory. While another process makes the array, this one waits.
     skipped: a list; damaged images are left out and each adds a line to it. Without it they are
     a ValueError that counts them and names the first.
     """
-    prefix = f"{split}-{dataset.row_shape[0]}{dataset.variant}-{CACHE_VERSION}"
+    prefix = f"{split}-{dataset.image_size or 'full'}{dataset.variant}-{CACHE_VERSION}"
     path = folder / f"{prefix}{fingerprint(dataset, 'st_size', 'st_mtime_ns')}.npy"
     cached = _read(path, dataset, skipped)
     if cached is None:
@@ -42,7 +83,7 @@ def cached_rows(dataset, folder, split, *, skipped=None):
             print(f"{folder}: {error.strerror}; keeping {split} in memory instead", file=sys.stderr)
     if cached is None:
         damaged = None if skipped is None else []
-        cached = np.stack(list(_decode(dataset, split, damaged))), damaged
+        cached = _stack(list(_decode(dataset, split, damaged)), dataset), damaged
     rows, damaged = cached
     if skipped is not None:
         skipped.extend(damaged)
@@ -65,17 +106,35 @@ def _read(path, dataset, skipped):
     listed = path.with_suffix(".txt")
     try:
         rows = np.load(path, mmap_mode="c")
+        if dataset.image_size is None:
+            rows = RaggedRows(rows, _read_sizes(path, rows))
         damaged = listed.read_text("utf-8").splitlines() if listed.exists() else []
     except (OSError, ValueError):  # not there yet, or cut short
         return None
-    fits = rows.shape == (len(dataset) - len(damaged), *dataset.row_shape)
-    if not fits or rows.dtype != np.uint8 or (damaged and skipped is None):
+    pixels = rows if dataset.image_size else rows.pixels
+    fits = len(rows) == len(dataset) - len(damaged) and pixels.shape[1:] == dataset.row_shape
+    if not fits or pixels.dtype != np.uint8 or (damaged and skipped is None):
         return None
     return rows, damaged
 
 
+def _read_sizes(path, pixels):
+    """The second array in the file of RaggedRows, behind the memory map of the first."""
+    with open(path, "rb") as file:
+        file.seek(pixels.offset + pixels.nbytes)
+        return np.load(file)
+
+
+def _stack(rows, dataset):
+    """What `_read` gives of the rows of a dataset, in memory."""
+    if dataset.image_size:
+        return np.stack(rows)
+    pixels = np.concatenate([row.reshape(-1, *dataset.row_shape) for row in rows])
+    return RaggedRows(pixels, [row.shape[:2] for row in rows])
+
+
 def _write(path, dataset, split, skipped):
-    damaged, count = None if skipped is None else [], 0
+    damaged, count, sizes = None if skipped is None else [], 0, []
     with atomic_write(path, sync=False) as file:
 
         def write_header(rows):
@@ -85,7 +144,10 @@ def _write(path, dataset, split, skipped):
         write_header(len(dataset))
         for row in _decode(dataset, split, damaged):
             file.write(row.tobytes())  # not through a memory map: a full disk would be a bus error
-            count += 1
+            count += row.size // math.prod(dataset.row_shape)  # 1, or the number of its pixels
+            sizes.append(row.shape[:2])
+        if dataset.image_size is None:  # a file of its own could belong to another cache
+            np.save(file, np.array(sizes))
         file.seek(0)
         write_header(count)  # as long as the first: numpy leaves room for any number of rows
         listed = path.with_suffix(".txt")

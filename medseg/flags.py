@@ -5,10 +5,12 @@ import shlex
 import sys
 from pathlib import Path
 
+from medseg.augment import AUGMENTATIONS
 from medseg.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint
-from medseg.cli import ArgumentParser, flag_name, number, spell_flags
+from medseg.cli import ArgumentParser, flag_name, number, parse_words, spell_flags, word_list
 from medseg.dist import restart_count
 from medseg.images import IMAGE_SIZE
+from medseg.layers import ARCHITECTURES, CHOICES, Architecture
 
 # Named sets of flags; what the command line gives besides wins.
 RECIPES = {
@@ -20,15 +22,37 @@ RECIPES = {
         "weight_decay": 0.01,
         "warmup": 100,
         "ema": 0.995,
-        "augment": True,
+        "augment": "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1",
+    },
+    "vessels": {
+        "crop": 128,
+        "depth": 3,
+        "n_filters": 16,
+        "norm": "batch",
+        "dropout": "none",
+        "prior": 0.1,
+        "epochs": 80,
+        "patience": 80,
+        "batch_size": 8,
+        "lr": 2e-3,
+        "schedule": "cosine",
+        "ema": 0.99,
+        "augment": "rotate=180,scale=0.1,contrast=0.1,brightness=0.1,flip=1",
     },
 }
+LOSSES = {"dice": (1.0, 100.0), "bce": (1.0, 100.0), "focal": (1.0, 100.0)}  # for `parse_words`
 # The flags that decide the result: a resumed run must have them in common with its beginning.
 RESULT_FLAGS = (
     *("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision"),
     *("skip_bad", "norm", "prior", "weight_decay", "warmup", "schedule", "ema", "augment"),
-    *("classes", "n_channels"),
+    *("classes", "n_channels", "arch", "depth", "dropout", "loss", "crop", "init"),
 )
+# What --arch sets besides.
+ARCH_FLAGS = {
+    "tutorial": {"depth": 5, "norm": "none", "dropout": "bottleneck", "n_filters": 32},
+    "drive": {"depth": 4, "norm": "batch", "dropout": "none", "n_filters": 64},
+    "study": {"depth": 4, "norm": "batch", "dropout": "channels", "n_filters": 64},
+}
 NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
 POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, kind=float)  # types of flags
 
@@ -51,6 +75,13 @@ def _add_data_flags(parser):
     add("--synthetic", action="store_true", help="draw phantoms in DATA/synthetic, train on them")
     add("--image-size", type=number(1, 8192), default=IMAGE_SIZE, help="pixels a side to resize to")
     add(
+        "--crop",
+        type=number(0, 8192),
+        default=0,
+        help="train on random crops of so many pixels a side; images then keep their own size; 0: "
+        "whole images, resized",
+    )
+    add(
         "--classes",
         choices=("union", "each"),
         default="union",
@@ -62,8 +93,8 @@ def _add_data_flags(parser):
 
 def _add_training_flags(parser):
     add = parser.add_argument_group("training").add_argument
-    strong = spell_flags(RECIPES["strong"])
-    add("--recipe", choices=RECIPES, default="tutorial", help=f"strong: {strong}")
+    recipes = [f"{name}: {spell_flags(flags)}" for name, flags in RECIPES.items() if flags]
+    add("--recipe", choices=RECIPES, default="tutorial", help="; ".join(recipes))
     add("--epochs", type=POSITIVE, default=40, help="most epochs")
     add("--batch-size", type=POSITIVE, default=32, help="over all processes together")
     add("--lr", type=REAL, default=1e-4, help="learning rate of Adam")
@@ -75,7 +106,33 @@ def _add_training_flags(parser):
 def _add_recipe_flags(parser):
     add = parser.add_argument_group("beyond the tutorial").add_argument
     norms, schedules = ("none", "batch", "group"), ("constant", "cosine")
+    add(
+        "--arch",
+        choices=ARCHITECTURES,
+        default="tutorial",
+        help="the network: the tutorial's, or one of docs/networks.md, with its levels, "
+        "normalisation and filters",
+    )
+    add("--depth", type=number(1, 8), default=5, help="levels of the network")
+    add(
+        "--init",
+        metavar="WEIGHTS",
+        help="start from the weights of another run, whose network it takes",
+    )
+    add(
+        "--loss",
+        type=word_list(LOSSES),
+        default="dice=0.6,bce=0.4",
+        metavar="WORDS",
+        help="weights of dice, bce and focal in the loss",
+    )
     add("--norm", choices=norms, default="none", help="normalisation after each 3x3 convolution")
+    add(
+        "--dropout",
+        choices=CHOICES["dropout"],
+        default="bottleneck",
+        help="of values of the bottleneck, of whole channels after each 3x3 convolution, or none",
+    )
     add(
         "--prior",
         type=number(0.0, 0.99, float),
@@ -98,10 +155,15 @@ def _add_recipe_flags(parser):
     )
     add(
         "--augment",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="slightly rotate, scale, shift and brighten the training images",
+        type=word_list(AUGMENTATIONS),
+        default="none",
+        metavar="WORDS",
+        help=f"random changes of the training images, as in flip,rotate=30: {_spell_words()}",
     )
+
+
+def _spell_words():
+    return ", ".join(f"{word}={value:g}" for word, (value, _) in AUGMENTATIONS.items())
 
 
 def _add_machine_flags(parser):
@@ -144,10 +206,11 @@ def _add_tracking_flags(parser):
     add("--experiment-name", metavar="NAME", help="default: by the flags, as in bs32-epoch40")
 
 
-def parse_arguments(argv, doc):
+def parse_arguments(argv, doc, read_network):
     """(the command line, the checkpoint to go on from or None).
 
-    Raises ValueError where a checkpoint is damaged or of other flags; FileNotFoundError where
+    read_network(path): the UNet in a file of weights, for --init. Raises ValueError where flags
+    contradict each other, or a checkpoint is damaged or of other flags; FileNotFoundError where
     there is nothing to resume.
     """
     parser = make_parser(doc)
@@ -157,7 +220,6 @@ def parse_arguments(argv, doc):
     out, checkpoint = Path(args.out), None
     has_checkpoint = any((out / name).exists() for name in (LAST, PREVIOUS))
     restarted = restart_count() > 0 and has_checkpoint  # by torchrun, after a process died
-    parser.set_defaults(**RECIPES[args.recipe])
     if args.resume or restarted:
         checkpoint = load_checkpoint(out)
     elif args.test_only and has_checkpoint:
@@ -171,12 +233,64 @@ def parse_arguments(argv, doc):
             parser.restore({name: value for name, value in flags if name not in NOT_RECORDED})
         except ValueError as error:
             raise ValueError(f"{checkpoint['path']}: damaged: {error}") from None
-    args = parser.parse_args(argv)
+        args = parser.parse_args(argv)
+    else:
+        args = _parse_named_sets(parser, argv, read_network)
+    if args.crop and args.image_size != IMAGE_SIZE:
+        raise ValueError("--crop takes images at their own size: leave --image-size away")
+    if not any(parse_words(args.loss, LOSSES).values()):
+        raise ValueError(f"--loss {args.loss}: every weight is 0")
     if args.test_only:
         return args, None
     if checkpoint:
         check_same_run(args, checkpoint, parser)
     return args, checkpoint
+
+
+def _parse_named_sets(parser, argv, read_network):
+    """The command line over what --init, --recipe and --arch stand for, in this order."""
+    recipe = RECIPES[parser.parse_args(argv).recipe]
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    parser.set_defaults(**ARCH_FLAGS[args.arch])
+    parser.set_defaults(**recipe)
+    if not args.init or args.test_only:
+        return parser.parse_args(argv)
+    network = network_flags(read_network(args.init), args.init)
+    if args.crop:  # then images keep their own size
+        network.pop("image_size")
+    parser.set_defaults(**network)
+    args = parser.parse_args(argv)
+    for name in ("arch", "depth", "norm", "dropout", "n_filters", "n_channels"):
+        if getattr(args, name) != network[name]:
+            flag = flag_name(name)
+            raise ValueError(
+                f"{args.init}: was trained with {flag} {network[name]}, not {getattr(args, name)}: "
+                f"leave {flag} away, it is read from the weights"
+            )
+    return args
+
+
+def network_words(args):
+    """The words of `medseg.layers.Architecture` that --arch and the flags beside it give."""
+    norm = None if args.norm == "none" else args.norm
+    own = {"depth": args.depth, "norm": norm, "dropout": args.dropout}
+    words = {**ARCHITECTURES[args.arch], **own}
+    if norm is None:
+        words.pop("bias", None)  # left out only where a normalisation has one
+    return words
+
+
+def network_flags(model, path):
+    """The flags that make the UNet in the file `path`, as a dict. ValueError where none do."""
+    words = model.architecture
+    flags = {"depth": words.depth, "norm": words.norm or "none", "dropout": words.dropout}
+    for arch in ARCHITECTURES:
+        named = argparse.Namespace(arch=arch, **flags)
+        if Architecture(**network_words(named)) == words:
+            flags |= {"arch": arch, "n_filters": model.n_filters, "n_channels": model.n_channels}
+            return {**flags, "image_size": model.image_size or IMAGE_SIZE}
+    raise ValueError(f"{path}: its network is none that --arch has a name for")
 
 
 def check_same_run(args, checkpoint, parser):

@@ -122,8 +122,14 @@ def print_run(root, args, loaders, model, machine):
     counts = ", ".join(f"{len(loader.rows)} {split}" for split, loader in loaders.items())
     world, weights = rank_and_world()[1], sum(weight.numel() for weight in model.parameters())
     processes = f"{world} x " if world > 1 else ""
+    sizes = f"{args.image_size}x{args.image_size}"
+    if args.image_size is None or any(loader.one_by_one for loader in loaders.values()):
+        sizes = "their own size"
+    crop = loaders["train"].crop if "train" in loaders else None
+    if crop:
+        sizes += f", trained on crops of {crop}x{crop}"
     print(
-        f"{root}: {counts} images at {args.image_size}x{args.image_size}; "
+        f"{root}: {counts} images at {sizes}; "
         f"{processes}{machine}; {weights:,} parameters; writing to {args.out}",
         flush=True,
     )

@@ -76,11 +76,12 @@ def _to_8_bits(image):
 def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
     """PIL image -> uint8 array (image_size, image_size, n_channels), bilinear and antialiased.
 
-    n_channels: 3, or 1 for grey. The one resizing of the project: training, evaluation and
-    prediction all come through here.
+    image_size: None keeps the image's own height and width. n_channels: 3, or 1 for grey.
+    The one resizing of the project: training, evaluation and prediction all come through here.
     """
     image = image.convert("L" if n_channels == 1 else "RGB")
-    resized = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
+    size = (image_size, image_size) if image_size else image.size
+    resized = np.array(image.resize(size, Image.Resampling.BILINEAR))  # of its own size: a copy
     return resized[..., None] if n_channels == 1 else resized
 
 

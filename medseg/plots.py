@@ -11,6 +11,7 @@ from medseg.images import class_colors, mean_and_std
 # Blue and orange of Okabe and Ito's palette: red-green blind readers tell them apart, and the
 # prediction is dashed besides.
 TARGET_COLOR, PRED_COLOR = "#56B4E9", "#E69F00"
+MAX_SIDE = 1600  # pixels of a picture that are drawn: an outline among 10,000 takes a minute
 
 
 def new_figure(width, height):
@@ -52,6 +53,9 @@ def draw_outline(axis, mask, color, style):
 
 def draw_case(axis, picture, targets, preds, title):
     """Show a picture (H, W, 1 or 3) with the outlines of bool arrays (C, H, W)."""
+    step = math.ceil(max(picture.shape[:2]) / MAX_SIDE)
+    picture = picture[::step, ::step]
+    targets, preds = targets[:, ::step, ::step], preds[:, ::step, ::step]
     axis.imshow(np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture)
     for target, pred, colors in zip(targets, preds, outline_colors(len(targets)), strict=True):
         draw_outline(axis, target, colors[0], "solid")
@@ -151,7 +155,8 @@ def plot_report(report, dice, cases, path):
     for axis, case in zip(axes[1:].flat, cases, strict=False):
         draw_case(axis, *case)
     size = report["image_size"]
-    add_legend(figure, f"{report['folder']}, scored at {size}x{size}", report["class_names"])
+    scored = f"scored at {size}x{size}" if size else "scored at the size of each image"
+    add_legend(figure, f"{report['folder']}, {scored}", report["class_names"])
     return save_figure(figure, path)
 
 

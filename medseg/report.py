@@ -15,7 +15,7 @@ SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 def count_pixels(predict, rows, thresholds):
     """Counts of each image and class at each threshold, and its HD95 at the first.
 
-    predict(rows): yields batches (targets bool (B, C, S, S), probabilities float32 (B, C, S, S))
+    predict(rows): yields batches (targets bool (B, C, H, W), probabilities float32 (B, C, H, W))
     of numpy arrays. Returns int (N, T, C, 4) of tp, fp, fn, tn, and (N, C) in pixels.
     """
     counts, distances = [], []
@@ -45,10 +45,11 @@ def threshold_sweep(predict, rows, names):
 def write_report(output, folder, names, rows, valid_rows, predict, threshold, class_names):
     """Score a folder; write report.json and report.png to `output`. Returns what the first holds.
 
-    folder: what it is called; names: of its images; rows: as of `data.load_split`; valid_rows:
-    those of the split in which the threshold that suits the model is sought, or None: it is never
-    sought in the folder itself. predict: see `count_pixels`. With several classes a score is the
-    mean over them, and SCORE/CLASS is of each.
+    folder: what it is called; names: of its images; rows: as of `data.load_split`, of one size or
+    of different ones (then "image_size" is None); valid_rows: those of the split in which the
+    threshold that suits the model is sought, or None: it is never sought in the folder itself.
+    predict: see `count_pixels`. With several classes a score is the mean over them, and
+    SCORE/CLASS is of each.
     """
     valid, thresholds = None, [threshold]
     if valid_rows is not None:
@@ -63,7 +64,7 @@ def write_report(output, folder, names, rows, valid_rows, predict, threshold, cl
     report = {
         "folder": folder,
         "images": len(rows),
-        "image_size": rows.shape[1],
+        "image_size": rows.shape[1] if isinstance(rows, np.ndarray) else None,
         "class_names": list(class_names),
         "threshold": threshold,
         "scores": class_scores(counts, class_names),
@@ -144,7 +145,7 @@ def _choose_cases(names, rows, dice, counts, predict, threshold):
     for kind, indices in chosen.items():
         for index in indices:
             ((targets, probabilities),) = predict(rows[index : index + 1])
-            n_channels = rows.shape[3] - math.ceil(targets.shape[1] / 8)
+            n_channels = rows[index].shape[2] - math.ceil(targets.shape[1] / 8)
             tp, fp, _, _ = counts[index]
             outcome = f"Dice {dice[index]:.2f}"
             if fp and not lesion[index]:
@@ -152,6 +153,6 @@ def _choose_cases(names, rows, dice, counts, predict, threshold):
             elif lesion[index] and not tp:
                 outcome = "missed lesion"
             title = f"{kind}: {names[index].split('_')[0]}, {outcome}"
-            picture = np.asarray(rows[index, ..., :n_channels])
+            picture = np.asarray(rows[index][..., :n_channels])
             cases.append((picture, targets[0], probabilities[0] > threshold, title))
     return cases

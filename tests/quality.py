@@ -33,7 +33,7 @@ CHANGES = {  # one thing changed in strong
     "no warm-up": ("--warmup", "0"),
     "cosine": ("--schedule", "cosine"),
     "no averaging of weights": ("--ema", "0"),
-    "no augmentation": ("--no-augment",),
+    "no augmentation": ("--augment", "none"),
 }
 ABLATION = {name: (*RECIPES["strong"], *change) for name, change in CHANGES.items()}
 ROWS = {"recipes": RECIPES, "ablation": ABLATION}

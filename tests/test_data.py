@@ -488,60 +488,6 @@ def test_outline():
     assert edge.sum() == 16 and not edge[2:5, 2:5].any()
 
 
-# ---- augmentation ----------------------------------------------------------------------------
-
-
-def test_augmentation_moves_image_and_mask_alike():
-    """A white square is its own mask, so both may differ only where interpolation blurs the edge.
-
-    The edge is one pixel wide on either side.
-    """
-    images, masks = torch.full((64, 3, 64, 64), -1.0), torch.zeros(64, 1, 64, 64)
-    images[:, :, 10:30, 24:50], masks[:, :, 10:30, 24:50] = 1, 1
-    draws = torch.rand(64, 6, generator=torch.Generator().manual_seed(0))
-    new_images, new_masks = data.augment(images, masks, draws)
-    assert set(new_masks.unique().tolist()) == {0, 1} and new_images.shape == images.shape
-    level = 0.1 * (2 * draws[:, 5] - 1)  # what a pixel halfway between black and white becomes
-    bright = new_images[:, :1] > level[:, None, None, None]
-    dilated, eroded = F.max_pool2d(new_masks, 3, 1, 1), 1 - F.max_pool2d(1 - new_masks, 3, 1, 1)
-    inner_or_outer = dilated - eroded == 0
-    assert ((bright != (new_masks > 0.5)) & inner_or_outer).sum() == 0
-    assert (new_masks.mean((1, 2, 3)) > 0.05).all()  # the square does not leave the picture
-    # Each image is changed in a way of its own.
-    assert len({tuple(mask.nonzero()[0].tolist()) for mask in new_masks}) > 15
-
-
-def test_augmentation_by_hand():
-    images, masks = torch.randn(2, 3, 80, 80), (torch.rand(2, 1, 80, 80) > 0.5).float()
-    draws = torch.full((2, 6), 0.5)  # the middle changes nothing
-    new_images, new_masks = data.augment(images, masks, draws)
-    torch.testing.assert_close(new_images, images, atol=1e-4, rtol=0)
-    assert torch.equal(new_masks, masks)
-    draws[:, 2] = 1  # 5 % of half the width is 2 pixels
-    new_images, new_masks = data.augment(images, masks, draws)
-    torch.testing.assert_close(new_images[..., :-2], images[..., 2:], atol=1e-4, rtol=0)
-    assert torch.equal(new_masks[..., :-2], masks[..., 2:]) and not new_masks[..., -2:].any()
-
-
-def test_augmentation_is_a_function_of_seed_epoch_and_place():
-    rows = np.random.default_rng(0).integers(0, 2, (5, 32, 32, 4), dtype=np.uint8)
-
-    def batches(epoch, start=0, **options):
-        loader = Batches(rows, 2, shuffle=True, augmented=True, **options)
-        loader.set_epoch(epoch, start)
-        return [images for images, _ in loader]
-
-    first = batches(0)
-    assert all(map(torch.equal, first, batches(0)))
-    assert all(map(torch.equal, first[1:], batches(0, start=1)))
-    assert not torch.equal(first[0], batches(1)[0])
-    assert not torch.equal(first[0], batches(0, seed=1)[0])
-    of_ranks = [batches(0, rank=rank, world=2)[0] for rank in range(2)]
-    torch.testing.assert_close(torch.cat(of_ranks), first[0])
-    plain, _ = next(iter(Batches(rows, 2, shuffle=True)))
-    assert not torch.equal(plain, first[0])
-
-
 # ---- neighbours ------------------------------------------------------------------------------
 
 

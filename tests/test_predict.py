@@ -404,6 +404,10 @@ def test_hausdorff_by_hand_and_against_monai():
     )
     distances = list(map(hausdorff95, preds, targets))
     assert distances == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
+    # Outlines of 30,000 pixels: every pixel of one is 5 columns from the other.
+    pred = np.zeros((1000, 900), bool)
+    pred[:, ::30] = True
+    assert hausdorff95(pred, np.roll(pred, 5, 1)) == 5
 
 
 def test_scores_against_monai():

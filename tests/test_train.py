@@ -744,7 +744,7 @@ def test_a_recipe_is_a_set_of_flags_that_the_command_line_overrules(
         "recipe": "strong",
         "norm": "batch",
         "lr": 0.01,
-        "augment": True,
+        "augment": "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1",
         "ema": 0.995,
         "schedule": "cosine",
     }

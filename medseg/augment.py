@@ -1,0 +1,168 @@
+"""Random changes of the training images, each with a word: rotate, scale, shift, ..."""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from medseg.images import mean_and_std
+
+# {word: (value where none is given, highest value)}, for `medseg.cli.parse_words`.
+AUGMENTATIONS = {
+    "rotate": (30.0, 180.0),  # by up to so many degrees
+    "scale": (0.1, 1.0),  # by a factor from 1 / (1 + value) to 1 + value
+    "shift": (0.05, 1.0),  # by up to so many half sides
+    "contrast": (0.1, 1.0),  # normalised values times a factor as for scale
+    "brightness": (0.1, 1.0),  # normalised values plus -value to value
+    "flip": (1.0, 1.0),  # horizontally and vertically, each with probability value / 2
+    "elastic": (0.05, 0.2),  # no pixel moves by more than so many sides
+    "gamma": (0.2, 2.0),  # pixels of 0..1 to a power from 1 / (1 + value) to 1 + value
+    "noise": (0.05, 1.0),  # Gaussian; its deviation, of normalised values, is 0 to value
+}
+SPLINE_POINTS = 7  # a side of the grid that spans an elastic displacement
+# Uniform numbers that each word needs for an image.
+DRAWS = {**dict.fromkeys(AUGMENTATIONS, 1), "shift": 2, "flip": 2, "elastic": 2 * SPLINE_POINTS**2}
+GEOMETRIC = ("rotate", "scale", "shift", "elastic")  # the words that resample
+
+
+def count_draws(words):
+    """Columns of `draws` that `augment` needs for these words."""
+    return sum(DRAWS[word] for word in words)
+
+
+def resamples(words):
+    """Whether pixels move to places between pixels."""
+    return any(words.get(word) for word in GEOMETRIC)
+
+
+def window_side(crop, words):
+    """Side of the square around a crop that these words bring pixels in from."""
+    if not resamples(words):
+        return crop
+    angle = math.radians(min(words.get("rotate", 0), 45))  # the corners reach out farthest
+    reach = (math.cos(angle) + math.sin(angle)) * (1 + words.get("scale", 0))
+    reach += words.get("shift", 0) + 2 * words.get("elastic", 0)
+    return crop + 2 * (math.ceil(crop * (reach - 1) / 2) + 1)  # 1: the neighbour, for bilinear
+
+
+def augment(images, masks, draws, words, *, size=None, noise=None):
+    """Rotate, scale, shift, brighten ... each image in a way of its own.
+
+    images: float32 (B, 1 or 3, H, W) normalised; masks: float32 (B, C, H, W) of 0 and 1, and so
+    they stay; words: {word of AUGMENTATIONS: value}; draws: (B, at least `count_draws(words)`)
+    uniform in 0..1, on the CPU, which decide what happens to each image.
+    size: (height, width) of what is returned, by default (H, W); what lies around it in the images
+    is where its pixels may come from. noise: standard normal float32 (B, 1 or 3, *size), for the
+    word noise.
+    Image and mask are resampled once, through the same map: the image bilinear, its border
+    repeated, and the mask nearest, zero outside. Without a word that moves pixels to places
+    between pixels, they are not resampled.
+    elastic: Simard, Steinkraus, Platt: "Best Practices for Convolutional Neural Networks",
+    ICDAR 2003, with a cubic B-spline for their Gaussian filter.
+    """
+    height, width = size or images.shape[-2:]
+    chosen = _choose(draws, words, height / width)
+    columns = [values.shape[1] for values in chosen.values()]
+    sent = torch.cat(list(chosen.values()), 1).to(images.device, non_blocking=True)  # one copy
+    chosen = dict(zip(chosen, sent.split(columns, 1), strict=True))
+    if resamples(words):
+        grid = _make_grid(chosen, height, width)
+        if (height, width) != images.shape[-2:]:
+            grid[..., 0] *= width / images.shape[3]
+            grid[..., 1] *= height / images.shape[2]
+        images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
+        masks = F.grid_sample(masks, grid, "nearest", "zeros", align_corners=False)
+    if words.get("flip"):
+        for column, dim in enumerate((3, 2)):
+            flips = chosen["flip"][:, column, None, None, None] > 0
+            images = torch.where(flips, images.flip(dim), images)
+            masks = torch.where(flips, masks.flip(dim), masks)
+    if words.get("gamma"):
+        images = _gamma(images, chosen["gamma"])
+    if words.get("contrast") or words.get("brightness"):
+        contrast, brightness = (
+            chosen[word][..., None, None] for word in ("contrast", "brightness")
+        )
+        images = torch.addcmul(brightness, images, contrast)
+    if words.get("noise"):
+        images = torch.addcmul(images, chosen["noise"][..., None, None], noise)
+    return images.contiguous(memory_format=torch.channels_last), masks
+
+
+def _choose(draws, words, aspect):
+    """What happens to each image: {name: float32 (B, columns)}, on the CPU.
+
+    aspect: height / width, so that a rotation keeps right angles.
+    """
+    given = [word for word in AUGMENTATIONS if word in words]
+    parts = draws[:, : count_draws(words)].split([DRAWS[word] for word in given], 1)
+    uniform = dict(zip(given, parts, strict=True))  # 0..1
+
+    def signed(word):  # -1..1
+        if word in uniform:
+            return 2 * uniform[word] - 1
+        return draws.new_zeros(len(draws), DRAWS[word])
+
+    def factor(word):
+        return (1 + words.get(word, 0)) ** signed(word)
+
+    angle = signed("rotate")[:, 0] * math.radians(words.get("rotate", 0))
+    sines = angle.sin()
+    rotation = [angle.cos(), -sines * aspect, sines / aspect, angle.cos()]
+    rotation = torch.stack(rotation, 1).view(-1, 2, 2) * factor("scale")[..., None]
+    shift = words.get("shift", 0) * signed("shift")[..., None]
+    return {
+        "theta": torch.cat([rotation, shift], 2).flatten(1),  # (B, 2, 3): from new to old
+        "contrast": factor("contrast"),
+        "brightness": words.get("brightness", 0) * signed("brightness"),
+        "flip": (uniform["flip"] < words["flip"] / 2).float() if "flip" in words else draws[:, :0],
+        "elastic": words["elastic"] * signed("elastic") if "elastic" in words else draws[:, :0],
+        "gamma": factor("gamma"),
+        "noise": words["noise"] * uniform["noise"] if "noise" in words else draws[:, :0],
+    }
+
+
+def _make_grid(chosen, height, width):
+    """Where each pixel comes from: float32 (B, height, width, 2), -1..1 as for grid_sample."""
+    theta, points = chosen["theta"].view(-1, 2, 3), chosen["elastic"]
+    grid = F.affine_grid(theta, (len(theta), 1, height, width), align_corners=False)
+    if points.shape[1]:
+        points = points.view(-1, 2, SPLINE_POINTS, SPLINE_POINTS)
+        rows, columns = spline_basis(height, grid.device), spline_basis(width, grid.device)
+        displacement = rows @ points @ columns.T  # (B, 2, height, width), in sides
+        grid = grid + 2 * displacement.permute(0, 2, 3, 1)
+    return grid
+
+
+@functools.cache
+def spline_basis(side, device):
+    """Weights of the control points of a uniform cubic B-spline: float32 (side, SPLINE_POINTS).
+
+    They are positive and add up to 1 for each pixel: no value exceeds those of the points.
+    """
+    position = (torch.arange(side) + 0.5) * ((SPLINE_POINTS - 3) / side)
+    interval = position.long().clamp(max=SPLINE_POINTS - 4)
+    u = position - interval
+    pieces = [(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3]
+    basis = torch.zeros(side, SPLINE_POINTS)
+    basis.scatter_(1, interval[:, None] + torch.arange(4), torch.stack(pieces, 1) / 6)
+    return basis.to(device)
+
+
+def _gamma(images, exponents):
+    """Normalised images (B, C, H, W) with their pixels of 0..1 to the power of exponents (B, 1)."""
+    mean, std = statistics_tensors(images.shape[1], images.device)
+    pixels = torch.addcmul(mean, images.permute(0, 2, 3, 1), std).clamp_(0, 1)
+    pixels.pow_(exponents[..., None, None]).sub_(mean).div_(std)
+    return pixels.permute(0, 3, 1, 2)
+
+
+@functools.cache
+def statistics_tensors(n_channels, device, white=1):
+    """Mean and deviation (n_channels,) of pixels of 0..white, on the device.
+
+    Made once: a copy in every step would wait for the GPU.
+    """
+    mean, std = mean_and_std(n_channels)
+    return torch.tensor(mean, device=device) * white, torch.tensor(std, device=device) * white

@@ -1,0 +1,261 @@
+"""Augmentation: each word alone, all of them together, and what Batches makes of them.
+
+Checked against numpy, torch.rot90, masks drawn by hand and the arithmetic of the first version.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import Batches
+from medseg.augment import (
+    AUGMENTATIONS,
+    augment,
+    count_draws,
+    spline_basis,
+    window_side,
+)
+from medseg.cli import parse_words
+from medseg.images import MEAN, STD
+
+DEFAULTS = {word: default for word, (default, _) in AUGMENTATIONS.items()}
+STRONG = "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1"
+
+
+def words_of(text):
+    return parse_words(text, AUGMENTATIONS)
+
+
+def uniform(count, words, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, count_draws(words), generator=generator)
+
+
+def squares(count, side=64):
+    """Images -1 with a square of 1, and that square as the mask: (count, 3 and 1, side, side)."""
+    masks = torch.zeros(count, 1, side, side)
+    masks[..., 15:43, 14:40] = 1
+    return (2 * masks - 1).repeat(1, 3, 1, 1), masks
+
+
+def first_version(images, masks, draws):
+    """`augment` as it was when it had no words."""
+    draws = 2 * draws - 1
+    angle, scale = draws[:, 0] * math.radians(5), 1.1 ** draws[:, 1]
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
+    rotation = rotation.view(-1, 2, 2) * scale[:, None, None]
+    theta = torch.cat([rotation, 0.05 * draws[:, 2:4, None]], 2)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
+    masks = F.grid_sample(masks, grid, "nearest", "zeros", align_corners=False)
+    contrast, brightness = 1.1 ** draws[:, 4], 0.1 * draws[:, 5]
+    return torch.addcmul(
+        brightness[:, None, None, None], images, contrast[:, None, None, None]
+    ), masks
+
+
+@pytest.mark.parametrize("side", [64, 33])
+def test_the_strong_recipe_is_bit_for_bit_the_first_version(side):
+    words, generator = words_of(STRONG), torch.Generator().manual_seed(0)
+    images = torch.randn(9, 3, side, side, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
+    masks = (torch.rand(9, 2, side, side, generator=generator) > 0.5).float()
+    draws = torch.rand(9, 6, generator=generator)
+    assert count_draws(words) == 6
+    for new, old in zip(
+        augment(images, masks, draws, words), first_version(images, masks, draws), strict=True
+    ):
+        assert torch.equal(new, old)
+
+
+def test_batches_of_the_strong_recipe_are_those_of_the_first_version():
+    rows = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 4), dtype=np.uint8)
+    rows[..., 3] //= 128
+    loader = Batches(rows, 2, shuffle=True, seed=7, augmented=words_of(STRONG))
+    loader.set_epoch(3)
+    generator = torch.Generator().manual_seed(7 * 1_000_003 + 3)
+    order = torch.randperm(5, generator=generator)
+    draws = torch.rand(5, 6, generator=generator)
+    mean, std = torch.tensor(MEAN) * 255, torch.tensor(STD) * 255
+    pixels = torch.from_numpy(rows[order.numpy()])
+    images = ((pixels[..., :3].float() - mean) / std).permute(0, 3, 1, 2)
+    expected = first_version(images, pixels[..., 3:].permute(0, 3, 1, 2).float(), draws)
+    batches = zip(*loader, strict=True)
+    assert all(map(torch.equal, map(torch.cat, batches), expected))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["rotate=180", "scale=0.5", "shift=0.4", "flip", "elastic=0.15", "gamma", "noise", "all"],
+)
+def test_image_and_mask_stay_aligned(text):
+    """The image is its own mask: they may differ only where interpolation blurs the edge."""
+    words = dict(DEFAULTS) if text == "all" else words_of(text)
+    images, masks = squares(48)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    new_images, new_masks = augment(images, masks, uniform(48, words), words, noise=noise)
+    assert new_images.shape == images.shape and new_images.dtype == torch.float32
+    assert new_images.is_contiguous(memory_format=torch.channels_last)
+    assert set(new_masks.unique().tolist()) == {0, 1} and new_masks.shape == masks.shape
+    bright = new_images.mean(1, keepdim=True) > 0
+    dilated, eroded = F.max_pool2d(new_masks, 3, 1, 1), 1 - F.max_pool2d(1 - new_masks, 3, 1, 1)
+    inner_or_outer = dilated == eroded
+    assert ((bright != (new_masks > 0.5)) & inner_or_outer).sum() == 0
+    assert (new_masks.mean((1, 2, 3)) > 0.02).all()
+    if text in ("gamma", "noise"):
+        assert torch.equal(new_masks, masks)
+    different = {tuple(image.flatten().tolist()) for image in new_images}
+    assert len(different) == (4 if text == "flip" else 48)  # each in a way of its own
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_quarter_turn_is_that_of_torch(channels):
+    images, masks = torch.randn(2, channels, 30, 30), (torch.rand(2, 2, 30, 30) > 0.5).float()
+    draws = torch.tensor([[1.0], [0.0]])  # 90 degrees one way and the other
+    new_images, new_masks = augment(images, masks, draws, {"rotate": 90.0})
+    for index, turns in enumerate((1, -1)):
+        expected = torch.rot90(images[index], turns, (1, 2))
+        torch.testing.assert_close(new_images[index], expected, atol=1e-4, rtol=0)
+        assert torch.equal(new_masks[index], torch.rot90(masks[index], turns, (1, 2)))
+
+
+def test_a_rotation_keeps_right_angles_in_an_oblong_image():
+    masks = torch.zeros(1, 1, 60, 120)
+    masks[..., 20:40, 50:70] = 1
+    _, turned = augment(masks, masks, torch.ones(1, 1), {"rotate": 45.0})
+    rows, columns = turned[0, 0].nonzero().T
+    assert abs(turned.sum() - 400) < 25  # a diamond as large as the square
+    for places in (rows, columns):
+        assert abs(int(places.max() - places.min()) - 20 * math.sqrt(2)) < 2.5
+
+
+def test_shift_and_scale_by_hand():
+    images, masks = torch.randn(2, 3, 80, 80), (torch.rand(2, 1, 80, 80) > 0.5).float()
+    words = words_of("scale=1,shift=0.05")
+    draws = torch.full((2, 3), 0.5)  # the middle changes nothing
+    new_images, new_masks = augment(images, masks, draws, words)
+    torch.testing.assert_close(new_images, images, atol=1e-4, rtol=0)
+    assert torch.equal(new_masks, masks)
+    draws[:, 1] = 1  # 5 % of half the width is 2 pixels
+    new_images, new_masks = augment(images, masks, draws, words)
+    torch.testing.assert_close(new_images[..., :-2], images[..., 2:], atol=1e-4, rtol=0)
+    assert torch.equal(new_masks[..., :-2], masks[..., 2:]) and not new_masks[..., -2:].any()
+    draws = torch.tensor([[1.0, 0.5, 0.5], [0.0, 0.5, 0.5]])  # half as large, twice as large
+    _, (small, large) = augment(*squares(2), draws, words)
+    assert small.sum() == pytest.approx(28 * 26 / 4, rel=0.1)
+    assert large.sum() == pytest.approx((56 - 2) * (52 - 4), rel=0.05)  # 2 and 4 are outside
+
+
+def test_flips_are_exact():
+    images, masks = torch.randn(4, 3, 21, 30), (torch.rand(4, 2, 21, 30) > 0.5).float()
+    draws = torch.tensor([[0.6, 0.6], [0.4, 0.6], [0.6, 0.4], [0.4, 0.4]])
+    new_images, new_masks = augment(images, masks, draws, {"flip": 1.0})
+    for index, dims in enumerate(([], [2], [1], [1, 2])):
+        assert torch.equal(new_images[index], images[index].flip(dims))
+        assert torch.equal(new_masks[index], masks[index].flip(dims))
+    never = augment(images, masks, torch.zeros(4, 2), {"flip": 0.0})
+    assert torch.equal(never[0], images) and torch.equal(never[1], masks)
+    flipped = (uniform(4000, {"flip": 1.0}) < 0.5).float().mean(0)
+    assert flipped == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+def test_elastic_is_smooth_and_bounded():
+    side, value = 128, 0.1
+    ramp = torch.arange(side).expand(side, side).float()  # pixels are their own column
+    images = torch.stack([ramp, ramp.T, torch.zeros(side, side)]).expand(40, 3, side, side)
+    words = {"elastic": value}
+    new_images, _ = augment(images, images[:, :1], uniform(40, words), words)
+    moved = (new_images - images)[:, :2, 20:-20, 20:-20]  # the border is repeated
+    assert moved.abs().max() <= value * side
+    assert moved.std() > 0.2 * value * side
+    for dim in (2, 3):
+        slope = moved.diff(dim=dim)
+        assert slope.abs().max() < 0.6 and slope.diff(dim=dim).abs().max() < 0.1
+    still, _ = augment(images, images[:, :1], torch.full((40, count_draws(words)), 0.5), words)
+    torch.testing.assert_close(still, images, atol=1e-3, rtol=0)
+    # De Boor's recursion for B-splines, independent of the polynomials.
+    basis, knots = spline_basis(50, torch.device("cpu")).double().numpy(), np.arange(-3, 8)
+
+    def de_boor(k, degree, t):
+        if degree == 0:
+            return ((knots[k] <= t) & (t < knots[k + 1])).astype(float)
+        left = (t - knots[k]) / degree * de_boor(k, degree - 1, t)
+        return left + (knots[k + degree + 1] - t) / degree * de_boor(k + 1, degree - 1, t)
+
+    t = (np.arange(50) + 0.5) * 4 / 50
+    expected = np.stack([de_boor(k, 3, t) for k in range(7)], 1)
+    np.testing.assert_allclose(basis, expected, atol=1e-6)
+
+
+def test_gamma_against_numpy():
+    rng = np.random.default_rng(0)
+    pixels = rng.random((3, 8, 9, 3))
+    images = torch.from_numpy((pixels - MEAN) / STD).permute(0, 3, 1, 2).float()
+    draws = torch.tensor([[0.0], [0.5], [1.0]])
+    new, _ = augment(images, torch.zeros(3, 1, 8, 9), draws, {"gamma": 0.2})
+    for index, exponent in enumerate((1 / 1.2, 1, 1.2)):
+        expected = (pixels[index] ** exponent - MEAN) / STD
+        np.testing.assert_allclose(new[index].permute(1, 2, 0), expected, atol=2e-5)
+
+
+def test_noise_has_the_deviation_that_was_drawn():
+    images, masks = torch.zeros(3, 1, 200, 200), torch.zeros(3, 1, 200, 200)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    draws = torch.tensor([[0.0], [0.5], [1.0]])
+    new, _ = augment(images, masks, draws, {"noise": 0.1}, noise=noise)
+    assert new.std((1, 2, 3)).tolist() == pytest.approx([0, 0.05, 0.1], abs=1e-3)
+
+
+def test_contrast_and_brightness_by_hand():
+    images, masks = torch.randn(2, 3, 5, 5), torch.ones(2, 1, 5, 5)
+    draws = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    new, _ = augment(images, masks, draws, {"contrast": 0.5, "brightness": 0.25})
+    torch.testing.assert_close(new[0], images[0] * 1.5 - 0.25)
+    assert torch.equal(new[1], images[1])
+
+
+# ---- in batches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [STRONG, "flip,noise", "elastic,gamma,noise=1"])
+def test_a_function_of_seed_epoch_and_place(text):
+    rows = np.random.default_rng(0).integers(0, 2, (7, 32, 32, 4), dtype=np.uint8)
+
+    def batches(epoch, start=0, **options):
+        loader = Batches(rows, 3, shuffle=True, augmented=words_of(text), **options)
+        loader.set_epoch(epoch, start)
+        return [images for images, _ in loader]
+
+    first = batches(0)
+    assert all(map(torch.equal, first, batches(0)))
+    assert all(map(torch.equal, first[1:], batches(0, start=1)))
+    assert not torch.equal(first[0], batches(1)[0])
+    assert not torch.equal(first[0], batches(0, seed=1)[0])
+    parts = zip(*(batches(0, rank=rank, world=2) for rank in range(2)), strict=True)
+    for together, (even, odd) in zip(first, parts, strict=True):
+        torch.testing.assert_close(together[0::2], even)
+        if len(together) > 1:
+            torch.testing.assert_close(together[1::2], odd)
+    plain, _ = next(iter(Batches(rows, 3, shuffle=True)))
+    assert not torch.equal(plain, first[0])
+
+
+def test_noise_differs_by_image_batch_and_epoch():
+    rows, fields = np.zeros((4, 16, 16, 4), np.uint8), []
+    loader = Batches(rows, 2, augmented={"noise": 1.0})
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for images, _ in loader:
+            fields += [image[0].flatten() for image in images]
+    correlations = torch.corrcoef(torch.stack(fields)) - torch.eye(8)
+    assert correlations.abs().max() < 0.3  # of 256 values: deviation 0.06
+
+
+def test_the_window_is_as_large_as_the_words_reach():
+    assert window_side(100, {}) == window_side(100, {"flip": 1.0, "noise": 1.0}) == 100
+    assert window_side(100, {"rotate": 180.0}) == window_side(100, {"rotate": 45.0}) == 144
+    assert 150 < window_side(100, words_of("rotate,scale,shift")) < 165
+    assert window_side(100, words_of(STRONG)) < 130

@@ -1,0 +1,410 @@
+"""Images at their own size: the cache, crops of them, prediction and scores, end to end."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import edit_annotations, script_here, square, write_split
+from PIL import Image
+
+import predict
+import train
+from data import Batches, COCOSegmentationDataset, load_split, open_split
+from medseg.augment import AUGMENTATIONS, window_side
+from medseg.cache import RaggedRows
+from medseg.cli import parse_words
+from medseg.coco import SPLITS
+from medseg.crop import gather_windows, place_crops
+from medseg.images import MEAN, STD
+from medseg.metrics import RunningScores
+from net import UNet
+
+SIZES = [(40, 60), (33, 20), (64, 64), (50, 41)]  # height, width
+BRIGHT = 170  # of the square that is the mask
+
+
+def write_images(root, seed=0):
+    """root/{train,valid,test}, each with four images of noise of different sizes and a square."""
+    rng = np.random.default_rng(seed)
+    for split in SPLITS:
+        images, annotations = {}, []
+        for number, (height, width) in enumerate(SIZES):
+            pixels = rng.integers(0, 80, (height, width, 3), dtype=np.uint8)
+            pixels[8:18, 5:15] += BRIGHT
+            images[f"{number}.png"] = Image.fromarray(pixels)
+            annotations.append((number, [[5, 8, 15, 8, 15, 18, 5, 18]]))
+        write_split(root / split, images, annotations)
+    return root
+
+
+@pytest.fixture
+def own_sizes(tmp_path):
+    return write_images(tmp_path / "own")
+
+
+def expected_row(folder, number):
+    pixels = np.asarray(Image.open(folder / f"{number}.png"))
+    mask = np.zeros((*pixels.shape[:2], 1), np.uint8)
+    mask[8:18, 5:15] = 1
+    return np.concatenate([pixels, mask], 2)
+
+
+def to_pixels(images):
+    """Normalised (B, 3, H, W) -> what they were made from, int64 (B, H, W, 3) of 0..255."""
+    pixels = images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)
+    return (pixels * 255).round().long()
+
+
+# ---- the cache -------------------------------------------------------------------------------
+
+
+def test_every_image_keeps_its_own_size(own_sizes):
+    rows = load_split(own_sizes, "train", None)
+    assert isinstance(rows, RaggedRows) and isinstance(rows.pixels, np.memmap) and len(rows) == 4
+    for number in range(4):
+        np.testing.assert_array_equal(rows[number], expected_row(own_sizes / "train", number))
+        assert np.shares_memory(rows[number], rows.pixels)
+    assert rows[-1].shape == (50, 41, 4) and len(list(rows)) == 4
+    np.testing.assert_array_equal(rows[1:3][1], rows[2])
+    assert len(rows[4:]) == 0 and len(rows[:2]) == 2
+    with pytest.raises(IndexError):
+        rows[4]
+    with pytest.raises(ValueError):
+        RaggedRows(rows.pixels, [[3, 4]])
+    image, mask = open_split(own_sizes, "train", None)[1]
+    assert image.shape == (3, 33, 20) and mask.sum() == 100
+    assert load_split(own_sizes, "train", None, n_channels=1)[0].shape == (40, 60, 2)
+    assert load_split(own_sizes, "train", 32).shape == (4, 32, 32, 4)
+
+
+def test_the_cache_is_made_once_and_follows_its_sources(own_sizes, monkeypatch):
+    first = load_split(own_sizes, "train", None)
+    (path,) = (own_sizes / ".cache").iterdir()
+    complete = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(COCOSegmentationDataset, "load", lambda *_: pytest.fail("decoded again"))
+        again = load_split(own_sizes, "train", None)
+    np.testing.assert_array_equal(again.pixels, first.pixels)
+    np.testing.assert_array_equal(again.sizes, SIZES)
+    for cut in (1, 40, 3000):  # within the sizes, and within the pixels
+        path.write_bytes(complete[:-cut])
+        again = load_split(own_sizes, "train", None)
+        np.testing.assert_array_equal(again.pixels, first.pixels)
+        assert path.read_bytes() == complete
+    Image.new("RGB", (20, 33), (9, 9, 9)).save(own_sizes / "train" / "1.png")
+    changed = load_split(own_sizes, "train", None)
+    assert (changed[1][..., :3] == 9).all()
+    np.testing.assert_array_equal(changed[2], first[2])
+    assert len(list((own_sizes / ".cache").iterdir())) == 1
+
+
+def test_damaged_images_shift_nothing(own_sizes):
+    (own_sizes / "train" / "1.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="1 of 4 images in train"):
+        load_split(own_sizes, "train", None)
+    for _ in range(2):  # made, and read from disk
+        skipped = []
+        rows = load_split(own_sizes, "train", None, skipped=skipped)
+        assert len(skipped) == 1 and "1.png" in skipped[0]
+        for row, number in zip(rows, (0, 2, 3), strict=True):
+            np.testing.assert_array_equal(row, expected_row(own_sizes / "train", number))
+
+
+def test_memory_where_the_folder_cannot_be_written(own_sizes, capsys):
+    (own_sizes / ".cache").write_text("not a folder")
+    rows = load_split(own_sizes, "train", None)
+    assert not isinstance(rows.pixels, np.memmap) and "in memory" in capsys.readouterr().err
+    np.testing.assert_array_equal(rows[3], expected_row(own_sizes / "train", 3))
+
+
+# ---- whole images ----------------------------------------------------------------------------
+
+
+def test_whole_images_come_one_by_one(own_sizes):
+    rows = load_split(own_sizes, "train", None)
+    loader = Batches(rows, 32)
+    assert len(loader) == 4
+    for (images, masks), row in zip(loader, rows, strict=True):
+        assert loader.global_batch_size == 1 and masks.dtype == torch.float32
+        np.testing.assert_array_equal(to_pixels(images)[0], row[..., :3])
+        np.testing.assert_array_equal(masks[0, 0], row[..., 3])
+    flipped = Batches(rows, 2, shuffle=True, augmented={"rotate": 30.0, "noise": 0.1})
+    assert sorted(tuple(images.shape[2:]) for images, _ in flipped) == sorted(SIZES)
+
+
+def test_processes_get_a_whole_image_each(own_sizes):
+    rows, words = load_split(own_sizes, "train", None), {"flip": 1.0, "noise": 0.1}
+    alone = list(Batches(rows, 4, shuffle=True, augmented=words))
+    of_ranks = []
+    for rank in range(3):
+        loader = Batches(rows, 4, shuffle=True, augmented=words, rank=rank, world=3)
+        of_ranks.append(list(loader))
+        assert len(loader) == len(of_ranks[-1]) == 2 and loader.global_batch_size == 1
+    for index, (images, masks) in enumerate(alone):
+        own_images, own_masks = of_ranks[index % 3][index // 3]
+        assert torch.equal(own_images, images) and torch.equal(own_masks, masks)
+    empty, _ = of_ranks[1][1]  # the last batch has one image: none for the second process
+    assert empty.shape[:2] == (0, 3) and UNet(n_filters=2)(empty).shape[0] == 0
+
+
+# ---- crops -----------------------------------------------------------------------------------
+
+
+def numbered_rows():
+    """Images whose pixels hold their number, row and column: no two pixels are the same."""
+    rows = []
+    for number, (height, width) in enumerate(SIZES):
+        row = np.zeros((height, width, 4), np.uint8)
+        row[..., 0] = number
+        row[..., 1], row[..., 2] = np.mgrid[:height, :width]
+        row[..., 3] = (row[..., 1] + row[..., 2]) % 2
+        rows.append(row)
+    return RaggedRows(np.concatenate([row.reshape(-1, 4) for row in rows]), SIZES)
+
+
+def crops(rows, size, epoch=0, start=0, **options):
+    """[(pixels (size, size, 3), mask (size, size))] of an epoch."""
+    loader = Batches(rows, 4, crop=size, **{"shuffle": True, **options})
+    loader.set_epoch(epoch, start)
+    pairs = []
+    for images, masks in loader:
+        assert images.shape[2:] == masks.shape[2:] == (size, size)
+        pairs += zip(to_pixels(images).numpy(), masks[:, 0].numpy(), strict=True)
+    return pairs
+
+
+@pytest.mark.parametrize("words", [{}, {"rotate": 1e-9}])  # resampled, and where they were
+def test_crops_are_slices_of_the_images(words):
+    rows, seen = numbered_rows(), dict.fromkeys(range(4), 0)
+    assert len(Batches(rows, 4, crop=20)) == 6  # 6 + 2 + 10 + 5 crops in batches of 4
+    for pixels, mask in crops(rows, 20, augmented=words):
+        number, top, left = pixels[0, 0]
+        source = rows[number][top : top + 20, left : left + 20]
+        np.testing.assert_array_equal(pixels, source[..., :3])
+        np.testing.assert_array_equal(mask, source[..., 3])
+        seen[number] += 1
+    assert seen == {0: 6, 1: 2, 2: 10, 3: 5}  # height x width / 400, rounded
+
+
+def test_crops_of_images_of_one_size():
+    rows = np.stack([numbered_rows()[2]] * 3)
+    pairs = crops(rows, 16)
+    assert len(pairs) == 3 * 16
+    for pixels, _ in pairs:
+        _, top, left = pixels[0, 0]
+        np.testing.assert_array_equal(pixels, rows[0, top : top + 16, left : left + 16, :3])
+
+
+def test_every_place_is_as_likely():
+    sizes = torch.tensor([[12, 9]]).repeat(24_000, 1)
+    draws = torch.rand(24_000, 2, generator=torch.Generator().manual_seed(0))
+    top, left = place_crops(sizes, draws, 7).T
+    counts = torch.bincount(top * 3 + left, minlength=18).reshape(6, 3)
+    assert counts.shape == (6, 3) and counts.sum() == 24_000
+    assert (counts - 24_000 / 18).abs().max() < 5 * (24_000 / 18) ** 0.5
+    last = place_crops(sizes[:1], torch.full((1, 2), 1 - 2**-24), 7)
+    assert last.tolist() == [[5, 2]]  # the bottom right corner
+    small = place_crops(torch.tensor([[5, 9]]).repeat(9, 1), draws[:9], 7)
+    assert set(small[:, 0].tolist()) <= {-2, -1, 0} and (small[:, 1] >= 0).all()
+
+
+def test_a_smaller_image_is_padded_by_its_border():
+    rows = numbered_rows()[1:2]  # 33 x 20
+    ((pixels, mask),) = crops(rows, 48, shuffle=False)
+    top = int((pixels[:, 0, 1] == 0).sum()) - 1
+    left = int((pixels[0, :, 2] == 0).sum()) - 1
+    expected = np.pad(rows[0], ((top, 15 - top), (left, 28 - left), (0, 0)), "edge")
+    np.testing.assert_array_equal(pixels, expected[..., :3])
+    np.testing.assert_array_equal(mask, expected[..., 3])
+
+
+def test_windows_against_clamped_indices():
+    rows, rng = numbered_rows(), np.random.default_rng(0)
+    for _ in range(200):
+        number, side = int(rng.integers(4)), int(rng.integers(1, 90))
+        height, width = SIZES[number]
+        top, left = int(rng.integers(1 - side, height)), int(rng.integers(1 - side, width))
+        place = torch.tensor([[int(rows.starts[number]), height, width, top, left]])
+        (window,) = gather_windows(torch.from_numpy(rows.pixels), place, side)
+        lines = np.clip(np.arange(top, top + side), 0, height - 1)
+        columns = np.clip(np.arange(left, left + side), 0, width - 1)
+        np.testing.assert_array_equal(window, rows[number][lines[:, None], columns])
+
+
+def test_crops_are_a_function_of_seed_epoch_and_place():
+    rows, words = numbered_rows(), {"rotate": 30.0, "flip": 1.0, "noise": 0.2}
+
+    def order(**options):
+        return [image.tobytes() for image, _ in crops(rows, 20, augmented=words, **options)]
+
+    first = order()
+    assert first == order() and len(set(first)) == len(first)
+    assert first != order(epoch=1) and first != order(seed=1)
+    assert order(epoch=2)[8:] == order(epoch=2, start=2)
+    even, odd = (order(rank=rank, world=2) for rank in range(2))
+    together = []
+    for position in range(0, 12, 2):  # two images of each batch of four
+        for pair in zip(even[position : position + 2], odd[position : position + 2], strict=False):
+            together += pair
+    together += even[len(odd) :]
+    assert together == first
+
+
+def test_an_empty_part_of_a_batch_has_the_size_of_the_crop():
+    words = parse_words("rotate", AUGMENTATIONS)
+    rows = numbered_rows()[:1]  # 6 crops of 20, in batches of 5
+    *_, (images, masks) = Batches(rows, 5, crop=20, augmented=words, rank=1, world=2)
+    assert images.shape == (0, 3, 20, 20) and masks.shape == (0, 1, 20, 20)
+
+
+@pytest.mark.parametrize("text", ["rotate=180", "rotate,scale,shift,elastic", "scale=1,rotate=180"])
+def test_what_turns_into_a_crop_comes_from_the_image(text):
+    """Red is each pixel's row, green its column; both of a crop must be inside a larger image.
+
+    A repeated border would show as two neighbours that are the same.
+    """
+    side = 240
+    row = np.zeros((side, side, 4), np.uint8)
+    row[..., 0], row[..., 1] = np.mgrid[:side, :side]
+    words = parse_words(text, AUGMENTATIONS)
+    window = window_side(24, words)
+    loader = Batches(row[None], 10, crop=24, augmented=words)
+    assert len(loader) == 10
+    checked = 0
+    for images, _ in loader:
+        std, mean = torch.tensor(STD)[:, None, None], torch.tensor(MEAN)[:, None, None]
+        for image in (images * std + mean)[:, :2] * 255:
+            if image.min() < 1 or image.max() > side - 2:
+                continue  # at the border of the image
+            checked += 1
+            across = image.diff(dim=2)[:, :-1] ** 2
+            down = image.diff(dim=1)[:, :, :-1] ** 2
+            for steps in (across, down):
+                assert steps.sum(0).min() > 0.1  # of squared pixels
+            assert image.amax((1, 2)).sub(image.amin((1, 2))).max() <= window
+    assert checked > 20
+
+
+def test_image_and_mask_of_a_crop_stay_aligned():
+    rng, side = np.random.default_rng(0), 96
+    row = np.zeros((side, side, 4), np.uint8)
+    blobs = F.avg_pool2d(torch.from_numpy(rng.random((1, 1, side, side))), 15, 1, 7)[0, 0] > 0.5
+    row[..., 3] = blobs
+    row[..., :3] = 255 * row[..., 3:]
+    words = {word: default for word, (default, _) in AUGMENTATIONS.items()}
+    for image, mask in crops(row[None], 32, augmented=words):
+        new = torch.from_numpy(mask)[None, None]
+        sure = F.max_pool2d(new, 3, 1, 1) == 1 - F.max_pool2d(1 - new, 3, 1, 1)
+        wrong = (torch.from_numpy(image[..., 0] > 127) != (new[0, 0] > 0.5)) & sure[0, 0]
+        assert wrong.sum() == 0
+
+
+# ---- prediction and scores -------------------------------------------------------------------
+
+
+class Threshold(torch.nn.Module):
+    """Probability over 0.5 where a pixel is bright: what a network of any size must give."""
+
+    n_channels, n_classes, image_size, class_names = 3, 1, None, ("foreground",)
+
+    def forward(self, images):
+        return torch.sigmoid(10 * images.mean(1, keepdim=True))
+
+
+def test_images_are_predicted_at_their_own_size(own_sizes, tmp_path):
+    tensor, picture = predict.preprocess_image(own_sizes / "test" / "0.png", image_size=None)
+    assert tensor.shape == (1, 3, 40, 60) and picture.size == (60, 40)
+    pictures = []
+    for number in range(4):
+        path = own_sizes / "test" / f"{number}.png"
+        pictures += predict.sort_inputs([path], None)[0]
+    predict.predict_one(Threshold(), pictures[1], tmp_path, 0.5, "cpu")
+    (tmp_path / "many").mkdir()
+    assert predict.predict_many(Threshold(), pictures, tmp_path / "many", 0.5, "cpu") == []
+    for number in range(4):
+        mask = np.asarray(Image.open(tmp_path / "many" / f"{number}_mask.png")) > 0
+        assert mask.shape == SIZES[number]
+        np.testing.assert_array_equal(mask, expected_row(own_sizes / "test", number)[..., 3])
+    assert (tmp_path / "1_mask.png").read_bytes() == (tmp_path / "many" / "1_mask.png").read_bytes()
+
+
+def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
+    # A second square that the network cannot see.
+    edit_annotations(
+        own_sizes / "test",
+        lambda content: content["annotations"][2].update(
+            segmentation=square(40, 40, 10) + [[5, 8, 15, 8, 15, 18, 5, 18]]
+        ),
+    )
+    report = predict.report(Threshold(), own_sizes / "test", tmp_path, 0.5, "cpu")
+    assert report["image_size"] is None and report["images"] == 4
+    assert json.loads((tmp_path / "report.json").read_text())["image_size"] is None
+    assert report["per_image"] == {"0.png": 1, "1.png": 1, "2.png": 0.6667, "3.png": 1}
+    assert report["scores"]["dice"] == pytest.approx(2 * 400 / (400 + 500))
+    assert report["valid"]["scores_with_it"]["dice"] > 0
+    scores = RunningScores("cpu")
+    for images, masks in Batches(load_split(own_sizes, "test", None), 1):
+        scores.add(torch.zeros(()), Threshold()(images), masks)
+    expected = {name: scores.result()[name] for name in report["scores"]}
+    assert report["scores"] == pytest.approx(expected, abs=1e-9)
+    assert Image.open(tmp_path / "report.png").size[0] > 1000
+
+
+def test_samples_of_several_batches_are_drawn(own_sizes, tmp_path, monkeypatch):
+    drawn = {}
+
+    def plot(pictures, targets, preds, titles, path, **_):
+        drawn.update(pictures=pictures, targets=targets, titles=titles)
+        return plot_predictions(pictures, targets, preds, titles, path, **_)
+
+    plot_predictions = train.plot_predictions
+    monkeypatch.setattr(train, "plot_predictions", plot)
+    loader = Batches(load_split(own_sizes, "test", None), 1)
+    path = tmp_path / "predictions.png"
+    assert train.visualize_predictions(Threshold(), loader, "cpu", 3, path=path) == path
+    assert [picture.shape[:2] for picture in drawn["pictures"]] == SIZES[:3]
+    assert [target.sum() for target in drawn["targets"]] == [100] * 3
+    assert drawn["titles"] == ["Dice 1.00"] * 3
+    assert Image.open(path).size[0] > 500
+
+
+def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path, capsys):
+    class Greedy(Threshold):
+        def forward(self, images):
+            if images.shape[2] == 64:
+                raise MemoryError
+            return super().forward(images)
+
+    pictures, _, _ = predict.sort_inputs(sorted((own_sizes / "test").glob("*.png")), None)
+    (problem,) = predict.predict_many(Greedy(), pictures, tmp_path, 0.5, "cpu")
+    for word in ("2.png", "out of memory", "64x64", "smaller"):
+        assert word in problem
+    assert len(list(tmp_path.glob("*_mask.png"))) == 3  # the others are predicted
+    with pytest.raises(ValueError, match=r"2\.png.*out of memory"):
+        predict.predict_one(Greedy(), pictures[2], tmp_path, 0.5, "cpu")
+
+
+# ---- end to end ------------------------------------------------------------------------------
+
+
+def test_train_on_crops_and_predict(own_sizes, tmp_path):
+    flags = ("--n-filters", 2, "--batch-size", 4, "--swanlab", "disabled", "--device", "cpu")
+    words = ("--crop", 20, "--augment", "rotate=90,flip,noise")
+    run = ("--data", own_sizes, "--out", tmp_path / "run", "--epochs", 2)
+    result = script_here("train.py", *flags, *words, *run, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "their own size, trained on crops of 20x20" in result.stdout
+    resume = ("--resume", "--epochs", 3, "--out", tmp_path / "run")
+    result = script_here("train.py", *resume, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 4
+    model = tmp_path / "run" / "best_model.pth"
+    result = script_here("predict.py", own_sizes / "test", "--model", model, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "predictions" / "report.json").read_text())
+    assert report["image_size"] is None and report["images"] == 4
+    for number, (height, width) in enumerate(SIZES):
+        mask = Image.open(tmp_path / "predictions" / f"{number}_mask.png")
+        assert mask.size == (width, height)
