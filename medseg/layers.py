@@ -103,7 +103,7 @@ class Architecture:
         )
 
 
-# Named networks: words for `Architecture`, those of the tutorial left out, and flags of train.py.
+# Named networks: words for `Architecture`, without those that are the tutorial's.
 ARCHITECTURES = {
     "tutorial": {},
     # Four levels, batch normalisation and bilinear upsampling; see docs/networks.md.
