@@ -2,6 +2,7 @@
 
     python tests/quality.py --data dataset               # the tutorial's size, for a GPU
     python tests/quality.py --data dataset --rows ablation
+    python tests/quality.py --data drive --rows vessels --splits official --seeds 0
     python tests/quality.py --data dataset --image-size 128 --n-filters 16 --epochs 12   # a CPU
 
 The tutorial's size is 256x256, 32 filters, 40 epochs. Flags that are not of this script go to
@@ -36,7 +37,33 @@ CHANGES = {  # one thing changed in strong
     "no augmentation": ("--augment", "none"),
 }
 ABLATION = {name: (*RECIPES["strong"], *change) for name, change in CHANGES.items()}
-ROWS = {"recipes": RECIPES, "ablation": ABLATION}
+NETWORKS = {  # with the tutorial's training, and with strong's
+    **RECIPES,
+    "drive": ("--arch", "drive"),
+    "study": ("--arch", "study"),
+    "drive, strong": ("--recipe", "strong", "--arch", "drive"),
+    "study, strong": ("--recipe", "strong", "--arch", "study"),
+}
+WITHOUT_FLIP = "rotate=180,scale=0.1,contrast=0.1,brightness=0.1"
+WITHOUT_ROTATE = "scale=0.1,contrast=0.1,brightness=0.1,flip=1"
+VESSEL_CHANGES = {  # one thing changed in vessels, for DRIVE
+    "vessels": (),
+    "loss bce": ("--loss", "bce"),
+    "loss bce=0.5,dice=1": ("--loss", "bce=0.5,dice=1"),
+    "loss dice,focal=20": ("--loss", "dice,focal=20"),
+    "no flip": ("--augment", WITHOUT_FLIP),
+    "no rotate": ("--augment", WITHOUT_ROTATE),
+    "no augmentation": ("--augment", "none"),
+    "elastic": ("--augment", f"{WITHOUT_FLIP},flip=1,elastic"),
+    "gamma": ("--augment", f"{WITHOUT_FLIP},flip=1,gamma"),
+    "crop 64, batch 32": ("--crop", "64", "--batch-size", "32"),
+    "whole images of 576x576": ("--crop", "0", "--image-size", "576", "--batch-size", "1"),
+    "5 levels": ("--depth", "5"),
+    "network drive": ("--arch", "drive", "--depth", "4"),
+    "network study": ("--arch", "study", "--depth", "4", "--dropout", "channels"),
+}
+VESSELS = {name: ("--recipe", "vessels", *change) for name, change in VESSEL_CHANGES.items()}
+ROWS = {"recipes": RECIPES, "ablation": ABLATION, "networks": NETWORKS, "vessels": VESSELS}
 
 COLUMNS = {  # of the table, by their name in a report
     "dice": "Dice",
@@ -58,6 +85,9 @@ def call(*command):
 
 def measure(data, folder, flags):
     """Train in `folder` and score the best weights on test, unless that has been done already."""
+    from net import load_model
+
+    weights = folder / "best_model.pth"
     if not (folder / "report.json").exists():
         if not (folder / "curves.png").exists():  # the last thing that train.py writes
             # Before its first checkpoint, a run that was killed may have left weights.
@@ -65,7 +95,6 @@ def measure(data, folder, flags):
             restart = "--resume" if can_resume else "--overwrite"
             command = ("--data", data, "--out", folder, "--swanlab", "disabled", *flags, restart)
             call(ROOT / "train.py", *command)
-        weights = folder / "best_model.pth"
         call(ROOT / "predict.py", data / "test", "--model", weights, "--output", folder)
         for checkpoint in folder.glob("last*.pth"):  # a gigabyte of each run at the tutorial's size
             checkpoint.unlink()
@@ -76,6 +105,7 @@ def measure(data, folder, flags):
     return {
         "epochs": len(seconds),
         "minutes": sum(seconds) / 60,
+        "parameters": sum(weight.numel() for weight in load_model(weights).parameters()),
         **report["scores"],
         "dice_95": report["confidence_95"]["dice"],
         "chosen_threshold": valid["chosen_threshold"],
@@ -95,13 +125,14 @@ def cell(key, values):
 
 def table(runs):
     """The runs as lines of Markdown: a line for each split and row of flags."""
-    header = ("split", "row", *COLUMNS.values(), "minutes")
+    header = ("split", "row", *COLUMNS.values(), "parameters", "minutes")
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for split, name in dict.fromkeys((run["split"], run["row"]) for run in runs):
         own = [run for run in runs if (run["split"], run["row"]) == (split, name)]
         cells = [cell(key, [run[key] for run in own]) for key in COLUMNS]
         minutes = statistics.mean(run["minutes"] for run in own)
-        lines.append(f"| {' | '.join((split, name, *cells, f'{minutes:.1f}'))} |")
+        cells += [f"{own[0]['parameters']:,}", f"{minutes:.1f}"]
+        lines.append(f"| {' | '.join((split, name, *cells))} |")
     return "\n".join(lines)
 
 
