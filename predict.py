@@ -41,6 +41,7 @@ from medseg.files import parallel_map
 from medseg.images import (
     IMAGE_SIZE,
     SUFFIXES,
+    describe,
     full_size_labels,
     overlay,
     preprocess,
@@ -152,19 +153,6 @@ def visualize_result(
         draw.text((left + column / 2, 32), title, fill="black", font=font, anchor="ms")
         figure.paste(panel, (left + (column - width) // 2, 40))
     save_png(with_legend(figure, class_names), path)
-
-
-def describe(path, labels, highest, class_names):
-    """A line on a prediction, or with several classes one for each.
-
-    The highest probability tells why a mask is empty.
-    """
-    lines = [] if len(class_names) == 1 else [f"{path}:"]
-    for index, name in enumerate(class_names):
-        what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
-        share = 100 * (labels == index + 1).mean()
-        lines.append(f"{what} {share:.2f} %, highest probability {highest[index]:.3f}")
-    return "\n".join(lines)
 
 
 # ---- one image, many, a volume, a folder with annotations ------------------------------------

@@ -164,6 +164,20 @@ def with_legend(image, class_names):
     return taller
 
 
+def describe(path, labels, highest, class_names):
+    """A line on a prediction, or with several classes one for each.
+
+    labels: array of class numbers, of one image or of all slices. highest: the highest probability
+    of each class, which tells why a mask is empty.
+    """
+    lines = [] if len(class_names) == 1 else [f"{path}:"]
+    for index, name in enumerate(class_names):
+        what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
+        share = 100 * (labels == index + 1).mean()
+        lines.append(f"{what} {share:.2f} %, highest probability {highest[index]:.3f}")
+    return "\n".join(lines)
+
+
 def outline(mask):
     """(H, W) array of 0 and 1 -> bool array of its foreground pixels at background or border."""
     inside = np.pad(np.asarray(mask, bool), 1)
