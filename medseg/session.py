@@ -1,0 +1,191 @@
+"""What one browser has predicted: probabilities, kept so that the threshold can move. No torch."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import weakref
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from medseg.cli import one_line
+from medseg.images import (
+    describe,
+    full_size_labels,
+    overlay,
+    resize_nearest,
+    save_mask,
+    save_png,
+    with_legend,
+)
+from medseg.inputs import Picture, expand, pictures_in
+from medseg.medical import base_name, kind, mask_name
+from medseg.nifti import montage, open_nifti, write_mask
+
+VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
+
+
+class Prediction(NamedTuple):
+    """One picture that the network has seen."""
+
+    picture: Picture  # of a slice of a volume, without load
+    title: str  # the file's name, with the number of the slice or frame
+    size: tuple  # (width, height) of the picture
+    file: Path  # .npz with `view`, the picture as it is shown, and `probabilities` (C, S, S)
+
+
+class View(NamedTuple):
+    """One prediction at one threshold: PIL images of at most VIEW_SIDE, and the line on it."""
+
+    image: Image.Image
+    mask: Image.Image
+    overlay: Image.Image
+    line: str
+
+
+class Session:
+    """The predictions of one browser, in a folder that is removed when nothing refers to them.
+
+    The probabilities are on disk, so that a volume of many slices takes no memory.
+    window: (center, width) of DICOM and NIfTI values, or None.
+    predictions: [Prediction]; problems: a line on each file that could not be predicted.
+    """
+
+    def __init__(self, folder, class_names, window=None):
+        self.class_names, self.predictions, self.problems = class_names, [], []
+        self._window = window
+        self._folder = Path(tempfile.mkdtemp(dir=folder))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def predict(self, paths, probabilities, progress=lambda done: None):
+        """Add the pictures in image, DICOM and NIfTI files.
+
+        probabilities(PIL image) -> float32 array (C, S, S) of 0..1.
+        progress(done): called with 0..1 before each picture.
+        """
+        with self._noting_problems(paths):
+            files = expand(paths)
+            for number, path in enumerate(files):
+                with self._noting_problems(paths):
+                    pictures = titled_pictures(path, self._window)
+                    for index, (picture, title) in enumerate(pictures):
+                        progress((number + index / len(pictures)) / len(files))
+                        with self._noting_problems(paths):
+                            self._add(picture, title, probabilities)
+
+    def _add(self, picture, title, probabilities):
+        image = picture.load()
+        file = self._folder / f"{len(self.predictions)}.npz"
+        view = image.convert("RGB")
+        view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
+        np.savez(file, view=np.asarray(view), probabilities=probabilities(image))
+        if kind(picture.path) == "nifti":
+            picture = picture._replace(load=None)  # which keeps the whole volume in memory
+        self.predictions.append(Prediction(picture, title, image.size, file))
+
+    @contextlib.contextmanager
+    def _noting_problems(self, paths):
+        try:
+            yield
+        except (FileNotFoundError, ValueError) as error:
+            line = one_line(error)
+            for path in paths:  # the user knows no more of it than its name
+                line = line.replace(f"{Path(path).parent}{os.sep}", "")
+            self.problems.append(line)
+
+    def first(self, threshold):
+        """The index of the prediction to show first: of slices, the one with most foreground."""
+        paths = {prediction.picture.path for prediction in self.predictions}
+        if len(paths) > 1:
+            return 0
+        sums = [(load(prediction)[1] > threshold).sum() for prediction in self.predictions]
+        return int(np.argmax(sums))
+
+    def view(self, index, threshold):
+        """The `View` of one prediction at a threshold."""
+        prediction, n_classes = self.predictions[index], len(self.class_names)
+        view, probabilities = load(prediction)
+        labels = full_size_labels(probabilities, prediction.size, threshold)
+        highest = probabilities.max((1, 2))
+        line = describe(prediction.title, labels, highest, self.class_names)
+        labels = resize_nearest(labels, *view.shape[:2])
+        mask = Image.fromarray(labels > 0).convert("L")
+        if n_classes > 1:
+            mask = overlay(Image.new("RGB", mask.size), labels, n_classes)
+        image = Image.fromarray(view)
+        return View(image, mask, overlay(image, labels, n_classes), line)
+
+    def write(self, threshold):
+        """Write the mask of the one picture, or several in a zip; return the path.
+
+        The bytes are those that predict.py writes. The zip also holds the overlays and, of a
+        volume, the montage of its slices.
+        """
+        folder, volumes, written = Path(tempfile.mkdtemp(dir=self._folder)), {}, []
+        for prediction in self.predictions:
+            if kind(prediction.picture.path) == "nifti":
+                volumes.setdefault(prediction.picture.path, []).append(prediction)
+                continue
+            labels = full_size_labels(load(prediction)[1], prediction.size, threshold)
+            written.append(folder / f"{prediction.picture.name}_mask.png")
+            save_mask(labels, written[-1], self.class_names)
+            if len(self.predictions) > 1:
+                written.append(folder / f"{prediction.picture.name}_overlay.png")
+                self._write_overlay(prediction.picture.load(), labels, written[-1])
+        for path, predictions in volumes.items():
+            written += self._write_volume(path, predictions, threshold, folder)
+        if len(written) == 1:
+            return written[0]
+        archive = folder / "masks.zip"
+        with zipfile.ZipFile(archive, "w") as file:  # not compressed: its files are
+            for path in written:
+                file.write(path, path.name)
+                path.unlink()
+        return archive
+
+    def _write_overlay(self, image, labels, path):
+        drawn = overlay(image, labels, len(self.class_names))
+        save_png(with_legend(drawn, self.class_names), path, compress_level=1)
+
+    def _write_volume(self, path, predictions, threshold, folder):
+        masks = [full_size_labels(load(one)[1], one.size, threshold) for one in predictions]
+        volume, names = open_nifti(path), self.class_names
+        written = [folder / mask_name(path), folder / f"{base_name(path)}_montage.png"]
+        write_mask(written[0], volume, masks)
+        pictures = volume.pictures(self._window)
+        drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(names)))
+        save_png(with_legend(drawn, names), written[1])
+        return written
+
+
+def load(prediction):
+    """(picture as it is shown, uint8 (H, W, 3); probabilities, float32 (C, S, S))."""
+    with np.load(prediction.file) as file:
+        return file["view"], file["probabilities"]
+
+
+def titled_pictures(path, window):
+    """[(Picture, its title)] in an image, DICOM or NIfTI file.
+
+    Raises FileNotFoundError; ValueError where the file cannot be read.
+    """
+    if kind(path) != "nifti":
+        pictures, what = pictures_in(path, window), "frame"
+    else:
+        slices, what = open_nifti(path).pictures(window), "slice"
+        pictures = [
+            Picture(path, base_name(path), partial(slice_image, slices, index))
+            for index in range(len(slices))
+        ]
+    if len(pictures) == 1:
+        return [(pictures[0], path.name)]
+    return [(picture, f"{path.name}, {what} {n}") for n, picture in enumerate(pictures)]
+
+
+def slice_image(slices, index):
+    return Image.fromarray(slices[index])
