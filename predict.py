@@ -9,6 +9,7 @@ examples:
   python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
   torchrun --standalone --nproc_per_node=4 predict.py scans/   # a folder on four GPUs
+  python predict.py --page                           # a page in the browser; needs gradio
 
 Masks are 0 and 255, of the size of the image, or with several classes a palette image of class
 numbers. The architecture and the size the model was trained at are read from the weights; a model
@@ -16,6 +17,7 @@ trained on crops takes each image at its own size.
 """
 
 import os
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -325,6 +327,20 @@ def score(model, folders, output, threshold, device):
     print_report(folders[0], output, result["scores"], result["confidence_95"])
 
 
+class Predictor:
+    """What `medseg.page` predicts with."""
+
+    def __init__(self, model, device):
+        self.image_size, self.n_channels = model.image_size, model.n_channels
+        self.class_names = model.class_names
+        self._model, self._device = model, device
+
+    def probabilities(self, pixels):
+        """uint8 array (B, S, S, n_channels) -> float32 array (B, n_classes, S, S) of 0..1."""
+        images = normalize(torch.from_numpy(pixels))
+        return predict_probabilities(self._model, images, self._device).cpu().numpy()
+
+
 # ---- the command line ------------------------------------------------------------------------
 
 
@@ -371,6 +387,10 @@ def make_parser():
         metavar=("CENTER", "WIDTH"),
         help="of DICOM or NIfTI values; default: the file's own, or 0.5 to 99.5 %% of a volume",
     )
+    add = parser.add_argument_group("page").add_argument
+    add("--page", action="store_true", help="open a page in the browser; needs gradio")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
+    add("--port", type=number(0, 65535), metavar="N", help="default: 7860 or the next free one")
     return parser
 
 
@@ -380,9 +400,18 @@ def main(argv=None):
     device = pick_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
+    window = tuple(args.window) if args.window else None
+    if args.page:
+        from medseg.page import serve
+
+        if args.inputs or args.output:
+            raise ValueError("--page takes no images and no --output: drop images on the page")
+        predictor = Predictor(load_model(args.model, device), device)
+        address = {"host": args.host, "port": args.port}
+        serve(predictor, args.model, **address, threshold=args.threshold, window=window)
+        return
     paths = expand(args.inputs) if args.inputs else [example()]
     named_one = len(paths) == 1 and not any(Path(given).is_dir() for given in args.inputs)
-    window = tuple(args.window) if args.window else None
     pictures, volumes, problems = sort_inputs(paths, window)
     if named_one and problems:
         raise ValueError(problems[0])
@@ -416,4 +445,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    # With --page, a prediction that a browser still waits for would hold up the exit.
+    run_main(main, exit_at_once=lambda: "gradio" in sys.modules)
