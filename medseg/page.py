@@ -25,6 +25,7 @@ from medseg.phantoms import draw_phantom
 from medseg.session import Session
 from medseg.signals import Signals, Stopped
 
+OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
 EXAMPLE_FOLDERS = ("dataset/test", "dataset/synthetic/test")
 EXAMPLES, THUMBNAIL = 4, 160  # how many, and pixels a side
 MAX_UPLOAD = "2gb"  # a file
@@ -96,9 +97,11 @@ def import_gradio(folder):
         import gradio
     except ImportError:
         raise ValueError("the page needs gradio: run `pip install gradio`") from None
-    if int(gradio.__version__.partition(".")[0]) < 6:
-        installed = f"this is {gradio.__version__}"
-        raise ValueError(f"the page needs gradio 6, {installed}: run `pip install -U gradio`")
+    if tuple(map(int, gradio.__version__.split(".")[:2])) < OLDEST_GRADIO:
+        oldest = ".".join(map(str, OLDEST_GRADIO))
+        raise ValueError(
+            f"the page needs gradio {oldest}, not {gradio.__version__}: run `pip install -U gradio`"
+        )
     return gradio
 
 

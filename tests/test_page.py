@@ -473,8 +473,8 @@ def test_refusals(place, monkeypatch):
     refused_page(place, "--port", "70000", words=["--port"])
     monkeypatch.setitem(sys.modules, "gradio", None)
     refused_page(place, "--port", 0, words=["the page needs gradio: run `pip install gradio`"])
-    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="5.49.1"))
-    refused_page(place, "--port", 0, words=["5.49.1", "run `pip install -U gradio`"])
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="6.0.2"))
+    refused_page(place, "--port", 0, words=["6.0.2", "run `pip install -U gradio`"])
     assert medseg_folders(place, "tmp") == before
 
 
