@@ -240,6 +240,21 @@ def load_model(path):
         raise ValueError(f"{path}: {error}") from None
 
 
+def copy_weights(source, model):
+    """Start a UNet from another one's weights; its last layer stays new where classes differ.
+
+    A single class is taken for the other's whatever it is called. Returns whether the last layer
+    was copied too.
+    """
+    weights, single = source.state_dict(), source.n_classes == model.n_classes == 1
+    same_classes = single or source.class_names == model.class_names
+    if not same_classes:
+        own = model.state_dict()
+        weights.update({name: own[name] for name in ("outc.weight", "outc.bias")})
+    model.load_state_dict(weights)
+    return same_classes
+
+
 def default_class_names(n_classes):
     if n_classes == 1:
         return ("foreground",)

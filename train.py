@@ -51,11 +51,8 @@ from medseg.device import (
 )
 from medseg.files import file_lock
 from medseg.flags import (
-    LOSSES,
-    RECIPES,
     command,
     experiment_name,
-    network_words,
     parse_arguments,
     predict_command,
     recorded_flags,
@@ -74,9 +71,10 @@ from medseg.metrics import RunningScores, class_names, dice_score
 from medseg.optim import GuardedStep, RunningMean, make_schedule
 from medseg.phantoms import make_phantoms
 from medseg.plots import denormalize, plot_curves, plot_predictions
+from medseg.recipes import LOSSES, RECIPES, network_words
 from medseg.signals import Signals, Stopped
 from medseg.tracking import SwanLab
-from net import UNet, load_model
+from net import UNet, copy_weights, load_model
 
 # ---- loss (tutorial, section 5) --------------------------------------------------------------
 
@@ -440,28 +438,15 @@ def make_model(args, root, device, *, start=True):
         if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
             bias = math.log(args.prior / (1 - args.prior))
             torch.nn.init.constant_(model.outc.bias, bias)
-        if args.init and start:
-            copy_weights(load_model(args.init), model)
+        if args.init and start and not copy_weights(load_model(args.init), model):
+            if dist.is_first():
+                classes = ", ".join(model.class_names)
+                print(f"the last layer starts anew: its classes are {classes}", flush=True)
     model = dist.synchronize_batch_norm(model, device)
     model.to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()  # in place: the weights keep their names
     return model
-
-
-def copy_weights(source, model):
-    """Start `model` from another UNet's weights; the head stays new where its classes are others.
-
-    A head of one class is taken over whatever the class is called.
-    """
-    weights, names = source.state_dict(), source.class_names
-    if names != model.class_names and (len(names), model.n_classes) != (1, 1):
-        for name in ("outc.weight", "outc.bias"):
-            weights[name] = model.state_dict()[name]
-        if dist.is_first():
-            classes = ", ".join(model.class_names)
-            print(f"the last layer starts anew: its classes are {classes}", flush=True)
-    model.load_state_dict(weights)
 
 
 def load_data(args, root, model, device):

@@ -10,49 +10,15 @@ from medseg.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint
 from medseg.cli import ArgumentParser, flag_name, number, parse_words, spell_flags, word_list
 from medseg.dist import restart_count
 from medseg.images import IMAGE_SIZE
-from medseg.layers import ARCHITECTURES, CHOICES, Architecture
+from medseg.layers import ARCHITECTURES, CHOICES
+from medseg.recipes import ARCH_FLAGS, LOSSES, RECIPES, network_flags
 
-# Named sets of flags; what the command line gives besides wins.
-RECIPES = {
-    "tutorial": {},
-    "strong": {
-        "norm": "batch",
-        "prior": 0.04,
-        "lr": 1e-3,
-        "weight_decay": 0.01,
-        "warmup": 100,
-        "ema": 0.995,
-        "augment": "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1",
-    },
-    "vessels": {
-        "crop": 128,
-        "depth": 3,
-        "n_filters": 16,
-        "norm": "batch",
-        "dropout": "none",
-        "prior": 0.1,
-        "epochs": 80,
-        "patience": 80,
-        "batch_size": 8,
-        "lr": 2e-3,
-        "schedule": "cosine",
-        "ema": 0.99,
-        "augment": "rotate=180,scale=0.1,contrast=0.1,brightness=0.1,flip=1",
-    },
-}
-LOSSES = {"dice": (1.0, 100.0), "bce": (1.0, 100.0), "focal": (1.0, 100.0)}  # for `parse_words`
 # The flags that decide the result: a resumed run must have them in common with its beginning.
 RESULT_FLAGS = (
     *("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision"),
     *("skip_bad", "norm", "prior", "weight_decay", "warmup", "schedule", "ema", "augment"),
     *("classes", "n_channels", "arch", "depth", "dropout", "loss", "crop", "init"),
 )
-# What --arch sets besides.
-ARCH_FLAGS = {
-    "tutorial": {"depth": 5, "norm": "none", "dropout": "bottleneck", "n_filters": 32},
-    "drive": {"depth": 4, "norm": "batch", "dropout": "none", "n_filters": 64},
-    "study": {"depth": 4, "norm": "batch", "dropout": "channels", "n_filters": 64},
-}
 NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
 POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, kind=float)  # types of flags
 
@@ -269,28 +235,6 @@ def _parse_named_sets(parser, argv, read_network):
                 f"leave {flag} away, it is read from the weights"
             )
     return args
-
-
-def network_words(args):
-    """The words of `medseg.layers.Architecture` that --arch and the flags beside it give."""
-    norm = None if args.norm == "none" else args.norm
-    own = {"depth": args.depth, "norm": norm, "dropout": args.dropout}
-    words = {**ARCHITECTURES[args.arch], **own}
-    if norm is None:
-        words.pop("bias", None)  # left out only where a normalisation has one
-    return words
-
-
-def network_flags(model, path):
-    """The flags that make the UNet in the file `path`, as a dict. ValueError where none do."""
-    words = model.architecture
-    flags = {"depth": words.depth, "norm": words.norm or "none", "dropout": words.dropout}
-    for arch in ARCHITECTURES:
-        named = argparse.Namespace(arch=arch, **flags)
-        if Architecture(**network_words(named)) == words:
-            flags |= {"arch": arch, "n_filters": model.n_filters, "n_channels": model.n_channels}
-            return {**flags, "image_size": model.image_size or IMAGE_SIZE}
-    raise ValueError(f"{path}: its network is none that --arch has a name for")
 
 
 def check_same_run(args, checkpoint, parser):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from medseg.flags import RECIPES, network_words, parse_arguments
+from medseg.flags import parse_arguments
 from medseg.layers import Architecture
+from medseg.recipes import RECIPES, network_words
 
 
 def parse(*flags):

@@ -86,7 +86,7 @@ def test_flags_exist(path, known_flags):
 
 def test_the_readme_lists_the_flags_of_strong():
     from medseg.cli import spell_flags
-    from medseg.flags import RECIPES
+    from medseg.recipes import RECIPES
 
     assert spell_flags(RECIPES["strong"]) in inline_code(README)
 
