@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, script
 
-README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "dataset" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+DOCUMENTS = [README, CHINESE, ROOT / "dataset" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = ("train.py", "predict.py", "data.py", "download.py")
 TOOLS = ("kill.py", "fuzz.py", "quality.py", "benchmark.py")  # in tests/
 FLAG = r"(?<![\w-])--[a-z][a-z-]*"
@@ -38,9 +38,12 @@ def commands(path):
     return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
 
 
+def without_blocks(path):
+    return re.sub(r"^```.*?^```", "", text(path), flags=re.MULTILINE | re.DOTALL)
+
+
 def inline_code(path):
-    without_blocks = re.sub(r"^```.*?^```", "", text(path), flags=re.MULTILINE | re.DOTALL)
-    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_blocks)]
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_blocks(path))]
 
 
 def arguments(command, name):
@@ -84,11 +87,12 @@ def test_flags_exist(path, known_flags):
             assert set(re.findall(FLAG, code)) <= anywhere, code
 
 
-def test_the_readme_lists_the_flags_of_strong():
+@pytest.mark.parametrize("path", [README, CHINESE], ids=lambda path: path.name)
+def test_the_readme_lists_the_flags_of_strong(path):
     from medseg.cli import spell_flags
     from medseg.recipes import RECIPES
 
-    assert spell_flags(RECIPES["strong"]) in inline_code(README)
+    assert spell_flags(RECIPES["strong"]) in inline_code(path)
 
 
 # ---- commands --------------------------------------------------------------------------------
@@ -165,16 +169,19 @@ def test_requirements_list_what_is_imported():
 # ---- links, pictures, tables -----------------------------------------------------------------
 
 
+def links(path):
+    return re.findall(r"\]\(([^)\s]+)\)", text(path))
+
+
 def anchors(path):
     """The anchors that GitHub makes of the headings."""
-    without_blocks = re.sub(r"^```.*?^```", "", text(path), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.*)$", without_blocks, re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", without_blocks(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_resolve(path):
-    for link in re.findall(r"\]\(([^)\s]+)\)", text(path)):
+    for link in links(path):
         if link.startswith("https://"):
             continue
         file, _, anchor = link.partition("#")
@@ -214,3 +221,44 @@ def test_citation():
     assert all(
         {"type", "title", "authors"} <= reference.keys() for reference in citation["references"]
     )
+
+
+# ---- the Chinese README ----------------------------------------------------------------------
+
+
+def outline(path):
+    """The starts of headings, bullets and table rows, in their order."""
+    return re.findall(r"^(?:#+|-|\|)(?= )", without_blocks(path), re.MULTILINE)
+
+
+def table_numbers(path):
+    """The numbers of each table, as a list of lists."""
+    tables = re.findall(r"(?:^\|.*\n)+", text(path), re.MULTILINE)
+    return [re.findall(r"\d[\d.]*", table) for table in tables]
+
+
+def test_the_chinese_readme_has_the_same_commands_flags_and_output():
+    assert commands(CHINESE) == commands(README)
+    assert blocks(CHINESE, "text") == blocks(README, "text")
+    flags = {path: re.findall(FLAG, " ".join(inline_code(path))) for path in (README, CHINESE)}
+    assert set(flags[CHINESE]) == set(flags[README])
+
+
+def test_the_chinese_readme_has_the_same_outline_and_links():
+    assert outline(CHINESE) == outline(README)
+    elsewhere = {
+        path: sorted(link for link in links(path) if not link.startswith(("#", "README")))
+        for path in (README, CHINESE)
+    }
+    assert elsewhere[CHINESE] == elsewhere[README]
+
+
+def test_the_chinese_readme_has_the_same_numbers():
+    assert table_numbers(CHINESE) == table_numbers(README)
+    decimals = {path: sorted(re.findall(r"\d+\.\d+", text(path))) for path in (README, CHINESE)}
+    assert decimals[CHINESE] == decimals[README]
+
+
+def test_each_readme_links_the_chinese_or_english_one():
+    assert "[中文](README.zh-CN.md)" in text(README).splitlines()[:4]
+    assert "[English](README.md)" in text(CHINESE).splitlines()[:4]
