@@ -311,12 +311,14 @@ WORDS = [
     *("../..", "/", "/dev/null", "/dev/full", "cuda", "cuda:99", "cpu:1", "mps", "meta"),
     *("é", "a b", "%s", "\ud800", "disabled", "offline", "fp32", "fp64"),
     *("dataset", "dataset/test", "best_model.pth", "_mask.png", "1.5", "x" * 5000),
+    *("study", "vessels", "none", "flip,rotate=30,elastic,noise", "dice=0,focal", "bce=,", "=,="),
 ]
 FLAGS = {
     "train": [
         *("--image-size", "--batch-size", "--lr", "--patience", "--n-filters", "--seed"),
         *("--device", "--precision", "--save-every", "--project", "--resume", "--test-only"),
         *("--skip-bad", "--overwrite", "--recipe", "--schedule", "--prior", "--nonsense"),
+        *("--arch", "--depth", "--dropout", "--loss", "--augment", "--crop", "--init"),
     ],
     "predict": ["--model", "--threshold", "--device", "--nonsense"],
     "data": ["--nonsense"],
