@@ -129,11 +129,12 @@ class UNet(nn.Module):
         self.register_state_dict_post_hook(_record_metadata)
 
     def forward(self, x):
+        # Always pad and crop, by arithmetic on the sides: an `if` would be decided once and for
+        # all when the network is exported.
         height, width = x.shape[-2:]
-        bottom, right = (self._padding(side) for side in (height, width))
-        if bottom or right:
-            # Repeat the border: a black frame would be an edge that is not in the image.
-            x = F.pad(x, (0, right, 0, bottom), mode="replicate")
+        bottom, right = self._padding(height), self._padding(width)
+        # Repeat the border: a black frame would be an edge that is not in the image.
+        x = F.pad(x, (0, right, 0, bottom), mode="replicate")
 
         skips = []
         for level in range(1, self.architecture.depth + 1):
@@ -145,15 +146,19 @@ class UNet(nn.Module):
         for level in range(1, self.architecture.depth + 1):
             x = self.get_submodule(f"up{level}")(x, skips.pop())
 
-        logits = self.outc(x)[..., :height, :width]
+        logits = F.pad(self.outc(x), (0, -right, 0, -bottom))
         # In bfloat16 sigmoid(7) is exactly 1, whose logarithm the loss needs: float32 from here on.
         return self.sigmoid(logits.float())
 
     def _padding(self, side):
         """Pixels to add to a side: every level halves it, and a reflection needs two at the end."""
         stride = 2**self.architecture.depth
-        least = 2 * stride if self.architecture.padding == "reflect" else stride
-        return max(-side % stride, least - side)
+        strides = (side + stride - 1) // stride
+        if self.architecture.padding == "reflect":
+            # One becomes two. As strides + 1 // strides, onnxruntime 1.31 would rewrite it wrongly:
+            # it takes 1 / n * m for m / n, even where the division is of integers.
+            strides = strides + 2 // (strides + 1)
+        return strides * stride - side
 
     @classmethod
     def from_state_dict(cls, state):
