@@ -1,0 +1,189 @@
+"""A UNet as a file that needs none of this code: ONNX, torch.export or TorchScript."""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import warnings
+from pathlib import Path
+
+import torch
+
+from medseg.cli import one_line
+from medseg.files import atomic_write
+from medseg.images import mean_and_std
+from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, check_metadata
+
+ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+ONNX_LIMIT = 2**31 - 2**20  # bytes of an ONNX file, and some for what is not weights
+MAX_DIFFERENCE = 1e-4  # from PyTorch's probabilities; float32 elsewhere differs by about 1e-6
+METADATA_FILE = "metadata.json"  # in .pt2 and .torchscript
+# (B, H, W) that a file is checked on: any size is to work, and any batch.
+SHAPES = ((1, 1, 1), (1, 37, 50), (1, 255, 257), (1, 64, 96), (3, 37, 50), (1, 640, 640))
+EXAMPLE = (2, 37, 50)  # what exporters trace with: no multiple of a stride, no side of 1
+
+
+def export(model, path):
+    """Write a UNet on the CPU to `path`; the suffix decides the format, see FORMATS.
+
+    Any batch, height and width. The file's metadata hold class names, image size, n_channels and
+    the mean and deviation of the normalisation (of 0..1). A file of that name is replaced, but
+    only once the new one has been run and compared with PyTorch on SHAPES.
+    Returns the largest difference of the probabilities. Raises ValueError where it is more than
+    MAX_DIFFERENCE, or the format cannot hold the network, and leaves nothing behind then.
+    """
+    path = Path(path)
+    write, load = FORMATS[check_target(path)]
+    model.eval()
+    with atomic_write(path) as file, quiet():
+        try:
+            file.write(write(model, metadata_of(model)))
+            file.flush()
+            difference = largest_difference(model, load(Path(file.name)))
+        except OSError:
+            raise
+        except Exception as error:  # exporters have many kinds
+            raise ValueError(f"{path}: cannot be exported: {one_line(error):.400}") from None
+        if not difference <= MAX_DIFFERENCE:  # nan too
+            raise ValueError(
+                f"{path}: not written, for it differs from PyTorch by {difference:.1e}; "
+                "another version of PyTorch or onnxruntime may do better"
+            )
+    return difference
+
+
+def check_target(path):
+    """The suffix of an export. ValueError where it names no format or a library is missing."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"--export {path}: name a file that ends in {', '.join(FORMATS)}")
+    if suffix == ".onnx":
+        for name in ONNX_LIBRARIES:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                install = f"pip install {' '.join(ONNX_LIBRARIES)}"
+                raise ValueError(f"--export {path}: needs {name}: {install}") from None
+    return suffix
+
+
+def metadata_of(model):
+    """What a program needs to know of a UNet, JSON values. ValueError for 2 or 4 channels."""
+    mean, std = mean_and_std(model.n_channels)
+    metadata = {
+        "class_names": list(model.class_names),
+        "image_size": model.image_size,
+        "n_channels": model.n_channels,
+        "mean": list(mean),
+        "std": list(std),
+    }
+    return check_metadata(metadata)
+
+
+def largest_difference(model, run):
+    """Between the probabilities of a UNet and of run(images), over SHAPES."""
+    generator, difference = torch.Generator().manual_seed(0), 0.0
+    for batch, height, width in SHAPES:
+        images = torch.randn(batch, model.n_channels, height, width, generator=generator)
+        with torch.inference_mode():
+            change = (torch.as_tensor(run(images)) - model(images)).abs().max().item()
+        if math.isnan(change):
+            return change
+        difference = max(difference, change)
+    return difference
+
+
+@contextlib.contextmanager
+def quiet():
+    """Exporters warn of their own insides, and of TorchScript that it is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# ---- ONNX: what onnxruntime and most other programs read -------------------------------------
+
+
+def _write_onnx(model, metadata):
+    from onnx import helper
+
+    weights = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
+    if weights > ONNX_LIMIT:
+        raise ValueError(
+            f"an ONNX file holds at most 2 GB, and the weights take {weights} bytes; "
+            "name a file that ends in .pt2"
+        )
+    proto = torch.onnx.export(
+        model,
+        (_example(model),),
+        dynamo=True,
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        verbose=False,
+    ).model_proto
+    for part in (*proto.graph.node, *proto.graph.value_info):
+        del part.metadata_props[:]  # lines of code, and the folders it lay in
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+    helper.set_model_props(proto, texts)
+    return proto.SerializeToString()
+
+
+def _load_onnx(path):
+    model = OnnxModel(path)
+    return lambda images: model.run(images.numpy())
+
+
+# ---- torch.export: for PyTorch, from Python and C++ ------------------------------------------
+
+
+def _write_pt2(model, metadata):
+    try:
+        from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
+    except ImportError:
+        raise ValueError(
+            f"PyTorch {torch.__version__} cannot export sides of any size to .pt2: "
+            "pip install --upgrade torch, or export to .onnx"
+        ) from None
+    # Unlike torch.export.Dim, these include sides of 1.
+    batch, height, width = (ShapeVar(name, min=1) for name in ("batch", "height", "width"))
+    shape = TensorSpec([batch, model.n_channels, height, width])
+    shapes = ShapesSpec(params=ParamsSpec({"x": shape}))
+    program = torch.export.export(model, (_example(model),), dynamic_shapes=shapes)
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
+    return file.getvalue()
+
+
+def _load_pt2(path):
+    with open(path, "rb") as file:
+        return torch.export.load(file).module()
+
+
+# ---- TorchScript: for older programs; PyTorch has deprecated it ------------------------------
+
+
+def _write_torchscript(model, metadata):
+    file = io.BytesIO()
+    # The check runs the network once more on the same example; ours takes others.
+    traced = torch.jit.trace(model, _example(model), check_trace=False)
+    torch.jit.save(traced, file, _extra_files={METADATA_FILE: json.dumps(metadata)})
+    return file.getvalue()
+
+
+def _load_torchscript(path):
+    return torch.jit.load(str(path))
+
+
+def _example(model):
+    batch, height, width = EXAMPLE
+    return torch.zeros(batch, model.n_channels, height, width)
+
+
+# {suffix: (write(model, metadata) -> bytes, load(path) -> run(images))}
+FORMATS = {
+    ".onnx": (_write_onnx, _load_onnx),
+    ".pt2": (_write_pt2, _load_pt2),
+    ".torchscript": (_write_torchscript, _load_torchscript),
+}

@@ -1,0 +1,227 @@
+"""The network in an ONNX file, run through onnxruntime: prediction without PyTorch."""
+
+import json
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from medseg.cli import one_line
+
+INPUT, OUTPUT = "images", "probabilities"
+KEYS = ("class_names", "image_size", "n_channels", "mean", "std")  # of the metadata, JSON each
+MAX_FIELDS, MAX_TEXT = 1_000_000, 100_000  # of a file's structure; bytes of one metadata value
+
+# The parts of an ONNX file (onnx.proto) in which a tensor can lie: {message: {field: message}}.
+MESSAGES = {
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {
+        **{5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+        **{22: "sparse tensor", 23: "sparse tensor"},
+    },
+    "sparse tensor": {1: "tensor", 2: "tensor"},
+    "tensor": {},
+}
+METADATA, EXTERNAL_DATA, DATA_LOCATION = 14, 13, 14  # fields: of model, tensor and tensor
+VARINT, EIGHT_BYTES, LENGTH_DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # protobuf's wire types
+
+
+class OnnxModel:
+    """A file of `predict.py --export model.onnx` as predict.py uses it, on the CPU.
+
+    image_size, n_channels, n_classes, class_names: as of `net.UNet`. batch_size: how many images
+    to predict at a time. The number of threads is OMP_NUM_THREADS, else that of the cores that
+    this process may use.
+    Raises FileNotFoundError; ValueError for any other file, and where onnxruntime is missing.
+    What can be told from the file's structure is checked before onnxruntime sees it.
+    """
+
+    batch_size = 4  # as `medseg.device.inference_batch_size` of a CPU
+
+    def __init__(self, path):
+        self.path, metadata = Path(path), read_metadata(path)
+        self.image_size, self.n_channels = metadata["image_size"], metadata["n_channels"]
+        self.class_names = tuple(metadata["class_names"])
+        self.n_classes = len(self.class_names)
+        # In float32, as data.py does it: the same pixels give the same numbers.
+        self.mean, self.std = (np.float32(metadata[key]) * np.float32(255) for key in KEYS[-2:])
+        try:
+            import onnxruntime
+        except ImportError:
+            raise ValueError(f"{path}: needs onnxruntime: pip install onnxruntime") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = available_threads()
+        options.log_severity_level = 4  # errors are raised, and one line is enough
+        self.run_options = onnxruntime.RunOptions()
+        self.run_options.log_severity_level = 4
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # of kinds of its own
+            raise ValueError(f"{path}: refused by onnxruntime ({one_line(error)})") from None
+        self._check_signature()
+
+    def _check_signature(self):
+        """ValueError unless input and output are those that `medseg.export` writes."""
+        signature = []
+        for values in (self.session.get_inputs(), self.session.get_outputs()):
+            for value in values:
+                shape = [side if isinstance(side, int) else "any" for side in value.shape]
+                signature.append((value.name, value.type, shape))
+        expected = []
+        for name, channels in ((INPUT, self.n_channels), (OUTPUT, self.n_classes)):
+            expected.append((name, "tensor(float)", ["any", channels, "any", "any"]))
+        if signature != expected:
+            raise not_ours(self.path, f"its inputs and outputs are {signature!r:.300}")
+
+    def run(self, images):
+        """Normalised float32 (B, n_channels, H, W) -> probabilities float32 (B, n_classes, H, W).
+
+        Raises ValueError where the network fails or what it returns are no probabilities.
+        """
+        try:
+            (result,) = self.session.run([OUTPUT], {INPUT: images}, self.run_options)
+        except Exception as error:  # of kinds of its own
+            size = "x".join(map(str, images.shape))
+            raise ValueError(f"{self.path}: failed on {size} ({one_line(error)})") from None
+        shape = (len(images), self.n_classes, *images.shape[2:])
+        if result.shape != shape or not ((result >= 0) & (result <= 1)).all():
+            raise not_ours(self.path, "what it returns are no probabilities")
+        return result
+
+    def probabilities(self, pixels):
+        """uint8 (B, H, W, n_channels) -> float32 (B, n_classes, H, W), values 0..1."""
+        images = (pixels.astype(np.float32) - self.mean) / self.std
+        return self.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def not_ours(path, reason):
+    """The ValueError for an ONNX file that another program wrote."""
+    return ValueError(f"{path}: not written by `python predict.py --export`: {reason}")
+
+
+def available_threads():
+    """OMP_NUM_THREADS, or the number of cores that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) <= 1024:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# ---- the file, before onnxruntime sees it ----------------------------------------------------
+
+
+def read_metadata(path):
+    """What `medseg.export` wrote into an ONNX file: {"class_names": [str], "mean": [float], ...}.
+
+    Raises FileNotFoundError; ValueError for a file that is damaged, keeps weights in other files,
+    or has no such metadata.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ValueError("it is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                found = _scan(data)
+    except FileNotFoundError:
+        hint = "`python predict.py --export` writes it"
+        raise FileNotFoundError(f"{path}: no such file; {hint}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not an ONNX file that can be used: {error}") from None
+    missing = [key for key in KEYS if key not in found]
+    if missing:
+        raise not_ours(path, f"it has no {' and '.join(missing)} in its metadata")
+    try:
+        return check_metadata({key: json.loads(found[key]) for key in KEYS})
+    except (ValueError, RecursionError) as error:
+        raise not_ours(path, f"metadata: {one_line(error)}") from None
+
+
+def check_metadata(metadata):
+    """`metadata`, where its values can be those of a UNet. Raises ValueError."""
+    names, size, n_channels, mean, std = (metadata[key] for key in KEYS)
+    if not isinstance(names, list) or not 1 <= len(names) <= 255:
+        raise ValueError("class_names is not a list of 1 to 255 names")
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError("class_names holds something else than names")
+    if size is not None and (type(size) is not int or not 1 <= size <= 8192):
+        raise ValueError(f"image_size {size!r:.20}")
+    if type(n_channels) is not int or n_channels not in (1, 3):
+        raise ValueError(f"n_channels {n_channels!r:.20}")
+    for key, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, list) or len(values) != n_channels:
+            raise ValueError(f"{key} is not a list of {n_channels}")
+        if not all(type(value) in (int, float) and abs(value) <= 1e6 for value in values):
+            raise ValueError(f"{key} {values!r:.60}")
+    if min(std) < 1e-6:
+        raise ValueError(f"std {std!r:.60}")
+    return metadata
+
+
+def _scan(data):
+    """{key: text} of the metadata in `data`, bytes of an ONNX file, each field of it looked at.
+
+    Raises ValueError where the structure is damaged, or a tensor lies in another file.
+    """
+    metadata, count, graphs = {}, 0, 0
+    pending = [("model", 0, len(data))]
+    while pending:  # not recursion, whose depth the file would decide
+        message, *limits = pending.pop()
+        for field, value, part in _fields(data, *limits):
+            count += 1
+            if count > MAX_FIELDS:
+                raise ValueError(f"more than {MAX_FIELDS} fields")
+            if message == "tensor" and field in (EXTERNAL_DATA, DATA_LOCATION):
+                if part or value:
+                    raise ValueError("its weights lie in another file, which is not read")
+            elif message == "model" and field == METADATA and part:
+                entry = {key: data[slice(*text)] for key, _, text in _fields(data, *part) if text}
+                if len(entry.get(2, b"")) <= MAX_TEXT:
+                    key, text = (entry.get(number, b"").decode() for number in (1, 2))
+                    metadata[key] = text
+            elif field in MESSAGES[message] and part:
+                pending.append((MESSAGES[message][field], *part))
+                graphs += message == "model"
+    if not graphs:
+        raise ValueError("it holds no network")
+    return metadata
+
+
+def _fields(data, position, end):
+    """Yield (field number, value, None) or (field number, None, (start, end)) of a message.
+
+    Protocol buffers' encoding: https://protobuf.dev/programming-guides/encoding
+    """
+    while position < end:
+        key, position = _varint(data, position, end)
+        kind, value, part = key & 7, None, None
+        if kind == VARINT:
+            value, position = _varint(data, position, end)
+        elif kind == LENGTH_DELIMITED:
+            length, position = _varint(data, position, end)
+            part = (position, position + length)
+            position += length
+        elif kind in (EIGHT_BYTES, FOUR_BYTES):
+            position += 8 if kind == EIGHT_BYTES else 4
+        else:
+            raise ValueError("not in the ONNX format")
+        if position > end:
+            raise ValueError("it is damaged, or only a part")
+        yield key >> 3, value, part
+
+
+def _varint(data, position, end):
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= end:
+            break
+        byte = data[position]
+        value, position = value | (byte & 127) << shift, position + 1
+        if byte < 128:
+            return value, position
+    raise ValueError("it is damaged, or not in the ONNX format")
