@@ -8,6 +8,8 @@ examples:
   python predict.py dataset/test                     # annotated: also report.json, report.png
   python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
+  python predict.py --export model.onnx              # the model for other programs
+  python predict.py scan.png --model model.onnx      # and here, without PyTorch
   torchrun --standalone --nproc_per_node=4 predict.py scans/   # a folder on four GPUs
   python predict.py --page                           # a page in the browser; needs gradio
 
@@ -17,6 +19,7 @@ trained on crops takes each image at its own size.
 """
 
 import os
+import shlex
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -24,21 +27,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import net
-from data import Batches, load_split, normalize, open_split
 from medseg.cli import ArgumentParser, number, run_main
 from medseg.coco import ANNOTATIONS, check_classes
-from medseg.device import (
-    available_device,
-    inference_batch_size,
-    keep_freed_memory,
-    out_of_memory,
-    pick_device,
-)
 from medseg.files import parallel_map
 from medseg.images import (
     IMAGE_SIZE,
@@ -55,6 +48,7 @@ from medseg.images import (
 )
 from medseg.inputs import choose_output, expand, sort_inputs
 from medseg.medical import base_name, mask_name
+from medseg.onnx_model import OnnxModel
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 
@@ -64,7 +58,12 @@ def load_model(model_path="best_model.pth", device="cuda"):
 
     Raises FileNotFoundError; ValueError where the file does not hold the weights of a UNet.
     """
-    model = net.load_model(model_path)
+    import torch
+
+    from medseg.device import available_device
+    from net import load_model
+
+    model = load_model(model_path)
     return model.to(available_device(device), memory_format=torch.channels_last).eval()
 
 
@@ -75,28 +74,18 @@ def preprocess_image(image_path, *, image_size=IMAGE_SIZE, n_channels=3):
     height and width. n_channels is 3, or 1 for grey. Raises FileNotFoundError or ValueError as
     `medseg.images.read_image` does.
     """
+    import torch
+
+    from data import normalize
+
     image = image_path if isinstance(image_path, Image.Image) else read_image(image_path)
     pixels = preprocess(image, image_size, n_channels)
     return normalize(torch.from_numpy(pixels)[None]), Image.fromarray(pixels.squeeze())
 
 
-def predict_mask(
-    model, image_tensor, device="cuda", threshold=0.5, *, size=None, return_highest=False
-):
-    """Normalised image (B, 3, H, W) -> float32 mask (B, C, H, W), 1 above the threshold.
-
-    size: (width, height) of the one image of the batch as it was. The probabilities are resized to
-    it first, and the mask is (1, 1, height, width), on the CPU, and holds class numbers: 0 for
-    background, 1 for the first class, and so on.
-    return_highest: return (mask, highest probability of each class in the batch, array (C,)).
-    """
-    probabilities = predict_probabilities(model, image_tensor, device)
-    if size is None:
-        mask = (probabilities > threshold).float()
-    else:
-        labels = full_size_labels(probabilities[0].cpu().numpy(), size, threshold)
-        mask = torch.from_numpy(labels)[None, None].float()
-    return (mask, probabilities.amax((0, 2, 3)).cpu().numpy()) if return_highest else mask
+def predict_mask(model, image_tensor, device="cuda", threshold=0.5):
+    """Normalised image (B, 3, H, W) -> float32 mask (B, C, H, W), 1 above the threshold."""
+    return (predict_probabilities(model, image_tensor, device) > threshold).float()
 
 
 def predict_probabilities(model, image_tensor, device="cuda"):
@@ -104,6 +93,10 @@ def predict_probabilities(model, image_tensor, device="cuda"):
 
     Raises ValueError where the memory does not suffice.
     """
+    import torch
+
+    from medseg.device import available_device, out_of_memory
+
     device, (count, _, height, width) = available_device(device), image_tensor.shape
     try:
         with torch.inference_mode():
@@ -116,11 +109,6 @@ def predict_probabilities(model, image_tensor, device="cuda"):
         raise ValueError(
             f"out of {memory} with {count} x {width}x{height} pixels: {other}give smaller images"
         ) from None
-
-
-def batch_size_of(model, device):
-    """Images at a time: one where the model takes each image at its own size."""
-    return inference_batch_size(device) if model.image_size else 1
 
 
 def visualize_result(
@@ -157,31 +145,93 @@ def visualize_result(
     save_png(with_legend(figure, class_names), path)
 
 
+# ---- the model: weights in PyTorch, or an ONNX file without it -------------------------------
+
+
+class TorchModel:
+    """A UNet on its device with the attributes and the method of `medseg.onnx_model.OnnxModel`."""
+
+    def __init__(self, model, device):
+        from medseg.device import inference_batch_size
+
+        self.model, self.device = model, device
+        self.image_size, self.n_channels = model.image_size, model.n_channels
+        self.class_names, self.n_classes = model.class_names, model.n_classes
+        # Images of their own size come one at a time.
+        self.batch_size = inference_batch_size(device) if model.image_size else 1
+
+    def probabilities(self, pixels):
+        """uint8 (B, H, W, n_channels) -> float32 (B, n_classes, H, W), values 0..1."""
+        import torch
+
+        from data import normalize
+
+        images = normalize(torch.from_numpy(pixels))
+        return predict_probabilities(self.model, images, self.device).cpu().numpy()
+
+
+def find_device(name, path):
+    """The device that --device `name` means for the model file `path`; of ONNX files, None.
+
+    Raises ValueError where there is no such device, or the file cannot run on it.
+    """
+    if is_onnx(path):
+        if name not in ("auto", "cpu"):
+            raise ValueError(f"--device {name}: {path} runs on the CPU; a GPU needs the .pth file")
+        return None
+    from medseg.device import pick_device
+
+    return pick_device(name)
+
+
+def open_model(path, device="cuda"):
+    """The TorchModel or OnnxModel in a file, by its suffix.
+
+    Raises FileNotFoundError; ValueError where it holds no model that can be run here.
+    """
+    if Path(path).suffix.lower() in (".pt2", ".torchscript"):
+        raise ValueError(
+            f"{path}: made for other programs; give --model the weights (.pth) it was exported "
+            "from, or an export to .onnx"
+        )
+    if is_onnx(path):
+        return OnnxModel(path)
+    from medseg.device import available_device, keep_freed_memory
+
+    device = available_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return TorchModel(load_model(path, device), device)
+
+
+def is_onnx(path):
+    return Path(path).suffix.lower() == ".onnx"
+
+
 # ---- one image, many, a volume, a folder with annotations ------------------------------------
 
 
-def predict_one(model, picture, output, threshold, device):
-    """Predict one image; write the mask and, where `output` is a folder, the tutorial's figure."""
+def predict_one(model, picture, output, threshold):
+    """Predict one image; write the mask and, where `output` is a folder, the tutorial's figure.
+
+    model, here and below: a TorchModel or OnnxModel.
+    """
     image = picture.load()
-    image_tensor, _ = preprocess_image(
-        image, image_size=model.image_size, n_channels=model.n_channels
-    )
+    pixels = preprocess(image, model.image_size, model.n_channels)
     try:
-        mask, highest = predict_mask(
-            model, image_tensor, device, threshold, size=image.size, return_highest=True
-        )
-    except ValueError as error:
+        (probabilities,) = model.probabilities(pixels[None])
+    except ValueError as error:  # out of memory
         raise ValueError(f"{picture.path}: {error}") from None
-    labels, written = mask[0, 0].numpy().astype(np.uint8), [output]
+    labels, written = full_size_labels(probabilities, image.size, threshold), [output]
     if output.is_dir():
         written = [output / f"{picture.name}_mask.png", output / "predictions.png"]
         visualize_result(image, labels, path=written[1], class_names=model.class_names)
     save_mask(labels, written[0], model.class_names)
-    print(describe(picture.path, labels, highest, model.class_names))
+    print(describe(picture.path, labels, probabilities.max((1, 2)), model.class_names))
     print(f"saved {' and '.join(map(str, written))}")
 
 
-def predict_many(model, pictures, output, threshold, device):
+def predict_many(model, pictures, output, threshold):
     """Predict images in batches; write a mask and an overlay for each.
 
     Decoding runs ahead and writing behind in threads, a few batches of each at most; the threads
@@ -201,7 +251,7 @@ def predict_many(model, pictures, output, threshold, device):
         save_png(drawn, output / f"{picture.name}_overlay.png", compress_level=1)
         return describe(picture.path, labels, probabilities.max((1, 2)), names)
 
-    batch_size, names, total = batch_size_of(model, device), model.class_names, len(pictures)
+    batch_size, names, total = model.batch_size, model.class_names, len(pictures)
     problems, batch, writing = [], [], deque()
     with ThreadPoolExecutor() as pool, tqdm(total=total, unit=" images", disable=None) as bar:
 
@@ -217,9 +267,8 @@ def predict_many(model, pictures, output, threshold, device):
             else:
                 batch.append(item)
             if batch and (len(batch) == batch_size or count == total):
-                images = normalize(torch.from_numpy(np.stack([pixels for *_, pixels in batch])))
                 try:
-                    probabilities = predict_probabilities(model, images, device).cpu().numpy()
+                    probabilities = model.probabilities(np.stack([pixels for *_, pixels in batch]))
                     for (picture, image, _), own in zip(batch, probabilities, strict=True):
                         writing.append(pool.submit(write, picture, image, own))
                 except ValueError as error:  # out of memory
@@ -231,20 +280,19 @@ def predict_many(model, pictures, output, threshold, device):
     return problems
 
 
-def predict_volume(model, path, output, threshold, device, window):
+def predict_volume(model, path, output, threshold, window):
     """Predict every slice of a NIfTI volume; write a mask volume and a montage of slices."""
     from medseg.nifti import montage, open_nifti, write_mask
 
     volume, names = open_nifti(path), model.class_names
     pictures, highest = volume.pictures(window), np.zeros(len(names))
     masks = np.zeros((len(pictures), *pictures[0].shape), np.uint8)
-    batches = np.arange(0, len(pictures), inference_batch_size(device))
+    batches = np.arange(0, len(pictures), model.batch_size)
     for start in tqdm(batches, path.name, unit=" batches", disable=None):
-        indices = range(start, min(start + inference_batch_size(device), len(pictures)))
+        indices = range(start, min(start + model.batch_size, len(pictures)))
         images = [Image.fromarray(pictures[index]) for index in indices]
         rows = [preprocess(image, model.image_size, model.n_channels) for image in images]
-        batch = normalize(torch.from_numpy(np.stack(rows)))
-        probabilities = predict_probabilities(model, batch, device).cpu().numpy()
+        probabilities = model.probabilities(np.stack(rows))
         highest = np.maximum(highest, probabilities.max((0, 2, 3)))
         for index, own in zip(indices, probabilities, strict=True):
             masks[index] = full_size_labels(own, images[0].size, threshold)
@@ -258,29 +306,26 @@ def predict_volume(model, path, output, threshold, device, window):
     print(f"saved {' and '.join(map(str, written))}")
 
 
-def predict_rows(model, rows, *, device):
-    """Yield (targets bool, probabilities float32), arrays (B, C, S, S), for all `rows`.
+def predict_rows(model, rows):
+    """Yield (targets bool, probabilities float32), arrays (B, C, H, W), for all `rows`.
 
     Of RaggedRows each batch is one image, of its own height and width.
     """
-    batches = Batches(
-        rows,
-        inference_batch_size(device),
-        device,
-        n_channels=model.n_channels,
-        n_classes=model.n_classes,
-    )
-    for images, masks in batches:
-        probabilities = predict_probabilities(model, images, device)
-        yield masks.cpu().numpy() > 0.5, probabilities.cpu().numpy()
+    for start in range(0, len(rows), model.batch_size):
+        end = min(start + model.batch_size, len(rows))
+        batch = np.stack([rows[index] for index in range(start, end)])
+        pixels, masks = np.split(batch, [model.n_channels], axis=3)
+        masks = np.unpackbits(masks, axis=3, count=model.n_classes, bitorder="little")
+        yield masks.transpose(0, 3, 1, 2) > 0, model.probabilities(pixels)
 
 
-def report(model, folder, output, threshold, device):
+def report(model, folder, output, threshold):
     """Score a folder that has annotations; write report.json and report.png to `output`.
 
     Returns what report.json holds. The threshold that suits the model best is sought in the split
     `valid` beside the folder, never in the folder itself.
     """
+    from data import load_split, open_split
     from medseg.report import write_report
 
     def load(folder):
@@ -295,7 +340,7 @@ def report(model, folder, output, threshold, device):
     rows, valid_rows = load(place), None
     if (valid / ANNOTATIONS).exists() and not valid.samefile(place):
         valid_rows = load(valid)
-    predict = partial(predict_rows, model, device=device)
+    predict = partial(predict_rows, model)
     class_names = model.class_names
     return write_report(
         output, str(folder), names, rows, valid_rows, predict, threshold, class_names
@@ -316,29 +361,15 @@ def print_report(folder, output, scores, intervals):
         print(f"  {name.removeprefix('dice/')}: Dice {said[name]}")
 
 
-def score(model, folders, output, threshold, device):
+def score(model, folders, output, threshold):
     """Write and print the report of the one annotated folder."""
     if len(folders) > 1:
         raise ValueError(
             f"{folders[0]} and {folders[1]} both have annotations, and a report is of one "
             "folder: score them apart, with another --output"
         )
-    result = report(model, folders[0], output, threshold, device)
+    result = report(model, folders[0], output, threshold)
     print_report(folders[0], output, result["scores"], result["confidence_95"])
-
-
-class Predictor:
-    """What `medseg.page` predicts with."""
-
-    def __init__(self, model, device):
-        self.image_size, self.n_channels = model.image_size, model.n_channels
-        self.class_names = model.class_names
-        self._model, self._device = model, device
-
-    def probabilities(self, pixels):
-        """uint8 array (B, S, S, n_channels) -> float32 array (B, n_classes, S, S) of 0..1."""
-        images = normalize(torch.from_numpy(pixels))
-        return predict_probabilities(self._model, images, self._device).cpu().numpy()
 
 
 # ---- the command line ------------------------------------------------------------------------
@@ -357,6 +388,23 @@ def example():
     )
 
 
+def export_model(target, path, inputs):
+    """Write the weights in the file `path` to `target`, in the format of its suffix."""
+    if inputs:
+        raise ValueError(f"--export {target}: takes no image; predict afterwards, with --model")
+    if Path(path).suffix.lower() in (".onnx", ".pt2", ".torchscript"):
+        raise ValueError(f"{path}: an export already; give --model the weights (.pth)")
+    from medseg.export import SHAPES, check_target, export
+    from net import load_model
+
+    check_target(target)
+    difference = export(load_model(path), target)
+    sizes = ", ".join("x".join(map(str, shape)) for shape in SHAPES)
+    print(f"saved {target}; largest difference from PyTorch {difference:.1e} (BxHxW {sizes})")
+    if target.lower().endswith(".onnx"):
+        print(f"next: python predict.py IMAGE --model {shlex.quote(target)}")
+
+
 def make_parser():
     parser = ArgumentParser("predict.py", __doc__)
     parser.add_argument(
@@ -366,7 +414,7 @@ def make_parser():
         help="JPEG, PNG, TIFF, BMP, DICOM or NIfTI; without one, the tutorial's example image",
     )
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="best_model.pth", metavar="FILE", help="weights, ours or the tutorial's")
+    add("--model", default="best_model.pth", metavar="FILE", help="weights or an ONNX file")
     add(
         "--threshold",
         type=number(0.0, 1.0, float),
@@ -374,6 +422,12 @@ def make_parser():
         help="foreground is above this probability",
     )
     add("--device", default="auto", help="auto, cuda, mps, cpu, or the number of a GPU")
+    add(
+        "--export",
+        metavar="FILE",
+        help="write --model to FILE for other programs: .onnx, .pt2 (torch.export) or "
+        ".torchscript (torch.jit, which PyTorch has deprecated)",
+    )
     add = parser.add_argument_group("files").add_argument
     add(
         "--output",
@@ -397,18 +451,19 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
 
-    device = pick_device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    if args.export:
+        export_model(args.export, args.model, args.inputs)
+        return
+    device = find_device(args.device, args.model)
     window = tuple(args.window) if args.window else None
     if args.page:
         from medseg.page import serve
 
         if args.inputs or args.output:
             raise ValueError("--page takes no images and no --output: drop images on the page")
-        predictor = Predictor(load_model(args.model, device), device)
         address = {"host": args.host, "port": args.port}
-        serve(predictor, args.model, **address, threshold=args.threshold, window=window)
+        model = open_model(args.model, device)
+        serve(model, args.model, **address, threshold=args.threshold, window=window)
         return
     paths = expand(args.inputs) if args.inputs else [example()]
     named_one = len(paths) == 1 and not any(Path(given).is_dir() for given in args.inputs)
@@ -416,30 +471,30 @@ def main(argv=None):
     if named_one and problems:
         raise ValueError(problems[0])
     single = named_one and len(pictures) + len(volumes) == 1
-    model = load_model(args.model, device)
+    model = open_model(args.model, device)
     output = choose_output(args.output, single, paths)
     rank, world = 0, 1
     if "LOCAL_RANK" in os.environ:  # torchrun: to each process its part
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for path in volumes[rank::world]:
         try:
-            predict_volume(model, path, output, args.threshold, device, window)
+            predict_volume(model, path, output, args.threshold, window)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
             if single:
                 raise
     if single and pictures:
-        predict_one(model, pictures[0], output, args.threshold, device)
+        predict_one(model, pictures[0], output, args.threshold)
     if single:
         return
     pictures = pictures[rank::world]
     if pictures:
-        failed = predict_many(model, pictures, output, args.threshold, device)
+        failed = predict_many(model, pictures, output, args.threshold)
         problems += failed
         print(f"saved {len(pictures) - len(failed)} masks and overlays in {output}")
     annotated = [folder for folder in map(Path, args.inputs) if (folder / ANNOTATIONS).exists()]
     if annotated and rank == 0:
-        score(model, annotated, output, args.threshold, device)
+        score(model, annotated, output, args.threshold)
     if problems:
         raise ValueError(f"{len(problems)} of {len(paths)} left out: {'; '.join(problems)}")
 

@@ -40,11 +40,11 @@ class OnnxModel:
     What can be told from the file's structure is checked before onnxruntime sees it.
     """
 
-    batch_size = 4  # as `medseg.device.inference_batch_size` of a CPU
-
     def __init__(self, path):
         self.path, metadata = Path(path), read_metadata(path)
         self.image_size, self.n_channels = metadata["image_size"], metadata["n_channels"]
+        # As `medseg.device.inference_batch_size` of a CPU; images of their own size one by one.
+        self.batch_size = 4 if self.image_size else 1
         self.class_names = tuple(metadata["class_names"])
         self.n_classes = len(self.class_names)
         # In float32, as data.py does it: the same pixels give the same numbers.

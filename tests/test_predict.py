@@ -210,10 +210,10 @@ def test_many_are_predicted_as_one_is(place):
     lines = [line for line in result.stdout.splitlines() if "foreground" in line]
     predicted = [line.split(":")[0] for line in lines]
     assert predicted == [f"scans/{number:03}.png" for number in range(53)]
-    model = predict.load_model(place / "best_model.pth", "cpu")
+    model = predict.open_model(place / "best_model.pth", "cpu")
     for number in (0, 17, 52):
         (picture,) = pictures_in(folder / f"{number:03}.png", None)
-        predict.predict_one(model, picture, place, 0.5, "cpu")
+        predict.predict_one(model, picture, place, 0.5)
         name = f"{number:03}_mask.png"
         alone, among_many = Image.open(place / name), Image.open(place / "all" / name)
         np.testing.assert_array_equal(alone, among_many)
@@ -463,14 +463,14 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
 
     Without valid, no threshold is chosen.
     """
-    model = predict.load_model(place / "best_model.pth", "cpu")
+    model = predict.open_model(place / "best_model.pth", "cpu")
 
     def choose():
-        return predict.report(model, dataset / "test", place, 0.5, "cpu")["valid"]
+        return predict.report(model, dataset / "test", place, 0.5)["valid"]
 
     first = choose()
     rows = data.load_split(dataset, "valid", model.image_size)
-    predict_rows = functools.partial(predict.predict_rows, model, device="cpu")
+    predict_rows = functools.partial(predict.predict_rows, model)
     counts, _ = count_pixels(predict_rows, rows, first["thresholds"])
     dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in counts[:, :, 0].sum(0).tolist()]
     assert first["dice"] == pytest.approx(dice)
