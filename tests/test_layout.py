@@ -15,6 +15,7 @@ SCRIPTS = {
     "train": {"data", "net", "medseg"},
     "predict": {"data", "net", "medseg"},
     "download": {"medseg"},
+    "hubconf": {"net", "medseg"},
 }
 ROOMS = {path.stem: path for path in ROOT.glob("medseg/*.py") if path.stem != "__init__"}
 CODE = [*(ROOT / f"{name}.py" for name in SCRIPTS), *ROOMS.values()]

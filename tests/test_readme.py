@@ -19,7 +19,8 @@ OTHERS = {"--system-site-packages", "--max-restarts", "--id"}  # venv, torchrun,
 
 # Packages that are imported under another name, and those that no script imports.
 IMPORTED_AS = {"pillow": "PIL"}
-OPTIONAL = {"pydicom", "nibabel", "gradio"}  # imported when used; the error names the pip command
+# Imported when used; the error names the pip command.
+OPTIONAL = {"pydicom", "nibabel", "gradio", "onnx", "onnxscript", "onnxruntime"}
 WITH_GRADIO = {"fastapi", "uvicorn"}
 NOT_IMPORTED = {"six", "torchvision"}  # for kaggle; for the tutorial's transforms
 

@@ -1,0 +1,473 @@
+"""Exported files: PyTorch's probabilities and masks, without PyTorch; and what is refused."""
+
+import ast
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script_here
+from PIL import Image
+
+import predict
+from medseg import export
+from medseg.layers import ARCHITECTURES
+from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, available_threads, read_metadata
+from net import UNet
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+# One level where the words matter and not the depth: an export takes seconds for each level.
+NETWORKS = {
+    **{name: {**words, "depth": 1} for name, words in ARCHITECTURES.items()},
+    "tutorial": {},
+    "group": {"depth": 1, "n_filters": 8, "norm": "group", "n_classes": 2, "n_channels": 1},
+}
+SIZES = [(1, 1, 1), (1, 37, 50), (1, 255, 257), (3, 40, 33)]  # (B, H, W)
+
+
+def make_model(name, **arguments):
+    """A network whose output is far from constant: its weights are drawn anew."""
+    torch.manual_seed(0)
+    model = UNet(**{"n_filters": 2, "image_size": 32, **NETWORKS[name], **arguments})
+    for key, weight in model.named_parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight)
+        elif key.endswith("weight"):  # of a normalisation
+            weight.data.uniform_(0.5, 1.5)
+        else:
+            weight.data.normal_(0, 0.1)
+    for key, buffer in model.named_buffers():
+        if key.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif key.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_checks():
+    """640x640 once, in the tutorial's network; elsewhere the export's own check is small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "SHAPES", ((1, 1, 1), (2, 33, 40)))
+        # pytest would format what PyTorch traces, which doubles the time.
+        patch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """exported(name, suffix) -> path of a network's export, written once; its .pth is beside."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def write(name, suffix):
+        path = folder / f"{name}{suffix}"
+        if not path.exists():
+            model = make_model(name)
+            torch.save(model.state_dict(), path.with_suffix(".pth"))
+            assert export.export(model, path) < 1e-5
+        return path
+
+    return write
+
+
+# ---- the same probabilities ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", export.FORMATS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_probabilities_are_those_of_pytorch(name, suffix, exported):
+    model, (_, load) = make_model(name), export.FORMATS[suffix]
+    run = load(exported(name, suffix))
+    sizes = [*SIZES, (1, 640, 640)] if (name, suffix) == ("tutorial", ".onnx") else SIZES
+    for batch, height, width in sizes:
+        images = torch.randn(batch, model.n_channels, height, width)
+        with torch.no_grad():
+            expected = model(images)
+            result = torch.as_tensor(run(images))
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+        assert min(height, width) == 1 or expected.std() > 0.01
+
+
+def test_padding_is_that_of_an_independent_formula():
+    for depth in range(1, 9):
+        for padding in ("zeros", "reflect"):
+            with torch.device("meta"):
+                model = UNet(n_filters=1, depth=depth, padding=padding)
+            least = 2**depth * (2 if padding == "reflect" else 1)
+            for side in range(1, 1030):
+                padded = side + model._padding(side)
+                smallest = next(n for n in range(least, 2**11, 2**depth) if n >= side)
+                assert padded == smallest, (depth, padding, side)
+
+
+def test_normalisation_without_pytorch_is_that_of_training(exported):
+    from data import normalize
+
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8)
+    model, given = OnnxModel(exported("tutorial", ".onnx")), []
+    model.run = given.append
+    model.probabilities(pixels)
+    np.testing.assert_array_equal(given[0], normalize(torch.from_numpy(pixels)).numpy())
+
+
+def test_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert available_threads() == 3
+    for text in ("", "0", "many", "-1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert available_threads() == len(os.sched_getaffinity(0))
+
+
+# ---- metadata, read by others ----------------------------------------------------------------
+
+GREY = {"n_channels": 1, "mean": [0.449], "std": [0.226], "class_names": ["1", "2"]}
+METADATA = {
+    "tutorial": {
+        "class_names": ["foreground"],
+        "image_size": 32,
+        "n_channels": 3,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    },
+    "group": {**GREY, "image_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata(name, exported):
+    proto = onnx.load(exported(name, ".onnx"))
+    onnx.checker.check_model(proto)
+    found = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
+    assert found == METADATA[name] == read_metadata(exported(name, ".onnx"))
+    assert [value.name for value in proto.graph.input] == [INPUT]
+    assert [value.name for value in proto.graph.output] == [OUTPUT]
+    files = {export.METADATA_FILE: ""}
+    torch.jit.load(str(exported(name, ".torchscript")), _extra_files=files)
+    assert json.loads(files[export.METADATA_FILE]) == METADATA[name]
+    files = {export.METADATA_FILE: ""}
+    torch.export.load(str(exported(name, ".pt2")), extra_files=files)
+    assert json.loads(files[export.METADATA_FILE]) == METADATA[name]
+
+
+def test_an_export_names_no_folder_of_its_machine(exported):
+    assert str(ROOT).encode() not in exported("tutorial", ".onnx").read_bytes()
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+def write_inputs(folder):
+    """A picture, a DICOM file, a volume and a folder of pictures, of noise and squares."""
+    pydicom = pytest.importorskip("pydicom")
+    nibabel = pytest.importorskip("nibabel")
+    rng = np.random.default_rng(0)
+    (folder / "scans").mkdir()
+    for number in range(6):
+        pixels = rng.integers(0, 80, (50 + number, 70, 3), np.uint8)
+        pixels[10:30, 20:45] = 230
+        Image.fromarray(pixels).save(folder / "scans" / f"{number}.png")
+    shutil.copy(folder / "scans" / "0.png", folder / "scan.png")
+    nibabel.save(nibabel.Nifti1Image(pixels[..., 0:1].repeat(5, 2), np.eye(4)), folder / "v.nii.gz")
+    from pydicom.data import get_testdata_file
+
+    shutil.copy(get_testdata_file("CT_small.dcm"), folder / "ct.dcm")
+    assert pydicom.dcmread(folder / "ct.dcm").Rows == 128
+
+
+CASES = [("scan.png",), ("scans",), ("ct.dcm", "--window", "40", "400"), ("v.nii.gz",)]
+
+
+def test_masks_without_pytorch_are_those_with_it(exported, tmp_path):
+    write_inputs(tmp_path)
+    path = exported("tutorial", ".onnx")
+    for inputs in CASES:
+        predict.main(
+            [*map(str, (tmp_path / inputs[0], *inputs[1:])), *with_pytorch(path, tmp_path)]
+        )
+    code = (
+        "import sys, predict\n"
+        "for inputs in CASES:\n"
+        "    predict.main([*inputs, '--model', MODEL, '--output', 'onnx'])\n"
+        "print([name for name in sys.modules if name.partition('.')[0] == 'torch'])"
+    ).replace("CASES", repr(CASES))
+    result = subprocess.run(
+        [sys.executable, "-c", code.replace("MODEL", repr(str(path)))],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    masks = sorted((tmp_path / "onnx").glob("*_mask*"))
+    assert len(masks) == 1 + 6 + 1 + 1
+    for mask in masks:
+        assert mask.read_bytes() == (tmp_path / "torch" / mask.name).read_bytes(), mask.name
+    share = np.mean(np.asarray(Image.open(tmp_path / "onnx" / "3_mask.png")) > 0)
+    assert 0.02 < share < 0.98
+
+
+def with_pytorch(path, folder):
+    weights = path.with_suffix(".pth")
+    return "--model", str(weights), "--output", str(folder / "torch"), "--device", "cpu"
+
+
+def test_the_report_of_an_onnx_file_is_that_of_its_weights(exported, dataset, tmp_path):
+    reports = []
+    for suffix in (".onnx", ".pth"):
+        model = exported("tutorial", ".onnx").with_suffix(suffix)
+        arguments = (dataset / "test", "--model", model, "--output", tmp_path / suffix[1:])
+        result = script_here("predict.py", *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        reports.append(json.loads((tmp_path / suffix[1:] / "report.json").read_text()))
+    assert reports[0] == reports[1]
+
+
+def test_the_command_exports_and_replaces(tmp_path):
+    model = make_model("group", class_names=["gland", "Läsion"])
+    torch.save(model.state_dict(), tmp_path / "best_model.pth")
+    (tmp_path / "model.onnx").write_text("an earlier one")
+    result = script_here("predict.py", "--export", "model.onnx", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "largest difference" in result.stdout and "1x1x1, 2x33x40" in result.stdout
+    assert "next: python predict.py IMAGE --model model.onnx" in result.stdout
+    assert len(result.stdout.splitlines()) == 2 and not result.stderr.strip()
+    assert {path.name for path in tmp_path.iterdir()} == {"best_model.pth", "model.onnx"}
+    assert OnnxModel(tmp_path / "model.onnx").class_names == ("gland", "Läsion")
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with best_model.pth and an image, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(make_model("group").state_dict(), "best_model.pth")
+    Image.new("RGB", (40, 30)).save("scan.png")
+    return tmp_path
+
+
+def wrong(change):
+    write, load = export.FORMATS[".torchscript"]
+    return {".torchscript": (write, lambda path: lambda images: load(path)(images) + change)}
+
+
+@pytest.mark.parametrize("change", [2e-4, float("nan")])
+def test_an_export_that_differs_is_not_written(change, place, refused, monkeypatch):
+    (place / "model.torchscript").write_text("an earlier one")
+    monkeypatch.setattr(export, "FORMATS", wrong(change))
+    refused("predict", "--export", "model.torchscript", words=["differs from PyTorch by"])
+    assert (place / "model.torchscript").read_text() == "an earlier one"
+    assert len(list(place.iterdir())) == 3
+
+
+def test_an_interrupted_export_leaves_nothing(place, monkeypatch):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    write = export.FORMATS[".torchscript"][0]
+    monkeypatch.setattr(export, "FORMATS", {".torchscript": (write, interrupt)})
+    result = script_here("predict.py", "--export", "model.torchscript", cwd=place)
+    assert result.returncode == 130
+    assert {path.name for path in place.iterdir()} == {"best_model.pth", "scan.png"}
+
+
+def test_exports_that_are_refused(place, refused, monkeypatch):
+    before = sorted(place.iterdir())
+    for arguments, words in {
+        ("--export", "model.h5"): (".onnx, .pt2, .torchscript",),
+        ("--export", "model"): (".onnx",),
+        ("scan.png", "--export", "m.pt2"): ("takes no image",),
+        ("--export", "m.pt2", "--model", "other.onnx"): ("an export already",),
+        ("--export", "m.pt2", "--model", "none.pth"): ("none.pth", "train.py"),
+        ("--export", "scan.png/m.pt2"): ("scan.png",),
+    }.items():
+        refused("predict", *arguments, words=words)
+    for name in export.ONNX_LIBRARIES:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            command = "pip install onnx onnxscript onnxruntime"
+            refused("predict", "--export", "model.onnx", words=[f"needs {name}", command])
+    monkeypatch.setattr(export, "ONNX_LIMIT", 1000)
+    refused("predict", "--export", "model.onnx", words=["model.onnx", "at most 2 GB"])
+    torch.save(UNet(2, 1, 2, depth=1).state_dict(), "best_model.pth")
+    refused("predict", "--export", "m.torchscript", words=["m.torchscript", "n_channels 2"])
+    assert sorted(place.iterdir()) == before
+
+
+def onnx_file(path, proto, **metadata):
+    """Write `proto` with other metadata (None: without that key) to `path`; returns its name."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    texts = {entry.key: entry.value for entry in proto.metadata_props}
+    texts.update(metadata)
+    del changed.metadata_props[:]
+    onnx.helper.set_model_props(changed, {key: text for key, text in texts.items() if text})
+    path.write_bytes(changed.SerializeToString())
+    return path.name
+
+
+LIES = [
+    {"class_names": None},
+    {"class_names": '["a"]'},
+    {"class_names": '["a", 2]'},
+    {"class_names": "[]"},
+    {"class_names": '"ab"'},
+    {"class_names": json.dumps(["x"] * 300)},
+    {"class_names": "[" * 90_000},
+    {"class_names": json.dumps(["x" * 200_000, "b"])},
+    {"image_size": "1000000000"},
+    {"image_size": "0"},
+    {"image_size": "true"},
+    {"image_size": "9" * 6000},
+    {"n_channels": "3"},
+    {"n_channels": "2"},
+    {"n_channels": "[1]"},
+    {"mean": "[0.1, 0.2]"},
+    {"mean": "[Infinity]"},
+    {"mean": "0.1"},
+    {"std": "[0]"},
+    {"std": "[NaN]"},
+    {"std": "[-1]"},
+    {"std": "not json"},
+]
+
+
+def test_metadata_that_lie(exported, place, refused):
+    proto = onnx.load(exported("group", ".onnx"))
+    for change in LIES:
+        name = onnx_file(place / "lie.onnx", proto, **change)
+        refused("predict", "scan.png", "--model", name, words=["lie.onnx"])
+    no_size = onnx_file(place / "none.onnx", proto, image_size="null")
+    assert OnnxModel(no_size).image_size is None
+    assert not list(place.glob("*_mask.png"))
+
+
+def external(proto, location, attribute=False):
+    """The same network, whose first weights lie in another file."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    tensor = changed.graph.initializer[0]
+    if attribute:
+        tensor = changed.graph.node.add(op_type="Constant", output=["x"]).attribute.add().t
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return changed
+
+
+def other_network(name="images", sides=("b", 1, "h", "w"), operator="Sigmoid", size=None):
+    """An ONNX file of one operator, with the metadata of ours."""
+    kind, helper = onnx.TensorProto.FLOAT, onnx.helper
+    out = helper.make_tensor_value_info("probabilities", kind, size or sides)
+    node = helper.make_node(operator, [name], ["probabilities"])
+    given = helper.make_tensor_value_info(name, kind, sides)
+    graph = helper.make_graph([node], "other", [given], [out])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    helper.set_model_props(
+        model,
+        {
+            key: json.dumps(value)
+            for key, value in {**METADATA["group"], "class_names": ["a"]}.items()
+        },
+    )
+    return model
+
+
+def test_hostile_files(exported, place, refused):
+    good = exported("group", ".onnx")
+    proto, content = onnx.load(good), good.read_bytes()
+    files = {
+        "text": b"this is no network\n" * 50,
+        "empty": b"",
+        "zeros": bytes(1000),
+        "weights": (place / "best_model.pth").read_bytes(),
+        **{f"cut{share}": content[: len(content) * share // 10] for share in (1, 5, 9)},
+        "short": content[:-1],
+        "passwd": external(proto, "../../../../etc/passwd").SerializeToString(),
+        "beside": external(proto, "scan.png").SerializeToString(),
+        "constant": external(proto, "scan.png", attribute=True).SerializeToString(),
+        "name": other_network("pictures").SerializeToString(),
+        "rank": other_network(sides=("b", 1, "h")).SerializeToString(),
+        "channels": other_network(sides=("b", 3, "h", "w")).SerializeToString(),
+        "fixed": other_network(sides=(1, 1, 32, 32)).SerializeToString(),
+        "range": other_network(operator="Neg").SerializeToString(),
+        "operator": other_network(operator="Frobnicate").SerializeToString(),
+    }
+    for name, data in files.items():
+        (place / f"{name}.onnx").write_bytes(data)
+        line = refused("predict", "scan.png", "--model", f"{name}.onnx", words=[f"{name}.onnx"])
+        assert len(line) < 700, line
+    for name in ("passwd", "beside", "constant"):
+        refused("predict", "scan.png", "--model", f"{name}.onnx", words=["another file"])
+    (place / "range.onnx").write_bytes(other_network().SerializeToString())
+    predict.main(["scan.png", "--model", "range.onnx"])  # so the others fail for their faults
+
+
+def test_models_that_cannot_be_run(place, refused, monkeypatch):
+    for name, words in {
+        "none.onnx": ["no such file", "--export"],
+        "m.pt2": [".pth"],
+        "m.torchscript": [".pth"],
+    }.items():
+        refused("predict", "scan.png", "--model", name, words=[name, *words])
+    (place / "m.onnx").write_bytes(other_network().SerializeToString())
+    for device in ("cuda", "mps", "0"):
+        arguments = ("scan.png", "--model", "m.onnx", "--device", device)
+        refused("predict", *arguments, words=["--device", "CPU"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    words = ["m.onnx", "pip install onnxruntime"]
+    refused("predict", "scan.png", "--model", "m.onnx", words=words)
+
+
+# ---- torch.hub -------------------------------------------------------------------------------
+
+
+def test_torch_hub_loads_a_clone(tmp_path):
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("hubconf.py", "net.py"):
+        shutil.copy(ROOT / name, clone)
+    shutil.copytree(ROOT / "medseg", clone / "medseg", ignore=shutil.ignore_patterns("__pycache__"))
+    weights = tmp_path / "weights.pth"
+    torch.save(make_model("group").state_dict(), weights)
+    code = f"""
+import shutil, torch
+hub = lambda **arguments: torch.hub.load({str(clone)!r}, "unet", source="local", **arguments)
+model = hub(n_filters=4, norm="batch")
+assert model.training and model.n_filters == 4 and model.down1.norm1.num_features == 4
+model = hub(weights={str(weights)!r})
+assert not model.training and model.n_classes == 2
+for arguments in ({{"pretrained": True}}, {{"pretrained": True, "n_filters": 4}}):
+    try:
+        hub(**arguments)
+    except (FileNotFoundError, ValueError) as error:
+        print(str(error))
+(clone := __import__("pathlib").Path({str(clone)!r}) / "dataset").mkdir()
+shutil.copy({str(weights)!r}, clone / "tumor.pth")
+assert torch.equal(hub(pretrained=True).outc.bias, model.outc.bias)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
+    missing, arguments = result.stdout.splitlines()
+    assert "dataset/tumor.pth" in missing and "weights=PATH" in missing
+    assert arguments.startswith("n_filters")
+
+
+def test_hub_dependencies_are_required():
+    tree = ast.parse((ROOT / "hubconf.py").read_text())
+    (names,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
+    required = (ROOT / "requirements.txt").read_text()
+    for name in ast.literal_eval(names):
+        assert {"PIL": "pillow"}.get(name, name) in required
