@@ -7,6 +7,7 @@ from drive import measure, roc_auc, scores_at
 from PIL import Image
 
 import predict
+from medseg.images import full_size_labels
 from net import UNet
 
 
@@ -55,8 +56,8 @@ def test_a_folder_as_published(image_size, tmp_path):
     preds = []
     for path in sorted((tmp_path / "images").iterdir()):
         tensor, _ = predict.preprocess_image(path, image_size=image_size)
-        mask = predict.predict_mask(model, tensor, "cpu", size=(40, 30))
-        preds.append(mask[0, 0].numpy() > 0)
+        probabilities = predict.predict_probabilities(model, tensor, "cpu")[0].numpy()
+        preds.append(full_size_labels(probabilities, (40, 30), 0.5) > 0)
     both = [
         (pred[inside], target[inside])
         for pred, target, inside in zip(preds, targets, insides, strict=True)
