@@ -1,6 +1,6 @@
 """The network for torch.hub, which needs no clone.
 
-model = torch.hub.load("OWNER/REPOSITORY", "unet", pretrained=True)
+model = torch.hub.load("OWNER/REPOSITORY", "unet", weights="best_model.pth")
 model = torch.hub.load("path/of/a/clone", "unet", source="local", n_filters=16, norm="batch")
 """
 

@@ -320,9 +320,14 @@ def test_images_are_predicted_at_their_own_size(own_sizes, tmp_path):
     for number in range(4):
         path = own_sizes / "test" / f"{number}.png"
         pictures += predict.sort_inputs([path], None)[0]
-    predict.predict_one(Threshold(), pictures[1], tmp_path, 0.5, "cpu")
+    predict.predict_one(predict.TorchModel(Threshold(), "cpu"), pictures[1], tmp_path, 0.5)
     (tmp_path / "many").mkdir()
-    assert predict.predict_many(Threshold(), pictures, tmp_path / "many", 0.5, "cpu") == []
+    assert (
+        predict.predict_many(
+            predict.TorchModel(Threshold(), "cpu"), pictures, tmp_path / "many", 0.5
+        )
+        == []
+    )
     for number in range(4):
         mask = np.asarray(Image.open(tmp_path / "many" / f"{number}_mask.png")) > 0
         assert mask.shape == SIZES[number]
@@ -338,7 +343,9 @@ def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
             segmentation=square(40, 40, 10) + [[5, 8, 15, 8, 15, 18, 5, 18]]
         ),
     )
-    report = predict.report(Threshold(), own_sizes / "test", tmp_path, 0.5, "cpu")
+    report = predict.report(
+        predict.TorchModel(Threshold(), "cpu"), own_sizes / "test", tmp_path, 0.5
+    )
     assert report["image_size"] is None and report["images"] == 4
     assert json.loads((tmp_path / "report.json").read_text())["image_size"] is None
     assert report["per_image"] == {"0.png": 1, "1.png": 1, "2.png": 0.6667, "3.png": 1}
@@ -378,12 +385,12 @@ def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path
             return super().forward(images)
 
     pictures, _, _ = predict.sort_inputs(sorted((own_sizes / "test").glob("*.png")), None)
-    (problem,) = predict.predict_many(Greedy(), pictures, tmp_path, 0.5, "cpu")
+    (problem,) = predict.predict_many(predict.TorchModel(Greedy(), "cpu"), pictures, tmp_path, 0.5)
     for word in ("2.png", "out of memory", "64x64", "smaller"):
         assert word in problem
     assert len(list(tmp_path.glob("*_mask.png"))) == 3  # the others are predicted
     with pytest.raises(ValueError, match=r"2\.png.*out of memory"):
-        predict.predict_one(Greedy(), pictures[2], tmp_path, 0.5, "cpu")
+        predict.predict_one(predict.TorchModel(Greedy(), "cpu"), pictures[2], tmp_path, 0.5)
 
 
 # ---- end to end ------------------------------------------------------------------------------
