@@ -35,7 +35,6 @@ from medseg.coco import ANNOTATIONS, check_classes
 from medseg.files import parallel_map
 from medseg.images import (
     IMAGE_SIZE,
-    SUFFIXES,
     describe,
     full_size_labels,
     overlay,
@@ -43,10 +42,11 @@ from medseg.images import (
     read_image,
     resize_nearest,
     save_mask,
+    save_overlay,
     save_png,
     with_legend,
 )
-from medseg.inputs import choose_output, expand, sort_inputs
+from medseg.inputs import choose_output, data_set_images, expand, sort_inputs
 from medseg.medical import base_name, mask_name
 from medseg.onnx_model import OnnxModel
 
@@ -246,9 +246,7 @@ def predict_many(model, pictures, output, threshold):
     def write(picture, image, probabilities):
         labels = full_size_labels(probabilities, image.size, threshold)
         save_mask(labels, output / f"{picture.name}_mask.png", names)
-        drawn = with_legend(overlay(image, labels, len(names)), names)
-        # Size matters less than time here.
-        save_png(drawn, output / f"{picture.name}_overlay.png", compress_level=1)
+        save_overlay(image, labels, output / f"{picture.name}_overlay.png", names)
         return describe(picture.path, labels, probabilities.max((1, 2)), names)
 
     batch_size, names, total = model.batch_size, model.class_names, len(pictures)
@@ -377,15 +375,14 @@ def score(model, folders, output, threshold):
 
 def example():
     """The image to show when none is named. FileNotFoundError where there is no data set."""
-    for folder in (Path("dataset/test"), Path("dataset/synthetic/test")):
-        images = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
-        if images:
-            chosen = EXAMPLE if EXAMPLE in images else images[0]
-            print(f"no image named: taking {chosen}")
-            return chosen
-    raise FileNotFoundError(
-        "no image named, and none in dataset/test: name one, or run `python download.py` first"
-    )
+    images = data_set_images()
+    if not images:
+        raise FileNotFoundError(
+            "no image named, and none in dataset/test: name one, or run `python download.py` first"
+        )
+    chosen = EXAMPLE if EXAMPLE in images else images[0]
+    print(f"no image named: taking {chosen}")
+    return chosen
 
 
 def export_model(target, path, inputs):

@@ -438,8 +438,9 @@ def make_model(args, root, device, *, start=True):
         if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
             bias = math.log(args.prior / (1 - args.prior))
             torch.nn.init.constant_(model.outc.bias, bias)
-        if args.init and start and not copy_weights(load_model(args.init), model):
-            if dist.is_first():
+        if args.init and start:
+            same_classes = copy_weights(load_model(args.init), model)
+            if not same_classes and dist.is_first():
                 classes = ", ".join(model.class_names)
                 print(f"the last layer starts anew: its classes are {classes}", flush=True)
     model = dist.synchronize_batch_norm(model, device)

@@ -132,12 +132,12 @@ def parse_words(text, known):
             raise ValueError(f"{word} is there twice")
         default, highest = known[word]
         try:
-            number = float(value) if given else default
+            amount = float(value) if given else default
         except ValueError:
-            number = math.nan
-        if not 0 <= number <= highest:
+            amount = math.nan
+        if not 0 <= amount <= highest:
             raise ValueError(f"{word}={value}: it must be from 0 to {highest:g}")
-        words[word] = float(number)
+        words[word] = float(amount)
     return {word: words[word] for word in known if word in words}
 
 

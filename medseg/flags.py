@@ -11,7 +11,7 @@ from medseg.cli import ArgumentParser, flag_name, number, parse_words, spell_fla
 from medseg.dist import restart_count
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES
-from medseg.recipes import ARCH_FLAGS, LOSSES, RECIPES, network_flags
+from medseg.recipes import LOSSES, RECIPES, arch_flags, network_flags
 
 # The flags that decide the result: a resumed run must have them in common with its beginning.
 RESULT_FLAGS = (
@@ -218,7 +218,7 @@ def _parse_named_sets(parser, argv, read_network):
     recipe = RECIPES[parser.parse_args(argv).recipe]
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    parser.set_defaults(**ARCH_FLAGS[args.arch])
+    parser.set_defaults(**arch_flags(args.arch))
     parser.set_defaults(**recipe)
     if not args.init or args.test_only:
         return parser.parse_args(argv)

@@ -191,6 +191,12 @@ def save_png(image, path, **options):
         image.save(file, "PNG", **options)
 
 
+def save_overlay(image, labels, path, class_names):
+    """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend."""
+    drawn = with_legend(overlay(image, labels, len(class_names)), class_names)
+    save_png(drawn, path, compress_level=1)  # time matters more than size here
+
+
 def save_mask(labels, path, class_names=("foreground",)):
     """Write class numbers (H, W) as a PNG.
 

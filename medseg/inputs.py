@@ -83,6 +83,16 @@ def expand(inputs):
     return list(names.values())
 
 
+def data_set_images():
+    """The test images of the data set, or of the phantoms where there is none; sorted, or []."""
+    for folder in (Path("dataset/test"), Path("dataset/synthetic/test")):
+        images = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES]
+        images = [path for path in images if is_input(path)]
+        if images:
+            return images
+    return []
+
+
 def is_input(path):
     """Whether a file in a folder is an image or volume, and not one that these scripts wrote."""
     if path.name in OWN_PICTURES or base_name(path).endswith(OWN_ENDINGS) or not path.is_file():

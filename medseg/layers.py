@@ -48,7 +48,7 @@ class Architecture:
             raise ValueError(f"bias {self.bias!r:.20}: it must be True or False")
         for word, choices in CHOICES.items():
             value = getattr(self, word)
-            if not any(value is choice or value == choice for choice in choices):
+            if value not in choices:
                 known = ", ".join(map(repr, choices))
                 raise ValueError(f"{word} {value!r:.20}: it must be one of {known}")
 
@@ -68,12 +68,11 @@ class Architecture:
 
     def make_norm(self, channels):
         """The layer after a 3x3 convolution."""
-        layers = nn.Identity() if self.norm is None else None
         if self.norm == "batch":
-            layers = nn.BatchNorm2d(channels)
+            return nn.BatchNorm2d(channels)
         if self.norm == "group":
-            layers = nn.GroupNorm(math.gcd(8, channels), channels)
-        return layers
+            return nn.GroupNorm(math.gcd(8, channels), channels)
+        return nn.Identity()
 
     def make_activation(self):
         return nn.ReLU(inplace=True) if self.activation == "relu" else nn.LeakyReLU(inplace=True)
@@ -96,7 +95,7 @@ class Architecture:
         if self.up == "transpose":
             return nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
         corners = True if self.up == "bilinear" else None
-        # The 1x1 convolution first: the result is the same, of a quarter of the work.
+        # The 1x1 convolution first: the result is the same, for a quarter of the work.
         return nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 1),
             nn.Upsample(scale_factor=2, mode=self.up, align_corners=corners),

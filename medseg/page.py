@@ -12,21 +12,19 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from medseg import local_server
-from medseg.images import SUFFIXES, class_colors, preprocess, read_image
-from medseg.inputs import is_input
+from medseg.images import class_colors, preprocess, read_image
+from medseg.inputs import data_set_images
 from medseg.phantoms import draw_phantom
 from medseg.session import Session
 from medseg.signals import Signals, Stopped
 
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
-EXAMPLE_FOLDERS = ("dataset/test", "dataset/synthetic/test")
 EXAMPLES, THUMBNAIL = 4, 160  # how many, and pixels a side
 MAX_UPLOAD = "2gb"  # a file
 MAX_PROBLEMS = 5  # lines shown
@@ -140,12 +138,7 @@ class Page:
 
     def probabilities(self, image):
         """PIL image -> float32 array (C, S, S) of 0..1."""
-        side, n_channels = self.predictor.image_size, self.predictor.n_channels
-        if side is None:
-            image = image.convert("L" if n_channels == 1 else "RGB")
-            pixels = np.array(image).reshape(image.height, image.width, n_channels)
-        else:
-            pixels = preprocess(image, side, n_channels)
+        pixels = preprocess(image, self.predictor.image_size, self.predictor.n_channels)
         with self._lock:
             return self.predictor.probabilities(pixels[None])[0]
 
@@ -279,11 +272,9 @@ def connect(page, parts, examples):
 
 def example_images(folder):
     """Paths of a few images of the data set; without one, of phantoms drawn into `folder`."""
-    for place in map(Path, EXAMPLE_FOLDERS):
-        images = sorted(path for path in place.glob("*") if path.suffix.lower() in SUFFIXES)
-        images = [path for path in images if is_input(path)]
-        if images:
-            return images[:: -(-len(images) // EXAMPLES)]
+    images = data_set_images()
+    if images:
+        return images[:: -(-len(images) // EXAMPLES)]
     paths = [folder / f"phantom_{number}.png" for number in range(1, EXAMPLES + 1)]
     for seed, path in enumerate(paths):
         pixels, _ = draw_phantom(np.random.default_rng(seed), 256)

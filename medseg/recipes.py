@@ -34,12 +34,17 @@ RECIPES = {
     },
 }
 LOSSES = {"dice": (1.0, 100.0), "bce": (1.0, 100.0), "focal": (1.0, 100.0)}  # for `parse_words`
-# What --arch sets besides.
-ARCH_FLAGS = {
-    "tutorial": {"depth": 5, "norm": "none", "dropout": "bottleneck", "n_filters": 32},
-    "drive": {"depth": 4, "norm": "batch", "dropout": "none", "n_filters": 64},
-    "study": {"depth": 4, "norm": "batch", "dropout": "channels", "n_filters": 64},
-}
+N_FILTERS = {"tutorial": 32, "drive": 64, "study": 64}  # of the first level, as published
+
+
+def arch_flags(arch):
+    """The flags that --arch sets besides, as a dict."""
+    return {**_word_flags(Architecture(**ARCHITECTURES[arch])), "n_filters": N_FILTERS[arch]}
+
+
+def _word_flags(words):
+    """The words of an `Architecture` that have a flag of their own."""
+    return {"depth": words.depth, "norm": words.norm or "none", "dropout": words.dropout}
 
 
 def network_words(args):
@@ -55,7 +60,7 @@ def network_words(args):
 def network_flags(model, path):
     """The flags that make the UNet in the file `path`, as a dict. ValueError where none do."""
     words = model.architecture
-    flags = {"depth": words.depth, "norm": words.norm or "none", "dropout": words.dropout}
+    flags = _word_flags(words)
     for arch in ARCHITECTURES:
         named = argparse.Namespace(arch=arch, **flags)
         if Architecture(**network_words(named)) == words:

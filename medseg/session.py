@@ -20,6 +20,7 @@ from medseg.images import (
     overlay,
     resize_nearest,
     save_mask,
+    save_overlay,
     save_png,
     with_legend,
 )
@@ -136,7 +137,8 @@ class Session:
             save_mask(labels, written[-1], self.class_names)
             if len(self.predictions) > 1:
                 written.append(folder / f"{prediction.picture.name}_overlay.png")
-                self._write_overlay(prediction.picture.load(), labels, written[-1])
+                image = prediction.picture.load()
+                save_overlay(image, labels, written[-1], self.class_names)
         for path, predictions in volumes.items():
             written += self._write_volume(path, predictions, threshold, folder)
         if len(written) == 1:
@@ -147,10 +149,6 @@ class Session:
                 file.write(path, path.name)
                 path.unlink()
         return archive
-
-    def _write_overlay(self, image, labels, path):
-        drawn = overlay(image, labels, len(self.class_names))
-        save_png(with_legend(drawn, self.class_names), path, compress_level=1)
 
     def _write_volume(self, path, predictions, threshold, folder):
         masks = [full_size_labels(load(one)[1], one.size, threshold) for one in predictions]
