@@ -107,10 +107,13 @@ class COCOSegmentationDataset(Dataset):
 
     def load(self, index):
         """Image `index` as stored: PIL RGB image and its masks, uint8 (C, H, W) of 0 and 1."""
-        record = self.coco.imgs[self.image_ids[index]]
-        path = self.path(index)
-        image = read_image(path)
-        width, height = image.size
+        image = read_image(self.path(index))
+        return image, self.load_masks(index, image.size)
+
+    def load_masks(self, index, size):
+        """The masks of image `index`, uint8 (C, H, W) of 0 and 1; size: its (width, height)."""
+        record, path = self.coco.imgs[self.image_ids[index]], self.path(index)
+        width, height = size
         if (width, height) != (record["width"], record["height"]):
             recorded = f"{record['width']}x{record['height']}"
             raise ValueError(f"{path}: is {width}x{height}, but its record says {recorded}")
@@ -125,17 +128,22 @@ class COCOSegmentationDataset(Dataset):
                 masks[channel] |= rasterize(annotation.get("segmentation"), height, width)
             except ValueError as error:
                 raise ValueError(f"{path}: annotation {annotation.get('id')}: {error}") from None
-        return image, masks
+        return masks
+
+    def preprocess(self, index):
+        """Image `index` at training size, uint8 (S, S, n_channels), and its masks (C, S, S)."""
+        image, masks = self.load(index)
+        pixels = preprocess(image, self.image_size, self.n_channels)
+        return pixels, np.stack([resize_nearest(mask, *pixels.shape[:2]) for mask in masks])
 
     def row(self, index):
         """Image `index` at training size and its masks: uint8 (S, S, n_channels + bytes).
 
         The mask of class k is bit k % 8 of the byte k // 8.
         """
-        image, masks = self.load(index)
-        pixels = preprocess(image, self.image_size, self.n_channels)
-        masks = np.stack([resize_nearest(mask, *pixels.shape[:2]) for mask in masks], axis=2)
-        return np.concatenate([pixels, np.packbits(masks, axis=2, bitorder="little")], axis=2)
+        pixels, masks = self.preprocess(index)
+        masks = np.packbits(masks.transpose(1, 2, 0), axis=2, bitorder="little")
+        return np.concatenate([pixels, masks], axis=2)
 
 
 def open_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3):

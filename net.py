@@ -9,6 +9,8 @@ MICCAI 2015, https://arxiv.org/abs/1505.04597. Unlike the paper's, these convolu
 so the output is as large as the input.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -146,9 +148,10 @@ class UNet(nn.Module):
         for level in range(1, self.architecture.depth + 1):
             x = self.get_submodule(f"up{level}")(x, skips.pop())
 
-        logits = F.pad(self.outc(x), (0, -right, 0, -bottom))
         # In bfloat16 sigmoid(7) is exactly 1, whose logarithm the loss needs: float32 from here on.
-        return self.sigmoid(logits.float())
+        with _without_autocast(x.device.type):
+            logits = self.outc(x.float())
+        return self.sigmoid(F.pad(logits, (0, -right, 0, -bottom)))
 
     def _padding(self, side):
         """Pixels to add to a side: every level halves it, and a reflection needs two at the end."""
@@ -189,6 +192,13 @@ class UNet(nn.Module):
                 )
         model.load_state_dict(state)
         return model
+
+
+def _without_autocast(device_type):
+    """A context that ends autocast; where there is none it does nothing, for exporters' sake."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _read_arguments(state):

@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from medseg.cli import ArgumentParser, number, run_main
+from medseg.cli import ArgumentParser, add_device_flags, number, run_main
 from medseg.coco import ANNOTATIONS, check_classes
 from medseg.files import parallel_map
 from medseg.images import (
@@ -88,9 +89,10 @@ def predict_mask(model, image_tensor, device="cuda", threshold=0.5):
     return (predict_probabilities(model, image_tensor, device) > threshold).float()
 
 
-def predict_probabilities(model, image_tensor, device="cuda"):
+def predict_probabilities(model, image_tensor, device="cuda", *, autocast=nullcontext()):
     """Normalised image (B, 3, H, W) -> float32 probabilities (B, C, H, W) on the device.
 
+    autocast: a context for the network, see `medseg.device.make_autocast`.
     Raises ValueError where the memory does not suffice.
     """
     import torch
@@ -99,7 +101,7 @@ def predict_probabilities(model, image_tensor, device="cuda"):
 
     device, (count, _, height, width) = available_device(device), image_tensor.shape
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             return model(image_tensor.to(device))
     except (MemoryError, RuntimeError) as error:
         memory = out_of_memory(error)
@@ -149,12 +151,19 @@ def visualize_result(
 
 
 class TorchModel:
-    """A UNet on its device with the attributes and the method of `medseg.onnx_model.OnnxModel`."""
+    """A UNet on its device with the attributes and the method of `medseg.onnx_model.OnnxModel`.
 
-    def __init__(self, model, device):
-        from medseg.device import inference_batch_size
+    precision: as --precision has it.
+    """
 
-        self.model, self.device = model, device
+    def __init__(self, model, device, precision="auto"):
+        import torch
+
+        from medseg.device import choose_precision, inference_batch_size, make_autocast
+
+        self.model, self.device = model, torch.device(device)
+        precision = choose_precision(precision, self.device)
+        self.autocast = make_autocast(precision, self.device)
         self.image_size, self.n_channels = model.image_size, model.n_channels
         self.class_names, self.n_classes = model.class_names, model.n_classes
         # Images of their own size come one at a time.
@@ -167,24 +176,30 @@ class TorchModel:
         from data import normalize
 
         images = normalize(torch.from_numpy(pixels))
-        return predict_probabilities(self.model, images, self.device).cpu().numpy()
+        autocast = self.autocast
+        return (
+            predict_probabilities(self.model, images, self.device, autocast=autocast).cpu().numpy()
+        )
 
 
-def find_device(name, path):
+def find_device(name, path, precision="auto"):
     """The device that --device `name` means for the model file `path`; of ONNX files, None.
 
-    Raises ValueError where there is no such device, or the file cannot run on it.
+    Raises ValueError where there is no such device, or the file cannot run on it, or in the
+    `precision` that --precision names.
     """
     if is_onnx(path):
         if name not in ("auto", "cpu"):
             raise ValueError(f"--device {name}: {path} runs on the CPU; a GPU needs the .pth file")
+        if precision not in ("auto", "fp32"):
+            raise ValueError(f"--precision {precision}: {path} runs in fp32; give the .pth file")
         return None
     from medseg.device import pick_device
 
     return pick_device(name)
 
 
-def open_model(path, device="cuda"):
+def open_model(path, device="cuda", precision="auto"):
     """The TorchModel or OnnxModel in a file, by its suffix.
 
     Raises FileNotFoundError; ValueError where it holds no model that can be run here.
@@ -201,7 +216,7 @@ def open_model(path, device="cuda"):
     device = available_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    return TorchModel(load_model(path, device), device)
+    return TorchModel(load_model(path, device), device, precision)
 
 
 def is_onnx(path):
@@ -231,9 +246,10 @@ def predict_one(model, picture, output, threshold):
     print(f"saved {' and '.join(map(str, written))}")
 
 
-def predict_many(model, pictures, output, threshold):
+def predict_many(model, pictures, output, threshold, scores=None):
     """Predict images in batches; write a mask and an overlay for each.
 
+    scores: a FolderScores to tell of each, or None.
     Decoding runs ahead and writing behind in threads, a few batches of each at most; the threads
     leave PyTorch alone, whose own threads would compete with the network's.
     Returns what went wrong, a line each.
@@ -247,6 +263,8 @@ def predict_many(model, pictures, output, threshold):
         labels = full_size_labels(probabilities, image.size, threshold)
         save_mask(labels, output / f"{picture.name}_mask.png", names)
         save_overlay(image, labels, output / f"{picture.name}_overlay.png", names)
+        if scores:
+            scores.add(picture.path, image.size, probabilities)
         return describe(picture.path, labels, probabilities.max((1, 2)), names)
 
     batch_size, names, total = model.batch_size, model.class_names, len(pictures)
@@ -309,7 +327,8 @@ def predict_rows(model, rows):
 
     Of RaggedRows each batch is one image, of its own height and width.
     """
-    for start in range(0, len(rows), model.batch_size):
+    starts = range(0, len(rows), model.batch_size)
+    for start in tqdm(starts, "valid", unit=" batches", disable=None):
         end = min(start + model.batch_size, len(rows))
         batch = np.stack([rows[index] for index in range(start, end)])
         pixels, masks = np.split(batch, [model.n_channels], axis=3)
@@ -317,35 +336,54 @@ def predict_rows(model, rows):
         yield masks.transpose(0, 3, 1, 2) > 0, model.probabilities(pixels)
 
 
-def report(model, folder, output, threshold):
+def open_folder(model, folder, threshold):
+    """The FolderScores of a folder with annotations, for the predictions of this model.
+
+    Raises ValueError where the annotations are damaged or of other classes.
+    """
+    from data import open_split
+    from medseg.report import FolderScores
+
+    place = folder.resolve()  # `dataset/test/` and `.` have a parent too
+    content = _content(model)
+    dataset = open_split(place.parent, place.name, model.image_size, **content)
+    check_classes(dataset.coco, content["classes"], folder)
+    return FolderScores(dataset, threshold)
+
+
+def _content(model):
+    """What `data.open_split` is told of a model's classes and channels."""
+    classes = list(model.class_names) if model.n_classes > 1 else None
+    return {"classes": classes, "n_channels": model.n_channels}
+
+
+def report(model, folder, output, threshold, scores=None):
     """Score a folder that has annotations; write report.json and report.png to `output`.
 
+    scores: its FolderScores after `predict_many`; images that it has not met are predicted here.
     Returns what report.json holds. The threshold that suits the model best is sought in the split
     `valid` beside the folder, never in the folder itself.
+    Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
     """
-    from data import load_split, open_split
-    from medseg.report import write_report
+    from data import load_split
+    from medseg.report import threshold_sweep, write_report
 
-    def load(folder):
-        return load_split(folder.parent, folder.name, model.image_size, **content)
-
-    classes = list(model.class_names) if model.n_classes > 1 else None
-    content = {"classes": classes, "n_channels": model.n_channels}
-    place = folder.resolve()  # `dataset/test/` and `.` have a parent too
-    dataset, valid = open_split(place.parent, place.name), place.parent / "valid"
-    check_classes(dataset.coco, classes, folder)
-    names = [dataset.path(index).name for index in range(len(dataset))]
-    rows, valid_rows = load(place), None
-    if (valid / ANNOTATIONS).exists() and not valid.samefile(place):
-        valid_rows = load(valid)
-    predict = partial(predict_rows, model)
-    class_names = model.class_names
-    return write_report(
-        output, str(folder), names, rows, valid_rows, predict, threshold, class_names
-    )
+    scores = scores or open_folder(model, folder, threshold)
+    dataset, valid, sweep = scores.dataset, folder.resolve().parent / "valid", None
+    for index in scores.missing():
+        image, _ = dataset.load(index)
+        pixels = preprocess(image, model.image_size, model.n_channels)
+        (probabilities,) = model.probabilities(pixels[None])
+        scores.add(dataset.path(index), image.size, probabilities)
+    if (valid / ANNOTATIONS).exists() and not valid.samefile(folder):
+        rows = load_split(valid.parent, valid.name, model.image_size, **_content(model))
+        sweep = threshold_sweep(predict_rows(model, rows), model.class_names)
+    return write_report(output, str(folder), scores, sweep, model.class_names)
 
 
-def print_report(folder, output, scores, intervals):
+def print_report(folder, output, written):
+    """Print the scores of what `report` returned."""
+    scores, intervals = written["scores"], written["confidence_95"]
     said, by_class = {}, [name for name in scores if name.startswith("dice/")]
     for name, value in scores.items():
         low, high = intervals[name]
@@ -357,17 +395,6 @@ def print_report(folder, output, scores, intervals):
     )
     for name in by_class:
         print(f"  {name.removeprefix('dice/')}: Dice {said[name]}")
-
-
-def score(model, folders, output, threshold):
-    """Write and print the report of the one annotated folder."""
-    if len(folders) > 1:
-        raise ValueError(
-            f"{folders[0]} and {folders[1]} both have annotations, and a report is of one "
-            "folder: score them apart, with another --output"
-        )
-    result = report(model, folders[0], output, threshold)
-    print_report(folders[0], output, result["scores"], result["confidence_95"])
 
 
 # ---- the command line ------------------------------------------------------------------------
@@ -383,6 +410,17 @@ def example():
     chosen = EXAMPLE if EXAMPLE in images else images[0]
     print(f"no image named: taking {chosen}")
     return chosen
+
+
+def annotated_folder(inputs):
+    """The one folder among the inputs that has annotations, or None. ValueError where two have."""
+    folders = [folder for folder in map(Path, inputs) if (folder / ANNOTATIONS).exists()]
+    if len(folders) > 1:
+        raise ValueError(
+            f"{folders[0]} and {folders[1]} both have annotations, and a report is of one "
+            "folder: score them apart, with another --output"
+        )
+    return folders[0] if folders else None
 
 
 def export_model(target, path, inputs):
@@ -418,7 +456,7 @@ def make_parser():
         default=0.5,
         help="foreground is above this probability",
     )
-    add("--device", default="auto", help="auto, cuda, mps, cpu, or the number of a GPU")
+    add_device_flags(add)
     add(
         "--export",
         metavar="FILE",
@@ -451,7 +489,7 @@ def main(argv=None):
     if args.export:
         export_model(args.export, args.model, args.inputs)
         return
-    device = find_device(args.device, args.model)
+    device = find_device(args.device, args.model, args.precision)
     window = tuple(args.window) if args.window else None
     if args.page:
         from medseg.page import serve
@@ -459,16 +497,21 @@ def main(argv=None):
         if args.inputs or args.output:
             raise ValueError("--page takes no images and no --output: drop images on the page")
         address = {"host": args.host, "port": args.port}
-        model = open_model(args.model, device)
+        model = open_model(args.model, device, args.precision)
         serve(model, args.model, **address, threshold=args.threshold, window=window)
         return
+    predict_inputs(args, device, window)
+
+
+def predict_inputs(args, device, window):
+    """Predict the files and folders of the command line; ValueError on those that failed."""
     paths = expand(args.inputs) if args.inputs else [example()]
     named_one = len(paths) == 1 and not any(Path(given).is_dir() for given in args.inputs)
     pictures, volumes, problems = sort_inputs(paths, window)
     if named_one and problems:
         raise ValueError(problems[0])
     single = named_one and len(pictures) + len(volumes) == 1
-    model = open_model(args.model, device)
+    model = open_model(args.model, device, args.precision)
     output = choose_output(args.output, single, paths)
     rank, world = 0, 1
     if "LOCAL_RANK" in os.environ:  # torchrun: to each process its part
@@ -480,20 +523,27 @@ def main(argv=None):
             problems.append(str(error))
             if single:
                 raise
-    if single and pictures:
-        predict_one(model, pictures[0], output, args.threshold)
     if single:
+        for picture in pictures:
+            predict_one(model, picture, output, args.threshold)
         return
-    pictures = pictures[rank::world]
+    folder, scores, unscored = annotated_folder(args.inputs), None, ""
+    if folder:  # the report is made of the predictions of one process
+        pictures = pictures if rank == 0 else []
+        scores = open_folder(model, folder, args.threshold) if rank == 0 else None
+    else:
+        pictures = pictures[rank::world]
     if pictures:
-        failed = predict_many(model, pictures, output, args.threshold)
+        failed = predict_many(model, pictures, output, args.threshold, scores)
         problems += failed
         print(f"saved {len(pictures) - len(failed)} masks and overlays in {output}")
-    annotated = [folder for folder in map(Path, args.inputs) if (folder / ANNOTATIONS).exists()]
-    if annotated and rank == 0:
-        score(model, annotated, output, args.threshold)
+    if scores and problems and scores.missing():
+        unscored = f"; {folder} has no report without them"
+    elif scores:
+        print_report(folder, output, report(model, folder, output, args.threshold, scores))
     if problems:
-        raise ValueError(f"{len(problems)} of {len(paths)} left out: {'; '.join(problems)}")
+        lines = "; ".join(problems)
+        raise ValueError(f"{len(problems)} of {len(paths)} left out: {lines}{unscored}")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,17 @@ def spell_flags(values):
     return " ".join(words)
 
 
+def add_device_flags(add):
+    """Add --device and --precision with a parser's or a group's add_argument."""
+    add("--device", default="auto", help="auto, cuda, mps, cpu, or the number of a GPU")
+    add(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="auto: bf16 on a GPU that has it and on a CPU with AMX, fp16 on other GPUs, else fp32",
+    )
+
+
 def number(low, high=math.inf, kind=int):
     """An argparse type: a finite number of `kind` (int or float) from `low` to `high`."""
 

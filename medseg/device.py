@@ -44,13 +44,21 @@ def available_device(device):
 def choose_precision(name, device):
     """'bf16', 'fp16' or 'fp32' for --precision `name` on `device`.
 
-    'auto' is bf16 on a GPU that has it, fp16 on one that has not, and fp32 elsewhere.
+    'auto' is bf16 on a GPU or a CPU that computes in it (`has_amx`), fp16 on any other GPU, and
+    fp32 elsewhere.
     """
     if name != "auto":
         return name
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and has_amx() else "fp32"
+
+
+def has_amx():
+    """Whether the CPU multiplies matrices of bf16 (Intel AMX). Without it, bf16 is slower there."""
+    if hasattr(torch.cpu, "get_capabilities"):  # from PyTorch 2.11 on
+        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return torch.cpu._is_amx_tile_supported()
 
 
 def make_autocast(precision, device):

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from medseg.augment import AUGMENTATIONS
 from medseg.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint
-from medseg.cli import ArgumentParser, flag_name, number, parse_words, spell_flags, word_list
+from medseg.cli import (
+    ArgumentParser,
+    add_device_flags,
+    flag_name,
+    number,
+    parse_words,
+    spell_flags,
+    word_list,
+)
 from medseg.dist import restart_count
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES
@@ -134,14 +142,7 @@ def _spell_words():
 
 def _add_machine_flags(parser):
     add = parser.add_argument_group("machine").add_argument
-    precisions = ("auto", "bf16", "fp16", "fp32")
-    add("--device", default="auto", help="auto, cuda, mps, cpu, or the number of a GPU")
-    add(
-        "--precision",
-        choices=precisions,
-        default="auto",
-        help="auto: bf16 on a GPU that has it, fp16 on one that has not, else fp32",
-    )
+    add_device_flags(add)
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,

@@ -1,72 +1,124 @@
 """A folder with annotations, scored: report.json and report.png."""
 
 import json
-import math
+from contextlib import suppress
 
 import numpy as np
 
 from medseg.files import atomic_write
+from medseg.images import resize_nearest
 from medseg.metrics import bootstrap, class_scores, hausdorff95, image_dice, pooled_scores
 from medseg.plots import plot_report
 
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 
 
-def count_pixels(predict, rows, thresholds):
-    """Counts of each image and class at each threshold, and its HD95 at the first.
+def count_image(targets, probabilities, thresholds):
+    """Counts of one image: int (T, C, 4) of tp, fp, fn, tn at each threshold.
 
-    predict(rows): yields batches (targets bool (B, C, H, W), probabilities float32 (B, C, H, W))
-    of numpy arrays. Returns int (N, T, C, 4) of tp, fp, fn, tn, and (N, C) in pixels.
+    targets: bool (C, H, W); probabilities: float32 (C, H, W).
     """
-    counts, distances = [], []
-    for targets, probabilities in predict(rows):
-        at_thresholds = []
-        for threshold in thresholds:
-            preds = probabilities > threshold
-            tp, fp, fn = (
-                (one & other).sum((2, 3))
-                for one, other in ((preds, targets), (preds, ~targets), (~preds, targets))
-            )
-            pixels = targets.shape[2] * targets.shape[3]
-            at_thresholds.append(np.stack([tp, fp, fn, pixels - tp - fp - fn], 2))
-        counts.append(np.stack(at_thresholds, 1))
-        for image in zip(probabilities > thresholds[0], targets, strict=True):
-            distances.append([hausdorff95(*masks) for masks in zip(*image, strict=True)])
-    return np.concatenate(counts), np.array(distances)
+    counts = []
+    for threshold in thresholds:
+        preds = probabilities > threshold
+        tp, fp, fn = (
+            (one & other).sum((1, 2))
+            for one, other in ((preds, targets), (preds, ~targets), (~preds, targets))
+        )
+        pixels = targets.shape[1] * targets.shape[2]
+        counts.append(np.stack([tp, fp, fn, pixels - tp - fp - fn], 1))
+    return np.stack(counts)
 
 
-def threshold_sweep(predict, rows, names):
+def count_pixels(batches, thresholds):
+    """`count_image` of every image, int (N, T, C, 4).
+
+    batches: iterable of (targets (B, C, H, W), probabilities (B, C, H, W)).
+    """
+    return np.stack(
+        [count_image(*image, thresholds) for batch in batches for image in zip(*batch, strict=True)]
+    )
+
+
+def threshold_sweep(batches, names):
     """The Dice of a split at each threshold of SWEEP, and the threshold of the highest."""
-    counts, _ = count_pixels(predict, rows, SWEEP)
+    counts = count_pixels(batches, SWEEP)
     dice = [class_scores(counts[:, index], names)["dice"] for index in range(len(SWEEP))]
     return {"thresholds": SWEEP, "dice": dice, "chosen_threshold": SWEEP[int(np.argmax(dice))]}
 
 
-def write_report(output, folder, names, rows, valid_rows, predict, threshold, class_names):
-    """Score a folder; write report.json and report.png to `output`. Returns what the first holds.
+class FolderScores:
+    """The predictions of an annotated folder, compared with its annotations as they are made.
 
-    folder: what it is called; names: of its images; rows: as of `data.load_split`, of one size or
-    of different ones (then "image_size" is None); valid_rows: those of the split in which the
-    threshold that suits the model is sought, or None: it is never sought in the folder itself.
-    predict: see `count_pixels`. With several classes a score is the mean over them, and
-    SCORE/CLASS is of each.
+    dataset: the folder as `data.COCOSegmentationDataset`. threshold: that of the predictions.
     """
-    valid, thresholds = None, [threshold]
-    if valid_rows is not None:
-        valid = threshold_sweep(predict, valid_rows, class_names)
-        thresholds.append(valid["chosen_threshold"])
-    counts, distances = count_pixels(predict, rows, thresholds)
+
+    def __init__(self, dataset, threshold):
+        self.dataset, self.thresholds = dataset, [threshold, *SWEEP]
+        self._indices = {dataset.path(index).resolve(): index for index in range(len(dataset))}
+        self._images = {}  # index -> counts (T, C, 4), HD95 (C,), prediction as run lengths
+
+    def add(self, path, size, probabilities):
+        """Compare the probabilities, float32 (C, S, S), of an image with its annotations.
+
+        size: (width, height) of the image. May be called from several threads. Images without a
+        record are left out, and so are those whose annotations are damaged: `missing` has them.
+        """
+        index = self._indices.get(path.resolve())
+        if index is not None:
+            with suppress(ValueError):
+                masks = self.dataset.load_masks(index, size)
+                self._images[index] = self._compare(masks, probabilities)
+
+    def _compare(self, masks, probabilities):
+        from pycocotools import mask as coco_mask
+
+        height, width = probabilities.shape[1:]
+        targets = np.stack([resize_nearest(mask, height, width) for mask in masks]) > 0
+        counts = count_image(targets, probabilities, self.thresholds)
+        preds = probabilities > self.thresholds[0]
+        distances = [hausdorff95(*pair) for pair in zip(preds, targets, strict=True)]
+        columns_first = np.asfortranarray(preds.transpose(1, 2, 0), dtype=np.uint8)
+        return counts, distances, coco_mask.encode(columns_first)
+
+    def missing(self):
+        """The indices of the annotated images that have not been compared."""
+        return [index for index in range(len(self.dataset)) if index not in self._images]
+
+    def result(self):
+        """Counts (N, T, C, 4), at `thresholds`; HD95 (N, C) in pixels. Nothing may be missing."""
+        images = [self._images[index] for index in range(len(self.dataset))]
+        counts, distances, _ = zip(*images, strict=True)
+        return np.stack(counts), np.array(distances)
+
+    def case(self, index):
+        """What to draw of an image: uint8 (S, S, n_channels), target and prediction (C, S, S)."""
+        from pycocotools import mask as coco_mask
+
+        _, _, encoded = self._images[index]
+        return *self.dataset.preprocess(index), coco_mask.decode(encoded).transpose(2, 0, 1)
+
+
+def write_report(output, folder, scores, valid, class_names):
+    """Write report.json and report.png on a folder to `output`. Returns what the first holds.
+
+    folder: what it is called; scores: its FolderScores; valid: the `threshold_sweep` of the split
+    in which the threshold that suits the model is sought, or None: it is never sought in the
+    folder itself. With several classes a score is the mean over them, and SCORE/CLASS is of each.
+    """
+    dataset, (counts, distances) = scores.dataset, scores.result()
     if valid:
-        valid["scores_with_it"] = class_scores(counts[:, 1], class_names)
-    counts = counts[:, 0]
+        chosen = 1 + SWEEP.index(valid["chosen_threshold"])
+        valid["scores_with_it"] = class_scores(counts[:, chosen], class_names)
+    counts, names = counts[:, 0], [dataset.path(index).name for index in range(len(dataset))]
     dice = np.stack([image_dice(counts[:, index]) for index in range(len(class_names))]).mean(0)
     pooled = counts.sum(1)  # of all classes
     report = {
         "folder": folder,
-        "images": len(rows),
-        "image_size": rows.shape[1] if isinstance(rows, np.ndarray) else None,
+        "images": len(dataset),
+        "image_size": dataset.image_size,
         "class_names": list(class_names),
-        "threshold": threshold,
+        "threshold": scores.thresholds[0],
         "scores": class_scores(counts, class_names),
         "confidence_95": bootstrap(counts, class_names),
         "hd95": _summarize_distances(distances),
@@ -82,7 +134,7 @@ def write_report(output, folder, names, rows, valid_rows, predict, threshold, cl
         }
     with atomic_write(output / "report.json") as file:
         file.write(json.dumps(report, indent=1).encode())
-    cases = _choose_cases(names, rows, dice, pooled, predict, threshold)
+    cases = [(*scores.case(index), title) for index, title in choose_cases(names, dice, pooled)]
     plot_report(report, dice, cases, output / "report.png")
     return report
 
@@ -127,8 +179,8 @@ def _count_false_alarms(counts):
     }
 
 
-def _choose_cases(names, rows, dice, counts, predict, threshold):
-    """Two best images with a lesion, three median and three worst, as `plot_report` takes them.
+def choose_cases(names, dice, counts):
+    """(index, title) of the two best images with a lesion, three median and three worst ones.
 
     dice: (N,); counts: (N, 4), of all classes.
     """
@@ -144,8 +196,6 @@ def _choose_cases(names, rows, dice, counts, predict, threshold):
     cases = []
     for kind, indices in chosen.items():
         for index in indices:
-            ((targets, probabilities),) = predict(rows[index : index + 1])
-            n_channels = rows[index].shape[2] - math.ceil(targets.shape[1] / 8)
             tp, fp, _, _ = counts[index]
             outcome = f"Dice {dice[index]:.2f}"
             if fp and not lesion[index]:
@@ -153,6 +203,5 @@ def _choose_cases(names, rows, dice, counts, predict, threshold):
             elif lesion[index] and not tp:
                 outcome = "missed lesion"
             title = f"{kind}: {names[index].split('_')[0]}, {outcome}"
-            picture = np.asarray(rows[index][..., :n_channels])
-            cases.append((picture, targets[0], probabilities[0] > threshold, title))
+            cases.append((index, title))
     return cases

@@ -424,6 +424,8 @@ def test_models_that_cannot_be_run(place, refused, monkeypatch):
     for device in ("cuda", "mps", "0"):
         arguments = ("scan.png", "--model", "m.onnx", "--device", device)
         refused("predict", *arguments, words=["--device", "CPU"])
+    arguments = ("scan.png", "--model", "m.onnx", "--precision", "bf16")
+    refused("predict", *arguments, words=["--precision bf16", "fp32"])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     words = ["m.onnx", "pip install onnxruntime"]
     refused("predict", "scan.png", "--model", "m.onnx", words=words)

@@ -1,6 +1,5 @@
 """Prediction: the functions, the files it writes, and what it refuses; and scores of a folder."""
 
-import functools
 import importlib
 import json
 import math
@@ -11,6 +10,7 @@ import subprocess
 import sys
 from argparse import SUPPRESS
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +20,12 @@ from PIL import Image
 
 import data
 import predict
+from medseg import device
 from medseg.cli import ArgumentParser
 from medseg.images import full_size_labels, overlay
 from medseg.inputs import pictures_in
 from medseg.metrics import RunningScores, bootstrap, hausdorff95, image_dice, pooled_scores
-from medseg.report import _choose_cases, count_pixels
+from medseg.report import choose_cases, count_pixels
 from net import UNet
 
 
@@ -73,6 +74,45 @@ def names(folder):
 
 def overlap(mask, other):
     return (mask & other).sum() / (mask | other).sum()
+
+
+# ---- precision -------------------------------------------------------------------------------
+
+
+def test_bf16_is_the_default_where_the_processor_has_amx(monkeypatch):
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert device.has_amx() == ("amx_bf16" in flags)
+    for present, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(device, "has_amx", lambda present=present: present)
+        assert device.choose_precision("auto", torch.device("cpu")) == expected
+        assert device.choose_precision("fp16", torch.device("cpu")) == "fp16"
+        autocast = predict.TorchModel(brightness_model(), "cpu").autocast
+        assert autocast._enabled == present
+    monkeypatch.setattr(device, "has_amx", lambda: True)
+    assert device.choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+def test_bf16_ends_before_the_last_convolution(place):
+    """It marks the same square; its probabilities are near those of fp32 and not equal."""
+    model, types = brightness_model(), {}
+    for name in ("bottleneck", "outc"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(
+            lambda _, inputs, output, name=name: types.update({name: (inputs, output)})
+        )
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 33, 50, 3), dtype=np.uint8)
+    fp32, bf16 = (predict.TorchModel(model, "cpu", word) for word in ("fp32", "bf16"))
+    exact, near = fp32.probabilities(pixels), bf16.probabilities(pixels)
+    (inputs,), output = types["outc"]
+    assert inputs.dtype == output.dtype == torch.float32 == torch.from_numpy(near).dtype
+    assert types["bottleneck"][1][0].dtype == torch.bfloat16
+    assert 0 < np.abs(exact - near).max() < 0.05
+    scan(64, 64, 10, 20, 30).save("scan.png")
+    masks = []
+    for word in ("fp32", "bf16"):
+        predict.main(["scan.png", "--precision", word, "--output", f"{word}.png"])
+        masks.append(np.asarray(Image.open(f"{word}.png")))
+    assert masks[0].any() and overlap(*(mask > 0 for mask in masks)) > 0.99
 
 
 # ---- functions -------------------------------------------------------------------------------
@@ -458,6 +498,62 @@ def test_a_folder_with_annotations_is_scored(place, dataset):
     assert len(masks) == 4  # the images are predicted as in any other folder
 
 
+def test_the_report_scores_the_masks_that_were_written(place, dataset, monkeypatch, capsys):
+    """Scores from the mask files and the squares; the network sees every image once."""
+    torch.save(brightness_model(image_size=48).state_dict(), "best_model.pth")
+    scan(48, 48, 30, 30, 17).save(dataset / "test" / "0_test.png")  # partly outside its annotation
+    seen, run = [], predict.TorchModel.probabilities
+
+    def count(model, pixels):
+        seen.extend(pixels)
+        return run(model, pixels)
+
+    monkeypatch.setattr(predict.TorchModel, "probabilities", count)
+    predict.main([str(dataset / "test"), "--output", "scored"])
+    assert len(seen) == 4 + 4  # test and, for the threshold, valid
+    records = json.loads((dataset / "test" / "_annotations.coco.json").read_text())["annotations"]
+    both = predicted = annotated = 0
+    for number, record in enumerate(records):
+        (corners,) = record["segmentation"]  # x, y of each
+        x, y, target = corners[0], corners[1], np.zeros((48, 48), bool)
+        target[y : y + 16, x : x + 16] = True
+        mask = np.asarray(Image.open(f"scored/{number}_test_mask.png")) > 0
+        both, predicted = both + (mask & target).sum(), predicted + mask.sum()
+        annotated += target.sum()
+    report = json.loads((place / "scored" / "report.json").read_text())
+    assert report["scores"]["dice"] == pytest.approx(2 * both / (predicted + annotated))
+    assert 0.7 < report["scores"]["dice"] < 1
+    assert "Dice" in capsys.readouterr().out
+
+
+def test_annotated_images_that_no_folder_lists_are_scored_too(place, dataset):
+    """A file_name may lead into a folder below."""
+    (dataset / "test" / "below").mkdir()
+    (dataset / "test" / "0_test.png").rename(dataset / "test" / "below" / "0_test.png")
+
+    def move(content):
+        content["images"][0]["file_name"] = "below/0_test.png"
+
+    edit_annotations(dataset / "test", move)
+    predict.main([str(dataset / "test"), "--output", "scored"])
+    report = json.loads((place / "scored" / "report.json").read_text())
+    assert report["images"] == 4 and set(report["per_image"]) >= {"0_test.png", "3_test.png"}
+
+
+def test_a_damaged_image_has_no_report(place, dataset, refused):
+    (dataset / "test" / "1_test.png").write_bytes(b"damaged")
+    folder = dataset / "test"
+    refused(
+        *("predict", folder, "--output", "scored"),
+        words=["1 of 4 left out", "1_test.png: not a JPEG", f"{folder} has no report"],
+    )
+    assert names(place / "scored") == {
+        f"{number}_test_{kind}.png" for number in (0, 2, 3) for kind in ("mask", "overlay")
+    }
+    (folder / "1_test.png").unlink()  # then no image is damaged, but a record has none
+    refused("predict", folder, "--output", "scored", words=["1_test.png: no such image"])
+
+
 def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
     """Other annotations in test leave the choice as it is, and other ones in valid change it.
 
@@ -470,8 +566,7 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
 
     first = choose()
     rows = data.load_split(dataset, "valid", model.image_size)
-    predict_rows = functools.partial(predict.predict_rows, model)
-    counts, _ = count_pixels(predict_rows, rows, first["thresholds"])
+    counts = count_pixels(predict.predict_rows(model, rows), first["thresholds"])
     dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in counts[:, :, 0].sum(0).tolist()]
     assert first["dice"] == pytest.approx(dice)
     assert first["chosen_threshold"] == first["thresholds"][int(np.argmax(dice))]
@@ -496,11 +591,11 @@ def test_a_report_names_false_alarms_and_missed_lesions():
     def fake_predict(rows):
         yield rows[:, None, ..., 3] > 0, rows[:, None, ..., 0] / np.float32(255)
 
-    counts, _ = count_pixels(fake_predict, rows, [0.5])
+    counts = count_pixels(fake_predict(rows), [0.5])
     files = ["perfect_0.png", "partial_1.png", "false_2.png", "missed_3.png", "empty_4.png"]
     counts = counts[:, 0, 0]
-    cases = _choose_cases(files, rows, image_dice(counts), counts, fake_predict, 0.5)
-    assert [title for *_, title in cases] == [
+    cases = choose_cases(files, image_dice(counts), counts)
+    assert [title for _, title in cases] == [
         *("best: perfect, Dice 1.00", "best: partial, Dice 0.67"),
         *("median: empty, Dice 1.00", "median: partial, Dice 0.67", "median: false, false alarm"),
         "worst: partial, Dice 0.67",
