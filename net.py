@@ -181,8 +181,10 @@ class UNet(nn.Module):
                 f"not the weights of a UNet of {n_filters} filters and {words['depth']} levels: "
                 "bottleneck.conv2.weight does not fit"
             )
-        model = cls(**arguments, **words)
-        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        with torch.device("meta"):  # drawing random weights, only to replace them, takes a second
+            model = cls(**arguments, **words)
+        own = model.state_dict()
+        expected = {name: tuple(weight.shape) for name, weight in own.items()}
         shapes = {name: getattr(weight, "shape", None) for name, weight in state.items()}
         for name in sorted(expected.keys() | shapes.keys()):
             if expected.get(name) != shapes.get(name):
@@ -190,7 +192,8 @@ class UNet(nn.Module):
                     f"not the weights of a UNet of {n_filters} filters: {name} has shape "
                     f"{shapes.get(name)}, expected {expected.get(name)}"
                 )
-        model.load_state_dict(state)
+        copies = {name: state[name].to("cpu", own[name].dtype, copy=True) for name in own}
+        model.load_state_dict(copies, assign=True)
         return model
 
 

@@ -205,3 +205,17 @@ def test_normalisation_is_read_from_the_weights(norm, layer):
     assert torch.equal(loaded.eval()(x), model.eval()(x))
     with pytest.raises(ValueError, match="norm"):
         UNet(n_filters=4, norm="layer")
+
+
+def test_a_model_has_weights_of_its_own():
+    """float32 ones on the CPU that can be trained, whatever the state dict holds later."""
+    first = UNet(n_filters=2, norm="batch")
+    state = {name: weight.clone().half() for name, weight in first.state_dict().items()}
+    second = UNet.from_state_dict(state)
+    expected = {name: weight.clone() for name, weight in state.items()}
+    for weight in state.values():
+        weight.zero_()
+    for name, weight in second.state_dict().items():
+        assert torch.equal(weight, expected[name].to(weight.dtype)), name
+        assert weight.device.type == "cpu" and weight.dtype == first.state_dict()[name].dtype
+    assert all(weight.requires_grad and weight.is_leaf for weight in second.parameters())
