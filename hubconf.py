@@ -4,9 +4,7 @@ model = torch.hub.load("OWNER/REPOSITORY", "unet", weights="best_model.pth")
 model = torch.hub.load("path/of/a/clone", "unet", source="local", n_filters=16, norm="batch")
 """
 
-from pathlib import Path
-
-from medseg.checkpoint import PRETRAINED
+from medseg.inputs import PRETRAINED
 from net import UNet, load_model
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]
@@ -29,7 +27,7 @@ def unet(pretrained=False, *, weights=None, **arguments):
         names = ", ".join(arguments)
         raise ValueError(f"{names}: read from the file of weights; leave it out")
     if pretrained:
-        weights = Path(__file__).parent / PRETRAINED
+        weights = PRETRAINED
         if not weights.exists():
             raise FileNotFoundError(
                 f"{weights}: this version of the repository has no pretrained weights; "

@@ -47,7 +47,7 @@ from medseg.images import (
     save_png,
     with_legend,
 )
-from medseg.inputs import choose_output, data_set_images, expand, sort_inputs
+from medseg.inputs import choose_output, data_set_images, default_model, expand, sort_inputs
 from medseg.medical import base_name, mask_name
 from medseg.onnx_model import OnnxModel
 
@@ -176,10 +176,10 @@ class TorchModel:
         from data import normalize
 
         images = normalize(torch.from_numpy(pixels))
-        autocast = self.autocast
-        return (
-            predict_probabilities(self.model, images, self.device, autocast=autocast).cpu().numpy()
+        probabilities = predict_probabilities(
+            self.model, images, self.device, autocast=self.autocast
         )
+        return probabilities.cpu().numpy()
 
 
 def find_device(name, path, precision="auto"):
@@ -322,20 +322,6 @@ def predict_volume(model, path, output, threshold, window):
     print(f"saved {' and '.join(map(str, written))}")
 
 
-def predict_rows(model, rows):
-    """Yield (targets bool, probabilities float32), arrays (B, C, H, W), for all `rows`.
-
-    Of RaggedRows each batch is one image, of its own height and width.
-    """
-    starts = range(0, len(rows), model.batch_size)
-    for start in tqdm(starts, "valid", unit=" batches", disable=None):
-        end = min(start + model.batch_size, len(rows))
-        batch = np.stack([rows[index] for index in range(start, end)])
-        pixels, masks = np.split(batch, [model.n_channels], axis=3)
-        masks = np.unpackbits(masks, axis=3, count=model.n_classes, bitorder="little")
-        yield masks.transpose(0, 3, 1, 2) > 0, model.probabilities(pixels)
-
-
 def open_folder(model, folder, threshold):
     """The FolderScores of a folder with annotations, for the predictions of this model.
 
@@ -345,16 +331,12 @@ def open_folder(model, folder, threshold):
     from medseg.report import FolderScores
 
     place = folder.resolve()  # `dataset/test/` and `.` have a parent too
-    content = _content(model)
+    content = {"classes": None, "n_channels": model.n_channels}
+    if model.n_classes > 1:
+        content["classes"] = list(model.class_names)
     dataset = open_split(place.parent, place.name, model.image_size, **content)
-    check_classes(dataset.coco, content["classes"], folder)
+    check_classes(dataset.coco, dataset.classes, folder)
     return FolderScores(dataset, threshold)
-
-
-def _content(model):
-    """What `data.open_split` is told of a model's classes and channels."""
-    classes = list(model.class_names) if model.n_classes > 1 else None
-    return {"classes": classes, "n_channels": model.n_channels}
 
 
 def report(model, folder, output, threshold, scores=None):
@@ -366,7 +348,7 @@ def report(model, folder, output, threshold, scores=None):
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
     """
     from data import load_split
-    from medseg.report import threshold_sweep, write_report
+    from medseg.report import predict_rows, threshold_sweep, write_report
 
     scores = scores or open_folder(model, folder, threshold)
     dataset, valid, sweep = scores.dataset, folder.resolve().parent / "valid", None
@@ -376,25 +358,10 @@ def report(model, folder, output, threshold, scores=None):
         (probabilities,) = model.probabilities(pixels[None])
         scores.add(dataset.path(index), image.size, probabilities)
     if (valid / ANNOTATIONS).exists() and not valid.samefile(folder):
-        rows = load_split(valid.parent, valid.name, model.image_size, **_content(model))
+        content = {"classes": dataset.classes, "n_channels": dataset.n_channels}
+        rows = load_split(valid.parent, valid.name, model.image_size, **content)
         sweep = threshold_sweep(predict_rows(model, rows), model.class_names)
     return write_report(output, str(folder), scores, sweep, model.class_names)
-
-
-def print_report(folder, output, written):
-    """Print the scores of what `report` returned."""
-    scores, intervals = written["scores"], written["confidence_95"]
-    said, by_class = {}, [name for name in scores if name.startswith("dice/")]
-    for name, value in scores.items():
-        low, high = intervals[name]
-        said[name] = f"{value:.4f} [{low:.4f}, {high:.4f}]"
-    print(
-        f"{folder}: Dice {said['dice']}, per-image Dice {said['image_dice']}, IoU {said['iou']}, "
-        f"accuracy {said['acc']} (background everywhere: {scores['background_acc']:.4f}); "
-        f"saved {output / 'report.json'} and {output / 'report.png'}"
-    )
-    for name in by_class:
-        print(f"  {name.removeprefix('dice/')}: Dice {said[name]}")
 
 
 # ---- the command line ------------------------------------------------------------------------
@@ -429,6 +396,8 @@ def export_model(target, path, inputs):
         raise ValueError(f"--export {target}: takes no image; predict afterwards, with --model")
     if Path(path).suffix.lower() in (".onnx", ".pt2", ".torchscript"):
         raise ValueError(f"{path}: an export already; give --model the weights (.pth)")
+    if Path(target).exists() and Path(target).samefile(path):
+        raise ValueError(f"--export {target}: that is the model itself; name another file")
     from medseg.export import SHAPES, check_target, export
     from net import load_model
 
@@ -449,7 +418,12 @@ def make_parser():
         help="JPEG, PNG, TIFF, BMP, DICOM or NIfTI; without one, the tutorial's example image",
     )
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="best_model.pth", metavar="FILE", help="weights or an ONNX file")
+    add(
+        "--model",
+        metavar="FILE",
+        help="weights or an ONNX file; default: best_model.pth, and where there is none "
+        "dataset/tumor.pth, which comes with the repository",
+    )
     add(
         "--threshold",
         type=number(0.0, 1.0, float),
@@ -461,7 +435,8 @@ def make_parser():
         "--export",
         metavar="FILE",
         help="write --model to FILE for other programs: .onnx, .pt2 (torch.export) or "
-        ".torchscript (torch.jit, which PyTorch has deprecated)",
+        ".torchscript (torch.jit, which PyTorch has deprecated); or its weights in half precision "
+        "(float16) to FILE.pth",
     )
     add = parser.add_argument_group("files").add_argument
     add(
@@ -485,7 +460,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-
+    args.model = args.model or default_model()
     if args.export:
         export_model(args.export, args.model, args.inputs)
         return
@@ -540,6 +515,8 @@ def predict_inputs(args, device, window):
     if scores and problems and scores.missing():
         unscored = f"; {folder} has no report without them"
     elif scores:
+        from medseg.report import print_report
+
         print_report(folder, output, report(model, folder, output, args.threshold, scores))
     if problems:
         lines = "; ".join(problems)

@@ -19,7 +19,6 @@ from medseg.signals import Stopped
 
 NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16 may need 16 to find its scale
 BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "last.previous.pth"
-PRETRAINED = "dataset/tumor.pth"  # weights that come with the repository, a path inside it
 KEYS = {"flags", "model", "running_mean", "guarded_step", "scores", "progress", "rng"}
 
 

@@ -1,4 +1,4 @@
-"""A UNet as a file that needs none of this code: ONNX, torch.export or TorchScript."""
+"""A UNet for other programs, as ONNX, torch.export or TorchScript; or its weights at half size."""
 
 import contextlib
 import importlib
@@ -6,10 +6,12 @@ import io
 import json
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from medseg.checkpoint import load_weights
 from medseg.cli import one_line
 from medseg.files import atomic_write
 from medseg.images import mean_and_std
@@ -18,6 +20,7 @@ from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, check_metadata
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_LIMIT = 2**31 - 2**20  # bytes of an ONNX file, and some for what is not weights
 MAX_DIFFERENCE = 1e-4  # from PyTorch's probabilities; float32 elsewhere differs by about 1e-6
+MAX_HALF_DIFFERENCE = 0.02  # where the weights are rounded to float16
 METADATA_FILE = "metadata.json"  # in .pt2 and .torchscript
 # (B, H, W) that a file is checked on: any size is to work, and any batch.
 SHAPES = ((1, 1, 1), (1, 37, 50), (1, 255, 257), (1, 64, 96), (3, 37, 50), (1, 640, 640))
@@ -27,14 +30,22 @@ EXAMPLE = (2, 37, 50)  # what exporters trace with: no multiple of a stride, no 
 def export(model, path):
     """Write a UNet on the CPU to `path`; the suffix decides the format, see FORMATS.
 
+    With .pth, it is the weights in half precision, as predict.py and train.py read them.
+
     Any batch, height and width. The file's metadata hold class names, image size, n_channels and
     the mean and deviation of the normalisation (of 0..1). A file of that name is replaced, but
     only once the new one has been run and compared with PyTorch on SHAPES.
     Returns the largest difference of the probabilities. Raises ValueError where it is more than
-    MAX_DIFFERENCE, or the format cannot hold the network, and leaves nothing behind then.
+    MAX_DIFFERENCE (MAX_HALF_DIFFERENCE), or the format cannot hold the network, and leaves nothing
+    behind then.
     """
     path = Path(path)
-    write, load = FORMATS[check_target(path)]
+    suffix = check_target(path)
+    if suffix == ".pth":
+        write, load = _write_half, partial(_load_half, type(model))
+        limit = MAX_HALF_DIFFERENCE
+    else:
+        (write, load), limit = FORMATS[suffix], MAX_DIFFERENCE
     model.eval()
     with atomic_write(path) as file, quiet():
         try:
@@ -45,10 +56,12 @@ def export(model, path):
             raise
         except Exception as error:  # exporters have many kinds
             raise ValueError(f"{path}: cannot be exported: {one_line(error):.400}") from None
-        if not difference <= MAX_DIFFERENCE:  # nan too
+        if not difference <= limit:  # nan too
+            reason = "another version of PyTorch or onnxruntime may do better"
+            if suffix == ".pth":
+                reason = "its weights do not fit half precision"
             raise ValueError(
-                f"{path}: not written, for it differs from PyTorch by {difference:.1e}; "
-                "another version of PyTorch or onnxruntime may do better"
+                f"{path}: not written, for it differs from PyTorch by {difference:.1e}; {reason}"
             )
     return difference
 
@@ -56,8 +69,9 @@ def export(model, path):
 def check_target(path):
     """The suffix of an export. ValueError where it names no format or a library is missing."""
     suffix = Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise ValueError(f"--export {path}: name a file that ends in {', '.join(FORMATS)}")
+    if suffix not in (*FORMATS, ".pth"):
+        suffixes = ", ".join((*FORMATS, ".pth"))
+        raise ValueError(f"--export {path}: name a file that ends in {suffixes}")
     if suffix == ".onnx":
         for name in ONNX_LIBRARIES:
             try:
@@ -174,6 +188,23 @@ def _write_torchscript(model, metadata):
 
 def _load_torchscript(path):
     return torch.jit.load(str(path))
+
+
+# ---- weights in half precision: for predict.py and train.py, at half the size ----------------
+
+
+def _write_half(model, metadata):
+    state = model.state_dict()
+    for name, weight in state.items():
+        if weight.dim() > 1:  # biases and normalisations are few, and may be large or tiny
+            state[name] = weight.half()
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _load_half(kind, path):
+    return kind.from_state_dict(load_weights(path)).eval()
 
 
 def _example(model):

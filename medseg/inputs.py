@@ -11,6 +11,10 @@ from medseg.dicom import read_dicom
 from medseg.images import SUFFIXES, read_image
 from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, kind
 
+# Weights that come with the repository, and what they are: docs/pretrained.md.
+PRETRAINED = Path(__file__).parent.parent / "dataset" / "tumor.pth"
+ABOUT_PRETRAINED = "brain tumours in MRI slices, test Dice 0.78"
+
 OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "contact_sheet.jpg")
 OWN_ENDINGS = ("_mask", "_overlay", "_montage")
 OTHER_PICTURES = (".gif", ".webp", ".jp2", ".tga", ".ppm")  # suffixes that name no folder
@@ -91,6 +95,16 @@ def data_set_images():
         if images:
             return images
     return []
+
+
+def default_model():
+    """The weights to use where none are named: best_model.pth, else PRETRAINED, and says so."""
+    own, here = Path("best_model.pth"), Path.cwd()
+    if own.exists() or not PRETRAINED.exists():
+        return str(own)
+    path = PRETRAINED.relative_to(here) if PRETRAINED.is_relative_to(here) else PRETRAINED
+    print(f"no {own} here: taking {path} ({ABOUT_PRETRAINED}; see docs/pretrained.md)")
+    return str(path)
 
 
 def is_input(path):

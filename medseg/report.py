@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 
 import numpy as np
+from tqdm import tqdm
 
 from medseg.files import atomic_write
 from medseg.images import resize_nearest
@@ -40,6 +41,20 @@ def count_pixels(batches, thresholds):
     )
 
 
+def predict_rows(model, rows):
+    """Yield (targets bool, probabilities float32), arrays (B, C, H, W), for all `rows`.
+
+    Of RaggedRows each batch is one image, of its own height and width.
+    """
+    starts = range(0, len(rows), model.batch_size)
+    for start in tqdm(starts, "valid", unit=" batches", disable=None):
+        end = min(start + model.batch_size, len(rows))
+        batch = np.stack([rows[index] for index in range(start, end)])
+        pixels, masks = np.split(batch, [model.n_channels], axis=3)
+        masks = np.unpackbits(masks, axis=3, count=model.n_classes, bitorder="little")
+        yield masks.transpose(0, 3, 1, 2) > 0, model.probabilities(pixels)
+
+
 def threshold_sweep(batches, names):
     """The Dice of a split at each threshold of SWEEP, and the threshold of the highest."""
     counts = count_pixels(batches, SWEEP)
@@ -55,7 +70,7 @@ class FolderScores:
 
     def __init__(self, dataset, threshold):
         self.dataset, self.thresholds = dataset, [threshold, *SWEEP]
-        self._indices = {dataset.path(index).resolve(): index for index in range(len(dataset))}
+        self._indices = {_identity(dataset.path(index)): index for index in range(len(dataset))}
         self._images = {}  # index -> counts (T, C, 4), HD95 (C,), prediction as run lengths
 
     def add(self, path, size, probabilities):
@@ -64,7 +79,7 @@ class FolderScores:
         size: (width, height) of the image. May be called from several threads. Images without a
         record are left out, and so are those whose annotations are damaged: `missing` has them.
         """
-        index = self._indices.get(path.resolve())
+        index = self._indices.get(_identity(path))
         if index is not None:
             with suppress(ValueError):
                 masks = self.dataset.load_masks(index, size)
@@ -97,6 +112,11 @@ class FolderScores:
 
         _, _, encoded = self._images[index]
         return *self.dataset.preprocess(index), coco_mask.decode(encoded).transpose(2, 0, 1)
+
+
+def _identity(path):
+    """The same for every way to name a file; links to one file differ, as their names do."""
+    return path.parent.resolve() / path.name
 
 
 def write_report(output, folder, scores, valid, class_names):
@@ -137,6 +157,22 @@ def write_report(output, folder, scores, valid, class_names):
     cases = [(*scores.case(index), title) for index, title in choose_cases(names, dice, pooled)]
     plot_report(report, dice, cases, output / "report.png")
     return report
+
+
+def print_report(folder, output, written):
+    """Print the scores of what `report` returned."""
+    scores, intervals = written["scores"], written["confidence_95"]
+    said, by_class = {}, [name for name in scores if name.startswith("dice/")]
+    for name, value in scores.items():
+        low, high = intervals[name]
+        said[name] = f"{value:.4f} [{low:.4f}, {high:.4f}]"
+    print(
+        f"{folder}: Dice {said['dice']}, per-image Dice {said['image_dice']}, IoU {said['iou']}, "
+        f"accuracy {said['acc']} (background everywhere: {scores['background_acc']:.4f}); "
+        f"saved {output / 'report.json'} and {output / 'report.png'}"
+    )
+    for name in by_class:
+        print(f"  {name.removeprefix('dice/')}: Dice {said[name]}")
 
 
 def _summarize_distances(distances):

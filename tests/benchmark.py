@@ -404,6 +404,12 @@ def measure_prediction(bench):
     command += ("--model", bench.model)
     single = partial(run, [*command, picture, "--output", bench.place / "single"])
     bench.facts["single_prediction_seconds"] = single()["wall"]
+    name = "one prediction from a cold start, ONNX against PyTorch"
+    if bench.args.only in name and not bench.args.quick:  # the export takes a while
+        exported = bench.place / "model.onnx"
+        run([sys.executable, ROOT / "predict.py", "--model", bench.model, "--export", exported])
+        onnx = [sys.executable, ROOT / "predict.py", picture, "--model", exported]
+        bench.compare(name, "wall", single, partial(run, [*onnx, "--output", bench.place / "onnx"]))
     tutorial = bench.args.tutorial
     if not tutorial:
         return

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import parity
 import pytest
 import torch
 from conftest import ROOT, script_here
@@ -217,7 +218,8 @@ def test_masks_without_pytorch_are_those_with_it(exported, tmp_path):
 
 def with_pytorch(path, folder):
     weights = path.with_suffix(".pth")
-    return "--model", str(weights), "--output", str(folder / "torch"), "--device", "cpu"
+    fp32 = ("--device", "cpu", "--precision", "fp32")
+    return "--model", str(weights), "--output", str(folder / "torch"), *fp32
 
 
 def test_the_report_of_an_onnx_file_is_that_of_its_weights(exported, dataset, tmp_path):
@@ -225,6 +227,7 @@ def test_the_report_of_an_onnx_file_is_that_of_its_weights(exported, dataset, tm
     for suffix in (".onnx", ".pth"):
         model = exported("tutorial", ".onnx").with_suffix(suffix)
         arguments = (dataset / "test", "--model", model, "--output", tmp_path / suffix[1:])
+        arguments += ("--precision", "fp32")
         result = script_here("predict.py", *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         reports.append(json.loads((tmp_path / suffix[1:] / "report.json").read_text()))
@@ -429,6 +432,82 @@ def test_models_that_cannot_be_run(place, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     words = ["m.onnx", "pip install onnxruntime"]
     refused("predict", "scan.png", "--model", "m.onnx", words=words)
+
+
+# ---- weights in half precision ---------------------------------------------------------------
+
+
+def test_half_precision_is_half_the_file_and_the_same_masks(place, capsys):
+    """Every weight is the nearest float16; what is not a convolution's weight stays as it was."""
+    model = make_model("tutorial", n_filters=8, norm="batch")
+    torch.save(model.state_dict(), "own.pth")
+    predict.main(["--model", "own.pth", "--export", "half.pth"])
+    assert "largest difference from PyTorch" in capsys.readouterr().out
+    assert os.path.getsize("half.pth") < 0.52 * os.path.getsize("own.pth")
+    half = predict.load_model("half.pth", "cpu")
+    assert half.architecture == model.architecture and half.image_size == model.image_size
+    for name, weight in model.state_dict().items():
+        rounded = weight.numpy().astype(np.float16) if weight.dim() > 1 else weight.numpy()
+        np.testing.assert_array_equal(half.state_dict()[name].numpy(), rounded, name)
+        assert half.state_dict()[name].dtype == weight.dtype
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50), np.uint8)).save("scan.png")
+    masks = []
+    for name in ("own", "half"):
+        predict.main(["scan.png", "--model", f"{name}.pth", "--output", f"{name}.png"])
+        masks.append(np.asarray(Image.open(f"{name}.png")) > 0)
+    assert masks[0].any() and (masks[0] ^ masks[1]).mean() < 0.01
+
+
+def test_half_precision_that_would_spoil_the_weights_is_refused(place, refused):
+    model = make_model("tutorial", depth=1)
+    model.down1.conv1.weight.data[0, 0, 0, 0] = 1e6  # float16 ends at 65504
+    torch.save(model.state_dict(), "own.pth")
+    refused(
+        *("predict", "--model", "own.pth", "--export", "half.pth"),
+        words=["half.pth", "half precision"],
+    )
+    assert not os.path.exists("half.pth")
+    refused("predict", "--model", "own.pth", "--export", "own.pth", words=["the model itself"])
+
+
+# ---- tests/parity.py -------------------------------------------------------------------------
+
+
+def test_parity_counts_pixels_and_dice_by_hand(dataset, monkeypatch, capsys):
+    """One stand-in marks all that is annotated, the other a row of pixels less in two images."""
+
+    class Marks:
+        image_size, n_channels, n_classes, class_names = 48, 3, 1, ("foreground",)
+
+        def __init__(self, rows_less):
+            self.rows_less = list(rows_less)
+
+        def probabilities(self, pixels):
+            bright = (pixels[..., 0] > 200)[:, None].astype(np.float32)
+            rows = np.flatnonzero(bright[0, 0].any(1))
+            bright[0, 0, rows[len(rows) - self.rows_less.pop(0) :]] = 0
+            return bright
+
+    stand_ins = {"fp32": Marks([0, 0, 0, 0]), "other": Marks([1, 0, 0, 1])}
+    monkeypatch.setattr(parity, "open_models", lambda path, folder: stand_ins)
+    parity.compare_masks("weights", dataset / "test", None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"4 images, {4 * 48 * 48} pixels")
+    assert lines[2] == "| fp32 | 0 | 0 | 1.000000 |"
+    dice = 2 * (1024 - 32) / (1024 - 32 + 1024)  # four squares of 16x16
+    assert lines[3] == f"| other | 32 | 2 | {dice:.6f} |"
+
+
+def test_parity_of_every_format(dataset, tmp_path, capsys):
+    torch.save(make_model("tutorial", depth=1).state_dict(), tmp_path / "own.pth")
+    parity.main(["--images", str(dataset / "test"), "--model", str(tmp_path / "own.pth")])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == ["fp32", "bf16", *export.FORMATS]
+    for name, pixels, images, _ in rows:
+        assert int(pixels) < (100 if "bf16" in name else 3) and int(images) <= 4
+    parity.compare_networks({"small": make_model("tutorial", depth=1)}, tmp_path)
+    *_, row = capsys.readouterr().out.splitlines()
+    assert all(float(cell) < 1e-4 for cell in row.strip("| ").split(" | ")[2:])
 
 
 # ---- torch.hub -------------------------------------------------------------------------------

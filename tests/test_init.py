@@ -8,6 +8,8 @@ import torch
 from conftest import make_dataset
 
 import train
+from medseg.checkpoint import load_weights
+from medseg.inputs import PRETRAINED
 from net import UNet, load_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -54,6 +56,14 @@ def test_it_takes_network_size_and_weights(here):
     assert {name: flags[name] for name in expected} == expected
     assert flags["init"] == "first.pth"
     assert load_model("best_model.pth").architecture.depth == 4
+
+
+def test_it_starts_from_the_weights_of_the_repository(here):
+    saved = run("--init", PRETRAINED)
+    first = load_weights(PRETRAINED)["down1.conv1.weight"]
+    assert first.dtype == torch.float16
+    assert torch.equal(saved["model"]["down1.conv1.weight"], first.float())
+    assert (saved["flags"]["n_filters"], saved["flags"]["image_size"]) == (8, 128)
 
 
 def test_a_head_of_other_classes_starts_anew(here, capsys):

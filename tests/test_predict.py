@@ -1,10 +1,12 @@
 """Prediction: the functions, the files it writes, and what it refuses; and scores of a folder."""
 
+import hashlib
 import importlib
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +25,10 @@ import predict
 from medseg import device
 from medseg.cli import ArgumentParser
 from medseg.images import full_size_labels, overlay
-from medseg.inputs import pictures_in
+from medseg.inputs import ABOUT_PRETRAINED, PRETRAINED, pictures_in
 from medseg.metrics import RunningScores, bootstrap, hausdorff95, image_dice, pooled_scores
-from medseg.report import choose_cases, count_pixels
+from medseg.phantoms import draw_phantom
+from medseg.report import choose_cases, count_pixels, predict_rows
 from net import UNet
 
 
@@ -74,6 +77,50 @@ def names(folder):
 
 def overlap(mask, other):
     return (mask & other).sum() / (mask | other).sum()
+
+
+# ---- the weights that come with the repository -----------------------------------------------
+
+
+def test_before_any_training_the_repositorys_weights_are_used(tmp_path, monkeypatch, capsys):
+    """A stranger's first prediction; with best_model.pth, that one is taken."""
+    monkeypatch.chdir(tmp_path)
+    pixels, mask = draw_phantom(np.random.default_rng(1), 256)
+    Image.fromarray(pixels).save("scan.png")
+    result = script("predict.py", "scan.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (note,) = [line for line in result.stdout.splitlines() if "no best_model.pth" in line]
+    assert str(PRETRAINED) in note and ABOUT_PRETRAINED in note
+    written = Image.open("scan_mask.png")
+    assert written.size == (256, 256)
+    named = script("predict.py", "scan.png", "--model", PRETRAINED, cwd=tmp_path)
+    assert named.returncode == 0 and "no best_model.pth" not in named.stdout
+    np.testing.assert_array_equal(np.asarray(Image.open("scan_mask.png")), np.asarray(written))
+    torch.save(brightness_model().state_dict(), "best_model.pth")
+    predict.main(["scan.png"])
+    assert "no best_model.pth" not in capsys.readouterr().out
+
+
+def test_without_any_weights_the_next_command_is_named(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("medseg.inputs.PRETRAINED", tmp_path / "none.pth")
+    scan(40, 40, 5, 5, 20).save(tmp_path / "scan.png")
+    refused("predict", "scan.png", words=["best_model.pth", "python train.py"])
+
+
+def test_the_card_of_the_repositorys_weights():
+    """Size, network and Dice in docs/pretrained.md and in the line that predict.py prints."""
+    card = (ROOT / "docs" / "pretrained.md").read_text()
+    assert PRETRAINED.stat().st_size < 5e6
+    assert f"{PRETRAINED.stat().st_size / 1e6:.1f} MB" in card
+    model = predict.load_model(PRETRAINED, "cpu")
+    parameters = sum(weight.numel() for weight in model.parameters())
+    assert f"{parameters:,} parameters" in card
+    assert f"{model.image_size}x{model.image_size} pixels" in card
+    (row,) = re.findall(r"\| official test \|.*", card)
+    dice = float(row.split(" | ")[2])
+    assert ABOUT_PRETRAINED.endswith(f"test Dice {dice:.2f}")
+    hashes = [hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()]
+    assert re.findall("[0-9a-f]{64}", card) == hashes  # of the file that the scores are of
 
 
 # ---- precision -------------------------------------------------------------------------------
@@ -566,7 +613,7 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
 
     first = choose()
     rows = data.load_split(dataset, "valid", model.image_size)
-    counts = count_pixels(predict.predict_rows(model, rows), first["thresholds"])
+    counts = count_pixels(predict_rows(model, rows), first["thresholds"])
     dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in counts[:, :, 0].sum(0).tolist()]
     assert first["dice"] == pytest.approx(dice)
     assert first["chosen_threshold"] == first["thresholds"][int(np.argmax(dice))]

@@ -1,0 +1,148 @@
+"""Do exported models, and bf16, give what PyTorch gives in fp32? Two tables.
+
+    python tests/parity.py                        # every network and format, random weights
+    python tests/parity.py --images dataset/test --model dataset/tumor.pth   # masks of real images
+
+The first table has the largest difference of a probability over images of 1x1, 37x50, 64x96,
+255x257 and 640x640 pixels and a batch of three. The second has the mask pixels that are not those
+of PyTorch in fp32, at the size of the images, and the Dice of each format.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def networks(n_filters=None):
+    """{name: UNet}: the named networks, and the tutorial's with both kinds of normalisation.
+
+    n_filters: instead of those that --arch has.
+    """
+    from medseg.layers import ARCHITECTURES
+    from medseg.recipes import N_FILTERS
+    from net import UNet
+
+    words = {**ARCHITECTURES, "--norm batch": {"norm": "batch"}, "--norm group": {"norm": "group"}}
+    models = {}
+    for name, architecture in words.items():
+        filters = n_filters or N_FILTERS.get(name, N_FILTERS["tutorial"])
+        models[name] = draw_weights(UNet(n_filters=filters, **architecture))
+    return models
+
+
+def draw_weights(model):
+    """Random weights whose probabilities vary: those of a new UNet are nearly constant."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            torch.nn.init.kaiming_normal_(module.weight)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):  # running means and variances
+            model(torch.randn(2, model.n_channels, 64, 64))
+    return model.eval()
+
+
+def compare_networks(models, folder):
+    """Print a row for each network: its spread of probabilities, and the difference of each format.
+
+    A format that refuses a network has its reason in the row.
+    """
+    from medseg.export import FORMATS, export
+
+    print_row("network", "probabilities", *FORMATS)
+    for name, model in models.items():
+        with torch.inference_mode():
+            out = model(torch.randn(1, model.n_channels, 64, 64))
+        cells = [f"{out.min():.2f} to {out.max():.2f}"]
+        for suffix in FORMATS:
+            try:
+                cells.append(f"{export(model, folder / f'model{suffix}'):.1e}")
+            except ValueError as error:
+                cells.append(str(error))
+        print_row(name, *cells)
+
+
+def compare_masks(path, images, folder):
+    """Print a row for each format and for bf16: mask pixels that differ from fp32, and Dice."""
+    import predict
+    from medseg.images import full_size_labels, preprocess
+    from medseg.metrics import class_scores
+
+    models = open_models(path, folder)
+    scores = {name: predict.open_folder(model, images, 0.5) for name, model in models.items()}
+    differing = {name: [] for name in models}  # pixels of each image
+    dataset, size = scores["fp32"].dataset, 0
+    for index in range(len(dataset)):
+        image, _ = dataset.load(index)
+        size += image.width * image.height
+        masks = {}
+        for name, model in models.items():
+            pixels = preprocess(image, model.image_size, model.n_channels)
+            (probabilities,) = model.probabilities(pixels[None])
+            scores[name].add(dataset.path(index), image.size, probabilities)
+            masks[name] = full_size_labels(probabilities, image.size, 0.5)
+            differing[name].append(np.count_nonzero(masks[name] != masks["fp32"]))
+    print(f"{path}, {images}: {len(dataset)} images, {size} pixels")
+    print_row("", "mask pixels that differ", "in so many images", "Dice")
+    for name in models:
+        counts, _ = scores[name].result()
+        dice = class_scores(counts[:, 0], models["fp32"].class_names)["dice"]
+        different = np.array(differing[name])
+        print_row(name, different.sum(), np.count_nonzero(different), f"{dice:.6f}")
+
+
+def open_models(path, folder):
+    """{name: model like a `predict.TorchModel`} of a file of weights, exported to `folder`."""
+    import predict
+    from data import normalize
+    from medseg.export import FORMATS, export, quiet
+
+    model = predict.load_model(path, "cpu")
+    models = {name: predict.TorchModel(model, "cpu", name) for name in ("fp32", "bf16")}
+    for suffix, (_, load) in FORMATS.items():
+        file = folder / f"model{suffix}"
+        export(model, file)
+        if suffix == ".onnx":
+            models[suffix] = predict.open_model(file)
+            continue
+        models[suffix] = predict.TorchModel(model, "cpu", "fp32")
+        with quiet():
+            run = load(file)
+        models[suffix].probabilities = lambda pixels, run=run: (
+            run(normalize(torch.from_numpy(pixels))).detach().numpy()
+        )
+    return models
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def main(argv=None):
+    description, _, examples = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images", type=Path, help="a folder with annotations")
+    parser.add_argument("--model", default="best_model.pth", help="weights for --images")
+    parser.add_argument("--n-filters", type=int, help="of the networks (default: as published)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.images:
+            compare_masks(args.model, args.images, Path(folder))
+        else:
+            compare_networks(networks(args.n_filters), Path(folder))
+
+
+if __name__ == "__main__":
+    main()
