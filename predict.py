@@ -20,7 +20,6 @@ trained on crops takes each image at its own size.
 
 import os
 import shlex
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -524,5 +523,6 @@ def predict_inputs(args, device, window):
 
 
 if __name__ == "__main__":
-    # With --page, a prediction that a browser still waits for would hold up the exit.
-    run_main(main, exit_at_once=lambda: "gradio" in sys.modules)
+    # Python takes a second to shut down with PyTorch loaded, and with --page it would wait for a
+    # prediction that a browser has asked for.
+    run_main(main, exit_at_once=lambda: True)

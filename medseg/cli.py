@@ -1,6 +1,7 @@
 """The command line of every script: one parser, number types, one exit handler."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -202,8 +203,9 @@ def run_main(main, *, exit_at_once=lambda: False):
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         status = 2
     if exit_at_once():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a reader that has gone, as in `| head`
+                stream.flush()
         os._exit(status)
     if status:
         sys.exit(status)
