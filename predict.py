@@ -395,8 +395,8 @@ def export_model(target, path, inputs):
         raise ValueError(f"--export {target}: takes no image; predict afterwards, with --model")
     if Path(path).suffix.lower() in (".onnx", ".pt2", ".torchscript"):
         raise ValueError(f"{path}: an export already; give --model the weights (.pth)")
-    if Path(target).exists() and Path(target).samefile(path):
-        raise ValueError(f"--export {target}: that is the model itself; name another file")
+    if Path(target).suffix.lower() == ".pth" and Path(target).exists():
+        raise ValueError(f"--export {target}: there already, maybe trained; name another file")
     from medseg.export import SHAPES, check_target, export
     from net import load_model
 

@@ -467,7 +467,9 @@ def test_half_precision_that_would_spoil_the_weights_is_refused(place, refused):
         words=["half.pth", "half precision"],
     )
     assert not os.path.exists("half.pth")
-    refused("predict", "--model", "own.pth", "--export", "own.pth", words=["the model itself"])
+    for target in ("own.pth", "best_model.pth"):  # weights that were trained are not replaced
+        words = [target, "there already"]
+        refused("predict", "--model", "own.pth", "--export", target, words=words)
 
 
 # ---- tests/parity.py -------------------------------------------------------------------------
