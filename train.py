@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,15 +307,10 @@ def main(argv=None):
         busy = f"{out}: another training is writing to this folder; give this one another --out"
         lock = file_lock(out / ".lock", busy=busy)
     try:
-        with signals.installed(), lock:
+        with signals.installed(), say_stopped(signals, out), lock:
             if writes and not (checkpoint or args.overwrite or dist.restart_count()):
                 refuse_other_run(out)
             train_and_test(args, checkpoint, signals)
-    except Stopped as stop:
-        resume = f"; to go on: {command('train.py', '--resume', out=out)}"
-        name = signal.Signals(stop.signum).name
-        print(f"stopped by {name}{resume if stop.checkpointed else ''}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
     except (MemoryError, RuntimeError) as error:
         memory = out_of_memory(error)
         if memory is None:
@@ -324,6 +319,19 @@ def main(argv=None):
             f"out of {memory} with --batch-size {args.batch_size}: halve it, "
             f"or lower {'--crop' if args.crop else '--image-size'} or --n-filters"
         ) from None
+
+
+@contextmanager
+def say_stopped(signals, out):
+    """Where the training was stopped, say so and how to go on, and exit with 128 + signal."""
+    try:
+        yield
+    except Stopped as stop:
+        resume = f"; to go on: {command('train.py', '--resume', out=out)}"
+        name = signal.Signals(stop.signum).name
+        with signals.defer():  # torchrun ends the processes that are left once one has stopped
+            print(f"stopped by {name}{resume if stop.checkpointed else ''}", file=sys.stderr)
+            sys.exit(128 + stop.signum)
 
 
 def train_and_test(args, checkpoint, signals):
