@@ -181,7 +181,7 @@ class UNet(nn.Module):
                 f"not the weights of a UNet of {n_filters} filters and {words['depth']} levels: "
                 "bottleneck.conv2.weight does not fit"
             )
-        with torch.device("meta"):  # drawing random weights, only to replace them, takes a second
+        with torch.device("meta"):  # random weights, to be replaced at once, would cost time
             model = cls(**arguments, **words)
         own = model.state_dict()
         expected = {name: tuple(weight.shape) for name, weight in own.items()}

@@ -523,6 +523,6 @@ def predict_inputs(args, device, window):
 
 
 if __name__ == "__main__":
-    # Python takes a second to shut down with PyTorch loaded, and with --page it would wait for a
+    # Python is slow to shut down with PyTorch loaded, and with --page it would wait for a
     # prediction that a browser has asked for.
     run_main(main, exit_at_once=lambda: True)

@@ -30,11 +30,10 @@ EXAMPLE = (2, 37, 50)  # what exporters trace with: no multiple of a stride, no 
 def export(model, path):
     """Write a UNet on the CPU to `path`; the suffix decides the format, see FORMATS.
 
-    With .pth, it is the weights in half precision, as predict.py and train.py read them.
-
     Any batch, height and width. The file's metadata hold class names, image size, n_channels and
-    the mean and deviation of the normalisation (of 0..1). A file of that name is replaced, but
-    only once the new one has been run and compared with PyTorch on SHAPES.
+    the mean and deviation of the normalisation (of 0..1). With .pth it is the state dict in half
+    precision, for predict.py and train.py. A file of that name is replaced, but only once the new
+    one has been run and compared with PyTorch on SHAPES.
     Returns the largest difference of the probabilities. Raises ValueError where it is more than
     MAX_DIFFERENCE (MAX_HALF_DIFFERENCE), or the format cannot hold the network, and leaves nothing
     behind then.
@@ -43,9 +42,10 @@ def export(model, path):
     suffix = check_target(path)
     if suffix == ".pth":
         write, load = _write_half, partial(_load_half, type(model))
-        limit = MAX_HALF_DIFFERENCE
+        limit, reason = MAX_HALF_DIFFERENCE, "its weights do not fit half precision"
     else:
         (write, load), limit = FORMATS[suffix], MAX_DIFFERENCE
+        reason = "another version of PyTorch or onnxruntime may do better"
     model.eval()
     with atomic_write(path) as file, quiet():
         try:
@@ -57,9 +57,6 @@ def export(model, path):
         except Exception as error:  # exporters have many kinds
             raise ValueError(f"{path}: cannot be exported: {one_line(error):.400}") from None
         if not difference <= limit:  # nan too
-            reason = "another version of PyTorch or onnxruntime may do better"
-            if suffix == ".pth":
-                reason = "its weights do not fit half precision"
             raise ValueError(
                 f"{path}: not written, for it differs from PyTorch by {difference:.1e}; {reason}"
             )

@@ -85,17 +85,17 @@ def overlap(mask, other):
 def test_before_any_training_the_repositorys_weights_are_used(tmp_path, monkeypatch, capsys):
     """A stranger's first prediction; with best_model.pth, that one is taken."""
     monkeypatch.chdir(tmp_path)
-    pixels, mask = draw_phantom(np.random.default_rng(1), 256)
+    pixels, _ = draw_phantom(np.random.default_rng(1), 256)
     Image.fromarray(pixels).save("scan.png")
     result = script("predict.py", "scan.png", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (note,) = [line for line in result.stdout.splitlines() if "no best_model.pth" in line]
     assert str(PRETRAINED) in note and ABOUT_PRETRAINED in note
-    written = Image.open("scan_mask.png")
-    assert written.size == (256, 256)
+    written = np.asarray(Image.open("scan_mask.png"))  # read now: the next run replaces the file
+    assert written.shape == (256, 256)
     named = script("predict.py", "scan.png", "--model", PRETRAINED, cwd=tmp_path)
     assert named.returncode == 0 and "no best_model.pth" not in named.stdout
-    np.testing.assert_array_equal(np.asarray(Image.open("scan_mask.png")), np.asarray(written))
+    np.testing.assert_array_equal(np.asarray(Image.open("scan_mask.png")), written)
     torch.save(brightness_model().state_dict(), "best_model.pth")
     predict.main(["scan.png"])
     assert "no best_model.pth" not in capsys.readouterr().out
