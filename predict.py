@@ -23,7 +23,6 @@ import shlex
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,6 @@ from medseg.images import (
     with_legend,
 )
 from medseg.inputs import choose_output, data_set_images, default_model, expand, sort_inputs
-from medseg.medical import base_name, mask_name
 from medseg.onnx_model import OnnxModel
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
@@ -297,7 +295,7 @@ def predict_many(model, pictures, output, threshold, scores=None):
 
 def predict_volume(model, path, output, threshold, window):
     """Predict every slice of a NIfTI volume; write a mask volume and a montage of slices."""
-    from medseg.nifti import montage, open_nifti, write_mask
+    from medseg.nifti import open_nifti, write_prediction
 
     volume, names = open_nifti(path), model.class_names
     pictures, highest = volume.pictures(window), np.zeros(len(names))
@@ -311,12 +309,7 @@ def predict_volume(model, path, output, threshold, window):
         highest = np.maximum(highest, probabilities.max((0, 2, 3)))
         for index, own in zip(indices, probabilities, strict=True):
             masks[index] = full_size_labels(own, images[0].size, threshold)
-    written = [output]
-    if output.is_dir():
-        written = [output / mask_name(path), output / f"{base_name(path)}_montage.png"]
-        drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(names)))
-        save_png(with_legend(drawn, names), written[1])
-    write_mask(written[0], volume, masks)
+    written = write_prediction(output, volume, pictures, masks, names)
     print(describe(path, masks, highest, names))
     print(f"saved {' and '.join(map(str, written))}")
 

@@ -4,16 +4,19 @@ import gzip
 import importlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from medseg.files import atomic_write
-from medseg.images import overlay
+from medseg.images import overlay, save_png, with_legend
 from medseg.medical import (
     NIFTI_SUFFIXES,
+    base_name,
     import_reader,
+    mask_name,
     name_file,
     nifti_version,
     window_limits,
@@ -196,6 +199,22 @@ def write_mask(path, volume, slices):
             return
         with gzip.GzipFile("", "wb", 6, file, mtime=0) as compressed:
             image.to_stream(compressed)
+
+
+def write_prediction(output, volume, pictures, masks, class_names):
+    """Write the masks of all slices and, where `output` is a folder, a montage of slices.
+
+    pictures: what `volume.pictures` returned; masks: arrays (H, W) of class numbers.
+    Returns the paths: NAME_mask.nii or .nii.gz and NAME_montage.png in the folder, or `output`.
+    """
+    written = [output]
+    if output.is_dir():
+        name = base_name(volume.path)
+        written = [output / mask_name(volume.path), output / f"{name}_montage.png"]
+        drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(class_names)))
+        save_png(with_legend(drawn, class_names), written[1])
+    write_mask(written[0], volume, masks)
+    return written
 
 
 def volume_pairs(image_path, mask_path, window=None):

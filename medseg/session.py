@@ -21,12 +21,10 @@ from medseg.images import (
     resize_nearest,
     save_mask,
     save_overlay,
-    save_png,
-    with_legend,
 )
 from medseg.inputs import Picture, expand, pictures_in
-from medseg.medical import base_name, kind, mask_name
-from medseg.nifti import montage, open_nifti, write_mask
+from medseg.medical import base_name, kind
+from medseg.nifti import open_nifti, write_prediction
 
 VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
 
@@ -140,7 +138,10 @@ class Session:
                 image = prediction.picture.load()
                 save_overlay(image, labels, written[-1], self.class_names)
         for path, predictions in volumes.items():
-            written += self._write_volume(path, predictions, threshold, folder)
+            masks = [full_size_labels(load(one)[1], one.size, threshold) for one in predictions]
+            volume = open_nifti(path)
+            pictures = volume.pictures(self._window)
+            written += write_prediction(folder, volume, pictures, masks, self.class_names)
         if len(written) == 1:
             return written[0]
         archive = folder / "masks.zip"
@@ -149,16 +150,6 @@ class Session:
                 file.write(path, path.name)
                 path.unlink()
         return archive
-
-    def _write_volume(self, path, predictions, threshold, folder):
-        masks = [full_size_labels(load(one)[1], one.size, threshold) for one in predictions]
-        volume, names = open_nifti(path), self.class_names
-        written = [folder / mask_name(path), folder / f"{base_name(path)}_montage.png"]
-        write_mask(written[0], volume, masks)
-        pictures = volume.pictures(self._window)
-        drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(names)))
-        save_png(with_legend(drawn, names), written[1])
-        return written
 
 
 def load(prediction):
