@@ -16,6 +16,7 @@ AUGMENTATIONS = {
     "contrast": (0.1, 1.0),  # normalised values times a factor as for scale
     "brightness": (0.1, 1.0),  # normalised values plus -value to value
     "flip": (1.0, 1.0),  # horizontally and vertically, each with probability value / 2
+    "turn": (1.0, 1.0),  # by 90, 180 or 270 degrees, each with probability value / 4
     "elastic": (0.05, 0.2),  # no pixel moves by more than so many sides
     "gamma": (0.2, 2.0),  # pixels of 0..1 to a power from 1 / (1 + value) to 1 + value
     "noise": (0.05, 1.0),  # Gaussian; its deviation, of normalised values, is 0 to value
@@ -57,7 +58,7 @@ def augment(images, masks, draws, words, *, size=None, noise=None):
     word noise.
     Image and mask are resampled once, through the same map: the image bilinear, its border
     repeated, and the mask nearest, zero outside. Without a word that moves pixels to places
-    between pixels, they are not resampled.
+    between pixels, they are not resampled. The word turn takes square images.
     elastic: Simard, Steinkraus, Platt: "Best Practices for Convolutional Neural Networks",
     ICDAR 2003, with a cubic B-spline for their Gaussian filter.
     """
@@ -78,6 +79,11 @@ def augment(images, masks, draws, words, *, size=None, noise=None):
             flips = chosen["flip"][:, column, None, None, None] > 0
             images = torch.where(flips, images.flip(dim), images)
             masks = torch.where(flips, masks.flip(dim), masks)
+    if words.get("turn"):
+        for turns in (1, 2, 3):
+            turned = chosen["turn"][..., None, None] == turns
+            images = torch.where(turned, images.rot90(turns, (2, 3)), images)
+            masks = torch.where(turned, masks.rot90(turns, (2, 3)), masks)
     if words.get("gamma"):
         images = _gamma(images, chosen["gamma"])
     if words.get("contrast") or words.get("brightness"):
@@ -107,6 +113,7 @@ def _choose(draws, words, aspect):
     def factor(word):
         return (1 + words.get(word, 0)) ** signed(word)
 
+    unused = draws[:, :0]
     angle = signed("rotate")[:, 0] * math.radians(words.get("rotate", 0))
     sines = angle.sin()
     rotation = [angle.cos(), -sines * aspect, sines / aspect, angle.cos()]
@@ -116,10 +123,11 @@ def _choose(draws, words, aspect):
         "theta": torch.cat([rotation, shift], 2).flatten(1),  # (B, 2, 3): from new to old
         "contrast": factor("contrast"),
         "brightness": words.get("brightness", 0) * signed("brightness"),
-        "flip": (uniform["flip"] < words["flip"] / 2).float() if "flip" in words else draws[:, :0],
-        "elastic": words["elastic"] * signed("elastic") if "elastic" in words else draws[:, :0],
+        "flip": (uniform["flip"] < words["flip"] / 2).float() if "flip" in words else unused,
+        "turn": (4 / words["turn"] * uniform["turn"]).floor() if words.get("turn") else unused,
+        "elastic": words["elastic"] * signed("elastic") if "elastic" in words else unused,
         "gamma": factor("gamma"),
-        "noise": words["noise"] * uniform["noise"] if "noise" in words else draws[:, :0],
+        "noise": words["noise"] * uniform["noise"] if "noise" in words else unused,
     }
 
 

@@ -89,7 +89,7 @@ def test_batches_of_the_strong_recipe_are_those_of_the_first_version():
 
 @pytest.mark.parametrize(
     "text",
-    ["rotate=180", "scale=0.5", "shift=0.4", "flip", "elastic=0.15", "gamma", "noise", "all"],
+    "rotate=180 scale=0.5 shift=0.4 flip turn,flip elastic=0.15 gamma noise all".split(),
 )
 def test_image_and_mask_stay_aligned(text):
     """The image is its own mask: they may differ only where interpolation blurs the edge."""
@@ -108,7 +108,8 @@ def test_image_and_mask_stay_aligned(text):
     if text in ("gamma", "noise"):
         assert torch.equal(new_masks, masks)
     different = {tuple(image.flatten().tolist()) for image in new_images}
-    assert len(different) == (4 if text == "flip" else 48)  # each in a way of its own
+    expected = {"flip": 4, "turn,flip": 8}.get(text, 48)  # else each in a way of its own
+    assert len(different) == expected
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -160,6 +161,22 @@ def test_flips_are_exact():
     assert torch.equal(never[0], images) and torch.equal(never[1], masks)
     flipped = (uniform(4000, {"flip": 1.0}) < 0.5).float().mean(0)
     assert flipped == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+def test_turns_are_exact():
+    images, masks = torch.randn(5, 3, 21, 21), (torch.rand(5, 2, 21, 21) > 0.5).float()
+    draws = torch.tensor([[0.1], [0.3], [0.6], [0.9], [0.0]])
+    new_images, new_masks = augment(images, masks, draws, {"turn": 1.0})
+    for index, turns in enumerate((0, 1, 2, 3, 0)):
+        for new, old in ((new_images, images), (new_masks, masks)):
+            expected = np.rot90(old[index].numpy(), turns, (1, 2))
+            np.testing.assert_array_equal(new[index].numpy(), expected)
+    # With a value of 0.2, three images in twenty are turned.
+    few = augment(images, masks, draws / 5, {"turn": 0.2})
+    assert torch.equal(few[0], new_images)
+    for value, column in ((0.2, draws + 0.21), (0.0, draws)):
+        unchanged = augment(images, masks, column, {"turn": value})
+        assert torch.equal(unchanged[0], images) and torch.equal(unchanged[1], masks)
 
 
 def test_elastic_is_smooth_and_bounded():
@@ -220,7 +237,7 @@ def test_contrast_and_brightness_by_hand():
 # ---- in batches ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [STRONG, "flip,noise", "elastic,gamma,noise=1"])
+@pytest.mark.parametrize("text", [STRONG, "flip,turn,noise", "elastic,gamma,noise=1"])
 def test_a_function_of_seed_epoch_and_place(text):
     rows = np.random.default_rng(0).integers(0, 2, (7, 32, 32, 4), dtype=np.uint8)
 
@@ -255,7 +272,7 @@ def test_noise_differs_by_image_batch_and_epoch():
 
 
 def test_the_window_is_as_large_as_the_words_reach():
-    assert window_side(100, {}) == window_side(100, {"flip": 1.0, "noise": 1.0}) == 100
+    assert window_side(100, {}) == window_side(100, {"flip": 1, "turn": 1, "noise": 1}) == 100
     assert window_side(100, {"rotate": 180.0}) == window_side(100, {"rotate": 45.0}) == 144
     assert 150 < window_side(100, words_of("rotate,scale,shift")) < 165
     assert window_side(100, words_of(STRONG)) < 130
