@@ -290,15 +290,17 @@ def test_what_turns_into_a_crop_comes_from_the_image(text):
 def test_image_and_mask_of_a_crop_stay_aligned():
     rng, side = np.random.default_rng(0), 96
     row = np.zeros((side, side, 4), np.uint8)
-    blobs = F.avg_pool2d(torch.from_numpy(rng.random((1, 1, side, side))), 15, 1, 7)[0, 0] > 0.5
-    row[..., 3] = blobs
+    field = torch.from_numpy(rng.random((1, 1, side, side)))
+    for _ in range(2):  # smooth: a part thinner than a pixel may be in one of the two only
+        field = F.avg_pool2d(field, 15, 1, 7, count_include_pad=False)
+    row[..., 3] = field[0, 0] > field.median()
     row[..., :3] = 255 * row[..., 3:]
     words = {word: default for word, (default, _) in AUGMENTATIONS.items()}
     for image, mask in crops(row[None], 32, augmented=words):
         new = torch.from_numpy(mask)[None, None]
         sure = F.max_pool2d(new, 3, 1, 1) == 1 - F.max_pool2d(1 - new, 3, 1, 1)
         wrong = (torch.from_numpy(image[..., 0] > 127) != (new[0, 0] > 0.5)) & sure[0, 0]
-        assert wrong.sum() == 0
+        assert wrong[1:-1, 1:-1].sum() == 0  # the others have neighbours outside
 
 
 # ---- prediction and scores -------------------------------------------------------------------
