@@ -21,13 +21,13 @@ from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES
 from medseg.recipes import LOSSES, RECIPES, arch_flags, network_flags
 
-# The flags that decide the result: a resumed run must have them in common with its beginning.
-RESULT_FLAGS = (
-    *("synthetic", "batch_size", "lr", "patience", "image_size", "n_filters", "seed", "precision"),
-    *("skip_bad", "norm", "prior", "weight_decay", "warmup", "schedule", "ema", "augment"),
-    *("classes", "n_channels", "arch", "depth", "dropout", "loss", "crop", "init"),
-)
 NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
+# The flags that a resumed run need not have in common with its beginning: any other decides the
+# result.
+MAY_CHANGE = (
+    *(*NOT_RECORDED, "data", "epochs", "device", "compile", "save_every"),
+    *("swanlab", "project", "experiment_name"),
+)
 POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, kind=float)  # types of flags
 
 
@@ -240,13 +240,12 @@ def _parse_named_sets(parser, argv, read_network):
 
 def check_same_run(args, checkpoint, parser):
     """ValueError where a flag that decides the result differs from the checkpoint's."""
-    names = RESULT_FLAGS
+    free = MAY_CHANGE
     if args.schedule != "constant":  # it ends with the epochs
-        names = (*names, "epochs")
-    for name in names:
+        free = tuple(name for name in free if name != "epochs")
+    for name, now in vars(args).items():
         before = checkpoint["flags"].get(name, parser.get_default(name))
-        now = getattr(args, name)
-        if before != now:
+        if name not in free and before != now:
             flag = flag_name(name)
             raise ValueError(
                 f"{checkpoint['path']}: was trained with {flag} {before}, not {now}: leave {flag} "

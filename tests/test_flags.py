@@ -1,8 +1,12 @@
 """Which flag wins: the command line, then --init, --recipe, --arch, and the tutorial's default."""
 
-import pytest
+import argparse
 
-from medseg.flags import parse_arguments
+import pytest
+import torch
+
+from medseg.checkpoint import KEYS
+from medseg.flags import make_parser, parse_arguments, recorded_flags
 from medseg.layers import Architecture
 from medseg.recipes import RECIPES, network_words
 
@@ -61,3 +65,46 @@ def test_crops_are_of_images_at_their_own_size():
 )
 def test_words_that_are_refused(flags, words, refused):
     refused("train", *flags, words=words)
+
+
+# ---- on --resume -----------------------------------------------------------------------------
+
+NOT_OF_A_RUN = {"help", "out", "resume", "test_only", "overwrite"}
+ABOUT_THE_RUN = {  # what it is called, where it runs and how long, which may be another thing later
+    *("data", "device", "compile", "save_every", "swanlab", "project", "experiment_name"),
+    "epochs",
+}
+FLAGS = [action for action in make_parser("")._actions if action.dest not in NOT_OF_A_RUN]
+
+
+def another_value(action):
+    """What to write on the command line for a flag to have another value than its default."""
+    if action.nargs == 0:
+        return [action.option_strings[0]]
+    for text in action.choices or ("other", "bce", "flip", "0.5", "7"):
+        try:
+            value = action.type(text) if action.type else text
+        except (ValueError, argparse.ArgumentTypeError):
+            continue
+        if value != action.default:
+            return [action.option_strings[0], str(text)]
+    pytest.fail(f"no other value for {action.dest}")
+
+
+@pytest.mark.parametrize("action", FLAGS, ids=[action.dest for action in FLAGS])
+def test_a_resumed_run_keeps_every_flag_that_decides_its_result(action, tmp_path, refused):
+    """A flag that is new is refused too, unless it is added to ABOUT_THE_RUN."""
+    state = dict.fromkeys(KEYS, {})
+    flags = recorded_flags(parse_arguments(["--out", str(tmp_path)], "", None)[0])
+    state |= {"flags": flags, "progress": {"history": [{"val_loss": 1.0}]}}
+    torch.save(state, tmp_path / "last.pth")
+    resume = ["--resume", "--out", str(tmp_path)]
+    given = another_value(action)
+    if action.dest in ABOUT_THE_RUN:
+        args, checkpoint = parse_arguments([*resume, *given], "", None)
+        assert getattr(args, action.dest) != flags[action.dest] and checkpoint["flags"] == flags
+    else:
+        refused("train", *resume, *given, words=[tmp_path / "last.pth", given[0]])
+    # What is given again as it was, is taken.
+    if action.nargs != 0 and action.default is not None:
+        parse_arguments([*resume, given[0], str(action.default)], "", None)
