@@ -32,6 +32,7 @@ from medseg import dist
 from medseg.augment import AUGMENTATIONS
 from medseg.checkpoint import (
     BEST,
+    CURVES,
     Checkpointer,
     Progress,
     RandomState,
@@ -252,7 +253,10 @@ def train_model(
                 print_epoch(progress.history, num_epochs, better)
                 log(log_values(row), progress.epoch)
         if progress.epoch < num_epochs and dist.is_first():
-            print(f"stopping early: no lower validation loss since epoch {progress.best_epoch}")
+            print(
+                f"stopping early: no lower validation loss since epoch {progress.best_epoch}; "
+                f"--resume with a --patience above {patience} goes on"
+            )
         checkpointer.save(last_chance=True)
     if progress.best_weights is None:
         raise ValueError(
@@ -509,7 +513,7 @@ def draw(args, root, model, test_loader, device, history, tracker):
     ]
     tracker.image("predictions", drawn[0])
     if history:
-        drawn.append(plot_curves(history, out / "curves.png", title=f"{root}: {title}"))
+        drawn.append(plot_curves(history, out / CURVES, title=f"{root}: {title}"))
     print(f"drawn: {' and '.join(map(str, drawn))}; next: {predict_command(args, root)}")
 
 

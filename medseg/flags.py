@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from medseg.augment import AUGMENTATIONS
-from medseg.checkpoint import BEST, LAST, PREVIOUS, load_checkpoint
+from medseg.checkpoint import BEST, LAST, PREVIOUS, has_ended, load_checkpoint, waits
 from medseg.cli import (
     ArgumentParser,
     add_device_flags,
@@ -22,10 +22,10 @@ from medseg.layers import ARCHITECTURES, CHOICES
 from medseg.recipes import LOSSES, RECIPES, arch_flags, network_flags
 
 NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
-# The flags that a resumed run need not have in common with its beginning: any other decides the
-# result.
+# The flags that a resumed run need not have in common with its beginning. Any other decides the
+# result; how far --epochs and --patience may change, `check_can_go_on` says.
 MAY_CHANGE = (
-    *(*NOT_RECORDED, "data", "epochs", "device", "compile", "save_every"),
+    *(*NOT_RECORDED, "data", "epochs", "patience", "device", "compile", "save_every"),
     *("swanlab", "project", "experiment_name"),
 )
 POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, kind=float)  # types of flags
@@ -211,6 +211,7 @@ def parse_arguments(argv, doc, read_network):
         return args, None
     if checkpoint:
         check_same_run(args, checkpoint, parser)
+        check_can_go_on(args, checkpoint)
     return args, checkpoint
 
 
@@ -240,17 +241,50 @@ def _parse_named_sets(parser, argv, read_network):
 
 def check_same_run(args, checkpoint, parser):
     """ValueError where a flag that decides the result differs from the checkpoint's."""
-    free = MAY_CHANGE
-    if args.schedule != "constant":  # it ends with the epochs
-        free = tuple(name for name in free if name != "epochs")
     for name, now in vars(args).items():
         before = checkpoint["flags"].get(name, parser.get_default(name))
-        if name not in free and before != now:
+        if name not in MAY_CHANGE and before != now:
             flag = flag_name(name)
             raise ValueError(
                 f"{checkpoint['path']}: was trained with {flag} {before}, not {now}: leave {flag} "
                 "away, or start afresh without --resume"
             )
+
+
+def check_can_go_on(args, checkpoint):
+    """ValueError unless the epochs done are the beginning of a run with these flags that goes on.
+
+    The message says which flag to give. A run that was stopped in its test goes on with that, and
+    torchrun may restart one that has ended.
+    """
+    path, before = checkpoint["path"], {**vars(args), **checkpoint["flags"]}
+    epochs, patience = before["epochs"], before["patience"]
+    done, wait = waits(checkpoint)
+    same = (args.epochs, args.patience) == (epochs, patience)
+    if same and (restart_count() or not has_ended(path.parent)):
+        return
+    to_test = "to test its weights again, give --test-only in place of --resume"
+    if args.schedule != "constant" and done >= epochs:
+        raise ValueError(
+            f"{path}: {done} of {epochs} epochs done, and --epochs cannot change, for --schedule "
+            f"{args.schedule} ends with them: start a new run from its weights with --init "
+            f"{path.parent / BEST} and another --out; {to_test}"
+        )
+    if args.schedule != "constant" and args.epochs != epochs:
+        raise ValueError(
+            f"{path}: --schedule {args.schedule} ends with --epochs {epochs}, not {args.epochs}: "
+            "leave --epochs away, or start afresh without --resume"
+        )
+    needed = []
+    if args.epochs <= done:
+        needed.append(f"--epochs N, more than {done}")
+    if args.patience <= wait:
+        needed.append(f"--patience N, more than {wait}")
+    if needed:
+        state = f"{done} of {epochs} epochs done"
+        if args.patience <= wait:
+            state += f", {wait} in a row without a lower validation loss"
+        raise ValueError(f"{path}: {state}: give {' and '.join(needed)}; {to_test}")
 
 
 def recorded_flags(args):

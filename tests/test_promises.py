@@ -147,7 +147,6 @@ def test_resuming_wants_the_same_flags_but_takes_more_epochs(copy, refused):
         "--lr": 1,
         "--seed": 5,
         "--batch-size": 3,
-        "--patience": 2,
         "--image-size": 64,
         "--precision": "bf16",
     }

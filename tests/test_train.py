@@ -1,6 +1,7 @@
 """Losses, metrics, early stopping, checkpoints and the training command."""
 
 import csv
+import io
 import math
 import os
 import re
@@ -19,16 +20,18 @@ from conftest import (
     HOME,
     ROOT,
     SMALL,
+    assert_refused,
     make_dataset,
     script,
     script_here,
+    skip_pictures,
 )
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import train
 from data import Batches, COCOSegmentationDataset, load_split
-from medseg.checkpoint import history_row
+from medseg.checkpoint import history_row, load_weights, waits
 from medseg.cli import ArgumentParser, number
 from medseg.coco import load_coco
 from medseg.flags import experiment_name, make_parser
@@ -197,6 +200,9 @@ def test_early_stopping(losses, patience, epochs, best, tmp_path):
     assert load_model(tmp_path / "best_model.pth").outc.bias.item() == bias_of_best
     for _, values, _ in logged:
         assert values.keys() >= set(LOGGED)
+    # What --resume reads from it: it stopped for want of patience, or there was enough.
+    done, wait = waits({"progress": {"history": history}})
+    assert done == epochs and (wait == patience if epochs < len(losses) else wait < patience)
 
 
 def test_a_loss_that_is_never_a_number_is_an_error(tmp_path):
@@ -447,6 +453,171 @@ def test_stopped_at_every_step_and_resumed_it_ends_with_the_same_bits(tmp_path, 
         assert stops >= 2
         assert list(map(without_times, history)) == list(map(without_times, expected))
         assert all(torch.equal(resumed[key], weights[key]) for key in weights)
+
+
+# ---- going on with a run that has come to an end ---------------------------------------------
+
+# Its validation loss is lowest after epoch 2, for the four epochs after it too.
+BUMPY = ("--norm", "batch", "--depth", 2, "--lr", 0.1, "--ema", 0.5, "--augment", "flip=0.5")
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory):
+    """A folder with a data set, `early`, stopped after 4 of 7 epochs, and `patient`, which was not.
+
+    Both are tested: curves.png, the last file of a training, is there.
+    """
+    place = tmp_path_factory.mktemp("early")
+    make_dataset(place / "dataset")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        skip_pictures(monkeypatch)
+        for out, patience in (("early", 2), ("patient", 5)):
+            flags = (*SMALL, *BUMPY, "--epochs", 7, "--patience", patience, "--out", out)
+            result = script_here("train.py", *flags, cwd=place)
+            assert result.returncode == 0, result.stderr
+            (place / out / "curves.png").touch()
+    progress = {
+        out: load_weights(place / out / "last.pth")["progress"] for out in ("early", "patient")
+    }
+    assert (progress["early"]["epoch"], progress["early"]["best_epoch"]) == (4, 2)
+    assert (progress["patient"]["epoch"], progress["patient"]["best_epoch"]) == (7, 7)
+    return place
+
+
+@pytest.fixture
+def ended(stopped_early, tmp_path):
+    """A copy of it; files keep their times."""
+    shutil.copytree(stopped_early, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def end_of(folder):
+    """What has to be the same where one run ends as another: metrics.csv but for times, weights."""
+    last = load_weights(folder / "last.pth")
+    weights = [last["model"], last["running_mean"], load_weights(folder / "best_model.pth")]
+    tensors = [(name, value.tolist()) for part in weights for name, value in part.items()]
+    return read_metrics(folder), tensors, last["progress"]["best_epoch"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_gone_on_with_more_patience_it_ends_as_if_it_had_had_it_from_the_start(ended):
+    best = (ended / "early" / "best_model.pth").read_bytes()
+    # A little more of it is used up at once, and the best weights stay.
+    go_on = ("--resume", "--out", "early", "--patience")
+    result = script_here("train.py", *go_on, 3, cwd=ended)
+    assert result.returncode == 0, result.stderr
+    assert len(read_metrics(ended / "early")) == 5
+    assert (
+        "epoch 2" in result.stdout and "--patience" in result.stdout
+    )  # says why, and what to give
+    assert same_weights(ended / "early" / "best_model.pth", io.BytesIO(best))
+    result = script_here("train.py", *go_on, 5, cwd=ended)
+    assert result.returncode == 0, result.stderr
+    assert end_of(ended / "early") == end_of(ended / "patient")
+    # The new patience is recorded, as every flag is.
+    assert load_weights(ended / "early" / "last.pth")["flags"]["patience"] == 5
+
+
+def untouched(folder):
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "out, flags, words, other",
+    [
+        ("early", (), ["4 of 7 epochs", "--patience N, more than 2"], "--epochs N"),
+        ("early", ("--epochs", 60), ["--patience N, more than 2"], "--epochs N"),
+        ("early", ("--epochs", 60, "--patience", 1), ["--patience N, more than 2"], "--epochs N"),
+        (
+            "early",
+            ("--epochs", 3),
+            ["--epochs N, more than 4", "--patience N, more than 2"],
+            "none",
+        ),
+        ("patient", (), ["7 of 7 epochs done", "--epochs N, more than 7"], "--patience N"),
+        ("patient", ("--epochs", 5), ["7 of 7", "--epochs N, more than 7"], "--patience N"),
+        ("patient", ("--patience", 30), ["--epochs N, more than 7"], "--patience N"),
+        # With so little patience, the epochs that were done would not have been.
+        ("patient", ("--epochs", 9, "--patience", 4), ["--patience N, more than 4"], "--epochs N"),
+    ],
+)
+def test_a_run_that_has_ended_says_which_flag_goes_on(
+    out, flags, words, other, stopped_early, refused
+):
+    before = untouched(stopped_early / out)
+    flags = ("--resume", "--out", stopped_early / out, *flags)
+    line = refused("train", *flags, words=[stopped_early / out / "last.pth", *words, "--test-only"])
+    assert other not in line
+    assert untouched(stopped_early / out) == before
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_less_patience_than_before_is_taken_where_it_changes_no_epoch_that_is_done(ended):
+    flags = ("--epochs", 5, "--patience", 30, "--out", "less")
+    assert script_here("train.py", *SMALL, *BUMPY, *flags, cwd=ended).returncode == 0
+    flags = ("--resume", "--out", "less", "--epochs", 7, "--patience", 5)
+    result = script_here("train.py", *flags, cwd=ended)
+    assert result.returncode == 0, result.stderr
+    assert end_of(ended / "less") == end_of(ended / "patient")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_with_a_schedule_that_ends_with_the_epochs_more_of_them_are_not_offered(ended, refused):
+    cosine = (*SMALL, *BUMPY, "--schedule", "cosine", "--epochs", 3, "--out", "cosine")
+    assert script_here("train.py", *cosine, cwd=ended).returncode == 0
+    (ended / "cosine" / "curves.png").touch()
+    resume = ("--resume", "--out", ended / "cosine")
+    words = ["3 of 3 epochs done", "cosine", "--init", "best_model.pth", "--test-only"]
+    for more in ((), ("--epochs", 9), ("--epochs", 2), ("--patience", 30)):
+        line = refused("train", *resume, *more, words=words)
+        assert "--epochs N" not in line and "--patience" not in line
+    # What it says instead works.
+    weights = ("--init", ended / "cosine" / "best_model.pth", "--out", "next", "--epochs", 1)
+    small = ("--batch-size", 2, "--swanlab", "disabled", "--device", "cpu")
+    result = script_here("train.py", *weights, *small, cwd=ended)
+    assert result.returncode == 0, result.stderr
+    # Before its end, neither fewer nor more epochs are taken, and more patience is.
+    state = load_weights(ended / "early" / "last.pth")
+    state["flags"]["schedule"] = "cosine"
+    torch.save(state, ended / "early" / "last.pth")
+    resume = ("--resume", "--out", ended / "early")
+    for epochs in (6, 8):
+        refused("train", *resume, "--epochs", epochs, words=["cosine", "leave --epochs away"])
+    result = script_here("train.py", *resume, "--patience", 5, cwd=ended)
+    assert result.returncode == 0 and len(read_metrics(ended / "early")) == 7, result.stderr
+
+
+def test_a_finished_run_is_tested_again_only_where_its_test_was_cut_short(
+    straight, tmp_path, monkeypatch
+):
+    """A signal may come during the test; and torchrun restarts processes that have done it all."""
+    place, said = straight
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    test = next(line for line in said.splitlines() if line.startswith("test with the best"))
+    finished = script_here("train.py", "--resume", "--out", "run", cwd=tmp_path)
+    assert_refused(finished, "3 of 3 epochs done", "--epochs N")
+    with monkeypatch.context() as restarted:
+        restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        again = script_here("train.py", *SMALL, "--epochs", 3, "--out", "run", cwd=tmp_path)
+        assert again.returncode == 0 and test in again.stdout, again.stderr
+        again = script_here("train.py", "--resume", "--out", "run", cwd=tmp_path)
+        assert again.returncode == 0 and test in again.stdout, again.stderr
+    os.utime(tmp_path / "run" / "curves.png", (0, 0))  # of an earlier end
+    metrics = (tmp_path / "run" / "metrics.csv").read_bytes()
+    again = script_here("train.py", "--resume", "--out", "run", cwd=tmp_path)
+    assert again.returncode == 0 and test in again.stdout, again.stderr
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == metrics
+    finished = script_here("train.py", "--resume", "--out", "run", cwd=tmp_path)
+    assert_refused(finished, "3 of 3 epochs done", "--epochs N")
+
+
+@pytest.mark.parametrize(
+    "progress", [5, {}, {"history": {}}, {"history": [5]}, {"history": [{"val_loss": "low"}]}]
+)
+def test_a_last_without_a_history_is_refused(progress, straight, refused, tmp_path):
+    state = torch.load(straight[0] / "run" / "last.pth", weights_only=True)
+    torch.save({**state, "progress": progress}, tmp_path / "last.pth")
+    refused("train", "--resume", "--epochs", 9, "--out", tmp_path, words=[tmp_path / "last.pth"])
 
 
 # ---- what is refused -------------------------------------------------------------------------
@@ -755,7 +926,7 @@ def test_a_recipe_is_a_set_of_flags_that_the_command_line_overrules(
     # The schedule ends with the epochs, so more of them would be another run.
     refused("train", "--resume", "--epochs", 3, "--out", tmp_path, words=["--epochs"])
     before = Path("metrics.csv").read_text()
-    train.main(["--resume"])
+    train.main(["--resume"])  # without its pictures it has not been tested
     assert Path("metrics.csv").read_text() == before
 
 
