@@ -11,6 +11,10 @@ from medseg.images import class_colors, mean_and_std
 # Blue and orange of Okabe and Ito's palette: red-green blind readers tell them apart, and the
 # prediction is dashed besides.
 TARGET_COLOR, PRED_COLOR = "#56B4E9", "#E69F00"
+SCORE_WORDS = {
+    **{"loss": "loss", "acc": "pixel accuracy", "background_acc": "all-background accuracy"},
+    **{"dice": "Dice", "image_dice": "Dice per image", "iou": "IoU", "miou": "mean IoU"},
+}  # precision and recall are words already
 MAX_SIDE = 1600  # pixels of a picture that are drawn: an outline among 10,000 takes a minute
 
 
@@ -26,6 +30,13 @@ def save_figure(figure, path):
     with atomic_write(Path(path), sync=False) as file:
         figure.savefig(file, dpi=80, format="png")
     return path
+
+
+def mark_whole_numbers(axis):
+    """Ticks at whole numbers alone, a single one among them; axis: of x or y."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def denormalize(images):
@@ -60,7 +71,7 @@ def draw_case(axis, picture, targets, preds, title):
     for target, pred, colors in zip(targets, preds, outline_colors(len(targets)), strict=True):
         draw_outline(axis, target, colors[0], "solid")
         draw_outline(axis, pred, colors[1], "dashed")
-    axis.set_title(title, fontsize=12)
+    axis.set_title(title, fontsize=12, parse_math=False)  # a file's name may have a $ in it
     axis.axis("off")
 
 
@@ -77,8 +88,17 @@ def add_legend(figure, title, class_names):
     if len(colors) > 1:
         pairs = zip(class_names, colors, strict=True)
         lines += [line(color, "solid", name) for name, (color, _) in pairs]
-    figure.suptitle(title, fontsize=13)
-    figure.legend(handles=lines, loc="outside lower center", ncols=6, frameon=False, fontsize=12)
+    figure.suptitle(title, fontsize=13, parse_math=False)
+    legend = figure.legend(
+        lines,
+        [line.get_label() for line in lines],
+        loc="outside lower center",
+        ncols=min(6, int(figure.get_figwidth() // 2)),
+        frameon=False,
+        fontsize=12,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def plot_predictions(pictures, targets, preds, titles, path, *, title, class_names):
@@ -88,7 +108,7 @@ def plot_predictions(pictures, targets, preds, titles, path, *, title, class_nam
     """
     columns = min(len(pictures), 5)
     rows = math.ceil(len(pictures) / columns)
-    figure = new_figure(4 * columns, 4.2 * rows + 1)
+    figure = new_figure(max(4 * columns, 8), 4.2 * rows + 1)  # wide enough for the legend
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -100,12 +120,10 @@ def plot_predictions(pictures, targets, preds, titles, path, *, title, class_nam
 
 def plot_curves(history, path, *, title=""):
     """Loss, overlap and accuracy over the epochs of a history, see train_model; returns `path`."""
-    from matplotlib.ticker import MaxNLocator
-
     figure = new_figure(15, 4.2)
     panels = figure.subplots(1, 3)
     groups = {
-        "Dice + BCE loss": ("train_loss", "val_loss"),
+        "loss": ("train_loss", "val_loss"),
         "foreground overlap": ("train_dice", "val_dice", "val_iou"),
         "pixel accuracy": ("train_acc", "val_acc"),
     }
@@ -114,9 +132,10 @@ def plot_curves(history, path, *, title=""):
     for axis, (name, keys) in zip(panels, groups.items(), strict=True):
         for key in keys:
             values = [row[key] for row in history]
-            axis.plot(epochs, values, label=key.replace("_", " "), marker=marker)
+            split, score = key.split("_")
+            axis.plot(epochs, values, label=f"{split} {SCORE_WORDS[score]}", marker=marker)
         axis.set(title=name, xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        mark_whole_numbers(axis.xaxis)
         axis.grid(alpha=0.3)
     best = min(history, key=lambda row: row["val_loss"])
     label = f"best weights (epoch {best['epoch']})"
@@ -126,7 +145,7 @@ def plot_curves(history, path, *, title=""):
     panels[2].axhline(background, color="gray", linestyle="--", label="all background (val)")
     for axis in panels:
         axis.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return save_figure(figure, path)
 
 
@@ -136,20 +155,16 @@ def plot_report(report, dice, cases, path):
     report: what report.json holds; dice: (N,) of its images; cases: at most eight
     (picture, target, prediction, title).
     """
-    figure = new_figure(18, 14)
-    axes = figure.subplots(3, 4, height_ratios=(3, 4, 4))
+    rows = math.ceil(len(cases) / 4)  # of four cases, below a row of charts
+    figure = new_figure(18, 5 + 4.5 * rows)
+    axes = figure.subplots(1 + rows, 4, height_ratios=(3, *rows * [4]))
     table, histogram, sweep, sizes = axes[0]
     _draw_score_table(table, report)
     histogram.hist(dice, bins=20, range=(0, 1))
     histogram.set(title="Dice of each image", xlabel="Dice", ylabel="images")
+    mark_whole_numbers(histogram.yaxis)
     _draw_threshold_sweep(sweep, report["valid"])
-    labels, heights = [], []
-    for group in report["by_lesion_size"]:
-        low, high = group["pixels"]
-        labels.append(f"{low} to {high}\n({group['images']})")
-        heights.append(group["image_dice"])
-    sizes.bar(labels, heights)
-    sizes.set(title="mean Dice by lesion size", xlabel="pixels (images)", ylim=(0, 1))
+    _draw_lesion_sizes(sizes, report["by_lesion_size"])
     for axis in axes[1:].flat:
         axis.axis("off")
     for axis, case in zip(axes[1:].flat, cases, strict=False):
@@ -166,7 +181,9 @@ def _draw_score_table(axis, report):
         if "/" in name and not name.startswith("dice/"):
             continue  # of a class: report.json has them all
         low, high = report["confidence_95"][name]
-        lines.append(f"{name:<14.14} {value:.3f}  [{low:.3f}, {high:.3f}]")
+        score, _, class_name = name.partition("/")
+        label = f"{SCORE_WORDS.get(score, score)} {class_name}"
+        lines.append(f"{label:<23.23} {value:.3f}  [{low:.3f}, {high:.3f}]")
     if len(lines) > 20:
         lines = [*lines[:20], "..."]
     distance = report["hd95"]["median"]
@@ -175,13 +192,30 @@ def _draw_score_table(axis, report):
         hd95 = f"HD95 median {distance:.1f} px, {report['hd95']['left_out']} left out"
     lines += [
         "",
-        f"threshold {report['threshold']:g}, {report['images']} images",
+        f"threshold {report['threshold']:g}, images: {report['images']}",
         "95 % intervals: bootstrap over images",
         hd95,
     ]
-    text = "\n".join(lines)
-    axis.text(0, 1, text, va="top", family="monospace", fontsize=11, transform=axis.transAxes)
+    place = {"va": "top", "transform": axis.transAxes}
+    font = {"family": "monospace", "fontsize": 11, "parse_math": False}
+    axis.text(0, 1, "\n".join(lines), **place, **font)
     axis.axis("off")
+
+
+def _draw_lesion_sizes(axis, groups):
+    if not groups:
+        axis.axis("off")
+        axis.text(0.5, 0.5, "no image has a lesion", ha="center")
+        return
+    labels, heights = [], []
+    for group in groups:
+        low, high = group["pixels"]
+        sizes = f"{low} to {high}" if low < high else str(low)
+        labels.append(f"{sizes}\n({group['images']})")
+        heights.append(group["image_dice"])
+    axis.bar(labels, heights, width=0.8 * len(groups) / 3)
+    axis.margins(x=0.1)
+    axis.set(title="mean Dice by lesion size", xlabel="pixels (images)", ylim=(0, 1))
 
 
 def _draw_threshold_sweep(axis, valid):

@@ -1,6 +1,7 @@
 """A folder with annotations, scored: report.json and report.png."""
 
 import json
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -12,6 +13,7 @@ from medseg.metrics import bootstrap, class_scores, hausdorff95, image_dice, poo
 from medseg.plots import plot_report
 
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
+ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w+$", re.IGNORECASE)
 
 
 def count_image(targets, probabilities, thresholds):
@@ -70,7 +72,9 @@ class FolderScores:
 
     def __init__(self, dataset, threshold):
         self.dataset, self.thresholds = dataset, [threshold, *SWEEP]
-        self._indices = {_identity(dataset.path(index)): index for index in range(len(dataset))}
+        self._indices = {}  # of a file; several records may name it
+        for index in range(len(dataset)):
+            self._indices.setdefault(_identity(dataset.path(index)), []).append(index)
         self._images = {}  # index -> counts (T, C, 4), HD95 (C,), prediction as run lengths
 
     def add(self, path, size, probabilities):
@@ -79,8 +83,7 @@ class FolderScores:
         size: (width, height) of the image. May be called from several threads. Images without a
         record are left out, and so are those whose annotations are damaged: `missing` has them.
         """
-        index = self._indices.get(_identity(path))
-        if index is not None:
+        for index in self._indices.get(_identity(path), ()):
             with suppress(ValueError):
                 masks = self.dataset.load_masks(index, size)
                 self._images[index] = self._compare(masks, probabilities)
@@ -130,7 +133,7 @@ def write_report(output, folder, scores, valid, class_names):
     if valid:
         chosen = 1 + SWEEP.index(valid["chosen_threshold"])
         valid["scores_with_it"] = class_scores(counts[:, chosen], class_names)
-    counts, names = counts[:, 0], [dataset.path(index).name for index in range(len(dataset))]
+    counts, names = counts[:, 0], image_names(dataset)
     dice = np.stack([image_dice(counts[:, index]) for index in range(len(class_names))]).mean(0)
     pooled = counts.sum(1)  # of all classes
     report = {
@@ -157,6 +160,15 @@ def write_report(output, folder, scores, valid, class_names):
     cases = [(*scores.case(index), title) for index, title in choose_cases(names, dice, pooled)]
     plot_report(report, dice, cases, output / "report.png")
     return report
+
+
+def image_names(dataset):
+    """A name for each image: its file's, unless two of them are called the same."""
+    files = [dataset.coco.imgs[number]["file_name"] for number in dataset.image_ids]
+    for names in ([dataset.path(index).name for index in range(len(dataset))], files):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{file}, id {number}" for file, number in zip(files, dataset.image_ids, strict=True)]
 
 
 def print_report(folder, output, written):
@@ -216,28 +228,37 @@ def _count_false_alarms(counts):
 
 
 def choose_cases(names, dice, counts):
-    """(index, title) of the two best images with a lesion, three median and three worst ones.
+    """(index, title) of at most eight images: the two best with a hit, three median, three worst.
 
-    dice: (N,); counts: (N, 4), of all classes.
+    Of few images fewer of each kind, and each image once. dice: (N,); counts: (N, 4), of all
+    classes.
     """
-    lesion = counts[:, 0] + counts[:, 2] > 0
     order = np.argsort(-dice, kind="stable")
-    with_lesion_first = order[np.argsort(~lesion[order], kind="stable")]
-    middle = max(len(order) // 2 - 1, 0)
-    chosen = {
-        "best": with_lesion_first[:2],
-        "median": order[middle : middle + 3],
-        "worst": order[-3:],
-    }
+    hits_first = order[np.argsort(counts[order, 0] == 0, kind="stable")]
+    best = hits_first[: min(max(len(order) // 3, 1), 2)]
+    rest = order[~np.isin(order, best)]
+    middle, worst = np.split(rest, [len(rest) - min(len(order) // 2, 3)])
+    median = middle[max(len(middle) - 3, 0) // 2 :][:3]
     cases = []
-    for kind, indices in chosen.items():
+    for kind, indices in {"best": best, "median": median, "worst": worst}.items():
         for index in indices:
-            tp, fp, _, _ = counts[index]
-            outcome = f"Dice {dice[index]:.2f}"
-            if fp and not lesion[index]:
-                outcome = "false alarm"
-            elif lesion[index] and not tp:
-                outcome = "missed lesion"
-            title = f"{kind}: {names[index].split('_')[0]}, {outcome}"
-            cases.append((index, title))
+            outcome = _describe_outcome(dice[index], *counts[index])
+            title = f"{shorten_name(names[index])}, {outcome}"
+            cases.append((index, f"{kind}: {title}" if len(names) > 1 else title))
     return cases
+
+
+def _describe_outcome(dice, tp, fp, fn, tn):
+    """What to say of an image, by its pixels of all classes."""
+    if fp and not tp + fn:
+        return "false alarm"
+    if tp or not fn:
+        return f"Dice {dice:.2f}"
+    return "no overlap" if fp else "missed lesion"
+
+
+def shorten_name(name, longest=28):
+    """A file's name without what Roboflow adds on export, cut in the middle where it is long."""
+    name = ROBOFLOW_SUFFIX.sub("", name)
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"

@@ -17,18 +17,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, edit_annotations, script
+from conftest import ROOT, assert_refused, edit_annotations, script, square, write_split
+from matplotlib.text import Text
 from PIL import Image
 
 import data
 import predict
-from medseg import device
+from medseg import device, plots
+from medseg.checkpoint import history_row
 from medseg.cli import ArgumentParser
 from medseg.images import full_size_labels, overlay
 from medseg.inputs import ABOUT_PRETRAINED, PRETRAINED, pictures_in
-from medseg.metrics import RunningScores, bootstrap, hausdorff95, image_dice, pooled_scores
+from medseg.metrics import (
+    RunningScores,
+    bootstrap,
+    class_scores,
+    hausdorff95,
+    image_dice,
+    pooled_scores,
+)
 from medseg.phantoms import draw_phantom
-from medseg.report import choose_cases, count_pixels, predict_rows
+from medseg.report import (
+    SWEEP,
+    FolderScores,
+    choose_cases,
+    count_image,
+    count_pixels,
+    predict_rows,
+    shorten_name,
+    write_report,
+)
 from net import UNet
 
 
@@ -520,6 +538,18 @@ def test_scores_against_monai():
     assert bootstrap(same)["dice"] == pytest.approx([dice, dice])
 
 
+def test_the_bootstrap_gives_the_middle_95_percent():
+    """Of images of which half score 1 and half 0, the mean follows the binomial distribution."""
+    images = 100
+    counts = np.array([[1, 0, 0, 9], [0, 0, 1, 9]] * (images // 2))
+    chance = [math.comb(images, hits) / 2**images for hits in range(images + 1)]
+    cumulative = np.cumsum(chance)
+    expected = [np.searchsorted(cumulative, share) / images for share in (0.025, 0.975)]
+    assert expected == [0.40, 0.60]
+    interval = bootstrap(counts, samples=4000)["image_dice"]
+    assert interval == pytest.approx(expected, abs=0.0101)  # the 5th percentile is 0.42
+
+
 def test_a_folder_with_annotations_is_scored(place, dataset):
     """Against the scores of train.py for the same weights, and report.json against itself."""
     options = ("--output", "scored", "--threshold", 0.3)
@@ -627,25 +657,248 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
     assert choose() is None
 
 
+def counts_of(**preds):
+    """(file names, counts (N, 4)) of images of 8x8; name=(lesion rows, predicted rows)."""
+    rows = []
+    for target_rows, pred_rows in preds.values():
+        target, pred = np.zeros((2, 1, 8, 8), bool)
+        target[:, target_rows], pred[:, pred_rows] = True, True
+        rows.append(count_image(target, pred.astype(np.float32), [0.5])[0, 0])
+    return [f"{name}.png" for name in preds], np.array(rows)
+
+
+NOTHING = slice(0, 0)
+
+
 def test_a_report_names_false_alarms_and_missed_lesions():
-    rows = np.zeros((5, 8, 8, 4), np.uint8)
-    target, pred = rows[..., 3], rows[..., 0]  # the fake model takes red for foreground
-    target[0, :4], pred[0, :4] = 1, 255
-    target[1, :4], pred[1, :2] = 1, 255  # Dice 2 x 16 / (32 + 16)
-    pred[2, :2] = 255
-    target[3, :4], pred[3, 4:] = 1, 255
-
-    def fake_predict(rows):
-        yield rows[:, None, ..., 3] > 0, rows[:, None, ..., 0] / np.float32(255)
-
-    counts = count_pixels(fake_predict(rows), [0.5])
-    files = ["perfect_0.png", "partial_1.png", "false_2.png", "missed_3.png", "empty_4.png"]
-    counts = counts[:, 0, 0]
-    cases = choose_cases(files, image_dice(counts), counts)
+    names, counts = counts_of(
+        perfect=(slice(4), slice(4)),
+        partial=(slice(4), slice(2)),  # Dice 2 x 16 / (32 + 16)
+        alarm=(NOTHING, slice(2)),
+        missed=(slice(4), NOTHING),
+        beside=(slice(4), slice(4, 8)),  # it was not missed, but is not there
+        empty=(NOTHING, NOTHING),
+    )
+    cases = choose_cases(names, image_dice(counts), counts)
     assert [title for _, title in cases] == [
-        *("best: perfect, Dice 1.00", "best: partial, Dice 0.67"),
-        *("median: empty, Dice 1.00", "median: partial, Dice 0.67", "median: false, false alarm"),
-        "worst: partial, Dice 0.67",
-        "worst: false, false alarm",
-        "worst: missed, missed lesion",
+        *("best: perfect.png, Dice 1.00", "best: partial.png, Dice 0.67"),
+        "median: empty.png, Dice 1.00",
+        "worst: alarm.png, false alarm",
+        "worst: missed.png, missed lesion",
+        "worst: beside.png, no overlap",
     ]
+    assert [names[index] in title for index, title in cases] == [True] * 6
+
+
+def test_the_best_are_never_missed_lesions_though_another_class_is_rightly_empty():
+    counts = np.array([[0, 0, 9, 55], [4, 30, 4, 26], [0, 0, 9, 55], [2, 30, 6, 26]])
+    dice = np.array([0.5, 0.2, 0.5, 0.1])  # the mean over two classes
+    (_, best), *others = choose_cases(["a", "b", "c", "d"], dice, counts)
+    assert best == "best: b, Dice 0.20" and "median: a, missed lesion" in dict(others).values()
+
+
+@pytest.mark.parametrize("count", range(1, 14))
+def test_a_report_shows_each_image_once_and_of_few_all(count):
+    dice = np.random.default_rng(count).permutation(count) / 20 + 0.1
+    cases = choose_cases([f"{n}.png" for n in range(count)], dice, np.ones((count, 4), int))
+    shown = [index for index, _ in cases]
+    assert len(shown) == len(set(shown)) == min(count, 8)
+    kinds = {"best": [], "median": [], "worst": []}
+    if count == 1:
+        assert cases == [(0, "0.png, Dice 0.10")]
+        return
+    for index, title in cases:
+        kind, _, rest = title.partition(": ")
+        kinds[kind].append(dice[index])
+        assert rest == f"{index}.png, Dice {dice[index]:.2f}"
+    best, median, worst = kinds.values()
+    ranked = sorted(dice, reverse=True)
+    assert best == ranked[: len(best)] and worst == ranked[-len(worst) :]
+    assert 1 <= len(best) <= 2 and 1 <= len(worst) <= 3
+    if count > 8:
+        assert (len(best), len(median), len(worst)) == (2, 3, 3)
+        assert min(median) <= np.median(dice) <= max(median)
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg", "27"),
+        ("Tr-gl_0010_jpg.rf.B2A2b9811786cc32a23c46c560f04d07.jpg", "Tr-gl_0010"),
+        ("left_eye_PNG.rf.b2a2b9811786cc32a23c46c560f04d07.png", "left_eye"),
+        ("scan_0001.png", "scan_0001.png"),
+        ("scan.rf.1_2.png", "scan.rf.1_2.png"),
+    ],
+)
+def test_only_what_roboflow_adds_is_cut_from_a_name(name, shown):
+    assert shorten_name(name) == shown
+
+
+def test_a_long_name_keeps_both_its_ends():
+    first, second = (shorten_name(f"{'patient' * 9}_{number}.png") for number in (1, 2))
+    assert first != second and first.startswith("patient") and first.endswith("_1.png")
+    assert len(first) <= 28
+
+
+BOXES = [(4, 4, 20), (20, 8, 10), (10, 20, 16)]  # x, y, side: lesions of the images below
+
+
+@pytest.fixture
+def graded(tmp_path):
+    """FolderScores of three images of their own grey, met in another order.
+
+    The probability is 0.62 in the lesion, 0.42 in the four columns right of it and 0.22 elsewhere.
+    """
+    images = {f"{n}_x.png": Image.new("RGB", (48, 48), (40 * n,) * 3) for n in range(3)}
+    write_split(tmp_path / "test", images, [(n, square(*box)) for n, box in enumerate(BOXES)])
+    dataset = data.open_split(tmp_path, "test", 48)
+    scores = FolderScores(dataset, 0.5)
+    for number in (2, 0, 1):
+        x, y, side = BOXES[number]
+        probabilities = np.full((1, 48, 48), 0.22, np.float32)
+        probabilities[0, y : y + side, x : x + side + 4] = 0.42
+        probabilities[0, y : y + side, x : x + side] = 0.62
+        scores.add(tmp_path / "test" / f"{number}_x.png", (48, 48), probabilities)
+    return scores
+
+
+@pytest.mark.parametrize("chosen, columns", [(0.3, 4), (0.45, 0), (0.05, None)])
+def test_the_scores_with_the_threshold_from_valid_by_hand(graded, tmp_path, chosen, columns):
+    valid = {"thresholds": SWEEP, "dice": [0.5] * len(SWEEP), "chosen_threshold": chosen}
+    report = write_report(tmp_path, "test", graded, valid, ["foreground"])
+    lesion = np.array([side**2 for _, _, side in BOXES])
+    predicted = np.full(3, 48**2)
+    if columns is not None:
+        predicted = np.array([side * (side + columns) for _, _, side in BOXES])
+    with_it = report["valid"]["scores_with_it"]
+    assert with_it["dice"] == pytest.approx(2 * lesion.sum() / (lesion + predicted).sum())
+    assert with_it["precision"] == pytest.approx(lesion.sum() / predicted.sum())
+    assert report["scores"]["dice"] == 1  # at 0.5
+
+
+def test_a_panel_shows_the_image_that_its_title_names(graded, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("medseg.report.plot_report", lambda *arguments: drawn.append(arguments))
+    write_report(tmp_path, "test", graded, None, ["foreground"])
+    ((_, dice, cases, _),) = drawn
+    assert dice.tolist() == [1, 1, 1] and len(cases) == 3
+    for picture, target, pred, title in cases:
+        number = int(re.search(r"(\d)_x\.png", title)[1])
+        x, y, side = BOXES[number]
+        expected = np.zeros((48, 48), bool)
+        expected[y : y + side, x : x + side] = True
+        assert (picture == 40 * number).all() and picture.shape == (48, 48, 3)
+        np.testing.assert_array_equal(target[0] > 0, expected)
+        np.testing.assert_array_equal(pred[0] > 0, expected)
+
+
+def figure_of(monkeypatch, plot, *arguments, **options):
+    """The matplotlib figure that a function of medseg.plots draws; it is written too."""
+    figures, save = [], plots.save_figure
+
+    def keep(figure, path):
+        figures.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    plot(*arguments, **options)
+    return figures[0]
+
+
+def texts_in(figure):
+    """Every word of a drawn figure."""
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def ticks_in_view(axis):
+    low, high = sorted(axis.get_view_interval())
+    return [tick for tick in axis.get_ticklocs() if low <= tick <= high]
+
+
+def test_a_report_of_two_classes_is_in_words(monkeypatch, tmp_path):
+    """File, folder and class names may hold what matplotlib takes for formulas."""
+    names, odd = ("_edge", r"$\frac$ core"), r"a $\frac$ b"
+    counts = np.array([[[9, 1, 2, 88], [0, 3, 4, 93]]] * 3)
+    report = {
+        "folder": odd,
+        "image_size": 10,
+        "images": 3,
+        "class_names": names,
+        "threshold": 0.5,
+        "scores": class_scores(counts, names),
+        "confidence_95": bootstrap(counts, names, samples=9),
+        "hd95": {"median": None, "left_out": 6},
+        "valid": None,
+        "by_lesion_size": [{"pixels": [15, 15], "images": 3, "image_dice": 0.5}],
+    }
+    mask = np.zeros((2, 10, 10), bool)
+    case = np.zeros((10, 10, 3), np.uint8), mask, mask, odd
+    arguments = report, np.full(3, 0.4), [case] * 3, tmp_path / "report.png"
+    figure = figure_of(monkeypatch, plots.plot_report, *arguments)
+    words = "\n".join(texts_in(figure))
+    for name in (*names, odd, "pixel accuracy", "mean IoU", "Dice per image"):
+        assert name in words, name
+    for key in ("acc ", "image_dice", "background_acc", "miou", "dice/"):
+        assert key not in words, key
+    assert "15\n(3)" in words
+    (counted,) = (axis for axis in figure.axes if axis.get_ylabel() == "images")
+    assert ticks_in_view(counted.yaxis) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 50])
+def test_curves_have_whole_epochs_and_words(epochs, monkeypatch, tmp_path):
+    row = history_row(RunningScores("cpu").keys())
+    history = [
+        {**row, "epoch": number + 1, "val_loss": 1 / (number + 1)} for number in range(epochs)
+    ]
+    path = tmp_path / "curves.png"
+    figure = figure_of(monkeypatch, plots.plot_curves, history, path, title="a $b$")
+    words = texts_in(figure)
+    assert {"a $b$", "val pixel accuracy", "train Dice", "val IoU", "train loss"} <= set(words)
+    assert f"best weights (epoch {epochs})" in words
+    for axis in figure.axes:
+        ticks = ticks_in_view(axis.xaxis)
+        assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_legend_of_predictions_fits_the_figure(count, monkeypatch, tmp_path):
+    names = ("core", "edema", "enhancing")
+    mask = np.ones((3, 9, 9), bool)
+    pictures = [np.zeros((9, 9, 3))] * count
+    arguments = pictures, [mask] * count, [mask] * count, ["Dice 1.00"] * count
+    options = {"title": "dataset/test: 256x256, 32 filters, threshold 0.5", "class_names": names}
+    path = tmp_path / "predictions.png"
+    figure = figure_of(monkeypatch, plots.plot_predictions, *arguments, path, **options)
+    width = figure.bbox.width
+    for thing in (*figure.legends, figure._suptitle):
+        box = thing.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= width
+
+
+def test_images_of_one_name_and_records_of_one_file_are_all_in_the_report(place, dataset):
+    """In folders below, files may be called the same; and two records may name one file."""
+    test = dataset / "test"
+    for number in (1, 2):
+        (test / f"{number}").mkdir()
+        (test / f"{number}_test.png").rename(test / f"{number}" / "same.png")
+
+    def move(content):
+        content["images"][1]["file_name"] = "1/same.png"
+        content["images"][2]["file_name"] = "2/same.png"
+
+    edit_annotations(test, move)
+    predict.main([str(test), "--output", "scored"])
+    report = json.loads((place / "scored" / "report.json").read_text())
+    assert set(report["per_image"]) == {"0_test.png", "1/same.png", "2/same.png", "3_test.png"}
+
+    def again(content):
+        content["images"].append({**content["images"][0], "id": 99})
+        content["annotations"].append({**content["annotations"][0], "id": 99, "image_id": 99})
+
+    edit_annotations(test, again)
+    predict.main([str(test), "--output", "scored"])
+    report = json.loads((place / "scored" / "report.json").read_text())
+    assert report["images"] == len(report["per_image"]) == 5
+    first, second = (dice for name, dice in report["per_image"].items() if "0_test" in name)
+    assert first == second
