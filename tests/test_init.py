@@ -80,6 +80,24 @@ def test_a_head_of_other_classes_starts_anew(here, capsys):
     assert torch.equal(saved["model"]["outc.bias"], second["outc.bias"])
 
 
+def test_a_head_of_as_many_classes_by_other_names_or_in_another_order_starts_anew(here, capsys):
+    said = "the last layer starts anew"
+    for names in (["cyst", "edge"], ["edge", "core"]):
+        first = write_weights("first.pth", 2, class_names=names)
+        flags = ("--classes", "each", "--image-size", 32, "--prior", 0.3, "--overwrite")
+        saved = run("--init", "first.pth", *flags)["model"]
+        assert said in capsys.readouterr().out
+        assert saved["outc.bias"].sigmoid().tolist() == pytest.approx([0.3, 0.3])
+        assert not torch.equal(saved["outc.weight"], first["outc.weight"])
+        assert torch.equal(saved["up5.conv2.weight"], first["up5.conv2.weight"])
+    # The only class of each is the same thing under two names, as tumour and foreground.
+    first = write_weights("first.pth", class_names=["tumour"])
+    saved = run("--init", "first.pth", "--image-size", 32, "--overwrite")["model"]
+    assert said not in capsys.readouterr().out
+    assert torch.equal(saved["outc.weight"], first["outc.weight"])
+    assert load_model("best_model.pth").class_names == ("foreground",)
+
+
 def test_a_resumed_run_needs_the_first_weights_no_more(here):
     write_weights("first.pth")
     run("--init", "first.pth", "--image-size", 32)

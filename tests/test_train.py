@@ -879,6 +879,41 @@ def test_schedule_by_hand_and_against_torch():
     assert make_schedule("constant", 0, 12) is None  # the factor is always 1
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_is_taken_with_the_learning_rate_of_its_own_number(optimizer, tmp_path):
+    """Against PyTorch's schedulers; what the history tells is that of the epoch's last step."""
+    schedule, own, history = make_schedule("cosine", 2, 6), [], []
+
+    class Watched(optimizer):
+        def step(self, *arguments, **options):
+            own.append(self.param_groups[0]["lr"])
+            return super().step(*arguments, **options)
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid())
+    batches = [(torch.rand(2, 3, 4, 4), torch.ones(2, 1, 4, 4)) for _ in range(3)]
+    arguments = (
+        model,
+        batches,
+        batches,
+        combined_loss,
+        Watched(model.parameters(), lr=0.1),
+        2,
+        "cpu",
+    )
+    history = train_model(*arguments, out=tmp_path, schedule=schedule)
+    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    rise = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: (step + 1) / 3)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(reference, 4)
+    both = torch.optim.lr_scheduler.SequentialLR(reference, [rise, fall], [2])
+    expected = []
+    for _ in range(6):
+        expected.append(reference.param_groups[0]["lr"])
+        reference.step()
+        both.step()
+    assert own == pytest.approx(expected) and own[2] == pytest.approx(0.1)
+    assert [row["lr"] for row in history] == [own[2], own[5]]
+
+
 def test_the_running_mean_of_the_weights_by_hand(tmp_path):
     """After step t of plain gradient descent the mean keeps min(ema, (1 + t) / (10 + t))."""
     torch.manual_seed(0)
