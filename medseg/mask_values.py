@@ -111,9 +111,10 @@ def count_values(values):
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def find_meaning(masks, folder):
+def find_meaning(masks, folder, further=()):
     """The Meaning of the values in these mask files, of a folder that messages name.
 
+    further: those of them that are an image's second mask, or third: its pixels count once.
     Raises ValueError, or FileNotFoundError, that names the file.
     """
 
@@ -122,20 +123,20 @@ def find_meaning(masks, folder):
         return path, kind, count_values(values)
 
     with contextlib.closing(parallel_map(count, masks)) as counted:
-        return meaning_of(counted, folder)
+        return meaning_of(counted, folder, further)
 
 
-def meaning_of(counted, folder):
+def meaning_of(counted, folder, further=()):
     """The Meaning of values that were counted; see `find_meaning`.
 
     counted: iterable of (path, kind, {value: pixels}), or an exception to raise, for each mask.
     """
-    return _decide(_tally(counted), folder)
+    return _decide(*_tally(counted, set(further)), folder)
 
 
-def _tally(counted):
-    """{kind: Counter of the pixels of each value} over all masks."""
-    tally = {}
+def _tally(counted, further):
+    """({kind: Counter of the pixels of each value} over all masks, pixels of all images)."""
+    tally, total = {}, 0
     for result in counted:
         if isinstance(result, Exception):
             raise result
@@ -144,6 +145,7 @@ def _tally(counted):
             raise ValueError(
                 f"{path}: holds {len(counts)} different values: is this the folder of masks?"
             )
+        total += 0 if path in further else sum(counts.values())
         tally.setdefault(kind, Counter()).update(counts)
         if len(tally[kind]) > MAX_CLASSES + 1:
             raise ValueError(
@@ -153,7 +155,7 @@ def _tally(counted):
     if "colour" in tally and all(_is_grey(code) for code in tally["colour"]):
         greys = {code & 255: pixels for code, pixels in tally.pop("colour").items()}
         tally["grey"] = tally.get("grey", Counter()) + Counter(greys)
-    return tally
+    return tally, total
 
 
 @dataclass
@@ -207,10 +209,9 @@ def _spell(kind, value):
     return f"#{value:06x}" if kind == "colour" else str(value)
 
 
-def _decide(tally, folder):
+def _decide(tally, total, folder):
     """The Meaning of what `_tally` counted; raises ValueError."""
     meaning = Meaning(grey_colours="colour" not in tally)
-    total = sum(sum(counts.values()) for counts in tally.values())
     foreground = {}  # kind -> {value: pixels}
     for kind, counts in tally.items():
         if kind == "JPEG" or (kind == "grey" and _is_smoothed(counts)):

@@ -53,7 +53,9 @@ def add_arguments(parser):
         help="names for the values of masks, ascending; or the labels or categories to use",
     )
     own.add_argument(
-        "--skip-unpaired", action="store_true", help="leave out images without a mask, or file"
+        "--skip-unpaired",
+        action="store_true",
+        help="leave out images without a mask or file, and masks without an image",
     )
     own.add_argument(
         "--window",

@@ -324,15 +324,20 @@ def test_damaged_image_leaves_nothing(here):
 # ---------------------------------------------------------------- pairs
 
 
-def paired(images, masks, image_root="i", mask_root="m"):
-    """({image: mask}, missing, several) of names, as strings without the roots."""
+def paired(images, masks, image_root="i", mask_root="m", surplus=()):
+    """({image: mask}, missing, several) of names, as strings without the roots.
+
+    Several masks of an image are a list. Asserts which masks belong to no image.
+    """
     image_paths = [Path(image_root, name) for name in images]
     mask_paths = [Path(mask_root, name) for name in masks]
     pairing = pair_files(image_paths, mask_paths, Path(image_root), Path(mask_root))
     short = {Path(image_root, name): name for name in images}
     short |= {Path(mask_root, name): name for name in masks}
     several = {short[image]: [short[m] for m in found] for image, found in pairing.several}
-    pairs = {short[image]: short[mask] for image, mask in pairing.pairs}
+    assert [short[mask] for mask in pairing.surplus] == list(surplus)
+    pairs = {short[image]: [short[mask] for mask in found] for image, found in pairing.pairs}
+    pairs = {image: found if found[1:] else found[0] for image, found in pairs.items()}
     return pairs, [short[image] for image in pairing.missing], several
 
 
@@ -399,6 +404,127 @@ def test_missing_and_ambiguous_masks_are_listed():
         paired(["scan_5.png", "scan_6.png"], ["scan_7_mask.png", "scan_8_mask.png"])
 
 
+UNITED = {  # images, masks of each, masks of none
+    "BUSI": (
+        ["benign (1).png", "benign (12).png"],
+        [
+            ["benign (1)_mask.png", "benign (1)_mask_1.png", "benign (1)_mask_2.png"],
+            ["benign (12)_mask.png"],
+        ],
+        [],
+    ),
+    "all images have two": (
+        ["x.jpg", "y.jpg"],
+        [["x_mask.png", "x_mask_1.png"], ["y_mask.png", "y_mask_1.png"]],
+        [],
+    ),
+    "separators": (["x.jpg"], [["x_mask.png", "x_mask (3).png", "x_mask-2.png"]], []),
+    "as many as images": (
+        ["img_1.png", "img_2.png"],
+        [
+            ["img_1_mask.png", "img_1_mask_1.png", "img_1_mask_2.png", "img_1_mask_3.png"],
+            ["img_2_mask.png"],
+        ],
+        [],
+    ),
+    "DRIVE": (
+        ["21_training.tif", "22_training.tif"],
+        [["21_m.gif", "21_m_1.gif"], ["22_m.gif"]],
+        [],
+    ),
+    "numbered images": (["a.png", "a_1.png"], [["a.png"], ["a_1.png"]], []),
+    "numbered images with endings": (
+        ["a.png", "a_1.png"],
+        [["a_mask.png"], ["a_1_mask.png", "a_1_mask_1.png"]],
+        [],
+    ),
+    "an image that is missing": (["a.png", "b.png"], [["a.png"], ["b.png"]], ["a_1.png"]),
+    "one that a number counts": (
+        ["img_1.png", "img_2.png"],
+        [["mask_1.png"], ["mask_2.png"]],
+        ["mask_1_1.png"],
+    ),
+    "another ending": (["x.jpg", "y.jpg"], [["x_mask.png"], ["y_mask.png"]], ["x_roi.png"]),
+    "a number of none": (["x.jpg", "y.jpg"], [["x_mask.png"], ["y_mask.png"]], ["z_mask_1.png"]),
+    "a second reader of one": (["1.jpg", "2.jpg"], [["1_A.png"], ["2_A.png"]], ["1_B.png"]),
+    "another folder": (
+        ["p/x.jpg", "p/y.jpg"],
+        [["x_mask.png"], ["y_mask.png"]],
+        ["q/x_mask_1.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNITED)
+def test_masks_with_a_number_belong_together(case):
+    images, masks_of, surplus = UNITED[case]
+    masks = sorted([*sum(masks_of, []), *surplus])
+    wanted = {
+        image: masks if masks[1:] else masks[0]
+        for image, masks in zip(images, masks_of, strict=True)
+    }
+    assert paired(images, masks, surplus=surplus) == (wanted, [], {})
+
+
+def test_one_folder_of_images_and_several_masks():
+    masks = [f"{stem}_mask{end}.png" for stem in "xy" for end in ("", *(f"_{n}" for n in range(6)))]
+    everything = sorted(["x.png", "y.png", *masks])
+    pairs, missing, several = paired(everything, everything, "d", "d")
+    assert pairs == {"x.png": sorted(masks[:7]), "y.png": sorted(masks[7:])}
+    assert (missing, several) == ([], {})
+    pairs, missing, _ = paired([*everything, "x_roi.png"], [*everything, "x_roi.png"], "d", "d")
+    assert set(pairs) == {"x.png", "y.png"} and missing == ["x_roi.png"]
+
+
+def test_several_masks_of_an_image_are_united(here):
+    first, second, other = (labels(number, 2) for number in range(3))
+    for stem in "xyz":
+        save(photo(), f"images/{stem}.png")
+    save(grey([0, 1, 2])(first), "masks/x_mask.png")
+    save(grey([0, 1, 2])(second), "masks/x_mask_1.png")
+    save(grey([0, 1, 0])(other), "masks/x_mask_2.tif")
+    for stem in "yz":
+        save(grey([0, 1, 2])(other), f"masks/{stem}_mask.png")
+    flags = ("--masks", "images", "masks", *ALL)
+    out = done(*flags)
+    assert "such as x.png and x_mask.png; 1 image has several masks, united" in out
+    one = (first == 1) | (second == 1) | (other == 1)
+    two = (first == 2) | (second == 2)
+    assert (one & two).any()  # classes may overlap, and both are kept
+    np.testing.assert_array_equal(stored()["x"]["1"], one)
+    np.testing.assert_array_equal(stored()["x"]["2"], two)
+    np.testing.assert_array_equal(stored()["y"]["1"], other == 1)
+    pixels = sum((labels(number, 2) == 2).sum() for number in (0, 1, 2, 2))
+    assert f"class 2: value 2, {100 * pixels / (3 * first.size):.2f} % of the pixels" in out
+    save(Image.new("L", (30, 40), 1), "masks/x_mask_1.png")
+    refused(*flags, "--force", words=["x_mask_1.png", "30x40", "x.png", "40x30"])
+
+
+def test_united_masks_may_be_of_several_kinds(here):
+    first, second = labels(1), labels(2)
+    for stem in "xy":
+        save(photo(), f"images/{stem}.png")
+        save(Image.fromarray(first > 0), f"images/masks/{stem}_mask.png")
+        save(
+            colours([(0, 0, 0), (255, 255, 255)], "RGBA")(second), f"images/masks/{stem}_mask_1.png"
+        )
+    assert "2 images have several masks, united" in done("--masks", "images", "images/masks", *ALL)
+    np.testing.assert_array_equal(stored()["x"]["foreground"], (first | second) > 0)
+
+
+def test_masks_of_no_image_are_refused(here):
+    folders(3)
+    for stem in "abcd":
+        save(grey([0, 1])(labels()), f"masks/more/{stem}.png")
+    flags = ("--masks", "images", "masks", *ALL)
+    words = ["4 of 7 masks in masks", "more/a.png, more/b.png, more/c.png, ..."]
+    line = refused(*flags, words=[*words, "--skip-unpaired"])
+    assert "have no mask" not in line
+    out = done(*flags, "--skip-unpaired")
+    assert "left out: " in out and all(word in out for word in words)
+    assert set(stored()) == {"0", "1", "2"}
+
+
 def test_skip_unpaired(here):
     for stem in "abcdefg":
         save(photo(), f"images/{stem}.jpg")
@@ -414,6 +540,13 @@ def test_skip_unpaired(here):
     out = done(*flags, "--skip-unpaired")
     assert "pairs: 2 by name, such as a.jpg and a.png" in out and words[0] in out
     assert set(stored()) == {"a", "b"}
+
+
+def test_candidates_of_one_name_are_told_apart(here):
+    for place in ("images/x", "images/y", "masks/p/x", "masks/q/x", "masks/p/y"):
+        make = photo() if place.startswith("images") else grey([0, 1])(labels())
+        save(make, f"{place}.png")
+    refused("--masks", "images", "masks", *ALL, words=["x.png: p/x.png, q/x.png"])
 
 
 def test_nested_folders_and_one_inside_the_other(here):
@@ -448,6 +581,16 @@ def volume(number, classes=2, name="case_{:03}"):
 
 
 VOLUMES = ("--masks", "vi", "vm")
+
+
+def test_several_mask_volumes_are_refused(here):
+    for number in range(3):
+        volume(number)
+    shutil.copy("vm/case_001.nii.gz", "vm/case_001_1.nii.gz")
+    words = ["case_001_0000.nii.gz: case_001.nii.gz, case_001_1.nii.gz"]
+    refused(*VOLUMES, *ALL, words=words)
+    done(*VOLUMES, *ALL, "--skip-unpaired")
+    assert {stem[:8] for stem in stored()} == {"case_000", "case_002"}
 
 
 def test_volumes_become_slices(here):
