@@ -11,10 +11,12 @@ from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, kind
 from medseg.pairing import pair_files
 from medseg.sources import (
     Upright,
+    find_groups,
     fit_mask,
     list_files,
-    make_grouping,
+    printable,
     read_upright,
+    tell_apart,
     unique_names,
 )
 from medseg.volume_masks import volume_items
@@ -27,7 +29,7 @@ def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unp
     that are pictures; or NIfTI volumes with masks that are volumes, an item for each slice.
     Several masks of one picture (x_mask, x_mask_1) are united, class by class.
     Prints which mask was found for which image and what the values mean. classes: names for the
-    foreground values in ascending order. group: a regular expression, see `make_grouping`.
+    foreground values in ascending order. group: a regular expression, see `find_groups`.
     window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out images with no
     mask or with several that may be meant, and masks of no image, else a ValueError.
     Raises ValueError or FileNotFoundError that names the file.
@@ -39,7 +41,7 @@ def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unp
         raise ValueError(f"{images}: holds no DICOM or NIfTI files, which --window is for")
     root = images if images.is_dir() else images.parent
     relative = [image.relative_to(root) for image, _ in pairs]
-    names, groups = unique_names(relative), list(map(make_grouping(group), relative))
+    names, groups = unique_names(relative), find_groups(relative, group)
     if "nifti" in kinds:
         pairs = [(image, mask) for image, (mask,) in pairs]
         items, meaning = volume_items(pairs, names, groups, masks, window)
@@ -126,7 +128,8 @@ def _find_pairs(images, masks, skip_unpaired):
 def _report(pairing):
     """Print how many pairs were found, by which rule, and how many masks are united."""
     image, (mask, *_) = pairing.pairs[0]
-    line = f"pairs: {len(pairing.pairs)} by {pairing.rule}, such as {image.name} and {mask.name}"
+    names = f"{printable(image.name)} and {printable(mask.name)}"
+    line = f"pairs: {len(pairing.pairs)} by {pairing.rule}, such as {names}"
     united = sum(len(masks) > 1 for _, masks in pairing.pairs)
     if united:
         have = "image has" if united == 1 else "images have"
@@ -191,4 +194,5 @@ def _describe_unpaired(pairing, images, masks, total, total_masks):
 
 
 def _first(names, separator=", "):
-    return separator.join(names[:3]) + (f"{separator}..." if len(names) > 3 else "")
+    shown = tell_apart(names[:3])
+    return separator.join(shown + ["..."] * (len(names) > 3))

@@ -10,13 +10,14 @@ from medseg.dataset import SHARES, check_free, present_splits, wanted_splits, wr
 from medseg.labelme import labelme_items
 from medseg.masks import mask_items
 from medseg.medical import window_limits
+from medseg.sources import same_form
 
 SOURCES = ("masks", "labelme", "coco")
 NEED_A_SOURCE = ("split", "into", "group", "classes", "skip_unpaired", "boxes")
 
 
 def _names(text):
-    return [name.strip() for name in text.split(",")]
+    return [same_form(name.strip()) for name in text.split(",")]
 
 
 def add_arguments(parser):

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from medseg.medical import base_name
+from medseg.sources import same_form
 
 COMMONEST = 12  # ends (or beginnings) of names that are tried, of images and of masks each
 NUMBERED = re.compile(r"(.+?)[\W_]+\d+\)?")  # x_mask_1, x_mask-2, x_mask (3)
@@ -29,13 +30,13 @@ class Pairing:
 def pair_files(images, masks, image_root, mask_root):
     """The Pairing of two lists of Paths, each below its root.
 
-    Names are compared without case and suffix. The rules that are tried: the same path below the
-    roots; the same name; names that share a beginning, where all images go on in one way and all
-    masks in another (x and x_mask, 21_training and 21_manual1), or an end (img_1, mask_1). The
-    rule that finds a mask for most images is taken, of equal ones the first. Where two rules of
-    the last kind find different masks for as many images (x_reader1, x_reader2), both are
-    candidates. An image's mask and the same name with a number (x_mask, x_mask_1, x_mask_2) are
-    its masks together.
+    Names are compared without case and suffix, in one Unicode form. The rules that are tried: the
+    same path below the roots; the same name; names that share a beginning, where all images go on
+    in one way and all masks in another (x and x_mask, 21_training and 21_manual1), or an end
+    (img_1, mask_1). The rule that finds a mask for most images is taken, of equal ones the first.
+    Where two rules of the last kind find different masks for as many images (x_reader1,
+    x_reader2), both are candidates. An image's mask and the same name with a number (x_mask,
+    x_mask_1, x_mask_2) are its masks together.
     Raises ValueError where no rule finds a mask for half the images.
     """
     shared = set(images) & set(masks)  # one folder holds both: only names tell them apart
@@ -99,8 +100,13 @@ def _sort_out(images, masks, candidates, more):
 
 
 def stem(path):
-    """The name of a file without its suffix, in lower case."""
-    return base_name(path).casefold()
+    """The name of a file without its suffix, as it is compared."""
+    return _comparable(base_name(path))
+
+
+def _comparable(name):
+    """A name in lower case and one Unicode form."""
+    return same_form(same_form(name).casefold())
 
 
 def _by_key(images, masks, image_root=None, mask_root=None):
@@ -108,7 +114,7 @@ def _by_key(images, masks, image_root=None, mask_root=None):
 
     def key(path, root):
         folders = path.relative_to(root).parent.parts if root else ()
-        return (*(folder.casefold() for folder in folders), stem(path))
+        return (*map(_comparable, folders), stem(path))
 
     table = {}
     for mask in masks:

@@ -9,11 +9,13 @@ import random
 import shutil
 import sys
 import tracemalloc
+import unicodedata
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+from conftest import script
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
 from test_download import tree as tree_with_times
@@ -474,6 +476,52 @@ def test_one_folder_of_images_and_several_masks():
     assert (missing, several) == ([], {})
     pairs, missing, _ = paired([*everything, "x_roi.png"], [*everything, "x_roi.png"], "d", "d")
     assert set(pairs) == {"x.png", "y.png"} and missing == ["x_roi.png"]
+
+
+NFC, NFD = (unicodedata.normalize(form, "Läsion é") for form in ("NFC", "NFD"))
+
+
+def test_names_pair_in_any_unicode_form(here):
+    assert NFC != NFD
+    save(photo(1), f"images/{NFD}/{NFD} 1.png")
+    save(photo(2), f"images/{NFC}/{NFC} 2.png")
+    masks = {1: f"masks/{NFC}/{NFC.upper()} 1_m.png", 2: f"masks/{NFD}/{NFD} 2_m.png"}
+    for seed, path in masks.items():
+        save(grey([0, 1])(labels(seed)), path)
+    flags = ("--masks", "images", "masks", *ALL)
+    assert "pairs: 2 by the part" in done(*flags)
+    for seed in masks:
+        got = stored()[f"{NFC} {seed}"]["foreground"]
+        np.testing.assert_array_equal(got, labels(seed) == 1)
+    for seed, path in masks.items():  # the same path below the two folders
+        save(grey([0, 1])(labels(seed)), path.replace("_m", ""))
+        Path(path).unlink()
+    assert "pairs: 2 by name" in done(*flags, "--force")
+    group = ("--split", "50", "50", "0", "--force", "--group")
+    done(*flags[:3], *group, f"({NFD} .)\\.png")
+    refused(*flags[:3], *group, f"{NFD}", words=["1 groups"])
+
+
+def test_names_that_look_the_same_are_told_apart(here):
+    for stem in ("a", "b", NFC):
+        save(photo(), f"images/{stem}.png")
+    for stem in ("a", "b", NFC, NFD):
+        save(grey([0, 1])(labels()), f"masks/{stem}.png")
+    words = [ascii(stem)[1:-1] + ".png" for stem in (NFC, NFD)]
+    refused("--masks", "images", "masks", *ALL, words=words)
+    Path(f"masks/{NFD}.png").unlink()
+    save(photo(), f"images/{NFD}.png")
+    refused("--masks", "images", "masks", *ALL, words=words)
+
+
+def test_names_that_cannot_be_printed(here):
+    for stem in ("a\udcff", "b\nc"):
+        save(photo(), f"images/{stem}.png")
+        save(grey([0, 1])(labels()), f"masks/{stem}.png")
+    result = script("download.py", "--masks", "images", "masks", *ALL, cwd=here)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "such as a\\udcff.png and a\\udcff.png\n" in result.stdout
+    assert set(stored()) == {"a_", "b_c"}
 
 
 def test_several_masks_of_an_image_are_united(here):
@@ -1217,6 +1265,38 @@ def test_bad_labelme_is_one_line(here, name):
     if isinstance(change, bytes):
         Path("lm/x.json").write_bytes(change)
     refused("--labelme", "lm", *ALL, words=["lm", word])
+
+
+def test_text_of_half_a_character_is_one_line(here):
+    labelme("x", [*GOOD, shape("a\ud800", box(2, 3, 5))])
+    refused("--labelme", "lm", *ALL, words=["lm/x.json", "shapes[1]", "\\ud800"])
+    coco_file([(0, 2, polygon(3, 4, 6))])
+    made = json.loads(Path("c.json").read_text())
+    made["categories"][2]["name"] = "\ud800"
+    Path("c.json").write_text(json.dumps(made))
+    refused("--coco", "c.json", "images", *ALL, words=["c.json", "\\ud800"])
+
+
+def test_annotated_images_are_found_in_any_unicode_form(here):
+    labelme(NFC, [shape(NFD, box(2, 3, 5))], imagePath=f"..\\lm\\{NFC}\\{NFD}.png", image=False)
+    labelme("y", [shape(NFC, box(2, 3, 5))])
+    save(photo(7), f"lm/{NFD}/{NFC}.png")
+    done("--labelme", "lm", *ALL, "--classes", NFD)
+    assert [c["name"] for c in content("train")["categories"]] == [NFC]
+    got = np.asarray(read_image(f"dataset/train/{NFC}.png"))
+    np.testing.assert_array_equal(got, np.asarray(photo(7)))
+    assert stored()[NFC][NFC].sum() == stored()["y"][NFC].sum() == 25
+    coco_file([(0, 2, polygon(3, 4, 6))], [f"{NFC}/{NFC}.png", f"{NFD}/b.png"])
+    for number, name in enumerate((f"{NFD}/{NFD}.png", f"{NFC}/b.png")):
+        save(photo(number), f"images/{name}")
+    for name in (f"{NFC}.png", "b.png"):
+        Path(f"images/{name}").unlink()
+    done("--coco", "c.json", "images", *ALL, "--force")
+    assert set(stored()) == {NFC, "b"}
+    save(photo(9), f"images/{NFC}/{NFC}.png")  # two of them: the name that is meant exactly
+    done("--coco", "c.json", "images", *ALL, "--force")
+    got = np.asarray(read_image(f"dataset/train/{NFC}.png"))
+    np.testing.assert_array_equal(got, np.asarray(photo(9)))
 
 
 def test_large_labelme_files_are_not_read(here, monkeypatch):
