@@ -45,7 +45,8 @@ def add_arguments(parser):
     own.add_argument(
         "--group",
         metavar="REGEX",
-        help="images in whose path it finds the same (a patient, a volume) stay in one split",
+        help="images in whose path it finds the same (a patient, a volume) stay in one split; "
+        "default: the subjects of BIDS names (sub-01_T1w)",
     )
     own.add_argument(
         "--classes",

@@ -13,6 +13,7 @@ from PIL import Image
 from medseg.images import FORMATS, read_image
 from medseg.medical import base_name, kind
 
+SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
 
 
@@ -105,11 +106,21 @@ def _safe_name(name):
 def find_groups(paths, regex=None):
     """The group of each relative path: what `regex` finds in it (its first group, else all of it).
 
-    Without a regex every path is a group of its own, "". Raises ValueError for a path in which the regex finds nothing.
+    Without a regex it is the subject that a name in the manner of BIDS begins with (sub-01_T1w),
+    and how many there are is printed; a path without one is a group of its own, "". Raises
+    ValueError for a path in which the regex finds nothing.
     """
     if regex is not None:
         return list(map(_make_grouping(regex), paths))
-    return [""] * len(paths)
+    found = [SUBJECT.search(PurePath(path).as_posix()) for path in paths]
+    groups = [subject[1] if subject else "" for subject in found]
+    subjects = Counter(filter(None, groups))
+    if subjects:
+        print(
+            f"groups: {len(subjects)} subjects in the names of {subjects.total()} images, such as "
+            f"{min(subjects)}: each stays in one split (--group REGEX groups in another way)"
+        )
+    return groups
 
 
 def _make_grouping(regex):

@@ -958,6 +958,54 @@ def test_groups_stay_together(here):
     refused(*flags, "--force", "--group", "p", words=["1 groups", "too few", "--split"])
 
 
+def test_bids_names_are_subjects(here):
+    names = [f"sub-{n}_ses-{s}_T{t}w" for n in (1, 10, "b2") for s in (1, 2) for t in (1, 2)]
+    names += [f"sub-{n}/{t}" for n in ("x", "y") for t in ("flair", "dwi")]
+    names += ["sub-z", "SUB-1_T1w", "my_sub-1_T1w", "sub-_1", "sub-1é_T1w"]
+    for name in names:
+        save(photo(), f"images/{name}.png")
+        save(grey([0, 1])(labels()), f"masks/{name}.png")
+    flags = ("--masks", "images", "masks", "--split", "34", "33", "33")
+    out = done(*flags)
+    line = next(line for line in out.splitlines() if line.startswith("groups: "))
+    assert "6 subjects" in line and "17 images" in line and "sub-1:" in line and "--group" in line
+    where = {}
+    for split in ("train", "valid", "test"):
+        for name in stored(split):
+            where.setdefault(name.split("_")[0], []).append(split)
+    subjects = {"sub-1": 4, "sub-10": 4, "sub-b2": 4, "sub-x": 2, "sub-y": 2, "sub-z": 1}
+    for subject, count in subjects.items():
+        assert len(where[subject]) == count and len(set(where[subject])) == 1
+    assert len(where) == 6 + 4  # the others are no subjects
+    out = done(*flags, "--force", "--group", r"(.)\.png$")
+    assert "subjects" not in out
+    ends = [{name[-1] for name in stored(split)} for split in ("train", "valid", "test")]
+    assert sum(map(len, ends)) == len(set.union(*ends))
+
+
+@pytest.mark.parametrize("source", ["labelme", "coco"])
+def test_bids_names_of_annotated_images(here, source):
+    stems = [f"sub-{subject}_{number}" for subject in "abc" for number in range(4)]
+    if source == "labelme":
+        for stem in stems:
+            labelme(stem, GOOD)
+    else:
+        outlines = [(number, 2, polygon(3, 4, 6)) for number in range(12)]
+        coco_file(outlines, [f"{stem}.png" for stem in stems])
+    flags = ("--labelme", "lm") if source == "labelme" else ("--coco", "c.json", "images")
+    assert "3 subjects in the names of 12 images" in done(*flags, "--split", "34", "33", "33")
+    for split in ("train", "valid", "test"):
+        assert len({name[:5] for name in stored(split)}) == 1
+
+
+def test_volumes_of_a_subject_stay_in_one_split(here):
+    for number in range(6):
+        volume(number, name=f"sub-{number % 3}_ses-{{}}")
+    assert "3 subjects" in done(*VOLUMES, "--split", "34", "33", "33")
+    for split in ("train", "valid", "test"):
+        assert {int(name[10]) for name in stored(split)} in ({0, 3}, {1, 4}, {2, 5})
+
+
 def test_every_split_gets_an_image():
     for count in range(3, 30):
         items = [Item(str(number), "", None) for number in range(count)]
