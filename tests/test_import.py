@@ -29,6 +29,7 @@ from medseg.dataset import Item, draw_splits, write_dataset
 from medseg.dicom import read_dicom
 from medseg.images import read_image
 from medseg.labelme import draw_shapes
+from medseg.mask_values import meaning_of
 from medseg.pairing import pair_files
 
 SIZE = (40, 30)  # width, height
@@ -243,6 +244,105 @@ def test_ignored_index_of_a_palette_is_background(here):
     percent = 100 * (label_map == 3).mean()
     assert f"warning: palette index 255 ({percent:.2f} % of the pixels) counts as back" in out
     assert list(stored()["a"]) == ["1", "15"]
+
+
+def test_ignored_index_beside_one_class_leaves_that_class(here):
+    label_map = labels(2, 2)
+    save(photo(), "images/a.png")
+    save(palette([0, 1, 255], COLOURS * 64)(label_map), "masks/a.png")
+    assert "class foreground: value 1, " in done("--masks", "images", "masks", *ALL)
+    assert list(stored()["a"]) == FOREGROUND
+    np.testing.assert_array_equal(stored()["a"]["foreground"], label_map == 1)
+    save(grey([0, 1, 255])(label_map), "masks/a.png")  # no palette: 255 is a class
+    done("--masks", "images", "masks", *ALL, "--force")
+    np.testing.assert_array_equal(stored()["a"]["255"], label_map == 2)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_pixels_of_less_than_half_alpha_are_background(here, mode):
+    alpha = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 32))
+    mask = Image.new(mode, alpha.size, 9 if mode == "LA" else (9, 0, 7))
+    mask.putalpha(alpha)
+    save(photo(size=alpha.size), "images/a.png")
+    save(mask, "masks/a.png")
+    done("--masks", "images", "masks", *ALL)
+    wanted = np.arange(256).reshape(8, 32) >= 128
+    np.testing.assert_array_equal(stored()["a"]["foreground"], wanted)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_127_is_background_and_128_foreground(here, suffix):
+    values = np.array([*range(256), *[0, 255] * 128], np.uint8).reshape(16, 32)
+    if suffix == ".jpg":
+        values = np.array([[0, 127, 128, 255]], np.uint8)
+    pixels = np.kron(values, np.ones((8, 8), np.uint8))  # whole blocks, which JPEG keeps
+    save(photo(size=pixels.shape[::-1]), "images/a.png")
+    save(Image.fromarray(pixels), f"masks/a{suffix}", quality=100)
+    np.testing.assert_array_equal(np.asarray(Image.open(f"masks/a{suffix}")), pixels)
+    assert "value above 127, 50.00 % of the" in done("--masks", "images", "masks", *ALL)
+    np.testing.assert_array_equal(stored()["a"]["foreground"], pixels >= 128)
+
+
+def evenly(count, top=255):
+    """`count` values from 0 to `top`, evenly spaced, one pixel each."""
+    return dict.fromkeys(np.linspace(0, top, count).round().astype(int).tolist(), 1)
+
+
+SMOOTHED = {  # pixels of each value, whether the mask is cut at half
+    "33 values": (evenly(33) | {0: 16, 255: 15}, True),
+    "32 values": (evenly(32) | {0: 99, 255: 99}, False),
+    "mostly between": (evenly(33) | {0: 15, 255: 15}, False),
+    "a gap of 32 values": ({v: 1 for v in range(256) if v // 32 != 3} | {0: 999, 255: 9}, False),
+    "never 255": (evenly(40, 254) | {0: 999}, False),
+    "never 0": ({value + 1: 1 for value in evenly(40, 254)} | {255: 999}, False),
+}
+
+
+@pytest.mark.parametrize("case", SMOOTHED)
+def test_what_counts_as_smoothed(case):
+    counts, cut = SMOOTHED[case]
+    meaning = meaning_of([("a.png", "grey", counts)], "masks")
+    if cut:
+        assert meaning.classes == FOREGROUND and meaning.values == {("grey", 255): "foreground"}
+    else:
+        assert meaning.classes == [str(value) for value in sorted(counts) if value]
+
+
+def test_255_classes_and_no_more():
+    everything = dict.fromkeys(range(256), 1)
+    meaning = meaning_of([("a.png", "volume", everything)], "masks")
+    assert meaning.classes == [str(value) for value in range(1, 256)]
+    with pytest.raises(ValueError, match=r"a\.png: holds 257 "):
+        meaning_of([("a.png", "grey", everything | {256: 1})], "masks")
+    with pytest.raises(ValueError, match=r"b\.png: with this one"):
+        meaning_of([("a.png", "grey", everything), ("b.png", "grey", {256: 1})], "masks")
+
+
+def test_whole_numbers_of_a_float_tiff(here):
+    save(photo(), "images/a.png")
+    flags = ("--masks", "images", "masks", *ALL)
+    for top, good in ((2**24, True), (2**24 + 2, False), (-(2**24) - 2, False)):
+        values = labels().astype(np.float32) * top
+        save(Image.fromarray(values), "masks/a.tif")
+        if good:
+            done(*flags)
+            np.testing.assert_array_equal(stored()["a"]["foreground"], values == top)
+            shutil.rmtree("dataset")
+        else:
+            refused(*flags, words=["a.tif", "whole numbers"])
+
+
+def test_shares_and_names_of_classes_of_two_kinds(here):
+    maps = labels(3), labels(4)
+    for stem, make, label_map in zip(
+        "ab", (grey([0, 7]), colours(COLOURS[::2])), maps, strict=True
+    ):
+        save(photo(), f"images/{stem}.png")
+        save(make(label_map), f"masks/{stem}.png")
+    out = done("--masks", "images", "masks", *ALL, "--classes", "x")
+    for value, kind, label_map in (("7", "grey", maps[0]), ("#ff0000", "colour", maps[1])):
+        percent = 100 * (label_map == 1).sum() / (2 * label_map.size)
+        assert f"class x: value {value} ({kind}), {percent:.2f} % of the pixels\n" in out
 
 
 def test_kinds_may_be_mixed_where_each_has_one_value(here):
