@@ -111,10 +111,9 @@ def count_values(values):
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def find_meaning(masks, folder, further=()):
+def find_meaning(masks, folder):
     """The Meaning of the values in these mask files, of a folder that messages name.
 
-    further: those of them that are an image's second mask, or third: its pixels count once.
     Raises ValueError, or FileNotFoundError, that names the file.
     """
 
@@ -123,20 +122,20 @@ def find_meaning(masks, folder, further=()):
         return path, kind, count_values(values)
 
     with contextlib.closing(parallel_map(count, masks)) as counted:
-        return meaning_of(counted, folder, further)
+        return meaning_of(counted, folder)
 
 
-def meaning_of(counted, folder, further=()):
+def meaning_of(counted, folder):
     """The Meaning of values that were counted; see `find_meaning`.
 
     counted: iterable of (path, kind, {value: pixels}), or an exception to raise, for each mask.
     """
-    return _decide(*_tally(counted, set(further)), folder)
+    return _decide(_tally(counted), folder)
 
 
-def _tally(counted, further):
-    """({kind: Counter of the pixels of each value} over all masks, pixels of all images)."""
-    tally, total = {}, 0
+def _tally(counted):
+    """{kind: Counter of the pixels of each value} over all masks."""
+    tally = {}
     for result in counted:
         if isinstance(result, Exception):
             raise result
@@ -145,7 +144,6 @@ def _tally(counted, further):
             raise ValueError(
                 f"{path}: holds {len(counts)} different values: is this the folder of masks?"
             )
-        total += 0 if path in further else sum(counts.values())
         tally.setdefault(kind, Counter()).update(counts)
         if len(tally[kind]) > MAX_CLASSES + 1:
             raise ValueError(
@@ -155,7 +153,7 @@ def _tally(counted, further):
     if "colour" in tally and all(_is_grey(code) for code in tally["colour"]):
         greys = {code & 255: pixels for code, pixels in tally.pop("colour").items()}
         tally["grey"] = tally.get("grey", Counter()) + Counter(greys)
-    return tally, total
+    return tally
 
 
 @dataclass
@@ -200,7 +198,7 @@ class Meaning:
             of_kind = f" ({kind})" if several_kinds else ""
             shown = f"above {HALF}" if kind in self.cut else _spell(kind, value)
             share = 100 * self.pixels[kind, value]
-            print(f"class {name}: value {shown}{of_kind}, {share:.2f} % of the pixels")
+            print(f"class {name}: value {shown}{of_kind}, {share:.2f} % of the pixels of the masks")
         for line in self.warnings:
             print(f"warning: {line}")
 
@@ -209,9 +207,10 @@ def _spell(kind, value):
     return f"#{value:06x}" if kind == "colour" else str(value)
 
 
-def _decide(tally, total, folder):
+def _decide(tally, folder):
     """The Meaning of what `_tally` counted; raises ValueError."""
     meaning = Meaning(grey_colours="colour" not in tally)
+    total = sum(sum(counts.values()) for counts in tally.values())
     foreground = {}  # kind -> {value: pixels}
     for kind, counts in tally.items():
         if kind == "JPEG" or (kind == "grey" and _is_smoothed(counts)):

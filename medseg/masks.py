@@ -55,8 +55,7 @@ def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unp
 
 def _picture_items(pairs, names, groups, folder, window):
     """As `volume_items`, of [(image, masks)], pictures all."""
-    files = [mask for _, masks in pairs for mask in masks]
-    meaning = find_meaning(files, folder, [mask for _, masks in pairs for mask in masks[1:]])
+    meaning = find_meaning([mask for _, masks in pairs for mask in masks], folder)
     items = []
     for pair, name, group in zip(pairs, names, groups, strict=True):
         items.append(Item(name, group, _Loader(*pair, meaning, window)))

@@ -147,7 +147,7 @@ def _more_masks(candidates, numbered):
     more = {}
     for mask, plain in numbered.items():
         image = owners.get(plain)
-        if image is None or mask in owners or mask in candidates:
+        if image is None or mask in owners:
             continue
         if _last_word(plain) != _last_word(image):
             more.setdefault(image, []).append(mask)
