@@ -181,6 +181,7 @@ KINDS = {  # suffix, image of a label map, class names
     "RGB grey": (".png", lambda m: grey([0, 255])(m).convert("RGB"), FOREGROUND),
     "RGB levels": (".png", lambda m: grey([0, 1, 2])(m).convert("RGB"), ["1", "2"]),
     "RGB one colour": (".png", colours([(0, 0, 0), (7, 200, 0)]), FOREGROUND),
+    "RGB green": (".png", colours([(0, 0, 0), (0, 255, 0)]), FOREGROUND),
     "RGB": (".png", colours(COLOURS), ["#0000ff", "#ff0000", "#ffffff"]),
     "RGBA": (".png", colours(COLOURS, "RGBA"), ["#0000ff", "#ff0000", "#ffffff"]),
     "alpha": (".png", with_alpha, FOREGROUND),
@@ -283,6 +284,25 @@ def test_127_is_background_and_128_foreground(here, suffix):
     np.testing.assert_array_equal(stored()["a"]["foreground"], pixels >= 128)
 
 
+def test_jpeg_masks_of_0_and_255_need_no_warning(here):
+    pixels = np.kron(labels() * 255, np.ones((8, 8), int)).astype(np.uint8)
+    save(photo(size=pixels.shape[::-1]), "images/a.png")
+    save(Image.fromarray(pixels), "masks/a.jpg", quality=100)
+    assert "warning" not in done("--masks", "images", "masks", *ALL)
+    np.testing.assert_array_equal(stored()["a"]["foreground"], pixels == 255)
+
+
+def test_masks_are_turned_by_their_own_orientation(here):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mask = grey([0, 1])(labels(1, size=SIZE[::-1]))
+    save(photo(), "images/a.png")
+    save(mask, "masks/a.png", exif=exif)
+    done("--masks", "images", "masks", *ALL)
+    shown = np.asarray(mask.transpose(Image.Transpose.ROTATE_270)) == 1  # 6: a quarter clockwise
+    np.testing.assert_array_equal(stored()["a"]["foreground"], shown)
+
+
 def evenly(count, top=255):
     """`count` values from 0 to `top`, evenly spaced, one pixel each."""
     return dict.fromkeys(np.linspace(0, top, count).round().astype(int).tolist(), 1)
@@ -342,7 +362,7 @@ def test_shares_and_names_of_classes_of_two_kinds(here):
     out = done("--masks", "images", "masks", *ALL, "--classes", "x")
     for value, kind, label_map in (("7", "grey", maps[0]), ("#ff0000", "colour", maps[1])):
         percent = 100 * (label_map == 1).sum() / (2 * label_map.size)
-        assert f"class x: value {value} ({kind}), {percent:.2f} % of the pixels\n" in out
+        assert f"class x: value {value} ({kind}), {percent:.2f} % of the pixels of" in out
 
 
 def test_kinds_may_be_mixed_where_each_has_one_value(here):
@@ -356,6 +376,19 @@ def test_kinds_may_be_mixed_where_each_has_one_value(here):
         np.testing.assert_array_equal(stored()[f"{number}"]["foreground"], label_map == 1)
     save(grey([0, 1, 2])(labels(0, 2)), "masks/0.png")
     refused("--masks", "images", "masks", "--force", words=["several kinds", "grey (2)"])
+
+
+def test_grey_masks_may_be_stored_as_colours(here):
+    maps = {"a": labels(0, 2), "b": labels(1, 2)}
+    for stem, label_map in maps.items():
+        save(photo(), f"images/{stem}.png")
+        save(grey([0, 1, 2])(label_map).convert("L" if stem == "a" else "RGB"), f"masks/{stem}.png")
+    out = done("--masks", "images", "masks", *ALL)
+    for value in (1, 2):
+        percent = 100 * np.mean([label_map == value for label_map in maps.values()])
+        assert f"class {value}: value {value}, {percent:.2f} % of the pixels" in out
+        for stem, label_map in maps.items():
+            np.testing.assert_array_equal(stored()[stem][f"{value}"], label_map == value)
 
 
 def test_classes_are_named_in_ascending_order(here):
@@ -443,6 +476,7 @@ def paired(images, masks, image_root="i", mask_root="m", surplus=()):
     return pairs, [short[image] for image in pairing.missing], several
 
 
+NFC, NFD = (unicodedata.normalize(form, "Läsion é") for form in ("NFC", "NFD"))
 NAMES = {
     "name": (["a.jpg", "B.JPG"], ["A.png", "b.gif"]),
     "x_mask": (["x.jpg", "y.jpg"], ["x_mask.gif", "y_mask.gif"]),
@@ -464,6 +498,7 @@ NAMES = {
         ["benign (1)_mask.png", "benign (12)_mask.png"],
     ),
     "folders": (["p/1.png", "q/1.png"], ["p/1.png", "q/1.png"]),
+    "folders of two forms": ([f"{NFD}/1.png", "q/1.png"], [f"{NFC}/1.png", "q/1.png"]),
     "NIfTI": (["a_t1.nii.gz", "b_t1.nii.gz"], ["a_seg.nii.gz", "b_seg.nii.gz"]),
     "PH2": (
         ["IMD002/IMD002_Dermoscopic_Image/IMD002.bmp", "IMD3/IMD3_Dermoscopic_Image/IMD3.bmp"],
@@ -534,6 +569,11 @@ UNITED = {  # images, masks of each, masks of none
         [["21_m.gif", "21_m_1.gif"], ["22_m.gif"]],
         [],
     ),
+    "numbered images of nnU-Net": (
+        ["case_0000.png", "case_1_0000.png"],
+        [["case.png"], ["case_1.png"]],
+        [],
+    ),
     "numbered images": (["a.png", "a_1.png"], [["a.png"], ["a_1.png"]], []),
     "numbered images with endings": (
         ["a.png", "a_1.png"],
@@ -568,6 +608,12 @@ def test_masks_with_a_number_belong_together(case):
     assert paired(images, masks, surplus=surplus) == (wanted, [], {})
 
 
+def test_most_masks_may_be_of_one_image():
+    masks = ["a_m.png", *(f"a_m_{number}.png" for number in range(5))]
+    pairs, missing, _ = paired([f"{letter}.png" for letter in "abcdefghi"], masks)
+    assert pairs == {"a.png": masks} and len(missing) == 8
+
+
 def test_one_folder_of_images_and_several_masks():
     masks = [f"{stem}_mask{end}.png" for stem in "xy" for end in ("", *(f"_{n}" for n in range(6)))]
     everything = sorted(["x.png", "y.png", *masks])
@@ -576,9 +622,6 @@ def test_one_folder_of_images_and_several_masks():
     assert (missing, several) == ([], {})
     pairs, missing, _ = paired([*everything, "x_roi.png"], [*everything, "x_roi.png"], "d", "d")
     assert set(pairs) == {"x.png", "y.png"} and missing == ["x_roi.png"]
-
-
-NFC, NFD = (unicodedata.normalize(form, "Läsion é") for form in ("NFC", "NFD"))
 
 
 def test_names_pair_in_any_unicode_form(here):
@@ -643,7 +686,7 @@ def test_several_masks_of_an_image_are_united(here):
     np.testing.assert_array_equal(stored()["x"]["2"], two)
     np.testing.assert_array_equal(stored()["y"]["1"], other == 1)
     pixels = sum((labels(number, 2) == 2).sum() for number in (0, 1, 2, 2))
-    assert f"class 2: value 2, {100 * pixels / (3 * first.size):.2f} % of the pixels" in out
+    assert f"class 2: value 2, {100 * pixels / (5 * first.size):.2f} % of the pixels of the" in out
     save(Image.new("L", (30, 40), 1), "masks/x_mask_1.png")
     refused(*flags, "--force", words=["x_mask_1.png", "30x40", "x.png", "40x30"])
 
@@ -1079,6 +1122,7 @@ def test_bids_names_are_subjects(here):
     assert len(where) == 6 + 4  # the others are no subjects
     out = done(*flags, "--force", "--group", r"(.)\.png$")
     assert "subjects" not in out
+    assert sources.find_groups(["sub-1", "site/sub-2/x.png", "x.png"]) == ["sub-1", "sub-2", ""]
     ends = [{name[-1] for name in stored(split)} for split in ("train", "valid", "test")]
     assert sum(map(len, ends)) == len(set.union(*ends))
 
