@@ -1469,26 +1469,35 @@ def test_text_of_half_a_character_is_one_line(here):
     refused("--coco", "c.json", "images", *ALL, words=["c.json", "\\ud800"])
 
 
-def test_annotated_images_are_found_in_any_unicode_form(here):
+def test_images_of_labelme_files_are_found_in_any_unicode_form(here):
     labelme(NFC, [shape(NFD, box(2, 3, 5))], imagePath=f"..\\lm\\{NFC}\\{NFD}.png", image=False)
-    labelme("y", [shape(NFC, box(2, 3, 5))])
+    labelme("y", [shape(NFC, box(2, 3, 5))], imagePath=f"D:\\scans\\y{NFC}.png", image=False)
+    save(photo(8), f"lm/y{NFD}.png")
     save(photo(7), f"lm/{NFD}/{NFC}.png")
     done("--labelme", "lm", *ALL, "--classes", NFD)
     assert [c["name"] for c in content("train")["categories"]] == [NFC]
     got = np.asarray(read_image(f"dataset/train/{NFC}.png"))
     np.testing.assert_array_equal(got, np.asarray(photo(7)))
     assert stored()[NFC][NFC].sum() == stored()["y"][NFC].sum() == 25
-    coco_file([(0, 2, polygon(3, 4, 6))], [f"{NFC}/{NFC}.png", f"{NFD}/b.png"])
-    for number, name in enumerate((f"{NFD}/{NFD}.png", f"{NFC}/b.png")):
-        save(photo(number), f"images/{name}")
-    for name in (f"{NFC}.png", "b.png"):
-        Path(f"images/{name}").unlink()
-    done("--coco", "c.json", "images", *ALL, "--force")
-    assert set(stored()) == {NFC, "b"}
-    save(photo(9), f"images/{NFC}/{NFC}.png")  # two of them: the name that is meant exactly
-    done("--coco", "c.json", "images", *ALL, "--force")
-    got = np.asarray(read_image(f"dataset/train/{NFC}.png"))
-    np.testing.assert_array_equal(got, np.asarray(photo(9)))
+    assert sources.existing_file(f"lm/{NFC}") is None  # a folder
+
+
+def test_images_of_a_coco_file_are_found_in_any_unicode_form(here):
+    coco_file([(0, 2, polygon(3, 4, 6))], [f"p/{NFC}.png", f"q/{NFD}.png"])
+    for seed, form, place in ((5, NFC, f"p/{NFD}.png"), (6, NFD, f"q/{NFC}.png")):
+        Path(f"images/{form}.png").unlink()
+        save(photo(seed), f"images/{place}")
+
+    def imported(folder):
+        return np.asarray(read_image(f"dataset/train/{folder}_{NFC}.png"))
+
+    flags = ("--coco", "c.json", "images", *ALL)
+    done(*flags)
+    np.testing.assert_array_equal(imported("p"), np.asarray(photo(5)))
+    np.testing.assert_array_equal(imported("q"), np.asarray(photo(6)))
+    save(photo(9), f"images/p/{NFC}.png")  # two of them: the one that is named exactly
+    done(*flags, "--force")
+    np.testing.assert_array_equal(imported("p"), np.asarray(photo(9)))
 
 
 def test_large_labelme_files_are_not_read(here, monkeypatch):
