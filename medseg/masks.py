@@ -110,12 +110,15 @@ def _find_pairs(images, masks, skip_unpaired):
         _check_kinds([images, masks])
         print(f"pairs: 1, {images.name} and {masks.name}")
         return [(images, (masks,))]
+    if images.samefile(masks):
+        masks = images  # spelled in one way, though one may be a link to the other
     image_files, mask_files = _list_both(images, masks)
     pairing = pair_files(image_files, mask_files, images, masks)
     if kind(image_files[0]) == "nifti":  # mask volumes are not united
         pairing.several += [pair for pair in pairing.pairs if len(pair[1]) > 1]
         pairing.pairs = [pair for pair in pairing.pairs if len(pair[1]) == 1]
-    problem = _describe_unpaired(pairing, images, masks, len(image_files), len(mask_files))
+    totals = len(image_files), len(set(mask_files).difference(image_files))
+    problem = _describe_unpaired(pairing, images, masks, *totals)
     if problem and not (skip_unpaired and pairing.pairs):
         raise ValueError(f"{problem}; --skip-unpaired goes on without these files")
     _report(pairing)
@@ -140,8 +143,7 @@ def _list_both(images, masks):
     """The files below the folder of images and those below the folder of masks."""
     image_files = list_files(images, SUFFIXES, medical=True)
     mask_files = list_files(masks, (*SUFFIXES, ".gif", *NIFTI_SUFFIXES))
-    if images.samefile(masks):
-        mask_files = [images / path.relative_to(masks) for path in mask_files]
+    if images == masks:
         image_files = [path for path in image_files if kind(path) == "dicom"] or image_files
     elif images.resolve() in masks.resolve().parents:
         image_files = _outside(image_files, masks)

@@ -716,6 +716,18 @@ def test_masks_of_no_image_are_refused(here):
     assert set(stored()) == {"0", "1", "2"}
 
 
+def test_masks_of_no_image_in_one_folder(here):
+    for stem in "ab":
+        save(photo(), f"one/{stem}.jpg")
+        save(grey([0, 1])(labels()), f"one/{stem}_mask.gif")
+    save(grey([0, 1])(labels()), "one/a_roi.gif")
+    Path("link").symlink_to("one")
+    for masks in ("one", "link"):
+        refused("--masks", "one", masks, *ALL, words=["1 of 5 masks", "one (a_roi.gif)"])
+    Path("one/a_roi.gif").unlink()
+    assert "pairs: 2" in done("--masks", "one", "link", *ALL)
+
+
 def test_skip_unpaired(here):
     for stem in "abcdefg":
         save(photo(), f"images/{stem}.jpg")
