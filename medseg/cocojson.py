@@ -12,7 +12,15 @@ from pathlib import Path, PureWindowsPath
 from medseg.coco import rasterize, read_coco
 from medseg.dataset import Item
 from medseg.images import SUFFIXES
-from medseg.sources import fit_mask, list_files, make_grouping, read_upright, unique_names
+from medseg.sources import (
+    find_groups,
+    fit_mask,
+    is_text,
+    list_files,
+    read_upright,
+    same_form,
+    unique_names,
+)
 
 
 def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=False, boxes=False):
@@ -20,7 +28,7 @@ def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=F
 
     Prints what is left out. classes: categories to use, in their order; without it all that have
     an annotation, in the file's. group: a regular expression on the path of the image, see
-    `make_grouping`. skip_unpaired: leave out listed images that are not there, else a ValueError.
+    `find_groups`. skip_unpaired: leave out listed images that are not there, else a ValueError.
     boxes: annotations that have only a box become rectangles, else a ValueError.
     Raises ValueError or FileNotFoundError that names the file.
     """
@@ -31,16 +39,16 @@ def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=F
     of_image = _by_image(path, content, boxes)
     names, chosen = _choose_classes(path, content, classes)
     found = _find_images(path, content["images"], images, skip_unpaired)
-    group_of = make_grouping(group)
     relative = [image.relative_to(images) for _, image in found]
+    stems, groups = unique_names(relative), find_groups(relative, group)
     items = []
-    for name, place, (record, image) in zip(unique_names(relative), relative, found, strict=True):
+    for stem, own_group, (record, image) in zip(stems, groups, found, strict=True):
         outlines = [
             (names[annotation["category_id"]], annotation)
             for annotation in of_image.get(record["id"], ())
             if names[annotation["category_id"]] in chosen
         ]
-        items.append(Item(name, group_of(place), _Loader(path, image, record, outlines)))
+        items.append(Item(stem, own_group, _Loader(path, image, record, outlines)))
     return items, chosen
 
 
@@ -109,7 +117,10 @@ def _by_image(path, content, boxes):
 
 def _choose_classes(path, content, classes):
     """({category id: class name}, class names), with what is left out printed."""
-    names = {c["id"]: str(c.get("name", c["id"])) for c in content["categories"]}
+    names = {c["id"]: same_form(str(c.get("name", c["id"]))) for c in content["categories"]}
+    for name in names.values():
+        if not is_text(name):
+            raise ValueError(f"{path}: a category has the name {name!r:.40}: no text")
     counts = Counter()
     for annotation in content["annotations"]:
         if annotation["category_id"] not in names:
@@ -137,7 +148,7 @@ def _find_images(path, records, images, skip_missing):
     """[(record, Path)] of the records whose image is there; ValueError for others."""
     by_name = {}
     for image in list_files(images, SUFFIXES):
-        by_name.setdefault(image.name, []).append(image)
+        by_name.setdefault(same_form(image.name), []).append(image)
     found, missing, taken = [], [], set()
     for record in records:
         candidates = find_image(images, record["file_name"], by_name)
@@ -167,13 +178,14 @@ def find_image(images, name, by_name):
     """The files below `images` that a file_name may mean: by its path, else by its last part.
 
     Windows separators are understood; a path that leads out of the folder counts by its last
-    part. by_name: {name: [Path]} of all image files.
+    part. by_name: {name in the form of `same_form`: [Path]} of all image files.
     """
     name = PureWindowsPath(name)
+    candidates = by_name.get(same_form(name.name), [])
     if not name.anchor and ".." not in name.parts:
-        candidates = by_name.get(name.name, ())
         meant = os.path.normpath(images / name.as_posix())
-        exact = [image for image in candidates if os.path.normpath(image) == meant]
-        if exact:
-            return exact
-    return by_name.get(name.name, [])
+        for form in (str, same_form):
+            exact = [path for path in candidates if form(os.path.normpath(path)) == form(meant)]
+            if exact:
+                return exact
+    return candidates

@@ -21,7 +21,15 @@ from PIL import Image, ImageDraw
 from medseg.dataset import Item
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES
-from medseg.sources import list_files, make_grouping, read_upright, unique_names
+from medseg.sources import (
+    existing_file,
+    find_groups,
+    is_text,
+    list_files,
+    read_upright,
+    same_form,
+    unique_names,
+)
 
 BACKGROUND, IGNORED = "_background_", "__ignore__"
 POINTS = {
@@ -39,7 +47,7 @@ def labelme_items(folder, *, classes=None, group=None):
     """(items, class names) of the LabelMe files below a folder.
 
     Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
-    group: a regular expression on the path of the JSON file, see `make_grouping`.
+    group: a regular expression on the path of the JSON file, see `find_groups`.
     Raises ValueError or FileNotFoundError that names the file.
     """
     folder = Path(folder)
@@ -54,11 +62,11 @@ def labelme_items(folder, *, classes=None, group=None):
         raise ValueError(f"--classes: no area is labelled {unknown[0]!r}, but {', '.join(found)}")
     chosen = tuple(classes or found)
     _report(folder, paths, labels, left_out, chosen)
-    group_of = make_grouping(group)
     relative = [path.relative_to(folder) for path in paths]
+    names, groups = unique_names(relative), find_groups(relative, group)
     items = []
-    for name, path, place in zip(unique_names(relative), paths, relative, strict=True):
-        items.append(Item(name, group_of(place), _Loader(path, folder, chosen)))
+    for name, path, own_group in zip(names, paths, groups, strict=True):
+        items.append(Item(name, own_group, _Loader(path, folder, chosen)))
     return items, list(chosen)
 
 
@@ -141,6 +149,11 @@ def read_labelme(path):
     for number, shape in enumerate(content["shapes"]):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
             raise ValueError(f"{path}: shapes[{number}] has no label")
+        shape["label"] = same_form(shape["label"])
+        if not is_text(shape["label"]):
+            raise ValueError(
+                f"{path}: shapes[{number}] has the label {shape['label']!r:.40}: no text"
+            )
         kind = shape.get("shape_type") or "polygon"
         if kind != "polygon" and kind not in [*POINTS, *LEFT_OUT]:
             raise ValueError(f"{path}: shapes[{number}] has the unknown shape_type {kind!r:.40}")
@@ -181,9 +194,9 @@ def find_image(path, folder, name):
     if not name.anchor:
         meant = Path(os.path.normpath(path.parent / name.as_posix()))
         inside = Path(os.path.abspath(folder)) in Path(os.path.abspath(meant)).parents
-        if inside and os.path.isfile(meant):
-            return meant
-    return beside if os.path.isfile(beside) else None
+        if inside and (image := existing_file(meant)):
+            return image
+    return existing_file(beside)
 
 
 # ---------------------------------------------------------------- drawing

@@ -198,7 +198,7 @@ class Meaning:
             of_kind = f" ({kind})" if several_kinds else ""
             shown = f"above {HALF}" if kind in self.cut else _spell(kind, value)
             share = 100 * self.pixels[kind, value]
-            print(f"class {name}: value {shown}{of_kind}, {share:.2f} % of the pixels")
+            print(f"class {name}: value {shown}{of_kind}, {share:.2f} % of the pixels of the masks")
         for line in self.warnings:
             print(f"warning: {line}")
 

@@ -11,10 +11,12 @@ from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, kind
 from medseg.pairing import pair_files
 from medseg.sources import (
     Upright,
+    find_groups,
     fit_mask,
     list_files,
-    make_grouping,
+    printable,
     read_upright,
+    tell_apart,
     unique_names,
 )
 from medseg.volume_masks import volume_items
@@ -25,10 +27,11 @@ def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unp
 
     Two files are taken too. Images are pictures, DICOM files of one frame among them, with masks
     that are pictures; or NIfTI volumes with masks that are volumes, an item for each slice.
+    Several masks of one picture (x_mask, x_mask_1) are united, class by class.
     Prints which mask was found for which image and what the values mean. classes: names for the
-    foreground values in ascending order. group: a regular expression, see `make_grouping`.
+    foreground values in ascending order. group: a regular expression, see `find_groups`.
     window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out images with no
-    mask or several, else a ValueError.
+    mask or with several that may be meant, and masks of no image, else a ValueError.
     Raises ValueError or FileNotFoundError that names the file.
     """
     images, masks = Path(images), Path(masks)
@@ -38,9 +41,12 @@ def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unp
         raise ValueError(f"{images}: holds no DICOM or NIfTI files, which --window is for")
     root = images if images.is_dir() else images.parent
     relative = [image.relative_to(root) for image, _ in pairs]
-    names, groups = unique_names(relative), list(map(make_grouping(group), relative))
-    make_items = volume_items if "nifti" in kinds else _picture_items
-    items, meaning = make_items(pairs, names, groups, masks, window)
+    names, groups = unique_names(relative), find_groups(relative, group)
+    if "nifti" in kinds:
+        pairs = [(image, mask) for image, (mask,) in pairs]
+        items, meaning = volume_items(pairs, names, groups, masks, window)
+    else:
+        items, meaning = _picture_items(pairs, names, groups, masks, window)
     if classes:
         meaning.rename(classes)
     meaning.report()
@@ -48,8 +54,8 @@ def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unp
 
 
 def _picture_items(pairs, names, groups, folder, window):
-    """As `volume_items`, of pictures with masks that are pictures."""
-    meaning = find_meaning([mask for _, mask in pairs], folder)
+    """As `volume_items`, of [(image, masks)], pictures all."""
+    meaning = find_meaning([mask for _, masks in pairs for mask in masks], folder)
     items = []
     for pair, name, group in zip(pairs, names, groups, strict=True):
         items.append(Item(name, group, _Loader(*pair, meaning, window)))
@@ -58,10 +64,10 @@ def _picture_items(pairs, names, groups, folder, window):
 
 @dataclass(frozen=True)
 class _Loader:
-    """What `Item.load` is for an image and its mask."""
+    """What `Item.load` is for an image and its masks."""
 
     image: Path
-    mask: Path
+    masks: tuple
     meaning: Meaning
     window: tuple | None
 
@@ -71,22 +77,30 @@ class _Loader:
             upright = Upright(picture, picture.size, 1)
         else:
             upright = read_upright(self.image)
-        kind_of_mask, values = read_mask(self.mask)
+        united = {}
+        for mask in self.masks:
+            for name, pixels in self._read_classes(mask, upright).items():
+                united[name] = united[name] | pixels if name in united else pixels
+        return upright.picture, united
+
+    def _read_classes(self, mask, upright):
+        """{class name: bool array (H, W)} of one mask file."""
+        kind_of_mask, values = read_mask(mask)
         fitted = fit_mask(values, upright)
         if fitted is None:
             width, height = upright.size
             raise ValueError(
-                f"{self.mask}: is {values.shape[1]}x{values.shape[0]}, but its image "
+                f"{mask}: is {values.shape[1]}x{values.shape[0]}, but its image "
                 f"{self.image} is {width}x{height}"
             )
-        return upright.picture, self.meaning.split(kind_of_mask, fitted)
+        return self.meaning.split(kind_of_mask, fitted)
 
 
 # ---------------------------------------------------------------- pairs
 
 
 def _find_pairs(images, masks, skip_unpaired):
-    """[(image, mask)], with what was found printed."""
+    """[(image, its masks)], with what was found printed."""
     for path, other in ((images, masks), (masks, images)):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such folder or file")
@@ -95,25 +109,41 @@ def _find_pairs(images, masks, skip_unpaired):
     if images.is_file() and masks.is_file():
         _check_kinds([images, masks])
         print(f"pairs: 1, {images.name} and {masks.name}")
-        return [(images, masks)]
+        return [(images, (masks,))]
+    if images.samefile(masks):
+        masks = images  # spelled in one way, though one may be a link to the other
     image_files, mask_files = _list_both(images, masks)
     pairing = pair_files(image_files, mask_files, images, masks)
-    problem = _describe_unpaired(pairing, images, masks, len(image_files))
+    if kind(image_files[0]) == "nifti":  # mask volumes are not united
+        pairing.several += [pair for pair in pairing.pairs if len(pair[1]) > 1]
+        pairing.pairs = [pair for pair in pairing.pairs if len(pair[1]) == 1]
+    totals = len(image_files), len(set(mask_files).difference(image_files))
+    problem = _describe_unpaired(pairing, images, masks, *totals)
     if problem and not (skip_unpaired and pairing.pairs):
-        raise ValueError(f"{problem}; --skip-unpaired goes on without these images")
-    image, mask = pairing.pairs[0]
-    print(f"pairs: {len(pairing.pairs)} by {pairing.rule}, such as {image.name} and {mask.name}")
+        raise ValueError(f"{problem}; --skip-unpaired goes on without these files")
+    _report(pairing)
     if problem:
         print(f"left out: {problem}")
     return pairing.pairs
+
+
+def _report(pairing):
+    """Print how many pairs were found, by which rule, and how many masks are united."""
+    image, (mask, *_) = pairing.pairs[0]
+    names = f"{printable(image.name)} and {printable(mask.name)}"
+    line = f"pairs: {len(pairing.pairs)} by {pairing.rule}, such as {names}"
+    united = sum(len(masks) > 1 for _, masks in pairing.pairs)
+    if united:
+        have = "image has" if united == 1 else "images have"
+        line += f"; {united} {have} several masks, united"
+    print(line)
 
 
 def _list_both(images, masks):
     """The files below the folder of images and those below the folder of masks."""
     image_files = list_files(images, SUFFIXES, medical=True)
     mask_files = list_files(masks, (*SUFFIXES, ".gif", *NIFTI_SUFFIXES))
-    if images.samefile(masks):
-        mask_files = [images / path.relative_to(masks) for path in mask_files]
+    if images == masks:
         image_files = [path for path in image_files if kind(path) == "dicom"] or image_files
     elif images.resolve() in masks.resolve().parents:
         image_files = _outside(image_files, masks)
@@ -143,8 +173,8 @@ def _outside(files, folder):
     return [path for path in files if folder not in path.resolve().parents]
 
 
-def _describe_unpaired(pairing, images, masks, total):
-    """One line on the images that have no mask or several, "" where all have one."""
+def _describe_unpaired(pairing, images, masks, total, total_masks):
+    """One line on the files that are in no pair, "" where all are."""
     parts = []
     if pairing.missing:
         names = _first([str(image.relative_to(images)) for image in pairing.missing])
@@ -152,13 +182,18 @@ def _describe_unpaired(pairing, images, masks, total):
     if pairing.several:
         names = []
         for image, found in pairing.several:
-            shared = len(found) == 1
-            candidates = _first([mask.name for mask in found])
-            names.append(f"{image.name}: {candidates}{', as another image' if shared else ''}")
+            shared = ", as another image" if len(found) == 1 else ""
+            candidates = _first([str(mask.relative_to(masks)) for mask in found])
+            names.append(f"{image.relative_to(images)}: {candidates}{shared}")
         total_several = f"{len(pairing.several)} of {total} images have several candidates"
         parts.append(f"{total_several} ({_first(names, '; ')})")
+    if pairing.surplus:
+        names = _first([str(mask.relative_to(masks)) for mask in pairing.surplus])
+        n_surplus = f"{len(pairing.surplus)} of {total_masks} masks"
+        parts.append(f"{n_surplus} in {masks} belong to no image ({names})")
     return f"{images}: {' and '.join(parts)}" if parts else ""
 
 
 def _first(names, separator=", "):
-    return separator.join(names[:3]) + (f"{separator}..." if len(names) > 3 else "")
+    shown = tell_apart(names[:3])
+    return separator.join(shown + ["..."] * (len(names) > 3))

@@ -10,13 +10,14 @@ from medseg.dataset import SHARES, check_free, present_splits, wanted_splits, wr
 from medseg.labelme import labelme_items
 from medseg.masks import mask_items
 from medseg.medical import window_limits
+from medseg.sources import same_form
 
 SOURCES = ("masks", "labelme", "coco")
 NEED_A_SOURCE = ("split", "into", "group", "classes", "skip_unpaired", "boxes")
 
 
 def _names(text):
-    return [name.strip() for name in text.split(",")]
+    return [same_form(name.strip()) for name in text.split(",")]
 
 
 def add_arguments(parser):
@@ -44,7 +45,8 @@ def add_arguments(parser):
     own.add_argument(
         "--group",
         metavar="REGEX",
-        help="images in whose path it finds the same (a patient, a volume) stay in one split",
+        help="images in whose path it finds the same (a patient, a volume) stay in one split; "
+        "default: the subjects of BIDS names (sub-01_T1w)",
     )
     own.add_argument(
         "--classes",
@@ -53,7 +55,9 @@ def add_arguments(parser):
         help="names for the values of masks, ascending; or the labels or categories to use",
     )
     own.add_argument(
-        "--skip-unpaired", action="store_true", help="leave out images without a mask, or file"
+        "--skip-unpaired",
+        action="store_true",
+        help="leave out images without a mask or file, and masks without an image",
     )
     own.add_argument(
         "--window",

@@ -1,68 +1,112 @@
 """Which mask belongs to which image, found from their names."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 from medseg.medical import base_name
+from medseg.sources import same_form
 
 COMMONEST = 12  # ends (or beginnings) of names that are tried, of images and of masks each
+NUMBERED = re.compile(r"(.+?)[\W_]+\d+\)?")  # x_mask_1, x_mask-2, x_mask (3)
+LAST_WORD = re.compile(r"(\d+|[^\W\d_]+)[\W_]*$")
 
 
 @dataclass
 class Pairing:
-    """pairs: [(image, mask)]. missing: images without a mask. several: [(image, its masks)]."""
+    """What `pair_files` found.
+
+    pairs: [(image, masks)], a tuple of one mask or of several to be united. missing: images
+    without a mask. several: [(image, masks of which one may be meant)]. surplus: masks of no image.
+    """
 
     rule: str = ""
     pairs: list = field(default_factory=list)
     missing: list = field(default_factory=list)
     several: list = field(default_factory=list)
+    surplus: list = field(default_factory=list)
 
 
 def pair_files(images, masks, image_root, mask_root):
     """The Pairing of two lists of Paths, each below its root.
 
-    Names are compared without case and suffix. The rules that are tried: the same path below the
-    roots; the same name; names that share a beginning, where all images go on in one way and all
-    masks in another (x and x_mask, 21_training and 21_manual1), or an end (img_1, mask_1). The
-    rule that finds a mask for most images is taken, of equal ones the first. Where two rules of
-    the last kind find different masks for as many images (x_reader1, x_reader2), both are
-    candidates. Raises ValueError where no rule finds a mask for half the images.
+    Names are compared without case and suffix, in one Unicode form. The rules that are tried: the
+    same path below the roots; the same name; names that share a beginning, where all images go on
+    in one way and all masks in another (x and x_mask, 21_training and 21_manual1), or an end
+    (img_1, mask_1). The rule that finds a mask for most images is taken, of equal ones the first.
+    Where two rules of the last kind find different masks for as many images (x_reader1,
+    x_reader2), both are candidates. An image's mask and the same name with a number (x_mask,
+    x_mask_1, x_mask_2) are its masks together.
+    Raises ValueError where no rule finds a mask for half the images.
     """
     shared = set(images) & set(masks)  # one folder holds both: only names tell them apart
-    rules = []
-    if not shared:
-        rules.append(("path", _by_key(images, masks, image_root, mask_root)))
-        rules.append(("name", _by_key(images, masks)))
-    rules.append(("the part that their names share", _by_shared_part(images, masks, shared)))
-    rule, candidates = max(rules, key=lambda found: len(found[1]))
-    enough = len(images) / 4 if shared else min(len(images), len(masks)) / 2
+    roots = image_root, mask_root
+    numbered = _numbered(masks)
+    plain = [mask for mask in masks if mask not in numbered]
+    rule, candidates = _best_rule(images, plain, roots, shared)
+    if numbered:  # the images may be numbered in the same way: a and a_1
+        with_numbers = _best_rule(images, masks, roots, shared)
+        if _count_images(with_numbers[1]) > _count_images(candidates):
+            rule, candidates = with_numbers
+    more = _more_masks(candidates, numbered)
+    united = {mask for found in more.values() for mask in found}
+    n_images, n_masks = len(images) - len(united & shared), len(masks) - len(united)
+    enough = n_images / 4 if shared else min(n_images, n_masks) / 2
     if not candidates or len(candidates) < enough:
+        used = {mask for found in candidates.values() for mask in found}
+        mask = next((mask for mask in masks if mask not in used), masks[0])
+        image = next(image for image in images if image not in candidates)
         raise ValueError(
-            f"{mask_root}: no rule pairs its {len(masks)} masks, such as {masks[0].name}, with "
-            f"the {len(images)} images, such as {images[0].name}: give a mask its image's name, "
+            f"{mask_root}: no rule pairs its {len(masks)} masks, such as {mask.name}, with "
+            f"the {len(images)} images, such as {image.name}: give a mask its image's name, "
             "or that name and an ending"
         )
-    return _sort_out("name" if rule == "path" else rule, images, candidates, shared)
+    pairing = _sort_out(images, masks, candidates, more)
+    pairing.rule = "name" if rule == "path" else rule
+    return pairing
 
 
-def _sort_out(rule, images, candidates, shared):
-    pairing = Pairing(rule)
+def _best_rule(images, masks, roots, shared):
+    """(rule, {image: masks}) of the rule that finds a mask for most images."""
+    rules = []
+    if not shared:
+        rules.append(("path", _by_key(images, masks, *roots)))
+        rules.append(("name", _by_key(images, masks)))
+    rules.append(("the part that their names share", _by_shared_part(images, masks, shared)))
+    return max(rules, key=lambda found: len(found[1]))
+
+
+def _count_images(candidates):
+    """How many images have a mask, without those that are masks themselves."""
+    return len(candidates.keys() - {mask for found in candidates.values() for mask in found})
+
+
+def _sort_out(images, masks, candidates, more):
+    """The Pairing of {image: masks that a rule found} and {image: masks to be united with it}."""
+    pairing = Pairing()
     users = Counter(mask for found in candidates.values() for mask in found)
-    in_use = shared & users.keys()
+    used = users.keys() | {mask for found in more.values() for mask in found}
     for image in images:
-        found = candidates.get(image, [])
+        found, rest = candidates.get(image, []), more.get(image, [])
         if len(found) == 1 and users[found[0]] == 1:
-            pairing.pairs.append((image, found[0]))
+            pairing.pairs.append((image, (*found, *rest)))
         elif found:
-            pairing.several.append((image, found))
-        elif image not in in_use:
+            pairing.several.append((image, [*found, *rest]))
+        elif image not in used:
             pairing.missing.append(image)
+    used |= set(images)
+    pairing.surplus = [mask for mask in masks if mask not in used]
     return pairing
 
 
 def stem(path):
-    """The name of a file without its suffix, in lower case."""
-    return base_name(path).casefold()
+    """The name of a file without its suffix, as it is compared."""
+    return _comparable(base_name(path))
+
+
+def _comparable(name):
+    """A name in lower case and one Unicode form."""
+    return same_form(same_form(name).casefold())
 
 
 def _by_key(images, masks, image_root=None, mask_root=None):
@@ -70,13 +114,50 @@ def _by_key(images, masks, image_root=None, mask_root=None):
 
     def key(path, root):
         folders = path.relative_to(root).parent.parts if root else ()
-        return (*(folder.casefold() for folder in folders), stem(path))
+        return (*map(_comparable, folders), stem(path))
 
     table = {}
     for mask in masks:
         table.setdefault(key(mask, mask_root), []).append(mask)
     keyed = ((image, key(image, image_root)) for image in images)
     return {image: table[name] for image, name in keyed if name in table}
+
+
+# ---------------------------------------------------------------- several masks of one image
+
+
+def _numbered(masks):
+    """{mask: the mask beside it that has its name without the number at the end}."""
+    by_name = {(mask.parent, stem(mask)): mask for mask in masks}
+    found = {}
+    for mask in masks:
+        name = NUMBERED.fullmatch(stem(mask))
+        if name and (mask.parent, name[1]) in by_name:
+            found[mask] = by_name[mask.parent, name[1]]
+    return found
+
+
+def _more_masks(candidates, numbered):
+    """{image: the numbered masks that belong to it beside the mask that a rule found}.
+
+    Where a mask ends as its image does (a and a, img_1 and mask_1), one with a number more could
+    be the mask of an image that is missing (a_1, img_1_1), and belongs to none.
+    """
+    owners = {mask: image for image, found in candidates.items() for mask in found}
+    more = {}
+    for mask, plain in numbered.items():
+        image = owners.get(plain)
+        if image is None or mask in owners:
+            continue
+        if _last_word(plain) != _last_word(image):
+            more.setdefault(image, []).append(mask)
+    return more
+
+
+def _last_word(path):
+    """The last word or number in the name of a file: 'mask' of 'benign (1)_mask.png'."""
+    found = LAST_WORD.search(stem(path))
+    return found and found[1]
 
 
 # ---------------------------------------------------------------- the part that names share

@@ -2,6 +2,8 @@
 
 import os
 import re
+import unicodedata
+from collections import Counter
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from PIL import Image
 from medseg.images import FORMATS, read_image
 from medseg.medical import base_name, kind
 
+SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
 
 
@@ -35,6 +38,49 @@ def list_files(folder, suffixes, *, medical=False):
     return sorted(found)
 
 
+def same_form(text):
+    """Text in the one Unicode form in which names are compared.
+
+    A letter and its accent are one character (NFC) or, as macOS stores names, two (NFD).
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+def is_text(text):
+    """Whether text can be written as UTF-8: JSON may hold half a character, '\\ud800'."""
+    return text == text.encode("utf-8", "ignore").decode()
+
+
+def printable(name):
+    """A name as it can be printed in one line, what would not be seen as an escape: '\\udcff'."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    return "".join(shown)
+
+
+def tell_apart(names):
+    """Names as they can be printed, in ASCII where two of them would look the same."""
+    looks = Counter(map(same_form, names))
+    return [ascii(n)[1:-1] if looks[same_form(n)] > 1 else printable(n) for n in names]
+
+
+def existing_file(path):
+    """The Path of the file at `path`, in whichever Unicode form its names are stored, or None."""
+    if os.path.isfile(path):
+        return Path(path)
+    if str(path).isascii():
+        return None
+    place = Path()
+    for part in Path(path).parts:
+        names = [part]
+        if not os.path.lexists(place / part):
+            present = os.listdir(place) if place.is_dir() else ()
+            names = [name for name in present if same_form(name) == same_form(part)]
+        if not names:
+            return None
+        place /= names[0]
+    return place if place.is_file() else None
+
+
 def unique_names(paths):
     """A file stem for each relative path, unique whatever the case and safe in a file system.
 
@@ -52,25 +98,40 @@ def unique_names(paths):
 
 
 def _safe_name(name):
+    name = same_form(name)  # in which a letter and its accent are one
     name = re.sub(r"[^\w.() -]", "_", name).lstrip(".")  # \w: letters of any alphabet
     return name.encode("utf-8", "ignore")[:200].decode("utf-8", "ignore").strip() or "_"
 
 
-def make_grouping(regex):
-    """relative path -> group: what `regex` finds in it (its first group, else the whole match).
+def find_groups(paths, regex=None):
+    """The group of each relative path: what `regex` finds in it (its first group, else all of it).
 
-    Without a regex every path is a group of its own, "". The function that is returned raises
-    ValueError for a path in which nothing is found.
+    Without a regex it is the subject that a name in the manner of BIDS begins with (sub-01_T1w),
+    and how many there are is printed; a path without one is a group of its own, "". Raises
+    ValueError for a path in which the regex finds nothing.
     """
-    if regex is None:
-        return lambda relative: ""
+    if regex is not None:
+        return list(map(_make_grouping(regex), paths))
+    found = [SUBJECT.search(PurePath(path).as_posix()) for path in paths]
+    groups = [subject[1] if subject else "" for subject in found]
+    subjects = Counter(filter(None, groups))
+    if subjects:
+        print(
+            f"groups: {len(subjects)} subjects in the names of {subjects.total()} images, such as "
+            f"{min(subjects)}: each stays in one split (--group REGEX groups in another way)"
+        )
+    return groups
+
+
+def _make_grouping(regex):
+    """relative path -> group, as `find_groups` has it with a regex."""
     try:
-        pattern = re.compile(regex)
+        pattern = re.compile(same_form(regex))
     except re.error as error:
         raise ValueError(f"--group: {regex!r} is not a regular expression ({error})") from None
 
     def group_of(relative):
-        found = pattern.search(PurePath(relative).as_posix())
+        found = pattern.search(same_form(PurePath(relative).as_posix()))
         captured = found and found[min(pattern.groups, 1)]
         if not captured:
             raise ValueError(f"{relative}: --group {regex!r} finds nothing in this name")

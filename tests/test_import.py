@@ -9,11 +9,13 @@ import random
 import shutil
 import sys
 import tracemalloc
+import unicodedata
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+from conftest import script
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
 from test_download import tree as tree_with_times
@@ -27,6 +29,7 @@ from medseg.dataset import Item, draw_splits, write_dataset
 from medseg.dicom import read_dicom
 from medseg.images import read_image
 from medseg.labelme import draw_shapes
+from medseg.mask_values import meaning_of
 from medseg.pairing import pair_files
 
 SIZE = (40, 30)  # width, height
@@ -178,6 +181,7 @@ KINDS = {  # suffix, image of a label map, class names
     "RGB grey": (".png", lambda m: grey([0, 255])(m).convert("RGB"), FOREGROUND),
     "RGB levels": (".png", lambda m: grey([0, 1, 2])(m).convert("RGB"), ["1", "2"]),
     "RGB one colour": (".png", colours([(0, 0, 0), (7, 200, 0)]), FOREGROUND),
+    "RGB green": (".png", colours([(0, 0, 0), (0, 255, 0)]), FOREGROUND),
     "RGB": (".png", colours(COLOURS), ["#0000ff", "#ff0000", "#ffffff"]),
     "RGBA": (".png", colours(COLOURS, "RGBA"), ["#0000ff", "#ff0000", "#ffffff"]),
     "alpha": (".png", with_alpha, FOREGROUND),
@@ -243,6 +247,124 @@ def test_ignored_index_of_a_palette_is_background(here):
     assert list(stored()["a"]) == ["1", "15"]
 
 
+def test_ignored_index_beside_one_class_leaves_that_class(here):
+    label_map = labels(2, 2)
+    save(photo(), "images/a.png")
+    save(palette([0, 1, 255], COLOURS * 64)(label_map), "masks/a.png")
+    assert "class foreground: value 1, " in done("--masks", "images", "masks", *ALL)
+    assert list(stored()["a"]) == FOREGROUND
+    np.testing.assert_array_equal(stored()["a"]["foreground"], label_map == 1)
+    save(grey([0, 1, 255])(label_map), "masks/a.png")  # no palette: 255 is a class
+    done("--masks", "images", "masks", *ALL, "--force")
+    np.testing.assert_array_equal(stored()["a"]["255"], label_map == 2)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_pixels_of_less_than_half_alpha_are_background(here, mode):
+    alpha = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 32))
+    mask = Image.new(mode, alpha.size, 9 if mode == "LA" else (9, 0, 7))
+    mask.putalpha(alpha)
+    save(photo(size=alpha.size), "images/a.png")
+    save(mask, "masks/a.png")
+    done("--masks", "images", "masks", *ALL)
+    wanted = np.arange(256).reshape(8, 32) >= 128
+    np.testing.assert_array_equal(stored()["a"]["foreground"], wanted)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_127_is_background_and_128_foreground(here, suffix):
+    values = np.array([*range(256), *[0, 255] * 128], np.uint8).reshape(16, 32)
+    if suffix == ".jpg":
+        values = np.array([[0, 127, 128, 255]], np.uint8)
+    pixels = np.kron(values, np.ones((8, 8), np.uint8))  # whole blocks, which JPEG keeps
+    save(photo(size=pixels.shape[::-1]), "images/a.png")
+    save(Image.fromarray(pixels), f"masks/a{suffix}", quality=100)
+    np.testing.assert_array_equal(np.asarray(Image.open(f"masks/a{suffix}")), pixels)
+    assert "value above 127, 50.00 % of the" in done("--masks", "images", "masks", *ALL)
+    np.testing.assert_array_equal(stored()["a"]["foreground"], pixels >= 128)
+
+
+def test_jpeg_masks_of_0_and_255_need_no_warning(here):
+    pixels = np.kron(labels() * 255, np.ones((8, 8), int)).astype(np.uint8)
+    save(photo(size=pixels.shape[::-1]), "images/a.png")
+    save(Image.fromarray(pixels), "masks/a.jpg", quality=100)
+    assert "warning" not in done("--masks", "images", "masks", *ALL)
+    np.testing.assert_array_equal(stored()["a"]["foreground"], pixels == 255)
+
+
+def test_masks_are_turned_by_their_own_orientation(here):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mask = grey([0, 1])(labels(1, size=SIZE[::-1]))
+    save(photo(), "images/a.png")
+    save(mask, "masks/a.png", exif=exif)
+    done("--masks", "images", "masks", *ALL)
+    shown = np.asarray(mask.transpose(Image.Transpose.ROTATE_270)) == 1  # 6: a quarter clockwise
+    np.testing.assert_array_equal(stored()["a"]["foreground"], shown)
+
+
+def evenly(count, top=255):
+    """`count` values from 0 to `top`, evenly spaced, one pixel each."""
+    return dict.fromkeys(np.linspace(0, top, count).round().astype(int).tolist(), 1)
+
+
+SMOOTHED = {  # pixels of each value, whether the mask is cut at half
+    "33 values": (evenly(33) | {0: 16, 255: 15}, True),
+    "32 values": (evenly(32) | {0: 99, 255: 99}, False),
+    "mostly between": (evenly(33) | {0: 15, 255: 15}, False),
+    "a gap of 32 values": ({v: 1 for v in range(256) if v // 32 != 3} | {0: 999, 255: 9}, False),
+    "never 255": (evenly(40, 254) | {0: 999}, False),
+    "never 0": ({value + 1: 1 for value in evenly(40, 254)} | {255: 999}, False),
+}
+
+
+@pytest.mark.parametrize("case", SMOOTHED)
+def test_what_counts_as_smoothed(case):
+    counts, cut = SMOOTHED[case]
+    meaning = meaning_of([("a.png", "grey", counts)], "masks")
+    if cut:
+        assert meaning.classes == FOREGROUND and meaning.values == {("grey", 255): "foreground"}
+    else:
+        assert meaning.classes == [str(value) for value in sorted(counts) if value]
+
+
+def test_255_classes_and_no_more():
+    everything = dict.fromkeys(range(256), 1)
+    meaning = meaning_of([("a.png", "volume", everything)], "masks")
+    assert meaning.classes == [str(value) for value in range(1, 256)]
+    with pytest.raises(ValueError, match=r"a\.png: holds 257 "):
+        meaning_of([("a.png", "grey", everything | {256: 1})], "masks")
+    with pytest.raises(ValueError, match=r"b\.png: with this one"):
+        meaning_of([("a.png", "grey", everything), ("b.png", "grey", {256: 1})], "masks")
+
+
+def test_whole_numbers_of_a_float_tiff(here):
+    save(photo(), "images/a.png")
+    flags = ("--masks", "images", "masks", *ALL)
+    for top, good in ((2**24, True), (2**24 + 2, False), (-(2**24) - 2, False)):
+        values = labels().astype(np.float32) * top
+        save(Image.fromarray(values), "masks/a.tif")
+        if good:
+            done(*flags)
+            np.testing.assert_array_equal(stored()["a"]["foreground"], values == top)
+            shutil.rmtree("dataset")
+        else:
+            refused(*flags, words=["a.tif", "whole numbers"])
+
+
+def test_shares_and_names_of_classes_of_two_kinds(here):
+    maps = labels(3), labels(4)
+    for stem, make, label_map in zip(
+        "ab", (grey([0, 7]), colours(COLOURS[::2])), maps, strict=True
+    ):
+        save(photo(), f"images/{stem}.png")
+        save(make(label_map), f"masks/{stem}.png")
+    out = done("--masks", "images", "masks", *ALL, "--classes", "x")
+    for value, kind, label_map in (("7", "grey", maps[0]), ("#ff0000", "colour", maps[1])):
+        percent = 100 * (label_map == 1).sum() / (2 * label_map.size)
+        assert f"class x: value {value} ({kind}), {percent:.2f} % of the pixels of" in out
+
+
 def test_kinds_may_be_mixed_where_each_has_one_value(here):
     maps = [labels(number) for number in range(3)]
     makers = (grey([0, 1]), lambda m: Image.fromarray(m > 0), colours([(0, 0, 0), (9, 0, 0)]))
@@ -254,6 +376,19 @@ def test_kinds_may_be_mixed_where_each_has_one_value(here):
         np.testing.assert_array_equal(stored()[f"{number}"]["foreground"], label_map == 1)
     save(grey([0, 1, 2])(labels(0, 2)), "masks/0.png")
     refused("--masks", "images", "masks", "--force", words=["several kinds", "grey (2)"])
+
+
+def test_grey_masks_may_be_stored_as_colours(here):
+    maps = {"a": labels(0, 2), "b": labels(1, 2)}
+    for stem, label_map in maps.items():
+        save(photo(), f"images/{stem}.png")
+        save(grey([0, 1, 2])(label_map).convert("L" if stem == "a" else "RGB"), f"masks/{stem}.png")
+    out = done("--masks", "images", "masks", *ALL)
+    for value in (1, 2):
+        percent = 100 * np.mean([label_map == value for label_map in maps.values()])
+        assert f"class {value}: value {value}, {percent:.2f} % of the pixels" in out
+        for stem, label_map in maps.items():
+            np.testing.assert_array_equal(stored()[stem][f"{value}"], label_map == value)
 
 
 def test_classes_are_named_in_ascending_order(here):
@@ -324,18 +459,24 @@ def test_damaged_image_leaves_nothing(here):
 # ---------------------------------------------------------------- pairs
 
 
-def paired(images, masks, image_root="i", mask_root="m"):
-    """({image: mask}, missing, several) of names, as strings without the roots."""
+def paired(images, masks, image_root="i", mask_root="m", surplus=()):
+    """({image: mask}, missing, several) of names, as strings without the roots.
+
+    Several masks of an image are a list. Asserts which masks belong to no image.
+    """
     image_paths = [Path(image_root, name) for name in images]
     mask_paths = [Path(mask_root, name) for name in masks]
     pairing = pair_files(image_paths, mask_paths, Path(image_root), Path(mask_root))
     short = {Path(image_root, name): name for name in images}
     short |= {Path(mask_root, name): name for name in masks}
     several = {short[image]: [short[m] for m in found] for image, found in pairing.several}
-    pairs = {short[image]: short[mask] for image, mask in pairing.pairs}
+    assert [short[mask] for mask in pairing.surplus] == list(surplus)
+    pairs = {short[image]: [short[mask] for mask in found] for image, found in pairing.pairs}
+    pairs = {image: found if found[1:] else found[0] for image, found in pairs.items()}
     return pairs, [short[image] for image in pairing.missing], several
 
 
+NFC, NFD = (unicodedata.normalize(form, "Läsion é") for form in ("NFC", "NFD"))
 NAMES = {
     "name": (["a.jpg", "B.JPG"], ["A.png", "b.gif"]),
     "x_mask": (["x.jpg", "y.jpg"], ["x_mask.gif", "y_mask.gif"]),
@@ -357,6 +498,7 @@ NAMES = {
         ["benign (1)_mask.png", "benign (12)_mask.png"],
     ),
     "folders": (["p/1.png", "q/1.png"], ["p/1.png", "q/1.png"]),
+    "folders of two forms": ([f"{NFD}/1.png", "q/1.png"], [f"{NFC}/1.png", "q/1.png"]),
     "NIfTI": (["a_t1.nii.gz", "b_t1.nii.gz"], ["a_seg.nii.gz", "b_seg.nii.gz"]),
     "PH2": (
         ["IMD002/IMD002_Dermoscopic_Image/IMD002.bmp", "IMD3/IMD3_Dermoscopic_Image/IMD3.bmp"],
@@ -399,6 +541,193 @@ def test_missing_and_ambiguous_masks_are_listed():
         paired(["scan_5.png", "scan_6.png"], ["scan_7_mask.png", "scan_8_mask.png"])
 
 
+UNITED = {  # images, masks of each, masks of none
+    "BUSI": (
+        ["benign (1).png", "benign (12).png"],
+        [
+            ["benign (1)_mask.png", "benign (1)_mask_1.png", "benign (1)_mask_2.png"],
+            ["benign (12)_mask.png"],
+        ],
+        [],
+    ),
+    "all images have two": (
+        ["x.jpg", "y.jpg"],
+        [["x_mask.png", "x_mask_1.png"], ["y_mask.png", "y_mask_1.png"]],
+        [],
+    ),
+    "separators": (["x.jpg"], [["x_mask.png", "x_mask (3).png", "x_mask-2.png"]], []),
+    "as many as images": (
+        ["img_1.png", "img_2.png"],
+        [
+            ["img_1_mask.png", "img_1_mask_1.png", "img_1_mask_2.png", "img_1_mask_3.png"],
+            ["img_2_mask.png"],
+        ],
+        [],
+    ),
+    "DRIVE": (
+        ["21_training.tif", "22_training.tif"],
+        [["21_m.gif", "21_m_1.gif"], ["22_m.gif"]],
+        [],
+    ),
+    "numbered images of nnU-Net": (
+        ["case_0000.png", "case_1_0000.png"],
+        [["case.png"], ["case_1.png"]],
+        [],
+    ),
+    "numbered images": (["a.png", "a_1.png"], [["a.png"], ["a_1.png"]], []),
+    "numbered images with endings": (
+        ["a.png", "a_1.png"],
+        [["a_mask.png"], ["a_1_mask.png", "a_1_mask_1.png"]],
+        [],
+    ),
+    "an image that is missing": (["a.png", "b.png"], [["a.png"], ["b.png"]], ["a_1.png"]),
+    "one that a number counts": (
+        ["img_1.png", "img_2.png"],
+        [["mask_1.png"], ["mask_2.png"]],
+        ["mask_1_1.png"],
+    ),
+    "another ending": (["x.jpg", "y.jpg"], [["x_mask.png"], ["y_mask.png"]], ["x_roi.png"]),
+    "a number of none": (["x.jpg", "y.jpg"], [["x_mask.png"], ["y_mask.png"]], ["z_mask_1.png"]),
+    "a second reader of one": (["1.jpg", "2.jpg"], [["1_A.png"], ["2_A.png"]], ["1_B.png"]),
+    "another folder": (
+        ["p/x.jpg", "p/y.jpg"],
+        [["x_mask.png"], ["y_mask.png"]],
+        ["q/x_mask_1.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNITED)
+def test_masks_with_a_number_belong_together(case):
+    images, masks_of, surplus = UNITED[case]
+    masks = sorted([*sum(masks_of, []), *surplus])
+    wanted = {
+        image: masks if masks[1:] else masks[0]
+        for image, masks in zip(images, masks_of, strict=True)
+    }
+    assert paired(images, masks, surplus=surplus) == (wanted, [], {})
+
+
+def test_most_masks_may_be_of_one_image():
+    masks = ["a_m.png", *(f"a_m_{number}.png" for number in range(5))]
+    pairs, missing, _ = paired([f"{letter}.png" for letter in "abcdefghi"], masks)
+    assert pairs == {"a.png": masks} and len(missing) == 8
+
+
+def test_one_folder_of_images_and_several_masks():
+    masks = [f"{stem}_mask{end}.png" for stem in "xy" for end in ("", *(f"_{n}" for n in range(6)))]
+    everything = sorted(["x.png", "y.png", *masks])
+    pairs, missing, several = paired(everything, everything, "d", "d")
+    assert pairs == {"x.png": sorted(masks[:7]), "y.png": sorted(masks[7:])}
+    assert (missing, several) == ([], {})
+    pairs, missing, _ = paired([*everything, "x_roi.png"], [*everything, "x_roi.png"], "d", "d")
+    assert set(pairs) == {"x.png", "y.png"} and missing == ["x_roi.png"]
+
+
+def test_names_pair_in_any_unicode_form(here):
+    assert NFC != NFD
+    save(photo(1), f"images/{NFD}/{NFD} 1.png")
+    save(photo(2), f"images/{NFC}/{NFC} 2.png")
+    masks = {1: f"masks/{NFC}/{NFC.upper()} 1_m.png", 2: f"masks/{NFD}/{NFD} 2_m.png"}
+    for seed, path in masks.items():
+        save(grey([0, 1])(labels(seed)), path)
+    flags = ("--masks", "images", "masks", *ALL)
+    assert "pairs: 2 by the part" in done(*flags)
+    for seed in masks:
+        got = stored()[f"{NFC} {seed}"]["foreground"]
+        np.testing.assert_array_equal(got, labels(seed) == 1)
+    for seed, path in masks.items():  # the same path below the two folders
+        save(grey([0, 1])(labels(seed)), path.replace("_m", ""))
+        Path(path).unlink()
+    assert "pairs: 2 by name" in done(*flags, "--force")
+    group = ("--split", "50", "50", "0", "--force", "--group")
+    done(*flags[:3], *group, f"({NFD} .)\\.png")
+    refused(*flags[:3], *group, f"{NFD}", words=["1 groups"])
+
+
+def test_names_that_look_the_same_are_told_apart(here):
+    for stem in ("a", "b", NFC):
+        save(photo(), f"images/{stem}.png")
+    for stem in ("a", "b", NFC, NFD):
+        save(grey([0, 1])(labels()), f"masks/{stem}.png")
+    words = [ascii(stem)[1:-1] + ".png" for stem in (NFC, NFD)]
+    refused("--masks", "images", "masks", *ALL, words=words)
+    Path(f"masks/{NFD}.png").unlink()
+    save(photo(), f"images/{NFD}.png")
+    refused("--masks", "images", "masks", *ALL, words=words)
+
+
+def test_names_that_cannot_be_printed(here):
+    for stem in ("a\udcff", "b\nc"):
+        save(photo(), f"images/{stem}.png")
+        save(grey([0, 1])(labels()), f"masks/{stem}.png")
+    result = script("download.py", "--masks", "images", "masks", *ALL, cwd=here)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "such as a\\udcff.png and a\\udcff.png\n" in result.stdout
+    assert set(stored()) == {"a_", "b_c"}
+
+
+def test_several_masks_of_an_image_are_united(here):
+    first, second, other = (labels(number, 2) for number in range(3))
+    for stem in "xyz":
+        save(photo(), f"images/{stem}.png")
+    save(grey([0, 1, 2])(first), "masks/x_mask.png")
+    save(grey([0, 1, 2])(second), "masks/x_mask_1.png")
+    save(grey([0, 1, 0])(other), "masks/x_mask_2.tif")
+    for stem in "yz":
+        save(grey([0, 1, 2])(other), f"masks/{stem}_mask.png")
+    flags = ("--masks", "images", "masks", *ALL)
+    out = done(*flags)
+    assert "such as x.png and x_mask.png; 1 image has several masks, united" in out
+    one = (first == 1) | (second == 1) | (other == 1)
+    two = (first == 2) | (second == 2)
+    assert (one & two).any()  # classes may overlap, and both are kept
+    np.testing.assert_array_equal(stored()["x"]["1"], one)
+    np.testing.assert_array_equal(stored()["x"]["2"], two)
+    np.testing.assert_array_equal(stored()["y"]["1"], other == 1)
+    pixels = sum((labels(number, 2) == 2).sum() for number in (0, 1, 2, 2))
+    assert f"class 2: value 2, {100 * pixels / (5 * first.size):.2f} % of the pixels of the" in out
+    save(Image.new("L", (30, 40), 1), "masks/x_mask_1.png")
+    refused(*flags, "--force", words=["x_mask_1.png", "30x40", "x.png", "40x30"])
+
+
+def test_united_masks_may_be_of_several_kinds(here):
+    first, second = labels(1), labels(2)
+    for stem in "xy":
+        save(photo(), f"images/{stem}.png")
+        save(Image.fromarray(first > 0), f"images/masks/{stem}_mask.png")
+        save(
+            colours([(0, 0, 0), (255, 255, 255)], "RGBA")(second), f"images/masks/{stem}_mask_1.png"
+        )
+    assert "2 images have several masks, united" in done("--masks", "images", "images/masks", *ALL)
+    np.testing.assert_array_equal(stored()["x"]["foreground"], (first | second) > 0)
+
+
+def test_masks_of_no_image_are_refused(here):
+    folders(3)
+    for stem in "abcd":
+        save(grey([0, 1])(labels()), f"masks/more/{stem}.png")
+    flags = ("--masks", "images", "masks", *ALL)
+    words = ["4 of 7 masks in masks", "more/a.png, more/b.png, more/c.png, ..."]
+    line = refused(*flags, words=[*words, "--skip-unpaired"])
+    assert "have no mask" not in line
+    out = done(*flags, "--skip-unpaired")
+    assert "left out: " in out and all(word in out for word in words)
+    assert set(stored()) == {"0", "1", "2"}
+
+
+def test_masks_of_no_image_in_one_folder(here):
+    for stem in "ab":
+        save(photo(), f"one/{stem}.jpg")
+        save(grey([0, 1])(labels()), f"one/{stem}_mask.gif")
+    save(grey([0, 1])(labels()), "one/a_roi.gif")
+    Path("link").symlink_to("one")
+    for masks in ("one", "link"):
+        refused("--masks", "one", masks, *ALL, words=["1 of 3 masks", "(a_roi.gif)"])
+    Path("one/a_roi.gif").unlink()
+    assert "pairs: 2" in done("--masks", "one", "link", *ALL)
+
+
 def test_skip_unpaired(here):
     for stem in "abcdefg":
         save(photo(), f"images/{stem}.jpg")
@@ -414,6 +743,13 @@ def test_skip_unpaired(here):
     out = done(*flags, "--skip-unpaired")
     assert "pairs: 2 by name, such as a.jpg and a.png" in out and words[0] in out
     assert set(stored()) == {"a", "b"}
+
+
+def test_candidates_of_one_name_are_told_apart(here):
+    for place in ("images/x", "images/y", "masks/p/x", "masks/q/x", "masks/p/y"):
+        make = photo() if place.startswith("images") else grey([0, 1])(labels())
+        save(make, f"{place}.png")
+    refused("--masks", "images", "masks", *ALL, words=["x.png: p/x.png, q/x.png"])
 
 
 def test_nested_folders_and_one_inside_the_other(here):
@@ -448,6 +784,16 @@ def volume(number, classes=2, name="case_{:03}"):
 
 
 VOLUMES = ("--masks", "vi", "vm")
+
+
+def test_several_mask_volumes_are_refused(here):
+    for number in range(3):
+        volume(number)
+    shutil.copy("vm/case_001.nii.gz", "vm/case_001_1.nii.gz")
+    words = ["case_001_0000.nii.gz: case_001.nii.gz, case_001_1.nii.gz"]
+    refused(*VOLUMES, *ALL, words=words)
+    done(*VOLUMES, *ALL, "--skip-unpaired")
+    assert {stem[:8] for stem in stored()} == {"case_000", "case_002"}
 
 
 def test_volumes_become_slices(here):
@@ -767,6 +1113,55 @@ def test_groups_stay_together(here):
     refused(*flags, "--force", "--group", "p", words=["1 groups", "too few", "--split"])
 
 
+def test_bids_names_are_subjects(here):
+    names = [f"sub-{n}_ses-{s}_T{t}w" for n in (1, 10, "b2") for s in (1, 2) for t in (1, 2)]
+    names += [f"sub-{n}/{t}" for n in ("x", "y") for t in ("flair", "dwi")]
+    names += ["sub-z", "SUB-1_T1w", "my_sub-1_T1w", "sub-_1", "sub-1é_T1w"]
+    for name in names:
+        save(photo(), f"images/{name}.png")
+        save(grey([0, 1])(labels()), f"masks/{name}.png")
+    flags = ("--masks", "images", "masks", "--split", "34", "33", "33")
+    out = done(*flags)
+    line = next(line for line in out.splitlines() if line.startswith("groups: "))
+    assert "6 subjects" in line and "17 images" in line and "sub-1:" in line and "--group" in line
+    where = {}
+    for split in ("train", "valid", "test"):
+        for name in stored(split):
+            where.setdefault(name.split("_")[0], []).append(split)
+    subjects = {"sub-1": 4, "sub-10": 4, "sub-b2": 4, "sub-x": 2, "sub-y": 2, "sub-z": 1}
+    for subject, count in subjects.items():
+        assert len(where[subject]) == count and len(set(where[subject])) == 1
+    assert len(where) == 6 + 4  # the others are no subjects
+    out = done(*flags, "--force", "--group", r"(.)\.png$")
+    assert "subjects" not in out
+    assert sources.find_groups(["sub-1", "site/sub-2/x.png", "x.png"]) == ["sub-1", "sub-2", ""]
+    ends = [{name[-1] for name in stored(split)} for split in ("train", "valid", "test")]
+    assert sum(map(len, ends)) == len(set.union(*ends))
+
+
+@pytest.mark.parametrize("source", ["labelme", "coco"])
+def test_bids_names_of_annotated_images(here, source):
+    stems = [f"sub-{subject}_{number}" for subject in "abc" for number in range(4)]
+    if source == "labelme":
+        for stem in stems:
+            labelme(stem, GOOD)
+    else:
+        outlines = [(number, 2, polygon(3, 4, 6)) for number in range(12)]
+        coco_file(outlines, [f"{stem}.png" for stem in stems])
+    flags = ("--labelme", "lm") if source == "labelme" else ("--coco", "c.json", "images")
+    assert "3 subjects in the names of 12 images" in done(*flags, "--split", "34", "33", "33")
+    for split in ("train", "valid", "test"):
+        assert len({name[:5] for name in stored(split)}) == 1
+
+
+def test_volumes_of_a_subject_stay_in_one_split(here):
+    for number in range(6):
+        volume(number, name=f"sub-{number % 3}_ses-{{}}")
+    assert "3 subjects" in done(*VOLUMES, "--split", "34", "33", "33")
+    for split in ("train", "valid", "test"):
+        assert {int(name[10]) for name in stored(split)} in ({0, 3}, {1, 4}, {2, 5})
+
+
 def test_every_split_gets_an_image():
     for count in range(3, 30):
         items = [Item(str(number), "", None) for number in range(count)]
@@ -1074,6 +1469,47 @@ def test_bad_labelme_is_one_line(here, name):
     if isinstance(change, bytes):
         Path("lm/x.json").write_bytes(change)
     refused("--labelme", "lm", *ALL, words=["lm", word])
+
+
+def test_text_of_half_a_character_is_one_line(here):
+    labelme("x", [*GOOD, shape("a\ud800", box(2, 3, 5))])
+    refused("--labelme", "lm", *ALL, words=["lm/x.json", "shapes[1]", "\\ud800"])
+    coco_file([(0, 2, polygon(3, 4, 6))])
+    made = json.loads(Path("c.json").read_text())
+    made["categories"][2]["name"] = "\ud800"
+    Path("c.json").write_text(json.dumps(made))
+    refused("--coco", "c.json", "images", *ALL, words=["c.json", "\\ud800"])
+
+
+def test_images_of_labelme_files_are_found_in_any_unicode_form(here):
+    labelme(NFC, [shape(NFD, box(2, 3, 5))], imagePath=f"..\\lm\\{NFC}\\{NFD}.png", image=False)
+    labelme("y", [shape(NFC, box(2, 3, 5))], imagePath=f"D:\\scans\\y{NFC}.png", image=False)
+    save(photo(8), f"lm/y{NFD}.png")
+    save(photo(7), f"lm/{NFD}/{NFC}.png")
+    done("--labelme", "lm", *ALL, "--classes", NFD)
+    assert [c["name"] for c in content("train")["categories"]] == [NFC]
+    got = np.asarray(read_image(f"dataset/train/{NFC}.png"))
+    np.testing.assert_array_equal(got, np.asarray(photo(7)))
+    assert stored()[NFC][NFC].sum() == stored()["y"][NFC].sum() == 25
+    assert sources.existing_file(f"lm/{NFC}") is None  # a folder
+
+
+def test_images_of_a_coco_file_are_found_in_any_unicode_form(here):
+    coco_file([(0, 2, polygon(3, 4, 6))], [f"p/{NFC}.png", f"q/{NFD}.png"])
+    for seed, form, place in ((5, NFC, f"p/{NFD}.png"), (6, NFD, f"q/{NFC}.png")):
+        Path(f"images/{form}.png").unlink()
+        save(photo(seed), f"images/{place}")
+
+    def imported(folder):
+        return np.asarray(read_image(f"dataset/train/{folder}_{NFC}.png"))
+
+    flags = ("--coco", "c.json", "images", *ALL)
+    done(*flags)
+    np.testing.assert_array_equal(imported("p"), np.asarray(photo(5)))
+    np.testing.assert_array_equal(imported("q"), np.asarray(photo(6)))
+    save(photo(9), f"images/p/{NFC}.png")  # two of them: the one that is named exactly
+    done(*flags, "--force")
+    np.testing.assert_array_equal(imported("p"), np.asarray(photo(9)))
 
 
 def test_large_labelme_files_are_not_read(here, monkeypatch):
