@@ -774,3 +774,61 @@ def test_volumes_that_predict_refuses(weights, refused):
     refused("predict", "ct.dcm", "--window", 40, 0, "--device", "cpu", words=["width 0"])
     refused("predict", "ct.dcm", "--output", "m.nii.gz", "--device", "cpu", words=["--output"])
     assert not list(weights.glob("*_mask*"))
+
+
+def write_bits(path, bits):
+    """A DICOM file of 1-bit frames (N, H, W), which follow each other without a gap."""
+    packed = np.packbits(bits.ravel(), bitorder="little").tobytes()
+    one_bit = {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0}
+    return write_dicom(path, bits, **one_bit, PixelData=packed + bytes(len(packed) % 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (2, 5, 3), (9, 5, 3), (3, 7, 9), (2, 4, 4)])
+def test_frames_of_1_bit_may_end_within_a_byte(tmp_path, shape):
+    bits = np.random.default_rng(0).integers(0, 2, shape).astype(np.uint8)
+    path = write_bits(tmp_path / "a.dcm", bits)
+    frames = read_dicom(path)
+    assert len(frames) == shape[0]
+    np.testing.assert_array_equal(list(frames), 255 * bits)
+    for index in reversed(range(len(frames))):
+        np.testing.assert_array_equal(frames[index], 255 * bits[index])
+    np.testing.assert_array_equal(
+        pydicom.dcmread(path).pixel_array.reshape(shape), bits
+    )  # pydicom, all at once
+
+
+def test_frames_of_1_bit_that_are_cut_short_are_one_line(tmp_path):
+    path = write_bits(tmp_path / "a.dcm", np.ones((9, 5, 3), np.uint8))  # 135 bits, 17 bytes
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError) as refusal:
+        list(read_dicom(path))
+    one_line(refusal, path, "cut short")
+
+
+def test_deflated_frames_of_1_bit(tmp_path):
+    bits = np.random.default_rng(1).integers(0, 2, (3, 5, 3)).astype(np.uint8)
+    plain = pydicom.dcmread(write_bits(tmp_path / "a.dcm", bits))
+    plain.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    plain.save_as(tmp_path / "b.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(list(read_dicom(tmp_path / "b.dcm")), 255 * bits)
+
+
+def test_the_range_of_later_frames_counts_and_their_own_windows(tmp_path):
+    """The first frame is the dimmest: its range alone would not do."""
+    stack = np.stack([STORED // 4, STORED // 2, STORED])
+    wanted = (stack * 0.255).round()
+    for frames in (read_dicom(write_dicom(tmp_path / "a.dcm", stack)) for _ in range(2)):
+        np.testing.assert_array_equal(frames[0], wanted[0])
+        np.testing.assert_array_equal(list(frames), wanted)
+    low = np.stack([STORED + 500, STORED, STORED + 200])
+    frames = read_dicom(write_dicom(tmp_path / "b.dcm", low.astype(np.uint16)))
+    assert np.abs(frames[0] - (STORED + 500) * (255 / 1500)).max() <= 0.5 + 1e-9
+    groups = []
+    for width in (1000, 2000, 4000):
+        window, group = pydicom.Dataset(), pydicom.Dataset()
+        window.WindowCenter, window.WindowWidth = width // 2, width
+        group.FrameVOILUTSequence = [window]
+        groups.append(group)
+    path = write_dicom(tmp_path / "c.dcm", stack, PerFrameFunctionalGroupsSequence=groups)
+    for frame, stored, width in zip(read_dicom(path), stack, (1000, 2000, 4000), strict=True):
+        np.testing.assert_array_equal(frame, (stored * (255 / width)).round())
