@@ -68,11 +68,11 @@ def window_to_uint8(values, low, high):
 
     NaN becomes 0. Where high is not above low, everything above low becomes 255.
     """
-    values = np.asarray(values, np.float64)
+    scaled = np.array(values, np.float64)  # a copy, and no other: a slice may have 89 megapixels
     if not high > low:
-        return np.where(values > low, np.uint8(255), np.uint8(0))
+        return np.where(scaled > low, np.uint8(255), np.uint8(0))
     with np.errstate(all="ignore"):
-        scaled = np.clip(values, low, high)
+        np.clip(scaled, low, high, out=scaled)
         scaled -= low
         scaled *= 255
         scaled /= high - low

@@ -24,6 +24,7 @@ from medseg.medical import (
 )
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
+MAX_SLICE_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, as for other images
 SAMPLE = 1 << 20  # voxels, at most, that the percentiles of a volume are taken from
 PERCENTILES = (0.5, 99.5)
 
@@ -59,6 +60,10 @@ class Volume:
         spacing = np.nan_to_num(np.abs([*self.header.get_zooms(), 1, 1][:3]))
         self.spacing = tuple(spacing.tolist())
         self.axis = int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])
+        height, width = (self.shape[axis] for axis in range(3) if axis != self.axis)
+        if height * width > MAX_SLICE_PIXELS:
+            million = MAX_SLICE_PIXELS / 1e6
+            raise ValueError(f"slices of {width}x{height} pixels: more than {million:.0f} million")
         slope, intercept = self.header.get_slope_inter()
         self._slope = 1.0 if slope is None else float(slope)
         self._intercept = 0.0 if intercept is None else float(intercept)
@@ -85,8 +90,11 @@ class Volume:
         return VolumePictures(self, window_limits(window) if window else self.limits)
 
     def _scale(self, voxels):
+        values = voxels.astype(np.float64)
         with np.errstate(all="ignore"):
-            return voxels.astype(np.float64) * self._slope + self._intercept
+            values *= self._slope
+            values += self._intercept
+        return values
 
     def _percentiles(self):
         step = -(-self._voxels.size // SAMPLE)

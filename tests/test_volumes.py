@@ -1,6 +1,7 @@
 """DICOM and NIfTI, against hand-computed values, pydicom's and nibabel's own files and readers."""
 
 import gzip
+import math
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from PIL import Image
 import predict
 from medseg import dicom, nifti
 from medseg.dicom import read_any_image, read_dicom, read_pictures
+from medseg.images import class_colors, overlay
 from medseg.medical import base_name, kind, mask_name, window_limits, window_to_uint8
 from medseg.nifti import montage, open_nifti, volume_pairs, write_mask
 from net import UNet
@@ -774,6 +776,76 @@ def test_volumes_that_predict_refuses(weights, refused):
     refused("predict", "ct.dcm", "--window", 40, 0, "--device", "cpu", words=["width 0"])
     refused("predict", "ct.dcm", "--output", "m.nii.gz", "--device", "cpu", words=["--output"])
     assert not list(weights.glob("*_mask*"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- limits ----------------------------------------------------------------------------------
+
+
+def claim_shape(path, *shape):
+    """A small file whose header claims a volume of this shape."""
+    write_nifti("x.nii", np.zeros((2, 3, 4), np.uint8))
+    content = bytearray(Path("x.nii").read_bytes())
+    content[42:48] = struct.pack("<3h", *shape)
+    path.write_bytes(gzip.compress(bytes(content)))
+    return path
+
+
+def test_a_slice_has_at_most_as_many_pixels_as_a_picture(here):
+    for shape, word in [
+        ((12000, 12000, 1), "89 million"),
+        ((9500, 9500, 3), "89 million"),
+        ((9400, 9400, 1), "cut short"),
+        ((12000, 1, 12000), "cut short"),
+    ]:
+        path = claim_shape(here / "a.nii.gz", *shape)
+        tracemalloc.start()
+        with pytest.raises(ValueError) as refusal:
+            open_nifti(path)
+        assert word == "cut short" or tracemalloc.get_traced_memory()[1] < 1_000_000
+        tracemalloc.stop()
+        one_line(refusal, path, word)
+
+
+def test_a_large_slice_takes_little_memory(here):
+    """At the limit of 89 million pixels, 20 bytes each are 1.8 GB."""
+    pixels = np.full((2000, 1000, 1), 90, np.uint8)
+    pixels[::3] = 200
+    volume = open_nifti(write_nifti(here / "a.nii", pixels, slope=2.0, intercept=-10.0))
+    tracemalloc.start()
+    picture = volume.pictures((200, 400))[0]
+    sheet = montage([picture], [np.ones(picture.shape, np.uint8)])
+    peak = tracemalloc.get_traced_memory()[1] / picture.size
+    tracemalloc.stop()
+    assert peak < 20, f"{peak:.1f} bytes a pixel"
+    assert np.unique(picture).tolist() == [108, 249]  # 170 and 390 of 0..400: 108.4, 248.6
+    assert sheet.size[1] > 256
+
+
+@pytest.mark.parametrize("n_classes", [1, 3, 9])
+def test_an_overlay_is_a_weighted_mean_of_picture_and_colour(n_classes):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 30, 3), np.uint8)
+    labels = rng.integers(0, n_classes + 1, (40, 30)).astype(np.uint8)
+    wanted = pixels.copy()
+    for y, x in np.argwhere(labels):
+        color = class_colors(n_classes)[labels[y, x] - 1]
+        wanted[y, x] = (pixels[y, x] * 0.6 + 0.4 * np.array(color)).astype(np.uint8)
+    np.testing.assert_array_equal(overlay(Image.fromarray(pixels), labels, n_classes), wanted)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 50), (5, 4, 60), (4, 5, 60)])
+def test_percentiles_come_from_every_column(here, monkeypatch, shape):
+    """One voxel of four is dark, at the same columns of every slice: a step of four is misled."""
+    monkeypatch.setattr(nifti, "SAMPLE", math.prod(shape) // 4)
+    columns = np.arange(shape[0])[:, None] + shape[0] * np.arange(shape[1])
+    voxels = np.where(columns % 4 == 0, 10, 200)[..., None].repeat(shape[2], 2).astype(np.int16)
+    assert open_nifti(write_nifti(here / "a.nii", voxels)).limits == (10, 200)
 
 
 def write_bits(path, bits):
