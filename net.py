@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from medseg.checkpoint import load_weights
 from medseg.images import IMAGE_SIZE
 from medseg.layers import Architecture
+from medseg.medical import read_settings
 
 TUTORIAL = Architecture()
 
@@ -84,7 +85,9 @@ class UNet(nn.Module):
     are the tutorial's. `image_size` is the side in pixels the model is trained at, or None where
     images keep their own: it changes no arithmetic and tells predict.py how to resize.
     `class_names`: a name for each class, by default "1", "2", ... or, of a single one,
-    "foreground". All of it travels in the state dict's metadata.
+    "foreground". `window` and `orientation`: what was done to the grey values and the axes of
+    DICOM and NIfTI files at their import, which prediction repeats; see
+    `medseg.medical.read_settings`. All of it travels in the state dict's metadata.
     """
 
     def __init__(
@@ -95,9 +98,13 @@ class UNet(nn.Module):
         *,
         image_size=IMAGE_SIZE,
         class_names=None,
+        window=None,
+        orientation=None,
         **words,
     ):
         super().__init__()
+        settings = read_settings({"window": window, "orientation": orientation})
+        self.window, self.orientation = settings["window"], settings["orientation"]
         self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
         self.n_filters, self.architecture = n_filters, Architecture(**words)
         self.class_names = tuple(class_names or default_class_names(n_classes))
@@ -233,6 +240,10 @@ def _read_arguments(state):
         kind = "batch" if "down1.norm1.running_mean" in state else "group"
         words = {"norm": kind if "down1.norm1.weight" in state else None}
     try:
+        settings = read_settings(metadata)
+    except ValueError as error:
+        raise ValueError(f"not the weights of a UNet: {error}?") from None
+    try:
         words = Architecture(**words).as_dict()
     except (TypeError, ValueError) as error:
         raise ValueError(f"not the weights of a UNet: its architecture: {error}") from None
@@ -242,6 +253,7 @@ def _read_arguments(state):
         "n_filters": n_filters,
         "image_size": image_size,
         "class_names": names,
+        **settings,
         "words": words,
     }
 
@@ -280,7 +292,8 @@ def default_class_names(n_classes):
 
 
 def _record_metadata(model, state, prefix, metadata):
-    """Hook of `state_dict`: architecture, image size and class names travel with the weights."""
+    """Hook of `state_dict`: what is not in the tensors travels with the weights."""
     metadata["architecture"] = model.architecture.as_dict()
     metadata["image_size"] = model.image_size
     metadata["class_names"] = list(model.class_names)
+    metadata["window"], metadata["orientation"] = model.window, model.orientation

@@ -46,6 +46,7 @@ from medseg.images import (
     with_legend,
 )
 from medseg.inputs import choose_output, data_set_images, default_model, expand, sort_inputs
+from medseg.medical import choose_window, window_limits
 from medseg.onnx_model import OnnxModel
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
@@ -163,6 +164,7 @@ class TorchModel:
         self.autocast = make_autocast(precision, self.device)
         self.image_size, self.n_channels = model.image_size, model.n_channels
         self.class_names, self.n_classes = model.class_names, model.n_classes
+        self.window, self.orientation = model.window, model.orientation
         # Images of their own size come one at a time.
         self.batch_size = inference_batch_size(device) if model.image_size else 1
 
@@ -297,7 +299,7 @@ def predict_volume(model, path, output, threshold, window):
     """Predict every slice of a NIfTI volume; write a mask volume and a montage of slices."""
     from medseg.nifti import open_nifti, write_prediction
 
-    volume, names = open_nifti(path), model.class_names
+    volume, names = open_nifti(path, model.orientation), model.class_names
     pictures, highest = volume.pictures(window), np.zeros(len(names))
     masks = np.zeros((len(pictures), *pictures[0].shape), np.uint8)
     batches = np.arange(0, len(pictures), model.batch_size)
@@ -441,7 +443,8 @@ def make_parser():
         type=float,
         nargs=2,
         metavar=("CENTER", "WIDTH"),
-        help="of DICOM or NIfTI values; default: the file's own, or 0.5 to 99.5 %% of a volume",
+        help="of DICOM or NIfTI values; default: that of the weights, or the file's own, or 0.5 "
+        "to 99.5 %% of a volume",
     )
     add = parser.add_argument_group("page").add_argument
     add("--page", action="store_true", help="open a page in the browser; needs gradio")
@@ -458,6 +461,11 @@ def main(argv=None):
         return
     device = find_device(args.device, args.model, args.precision)
     window = tuple(args.window) if args.window else None
+    if window:
+        try:
+            window_limits(window)
+        except ValueError as error:
+            raise ValueError(f"--window: {error}") from None
     if args.page:
         from medseg.page import serve
 
@@ -465,6 +473,7 @@ def main(argv=None):
             raise ValueError("--page takes no images and no --output: drop images on the page")
         address = {"host": args.host, "port": args.port}
         model = open_model(args.model, device, args.precision)
+        window = choose_window(window, model.window)
         serve(model, args.model, **address, threshold=args.threshold, window=window)
         return
     predict_inputs(args, device, window)
@@ -474,11 +483,12 @@ def predict_inputs(args, device, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
     paths = expand(args.inputs) if args.inputs else [example()]
     named_one = len(paths) == 1 and not any(Path(given).is_dir() for given in args.inputs)
+    model = open_model(args.model, device, args.precision)
+    window = choose_window(window, model.window)
     pictures, volumes, problems = sort_inputs(paths, window)
     if named_one and problems:
         raise ValueError(problems[0])
     single = named_one and len(pictures) + len(volumes) == 1
-    model = open_model(args.model, device, args.precision)
     output = choose_output(args.output, single, paths)
     rank, world = 0, 1
     if "LOCAL_RANK" in os.environ:  # torchrun: to each process its part

@@ -41,7 +41,7 @@ from medseg.checkpoint import (
     refuse_other_run,
 )
 from medseg.cli import output_folder, parse_words, run_main, spell_flags
-from medseg.coco import SPLITS, load_coco, used_categories
+from medseg.coco import SPLITS, load_coco, recorded_settings, used_categories
 from medseg.device import (
     choose_precision,
     keep_freed_memory,
@@ -445,6 +445,7 @@ def make_model(args, root, device, *, start=True):
             args.n_filters,
             image_size=None if args.crop else args.image_size,
             class_names=names,
+            **recorded_settings(root / "train"),
             **network_words(args),
         )
         if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1

@@ -14,7 +14,15 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.coco import ANNOTATIONS, LAYOUT, SPLITS, image_path, load_coco, used_categories
+from medseg.coco import (
+    ANNOTATIONS,
+    LAYOUT,
+    SPLITS,
+    image_path,
+    load_coco,
+    recorded_settings,
+    used_categories,
+)
 from medseg.files import atomic_write, parallel_map
 from medseg.images import (
     SUFFIXES,
@@ -234,10 +242,12 @@ def grouped_split(root, target, seed=0, block=50):
     root, target = Path(root), Path(target)
     if target.exists():
         raise ValueError(f"{target}: exists; remove it, or name another folder")
-    entries, counts, categories = [], [], None
+    entries, counts, categories, info = [], [], None, {}
     for split in SPLITS:
         coco = load_coco(root / split)
         categories = categories or coco.dataset["categories"]
+        settings = recorded_settings(root / split)
+        info = info or {key: value for key, value in settings.items() if value}
         counts.append(len(coco.imgs))
         entries += _numbered_images(coco, root / split)
     if len({path.name for _, path, *_ in entries}) < len(entries):
@@ -254,7 +264,7 @@ def grouped_split(root, target, seed=0, block=50):
             if not drawn:
                 raise ValueError(f"{root}: too few images for blocks of {block} in three splits")
             chosen = [entry for index in drawn for entry in blocks[index]]
-            _write_split(building / split, chosen, categories)
+            _write_split(building / split, chosen, categories, info)
         os.replace(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -276,7 +286,7 @@ def _numbered_images(coco, folder):
     return entries
 
 
-def _write_split(folder, entries, categories):
+def _write_split(folder, entries, categories, info):
     folder.mkdir(parents=True)
     images, annotations = [], []
     for index, (_, path, record, own) in enumerate(entries):
@@ -287,5 +297,6 @@ def _write_split(folder, entries, categories):
         images.append({**record, "id": index, "file_name": path.name})
         for annotation in own:
             annotations.append({**annotation, "id": len(annotations), "image_id": index})
-    content = {"images": images, "annotations": annotations, "categories": categories}
+    lists = {"images": images, "annotations": annotations, "categories": categories}
+    content = {"info": info, **lists} if info else lists
     (folder / ANNOTATIONS).write_text(json.dumps(content))

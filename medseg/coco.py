@@ -6,6 +6,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
+from medseg.medical import read_settings
+
 ANNOTATIONS = "_annotations.coco.json"
 SPLITS = ("train", "valid", "test")
 LAYOUT = f"a data set is a folder with train/, valid/ and test/, each with images and {ANNOTATIONS}"
@@ -51,6 +53,18 @@ def read_coco(path, skipped=None, *, advice=""):
     if problems:
         skipped.extend(problems)
     return content
+
+
+def recorded_settings(folder):
+    """The window and the orientation that the import of a split recorded; see `read_settings`.
+
+    Raises as `read_annotations` does for a missing or unreadable file.
+    """
+    info = read_annotations(folder, skipped=[]).get("info")
+    try:
+        return read_settings(info if isinstance(info, dict) else {})
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / ANNOTATIONS}: its info has the {error}") from None
 
 
 def _missing(folder):

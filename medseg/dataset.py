@@ -19,9 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from medseg.archive import install, occupied
-from medseg.coco import ANNOTATIONS, SPLITS, read_annotations
+from medseg.coco import ANNOTATIONS, SPLITS, read_annotations, recorded_settings
 from medseg.files import parallel_map
 from medseg.images import FORMATS, SUFFIXES, save_png
+from medseg.medical import spell_window
 from medseg.phantoms import is_phantom
 
 OWN = "own data imported by download.py"  # info.description of every imported split
@@ -70,13 +71,13 @@ def holds_own_data(root):
     return False
 
 
-def write_dataset(root, items, classes, *, split=SHARES, into=None, seed=0, force=False):
+def write_dataset(root, items, classes, *, split=SHARES, into=None, seed=0, force=False, info=None):
     """Write `items` as splits of `root`, whole or not at all, and print what each split holds.
 
     classes: names, which become categories 1, 2, ... in this order. Splits that stay have to have
     the same; where they have some more besides, these are added. split: the shares of train,
     valid and test in percent; a share of 0 writes no such split. into: the one split to write
-    instead. Other splits are never touched.
+    instead. Other splits are never touched. info: {name: JSON value} to record with each split.
     Raises ValueError where a split is there already (without `force`), the classes disagree, or
     there are fewer groups than splits; and what an item's load() raises.
     """
@@ -95,7 +96,7 @@ def write_dataset(root, items, classes, *, split=SHARES, into=None, seed=0, forc
     def write_splits(folder):
         with tqdm(desc="importing", total=len(items), unit="image", disable=None) as bar:
             for name, chosen in drawn.items():
-                counts[name] = _write_split(folder / name, chosen, classes, bar)
+                counts[name] = _write_split(folder / name, chosen, classes, bar, info or {})
 
     install(root, write_splits, splits)
     for name, split_counts in counts.items():
@@ -142,6 +143,34 @@ def _add_present_classes(root, splits, classes):
     return classes
 
 
+def present_settings(root, splits):
+    """[(folder, what `recorded_settings` returns)] of the splits that stay beside `splits`."""
+    stay = [root / split for split in present_splits(root) if split not in splits]
+    return [(folder, recorded_settings(folder)) for folder in stay]
+
+
+def check_window(present, window):
+    """Compare the window of new images with those of the splits that stay.
+
+    present: of `present_settings`. window: as of `medical.read_settings`. Where they differ, a
+    ValueError with the flag to give, if one of them is of numbers, else a warning.
+    """
+    for folder, settings in present:
+        recorded = settings["window"]
+        if recorded == window:
+            continue
+        differ = (
+            f"{folder}: its window is {spell_window(recorded)}, that of the new images "
+            f"{spell_window(window)}"
+        )
+        if None in (recorded, window) or isinstance(recorded, str) and isinstance(window, str):
+            print(f"warning: {differ}")
+        elif isinstance(recorded, str):
+            raise ValueError(f"{differ}: leave --window out")
+        else:
+            raise ValueError(f"{differ}: give --window {spell_window(recorded)}")
+
+
 def _listed(names):
     return ", ".join(names[:8]) + (f", ... ({len(names)})" if len(names) > 8 else "")
 
@@ -175,7 +204,7 @@ def draw_splits(items, shares, seed):
 # ---------------------------------------------------------------- one split
 
 
-def _write_split(folder, items, classes, bar):
+def _write_split(folder, items, classes, bar, info):
     """Write a split to the new `folder`; returns its SplitCounts.
 
     The annotations go to their file as they come, for they are most of what is to be written.
@@ -186,7 +215,7 @@ def _write_split(folder, items, classes, bar):
         {"id": index, "name": name, "supercategory": "none"}
         for index, name in enumerate(classes, start=1)
     ]
-    head = {"info": {"description": OWN}, "categories": categories}
+    head = {"info": {"description": OWN, **info}, "categories": categories}
     convert = functools.partial(_convert, folder=folder, classes=classes)
     with (
         open(folder / ANNOTATIONS, "w", encoding="ascii") as file,

@@ -1,5 +1,6 @@
 """DICOM: the frames of a file as 8-bit pictures. pydicom is optional, and imported when used."""
 
+import importlib
 import math
 import zlib
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ class DicomFrames(Sequence):
         self._header, self._source = _read_dicom_header(self.path)
         self._length = int(self._header.get("NumberOfFrames") or 1)
         self._photometric = str(self._header.get("PhotometricInterpretation"))
+        self._packed = _packed_bits(self._header) if len(self) > 1 else 0
         if self._photometric not in GREY + COLOUR:
             raise ValueError(f"photometric interpretation {self._photometric} is not supported")
 
@@ -90,12 +92,31 @@ class DicomFrames(Sequence):
         from pydicom.pixels import iter_pixels
 
         with name_file(self.path):
-            frames = iter_pixels(self._source, indices=indices)
+            if self._packed:
+                frames = self._unpack(indices)
+            else:
+                frames = iter_pixels(self._source, indices=indices)
             for index in range(len(self)) if indices is None else indices:
                 frame = next(frames, None)
                 if frame is None:
                     raise ValueError(f"is cut short: it has {index} of {len(self)} frames")
                 yield function(frame, index)
+
+    def _unpack(self, indices):
+        """As iter_pixels, which refuses frames of 1-bit pixels that do not begin on a byte."""
+        rows, columns = self._header.Rows, self._header.Columns
+        for index in range(len(self)) if indices is None else indices:
+            first, last = index * self._packed, (index + 1) * self._packed
+            part = self._pixel_data[first // 8 : -(-last // 8)]
+            bits = np.unpackbits(np.frombuffer(part, np.uint8), bitorder="little")
+            yield bits[first % 8 :][: self._packed].reshape(rows, columns)
+
+    @cached_property
+    def _pixel_data(self):
+        """The stored pixels of all frames, as bytes."""
+        if self._source is self._header:
+            return self._header.PixelData
+        return importlib.import_module("pydicom").dcmread(self._source).PixelData
 
     def _picture(self, frame, index):
         if self._photometric in COLOUR:
@@ -185,6 +206,14 @@ def _read_dicom_header(path):
     return header, (header if syntax.is_deflated else path)
 
 
+def _packed_bits(header):
+    """The bits of a frame where frames follow each other without a gap within a byte, else 0."""
+    syntax, bits = header.file_meta.TransferSyntaxUID, header.Rows * header.Columns
+    one_bit = header.get("BitsAllocated") == header.get("SamplesPerPixel", 1) == 1
+    packed = one_bit and syntax.is_little_endian and not syntax.is_encapsulated
+    return bits if packed and bits % 8 else 0
+
+
 def _check_dicom_size(header, available):
     """ValueError where the header claims too many pixels, or more than the bytes `available`."""
     if "Rows" not in header or "Columns" not in header:
@@ -199,7 +228,7 @@ def _check_dicom_size(header, available):
     syntax = header.file_meta.TransferSyntaxUID
     if syntax.is_deflated:
         return  # it is in memory already
-    claimed = frames * rows * columns * samples * bits // 8
+    claimed = -(-frames * rows * columns * samples * bits // 8)
     if header.get("PhotometricInterpretation") == "YBR_FULL_422":
         claimed = claimed * 2 // 3
     if syntax.is_encapsulated:

@@ -30,8 +30,9 @@ EXAMPLE = (2, 37, 50)  # what exporters trace with: no multiple of a stride, no 
 def export(model, path):
     """Write a UNet on the CPU to `path`; the suffix decides the format, see FORMATS.
 
-    Any batch, height and width. The file's metadata hold class names, image size, n_channels and
-    the mean and deviation of the normalisation (of 0..1). With .pth it is the state dict in half
+    Any batch, height and width. The file's metadata hold class names, image size, n_channels, the
+    mean and deviation of the normalisation (of 0..1) and, of a model trained on DICOM or NIfTI
+    files, their window and orientation. With .pth it is the state dict in half
     precision, for predict.py and train.py. A file of that name is replaced, but only once the new
     one has been run and compared with PyTorch on SHAPES.
     Returns the largest difference of the probabilities. Raises ValueError where it is more than
@@ -88,6 +89,8 @@ def metadata_of(model):
         "n_channels": model.n_channels,
         "mean": list(mean),
         "std": list(std),
+        "window": model.window,
+        "orientation": model.orientation,
     }
     return check_metadata(metadata)
 

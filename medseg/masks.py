@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from medseg.dataset import Item
+from medseg.dataset import Item, check_window
 from medseg.dicom import read_any_image
 from medseg.images import SUFFIXES
 from medseg.mask_values import Meaning, find_meaning, read_mask
-from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, kind
+from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, OF_FILE, OF_VOLUME, kind
 from medseg.pairing import pair_files
 from medseg.sources import (
     Upright,
@@ -22,8 +22,10 @@ from medseg.sources import (
 from medseg.volume_masks import volume_items
 
 
-def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unpaired=False):
-    """(items, class names) of the images below one folder and the masks below another.
+def mask_items(
+    images, masks, *, classes=None, group=None, window=None, skip_unpaired=False, present=()
+):
+    """(items, class names, info) of the images below one folder and the masks below another.
 
     Two files are taken too. Images are pictures, DICOM files of one frame among them, with masks
     that are pictures; or NIfTI volumes with masks that are volumes, an item for each slice.
@@ -31,7 +33,10 @@ def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unp
     Prints which mask was found for which image and what the values mean. classes: names for the
     foreground values in ascending order. group: a regular expression, see `find_groups`.
     window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out images with no
-    mask or with several that may be meant, and masks of no image, else a ValueError.
+    mask or with several that may be meant, and masks of no image, else a ValueError. present: of
+    `present_settings`, the splits that stay: the window has to be theirs, and volumes are turned to
+    their orientation. info: what to record of window and orientation, as `medical.read_settings`
+    reads it.
     Raises ValueError or FileNotFoundError that names the file.
     """
     images, masks = Path(images), Path(masks)
@@ -42,15 +47,27 @@ def mask_items(images, masks, *, classes=None, group=None, window=None, skip_unp
     root = images if images.is_dir() else images.parent
     relative = [image.relative_to(root) for image, _ in pairs]
     names, groups = unique_names(relative), find_groups(relative, group)
+    info = {"window": _window_of(kinds, window)}
+    check_window(present, info["window"])
     if "nifti" in kinds:
         pairs = [(image, mask) for image, (mask,) in pairs]
-        items, meaning = volume_items(pairs, names, groups, masks, window)
+        turned_to = [(own["orientation"], folder) for folder, own in present if own["orientation"]]
+        items, meaning, info["orientation"] = volume_items(
+            pairs, names, groups, masks, window, present=next(iter(turned_to), None)
+        )
     else:
         items, meaning = _picture_items(pairs, names, groups, masks, window)
     if classes:
         meaning.rename(classes)
     meaning.report()
-    return items, meaning.classes
+    return items, meaning.classes, {key: value for key, value in info.items() if value}
+
+
+def _window_of(kinds, window):
+    """The window to record of images of these kinds, where --window is `window`."""
+    if window:
+        return tuple(window)
+    return OF_VOLUME if "nifti" in kinds else OF_FILE if "dicom" in kinds else None
 
 
 def _picture_items(pairs, names, groups, folder, window):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -12,6 +13,15 @@ from medseg.cli import one_line
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
+# What grey values are scaled from where no --window was given: a volume's percentiles, or the
+# window in the file.
+OF_VOLUME, OF_FILE = "percentiles", "file"
+# Where the three axes of an array lead, as `nibabel.aff2axcodes` has it: "RAS", "LPS", ... (48).
+ORIENTATIONS = frozenset(
+    "".join(letters)
+    for axes in itertools.permutations(("LR", "PA", "IS"))
+    for letters in itertools.product(*axes)
+)
 
 
 def kind(path):
@@ -63,16 +73,68 @@ def window_limits(window):
     return center - width / 2, center + width / 2
 
 
+def read_settings(mapping):
+    """What prediction has to do as the import did: {"window": ..., "orientation": ...}.
+
+    mapping: anything's metadata, which may lack both and hold more. window: (center, width),
+    OF_VOLUME (the percentiles of each), OF_FILE (DICOM's own window), or None of pictures.
+    orientation: that all volumes were turned to, one of ORIENTATIONS, or None.
+    Raises ValueError for other values.
+    """
+    window, orientation = mapping.get("window"), mapping.get("orientation")
+    if isinstance(window, (list, tuple)):
+        numbers = [value for value in window if type(value) in (int, float) and abs(value) < 1e300]
+        if len(numbers) != 2 or len(window) != 2:
+            raise ValueError(f"window {window!r:.60}")
+        window_limits(window)
+        window = (float(window[0]), float(window[1]))
+    elif not (window is None or isinstance(window, str) and window in (OF_VOLUME, OF_FILE)):
+        raise ValueError(f"window {window!r:.60}")
+    if orientation is not None:
+        if not isinstance(orientation, str) or orientation not in ORIENTATIONS:
+            raise ValueError(f"orientation {orientation!r:.60}")
+    return {"window": window, "orientation": orientation}
+
+
+def spell_window(window):
+    """The window of `read_settings` in words."""
+    words = {
+        None: "none recorded",
+        OF_VOLUME: "the 0.5 to 99.5 percentiles of each volume",
+        OF_FILE: "that of each file",
+    }
+    return words[window] if window in words else " ".join(map(spell_number, window))
+
+
+def spell_number(value):
+    """40.0 -> '40', 0.1 -> '0.1': no digit is lost."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def choose_window(given, trained):
+    """(center, width) to predict with, or None for each file's own limits.
+
+    given: --window, (center, width) or None; it wins, and is told where it differs. trained: the
+    window of the weights.
+    """
+    if given and trained not in (None, tuple(given)):
+        print(
+            f"--window {spell_window(given)}: the weights were trained with another window, "
+            f"{spell_window(trained)}"
+        )
+    return given or (trained if isinstance(trained, tuple) else None)
+
+
 def window_to_uint8(values, low, high):
     """Array of numbers -> uint8 array: low and below 0, high and above 255, linear between.
 
     NaN becomes 0. Where high is not above low, everything above low becomes 255.
     """
-    values = np.asarray(values, np.float64)
+    scaled = np.array(values, np.float64)  # a copy, and no other: a slice may have 89 megapixels
     if not high > low:
-        return np.where(values > low, np.uint8(255), np.uint8(0))
+        return np.where(scaled > low, np.uint8(255), np.uint8(0))
     with np.errstate(all="ignore"):
-        scaled = np.clip(values, low, high)
+        np.clip(scaled, low, high, out=scaled)
         scaled -= low
         scaled *= 255
         scaled /= high - low

@@ -24,45 +24,67 @@ from medseg.medical import (
 )
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
+MAX_SLICE_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, as for other images
 SAMPLE = 1 << 20  # voxels, at most, that the percentiles of a volume are taken from
 PERCENTILES = (0.5, 99.5)
 
 
-def open_nifti(path):
+def open_nifti(path, orientation=None):
     """The one volume in a NIfTI file, as a `Volume`.
 
-    Voxels keep their stored type: a .nii file is mapped into memory, a .nii.gz file decoded once.
+    orientation: to turn it to, as "RAS"; None leaves it as stored. Voxels keep their stored type:
+    a .nii file is mapped into memory, a .nii.gz file decoded once.
     Raises FileNotFoundError; ValueError for what is not a whole NIfTI file with one volume of
-    real numbers, some of them finite.
+    real numbers, some of them finite, in slices of at most 89 megapixels, and for one that cannot
+    be turned because its affine tells no orientation.
     """
     with name_file(path):
-        return Volume(path)
+        return Volume(path, orientation)
+
+
+def read_orientation(path):
+    """The orientation that a NIfTI file is stored in, as "RAS", or None where none can be told.
+
+    Only the header is read. Raises as `open_nifti` does.
+    """
+    with name_file(path):
+        return _orientation_of(_finite_affine(_read_nifti_header(Path(path))))
 
 
 class Volume:
     """A volume cut into slices across the axis of the largest spacing, the last where they tie.
 
-    path, header (nibabel's), affine (4, 4); shape and spacing: of the three axes, in voxels and
-    header units; axis: the one across which it is cut; limits: (low, high), the 0.5 and 99.5
-    percentiles of the finite voxels, of about a million of them spread evenly where there are
-    more. `len(volume)` slices; `volume[k]` is one, float32, slope and intercept applied, its
-    rows and columns the two other axes in stored order: nothing is turned or flipped.
+    path, header (nibabel's), stored_orientation (as "RAS", or None where the affine has none).
+    All that follows is of the volume as it lies after it was turned: axes flipped and swapped,
+    nothing resampled. affine (4, 4); shape and spacing: of the three axes, in voxels and header
+    units; axis: the one across which it is cut; limits: (low, high), the 0.5 and 99.5 percentiles
+    of the finite voxels, of about a million of them spread evenly where there are more.
+    `len(volume)` slices; `volume[k]` is one, float32, slope and intercept applied, its rows and
+    columns the two other axes in their order.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, orientation=None):
         self.path = Path(path)
         self.header = _read_nifti_header(self.path)
-        self.affine = self.header.get_best_affine()
-        if not np.isfinite(self.affine).all():
-            raise ValueError("its affine is not finite")
-        self.shape = (*self.header.get_data_shape(), 1, 1)[:3]
-        spacing = np.nan_to_num(np.abs([*self.header.get_zooms(), 1, 1][:3]))
+        shape = (*self.header.get_data_shape(), 1, 1)[:3]
+        affine = _finite_affine(self.header)
+        self.stored_orientation = _orientation_of(affine)
+        self._turn = _find_turn(self.stored_orientation, orientation)
+        axes = np.argsort(self._turn[:, 0]).astype(int)  # in their order after turning
+        self.affine = affine @ _orientations().inv_ornt_aff(self._turn, shape)
+        self.shape = tuple(shape[axis] for axis in axes)
+        spacing = np.nan_to_num(np.abs([*self.header.get_zooms(), 1, 1][:3]))[axes]
         self.spacing = tuple(spacing.tolist())
         self.axis = int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])
+        height, width = (self.shape[axis] for axis in range(3) if axis != self.axis)
+        if height * width > MAX_SLICE_PIXELS:
+            million = MAX_SLICE_PIXELS / 1e6
+            raise ValueError(f"slices of {width}x{height} pixels: more than {million:.0f} million")
         slope, intercept = self.header.get_slope_inter()
         self._slope = 1.0 if slope is None else float(slope)
         self._intercept = 0.0 if intercept is None else float(intercept)
-        self._voxels = _read_voxels(self.path, self.header).reshape(self.shape, order="F")
+        voxels = _read_voxels(self.path, self.header).reshape(shape, order="F")
+        self._voxels = self.turn(voxels)
         self.limits = self._percentiles()
 
     def __len__(self):
@@ -84,15 +106,24 @@ class Volume:
         """
         return VolumePictures(self, window_limits(window) if window else self.limits)
 
+    def turn(self, stored):
+        """A view of an array of three axes in stored order, turned as the volume is."""
+        return _orientations().apply_orientation(stored, self._turn)
+
     def _scale(self, voxels):
+        values = voxels.astype(np.float64)
         with np.errstate(all="ignore"):
-            return voxels.astype(np.float64) * self._slope + self._intercept
+            values *= self._slope
+            values += self._intercept
+        return values
 
     def _percentiles(self):
         step = -(-self._voxels.size // SAMPLE)
         while math.gcd(step, self.shape[0] * self.shape[1]) > 1:  # else it keeps to a few columns
             step += 1
-        values = self._scale(self._voxels.reshape(-1, order="F")[::step])
+        # Counted after turning, so that the sample is the same however the volume is stored.
+        places = np.arange(0, self._voxels.size, step)
+        values = self._scale(self._voxels[np.unravel_index(places, self.shape, order="F")])
         values = values[np.isfinite(values)]
         if not values.size and step > 1:
             values = np.concatenate([one[np.isfinite(one)] for one in self.slices()])
@@ -113,6 +144,45 @@ class VolumePictures(Sequence):
 
     def __getitem__(self, index):
         return window_to_uint8(self._volume[index], *self._limits)
+
+
+# ---- orientation -----------------------------------------------------------------------------
+
+
+def _orientations():
+    return importlib.import_module("nibabel").orientations  # it read the header
+
+
+def _finite_affine(header):
+    affine = header.get_best_affine()
+    if not np.isfinite(affine).all():
+        raise ValueError("its affine is not finite")
+    return affine
+
+
+def _orientation_of(affine):
+    """As `nibabel.aff2axcodes`, in one word; None where an axis leads nowhere."""
+    try:
+        with np.errstate(all="ignore"):
+            codes = importlib.import_module("nibabel").aff2axcodes(affine)
+    except np.linalg.LinAlgError:
+        return None
+    return None if None in codes else "".join(codes)
+
+
+def _find_turn(stored, wanted):
+    """nibabel's orientation array (3, 2) that turns `stored` to `wanted`; None is as stored."""
+    if wanted is None:
+        return _orientations().axcodes2ornt("RAS")  # axis 0 stays 0, 1 stays 1, 2 stays 2
+    if stored is None:
+        raise ValueError(
+            f"its affine tells no orientation, so it cannot be turned to {wanted}: mend its header"
+        )
+    as_arrays = (_orientations().axcodes2ornt(codes) for codes in (stored, wanted))
+    return _orientations().ornt_transform(*as_arrays)
+
+
+# ---- files -----------------------------------------------------------------------------------
 
 
 def _open_binary(path):
@@ -172,13 +242,15 @@ def write_mask(path, volume, slices):
     """Write the masks of all slices of a `Volume` as a NIfTI file that is whole or absent.
 
     slices: iterable of integer arrays (H, W) of class numbers 0..255, in order. Shape, affine and
-    header geometry are those of the volume; voxels are uint8. path ends with .nii or .nii.gz.
+    header geometry are those of the volume's file, to whose stored order a volume that was turned
+    is turned back; voxels are uint8. path ends with .nii or .nii.gz.
     """
     path = Path(path)
     if not path.name.lower().endswith(NIFTI_SUFFIXES):
         raise ValueError(f"{path}: a mask volume is written as .nii.gz or .nii")
-    mask = np.zeros(volume.shape, np.uint8, order="F")
-    across = np.moveaxis(mask, volume.axis, 0)
+    shape = volume.header.get_data_shape()
+    mask = np.zeros((*shape, 1, 1)[:3], np.uint8, order="F")
+    across = np.moveaxis(volume.turn(mask), volume.axis, 0)
     for target, values in zip(across, slices, strict=True):
         if np.shape(values) != target.shape:
             raise ValueError(f"{path}: a slice of {np.shape(values)} in a mask of {target.shape}")
@@ -192,7 +264,7 @@ def write_mask(path, volume, slices):
     header["cal_min"] = header["cal_max"] = 0
     of_version_2 = isinstance(header, nibabel.Nifti2Header)
     make_image = nibabel.Nifti2Image if of_version_2 else nibabel.Nifti1Image
-    image = make_image(mask.reshape(header.get_data_shape(), order="F"), volume.affine, header)
+    image = make_image(mask.reshape(shape, order="F"), header.get_best_affine(), header)
     with atomic_write(path) as file:
         if not path.name.lower().endswith(".gz"):
             image.to_stream(file)
@@ -215,56 +287,6 @@ def write_prediction(output, volume, pictures, masks, class_names):
         save_png(with_legend(drawn, class_names), written[1])
     write_mask(written[0], volume, masks)
     return written
-
-
-def volume_pairs(image_path, mask_path, window=None):
-    """The slices of a volume with their masks: a sequence of (name suffix, picture, classes).
-
-    name suffix: '_z000' and on; picture: PIL image of mode L; classes: uint16 array (H, W) of
-    class numbers. window as in `Volume.pictures`.
-    Raises FileNotFoundError; ValueError where the two do not cover the same space and, when the
-    slice is read, where the mask holds something else than whole numbers from 0 on.
-    """
-    image, mask = open_nifti(image_path), open_nifti(mask_path)
-    if image.shape != mask.shape:
-        sizes = [" x ".join(map(str, volume.shape)) for volume in (image, mask)]
-        raise ValueError(f"{mask_path}: {sizes[1]} voxels, but {image_path} has {sizes[0]}")
-    corners = np.stack([*np.meshgrid(*([0, side - 1] for side in image.shape)), np.ones((2, 2, 2))])
-    apart = (image.affine - mask.affine)[:3] @ corners.reshape(4, -1)
-    if np.linalg.norm(apart, axis=0).max() > 0.5 * min(image.spacing):
-        raise ValueError(f"{mask_path}: lies elsewhere than {image_path}: their affines differ")
-    mask.axis = image.axis  # equal but for rounding
-    return VolumePairs(image.pictures(window), mask)
-
-
-class VolumePairs(Sequence):
-    """What `volume_pairs` returns."""
-
-    def __init__(self, pictures, mask):
-        self._pictures, self._mask = pictures, mask
-
-    def __len__(self):
-        return len(self._pictures)
-
-    def __getitem__(self, index):
-        classes = self.classes(index)
-        return f"_z{index:03d}", Image.fromarray(self._pictures[index]), classes
-
-    @property
-    def axis(self):
-        """The axis across which both are cut, 0 to 2."""
-        return self._mask.axis
-
-    def classes(self, index):
-        """The class numbers of one slice: uint16 array (H, W)."""
-        values = self._mask[index]
-        classes = np.nan_to_num(values, nan=-1).clip(-1, 65536).astype(np.int32)
-        if (classes != values).any() or classes.min() < 0 or classes.max() > 65535:
-            raise ValueError(
-                f"{self._mask.path}: slice {index} holds something else than class numbers "
-                "0, 1, 2, ..."
-            )
-        return classes.astype(np.uint16)
 
 
 def overlay_foreground(image, mask):

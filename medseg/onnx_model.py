@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from medseg.cli import one_line
+from medseg.medical import read_settings
 
 INPUT, OUTPUT = "images", "probabilities"
 KEYS = ("class_names", "image_size", "n_channels", "mean", "std")  # of the metadata, JSON each
+OPTIONAL_KEYS = ("window", "orientation")  # where DICOM or NIfTI files were trained on
 MAX_FIELDS, MAX_TEXT = 1_000_000, 100_000  # of a file's structure; bytes of one metadata value
 
 # The parts of an ONNX file (onnx.proto) in which a tensor can lie: {message: {field: message}}.
@@ -33,9 +35,9 @@ VARINT, EIGHT_BYTES, LENGTH_DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # protobuf's wir
 class OnnxModel:
     """A file of `predict.py --export model.onnx` as predict.py uses it, on the CPU.
 
-    image_size, n_channels, n_classes, class_names: as of `net.UNet`. batch_size: how many images
-    to predict at a time. The number of threads is OMP_NUM_THREADS, else that of the cores that
-    this process may use.
+    image_size, n_channels, n_classes, class_names, window, orientation: as of `net.UNet`.
+    batch_size: how many images to predict at a time. The number of threads is OMP_NUM_THREADS,
+    else that of the cores that this process may use.
     Raises FileNotFoundError; ValueError for any other file, and where onnxruntime is missing.
     What can be told from the file's structure is checked before onnxruntime sees it.
     """
@@ -47,6 +49,8 @@ class OnnxModel:
         self.batch_size = 4 if self.image_size else 1
         self.class_names = tuple(metadata["class_names"])
         self.n_classes = len(self.class_names)
+        settings = read_settings(metadata)
+        self.window, self.orientation = settings["window"], settings["orientation"]
         # In float32, as data.py does it: the same pixels give the same numbers.
         self.mean, self.std = (np.float32(metadata[key]) * np.float32(255) for key in KEYS[-2:])
         try:
@@ -137,13 +141,14 @@ def read_metadata(path):
     if missing:
         raise not_ours(path, f"it has no {' and '.join(missing)} in its metadata")
     try:
-        return check_metadata({key: json.loads(found[key]) for key in KEYS})
+        keys = [key for key in (*KEYS, *OPTIONAL_KEYS) if key in found]
+        return check_metadata({key: json.loads(found[key]) for key in keys})
     except (ValueError, RecursionError) as error:
         raise not_ours(path, f"metadata: {one_line(error)}") from None
 
 
 def check_metadata(metadata):
-    """`metadata`, where its values can be those of a UNet. Raises ValueError."""
+    """`metadata` without optional keys of no value. ValueError where it cannot be of a UNet."""
     names, size, n_channels, mean, std = (metadata[key] for key in KEYS)
     if not isinstance(names, list) or not 1 <= len(names) <= 255:
         raise ValueError("class_names is not a list of 1 to 255 names")
@@ -160,7 +165,8 @@ def check_metadata(metadata):
             raise ValueError(f"{key} {values!r:.60}")
     if min(std) < 1e-6:
         raise ValueError(f"std {std!r:.60}")
-    return metadata
+    settings = {key: value for key, value in read_settings(metadata).items() if value is not None}
+    return {key: metadata[key] for key in KEYS} | settings
 
 
 def _scan(data):

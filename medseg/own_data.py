@@ -6,7 +6,15 @@ from pathlib import Path
 from medseg.cli import flag_name, number, one_line
 from medseg.coco import SPLITS
 from medseg.cocojson import coco_items
-from medseg.dataset import SHARES, check_free, present_splits, wanted_splits, write_dataset
+from medseg.dataset import (
+    SHARES,
+    check_free,
+    check_window,
+    present_settings,
+    present_splits,
+    wanted_splits,
+    write_dataset,
+)
 from medseg.labelme import labelme_items
 from medseg.masks import mask_items
 from medseg.medical import window_limits
@@ -105,16 +113,19 @@ def import_data(root, args):
     _check_sources(root, splits, [*(args.masks or ()), *(args.coco or ()), args.labelme])
     options = {"classes": args.classes, "group": args.group}
     try:
+        present, info = present_settings(root, splits), {}
+        if not args.masks:
+            check_window(present, None)
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
-            items, classes = mask_items(*args.masks, **options)
+            items, classes, info = mask_items(*args.masks, **options, present=present)
         elif args.labelme:
             items, classes = labelme_items(args.labelme, **options)
         else:
             options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
             items, classes = coco_items(*args.coco, **options)
         choice = {"split": args.split, "into": args.into, "seed": args.seed, "force": args.force}
-        write_dataset(root, items, classes, **choice)
+        write_dataset(root, items, classes, **choice, info=info)
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
 

@@ -144,7 +144,8 @@ class Page:
 
     def predict(self, paths, threshold, progress):
         """Predict files -> session, number and button as they are then, and what `show` returns."""
-        session = Session(self.folder, self.predictor.class_names, self.window)
+        about = (self.predictor.class_names, self.window, self.predictor.orientation)
+        session = Session(self.folder, *about)
         session.predict(paths or [], self.probabilities, progress)
         count = len(session.predictions)
         number = session.first(threshold) + 1 if count else 1

@@ -51,13 +51,14 @@ class Session:
     """The predictions of one browser, in a folder that is removed when nothing refers to them.
 
     The probabilities are on disk, so that a volume of many slices takes no memory.
-    window: (center, width) of DICOM and NIfTI values, or None.
+    window: (center, width) of DICOM and NIfTI values, or None. orientation: to turn volumes to, or
+    None.
     predictions: [Prediction]; problems: a line on each file that could not be predicted.
     """
 
-    def __init__(self, folder, class_names, window=None):
+    def __init__(self, folder, class_names, window=None, orientation=None):
         self.class_names, self.predictions, self.problems = class_names, [], []
-        self._window = window
+        self._window, self._orientation = window, orientation
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -71,7 +72,7 @@ class Session:
             files = expand(paths)
             for number, path in enumerate(files):
                 with self._noting_problems(paths):
-                    pictures = titled_pictures(path, self._window)
+                    pictures = titled_pictures(path, self._window, self._orientation)
                     for index, (picture, title) in enumerate(pictures):
                         progress((number + index / len(pictures)) / len(files))
                         with self._noting_problems(paths):
@@ -139,7 +140,7 @@ class Session:
                 save_overlay(image, labels, written[-1], self.class_names)
         for path, predictions in volumes.items():
             masks = [full_size_labels(load(one)[1], one.size, threshold) for one in predictions]
-            volume = open_nifti(path)
+            volume = open_nifti(path, self._orientation)
             pictures = volume.pictures(self._window)
             written += write_prediction(folder, volume, pictures, masks, self.class_names)
         if len(written) == 1:
@@ -158,7 +159,7 @@ def load(prediction):
         return file["view"], file["probabilities"]
 
 
-def titled_pictures(path, window):
+def titled_pictures(path, window, orientation):
     """[(Picture, its title)] in an image, DICOM or NIfTI file.
 
     Raises FileNotFoundError; ValueError where the file cannot be read.
@@ -166,7 +167,7 @@ def titled_pictures(path, window):
     if kind(path) != "nifti":
         pictures, what = pictures_in(path, window), "frame"
     else:
-        slices, what = open_nifti(path).pictures(window), "slice"
+        slices, what = open_nifti(path, orientation).pictures(window), "slice"
         pictures = [
             Picture(path, base_name(path), partial(slice_image, slices, index))
             for index in range(len(slices))

@@ -852,9 +852,9 @@ def test_a_regular_expression_groups_volumes(here):
 def test_each_pair_of_volumes_is_opened_twice(here, monkeypatch):
     opened = []
 
-    def counting(image, mask, window):
+    def counting(image, mask, *options):
         opened.append(image.name)
-        return nifti_pairs(image, mask, window)
+        return nifti_pairs(image, mask, *options)
 
     nifti_pairs = volume_masks.volume_pairs
     monkeypatch.setattr(volume_masks, "volume_pairs", counting)

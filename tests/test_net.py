@@ -131,6 +131,31 @@ def test_architecture_is_read_from_the_weights(arguments, tmp_path):
     assert loaded.image_size == arguments.get("image_size", 256)
 
 
+@pytest.mark.parametrize("window", [[40, 400], (-600.5, 1500.0), "percentiles", "file"])
+def test_window_and_orientation_are_read_from_the_weights(window, tmp_path):
+    model = UNet(n_filters=2, window=window, orientation="LPS")
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    loaded = load_model(tmp_path / "model.pth")
+    assert loaded.window == (window if isinstance(window, str) else tuple(window))
+    assert loaded.orientation == "LPS"
+    again = UNet.from_state_dict(loaded.state_dict())
+    assert (again.window, again.orientation) == (loaded.window, "LPS")
+
+
+def test_weights_without_window_and_orientation_are_read():
+    """Those of the tutorial, and of earlier versions."""
+    state = UNet(n_filters=2, window=[40, 400], orientation="RAS").state_dict()
+    for name in ("window", "orientation"):
+        del state._metadata[""][name]
+    for weights in (state, dict(state)):
+        model = UNet.from_state_dict(weights)
+        assert model.window is model.orientation is None
+    with pytest.raises(ValueError, match="window"):
+        UNet(n_filters=2, window=[40, 0])
+    with pytest.raises(ValueError, match="orientation"):
+        UNet(n_filters=2, orientation="SRR")
+
+
 def test_from_state_dict_copies():
     model = UNet(n_filters=2)
     copy = UNet.from_state_dict(model.state_dict())
@@ -142,6 +167,18 @@ def test_from_state_dict_copies():
 def update(name, value):
     """A function that replaces one entry of a state dict."""
     return lambda state: state.update({name: value})
+
+
+def record(**values):
+    """A function that replaces entries of a state dict's metadata."""
+    return lambda state: state._metadata[""].update(values)
+
+
+WRONG_WINDOWS = (
+    *("all", 40, [40], [40, 400, 1], [40, 0], [40, -1], [float("nan"), 1], [0, float("inf")]),
+    *([10**400, 1], [True, 1], ["40", "400"], torch.zeros(2), {"center": 40}),
+)
+WRONG_ORIENTATIONS = ("", "RA", "RAL", "ras", "RASR", "XYZ", 3, ["R", "A", "S"], torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +194,8 @@ def update(name, value):
         (update("bottleneck.conv2.weight", torch.zeros(1).expand(64, 64, 3, 3)), "bottleneck"),
         (lambda state: state._metadata[""].update(image_size=10**9), "image size"),
         (lambda state: setattr(state, "_metadata", 5), "not the weights"),
+        *((record(window=value), "not the weights.* window") for value in WRONG_WINDOWS),
+        *((record(orientation=value), "not the.* orientation") for value in WRONG_ORIENTATIONS),
     ],
 )
 def test_other_weights_are_refused(spoil, word):

@@ -489,7 +489,8 @@ def test_importing_the_page_imports_neither_gradio_nor_torch():
 class TwoClasses:
     """A predictor whose probabilities are the red and the green of the image."""
 
-    image_size, n_channels, class_names = None, 3, ("red <b>", "green")
+    image_size, n_channels, orientation = None, 3, None
+    class_names = "red <b>", "green"
 
     def probabilities(self, pixels):
         assert pixels.dtype == np.uint8

@@ -1,6 +1,9 @@
 """DICOM and NIfTI, against hand-computed values, pydicom's and nibabel's own files and readers."""
 
 import gzip
+import itertools
+import json
+import math
 import os
 import random
 import shutil
@@ -8,20 +11,25 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, assert_refused, edit_annotations, script_here
 from PIL import Image
 
 import predict
-from medseg import dicom, nifti
+from medseg import dicom, medical, nifti
+from medseg.audit import grouped_split
 from medseg.dicom import read_any_image, read_dicom, read_pictures
+from medseg.images import class_colors, overlay
 from medseg.medical import base_name, kind, mask_name, window_limits, window_to_uint8
-from medseg.nifti import montage, open_nifti, volume_pairs, write_mask
-from net import UNet
+from medseg.nifti import montage, open_nifti, write_mask
+from medseg.volume_masks import volume_pairs
+from net import UNet, load_model
 
 pydicom = pytest.importorskip("pydicom")
 nibabel = pytest.importorskip("nibabel")
@@ -545,7 +553,7 @@ def test_pairs_of_volumes_become_pairs_of_slices(tmp_path):
 def test_pairs_that_do_not_match_are_one_line(tmp_path):
     image = write_nifti(tmp_path / "a.nii", np.arange(60, dtype=np.int16).reshape(3, 4, 5))
     shifted = np.eye(4)
-    shifted[0, 3] = 0.8
+    shifted[0, 3] = 1.2
     for name, values, affine, word in [
         ("shape", np.zeros((4, 3, 5), np.uint8), np.eye(4), "4 x 3 x 5 voxels"),
         ("shift", np.zeros((3, 4, 5), np.uint8), shifted, "affines differ"),
@@ -771,6 +779,514 @@ def test_volumes_that_predict_refuses(weights, refused):
     for name in ("four.nii.gz", "cut.nii.gz", "cut.dcm"):
         refused("predict", name, "--device", "cpu", words=[name])
     shutil.copy(sample("CT_small.dcm"), "ct.dcm")
-    refused("predict", "ct.dcm", "--window", 40, 0, "--device", "cpu", words=["width 0"])
+    refused(
+        "predict", "ct.dcm", "--window", 40, 0, "--device", "cpu", words=["--window: ", "width 0"]
+    )
     refused("predict", "ct.dcm", "--output", "m.nii.gz", "--device", "cpu", words=["--output"])
     assert not list(weights.glob("*_mask*"))
+
+
+# ---- what travels from the import through the weights to the prediction ----------------------
+
+
+def stored_as(image, orientation):
+    """A copy of a nibabel image whose array lies in another orientation, at the same place."""
+    ornt = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(orientation)
+    )
+    return image.as_reoriented(ornt)
+
+
+def save_weights(path="best_model.pth", **recorded):
+    """Weights of a random network of one grey channel whose masks are neither full nor empty."""
+    torch.manual_seed(0)
+    model = UNet(1, 1, 2, image_size=32, depth=2, **recorded)
+    for weight in model.parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def predicted(name, *flags):
+    """The mask of a volume or DICOM file, an array, and what predict.py printed."""
+    output = "m.nii.gz" if name.endswith(".nii.gz") else "m.png"
+    result = script_here(
+        *("predict.py", name, "--device", "cpu", "--output", output, *flags), cwd=Path.cwd()
+    )
+    assert result.returncode == 0, result.stderr
+    if output == "m.png":
+        return np.asarray(Image.open(output)), result.stdout
+    return np.asarray(nibabel.load(output).dataobj), result.stdout
+
+
+def brain(seed=0, shape=(20, 22, 18), spacing=(1, 1, 1)):
+    """A nibabel image in RAS of blocks of noise, with values like CT's."""
+    rng = np.random.default_rng(seed)
+    voxels = rng.integers(-900, 900, [side // 2 + 1 for side in shape], np.int16)
+    for axis, side in enumerate(shape):
+        voxels = voxels.repeat(2, axis).take(range(side), axis)
+    affine = np.diag([*map(float, spacing), 1])
+    affine[:3, 3] = -10, 20, 5
+    return nibabel.Nifti1Image(voxels, affine)
+
+
+def recorded(split, root="dataset"):
+    info = json.loads(Path(root, split, "_annotations.coco.json").read_text())["info"]
+    return {key: value for key, value in info.items() if key != "description"}
+
+
+def import_masks(*flags):
+    result = script_here("download.py", "--masks", *flags, cwd=Path.cwd())
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def write_pairs(images, masks=None):
+    """Write nibabel images to vi/NAME.nii.gz, and masks of their positive voxels to vm/."""
+    for name, image in images.items():
+        positive = nibabel.Nifti1Image((np.asarray(image.dataobj) > 0).astype("u1"), image.affine)
+        for folder, one in (("vi", image), ("vm", (masks or {}).get(name, positive))):
+            Path(folder).mkdir(exist_ok=True)
+            one.to_filename(f"{folder}/{name}.nii.gz")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ALL = ("--split", 100, 0, 0)
+PAIRS = ("vi", "vm")
+
+
+def test_the_window_of_the_weights_counts_without_being_told(here):
+    brain().to_filename("v.nii.gz")
+    shutil.copy(sample("CT_small.dcm"), "ct.dcm")
+    save_weights("plain.pth")
+    save_weights(window=(300, 500))
+    for name in ("v.nii.gz", "ct.dcm"):
+        own, said = predicted(name)
+        assert "--window" not in said
+        told, said = predicted(name, "--window", 300, 500)
+        assert "--window" not in said
+        np.testing.assert_array_equal(own, told)
+        plain, said = predicted(name, "--window", 300, 500, "--model", "plain.pth")
+        assert "--window" not in said  # pictures record none: as ever
+        np.testing.assert_array_equal(own, plain)
+        assert 0.02 < (own > 0).mean() < 0.98
+        other, said = predicted(name, "--window", 100, 200)
+        (line,) = (line for line in said.splitlines() if "--window" in line)
+        assert "--window 100 200" in line and "300 500" in line
+        as_stored, _ = predicted(name, "--model", "plain.pth")
+        assert (other != own).any() and (as_stored != own).any()
+
+
+@pytest.mark.parametrize("window", ["percentiles", "file", None])
+def test_without_a_window_of_numbers_each_file_counts(here, window):
+    brain().to_filename("v.nii.gz")
+    save_weights("plain.pth")
+    save_weights(window=window)
+    as_stored, _ = predicted("v.nii.gz", "--model", "plain.pth")
+    np.testing.assert_array_equal(predicted("v.nii.gz")[0], as_stored)
+    _, said = predicted("v.nii.gz", "--window", 0.1, 2000000.5)
+    assert ("--window 0.1 2000000.5: " in said) == (window is not None)
+
+
+def test_the_page_takes_window_and_orientation_of_the_weights(here, monkeypatch):
+    from medseg import page
+
+    stored_as(brain(spacing=(1, 3, 1)), "PSR").to_filename("v.nii.gz")
+    save_weights(window=(300, 500), orientation="LPS")
+    served = {}
+    monkeypatch.setattr(
+        page, "serve", lambda model, path, **given: served.update(model=model, **given)
+    )
+    predict.main(["--page", "--device", "cpu"])
+    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda label, **given: given)
+    shown = page.Page(gradio, served["model"], here, served["threshold"], served["window"])
+    session, *_ = shown.predict([here / "v.nii.gz"], 0.5, lambda done: None)
+    predict.main(["v.nii.gz", "--device", "cpu", "--output", "masks"])
+    with zipfile.ZipFile(session.write(0.5)) as archive:
+        for name in ("v_mask.nii.gz", "v_montage.png"):
+            assert archive.read(name) == Path("masks", name).read_bytes()
+
+
+def test_the_import_records_window_and_orientation_in_every_split(here):
+    write_pairs({name: stored_as(brain(seed), "LPS") for seed, name in enumerate("abc")})
+    import_masks(*PAIRS, "--window", 40, 400, "--split", 34, 33, 33)
+    for split in ("train", "valid", "test"):
+        assert recorded(split) == {"window": [40, 400], "orientation": "LPS"}
+    import_masks(*PAIRS, *ALL, "--data", "own")
+    assert recorded("train", "own") == {"window": "percentiles", "orientation": "LPS"}
+    for folder in ("di", "dm", "pi"):
+        Path(folder).mkdir()
+    write_dicom(Path("di/a.dcm"))
+    Image.fromarray(STORED > 150).save("dm/a.png")
+    Image.fromarray(STORED.astype(np.uint8)).save("pi/a.png")
+    import_masks("di", "dm", *ALL, "--data", "dicom")
+    assert recorded("train", "dicom") == {"window": "file"}
+    import_masks("di", "dm", *ALL, "--data", "dicom", "--force", "--window", 0.5, 9)
+    assert recorded("train", "dicom") == {"window": [0.5, 9]}
+    import_masks("pi", "dm", *ALL, "--data", "pictures")
+    assert recorded("train", "pictures") == {}
+
+
+def test_a_training_copies_window_and_orientation_into_its_weights(here, dataset, no_pictures):
+    def record(**values):
+        for split in ("train", "valid", "test"):
+            edit_annotations(dataset / split, lambda content: content.update(info=values))
+
+    def train(*flags, out="one"):
+        flags = ("--data", dataset, *SMALL, "--depth", 1, "--ema", 0.9, "--out", out, *flags)
+        result = script_here("train.py", *flags, cwd=here)
+        assert result.returncode == 0, result.stderr
+        model = load_model(here / out / "best_model.pth")
+        return model.window, model.orientation
+
+    record(window=[40, 400], orientation="LPS")
+    assert train("--epochs", 1) == ((40, 400), "LPS")
+    assert train("--epochs", 2, "--resume") == ((40, 400), "LPS")
+    assert train("--test-only") == ((40, 400), "LPS")
+    record(window="percentiles")
+    flags = ("--epochs", 1, "--init", "one/best_model.pth")
+    assert train(*flags, out="two") == ("percentiles", None)
+    record(window=[40, 0])
+    flags = ("train.py", "--data", dataset, *SMALL, "--out", "three")
+    result = script_here(*flags, cwd=here)
+    assert_refused(result, dataset / "train" / "_annotations.coco.json", "width 0")
+    record(description="another program's")
+    assert train("--epochs", 1, out="three") == (None, None)
+
+
+def test_a_grouped_split_keeps_window_and_orientation(here):
+    names = [f"{number}" for number in range(6)]
+    write_pairs({name: brain(int(name), (6, 6, 9)) for name in names})
+    import_masks(*PAIRS, "--window", 40, 400, "--split", 34, 33, 33)
+    grouped_split("dataset", "grouped", block=9)
+    for split in ("train", "valid", "test"):
+        assert recorded(split, "grouped") == {"window": [40, 400], "orientation": "RAS"}
+
+
+@pytest.mark.parametrize(
+    "before, now, said",
+    [
+        ((40, 400), None, "give --window 40 400"),
+        ((40, 400), (50, 350), "give --window 40 400"),
+        ((-600.25, 1500), None, "give --window -600.25 1500"),
+        (None, (40, 400), "leave --window out"),
+        ((40, 400), (40, 400), ""),
+        (None, None, ""),
+    ],
+)
+def test_a_split_that_is_added_has_the_window_of_the_others(here, before, now, said):
+    write_pairs({"a": brain(), "b": brain(1)})
+    earlier, flags = (("--window", *window) if window else () for window in (before, now))
+    import_masks("vi/a.nii.gz", "vm/a.nii.gz", *earlier, "--into", "train")
+    new = ("--masks", "vi/b.nii.gz", "vm/b.nii.gz", "--into", "test", *flags)
+    result = script_here("download.py", *new, cwd=here)
+    if not said:
+        assert result.returncode == 0 and "warning" not in result.stdout
+        assert recorded("test") == recorded("train")
+        return
+    assert_refused(result, Path("dataset/train"), said)
+    assert not Path("dataset/test").exists()
+    again = (*new[1:4], "train", *flags, "--force")  # no other split stays
+    assert "warning" not in import_masks(*again)
+
+
+def test_a_split_of_another_kind_is_a_warning(here):
+    write_pairs({"a": brain()})
+    import_masks("vi/a.nii.gz", "vm/a.nii.gz", "--into", "train")
+    write_dicom(Path("a.dcm"))
+    Image.fromarray(STORED > 150).save("a.png")
+    coco = ("--coco", "dataset/train/_annotations.coco.json", "dataset/train")
+    for flags in (("--masks", "a.dcm", "a.png"), ("--masks", "a.png", "a.png"), coco):
+        result = script_here("download.py", *flags, "--into", "test", "--force", cwd=here)
+        assert result.returncode == 0, result.stderr
+        (line,) = (line for line in result.stdout.splitlines() if line.startswith("warning"))
+        assert "dataset/train" in line
+
+
+# ---- orientation -----------------------------------------------------------------------------
+
+ALL_ORIENTATIONS = sorted(medical.ORIENTATIONS)
+
+
+def test_the_48_orientations():
+    letters = ["".join(letters) for letters in itertools.permutations("LRPAIS", 3)]
+    opposite = dict(zip("LRPAIS", "RLAPSI", strict=True))
+    wanted = {word for word in letters if len({*word, *map(opposite.get, word)}) == 6}
+    assert set(ALL_ORIENTATIONS) == wanted and len(wanted) == 48
+
+
+@pytest.mark.parametrize("orientation", ALL_ORIENTATIONS)
+def test_a_volume_is_turned_and_its_mask_back(here, orientation):
+    """Every voxel is found again at its place in the world."""
+    image = nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), TURN)
+    stored = stored_as(image, orientation)
+    stored.to_filename("a.nii.gz")
+    volume = open_nifti("a.nii.gz", "LPS")
+    assert nibabel.aff2axcodes(volume.affine) == ("L", "P", "S")
+    assert volume.stored_orientation == orientation
+    turned = np.stack(list(volume.slices()), volume.axis)
+    assert turned.shape == volume.shape
+    for index in np.ndindex(volume.shape):
+        place = np.linalg.inv(image.affine) @ volume.affine @ [*index, 1]
+        assert turned[index] == image.dataobj[tuple(place[:3].round().astype(int))]
+    nifti.write_mask("m.nii.gz", volume, volume.slices())
+    back = nibabel.load("m.nii.gz")
+    np.testing.assert_array_equal(back.dataobj, stored.dataobj)
+    np.testing.assert_array_equal(back.affine, nibabel.load("a.nii.gz").affine)
+    assert open_nifti("a.nii.gz").shape == stored.shape  # without being told: as stored
+    np.testing.assert_array_equal(
+        np.stack(list(open_nifti("a.nii.gz").slices()), open_nifti("a.nii.gz").axis),
+        stored.dataobj,
+    )
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (1, 1, 3), (3, 1, 3)])
+def test_one_brain_has_one_mask_however_it_is_stored(here, spacing, monkeypatch):
+    monkeypatch.setattr(nifti, "SAMPLE", 900)  # so that the percentiles come from a part
+    save_weights(window="percentiles", orientation="RAS")
+    image, masks, as_stored = brain(spacing=spacing), {}, {}
+    for orientation in ("RAS", "LAS", "PSR", "SLA", "IPR"):
+        name = f"{orientation}.nii.gz"
+        stored_as(image, orientation).to_filename(name)
+        as_stored[orientation], _ = predicted(name)
+        mask, given = nibabel.load("m.nii.gz"), nibabel.load(name)
+        np.testing.assert_array_equal(mask.affine, given.affine)
+        assert mask.shape == given.shape and "".join(nibabel.aff2axcodes(mask.affine)) == name[:3]
+        masks[orientation] = np.asarray(stored_as(mask, "RAS").dataobj)
+        np.testing.assert_array_equal(masks[orientation], masks["RAS"])
+    assert 0.02 < masks["RAS"].mean() < 0.98
+    save_weights("old.pth")  # these see the slices as they are stored
+    other, _ = predicted("PSR.nii.gz", "--model", "old.pth")
+    assert (other != as_stored["PSR"]).any()
+
+
+def pictures_of(root):
+    """{name: (pixels, annotations without their ids)} of the imported train split."""
+    folder = Path(root, "train")
+    content, found = json.loads((folder / "_annotations.coco.json").read_text()), {}
+    for record in content["images"]:
+        own = [one for one in content["annotations"] if one["image_id"] == record["id"]]
+        areas = [(one["category_id"], one["segmentation"]["counts"]) for one in own]
+        found[record["file_name"]] = np.asarray(Image.open(folder / record["file_name"])), areas
+    return found
+
+
+def test_volumes_of_several_orientations_become_those_of_the_first(here):
+    images = {name: brain(seed, (8, 9, 10)) for seed, name in enumerate("abcd")}
+    write_pairs({name: stored_as(image, "LPS") for name, image in images.items()})
+    said = import_masks(*PAIRS, *ALL, "--data", "same")
+    assert "orientation" not in said
+    mixed = {"a": "LPS", "b": "RAS", "c": "LPS", "d": "PSR"}
+    turned = {name: stored_as(images[name], word) for name, word in mixed.items()}
+    positive = (np.asarray(images["c"].dataobj) > 0).astype(np.uint8)
+    write_pairs(turned, {"c": nibabel.Nifti1Image(positive, images["c"].affine)})  # stored as RAS
+    said = import_masks(*PAIRS, *ALL, "--data", "mixed")
+    assert "orientation: 2 of 4 volumes turned to LPS, that of a.nii.gz" in said
+    assert "orientation: 1 of 4 masks turned" in said
+    same, mixed = pictures_of("same"), pictures_of("mixed")
+    assert same.keys() == mixed.keys() and len(same) == 40
+    for name, (pixels, areas) in same.items():
+        np.testing.assert_array_equal(mixed[name][0], pixels)
+        assert mixed[name][1] == areas
+    assert recorded("train", "mixed")["orientation"] == "LPS"
+
+
+def test_a_split_that_is_added_has_the_orientation_of_the_others(here):
+    images = {name: stored_as(brain(2), word) for name, word in {"a": "LPS", "b": "SAR"}.items()}
+    write_pairs(images)
+    for name, split in (("a", "train"), ("b", "valid")):
+        said = import_masks(f"vi/{name}.nii.gz", f"vm/{name}.nii.gz", "--into", split)
+    assert "orientation: 1 of 1 volumes turned to LPS, that of dataset/train" in said
+    assert recorded("valid") == recorded("train")
+    for index in range(18):
+        one, other = (f"dataset/{split}" for split in ("train/a", "valid/b"))
+        pixels = [np.asarray(Image.open(f"{path}_z{index:03}.png")) for path in (one, other)]
+        np.testing.assert_array_equal(*pixels)
+
+
+def without_place(image, path):
+    """Write a NIfTI file whose affine has a column of zeros."""
+    image.to_filename("x.nii")
+    content = bytearray(Path("x.nii").read_bytes())
+    for row in range(3):
+        content[280 + 16 * row : 284 + 16 * row] = bytes(4)  # srow_x, srow_y, srow_z: column 0
+    assert struct.unpack("<h", content[254:256]) != (0,)  # sform_code: they count
+    Path(path).write_bytes(gzip.compress(bytes(content)))
+
+
+def test_an_affine_that_tells_no_orientation(here, refused):
+    write_pairs({"a": brain()})
+    for folder in PAIRS:
+        without_place(nibabel.load(f"{folder}/a.nii.gz"), f"{folder}/a.nii.gz")
+    assert nibabel.aff2axcodes(nibabel.load("vi/a.nii.gz").affine)[0] is None
+    assert "orientation" not in import_masks(*PAIRS, *ALL)  # alone: as stored
+    assert recorded("train") == {"window": "percentiles"}
+    save_weights()
+    assert predicted("vi/a.nii.gz")[0].shape == (20, 22, 18)
+    save_weights("turned.pth", orientation="RAS")
+    flags = ("--device", "cpu", "--model", "turned.pth")
+    refused("predict", "vi/a.nii.gz", *flags, words=["vi/a.nii.gz: ", "RAS"])
+    write_pairs({"b": brain(1)})
+    refused(
+        *("download", "--masks", *PAIRS, *ALL, "--data", "two"), words=["vi/a.nii.gz: ", "b.nii.gz"]
+    )
+
+
+@pytest.mark.parametrize(
+    "spacing, shift, said",
+    [
+        ((1, 1, 1), (0, 0, 0), None),
+        ((1, 1, 1), (0.005, 0, 0), None),
+        ((1, 1, 1), (0.02, 0, 0), "0.02 mm"),
+        ((1, 1, 1), (0.6, 0.7, 0), "0.922 mm"),
+        ((1, 1, 1), (0.8, 0.8, 0), "1.13 mm"),
+        ((1, 1, 5), (0, 0, 0.9), "0.9 mm"),
+        ((1, 1, 5), (0, 0, 2), "2 mm"),
+        ((5, 1, 5), (2, 0, 0), "2 mm"),
+    ],
+)
+def test_affines_that_differ_are_told_with_their_distance(here, spacing, shift, said):
+    images = {name: brain(seed, (8, 9, 10), spacing) for seed, name in enumerate("ab")}
+    for image in images.values():
+        image.header.set_xyzt_units("mm")
+    affine = images["a"].affine.copy()
+    affine[:3, 3] += shift
+    positive = (np.asarray(images["a"].dataobj) > 0).astype(np.uint8)
+    write_pairs(images, {"a": nibabel.Nifti1Image(positive, affine)})
+    result = script_here("download.py", "--masks", *PAIRS, *ALL, cwd=here)
+    if np.linalg.norm(shift) >= 1:  # the smallest side of a voxel
+        assert_refused(result, "vm/a.nii.gz", said)
+        return
+    assert result.returncode == 0, result.stderr
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
+    assert len(warnings) == (said is not None)
+    for line in warnings:
+        assert "1 of 2 masks" in line and said in line and "a.nii.gz" in line
+
+
+# ---- limits ----------------------------------------------------------------------------------
+
+
+def claim_shape(path, *shape):
+    """A small file whose header claims a volume of this shape."""
+    write_nifti("x.nii", np.zeros((2, 3, 4), np.uint8))
+    content = bytearray(Path("x.nii").read_bytes())
+    content[42:48] = struct.pack("<3h", *shape)
+    path.write_bytes(gzip.compress(bytes(content)))
+    return path
+
+
+def test_a_slice_has_at_most_as_many_pixels_as_a_picture(here):
+    for shape, word in [
+        ((12000, 12000, 1), "89 million"),
+        ((9500, 9500, 3), "89 million"),
+        ((9400, 9400, 1), "cut short"),
+        ((12000, 1, 12000), "cut short"),
+    ]:
+        path = claim_shape(here / "a.nii.gz", *shape)
+        tracemalloc.start()
+        with pytest.raises(ValueError) as refusal:
+            open_nifti(path)
+        assert word == "cut short" or tracemalloc.get_traced_memory()[1] < 1_000_000
+        tracemalloc.stop()
+        one_line(refusal, path, word)
+
+
+def test_a_large_slice_takes_little_memory(here):
+    """At the limit of 89 million pixels, 20 bytes each are 1.8 GB."""
+    pixels = np.full((2000, 1000, 1), 90, np.uint8)
+    pixels[::3] = 200
+    volume = open_nifti(write_nifti(here / "a.nii", pixels, slope=2.0, intercept=-10.0))
+    tracemalloc.start()
+    picture = volume.pictures((200, 400))[0]
+    sheet = montage([picture], [np.ones(picture.shape, np.uint8)])
+    peak = tracemalloc.get_traced_memory()[1] / picture.size
+    tracemalloc.stop()
+    assert peak < 20, f"{peak:.1f} bytes a pixel"
+    assert np.unique(picture).tolist() == [108, 249]  # 170 and 390 of 0..400: 108.4, 248.6
+    assert sheet.size[1] > 256
+
+
+@pytest.mark.parametrize("n_classes", [1, 3, 9])
+def test_an_overlay_is_a_weighted_mean_of_picture_and_colour(n_classes):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 30, 3), np.uint8)
+    labels = rng.integers(0, n_classes + 1, (40, 30)).astype(np.uint8)
+    wanted = pixels.copy()
+    for y, x in np.argwhere(labels):
+        color = class_colors(n_classes)[labels[y, x] - 1]
+        wanted[y, x] = (pixels[y, x] * 0.6 + 0.4 * np.array(color)).astype(np.uint8)
+    np.testing.assert_array_equal(overlay(Image.fromarray(pixels), labels, n_classes), wanted)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 50), (5, 4, 60), (4, 5, 60)])
+def test_percentiles_come_from_every_column(here, monkeypatch, shape):
+    """One voxel of four is dark, at the same columns of every slice: a step of four is misled."""
+    monkeypatch.setattr(nifti, "SAMPLE", math.prod(shape) // 4)
+    columns = np.arange(shape[0])[:, None] + shape[0] * np.arange(shape[1])
+    voxels = np.where(columns % 4 == 0, 10, 200)[..., None].repeat(shape[2], 2).astype(np.int16)
+    assert open_nifti(write_nifti(here / "a.nii", voxels)).limits == (10, 200)
+
+
+def write_bits(path, bits):
+    """A DICOM file of 1-bit frames (N, H, W), which follow each other without a gap."""
+    packed = np.packbits(bits.ravel(), bitorder="little").tobytes()
+    one_bit = {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0}
+    return write_dicom(path, bits, **one_bit, PixelData=packed + bytes(len(packed) % 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (2, 5, 3), (9, 5, 3), (3, 7, 9), (2, 4, 4)])
+def test_frames_of_1_bit_may_end_within_a_byte(tmp_path, shape):
+    bits = np.random.default_rng(0).integers(0, 2, shape).astype(np.uint8)
+    path = write_bits(tmp_path / "a.dcm", bits)
+    frames = read_dicom(path)
+    assert len(frames) == shape[0]
+    np.testing.assert_array_equal(list(frames), 255 * bits)
+    for index in reversed(range(len(frames))):
+        np.testing.assert_array_equal(frames[index], 255 * bits[index])
+    np.testing.assert_array_equal(
+        pydicom.dcmread(path).pixel_array.reshape(shape), bits
+    )  # pydicom, all at once
+
+
+def test_frames_of_1_bit_that_are_cut_short_are_one_line(tmp_path):
+    path = write_bits(tmp_path / "a.dcm", np.ones((9, 5, 3), np.uint8))  # 135 bits, 17 bytes
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError) as refusal:
+        list(read_dicom(path))
+    one_line(refusal, path, "cut short")
+
+
+def test_deflated_frames_of_1_bit(tmp_path):
+    bits = np.random.default_rng(1).integers(0, 2, (3, 5, 3)).astype(np.uint8)
+    plain = pydicom.dcmread(write_bits(tmp_path / "a.dcm", bits))
+    plain.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    plain.save_as(tmp_path / "b.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(list(read_dicom(tmp_path / "b.dcm")), 255 * bits)
+
+
+def test_the_range_of_later_frames_counts_and_their_own_windows(tmp_path):
+    """The first frame is the dimmest: its range alone would not do."""
+    stack = np.stack([STORED // 4, STORED // 2, STORED])
+    wanted = (stack * 0.255).round()
+    for frames in (read_dicom(write_dicom(tmp_path / "a.dcm", stack)) for _ in range(2)):
+        np.testing.assert_array_equal(frames[0], wanted[0])
+        np.testing.assert_array_equal(list(frames), wanted)
+    low = np.stack([STORED + 500, STORED, STORED + 200])
+    frames = read_dicom(write_dicom(tmp_path / "b.dcm", low.astype(np.uint16)))
+    assert np.abs(frames[0] - (STORED + 500) * (255 / 1500)).max() <= 0.5 + 1e-9
+    groups = []
+    for width in (1000, 2000, 4000):
+        window, group = pydicom.Dataset(), pydicom.Dataset()
+        window.WindowCenter, window.WindowWidth = width // 2, width
+        group.FrameVOILUTSequence = [window]
+        groups.append(group)
+    path = write_dicom(tmp_path / "c.dcm", stack, PerFrameFunctionalGroupsSequence=groups)
+    for frame, stored, width in zip(read_dicom(path), stack, (1000, 2000, 4000), strict=True):
+        np.testing.assert_array_equal(frame, (stored * (255 / width)).round())
