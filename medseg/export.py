@@ -1,7 +1,6 @@
 """A UNet for other programs, as ONNX, torch.export or TorchScript; or its weights at half size."""
 
 import contextlib
-import importlib
 import io
 import json
 import math
@@ -15,7 +14,7 @@ from medseg.checkpoint import load_weights
 from medseg.cli import one_line
 from medseg.files import atomic_write
 from medseg.images import mean_and_std
-from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, check_metadata
+from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, check_metadata, import_onnx_library
 
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_LIMIT = 2**31 - 2**20  # bytes of an ONNX file, and some for what is not weights
@@ -73,7 +72,7 @@ def check_target(path):
     if suffix == ".onnx":
         for name in ONNX_LIBRARIES:
             try:
-                importlib.import_module(name)
+                import_onnx_library(name)
             except ImportError:
                 install = f"pip install {' '.join(ONNX_LIBRARIES)}"
                 raise ValueError(f"--export {path}: needs {name}: {install}") from None

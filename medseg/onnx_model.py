@@ -1,5 +1,6 @@
 """The network in an ONNX file, run through onnxruntime: prediction without PyTorch."""
 
+import importlib
 import json
 import mmap
 import os
@@ -54,7 +55,7 @@ class OnnxModel:
         # In float32, as data.py does it: the same pixels give the same numbers.
         self.mean, self.std = (np.float32(metadata[key]) * np.float32(255) for key in KEYS[-2:])
         try:
-            import onnxruntime
+            onnxruntime = import_onnx_library("onnxruntime")
         except ImportError:
             raise ValueError(f"{path}: needs onnxruntime: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
@@ -102,6 +103,17 @@ class OnnxModel:
         """uint8 (B, H, W, n_channels) -> float32 (B, n_classes, H, W), values 0..1."""
         images = (pixels.astype(np.float32) - self.mean) / self.std
         return self.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def import_onnx_library(name):
+    """The module `name`: onnxruntime, or another that may import it. Raises ImportError.
+
+    When onnxruntime is imported, it would write a device id and a database into the home folder
+    and report to its maker's server. Its own switch turns both off, also where a user set it
+    otherwise: nothing that is run here may be sent.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    return importlib.import_module(name)
 
 
 def not_ours(path, reason):

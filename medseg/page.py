@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from medseg import local_server
-from medseg.images import class_colors, preprocess, read_image
+from medseg.gate import MAX_UPLOAD, SHARED, Gate, browser_folder
+from medseg.images import class_colors, preprocess, read_image, save_png
 from medseg.inputs import data_set_images
 from medseg.phantoms import draw_phantom
 from medseg.session import Session
@@ -26,9 +27,8 @@ from medseg.signals import Signals, Stopped
 
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
 EXAMPLES, THUMBNAIL = 4, 160  # how many, and pixels a side
-MAX_UPLOAD = "2gb"  # a file
+UPLOADS = "uploads"  # the folder of what browsers send and get
 MAX_PROBLEMS = 5  # lines shown
-CLEANING = (3600, 24 * 3600)  # seconds: how often uploads are looked through, and how long kept
 TAKES = "Images: JPEG, PNG, TIFF, BMP, DICOM or NIfTI; one or several"
 WAITING = "Drop an image above, or choose an example."
 CSS = """
@@ -75,9 +75,10 @@ def serve(predictor, model_path, *, host="127.0.0.1", port=None, threshold=0.5, 
             local_server.temporary_folder("medseg-page-") as folder,
         ):
             gradio = import_gradio(folder)
-            page = Page(gradio, predictor, folder, threshold, window)
+            uploads = folder / UPLOADS
+            page = Page(gradio, predictor, uploads, threshold, window)
             blocks = layout(page, f"Segmentation with {model_path}", example_images(folder))
-            local_server.run(make_app(gradio, blocks), listening, host)
+            local_server.run(Gate(make_app(gradio, blocks), uploads), listening, host)
     except Stopped as stop:
         print(f"stopped by {signal.Signals(stop.signum).name}", file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -90,7 +91,7 @@ def import_gradio(folder):
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # predictions, stored in the browser
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
     try:
         import gradio
     except ImportError:
@@ -112,7 +113,7 @@ def make_app(gradio, blocks):
     font = gradio.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
     hues = {"primary_hue": "sky", "neutral_hue": "slate"}
     blocks.queue(default_concurrency_limit=8)  # browsers do not wait for each other's whole folders
-    return gradio.mount_gradio_app(
+    app = gradio.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
         blocks,
         path="",
@@ -126,6 +127,8 @@ def make_app(gradio, blocks):
         mcp_server=False,
         pwa=False,
     )
+    blocks.has_launched = True  # else gradio itself would read any file that a request names
+    return app
 
 
 class Page:
@@ -142,10 +145,13 @@ class Page:
         with self._lock:
             return self.predictor.probabilities(pixels[None])[0]
 
-    def predict(self, paths, threshold, progress):
-        """Predict files -> session, number and button as they are then, and what `show` returns."""
+    def predict(self, paths, threshold, progress, folder=None):
+        """Predict files -> session, number and button as they are then, and what `show` returns.
+
+        folder: of the session; by default that of all browsers.
+        """
         about = (self.predictor.class_names, self.window, self.predictor.orientation)
-        session = Session(self.folder, *about)
+        session = Session(folder or self.folder, *about)
         session.predict(paths or [], self.probabilities, progress)
         count = len(session.predictions)
         number = session.first(threshold) + 1 if count else 1
@@ -163,7 +169,8 @@ class Page:
             return None, None, None, text_html([WAITING])
         if not session.predictions:
             return None, None, None, text_html([], session.problems)
-        view = session.view(number - 1, threshold)
+        last = len(session.predictions)  # less than the number, where pictures were just removed
+        view = session.view(min(max(int(number), 1), last) - 1, threshold)
         text = text_html([view.line], session.problems, self.predictor.class_names)
         return view.image, view.mask, view.overlay, text
 
@@ -171,7 +178,7 @@ class Page:
 def layout(page, title, examples):
     """The gradio.Blocks of a `Page`."""
     gr = page.gradio
-    about = {"title": title, "analytics_enabled": False, "delete_cache": CLEANING}
+    about = {"title": title, "analytics_enabled": False}
     with gr.Blocks(fill_width=True, **about) as blocks:
         gr.HTML(head_html(title, page.predictor), elem_id="head")
         parts = SimpleNamespace(session=gr.State())
@@ -180,7 +187,7 @@ def layout(page, title, examples):
                 label=TAKES, file_count="multiple", height=150, min_width=340, elem_id="files"
             )
             parts.examples = gr.Gallery(
-                [thumbnail(path) for path in examples],
+                write_thumbnails(examples, page.folder / SHARED),
                 label="Examples: click one",
                 columns=len(examples),
                 height=150,
@@ -230,11 +237,25 @@ def connect(page, parts, examples):
     predicted = [parts.session, parts.number, parts.download, *shown]
     private = {"api_visibility": "private"}
 
-    def predict(paths, threshold, progress=gr.Progress()):  # noqa: B008  gradio looks for it here
-        return page.predict(paths, threshold, progress)
+    def predict_in_folder(request, *given):
+        folder = browser_folder(page.folder, request.session_hash)
+        folder.mkdir(parents=True, exist_ok=True)
+        session, *values = page.predict(*given, folder)
+        return session, *as_files(session, values)
 
-    def predict_example(threshold, event: gr.SelectData):
-        return None, *page.predict([examples[event.index]], threshold, lambda done: None)
+    report = gr.Progress()  # gradio looks for it among the defaults
+
+    def predict(paths, threshold, request: gr.Request, progress=report):
+        return predict_in_folder(request, paths, threshold, progress)
+
+    def predict_example(threshold, request: gr.Request, event: gr.SelectData):
+        if type(event.index) is not int or not 0 <= event.index < len(examples):
+            raise gr.Error("no such example", print_exception=False)
+        chosen = [examples[event.index]]
+        return None, *predict_in_folder(request, chosen, threshold, lambda done: None)
+
+    def show(session, number, threshold):
+        return as_files(session, page.show(session, number, threshold))
 
     def write(session, threshold):
         return session and str(session.write(threshold))
@@ -256,7 +277,7 @@ def connect(page, parts, examples):
     )
     gr.on(
         [parts.threshold.change, parts.number.input],
-        page.show,
+        show,
         [parts.session, parts.number, parts.threshold],
         shown,
         show_progress="hidden",
@@ -281,6 +302,20 @@ def example_images(folder):
         pixels, _ = draw_phantom(np.random.default_rng(seed), 256)
         Image.fromarray(pixels).save(path)
     return paths
+
+
+def as_files(session, values):
+    """`values` with paths in the session's folder for images: gradio's own folder is everyone's."""
+    return [session.save(one) if isinstance(one, Image.Image) else one for one in values]
+
+
+def write_thumbnails(paths, folder):
+    """Write the `thumbnail` of each image to a folder; return their paths."""
+    folder.mkdir(parents=True)
+    written = [folder / f"{number}.png" for number in range(len(paths))]
+    for path, target in zip(paths, written, strict=True):
+        save_png(thumbnail(path), target)
+    return written
 
 
 def thumbnail(path):

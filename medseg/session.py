@@ -1,6 +1,7 @@
 """What one browser has predicted: probabilities, kept so that the threshold can move. No torch."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from medseg.images import (
     resize_nearest,
     save_mask,
     save_overlay,
+    save_png,
 )
 from medseg.inputs import Picture, expand, pictures_in
 from medseg.medical import base_name, kind
@@ -119,6 +121,14 @@ class Session:
             mask = overlay(Image.new("RGB", mask.size), labels, n_classes)
         image = Image.fromarray(view)
         return View(image, mask, overlay(image, labels, n_classes), line)
+
+    def save(self, image):
+        """Write a PIL image of a `View` as PNG; return its path, which is the same every time."""
+        kind = f"{image.mode} {image.size} ".encode()
+        path = self._folder / f"{hashlib.sha256(kind + image.tobytes()).hexdigest()}.png"
+        if not path.exists():
+            save_png(image, path, compress_level=1)
+        return str(path)
 
     def write(self, threshold):
         """Write the mask of the one picture, or several in a zip; return the path.

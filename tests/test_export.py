@@ -4,7 +4,9 @@ import ast
 import json
 import logging
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -16,11 +18,12 @@ from conftest import ROOT, script_here
 from PIL import Image
 
 import predict
-from medseg import export
+from medseg import export, onnx_model
 from medseg.layers import ARCHITECTURES
 from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, available_threads, read_metadata
 from net import UNet
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # where a test imports onnxruntime before the scripts do
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -52,6 +55,53 @@ def make_model(name, **arguments):
         elif key.endswith("running_var"):
             buffer.uniform_(0.5, 1.5)
     return model.eval()
+
+
+# The system call socket(), by machine.
+CALLS = {"x86_64": 41, "aarch64": 198} if sys.platform == "linux" else {}
+SOCKET = CALLS.get(platform.machine())
+# From here on a process is killed (SIGSYS) once it opens a socket of another kind than AF_UNIX,
+# whatever library does it: a filter of seccomp(2), for which no rights are needed.
+NO_NETWORK = f"""
+import ctypes, struct, sys, time
+ALLOW, KILL = 0x7FFF0000, 0x80000000
+LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
+rows = [(LOAD, 0, 0, 0), (EQUAL, 0, 2, {SOCKET}), (LOAD, 0, 0, 16), (EQUAL, 0, 1, 1)]
+rows += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, KILL)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in rows))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(rows), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, program) == 0, ctypes.get_errno()  # PR_SET_SECCOMP
+"""
+PREDICT_AND_STAY = (
+    "import predict\n"
+    "predict.main(['scan.png', '--model', 'm.onnx', '--output', 'mask.png'])\n"
+    "time.sleep(15)"  # onnxruntime asks for its maker's server nine seconds after its import
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watched(tmp_path_factory):
+    """A prediction without a network, with a home folder of its own, which runs beside the tests.
+
+    (the process, its folder, with `home` and `tmp`)
+    """
+    folder = tmp_path_factory.mktemp("watched")
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    (folder / "m.onnx").write_bytes(other_network().SerializeToString())
+    Image.new("RGB", (40, 30), "grey").save(folder / "scan.png")
+    places = {"HOME": folder / "home", "TMPDIR": folder / "tmp", "ORT_DISABLE_TELEMETRY": "0"}
+    environment = {**os.environ, **{name: str(value) for name, value in places.items()}}
+    environment = {name: text for name, text in environment.items() if not name.startswith("XDG_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    command = [sys.executable, "-c", (NO_NETWORK if SOCKET else "import time\n") + PREDICT_AND_STAY]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment, **output)
+    yield process, folder
+    process.kill()
+    process.communicate()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,9 +170,12 @@ def test_normalisation_without_pytorch_is_that_of_training(exported):
     np.testing.assert_array_equal(given[0], normalize(torch.from_numpy(pixels)).numpy())
 
 
-def test_threads(monkeypatch):
+def test_threads(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert available_threads() == 3
+    (tmp_path / "m.onnx").write_bytes(other_network().SerializeToString())
+    session = OnnxModel(tmp_path / "m.onnx").session
+    assert session.get_session_options().intra_op_num_threads == 3
     for text in ("", "0", "many", "-1"):
         monkeypatch.setenv("OMP_NUM_THREADS", text)
         assert available_threads() == len(os.sched_getaffinity(0))
@@ -243,6 +296,23 @@ def test_masks_without_pytorch_are_those_with_it(exported, tmp_path):
         assert mask.read_bytes() == (tmp_path / "torch" / mask.name).read_bytes(), mask.name
     share = np.mean(np.asarray(Image.open(tmp_path / "onnx" / "3_mask.png")) > 0)
     assert 0.02 < share < 0.98
+
+
+def test_images_of_their_own_sizes_are_predicted_together(tmp_path):
+    """The network is the logistic function, so that a mask is what is above the mean of grey."""
+    network = other_network(image_size=None)
+    (tmp_path / "m.onnx").write_bytes(network.SerializeToString())
+    (tmp_path / "scans").mkdir()
+    rng, pictures = np.random.default_rng(0), {}
+    for number, size in enumerate([(20, 30), (31, 17), (20, 30), (20, 30), (1, 40), (64, 50)]):
+        pictures[f"{number}"] = rng.integers(0, 256, size, np.uint8)
+        Image.fromarray(pictures[f"{number}"]).save(tmp_path / "scans" / f"{number}.png")
+    arguments = (tmp_path / "scans", "--model", tmp_path / "m.onnx", "--output", tmp_path / "out")
+    result = script_here("predict.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name, pixels in pictures.items():
+        mask = np.asarray(Image.open(tmp_path / "out" / f"{name}_mask.png"))
+        np.testing.assert_array_equal(mask == 255, pixels / 255 > METADATA["group"]["mean"][0])
 
 
 def with_pytorch(path, folder):
@@ -406,27 +476,34 @@ def external(proto, location, attribute=False):
     return changed
 
 
-def other_network(name="images", sides=("b", 1, "h", "w"), operator="Sigmoid", size=None):
-    """An ONNX file of one operator, with the metadata of ours."""
+def other_network(name="images", sides=("b", 1, "h", "w"), operators="Sigmoid", **metadata):
+    """An ONNX file of a few operators, one after the other, with the metadata of ours."""
     kind, helper = onnx.TensorProto.FLOAT, onnx.helper
-    out = helper.make_tensor_value_info("probabilities", kind, size or sides)
-    node = helper.make_node(operator, [name], ["probabilities"])
+    out = helper.make_tensor_value_info("probabilities", kind, sides)
+    values = [name, *operators.split()[1:], "probabilities"]
+    steps = zip(operators.split(), values, values[1:], strict=False)
+    attributes = {"Transpose": {"perm": (0, 1, 3, 2)}}
+    nodes = [
+        helper.make_node(operator, [before], [after], **attributes.get(operator, {}))
+        for operator, before, after in steps
+    ]
     given = helper.make_tensor_value_info(name, kind, sides)
-    graph = helper.make_graph([node], "other", [given], [out])
+    graph = helper.make_graph(nodes, "other", [given], [out])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     helper.set_model_props(
         model,
         {
             key: json.dumps(value)
-            for key, value in {**METADATA["group"], "class_names": ["a"]}.items()
+            for key, value in {**METADATA["group"], "class_names": ["a"], **metadata}.items()
         },
     )
     return model
 
 
-def test_hostile_files(exported, place, refused):
+def test_hostile_files(exported, place, refused, monkeypatch):
     good = exported("group", ".onnx")
     proto, content = onnx.load(good), good.read_bytes()
+    turned = other_network(operators="Sigmoid Transpose", image_size=None)  # W x H
     files = {
         "text": b"this is no network\n" * 50,
         "empty": b"",
@@ -441,8 +518,11 @@ def test_hostile_files(exported, place, refused):
         "rank": other_network(sides=("b", 1, "h")).SerializeToString(),
         "channels": other_network(sides=("b", 3, "h", "w")).SerializeToString(),
         "fixed": other_network(sides=(1, 1, 32, 32)).SerializeToString(),
-        "range": other_network(operator="Neg").SerializeToString(),
-        "operator": other_network(operator="Frobnicate").SerializeToString(),
+        "range": other_network(operators="Neg").SerializeToString(),  # 1.99 for black
+        "negative": other_network(operators="Identity").SerializeToString(),
+        "nan": other_network(operators="Sqrt").SerializeToString(),
+        "turned": turned.SerializeToString(),
+        "operator": other_network(operators="Frobnicate").SerializeToString(),
     }
     for name, data in files.items():
         (place / f"{name}.onnx").write_bytes(data)
@@ -450,6 +530,13 @@ def test_hostile_files(exported, place, refused):
         assert len(line) < 700, line
     for name in ("passwd", "beside", "constant"):
         refused("predict", "scan.png", "--model", f"{name}.onnx", words=["another file"])
+    for name in ("range", "negative", "nan", "turned"):
+        refused("predict", "scan.png", "--model", f"{name}.onnx", words=["no probabilities"])
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_model, "MAX_FIELDS", 10)
+        shutil.copy(good, "good.onnx")
+        words = ["good.onnx", "more than 10 fields"]
+        refused("predict", "scan.png", "--model", "good.onnx", words=words)
     (place / "range.onnx").write_bytes(other_network().SerializeToString())
     predict.main(["scan.png", "--model", "range.onnx"])  # so the others fail for their faults
 
@@ -470,6 +557,43 @@ def test_models_that_cannot_be_run(place, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     words = ["m.onnx", "pip install onnxruntime"]
     refused("predict", "scan.png", "--model", "m.onnx", words=words)
+
+
+# ---- nothing is sent ---------------------------------------------------------------------------
+
+
+def test_a_prediction_leaves_nothing_in_the_home_folder_and_opens_no_connection(watched):
+    process, folder = watched
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, (process.returncode, said)
+    assert (folder / "mask.png").exists()
+    for name in ("home", "tmp"):
+        assert list((folder / name).iterdir()) == []
+
+
+def test_every_import_of_onnxruntime_comes_after_its_switch(monkeypatch, tmp_path):
+    for use in (lambda: OnnxModel(tmp_path / "m.onnx"), lambda: export.check_target("m.onnx")):
+        (tmp_path / "m.onnx").write_bytes(other_network().SerializeToString())
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+        use()
+        assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("medseg/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
+            names.append(getattr(node, "module", None) or "")
+            assert not [name for name in names if name.startswith("onnxruntime")], path
+
+
+def test_a_connection_would_have_been_seen():
+    if SOCKET is None:
+        pytest.skip("connections are watched on Linux with x86-64 or arm64")
+    for kind, status in {
+        "AF_UNIX": 0,
+        "AF_INET": -signal.SIGSYS,
+        "AF_INET6": -signal.SIGSYS,
+    }.items():
+        code = f"{NO_NETWORK}import socket\nsocket.socket(socket.{kind}, socket.SOCK_DGRAM)"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == status, kind
 
 
 # ---- weights in half precision ---------------------------------------------------------------

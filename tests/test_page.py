@@ -4,10 +4,13 @@ Two servers run for all tests. One is a fork of this process, which counts the r
 the other is a process of its own, which notes every connection it makes.
 """
 
+import asyncio
+import contextlib
 import functools
 import http.client
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -31,14 +34,15 @@ from PIL import Image
 from test_predict import brightness_model, scan
 
 import predict
-from medseg import local_server
+from medseg import gate, local_server
 from medseg.images import full_size_labels, save_mask
-from medseg.page import Page, example_images, text_html
+from medseg.page import Page, example_images, import_gradio, layout, make_app, text_html
 from medseg.session import Session
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SANDBOX = ("--no-sandbox", "--disable-dev-shm-usage")  # as root and in a container there is none
 SECONDS = 60  # at most, for anything, on a busy machine
+LONGEST = 20_000_000  # bytes of an upload, in the first of the servers
 # A process of its own that runs a script and notes the addresses it looks up or connects to.
 RUN_AND_NOTE = """
 import runpy, sys
@@ -77,6 +81,7 @@ def count_runs(place):
     os.chdir(place)
     os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     tempfile.tempdir = str(place / "tmp")
+    gate.MAX_UPLOAD = LONGEST
     conftest.run_main = functools.partial(conftest.run_main, exit_at_once=lambda: True)
 
 
@@ -453,6 +458,371 @@ def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
             local_server.open_socket("127.0.0.1", port)
 
 
+# ---- requests that no page makes ---------------------------------------------------------------
+
+
+class Visitor:
+    """Requests from outside of a browser, with the cookie that the page gives to one."""
+
+    def __init__(self, address):
+        self.address, self.headers = urlsplit(address), {}
+        _, _, response = self.ask("GET", "/")
+        self.headers["Cookie"] = response.getheader("set-cookie").partition(";")[0]
+        self.config = json.loads(self.ask("GET", "/config")[1])
+        self.kinds = {part["id"]: part["type"] for part in self.config["components"]}
+
+    def connect(self):
+        host, port = self.address.hostname, self.address.port
+        return http.client.HTTPConnection(host, port, timeout=SECONDS)
+
+    def ask(self, method, path, body=None, **headers):
+        """(status, body, the response)"""
+        connection = self.connect()
+        connection.request(method, path, body, {**self.headers, **headers})
+        response = connection.getresponse()
+        content = response.read()
+        connection.close()
+        return response.status, content, response
+
+    def post(self, path, value):
+        return self.ask("POST", path, json.dumps(value), **{"Content-Type": "application/json"})
+
+    def upload(self, name, content):
+        """(status, the paths on the server or the line of a refusal)"""
+        kind = "multipart/form-data; boundary=edge"
+        status, answer, _ = self.ask(
+            "POST", "/gradio_api/upload", multipart(name, content), **{"Content-Type": kind}
+        )
+        return status, json.loads(answer) if status == 200 else answer.decode()
+
+    def handlers(self):
+        """{its id: (kinds of its inputs, kind of what triggers it)} of all events of the page."""
+        found = {}
+        for event in self.config["dependencies"]:
+            if event["backend_fn"]:
+                inputs = [self.kinds[part] for part in event["inputs"]]
+                found[event["id"]] = inputs, event["targets"][0][1]
+        return found
+
+    def handler(self, trigger):
+        (number,) = (number for number, (_, name) in self.handlers().items() if name == trigger)
+        return number
+
+    def event(self, number, session="tab", event_data=None, **values):
+        """Send one. values: of inputs, by kind. Returns (status, answer)."""
+        usual = {"slider": 0.5, "state": None, "file": None, **values}
+        data = [usual[kind] for kind in self.handlers()[number][0]]
+        event = {"data": data, "fn_index": number, "session_hash": session}
+        return self.post("/gradio_api/queue/join", {**event, "event_data": event_data})[:2]
+
+    def result(self, session="tab"):
+        """What the page answers to the last event, {"success": ..., "output": ...}."""
+        connection = self.connect()
+        path = f"/gradio_api/queue/data?session_hash={session}"
+        connection.request("GET", path, headers=self.headers)
+        response = connection.getresponse()
+        try:
+            while line := response.readline():
+                message = json.loads(line[6:]) if line.startswith(b"data: ") else {}
+                if message.get("msg") in ("process_completed", "unexpected_error"):
+                    return message
+        finally:
+            connection.close()
+        pytest.fail(f"no answer: {response.status}")
+
+    def predict(self, path):
+        """Upload an image and predict it; return (its path on the server, what the page says)."""
+        status, (there,) = self.upload(path.name, path.read_bytes())
+        number = self.handler("upload")
+        assert status == 200 and self.event(number, file=[file_data(there)])[0] == 200
+        return there, self.result()["output"]["data"]
+
+
+def multipart(name, content):
+    head = f'--edge\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    return head.encode() + content + b"\r\n--edge--\r\n"
+
+
+def file_data(path):
+    return {"path": str(path), "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.fixture
+def visitor(servers, place):
+    yield Visitor(servers.address)
+    assert "Traceback" not in (place / "log").read_text()
+
+
+def secret_paths(place, visitor):
+    """Names of a picture on the server, and of one that is not there, in every spelling."""
+    secret = place / "secret.png"
+    scan(50, 50, 10, 10, 20).save(secret)
+    (folder,) = medseg_folders(place, "tmp")
+    own = Path(visitor.upload("own.png", secret.read_bytes())[1][0]).parent
+    for name in ("secret.png", "missing.png"):
+        yield from (str(place / name), name, f"file://{place / name}", f"{own}/../../../{name}")
+        up = "/".join([".."] * (len(own.parts) - len(place.parts)))
+        yield from (f"{own}/{up}/{name}", f"{folder}/uploads/../../../{name}")
+    yield from (str(folder / "phantom_1.png"), "http://127.0.0.1:9/x.png", "https://a.example/x")
+
+
+def test_no_handler_reads_a_file_of_the_server(visitor, place):
+    (own,) = visitor.upload("own.png", (place / "best_model.pth").read_bytes())[1]
+    handlers = visitor.handlers()
+    assert len(handlers) == 4
+    for path in secret_paths(place, visitor):
+        answers = set()
+        for number, (kinds, _) in handlers.items():
+            for kind in kinds:
+                for value in ([file_data(path)], file_data(path), {"x": [{"path": path}]}):
+                    answers.add(visitor.event(number, **{kind: value}))
+            answers.add(visitor.event(number, event_data={"index": 0, "value": file_data(path)}))
+        assert answers == {(403, b"not a file that this browser uploaded")}, path
+    # What was uploaded is read, by the same request: it is no image.
+    number = visitor.handler("upload")
+    assert visitor.event(number, file=[file_data(own)])[0] == 200
+    assert "own.png: not a JPEG" in str(visitor.result()["output"]["data"])
+
+
+ROUTES = """GET file=PATH|GET file/PATH|HEAD file=PATH|GET proxy=PATH|GET proxy=http://127.0.0.1:9/
+GET file=http://127.0.0.1:9/|GET /config?deep_link=PATH|GET stream/tab/0/1/playlist-file
+GET /static/PATH|GET /assets/PATH|GET /static/../PATH|GET /assets/%2e%2e/%2e%2e/PATH
+GET custom_component/1/client/component/PATH|GET deep_link?session_hash=tab|GET /svelte/PATH
+GET info|GET openapi.json|GET /openapi.json|GET /docs|GET /monitoring|GET /monitoring/summary
+GET runs|GET run-history/records|GET vibe-code|GET queue/status|GET app_id|GET token|GET user
+GET dev/reload|GET profiling/summary|GET /pwa_icon|GET /manifest.json|GET call/predict/1
+POST run/predict|POST run/predict/|POST api/predict|POST call/predict|POST call/v2/predict
+POST component_server|POST stream/1|POST reset|POST cancel|POST process_recording|POST /login
+POST vibe-edit|POST vibe-code|POST undo-vibe-edit|POST vibe-starter-queries|PUT queue/join"""
+
+
+def test_no_other_address_gives_a_file_away(visitor, place):
+    number = visitor.handler("upload")
+    scan(50, 50, 10, 10, 20).save(place / "secret.png")
+    for route in ROUTES.replace("\n", "|").split("|"):
+        answers = []
+        for path in (place / "secret.png", place / "missing.png"):
+            method, address = route.replace("PATH", str(path)).split(" ")
+            address = address if address.startswith("/") else f"/gradio_api/{address}"
+            event = {"data": [[file_data(path)], 0.5], "fn_index": number, "session_hash": "tab"}
+            event.update(component_id=1, fn_name="x", api_name="predict")
+            kind = {"Content-Type": "application/json"}
+            body = None if method in ("GET", "HEAD") else json.dumps(event)
+            status, content, _ = visitor.ask(method, address, body, **kind)
+            answers.append((status, content.replace(path.name.encode(), b"")))
+        assert answers[0] == answers[1], route  # nor whether it is there
+        if not route.startswith("GET /config"):
+            assert answers[0][0] in (403, 404, 405), route
+
+
+def test_without_the_cookie_there_is_nothing(visitor, place):
+    there, _ = visitor.predict(place / "secret.png")
+    visitor.headers = {}
+    for cookie in (None, "medseg-browser=shared", "medseg-browser=../x", "medseg-browser="):
+        headers = {"Cookie": cookie} if cookie else {}
+        for method, address in (
+            ("GET", f"file={there}"),
+            ("POST", "queue/join"),
+            ("POST", "upload"),
+        ):
+            assert visitor.ask(method, f"/gradio_api/{address}", None, **headers)[0] == 403
+
+
+def test_a_browser_gets_nothing_of_another(visitor, servers, place):
+    scan(50, 50, 10, 10, 20).save(place / "secret.png")
+    there, said = visitor.predict(place / "secret.png")
+    files = [part["path"] for part in said if isinstance(part, dict) and part.get("path")]
+    assert visitor.event(visitor.handler("click"))[0] == 200
+    files.append(visitor.result()["output"]["data"][0]["path"])
+    other = Visitor(servers.address)
+    for path in (there, *files):
+        assert visitor.ask("GET", f"/gradio_api/file={path}")[0] == 200, path
+        assert other.ask("GET", f"/gradio_api/file={path}")[0] == 403, path
+        assert other.event(other.handler("upload"), file=[file_data(path)])[0] == 403
+    assert len(files) == 4
+    examples = re.findall(r'"path": ?"([^"]+/shared/[^"]+)"', json.dumps(other.config))
+    assert len(examples) == 4
+    assert all(other.ask("GET", f"/gradio_api/file={path}")[0] == 200 for path in examples)
+    # The other's tab may have the same name: it is another session, which has predicted nothing.
+    assert other.event(other.handler("click"))[0] == 200
+    assert other.result()["output"]["data"] == [None]
+    mine = visitor.headers["Cookie"].partition("=")[2]
+    assert other.event(other.handler("click"), session=f"{mine}tab")[0] == 200
+    assert other.result(f"{mine}tab")["output"]["data"] == [None]
+    for session in ("", "tab/..", None, ["tab"], "x" * 100):
+        assert other.event(other.handler("click"), session=session)[0] == 400
+    for session in ("", "tab/..", "x" * 100):
+        for address in (f"queue/data?session_hash={session}", f"heartbeat/{session}"):
+            assert other.ask("GET", f"/gradio_api/{address}")[0] == 400
+
+
+def test_events_with_values_that_no_page_sends(visitor, place):
+    """Not one of them is a picture, an end of the page, or a traceback."""
+    select, change = visitor.handler("select"), visitor.handler("change")
+    for index in (-1, 4, 99, 0.0, True, "0", None, [0], {"x": 1}):
+        assert visitor.event(select, event_data={"index": index, "value": None})[0] == 200
+        assert not visitor.result()["success"], index
+    assert visitor.event(select, event_data={"index": 1, "value": None})[0] == 200
+    assert "phantom_2.png: foreground" in str(visitor.result()["output"]["data"])
+    number = visitor.config["dependencies"][change]
+    for picture in (1, 2):  # the slider of the pictures goes to 2 where there is one
+        event = {"data": ["forged", picture, 0.5], "fn_index": change, "session_hash": "tab"}
+        assert len(number["inputs"]) == 3
+        assert visitor.post("/gradio_api/queue/join", event)[0] == 200
+        assert "phantom_2.png: foreground" in str(visitor.result()["output"]["data"])
+    for body in (b"", b"[]", b"{", b"[" * 100_000, b'{"data": []}', b"\xff"):
+        kind = {"Content-Type": "application/json"}
+        assert visitor.ask("POST", "/gradio_api/queue/join", body, **kind)[0] == 400, body[:20]
+
+
+# ---- uploads ---------------------------------------------------------------------------------
+
+
+def begin_upload(visitor, *headers, name="upload"):
+    """A socket that has sent the head of an upload."""
+    opened = socket.create_connection((visitor.address.hostname, visitor.address.port), SECONDS)
+    lines = [f"POST /gradio_api/{name} HTTP/1.1", f"Host: {visitor.address.netloc}"]
+    lines += [f"Cookie: {visitor.headers['Cookie']}", *headers]
+    lines.append("Content-Type: multipart/form-data; boundary=edge")
+    opened.sendall("\r\n".join([*lines, "", ""]).encode())
+    return opened
+
+
+def uploaded_files(place):
+    (folder,) = medseg_folders(place, "tmp")
+    return {
+        os.path.join(root, name)
+        for root, _, names in os.walk(folder / "uploads")  # which may lose folders meanwhile
+        for name in names
+    }
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("head", ["Content-Length: 5000000", "Transfer-Encoding: chunked"])
+def test_an_aborted_upload_leaves_no_file(visitor, place, head):
+    body = multipart("aborted.png", bytes(3_000_000))[:2_000_000]
+    if "chunked" in head:
+        body = b"200000\r\n" + body
+    visitor.upload("whole.png", b"x")  # which stays
+    before = uploaded_files(place)
+    with begin_upload(visitor, head) as opened:
+        opened.sendall(body)
+        wait_until(lambda: uploaded_files(place) != before)
+    wait_until(lambda: uploaded_files(place) == before)
+    with begin_upload(visitor, head, name="queue/join") as opened:
+        opened.sendall(body[:1000])
+    time.sleep(0.2)  # the fixture looks for a traceback
+    assert visitor.upload("next.png", b"x")[0] == 200
+
+
+def test_an_upload_of_3_gb_is_refused_at_once(visitor, place):
+    assert 2e9 < gate.MAX_UPLOAD < 3e9
+    before, started = uploaded_files(place), time.monotonic()
+    for claim in ("3000000000", str(LONGEST + 1), "9" * 30):
+        with begin_upload(visitor, f"Content-Length: {claim}") as opened:
+            assert re.match(rb"HTTP/1.1 4(13|00) ", opened.recv(1000)), claim  # with no body sent
+    with begin_upload(visitor, "Content-Length: 3000000000", name="queue/join") as opened:
+        assert b" 413 " in opened.recv(1000)
+    assert time.monotonic() - started < 10
+    with begin_upload(visitor, "Transfer-Encoding: chunked") as opened:
+        opened.sendall(b"%x\r\n" % (2 * LONGEST) + multipart("endless.png", b""))
+        with contextlib.suppress(ConnectionError):  # the server stops to listen
+            for _ in range(2 * LONGEST // 100_000):
+                opened.sendall(bytes(100_000))
+            assert b" 413 " in opened.recv(1000)
+    wait_until(lambda: uploaded_files(place) == before)
+    status, (path,) = visitor.upload("large.png", bytes(LONGEST - 1000))
+    assert status == 200 and Path(path).stat().st_size == LONGEST - 1000
+
+
+def test_what_is_no_upload_is_refused(visitor, place):
+    before, whole = uploaded_files(place), multipart("x.png", b"content")
+    field = b'--edge\r\nContent-Disposition: form-data; name="files"\r\n\r\n'
+    many = b"".join(multipart(f"{number}.png", b"")[:-10] for number in range(1001)) + b"--edge--"
+    for body in (b"", b"x", whole[:-12], whole[:40], field + b"x\r\n--edge--\r\n", many):
+        kind = {"Content-Type": "multipart/form-data; boundary=edge"}
+        assert visitor.ask("POST", "/gradio_api/upload", body, **kind)[0] == 400, body[:60]
+    for kind in (
+        "",
+        "text/plain",
+        "multipart/form-data",
+        "multipart/form-data; boundary=" + "x" * 999,
+    ):
+        headers = {"Content-Type": kind}
+        assert visitor.ask("POST", "/gradio_api/upload", whole, **headers)[0] == 400, kind
+    wait_until(lambda: uploaded_files(place) == before)
+
+
+def test_names_of_uploads_stay_in_their_folder(visitor):
+    for given, kept in {
+        "../../../x.png": "x.png",
+        "C:\\\\scans\\\\a.png": "a.png",
+        "scans\\\\b.png": "b.png",
+        "brain (1) \u00e4.nii.gz": "brain (1) \u00e4.nii.gz",
+        "..": "file",
+        "": "file",
+        ".png": "png",
+        "a\u0000b.png": "ab.png",
+        "n" * 300 + ".dcm": "n" * 196 + ".dcm",
+        "x" * 300: "x" * 200,
+    }.items():
+        status, (path,) = visitor.upload(given, b"content")
+        assert status == 200 and Path(path).name == kept, given
+        assert Path(path).read_bytes() == b"content"
+
+
+def test_an_upload_is_deleted_when_it_was_kept_long_enough(tmp_path, monkeypatch):
+    pytest.importorskip("python_multipart", reason="it comes with gradio: pip install gradio")
+    monkeypatch.setattr(gate, "KEPT", 0.2)
+    messages = [{"type": "http.request", "body": multipart("x.png", b"content")}]
+    headers = [(b"content-type", b"multipart/form-data; boundary=edge")]
+    headers.append((b"cookie", b"medseg-browser=" + b"a" * 32))
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+    sent, contents = [], []
+
+    async def upload():
+        async def receive():
+            return messages.pop()
+
+        async def send(message):
+            sent.append(message)
+
+        await gate.Gate(None, tmp_path)({**scope, "query_string": b""}, receive, send)
+        for _ in range(2):
+            contents.append([path.read_bytes() for path in tmp_path.rglob("x.png")])
+            await asyncio.sleep(0.4)
+
+    asyncio.run(upload())
+    assert sent[0]["status"] == 200 and contents == [[b"content"], []]
+
+
+def test_progress_of_an_upload_is_told_to_its_browser_alone(visitor, servers):
+    body, other = multipart("slow.png", bytes(5_000_000)), Visitor(servers.address)
+    path = "/gradio_api/upload_progress?upload_id=one"
+    head = f"Content-Length: {len(body)}"
+    with begin_upload(visitor, head, name="upload?upload_id=one") as opened:
+        opened.sendall(body[:3_000_000])
+        connection = visitor.connect()
+        connection.request("GET", path, headers=visitor.headers)
+        response, sizes = connection.getresponse(), []
+        while not sizes:
+            line = response.readline()
+            sizes += re.findall(rb'"orig_name": "slow.png", "chunk_size": (\d+)', line)
+        assert other.ask("GET", path)[0] == 404
+        opened.sendall(body[3_000_000:])
+        rest = response.read()
+        connection.close()
+    sizes += re.findall(rb'"chunk_size": (\d+)', rest)
+    assert sum(map(int, sizes)) == 5_000_000 and len(sizes) > 1
+    assert rest.strip().endswith(b'{"msg": "done"}')
+
+
 # ---- refusals, and what needs no browser -----------------------------------------------------
 
 
@@ -516,6 +886,74 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     assert text.count("<i style=") == 2 and "rgb(230, 159, 0)" in text
     assert np.asarray(mask)[0, 15].tolist() == [92, 63, 0]  # 0.4 of that, on black
     assert not number["visible"] and button["interactive"]
+
+
+@pytest.mark.parametrize("threshold, first", [(0.2, 1), (0.5, 1), (0.8, 2)])
+def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, first):
+    """The probability of a voxel or pixel is its value / 255, and each value is counted by hand."""
+    volumes = pytest.importorskip("test_volumes")
+    counts = {100: 6, 160: 24, 240: 12}
+    voxels = np.full((8, 6, 4), 10, np.int16)
+    voxels[:6, :1, 0], voxels[:6, :4, 1], voxels[:6, :2, 2] = 100, 160, 240
+    volumes.write_nifti(tmp_path / "v.nii.gz", voxels, zooms=(1, 1, 5))
+    pixels = np.full((600, 800), 10, np.uint8)
+    for row, (value, count) in enumerate(counts.items()):
+        pixels[100 * row, :count] = value
+    Image.fromarray(pixels).save(tmp_path / "large.png")
+    expected = sum(count for value, count in counts.items() if value / 255 > threshold)
+
+    def probabilities(image):
+        return np.asarray(image.convert("L"), np.float32)[None] / 255
+
+    def predict(*names):
+        session = Session(tmp_path, ("foreground",), (127.5, 255))
+        session.predict([tmp_path / name for name in names], probabilities)
+        assert session.problems == []
+        return session
+
+    import nibabel
+
+    session = predict("v.nii.gz")
+    assert session.first(threshold) == first
+    for index, (value, count) in enumerate(counts.items()):
+        above = (count if value / 255 > threshold else 0) / 48
+        assert f"foreground {100 * above:.2f} %" in session.view(index, threshold).line
+        assert np.asarray(session.view(index, threshold).mask).mean() == 255 * above
+    both = predict("v.nii.gz", "large.png")
+    assert both.first(threshold) == 0
+    assert both.view(4, threshold).image.size == (640, 480)
+    for one in (session, both):
+        with zipfile.ZipFile(one.write(threshold)) as archive:
+            archive.extractall(tmp_path / "written")
+        mask = np.asarray(nibabel.load(tmp_path / "written" / "v_mask.nii.gz").dataobj)
+        assert mask.shape == (8, 6, 4) and np.count_nonzero(mask) == expected
+    mask = np.asarray(Image.open(tmp_path / "written" / "large_mask.png"))
+    assert mask.shape == (600, 800) and np.count_nonzero(mask) == expected
+    drawn = np.asarray(Image.open(tmp_path / "written" / "large_overlay.png")).astype(int)
+    assert np.count_nonzero(np.ptp(drawn, 2)) == expected  # the rest stays grey
+
+
+def test_behind_the_gate_gradio_reads_uploads_only(tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
+    from starlette.testclient import TestClient
+
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY", "GRADIO_TEMP_DIR"):
+        monkeypatch.setenv(name, "")  # so that what is set here is undone
+    monkeypatch.chdir(tmp_path)
+    gradio, uploads = import_gradio(tmp_path), tmp_path / "uploads"
+    page = Page(gradio, TwoClasses(), uploads, 0.5, None)
+    app, answers = make_app(gradio, layout(page, "", example_images(tmp_path))), []
+    (uploads / "x").mkdir()
+    with TestClient(app) as client:
+        for number, path in enumerate((uploads / "x" / "own.png", tmp_path / "secret.png")):
+            scan(50, 50, 10, 10, 20).save(path)
+            session = f"{number:032x}tab"
+            event = {"data": [[file_data(path)], 0.5], "fn_index": 0, "session_hash": session}
+            assert client.post("/gradio_api/queue/join", json=event).status_code == 200
+            answers.append(client.get(f"/gradio_api/queue/data?session_hash={session}").text)
+    share = "red &lt;b&gt; 16.00 %"
+    assert share in answers[0]
+    assert share not in answers[1] and '"success":false' in answers[1]
 
 
 def test_a_session_takes_its_folder_with_it(tmp_path):
