@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -36,7 +37,7 @@ from test_predict import brightness_model, scan
 import predict
 from medseg import gate, local_server
 from medseg.images import full_size_labels, save_mask
-from medseg.page import Page, example_images, text_html
+from medseg.page import Page, example_images, import_gradio, layout, make_app, text_html
 from medseg.session import Session
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -744,7 +745,7 @@ def test_an_upload_of_3_gb_is_refused_at_once(visitor, place):
 def test_what_is_no_upload_is_refused(visitor, place):
     before, whole = uploaded_files(place), multipart("x.png", b"content")
     field = b'--edge\r\nContent-Disposition: form-data; name="files"\r\n\r\n'
-    many = b"".join(multipart(f"{number}.png", b"")[:-10] for number in range(1001))
+    many = b"".join(multipart(f"{number}.png", b"")[:-10] for number in range(1001)) + b"--edge--"
     for body in (b"", b"x", whole[:-12], whole[:40], field + b"x\r\n--edge--\r\n", many):
         kind = {"Content-Type": "multipart/form-data; boundary=edge"}
         assert visitor.ask("POST", "/gradio_api/upload", body, **kind)[0] == 400, body[:60]
@@ -763,6 +764,7 @@ def test_names_of_uploads_stay_in_their_folder(visitor):
     for given, kept in {
         "../../../x.png": "x.png",
         "C:\\\\scans\\\\a.png": "a.png",
+        "scans\\\\b.png": "b.png",
         "brain (1) \u00e4.nii.gz": "brain (1) \u00e4.nii.gz",
         "..": "file",
         "": "file",
@@ -797,16 +799,17 @@ def test_an_upload_is_deleted_when_it_was_kept_long_enough(tmp_path, monkeypatch
             contents.append([path.read_bytes() for path in tmp_path.rglob("x.png")])
             await asyncio.sleep(0.4)
 
-    asyncio.run(upload())
+    with ThreadPoolExecutor() as threads:  # playwright has an event loop in this one
+        threads.submit(asyncio.run, upload()).result()
     assert sent[0]["status"] == 200 and contents == [[b"content"], []]
 
 
 def test_progress_of_an_upload_is_told_to_its_browser_alone(visitor, servers):
-    body, other = multipart("slow.png", bytes(100_000)), Visitor(servers.address)
+    body, other = multipart("slow.png", bytes(5_000_000)), Visitor(servers.address)
     path = "/gradio_api/upload_progress?upload_id=one"
     head = f"Content-Length: {len(body)}"
     with begin_upload(visitor, head, name="upload?upload_id=one") as opened:
-        opened.sendall(body[:60_000])
+        opened.sendall(body[:3_000_000])
         connection = visitor.connect()
         connection.request("GET", path, headers=visitor.headers)
         response, sizes = connection.getresponse(), []
@@ -814,11 +817,11 @@ def test_progress_of_an_upload_is_told_to_its_browser_alone(visitor, servers):
             line = response.readline()
             sizes += re.findall(rb'"orig_name": "slow.png", "chunk_size": (\d+)', line)
         assert other.ask("GET", path)[0] == 404
-        opened.sendall(body[60_000:])
+        opened.sendall(body[3_000_000:])
         rest = response.read()
         connection.close()
     sizes += re.findall(rb'"chunk_size": (\d+)', rest)
-    assert sum(map(int, sizes)) == 100_000 and len(sizes) > 1
+    assert sum(map(int, sizes)) == 5_000_000 and len(sizes) > 1
     assert rest.strip().endswith(b'{"msg": "done"}')
 
 
@@ -884,6 +887,74 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     assert text.count("<i style=") == 2 and "rgb(230, 159, 0)" in text
     assert np.asarray(mask)[0, 15].tolist() == [92, 63, 0]  # 0.4 of that, on black
     assert not number["visible"] and button["interactive"]
+
+
+@pytest.mark.parametrize("threshold, first", [(0.2, 1), (0.5, 1), (0.8, 2)])
+def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, first):
+    """The probability of a voxel or pixel is its value / 255, and each value is counted by hand."""
+    volumes = pytest.importorskip("test_volumes")
+    counts = {100: 6, 160: 24, 240: 12}
+    voxels = np.full((8, 6, 4), 10, np.int16)
+    voxels[:6, :1, 0], voxels[:6, :4, 1], voxels[:6, :2, 2] = 100, 160, 240
+    volumes.write_nifti(tmp_path / "v.nii.gz", voxels, zooms=(1, 1, 5))
+    pixels = np.full((600, 800), 10, np.uint8)
+    for row, (value, count) in enumerate(counts.items()):
+        pixels[100 * row, :count] = value
+    Image.fromarray(pixels).save(tmp_path / "large.png")
+    expected = sum(count for value, count in counts.items() if value / 255 > threshold)
+
+    def probabilities(image):
+        return np.asarray(image.convert("L"), np.float32)[None] / 255
+
+    def predict(*names):
+        session = Session(tmp_path, ("foreground",), (127.5, 255))
+        session.predict([tmp_path / name for name in names], probabilities)
+        assert session.problems == []
+        return session
+
+    import nibabel
+
+    session = predict("v.nii.gz")
+    assert session.first(threshold) == first
+    for index, (value, count) in enumerate(counts.items()):
+        above = (count if value / 255 > threshold else 0) / 48
+        assert f"foreground {100 * above:.2f} %" in session.view(index, threshold).line
+        assert np.asarray(session.view(index, threshold).mask).mean() == 255 * above
+    both = predict("v.nii.gz", "large.png")
+    assert both.first(threshold) == 0
+    assert both.view(4, threshold).image.size == (640, 480)
+    for one in (session, both):
+        with zipfile.ZipFile(one.write(threshold)) as archive:
+            archive.extractall(tmp_path / "written")
+        mask = np.asarray(nibabel.load(tmp_path / "written" / "v_mask.nii.gz").dataobj)
+        assert mask.shape == (8, 6, 4) and np.count_nonzero(mask) == expected
+    mask = np.asarray(Image.open(tmp_path / "written" / "large_mask.png"))
+    assert mask.shape == (600, 800) and np.count_nonzero(mask) == expected
+    drawn = np.asarray(Image.open(tmp_path / "written" / "large_overlay.png")).astype(int)
+    assert np.count_nonzero(np.ptp(drawn, 2)) == expected  # the rest stays grey
+
+
+def test_behind_the_gate_gradio_reads_uploads_only(tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
+    from starlette.testclient import TestClient
+
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY", "GRADIO_TEMP_DIR"):
+        monkeypatch.setenv(name, "")  # so that what is set here is undone
+    monkeypatch.chdir(tmp_path)
+    gradio, uploads = import_gradio(tmp_path), tmp_path / "uploads"
+    page = Page(gradio, TwoClasses(), uploads, 0.5, None)
+    app, answers = make_app(gradio, layout(page, "", example_images(tmp_path))), []
+    (uploads / "x").mkdir()
+    with TestClient(app) as client:
+        for number, path in enumerate((uploads / "x" / "own.png", tmp_path / "secret.png")):
+            scan(50, 50, 10, 10, 20).save(path)
+            session = f"{number:032x}tab"
+            event = {"data": [[file_data(path)], 0.5], "fn_index": 0, "session_hash": session}
+            assert client.post("/gradio_api/queue/join", json=event).status_code == 200
+            answers.append(client.get(f"/gradio_api/queue/data?session_hash={session}").text)
+    share = "red &lt;b&gt; 16.00 %"
+    assert share in answers[0]
+    assert share not in answers[1] and '"success":false' in answers[1]
 
 
 def test_a_session_takes_its_folder_with_it(tmp_path):

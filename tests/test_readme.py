@@ -21,7 +21,7 @@ OTHERS = {"--system-site-packages", "--max-restarts", "--id"}  # venv, torchrun,
 IMPORTED_AS = {"pillow": "PIL"}
 # Imported when used; the error names the pip command.
 OPTIONAL = {"pydicom", "nibabel", "gradio", "onnx", "onnxscript", "onnxruntime"}
-WITH_GRADIO = {"fastapi", "uvicorn"}
+WITH_GRADIO = {"fastapi", "uvicorn", "python_multipart"}
 NOT_IMPORTED = {"six", "torchvision"}  # for kaggle; for the tutorial's transforms
 
 
