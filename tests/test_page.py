@@ -799,8 +799,8 @@ def test_an_upload_is_deleted_when_it_was_kept_long_enough(tmp_path, monkeypatch
             contents.append([path.read_bytes() for path in tmp_path.rglob("x.png")])
             await asyncio.sleep(0.4)
 
-    with ThreadPoolExecutor(1) as pool:  # the browser's own event loop may run in this thread
-        pool.submit(asyncio.run, upload()).result()
+    with ThreadPoolExecutor() as threads:  # playwright has an event loop in this one
+        threads.submit(asyncio.run, upload()).result()
     assert sent[0]["status"] == 200 and contents == [[b"content"], []]
 
 
