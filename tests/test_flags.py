@@ -19,6 +19,8 @@ def parse(*flags):
 def test_an_architecture_brings_its_own_levels_filters_and_normalisation():
     args = parse("--arch", "drive")
     assert (args.depth, args.n_filters, args.norm, args.dropout) == (4, 64, "batch", "none")
+    args = parse("--arch", "study")
+    assert (args.depth, args.n_filters, args.norm, args.dropout) == (4, 64, "batch", "channels")
     args = parse("--arch", "study", "--n-filters", 8, "--depth", 2, "--dropout", "none")
     assert (args.depth, args.n_filters, args.norm, args.dropout) == (2, 8, "batch", "none")
     args = parse()

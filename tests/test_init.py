@@ -129,6 +129,12 @@ def test_a_recipe_gives_way_to_the_network_of_the_weights(here, capsys):
     assert "recipe strong: --norm none" in capsys.readouterr().out
 
 
+def test_with_crops_images_keep_their_own_size_whatever_the_weights_had(here):
+    write_weights("first.pth", depth=2)
+    saved = run("--init", "first.pth", "--crop", 32)
+    assert saved["flags"]["crop"] == 32 and load_model("best_model.pth").image_size is None
+
+
 def test_files_that_are_no_weights(refused, tmp_path):
     refused("train", "--init", "missing.pth", words=["missing.pth", "no such file"])
     (tmp_path / "text.pth").write_text("weights")

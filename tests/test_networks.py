@@ -169,6 +169,8 @@ def test_dropout_is_where_the_words_say():
 
     assert shares({"dropout": "none"}) == {}
     assert list(shares({})) == ["bottleneck.dropout"] and shares({})["bottleneck.dropout"] < 0.01
+    zeros = UNet(n_filters=2).train().bottleneck.dropout(torch.ones(100_000)) == 0
+    assert zeros.float().mean().item() == pytest.approx(0.4, abs=0.01)  # the tutorial's
     channels = shares(ARCHITECTURES["study"])
     assert len(channels) == 9  # a block each, used after both of its convolutions
     assert all(0.2 < share < 0.4 for share in channels.values())

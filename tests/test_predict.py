@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_refused, edit_annotations, script, square, write_split
+from matplotlib.colors import to_hex
+from matplotlib.contour import ContourSet
 from matplotlib.text import Text
 from PIL import Image
 
@@ -792,6 +794,53 @@ def test_a_panel_shows_the_image_that_its_title_names(graded, tmp_path, monkeypa
         np.testing.assert_array_equal(pred[0] > 0, expected)
 
 
+def test_a_pixel_at_the_threshold_is_background():
+    target, probabilities = np.ones((1, 2, 2), bool), np.full((1, 2, 2), 0.5, np.float32)
+    counts = count_image(target, probabilities, [0.45, 0.5])
+    assert counts.tolist() == [[[4, 0, 0, 0]], [[0, 0, 4, 0]]]
+
+
+def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monkeypatch):
+    """Six lesions of 10 to 60 pixels, each half found; three images without one."""
+    lesions, alarms = [10, 20, 30, 40, 50, 60, 0, 0, 0], [0] * 7 + [5, 7]
+    found = [size // 2 for size in lesions]
+    missed = [size - hit for size, hit in zip(lesions, found, strict=True)]
+    rest = [100 - size - alarm for size, alarm in zip(lesions, alarms, strict=True)]
+    counts = np.array([found, alarms, missed, rest]).T
+    distances = np.array([[1.0], [2.0], [9.0], *[[math.nan]] * 6])
+    each = dict.fromkeys(range(9))
+    monkeypatch.setattr("medseg.report.image_names", lambda _: list(map(str, each)))
+    monkeypatch.setattr("medseg.report.plot_report", lambda *_: None)
+    graded.result = lambda: (counts[:, None, None], distances)
+    graded.case = lambda index: (None,) * 3
+    report = write_report(tmp_path, "test", graded, None, ["foreground"])
+    thirds = [[10, 20], [30, 40], [50, 60]]
+    assert [group["pixels"] for group in report["by_lesion_size"]] == thirds
+    dice = [2 * (low + high) / 2 / (1.5 * (low + high)) for low, high in thirds]
+    assert [group["dice"] for group in report["by_lesion_size"]] == pytest.approx(dice)
+    assert [group["images"] for group in report["by_lesion_size"]] == [2, 2, 2]
+    assert report["no_lesion"] == {"images": 3, "with_false_alarm": 2}
+    assert report["hd95"] == {"mean": 4.0, "median": 2.0, "left_out": 6}
+
+
+def test_outlines_run_around_their_pixels(monkeypatch, tmp_path):
+    target, pred = np.zeros((2, 1, 12, 12), bool)
+    target[0, 2:6, 3:9], pred[0, 7:, 8:] = True, True  # the second up to the border
+    figure = figure_of(
+        *(monkeypatch, plots.plot_predictions, [np.zeros((12, 12, 3))], [target], [pred], [""]),
+        *(tmp_path / "predictions.png",),
+        **{"title": "", "class_names": ["foreground"]},
+    )
+    extents = {}
+    for contour in figure.axes[0].findobj(ContourSet):
+        (path,) = contour.get_paths()
+        box = path.get_extents()
+        extents[to_hex(contour.get_edgecolor()[0])] = (box.x0, box.x1, box.y0, box.y1)
+    # Half way between the centre of the last pixel inside and the first outside.
+    assert extents[plots.TARGET_COLOR.lower()] == (2.5, 8.5, 1.5, 5.5)
+    assert extents[plots.PRED_COLOR.lower()] == (7.5, 11.5, 6.5, 11.5)
+
+
 def figure_of(monkeypatch, plot, *arguments, **options):
     """The matplotlib figure that a function of medseg.plots draws; it is written too."""
     figures, save = [], plots.save_figure
@@ -852,9 +901,9 @@ def test_curves_have_whole_epochs_and_words(epochs, monkeypatch, tmp_path):
         {**row, "epoch": number + 1, "val_loss": 1 / (number + 1)} for number in range(epochs)
     ]
     path = tmp_path / "curves.png"
-    figure = figure_of(monkeypatch, plots.plot_curves, history, path, title="a $b$")
+    figure = figure_of(monkeypatch, plots.plot_curves, history, path, title=r"a $\frac$")
     words = texts_in(figure)
-    assert {"a $b$", "val pixel accuracy", "train Dice", "val IoU", "train loss"} <= set(words)
+    assert {r"a $\frac$", "val pixel accuracy", "train Dice", "val IoU", "train loss"} <= set(words)
     assert f"best weights (epoch {epochs})" in words
     for axis in figure.axes:
         ticks = ticks_in_view(axis.xaxis)

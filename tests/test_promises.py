@@ -137,8 +137,9 @@ def test_the_checkpoint_before_the_last_is_used_with_a_warning(copy, harm, capsy
     assert len(state["progress"]["history"]) == 2
 
 
-def test_resuming_wants_the_same_data(copy, refused):
-    edit_annotations(copy / "dataset" / "valid", lambda content: content["annotations"].pop())
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_resuming_wants_the_same_data(split, copy, refused):
+    edit_annotations(copy / "dataset" / split, lambda content: content["annotations"].pop())
     refused("train", *flags(copy, "run", "--resume"), words=["other data", "--resume"])
 
 
@@ -373,6 +374,14 @@ def test_it_stops_after_too_many_in_a_row_and_names_the_step(tmp_path):
     assert torch.equal(model.conv.weight, before)
     assert torch.equal(load_weights(tmp_path / "last.pth")["model"]["conv.weight"], before)
     assert torch.equal(load_weights(tmp_path / "best_model.pth")["conv.weight"], best)
+
+
+def test_many_bad_steps_that_are_not_in_a_row_do_not_stop_it(tmp_path):
+    model = Line()
+    batches = ([spoiled(math.nan)] * 19 + [batch(0)]) * 2
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    (row,) = train_line(model, batches, optimizer, tmp_path)
+    assert row["skipped"] == 38
 
 
 @pytest.mark.parametrize("lr", [1e3, 1e20, 1e38])

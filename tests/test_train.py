@@ -31,13 +31,14 @@ from torch.utils.data import DataLoader
 
 import train
 from data import Batches, COCOSegmentationDataset, load_split
-from medseg.checkpoint import history_row, load_weights, waits
+from medseg.checkpoint import Checkpointer, Progress, history_row, load_weights, waits
 from medseg.cli import ArgumentParser, number
 from medseg.coco import load_coco
 from medseg.flags import experiment_name, make_parser
-from medseg.history import print_epoch
+from medseg.history import log_values, print_epoch, progress_bar
+from medseg.images import MEAN, STD
 from medseg.metrics import RunningScores, metrics
-from medseg.optim import make_schedule
+from medseg.optim import GuardedStep, make_schedule
 from medseg.phantoms import make_phantoms
 from medseg.signals import Signals, Stopped
 from net import UNet, load_model
@@ -862,6 +863,125 @@ def test_the_next_command_works(flags, expected, few_phantoms, tmp_path):
     assert list(tmp_path.rglob("*_mask.png"))
 
 
+# ---- from the flags to what they are for -----------------------------------------------------
+
+
+@pytest.fixture
+def given(dataset, tmp_path, monkeypatch):
+    """given(*flags): what `main` hands on: {"train": options of its Batches, ..., "model": ...}."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "visualize_predictions", lambda *_, path, **__: path)
+    seen = {}
+
+    class Recorder(Batches):
+        def __init__(self, rows, *arguments, **options):
+            super().__init__(rows, *arguments, **options)
+            seen[("train", "valid", "test")[len(seen)]] = {**options, "images": len(rows)}
+
+    def record(model, train_loader, val_loader, criterion, optimizer, epochs, device, **options):
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        seen["model"] = {**options, **optimizer.param_groups[0], "epochs": epochs, "state": weights}
+        return []
+
+    def run(*flags):
+        seen.clear()
+        main_small(*flags, "--overwrite")
+        return dict(seen)
+
+    monkeypatch.setattr(train, "Batches", Recorder)
+    monkeypatch.setattr(train, "train_model", record)
+    return run
+
+
+def test_only_training_images_are_shuffled_changed_and_cropped(given):
+    whole = given("--augment", "flip=0.5,rotate=5", "--seed", 7)
+    assert [whole[split]["images"] for split in ("train", "valid", "test")] == [6, 4, 4]
+    assert whole["train"]["shuffle"] and whole["train"]["seed"] == 7
+    assert whole["train"]["augmented"] == {"flip": 0.5, "rotate": 5}
+    crops = given("--crop", 16, "--image-size", 256, "--depth", 2)
+    assert crops["train"]["crop"] == 16
+    for seen in (whole, crops):
+        for split in ("valid", "test"):
+            assert not (seen[split]["shuffle"] or seen[split]["augmented"] or seen[split]["crop"])
+
+
+def test_what_the_optimizer_and_the_loop_are_given(given):
+    flags = ("--lr", 0.02, "--weight-decay", 0.3, "--ema", 0.7, "--patience", 3, "--epochs", 5)
+    options = given(*flags, "--warmup", 4, "--schedule", "cosine", "--save-every", 9)["model"]
+    assert (options["lr"], options["weight_decay"], options["ema"]) == (0.02, 0.3, 0.7)
+    assert (options["patience"], options["epochs"], options["save_every"]) == (3, 5, 9)
+    # Three steps an epoch: it rises over four of fifteen and falls over eleven.
+    factors = [options["schedule"](step) for step in range(16)]
+    falling = [(1 + math.cos(math.pi * step / 11)) / 2 for step in range(12)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, *falling])
+    assert given("--seed", 1)["model"]["schedule"] is None
+
+
+def test_the_seed_decides_the_weights(given):
+    for seed in (0, 7):
+        torch.manual_seed(seed)
+        expected = UNet(n_filters=2).state_dict()
+        state = given("--seed", seed)["model"]["state"]
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+# ---- what an epoch shows ---------------------------------------------------------------------
+
+
+def test_an_epoch_is_told_its_number_and_goes_on_at_its_step(monkeypatch):
+    monkeypatch.setattr("medseg.history.tqdm", lambda batches, *_, **more: (list(batches), more))
+
+    class Loader(list):
+        def set_epoch(self, *numbers):
+            self.numbers = numbers
+
+    progress, loader = Progress(), Loader("abcde")
+    progress.epoch, progress.step = 3, 2
+    _, shown = progress_bar(loader, progress, "epoch 4")
+    assert (loader.numbers, shown["initial"], shown["total"]) == ((3, 2), 2, 5)
+    # A loader that knows no epochs is gone through again, but for the batches done.
+    batches, shown = progress_bar(["a", "b", "c"], progress, "epoch 4")
+    assert (batches, shown["initial"], shown["total"]) == (["c"], 2, 3)
+
+
+def test_what_is_logged_of_an_epoch():
+    row = {"epoch": 4, "train_loss": 0.1, "train_background_acc": 0.2, "val_dice/core": 0.3}
+    row |= {"val_background_acc": 0.4, "lr": 0.5, "skipped": 6, "images_per_second": 7.0}
+    assert log_values({**row, "seconds": 8.0}) == {
+        **{"train/epoch": 4, "train/lr": 0.5, "perf/images_per_second": 7.0, "train/loss": 0.1},
+        **{"val/dice/core": 0.3, "val/background_acc": 0.4},
+    }
+
+
+def test_the_running_loss_of_nothing_is_no_error():
+    scores = RunningScores("cpu")
+    assert scores.running_loss() == (0, 0)  # where the first step was skipped
+    scores.add(torch.tensor(3.0), torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    assert scores.running_loss() == (3, 2)
+
+
+def test_predictions_are_drawn_over_their_own_image(monkeypatch):
+    """A bright left half is predicted; the masks are rows, one more for each image."""
+    drawn = []
+    monkeypatch.setattr(train, "plot_predictions", lambda *arguments, **_: drawn.append(arguments))
+    images, masks = torch.full((4, 3, 8, 8), -1.0), torch.zeros(4, 1, 8, 8)
+    for index in range(4):
+        images[index, :, :, :4], masks[index, :, : index + 1] = 0.5 * index, 1
+    images[0, :, :, :4] = 0.1
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid()).requires_grad_(False)
+    model[0].weight.fill_(1)  # the probability is over 0.5 where the sum of the channels is over 0
+    model[0].bias.zero_()
+    train.visualize_predictions(model, [(images, masks)], "cpu", num_samples=2)
+    ((pictures, targets, preds, titles, _),) = drawn
+    for panel, index in enumerate((0, 3)):  # spread over the four
+        grey = images[index, :, 0, 0].numpy() * STD + MEAN
+        np.testing.assert_allclose(pictures[panel][0, 0], grey.clip(0, 1), atol=1e-6)
+        np.testing.assert_array_equal(targets[panel], masks[index] > 0)
+        assert preds[panel][0, :, :4].all() and not preds[panel][0, :, 4:].any()
+        rows = index + 1
+        assert titles[panel] == f"Dice {2 * 4 * rows / (32 + 8 * rows):.2f}"
+
+
 # ---- beyond the tutorial ---------------------------------------------------------------------
 
 
@@ -935,6 +1055,39 @@ def test_the_running_mean_of_the_weights_by_hand(tmp_path):
     assert best["0.bias"].item() == pytest.approx(mean, abs=1e-6)
     # What was evaluated is what is left in the model.
     assert model[0].bias.item() == pytest.approx(mean, abs=1e-6)
+
+
+def test_the_scale_of_half_precision_is_gone_on_with():
+    def make():
+        model = torch.nn.Conv2d(3, 1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+        return GuardedStep(model, optimizer, torch.device("cpu"), scaler=scaler), model
+
+    first, model = make()
+    for _ in range(2):  # each doubles the scale
+        first.begin()
+        first.finish(model(torch.ones(1, 3, 2, 2)).mean())
+    second, _ = make()
+    second.load_state_dict(first.state_dict())
+    assert second.scaler.get_scale() == 32 and second.steps == 2
+
+
+@pytest.mark.parametrize("took, pause", [(1, 60), (10, 200)])
+def test_on_a_slow_disk_checkpoints_are_rarer(took, pause, tmp_path, monkeypatch):
+    """Writing takes less than a twentieth of the time, as docs/reliability.md promises."""
+    now = [1000.0]
+    monkeypatch.setattr("medseg.checkpoint.time.monotonic", lambda: now[0])
+
+    def write(*_, **__):
+        now[0] += took
+
+    monkeypatch.setattr("medseg.checkpoint.save_weights", write)
+    checkpointer = Checkpointer(tmp_path, {"progress": Progress()}, flags={}, save_every=60)
+    checkpointer.save()
+    for seconds, due in ((pause - 1, False), (pause, True)):
+        now[0] = 1000.0 + took + seconds
+        assert checkpointer.due() == due
 
 
 @pytest.mark.usefixtures("no_pictures")
