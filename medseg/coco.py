@@ -6,6 +6,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
+from medseg.files import check_regular
+
 ANNOTATIONS = "_annotations.coco.json"
 SPLITS = ("train", "valid", "test")
 LAYOUT = f"a data set is a folder with train/, valid/ and test/, each with images and {ANNOTATIONS}"
@@ -25,6 +27,7 @@ def read_annotations(folder, skipped=None):
         raise FileNotFoundError(_missing(folder.parent))
     if not folder.is_dir():
         raise FileNotFoundError(_missing(folder))
+    check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {LAYOUT}")
     return read_coco(path, skipped, advice=f": `python data.py {folder.parent}` lists them")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.cli import one_line
+from medseg.files import check_regular
 
 INPUT, OUTPUT = "images", "probabilities"
 KEYS = ("class_names", "image_size", "n_channels", "mean", "std")  # of the metadata, JSON each
@@ -122,6 +123,7 @@ def read_metadata(path):
     Raises FileNotFoundError; ValueError for a file that is damaged, keeps weights in other files,
     or has no such metadata.
     """
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
