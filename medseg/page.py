@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from medseg import local_server
-from medseg.images import class_colors, preprocess, read_image
+from medseg.images import FORMAT_NAMES, class_colors, preprocess, read_image
 from medseg.inputs import data_set_images
 from medseg.phantoms import draw_phantom
 from medseg.session import Session
@@ -29,7 +29,7 @@ EXAMPLES, THUMBNAIL = 4, 160  # how many, and pixels a side
 MAX_UPLOAD = "2gb"  # a file
 MAX_PROBLEMS = 5  # lines shown
 CLEANING = (3600, 24 * 3600)  # seconds: how often uploads are looked through, and how long kept
-TAKES = "Images: JPEG, PNG, TIFF, BMP, DICOM or NIfTI; one or several"
+TAKES = f"Images: DICOM, NIfTI, {FORMAT_NAMES}; one or several"
 WAITING = "Drop an image above, or choose an example."
 CSS = """
 .gradio-container > main { max-width: 1100px !important; padding: 1.2rem !important; }
