@@ -28,6 +28,7 @@ from medseg import own_data
 from medseg.archive import check_disk_space, install, is_intact, occupied, read_splits, unpack
 from medseg.cli import ArgumentParser, number, one_line, run_main
 from medseg.dataset import holds_own_data
+from medseg.files import check_regular
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
 
 SLUG = "pkdarabi/brain-tumor-image-dataset-semantic-segmentation"
@@ -236,6 +237,7 @@ def install_download(root, sources):
 
 def install_zip(archive, root):
     """Put the splits of a zip into `root`. Raises DownloadError for an unsuitable archive."""
+    check_regular(archive)
     try:
         install(root, lambda folder: unpack(archive, folder))
     except FileNotFoundError as error:

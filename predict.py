@@ -33,8 +33,10 @@ from medseg.cli import ArgumentParser, add_device_flags, number, run_main
 from medseg.coco import ANNOTATIONS, check_classes
 from medseg.files import parallel_map
 from medseg.images import (
+    FORMAT_NAMES,
     IMAGE_SIZE,
     describe,
+    draw_labels,
     full_size_labels,
     overlay,
     preprocess,
@@ -45,7 +47,15 @@ from medseg.images import (
     save_png,
     with_legend,
 )
-from medseg.inputs import choose_output, data_set_images, default_model, expand, sort_inputs
+from medseg.inputs import (
+    choose_output,
+    data_set_images,
+    default_model,
+    describe_left_out,
+    expand,
+    left_aside,
+    sort_inputs,
+)
 from medseg.medical import choose_window, window_limits
 from medseg.onnx_model import OnnxModel
 
@@ -79,7 +89,8 @@ def preprocess_image(image_path, *, image_size=IMAGE_SIZE, n_channels=3):
 
     image = image_path if isinstance(image_path, Image.Image) else read_image(image_path)
     pixels = preprocess(image, image_size, n_channels)
-    return normalize(torch.from_numpy(pixels)[None]), Image.fromarray(pixels.squeeze())
+    shown = pixels[..., 0] if n_channels == 1 else pixels
+    return normalize(torch.from_numpy(pixels)[None]), Image.fromarray(shown)
 
 
 def predict_mask(model, image_tensor, device="cuda", threshold=0.5):
@@ -126,13 +137,14 @@ def visualize_result(
     scale = 400 / max(picture.size)
     width, height = (max(round(side * scale), 1) for side in picture.size)
     picture = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    labels = np.rint(np.squeeze(np.asarray(predicted_mask))).astype(np.uint8)
+    labels = np.rint(np.asarray(predicted_mask)).astype(np.uint8)
+    while labels.ndim > 2:  # an image of 1 pixel in a side keeps that axis
+        labels = labels.squeeze(labels.shape.index(1))
     labels = resize_nearest(labels, height, width)
-    black, n_classes = Image.new("RGB", picture.size), len(class_names)
-    mask = Image.fromarray(labels > 0)
+    n_classes = len(class_names)
     panels = {
         "Original Image": picture,
-        "Predicted Mask": mask if n_classes == 1 else overlay(black, labels, n_classes),
+        "Predicted Mask": draw_labels(labels, n_classes),
         "Overlay": overlay(picture, labels, n_classes),
     }
     column = max(width, 150)
@@ -251,7 +263,7 @@ def predict_many(model, pictures, output, threshold, scores=None):
     scores: a FolderScores to tell of each, or None.
     Decoding runs ahead and writing behind in threads, a few batches of each at most; the threads
     leave PyTorch alone, whose own threads would compete with the network's.
-    Returns what went wrong, a line each.
+    Returns [(path, line)] of the pictures that could not be predicted.
     """
 
     def read(picture):
@@ -277,7 +289,7 @@ def predict_many(model, pictures, output, threshold, scores=None):
 
         for count, item in enumerate(parallel_map(read, pictures), 1):
             if isinstance(item, Exception):
-                problems.append(str(item))
+                problems.append((pictures[count - 1].path, str(item)))
                 bar.update()
             else:
                 batch.append(item)
@@ -287,7 +299,7 @@ def predict_many(model, pictures, output, threshold, scores=None):
                     for (picture, image, _), own in zip(batch, probabilities, strict=True):
                         writing.append(pool.submit(write, picture, image, own))
                 except ValueError as error:  # out of memory
-                    problems += [f"{picture.path}: {error}" for picture, *_ in batch]
+                    problems += [(item[0].path, f"{item[0].path}: {error}") for item in batch]
                     bar.update(len(batch))
                 batch = []
                 finish_writing(2 * batch_size)
@@ -409,7 +421,7 @@ def make_parser():
         "inputs",
         nargs="*",
         metavar="IMAGE|FOLDER",
-        help="JPEG, PNG, TIFF, BMP, DICOM or NIfTI; without one, the tutorial's example image",
+        help=f"DICOM, NIfTI, {FORMAT_NAMES}; without one, the tutorial's example image",
     )
     add = parser.add_argument_group("model").add_argument
     add(
@@ -481,23 +493,27 @@ def main(argv=None):
 
 def predict_inputs(args, device, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
-    paths = expand(args.inputs) if args.inputs else [example()]
+    rank, world = 0, 1
+    if "LOCAL_RANK" in os.environ:  # torchrun: to each process its part
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    paths = expand(args.inputs or [example()])
+    for folder in filter(Path.is_dir, map(Path, args.inputs)):
+        if rank == 0 and (aside := left_aside(folder)):
+            print(f"left aside in {folder}: {aside}")
     named_one = len(paths) == 1 and not any(Path(given).is_dir() for given in args.inputs)
     model = open_model(args.model, device, args.precision)
     window = choose_window(window, model.window)
     pictures, volumes, problems = sort_inputs(paths, window)
     if named_one and problems:
-        raise ValueError(problems[0])
-    single = named_one and len(pictures) + len(volumes) == 1
-    output = choose_output(args.output, single, paths)
-    rank, world = 0, 1
-    if "LOCAL_RANK" in os.environ:  # torchrun: to each process its part
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        raise ValueError(problems[0][1])
+    total = len(pictures) + len(volumes) + len(problems)
+    single = named_one and total == 1
+    output = choose_output(args.output, single, list(paths))
     for path in volumes[rank::world]:
         try:
             predict_volume(model, path, output, args.threshold, window)
         except (FileNotFoundError, ValueError) as error:
-            problems.append(str(error))
+            problems.append((path, str(error)))
             if single:
                 raise
     if single:
@@ -521,8 +537,7 @@ def predict_inputs(args, device, window):
 
         print_report(folder, output, report(model, folder, output, args.threshold, scores))
     if problems:
-        lines = "; ".join(problems)
-        raise ValueError(f"{len(problems)} of {len(paths)} left out: {lines}{unscored}")
+        raise ValueError(describe_left_out(problems, len(paths), total) + unscored)
 
 
 if __name__ == "__main__":

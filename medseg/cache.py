@@ -12,7 +12,7 @@ from tqdm import tqdm
 from medseg.coco import ANNOTATIONS
 from medseg.files import atomic_write, file_lock, parallel_map
 
-CACHE_VERSION = 1  # raise it when the pixels of a cached row change
+CACHE_VERSION = 2  # raise it when the pixels of a cached row change
 
 
 class RaggedRows(Sequence):

@@ -14,7 +14,7 @@ import torch
 from medseg.cache import fingerprint
 from medseg.cli import one_line
 from medseg.dist import all_reduce_max, is_first
-from medseg.files import atomic_write, remove_partial_writes
+from medseg.files import atomic_write, check_regular, remove_partial_writes
 from medseg.signals import Stopped
 
 NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16 may need 16 to find its scale
@@ -28,6 +28,7 @@ def load_weights(path):
 
     Raises FileNotFoundError; ValueError where the file is damaged or holds anything else.
     """
+    check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters about an odd file is an error below

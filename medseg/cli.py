@@ -192,6 +192,8 @@ def run_main(main, *, exit_at_once=lambda: False):
     exit_at_once(): whether to leave without waiting for threads and Python's own shutdown.
     """
     name, status = Path(sys.argv[0]).name, 0
+    if hasattr(sys.stdout, "reconfigure"):  # file names may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except SystemExit as leaving:

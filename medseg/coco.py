@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
+from medseg.files import check_regular
 from medseg.medical import read_settings
 
 ANNOTATIONS = "_annotations.coco.json"
@@ -27,6 +28,7 @@ def read_annotations(folder, skipped=None):
         raise FileNotFoundError(_missing(folder.parent))
     if not folder.is_dir():
         raise FileNotFoundError(_missing(folder))
+    check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {LAYOUT}")
     return read_coco(path, skipped, advice=f": `python data.py {folder.parent}` lists them")

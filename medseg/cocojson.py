@@ -11,6 +11,7 @@ from pathlib import Path, PureWindowsPath
 
 from medseg.coco import rasterize, read_coco
 from medseg.dataset import Item
+from medseg.files import check_regular
 from medseg.images import SUFFIXES
 from medseg.sources import (
     find_groups,
@@ -33,6 +34,7 @@ def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=F
     Raises ValueError or FileNotFoundError that names the file.
     """
     path, images = Path(annotations), Path(images)
+    check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     content = read_coco(path)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from medseg.archive import install, occupied
 from medseg.coco import ANNOTATIONS, SPLITS, read_annotations, recorded_settings
 from medseg.files import parallel_map
-from medseg.images import FORMATS, SUFFIXES, save_png
+from medseg.images import SUFFIXES, open_image, save_png
 from medseg.medical import spell_window
 from medseg.phantoms import is_phantom
 
@@ -35,7 +35,7 @@ class Item:
 
     name: the stem of the file to write, unique in the data set whatever the case. group: images
     of one group stay in one split; "" is a group of its own. load(): (picture, masks). picture is
-    an upright PIL image, saved as PNG, or the Path of a JPEG, PNG, TIFF or BMP file that is
+    an upright PIL image, saved as PNG, or the Path of a file of `medseg.images.FORMATS` that is
     upright and was read without an error, copied as it is. masks is {class name: bool array
     (H, W)} of the picture's size; a class that is not there need not be named. load raises
     FileNotFoundError, or ValueError naming the file; it is called from several threads.
@@ -258,7 +258,7 @@ def _save_picture(picture, folder, name):
     if isinstance(picture, Image.Image):
         save_png(picture, folder / f"{name}.png")
         return f"{name}.png", picture.size
-    with Image.open(picture, formats=FORMATS) as image:
+    with open_image(picture) as image:
         if image.format == "TIFF":
             image.load()  # which turns it, where it has an orientation
         size, kind = image.size, image.format

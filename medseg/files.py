@@ -1,10 +1,36 @@
 """Files written whole or not at all, locks between processes, and a map over all cores."""
 
 import contextlib
+import hashlib
 import os
+import stat
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+
+NAME_BYTES = 200  # of a file name, so that endings fit too: file systems take 255
+
+
+def check_regular(path):
+    """ValueError where `path` is a FIFO, a socket or a device: reading one may never end.
+
+    A folder, and what is not there, are left to the reader.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"{path}: not a regular file, but a FIFO, a socket or a device")
+
+
+def shorten(name):
+    """A file name of at most NAME_BYTES bytes: a longer one keeps its beginning and gets a hash."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= NAME_BYTES:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:8]
+    return f"{encoded[: NAME_BYTES - 9].decode('utf-8', 'ignore')}~{digest}"
 
 
 @contextlib.contextmanager
@@ -12,8 +38,9 @@ def atomic_write(path, *, sync=True):
     """A binary file to write that appears at `path` (a Path) once complete, or not at all.
 
     sync: wait until the disk has it, so that this holds even where the power fails.
+    Raises OSError that names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{shorten(path.name)}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed it since
         with open(temporary, "wb") as file:
@@ -22,6 +49,10 @@ def atomic_write(path, *, sync=True):
             if sync:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

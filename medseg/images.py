@@ -1,6 +1,8 @@
 """One picture: reading it, resizing it, outlining and tinting what was found in it. No torch."""
 
 import colorsys
+import contextlib
+import os
 import warnings
 from pathlib import Path
 
@@ -8,14 +10,24 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from medseg.files import atomic_write
+from medseg.files import atomic_write, check_regular
+from medseg.samples import has_16_bits, stored_samples
 
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green, blue, in 0..1: the tutorial's
 STD = (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # of one channel: the means of those
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP")  # named, so that no rare decoder meets a stranger's file
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
+# Pillow's names, listed so that no rare decoder meets a stranger's file; PPM is all of PNM.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "GIF")
+FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif"),
+)
+MAX_FILE_BYTES = 1 << 30  # 89 million pixels of four 16-bit samples are 0.7 GB
+MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
+
+RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
 # Pillow warns above 89 megapixels and refuses at twice that: refuse at once.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -23,31 +35,63 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
-def read_image(path):
-    """The picture in a JPEG, PNG, TIFF or BMP file as a PIL image of mode RGB, its size kept.
+@contextlib.contextmanager
+def open_image(file):
+    """The one picture in a path or binary file, a PIL image that is not loaded yet.
 
-    More than 8 bits a sample are scaled linearly to 0..255 from the range that holds the largest
-    value: 8, 10, 12 or 16 bits (0..1 for floating point). Alpha is dropped.
-    Raises FileNotFoundError; ValueError for what is not one whole picture of at most 89
-    megapixels.
+    Raises ValueError for several pictures (pages, or the frames of an animation) and for what is
+    no regular file or too large; and what Pillow raises.
+    """
+    if hasattr(file, "read"):
+        size = file.seek(0, os.SEEK_END)
+    else:
+        check_regular(file)
+        size = os.stat(file).st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    with Image.open(file, formats=FORMATS) as image:
+        if getattr(image, "is_animated", False):
+            count = image.n_frames if size <= MAX_COUNTED_BYTES else "several"
+            raise ValueError(f"holds {count} pictures: save each in a file of its own")
+        yield image
+
+
+@contextlib.contextmanager
+def image_errors(path, what):
+    """Within, whatever decoders raise on a damaged file becomes a ValueError that names it.
+
+    what: 'image' or 'mask'. Also turns a missing file into a FileNotFoundError of one line.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise ValueError(f"holds {frames} pictures: save each slice in a file of its own")
-            image.load()
-            return _to_8_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
+        yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
+        raise FileNotFoundError(f"{path}: no such {what}") from None
     except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not an image") from None
+        raise ValueError(f"{path}: a folder, not an {what}") from None
     except PermissionError:
         raise
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not a JPEG, PNG, TIFF or BMP image") from None
-    except Exception as error:  # decoders raise many kinds on damaged files: SyntaxError, ...
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: not a {FORMAT_NAMES} {what}") from None
+    except Exception as error:  # many kinds: SyntaxError, struct.error, ...
+        line = str(error)
+        raise ValueError(line if line.startswith(f"{path}: ") else f"{path}: {line}") from None
+
+
+def read_image(path):
+    """The picture in a file of one of FORMATS as a PIL image of mode RGB, its size kept.
+
+    path: or a binary file. More than 8 bits a sample are scaled linearly to 0..255 from the range
+    that holds the largest value: 8, 10, 12 or 16 bits (0..1 for floating point). The values of PGM
+    and PPM files are scaled from the range that the file names. Alpha is dropped.
+    Raises FileNotFoundError; ValueError for what is not one whole picture of at most 89
+    megapixels.
+    """
+    with image_errors(path, "image"), open_image(path) as image:
+        samples = stored_samples(image, path)
+        if samples:
+            return _table_to_8_bits(*samples)
+        image.load()
+        return _to_8_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
 
 
 KINDS = {
@@ -59,8 +103,11 @@ KINDS = {
 
 def image_kind(path):
     """How the pixels of an image file are stored: '8-bit RGB', '16-bit grey', ..."""
-    with Image.open(path, formats=FORMATS) as image:
-        return "16-bit grey" if image.mode.startswith("I;16") else KINDS.get(image.mode, image.mode)
+    with open_image(path) as image:
+        if image.mode[0] == "I" and has_16_bits(image):
+            return "16-bit grey"
+        kind = KINDS.get(image.mode, image.mode)
+        return kind.replace("8-bit", "16-bit") if has_16_bits(image) else kind
 
 
 def _to_8_bits(image):
@@ -68,9 +115,21 @@ def _to_8_bits(image):
         values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all() or values.min() < 0:
         raise ValueError("has negative or non-finite pixels: rescale it to 0..65535 first")
-    ranges = [1, 255, 1023, 4095, 65535] if image.mode == "F" else [255, 1023, 4095, 65535]
-    white = next((top for top in ranges if values.max() <= top), values.max())
+    white = _white([1, *RANGES] if image.mode == "F" else RANGES, values.max())
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
+
+
+def _table_to_8_bits(samples, white):
+    """What `stored_samples` returns -> PIL image of mode RGB. A table, for it takes less memory."""
+    if samples.ndim == 3:
+        samples = samples[..., 0] if samples.shape[2] == 2 else samples[..., :3]
+    table = np.arange(65536) * (255 / (white or _white(RANGES, samples.max())))
+    return Image.fromarray(table.clip(max=255).round().astype(np.uint8)[samples]).convert("RGB")
+
+
+def _white(ranges, highest):
+    """The value that is shown white: the end of the first of the ranges that holds the highest."""
+    return next((top for top in ranges if highest <= top), highest)
 
 
 def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
@@ -136,6 +195,14 @@ def class_colors(n_classes):
         red, green, blue = colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 0.9)
         colors.append((round(255 * red), round(255 * green), round(255 * blue)))
     return colors
+
+
+def draw_labels(labels, n_classes=1):
+    """Class numbers (H, W) -> PIL image in the colours of the legend; of a single class, white."""
+    if n_classes == 1:
+        return Image.fromarray(labels > 0).convert("L")
+    colors = np.array([(0, 0, 0), *class_colors(n_classes)], np.uint8)
+    return Image.fromarray(colors[labels])
 
 
 def overlay(image, labels, n_classes=1):

@@ -1,5 +1,6 @@
 """What predict.py is to predict, and where it writes: files, folders, frames, volumes."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -7,9 +8,11 @@ from typing import NamedTuple
 from PIL import Image
 
 from medseg.cli import output_folder
+from medseg.coco import ANNOTATIONS
 from medseg.dicom import read_dicom
+from medseg.files import shorten
 from medseg.images import SUFFIXES, read_image
-from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, kind
+from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, kind, result_name
 
 # Weights that come with the repository, and what they are: docs/pretrained.md.
 PRETRAINED = Path(__file__).parent.parent / "dataset" / "tumor.pth"
@@ -17,7 +20,7 @@ ABOUT_PRETRAINED = "brain tumours in MRI slices, test Dice 0.77"
 
 OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "contact_sheet.jpg")
 OWN_ENDINGS = ("_mask", "_overlay", "_montage")
-OTHER_PICTURES = (".gif", ".webp", ".jp2", ".tga", ".ppm")  # suffixes that name no folder
+OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
 
 class Picture(NamedTuple):
@@ -28,11 +31,15 @@ class Picture(NamedTuple):
     load: object
 
 
-def pictures_in(path, window):
-    """[Picture] of an image file: one, or of a DICOM file one for each frame."""
+def pictures_in(path, window, name=None):
+    """[Picture] of an image file: one, or of a DICOM file one for each frame.
+
+    name: what its masks are called; default: its `result_name`.
+    """
+    name = name or result_name(path)
     if kind(path) != "dicom":
-        return [Picture(path, base_name(path), partial(read_image, path))]
-    frames, name = read_dicom(path, window), base_name(path)
+        return [Picture(path, name, partial(read_image, path))]
+    frames = read_dicom(path, window)
     if len(frames) == 1:
         return [Picture(path, name, partial(_frame, frames, 0))]
     return [
@@ -42,16 +49,17 @@ def pictures_in(path, window):
 
 
 def sort_inputs(paths, window):
-    """Files -> ([Picture], [NIfTI volumes], lines on the files that cannot be read)."""
+    """{file: name} -> ([Picture], [NIfTI volumes], [(file, why it cannot be read)])."""
     pictures, volumes, problems = [], [], []
-    for path in paths:
+    for path, name in paths.items():
         if kind(path) == "nifti":
             volumes.append(path)
             continue
         try:
-            pictures += pictures_in(path, window)
+            pictures += pictures_in(path, window, name)
         except (FileNotFoundError, ValueError) as error:
-            problems.append(str(error))
+            problems.append((path, str(error)))
+    _check_names([(picture.name, picture.path) for picture in pictures])
     return pictures, volumes, problems
 
 
@@ -60,8 +68,10 @@ def _frame(frames, number):
 
 
 def expand(inputs):
-    """Files and folders -> list of files with images or volumes.
+    """Files and folders -> {file with an image or volume: what its masks are called}.
 
+    The name is the file's without its suffix; of images in one folder that differ in nothing else,
+    with it: a.png and a.jpg become a_png and a_jpg. A name that is too long is shortened.
     Raises FileNotFoundError, and ValueError where there are none or two would share a name.
     """
     paths = []
@@ -70,21 +80,69 @@ def expand(inputs):
             images = [path for path in sorted(given.iterdir()) if is_input(path)]
             if not images:
                 suffixes = ", ".join((*SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES))
-                raise ValueError(f"{given}: no images ({suffixes}) in this folder")
+                aside = left_aside(given)
+                but = f", but {aside}" if aside else ""
+                raise ValueError(f"{given}: no images ({suffixes}) in this folder{but}")
             paths += images
         elif given.exists():
             paths.append(given)
         else:
             raise FileNotFoundError(f"{given}: no such image or folder")
-    names = {}
-    for path in paths:
-        other = names.setdefault(base_name(path), path)
+    names = {path: result_name(path) for path in paths}
+    for _ in range(2):  # again, for a_png.png may be there too
+        count = Counter((path.parent, name) for path, name in names.items())
+        for path, name in names.items():
+            if count[path.parent, name] > 1 and kind(path) != "nifti":
+                names[path] = _name_with_suffix(path)
+    _check_names([(name, path) for path, name in names.items()])
+    return names
+
+
+def _name_with_suffix(path):
+    """'a.png' -> 'a_png'"""
+    name = base_name(path)
+    return shorten(name + path.name[len(name) :].replace(".", "_"))
+
+
+def _check_names(named):
+    """ValueError where two of [(name, path)] share a name."""
+    owners = {}
+    for name, path in named:
+        other = owners.setdefault(name, path)
         if other != path:
             raise ValueError(
-                f"{path} and {other} would both become {base_name(path)}_mask: "
+                f"{path} and {other} would both become {name}_mask: "
                 "predict them apart, with another --output"
             )
-    return list(names.values())
+
+
+def left_aside(folder):
+    """What in a folder is not predicted, counted: '.txt (3), folders (2)', or ''.
+
+    The annotations of a data set are not counted.
+    """
+    counts = Counter()
+    for path in folder.iterdir():
+        if path.is_dir():
+            counts["folders"] += 1
+        elif not path.is_file():
+            counts["special files and broken links"] += 1
+        elif _is_own(path):
+            counts["masks and pictures of these scripts"] += 1
+        elif path.name != ANNOTATIONS and not is_input(path):
+            counts[path.suffix.lower() or "no suffix"] += 1
+    return ", ".join(f"{what} ({count})" for what, count in sorted(counts.items()))
+
+
+def describe_left_out(problems, files, pictures):
+    """A line on what could not be predicted.
+
+    problems: [(file, why)], one for each picture; files, pictures: how many there are of each.
+    """
+    share = f"{len(problems)} of {pictures}"
+    if pictures > files:  # some are frames of one file
+        share += f" pictures, from {len({path for path, _ in problems})} of {files} files,"
+    return f"{share} left out: {'; '.join(dict.fromkeys(why for _, why in problems))}"
 
 
 def data_set_images():
@@ -109,9 +167,13 @@ def default_model():
 
 def is_input(path):
     """Whether a file in a folder is an image or volume, and not one that these scripts wrote."""
-    if path.name in OWN_PICTURES or base_name(path).endswith(OWN_ENDINGS) or not path.is_file():
+    if _is_own(path) or not path.is_file():
         return False
     return path.suffix.lower() in SUFFIXES or kind(path) is not None
+
+
+def _is_own(path):
+    return path.name in OWN_PICTURES or base_name(path).endswith(OWN_ENDINGS)
 
 
 def choose_output(given, single, inputs):

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.dataset import Item
-from medseg.files import parallel_map
+from medseg.files import check_regular, parallel_map
 from medseg.images import SUFFIXES
 from medseg.sources import (
     existing_file,
@@ -138,6 +138,7 @@ def read_labelme(path):
     Raises FileNotFoundError; ValueError for what is not LabelMe: a list of shapes, each with a
     label and a known shape_type.
     """
+    check_regular(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no LabelMe file is")
     try:

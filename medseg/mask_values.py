@@ -5,9 +5,10 @@ No mask says so, and all are looked at first:
 - 0 and one other value anywhere: one class, foreground.
 - Several values or colours: a class each, named by the value ("85") or colour ("#ff0000"). 0 and
   black are background.
-- JPEG changes values, so JPEG masks are cut at half: above 127 is foreground. The same for grey
-  masks whose edges were smoothed: more than SMOOTHED distinct values that reach from 0 to 255 with
-  none of eight equal ranges empty, while at least half of the pixels are exactly 0 or 255.
+- JPEG and lossy WebP change values, so such masks are cut at half: above 127 is foreground. The
+  same for grey masks whose edges were smoothed: more than SMOOTHED distinct values that reach from
+  0 to 255 with none of eight equal ranges empty, while at least half of the pixels are exactly 0
+  or 255.
 - Palette masks count by index, not by colour, and index 255 beside other classes is background:
   PASCAL VOC's "ignore".
 - A pixel whose alpha is below half is background.
@@ -21,12 +22,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from medseg.files import parallel_map
-from medseg.images import FORMATS
+from medseg.images import image_errors, open_image
+from medseg.samples import LOSSY, lossy_format, stored_samples
 
 HALF = 127  # the highest grey value that is background where masks are cut at half
+OPAQUE = 32767  # the same of 16 bits, for alpha
 SMOOTHED = 32  # distinct values; see above
 MAX_CLASSES = 255
 
@@ -34,43 +37,46 @@ MAX_CLASSES = 255
 # ---------------------------------------------------------------- one mask
 
 
-@contextlib.contextmanager
-def _decoding(path):
-    """What decoders raise becomes a ValueError that names the file."""
-    try:
-        yield
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not a PNG, TIFF, BMP, JPEG or GIF mask") from None
-    except Exception as error:  # decoders raise many kinds on damaged files
-        raise ValueError(f"{path}: {error}") from None
-
-
 def read_mask(path):
     """A mask file as (kind, integer array (H, W) of its stored values).
 
-    kind: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB) or "JPEG" (grey
-    values). Raises FileNotFoundError; ValueError for what is not one whole picture, and for
-    colours in a JPEG, which cannot be told apart any more.
+    kind: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB), or one of
+    LOSSY (grey values). Raises FileNotFoundError; ValueError for what is not one whole picture,
+    and for colours in a lossy format, which cannot be told apart any more.
     """
-    with _decoding(path), Image.open(path, formats=(*FORMATS, "GIF")) as image:
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1:
-            raise ValueError(f"holds {frames} pictures: save each mask in a file of its own")
-        lossy = image.format == "JPEG"
-        image.load()  # turns a TIFF
-        kind, values = _stored_values(ImageOps.exif_transpose(image))
+    with image_errors(path, "mask"), open_image(path) as image:
+        lossy = lossy_format(image, path)
+        samples = stored_samples(image, path)
+        if samples:
+            kind, values = _values_of_samples(samples[0])
+        else:
+            image.load()  # turns a TIFF
+            kind, values = _stored_values(ImageOps.exif_transpose(image))
         if not lossy:
             return kind, values
         if kind == "colour":
-            if not _is_grey(values).all():
+            rounding = 1 if lossy == "lossy WebP" else 0  # its greys may be 9, 10, 9
+            if not _is_grey(values, rounding).all():
                 raise ValueError(
-                    "JPEG has changed the colours of this mask: save masks as PNG before they "
-                    "are ever JPEG"
+                    f"{lossy} has changed the colours of this mask: save masks as PNG before "
+                    f"they are ever {lossy}"
                 )
             values = (values & 255).astype(np.uint8)
-        return "JPEG", values
+        return lossy, values
+
+
+def _values_of_samples(samples):
+    """(kind, integers (H, W)) of what `stored_samples` returns."""
+    if samples.ndim == 2:
+        return "grey", samples
+    if samples.shape[2] == 2:
+        return "grey", np.where(samples[..., 1] > OPAQUE, samples[..., 0], 0)
+    colours, low = samples[..., :3], samples[..., :3] & 255
+    high = colours >> 8
+    if high.any() and low.any() and (high != low).any():  # not 8 bits in either byte, or in both
+        raise ValueError("holds colours of 16 bits: save it with 8 bits a colour")
+    codes = _color_codes(high if high.any() else low)
+    return "colour", np.where(samples[..., 3] > OPAQUE, codes, 0) if samples.shape[2] > 3 else codes
 
 
 def _stored_values(image):
@@ -89,14 +95,21 @@ def _stored_values(image):
     if image.mode == "LA":
         return "grey", np.where(pixels[..., 1] > HALF, pixels[..., 0], 0)
     if image.mode in ("RGB", "RGBA"):
-        red, green, blue = (pixels[..., channel].astype(np.uint32) for channel in range(3))
-        codes = red << 16 | green << 8 | blue
+        codes = _color_codes(pixels)
         return "colour", np.where(pixels[..., 3] > HALF, codes, 0) if image.mode[3:] else codes
     raise ValueError(f"a picture of mode {image.mode} is no mask: save it as PNG")
 
 
-def _is_grey(codes):
-    return (codes >> 16 == codes & 255) & (codes >> 8 & 255 == codes & 255)
+def _color_codes(pixels):
+    """(H, W, 3 or more) of 0..255 -> uint32 (H, W) of 0xRRGGBB."""
+    red, green, blue = (pixels[..., channel].astype(np.uint32) for channel in range(3))
+    return red << 16 | green << 8 | blue
+
+
+def _is_grey(codes, tolerance=0):
+    red, green, blue = (codes >> shift & 255 for shift in (16, 8, 0))
+    highest, lowest = (np.maximum(red, green), blue), (np.minimum(red, green), blue)
+    return np.maximum(*highest) - np.minimum(*lowest) <= tolerance
 
 
 # ---------------------------------------------------------------- what the values mean
@@ -213,7 +226,7 @@ def _decide(tally, folder):
     total = sum(sum(counts.values()) for counts in tally.values())
     foreground = {}  # kind -> {value: pixels}
     for kind, counts in tally.items():
-        if kind == "JPEG" or (kind == "grey" and _is_smoothed(counts)):
+        if kind in LOSSY or (kind == "grey" and _is_smoothed(counts)):
             counts = _cut_at_half(kind, counts, total, meaning, folder)
         found = {value: counts[value] for value in sorted(counts) if value != 0}
         if kind == "palette" and len(found) > 1 and (ignored := found.pop(255, 0)):
@@ -255,10 +268,10 @@ def _cut_at_half(kind, counts, total, meaning, folder):
     """{value: pixels} after the cut; notes it in `meaning`, with a warning where it matters."""
     between = sum(pixels for value, pixels in counts.items() if value not in (0, 255))
     bright = sum(pixels for value, pixels in counts.items() if value > HALF)
-    if kind == "JPEG" and not bright and any(counts[value] for value in counts if value):
+    if kind in LOSSY and not bright and any(counts[value] for value in counts if value):
         raise ValueError(
-            f"{folder}: the JPEG masks have no value above {max(counts)}, and JPEG does not keep "
-            "small ones: save masks as PNG"
+            f"{folder}: the {kind} masks have no value above {max(counts)}, and {kind} does not "
+            "keep small ones: save masks as PNG"
         )
     meaning.cut.add(kind)
     if between:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from medseg.dataset import Item, check_window
 from medseg.dicom import read_any_image
+from medseg.files import check_regular
 from medseg.images import SUFFIXES
 from medseg.mask_values import Meaning, find_meaning, read_mask
 from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, OF_FILE, OF_VOLUME, kind
@@ -119,6 +120,7 @@ class _Loader:
 def _find_pairs(images, masks, skip_unpaired):
     """[(image, its masks)], with what was found printed."""
     for path, other in ((images, masks), (masks, images)):
+        check_regular(path)
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such folder or file")
         if path.is_file() and other.is_dir():
@@ -159,7 +161,7 @@ def _report(pairing):
 def _list_both(images, masks):
     """The files below the folder of images and those below the folder of masks."""
     image_files = list_files(images, SUFFIXES, medical=True)
-    mask_files = list_files(masks, (*SUFFIXES, ".gif", *NIFTI_SUFFIXES))
+    mask_files = list_files(masks, (*SUFFIXES, *NIFTI_SUFFIXES))
     if images == masks:
         image_files = [path for path in image_files if kind(path) == "dicom"] or image_files
     elif images.resolve() in masks.resolve().parents:

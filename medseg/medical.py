@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.cli import one_line
+from medseg.files import check_regular, shorten
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -34,6 +35,8 @@ def kind(path):
         return "nifti"
     if path.suffix and not path.suffix[1:].isdecimal():
         return None
+    if not path.is_file():
+        return None
     try:
         with open(path, "rb") as file:
             head = file.read(348)
@@ -53,9 +56,14 @@ def base_name(path):
     return path.name if path.suffix[1:].isdecimal() else path.stem
 
 
+def result_name(path):
+    """What the results of an image file are called: its `base_name`, shortened where it is long."""
+    return shorten(base_name(path))
+
+
 def mask_name(path):
     """The file name of the mask of a volume: 'a.nii.gz' -> 'a_mask.nii.gz'."""
-    return f"{base_name(path)}_mask.nii.gz"
+    return f"{result_name(path)}_mask.nii.gz"
 
 
 def nifti_version(head):
@@ -143,8 +151,12 @@ def window_to_uint8(values, low, high):
 
 @contextlib.contextmanager
 def name_file(path):
-    """Turn whatever a reader raises into one line that begins with the file's name."""
+    """Turn whatever a reader raises into one line that begins with the file's name.
+
+    Only regular files are read: see `check_regular`.
+    """
     try:
+        check_regular(path)
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None

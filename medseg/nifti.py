@@ -14,11 +14,11 @@ from medseg.files import atomic_write
 from medseg.images import overlay, save_png, with_legend
 from medseg.medical import (
     NIFTI_SUFFIXES,
-    base_name,
     import_reader,
     mask_name,
     name_file,
     nifti_version,
+    result_name,
     window_limits,
     window_to_uint8,
 )
@@ -281,7 +281,7 @@ def write_prediction(output, volume, pictures, masks, class_names):
     """
     written = [output]
     if output.is_dir():
-        name = base_name(volume.path)
+        name = result_name(volume.path)
         written = [output / mask_name(volume.path), output / f"{name}_montage.png"]
         drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(class_names)))
         save_png(with_legend(drawn, class_names), written[1])

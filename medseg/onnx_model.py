@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.cli import one_line
+from medseg.files import check_regular
 from medseg.medical import read_settings
 
 INPUT, OUTPUT = "images", "probabilities"
@@ -138,6 +139,7 @@ def read_metadata(path):
     Raises FileNotFoundError; ValueError for a file that is damaged, keeps weights in other files,
     or has no such metadata.
     """
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:

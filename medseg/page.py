@@ -19,7 +19,7 @@ from PIL import Image
 
 from medseg import local_server
 from medseg.gate import MAX_UPLOAD, SHARED, Gate, browser_folder
-from medseg.images import class_colors, preprocess, read_image, save_png
+from medseg.images import FORMAT_NAMES, class_colors, preprocess, read_image, save_png
 from medseg.inputs import data_set_images
 from medseg.phantoms import draw_phantom
 from medseg.session import Session
@@ -29,7 +29,7 @@ OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other si
 EXAMPLES, THUMBNAIL = 4, 160  # how many, and pixels a side
 UPLOADS = "uploads"  # the folder of what browsers send and get
 MAX_PROBLEMS = 5  # lines shown
-TAKES = "Images: JPEG, PNG, TIFF, BMP, DICOM or NIfTI; one or several"
+TAKES = f"Images: DICOM, NIfTI, {FORMAT_NAMES}; one or several"
 WAITING = "Drop an image above, or choose an example."
 CSS = """
 .gradio-container > main { max-width: 1100px !important; padding: 1.2rem !important; }

