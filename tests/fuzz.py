@@ -207,6 +207,10 @@ FORMATS = {
     "g.tif": ("TIFF", "F"),
     "h.png": ("PNG", "I;16"),
     "i.jpg": ("JPEG", "CMYK"),
+    "j.ppm": ("PPM", "RGB"),
+    "k.pgm": ("PPM", "I;16"),
+    "l.webp": ("WEBP", "RGB"),
+    "m.gif": ("GIF", "P"),
 }
 DTYPES = {"I;16": np.uint16, "F": np.float32}  # of the modes that are not 8 bits
 
