@@ -36,11 +36,12 @@ from medseg.coco import (
     SPLITS,
     image_path,
     load_coco,
-    rasterize,
+    read_segmentation,
     used_categories,
 )
 from medseg.crop import crops_per_epoch, gather_windows, place_crops
-from medseg.images import IMAGE_SIZE, preprocess, read_image, resize_nearest
+from medseg.images import IMAGE_SIZE, preprocess, read_image
+from medseg.run_lengths import unite
 
 
 class COCOSegmentationDataset(Dataset):
@@ -96,10 +97,10 @@ class COCOSegmentationDataset(Dataset):
             row = torch.from_numpy(self.row(index))[None]
             image, masks = split_rows(row, self.n_channels, self.n_classes)
             return image[0], masks[0]
-        image, masks = self.load(index)
-        image = self.transform(np.array(image))
-        masks = [resize_nearest(mask, *image.shape[-2:]) for mask in masks]
-        return image, torch.from_numpy(np.stack(masks)).float()
+        picture = read_image(self.path(index))
+        image = self.transform(np.array(picture))
+        masks = self.load_masks(index, picture.size, image.shape[-2:])
+        return image, torch.from_numpy(masks).float()
 
     def path(self, index):
         """Where the image is. ValueError for a file_name that leads out of image_dir."""
@@ -110,14 +111,26 @@ class COCOSegmentationDataset(Dataset):
         image = read_image(self.path(index))
         return image, self.load_masks(index, image.size)
 
-    def load_masks(self, index, size):
-        """The masks of image `index`, uint8 (C, H, W) of 0 and 1; size: its (width, height)."""
+    def load_masks(self, index, size, shape=None):
+        """The masks of image `index`, uint8 (C, H, W) of 0 and 1; size: its (width, height).
+
+        shape: another (height, width), to which `resize_nearest` would bring them. Many classes of
+        a large image take memory for that size alone.
+        """
+        shape = shape or (size[1], size[0])
+        masks = np.zeros((self.n_classes, *shape), np.uint8)
+        for channel, mask in self.run_lengths(index, size).items():
+            masks[channel] = mask.draw(*shape)
+        return masks
+
+    def run_lengths(self, index, size):
+        """{channel: RunLengths} of the classes that image `index`, of (width, height), has."""
         record, path = self.coco.imgs[self.image_ids[index]], self.path(index)
         width, height = size
         if (width, height) != (record["width"], record["height"]):
             recorded = f"{record['width']}x{record['height']}"
             raise ValueError(f"{path}: is {width}x{height}, but its record says {recorded}")
-        masks = np.zeros((self.n_classes, height, width), np.uint8)
+        outlines = {}
         for annotation in self.coco.imgToAnns.get(record["id"], ()):
             channel = 0
             if self.channel_of is not None:
@@ -125,31 +138,43 @@ class COCOSegmentationDataset(Dataset):
                 if channel is None:  # a category that is not asked for
                     continue
             try:
-                masks[channel] |= rasterize(annotation.get("segmentation"), height, width)
+                outline = read_segmentation(annotation.get("segmentation"), height, width)
             except ValueError as error:
                 raise ValueError(f"{path}: annotation {annotation.get('id')}: {error}") from None
-        return masks
+            outlines.setdefault(channel, []).append(outline)
+        return {channel: unite(parts) for channel, parts in sorted(outlines.items())}
 
     def preprocess(self, index):
         """Image `index` at training size, uint8 (S, S, n_channels), and its masks (C, S, S)."""
-        image, masks = self.load(index)
+        image = read_image(self.path(index))
         pixels = preprocess(image, self.image_size, self.n_channels)
-        return pixels, np.stack([resize_nearest(mask, *pixels.shape[:2]) for mask in masks])
+        return pixels, self.load_masks(index, image.size, pixels.shape[:2])
 
     def row(self, index):
         """Image `index` at training size and its masks: uint8 (S, S, n_channels + bytes).
 
         The mask of class k is bit k % 8 of the byte k // 8.
         """
-        pixels, masks = self.preprocess(index)
-        masks = np.packbits(masks.transpose(1, 2, 0), axis=2, bitorder="little")
-        return np.concatenate([pixels, masks], axis=2)
+        image = read_image(self.path(index))
+        pixels = preprocess(image, self.image_size, self.n_channels)
+        height, width = pixels.shape[:2]
+        row = np.zeros((height, width, self.row_shape[-1]), np.uint8)
+        row[..., : self.n_channels] = pixels
+        for channel, mask in self.run_lengths(index, image.size).items():
+            byte = self.n_channels + channel // 8
+            row[..., byte] |= mask.draw(height, width) << channel % 8
+        return row
 
 
-def open_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3):
-    """The COCOSegmentationDataset of root/split; `skipped` as in `load_split`."""
+def open_split(
+    root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3, coco=None
+):
+    """The COCOSegmentationDataset of root/split; `skipped` as in `load_split`.
+
+    coco: what `load_coco` has read of it, where that is at hand.
+    """
     folder = Path(root) / split
-    coco = load_coco(folder, skipped)
+    coco = coco or load_coco(folder, skipped)
     return COCOSegmentationDataset(
         coco, folder, image_size=image_size, classes=classes, n_channels=n_channels
     )

@@ -359,7 +359,8 @@ def report(model, folder, output, threshold, scores=None):
     scores = scores or open_folder(model, folder, threshold)
     dataset, valid, sweep = scores.dataset, folder.resolve().parent / "valid", None
     for index in scores.missing():
-        image, _ = dataset.load(index)
+        image = read_image(dataset.path(index))
+        dataset.run_lengths(index, image.size)  # raises where the annotations are damaged
         pixels = preprocess(image, model.image_size, model.n_channels)
         (probabilities,) = model.probabilities(pixels[None])
         scores.add(dataset.path(index), image.size, probabilities)

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from medseg.coco import (
     ANNOTATIONS,
     LAYOUT,
+    MAX_CLASSES,
     SPLITS,
     image_path,
+    listed,
     load_coco,
     recorded_settings,
     used_categories,
@@ -29,9 +31,10 @@ from medseg.images import (
     class_colors,
     image_kind,
     outline,
-    resize_nearest,
+    read_image,
     with_legend,
 )
+from medseg.run_lengths import unite
 
 TILE = 160  # pixels a side of an image in the contact sheet
 TILES = 8  # of each split, and in a row
@@ -65,19 +68,21 @@ def require_data_set(root):
 def audit(root, out, open_split):
     """Print what a data set holds and what is wrong with it; write out/contact_sheet.jpg.
 
-    open_split(root, split, skipped=list, classes=names): the COCOSegmentationDataset of a split.
+    open_split(root, split, classes=names, coco=coco): the COCOSegmentationDataset of a split.
     Returns the list of problems, a line each, in the order of the splits.
     """
-    problems, summaries, categories = [], {}, {}
+    problems, damaged, summaries, cocos, categories = [], {}, {}, {}, {}
     for split in SPLITS:
         try:
-            categories[split] = list(used_categories(load_coco(root / split, [])))
+            cocos[split] = load_coco(root / split, damaged.setdefault(split, []))
+            categories[split] = used_categories(cocos[split])
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
     names = list(dict.fromkeys(name for used in categories.values() for name in used))
     for split in categories:
+        problems += damaged[split]
         try:
-            dataset = open_split(root, split, skipped=problems, classes=names)
+            dataset = open_split(root, split, classes=names, coco=cocos.pop(split))
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -85,7 +90,8 @@ def audit(root, out, open_split):
         _print_split(split, dataset, summaries[split])
         lacking = [name for name in names if name not in categories[split]]
         if lacking:
-            print(f"  lacks        {', '.join(lacking)}: no annotation of it in this split")
+            shown = listed(lacking, MAX_CLASSES)
+            print(f"  lacks        {shown}: no annotation of it in this split")
     for split in SPLITS[1:]:
         if split in summaries and "train" in summaries:
             found = near_duplicates(summaries[split].thumbnails, summaries["train"].thumbnails)
@@ -93,7 +99,8 @@ def audit(root, out, open_split):
                 print(f"{split} beside train: {found}")
     tiles = [tile for summary in summaries.values() for tile in summary.tiles]
     if tiles:
-        print(f"contact sheet: {_save_contact_sheet(tiles, names, out / 'contact_sheet.jpg')}")
+        shown = names[:MAX_CLASSES]  # a line each below the tiles: a JPEG ends at 65,500 pixels
+        print(f"contact sheet: {_save_contact_sheet(tiles, shown, out / 'contact_sheet.jpg')}")
     return problems
 
 
@@ -103,11 +110,13 @@ def _examine_split(dataset, split, problems):
     shown = set(np.linspace(0, total - 1, TILES).astype(int).tolist())
 
     def examine(index):
-        image, masks = dataset.load(index)
-        tile = _tile(image, masks) if index in shown else None
-        areas, area = masks.sum((1, 2), dtype=int).tolist(), int(masks.any(0).sum())
-        thumbnail = (dataset.path(index).name, _thumbnail(image))
-        return image.size, image_kind(dataset.path(index)), area, areas, thumbnail, tile
+        path = dataset.path(index)
+        image = read_image(path)
+        masks = dataset.run_lengths(index, image.size)
+        tile = _tile(image, masks, dataset.n_classes) if index in shown else None
+        areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
+        area = unite(list(masks.values())).area if masks else 0
+        return image.size, image_kind(path), area, areas, (path.name, _thumbnail(image)), tile
 
     results = parallel_map(examine, range(total))
     for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):
@@ -121,7 +130,7 @@ def _examine_split(dataset, split, problems):
         summary.pixels += size[0] * size[1]
         summary.foreground += area
         summary.empty += area == 0
-        for name, pixels in zip(dataset.classes, areas, strict=True):
+        for name, pixels in areas.items():
             summary.class_pixels[name] += pixels
             summary.class_images[name] += pixels > 0
         summary.thumbnails.append(thumbnail)
@@ -149,14 +158,16 @@ def _print_split(split, dataset, summary):
         f"(answering background everywhere is {100 - percent:.2f} % accurate)"
     )
     ids = used_categories(dataset.coco)
-    for name in dataset.classes:
-        own = ids.get(name, ())
-        count = sum(entry["category_id"] in own for entry in dataset.coco.anns.values())
+    annotations = Counter(entry["category_id"] for entry in dataset.coco.anns.values())
+    for name in dataset.classes[:MAX_CLASSES]:
+        count = sum(annotations[key] for key in ids.get(name, ()))
         share, images = 100 * summary.class_pixels[name] / pixels, summary.class_images[name]
         print(
             f"  category     {name}: {count} annotations, {share:.2f} % of the pixels, "
             f"in {images} images"
         )
+    if len(dataset.classes) > MAX_CLASSES:
+        print(f"  and {len(dataset.classes) - MAX_CLASSES} more categories")
     print(
         f"  no lesion    {summary.empty} images; unreadable {summary.unreadable}; "
         f"not listed in {ANNOTATIONS} {unlisted}"
@@ -211,11 +222,15 @@ def slice_number(name):
     return int(digits[0]) if digits else None
 
 
-def _tile(image, masks):
-    """A TILE x TILE picture of the image with the outlines of its masks in the class colours."""
+def _tile(image, masks, n_classes):
+    """A TILE x TILE picture of the image with the outlines of its masks in the class colours.
+
+    masks: {channel: RunLengths}.
+    """
     pixels = np.array(image.resize((TILE, TILE), Image.Resampling.BILINEAR))
-    for mask, color in zip(masks, class_colors(len(masks)), strict=True):
-        pixels[outline(resize_nearest(mask, TILE, TILE))] = color
+    colors = class_colors(n_classes)
+    for channel, mask in list(masks.items())[:MAX_CLASSES]:
+        pixels[outline(mask.draw(TILE, TILE))] = colors[channel]
     return Image.fromarray(pixels)
 
 

@@ -1,24 +1,28 @@
 """The one reader of COCO annotations: split names, records, paths, polygons and run lengths."""
 
 import contextlib
-import json
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import numpy as np
-
-from medseg.files import check_regular
+from medseg.files import check_regular, read_json
 from medseg.medical import read_settings
+from medseg.run_lengths import decode, decompress_counts
 
 ANNOTATIONS = "_annotations.coco.json"
 SPLITS = ("train", "valid", "test")
+MAX_PROBLEMS = 100  # lines about the damaged records of one file
+MAX_RECORDS = 10_000_000  # images, or annotations, of one file
+MAX_NAME = 4096  # characters of a file_name
+MAX_CLASSES = 255  # that are told apart: a mask has a byte a pixel, and 0 is background
 LAYOUT = f"a data set is a folder with train/, valid/ and test/, each with images and {ANNOTATIONS}"
 
 
 def read_annotations(folder, skipped=None):
     """The annotations of one split folder as a dict with lists of images, annotations, categories.
 
-    skipped: a list; each image that has to be left out because its record, or that of one of its
-    annotations, is damaged adds a line to it. Without it, they are a ValueError.
+    skipped: a list; images whose record, or that of one of their annotations, is damaged are left
+    out. Each such record adds a line to it; after the first MAX_PROBLEMS, a line says how many
+    more there are. Without it, they are a ValueError.
     Raises FileNotFoundError for a missing folder or file; ValueError for what is not COCO: every
     image needs an id, a file_name, a width and a height, every annotation the image_id of one.
     """
@@ -39,21 +43,24 @@ def read_coco(path, skipped=None, *, advice=""):
 
     advice: ends the message that counts several damaged records.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    content = read_json(path)
     if isinstance(content, dict):
         content.setdefault("categories", [])
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: not COCO annotations: no list of {key}")
-    problems = [f"{path}: not COCO annotations: {line}" for line in _drop_damaged_records(content)]
-    if problems and skipped is None:
-        more = f" ({len(problems)} such{advice})"
-        raise ValueError(problems[0] + (more if len(problems) > 1 else ""))
-    if problems:
-        skipped.extend(problems)
+        if (records := len(content[key])) > MAX_RECORDS:
+            raise ValueError(f"{path}: lists {records:,} {key}: split it into several files")
+    damaged = _drop_damaged_records(content)
+    lines = [f"{path}: not COCO annotations: {line}" for line in islice(damaged, MAX_PROBLEMS)]
+    more = sum(1 for _ in damaged)
+    if lines and skipped is None:
+        total = f" ({len(lines) + more} such{advice})"
+        raise ValueError(lines[0] + (total if len(lines) > 1 else ""))
+    if more:
+        lines.append(f"{path}: not COCO annotations: {more:,} more damaged records")
+    if lines:
+        skipped.extend(lines)
     return content
 
 
@@ -108,9 +115,15 @@ def check_classes(coco, classes, folder):
     names = [str(entry.get("name")) for entry in coco.dataset.get("categories", [])]
     if classes and not set(classes) & set(names):
         raise ValueError(
-            f"{folder / ANNOTATIONS}: has the categories {', '.join(names) or '(none)'}, "
-            f"but the weights know {', '.join(classes)}"
+            f"{folder / ANNOTATIONS}: has the categories {listed(names) or '(none)'}, "
+            f"but the weights know {listed(classes)}"
         )
+
+
+def listed(names, most=8):
+    """Names in one line, of many the first: 'a, b, ... (20000)'."""
+    more = f", ... ({len(names)})" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def image_path(folder, name):
@@ -118,7 +131,8 @@ def image_path(folder, name):
     for flavour in (PurePosixPath(name), PureWindowsPath(name)):
         absolute = flavour.is_absolute() or flavour.drive
         if absolute or ".." in flavour.parts or "\0" in name:
-            raise ValueError(f"{folder / ANNOTATIONS}: file_name {name!r} leads out of the folder")
+            path = folder / ANNOTATIONS
+            raise ValueError(f"{path}: file_name {name!r:.120} leads out of the folder")
     return folder / name
 
 
@@ -138,7 +152,7 @@ def _drop_damaged_records(content):
         owner = annotation.get("image_id") if isinstance(annotation, dict) else None
         known = isinstance(owner, (int, str)) and (owner in images or owner in damaged)
         if not known:
-            named = f" (image_id {owner!r})" if isinstance(annotation, dict) else ""
+            named = f" (image_id {owner!r:.40})" if isinstance(annotation, dict) else ""
             yield f"annotations[{number}] belongs to no image{named}"
         elif not _has_usable_ids(annotation, number):
             yield f"annotations[{number}] has an id or category_id that is no number"
@@ -170,9 +184,11 @@ def _image_problem(image, earlier):
     if not isinstance(image, dict):
         return "is not an object"
     if not isinstance(image.get("id"), (int, str)) or image["id"] in earlier:
-        return f"has id {image.get('id')!r}, which is missing or used twice"
+        return f"has id {image.get('id')!r:.40}, which is missing or used twice"
     if not isinstance(image.get("file_name"), str):
         return "has no file_name"
+    if len(image["file_name"]) > MAX_NAME:
+        return f"has a file_name of {len(image['file_name']):,} characters"
     for side in ("width", "height"):
         if type(image.get(side)) is not int or image[side] <= 0:
             return "has no whole, positive width and height"
@@ -180,7 +196,12 @@ def _image_problem(image, earlier):
 
 
 def rasterize(segmentation, height, width):
-    """One COCO segmentation -> uint8 array (height, width) of 0 and 1.
+    """One COCO segmentation -> uint8 array (height, width) of 0 and 1; see `read_segmentation`."""
+    return read_segmentation(segmentation, height, width).draw()
+
+
+def read_segmentation(segmentation, height, width):
+    """One COCO segmentation -> RunLengths of shape (height, width).
 
     segmentation: a list of polygons [x1, y1, x2, y2, ...] in pixels, or a run-length encoding
     {"size": [height, width], "counts": list or compressed string}, as crowds have it.
@@ -189,22 +210,25 @@ def rasterize(segmentation, height, width):
     leads.
     """
     if isinstance(segmentation, list):
-        return _rasterize_polygons(segmentation, height, width)
+        return _read_polygons(segmentation, height, width)
     if not isinstance(segmentation, dict):
         raise ValueError("a segmentation is neither polygons nor a run-length encoding")
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
         raise ValueError(f"run-length encoding of size {size} on an image of {[height, width]}")
+    pixels, total = height * width, None
     if isinstance(counts, (str, bytes)):
-        counts = _decompress_counts(counts)
-    valid = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
-    if not valid or sum(counts) != height * width:
+        counts = decompress_counts(counts)
+        if counts.min() >= 0 and counts.max() <= pixels:  # then their sum does not overflow
+            total = counts.sum()
+    elif isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts):
+        total = sum(counts)
+    if total != pixels:
         raise ValueError(f"run-length counts do not add up to {height} x {width} pixels")
-    values = np.arange(len(counts), dtype=np.int64) % 2  # background first, then by turns
-    return np.repeat(values.astype(np.uint8), counts).reshape(width, height).T  # columns first
+    return decode(counts, (height, width))
 
 
-def _rasterize_polygons(polygons, height, width):
+def _read_polygons(polygons, height, width):
     if not polygons:
         raise ValueError("no segmentation (a box alone does not say which pixels)")
     for polygon in polygons:
@@ -217,24 +241,5 @@ def _rasterize_polygons(polygons, height, width):
                 raise ValueError(f"a polygon leads far outside the {width}x{height} image")
     from pycocotools import mask as coco_mask
 
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
-
-
-def _decompress_counts(text):
-    """COCO's compressed counts -> list of ints.
-
-    5 bits a character, low first; from the third count on, differences to the one but last.
-    """
-    codes = [byte - 48 for byte in (text if isinstance(text, bytes) else text.encode("utf-8"))]
-    counts, value, shift = [], 0, 0
-    for code in codes:
-        if not 0 <= code < 64 or shift > 60:
-            raise ValueError("compressed run-length counts are damaged")
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:  # the last character of this count; its fifth bit is the sign
-            if code & 16:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value, shift = 0, 0
-    return counts
+    outline = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return decode(decompress_counts(outline["counts"]), (height, width))

@@ -9,10 +9,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from medseg.coco import rasterize, read_coco
+from medseg.coco import MAX_CLASSES, listed, read_coco, read_segmentation
 from medseg.dataset import Item
 from medseg.files import check_regular
 from medseg.images import SUFFIXES
+from medseg.run_lengths import encode, unite
 from medseg.sources import (
     find_groups,
     fit_mask,
@@ -41,6 +42,7 @@ def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=F
     of_image = _by_image(path, content, boxes)
     names, chosen = _choose_classes(path, content, classes)
     found = _find_images(path, content["images"], images, skip_unpaired)
+    wanted = set(chosen)
     relative = [image.relative_to(images) for _, image in found]
     stems, groups = unique_names(relative), find_groups(relative, group)
     items = []
@@ -48,7 +50,7 @@ def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=F
         outlines = [
             (names[annotation["category_id"]], annotation)
             for annotation in of_image.get(record["id"], ())
-            if names[annotation["category_id"]] in chosen
+            if names[annotation["category_id"]] in wanted
         ]
         items.append(Item(stem, own_group, _Loader(path, image, record, outlines)))
     return items, chosen
@@ -72,15 +74,19 @@ class _Loader:
             raise ValueError(
                 f"{self.image}: is {actual}, but its record in {self.path} says {width}x{height}"
             )
-        masks = {}
+        outlines = {}
         for name, annotation in self.outlines:
             try:
                 segmentation = annotation.get("segmentation") or [_rectangle(annotation)]
-                mask = rasterize(segmentation, height, width).astype(bool)
+                outline = read_segmentation(segmentation, height, width)
             except ValueError as error:
                 label = f"annotation {annotation['id']!r:.40} of {self.image.name}"
                 raise ValueError(f"{self.path}: {label}: {error}") from None
-            masks[name] = masks.get(name, False) | fit_mask(mask, upright)
+            outlines.setdefault(name, []).append(outline)
+        masks = {name: unite(parts) for name, parts in outlines.items()}
+        if upright.size != (width, height):  # the annotations are of the picture before turning
+            turned = ((name, fit_mask(mask.draw() > 0, upright)) for name, mask in masks.items())
+            masks = {name: encode(mask) for name, mask in turned}
         return upright.picture, masks
 
 
@@ -131,15 +137,18 @@ def _choose_classes(path, content, classes):
                 f"{annotation['category_id']!r:.40}, which categories does not list"
             )
         counts[names[annotation["category_id"]]] += 1
-    known = list(dict.fromkeys(names.values()))
+    known = dict.fromkeys(names.values())
     if unknown := [name for name in classes or () if name not in known]:
-        raise ValueError(f"--classes: {path} has no category {unknown[0]!r}, but {known}")
+        others = listed(list(known), 20)
+        raise ValueError(f"--classes: {path} has no category {unknown[0]!r:.60}, but {others}")
     chosen = list(classes or [name for name in known if counts[name]])
     if not chosen:
         raise ValueError(f"{path}: holds no annotations")
-    print(f"categories: {', '.join(f'{name} ({counts[name]} annotations)' for name in chosen)}")
-    if unused := [f"{name} ({counts[name]})" for name in known if name not in chosen]:
-        print(f"left out: categories: {', '.join(unused)}")
+    used = [f"{name} ({counts[name]} annotations)" for name in chosen]
+    print(f"categories: {listed(used, MAX_CLASSES)}")
+    wanted = set(chosen)
+    if unused := [f"{name} ({counts[name]})" for name in known if name not in wanted]:
+        print(f"left out: categories: {listed(unused, MAX_CLASSES)}")
     return names, chosen
 
 

@@ -19,11 +19,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from medseg.archive import install, occupied
-from medseg.coco import ANNOTATIONS, SPLITS, read_annotations, recorded_settings
+from medseg.coco import (
+    ANNOTATIONS,
+    MAX_CLASSES,
+    SPLITS,
+    listed,
+    read_annotations,
+    recorded_settings,
+)
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, open_image, save_png
 from medseg.medical import spell_window
 from medseg.phantoms import is_phantom
+from medseg.run_lengths import RunLengths, encode
 
 OWN = "own data imported by download.py"  # info.description of every imported split
 SHARES = (70, 15, 15)  # percent of the images in train, valid and test
@@ -36,9 +44,9 @@ class Item:
     name: the stem of the file to write, unique in the data set whatever the case. group: images
     of one group stay in one split; "" is a group of its own. load(): (picture, masks). picture is
     an upright PIL image, saved as PNG, or the Path of a file of `medseg.images.FORMATS` that is
-    upright and was read without an error, copied as it is. masks is {class name: bool array
-    (H, W)} of the picture's size; a class that is not there need not be named. load raises
-    FileNotFoundError, or ValueError naming the file; it is called from several threads.
+    upright and was read without an error, copied as it is. masks is {class name: RunLengths, or
+    bool array (H, W)} of the picture's size; a class that is not there need not be named. load
+    raises FileNotFoundError, or ValueError naming the file; it is called from several threads.
     """
 
     name: str
@@ -101,6 +109,11 @@ def write_dataset(root, items, classes, *, split=SHARES, into=None, seed=0, forc
     install(root, write_splits, splits)
     for name, split_counts in counts.items():
         print_counts(name, split_counts, classes)
+    if len(classes) > MAX_CLASSES:
+        print(
+            f"note: {len(classes)} classes are more than the {MAX_CLASSES} that train.py can tell "
+            "apart: choose some with --classes here, or train all as one with --classes union"
+        )
 
 
 def wanted_splits(split, into):
@@ -119,8 +132,9 @@ def check_free(root, splits, force):
 
 
 def _check_names(classes):
-    for number, name in enumerate(classes):
-        if not name or not name.isprintable() or name in classes[:number]:
+    counts = Counter(classes)
+    for name in classes:
+        if not name or not name.isprintable() or counts[name] > 1:
             raise ValueError(f"the class name {name!r:.60} is empty, unprintable or there twice")
 
 
@@ -136,8 +150,8 @@ def _add_present_classes(root, splits, classes):
         rest = iter(present)
         if not all(name in rest for name in classes):  # a subsequence: the same order
             raise ValueError(
-                f"{root / split} has the classes {_listed(present)}, the new images "
-                f"{_listed(classes)}: give the same in the same order with --classes"
+                f"{root / split} has the classes {listed(present)}, the new images "
+                f"{listed(classes)}: give the same in the same order with --classes"
             )
         classes = present
     return classes
@@ -169,10 +183,6 @@ def check_window(present, window):
             raise ValueError(f"{differ}: leave --window out")
         else:
             raise ValueError(f"{differ}: give --window {spell_window(recorded)}")
-
-
-def _listed(names):
-    return ", ".join(names[:8]) + (f", ... ({len(names)})" if len(names) > 8 else "")
 
 
 def draw_splits(items, shares, seed):
@@ -216,7 +226,8 @@ def _write_split(folder, items, classes, bar, info):
         for index, name in enumerate(classes, start=1)
     ]
     head = {"info": {"description": OWN, **info}, "categories": categories}
-    convert = functools.partial(_convert, folder=folder, classes=classes)
+    ids = {category["name"]: category["id"] for category in categories}
+    convert = functools.partial(_convert, folder=folder, ids=ids)
     with (
         open(folder / ANNOTATIONS, "w", encoding="ascii") as file,
         # Closed at once where something fails: the threads write into a folder that then goes.
@@ -239,17 +250,21 @@ def _write_split(folder, items, classes, bar, info):
     return counts
 
 
-def _convert(item, folder, classes):
-    """Write the image of an Item; returns its COCO record and annotations, without their ids."""
+def _convert(item, folder, ids):
+    """Write the image of an Item; returns its COCO record and annotations, without their ids.
+
+    ids: {class name: category id}.
+    """
     picture, masks = item.load()
     file_name, (width, height) = _save_picture(picture, folder, item.name)
     annotations = []
     for name, mask in masks.items():
-        if name not in classes or mask.shape != (height, width):
+        if name not in ids or mask.shape != (height, width):
             shape = "x".join(map(str, mask.shape[::-1]))
             raise ValueError(f"{item.name}: a mask of {name!r}, {shape}, on {width}x{height}")
-        if mask.any():
-            annotations.append(_annotate(mask, classes.index(name) + 1))
+        runs = mask if isinstance(mask, RunLengths) else encode(mask)
+        if runs.area:
+            annotations.append(_annotate(runs, ids[name]))
     return {"file_name": file_name, "width": width, "height": height}, annotations
 
 
@@ -269,16 +284,17 @@ def _save_picture(picture, folder, name):
     return name + suffix, size
 
 
-def _annotate(mask, category_id):
-    """The COCO annotation of a bool array (H, W), its outline as compressed run lengths."""
+def _annotate(runs, category_id):
+    """The COCO annotation of RunLengths, its outline as compressed run lengths."""
     from pycocotools import mask as coco_mask
 
-    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    size = list(runs.shape)
+    encoded = coco_mask.frPyObjects({"size": size, "counts": runs.counts()}, *size)
     return {
         "category_id": category_id,
-        "segmentation": {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")},
+        "segmentation": {"size": size, "counts": encoded["counts"].decode("ascii")},
         "bbox": coco_mask.toBbox(encoded).tolist(),
-        "area": int(coco_mask.area(encoded)),
+        "area": runs.area,
         "iscrowd": 0,
     }
 
@@ -300,8 +316,11 @@ def print_counts(split, counts, classes):
     """Print the images of a split, and each class's share of the pixels and of the images."""
     groups = f" of {len(counts.groups)} groups" if counts.groups != {""} else ""
     print(f"{split}: {counts.images} images{groups}")
-    width = max(map(len, classes), default=0)
-    for name in classes:
+    shown = classes[:MAX_CLASSES]
+    width = max(map(len, shown), default=0)
+    for name in shown:
         share, images = counts.class_pixels[name] / counts.pixels, counts.class_images[name]
         doubt = "  <- more than half: the right folder, and not inverted?" if share > 0.5 else ""
         print(f"  {name:{width}}  {100 * share:6.2f} % of the pixels, in {images} images{doubt}")
+    if len(classes) > len(shown):
+        print(f"  and {len(classes) - len(shown)} more classes")

@@ -1,7 +1,9 @@
-"""Files written whole or not at all, locks between processes, and a map over all cores."""
+"""Files written whole or not at all, JSON, locks between processes, and a map over all cores."""
 
 import contextlib
+import gc
 import hashlib
+import json
 import os
 import stat
 import sys
@@ -33,6 +35,11 @@ def shorten(name):
     return f"{encoded[: NAME_BYTES - 9].decode('utf-8', 'ignore')}~{digest}"
 
 
+# Bytes that the values in a JSON file take in memory, at most, for each of these characters.
+JSON_COSTS = {"{": 200, "[": 80, ",": 36, '"': 24}
+JSON_MEMORY = 3 * 2**30
+
+
 @contextlib.contextmanager
 def atomic_write(path, *, sync=True):
     """A binary file to write that appears at `path` (a Path) once complete, or not at all.
@@ -61,6 +68,37 @@ def remove_partial_writes(folder):
     """Remove what `atomic_write` left in `folder` where its process was killed."""
     for partial in folder.glob(".*.tmp"):
         partial.unlink(missing_ok=True)
+
+
+def read_json(path, max_memory=JSON_MEMORY):
+    """The content of a JSON file (a Path).
+
+    Raises ValueError for what is not JSON, and for what would take more than max_memory bytes:
+    `{},` takes 24 times the bytes that it has in the file.
+    """
+    size = path.stat().st_size
+    if size <= max_memory:
+        content = path.read_bytes()
+        try:
+            text = content.decode(json.detect_encoding(content), "surrogatepass")
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+        del content
+        size = sys.getsizeof(text) + sum(n * text.count(mark) for mark, n in JSON_COSTS.items())
+    if size > max_memory:
+        raise ValueError(
+            f"{path}: would take about {size / 2**30:.0f} GiB of memory, more than the "
+            f"{max_memory >> 30} GiB that are allowed for: split it into several files"
+        )
+    collecting = gc.isenabled()
+    gc.disable()  # it would go through all the values again and again while they come, for nothing
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -167,15 +167,14 @@ def full_size_labels(probabilities, size, threshold):
 
     size: (width, height). Where classes overlap, the most probable one is taken.
     """
-    labels = highest = None
+    labels = np.zeros(size[::-1], np.uint8)
+    highest = np.full(size[::-1], threshold, np.float32)
     for number, channel in enumerate(probabilities, 1):
+        if channel.max() <= threshold:  # and so is every value between those of its pixels
+            continue
         resized = np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR))
-        if labels is None:
-            labels, highest = (resized > threshold).astype(np.uint8), resized
-        else:
-            wins = (resized > threshold) & (resized > highest)
-            labels[wins] = number
-            highest = np.maximum(resized, highest)
+        labels[resized > highest] = number
+        np.maximum(resized, highest, out=highest)
     return labels
 
 

@@ -8,7 +8,6 @@ turned by their EXIF orientation, and its points refer to that.
 import base64
 import contextlib
 import io
-import json
 import math
 import os
 from collections import Counter
@@ -18,9 +17,11 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import Image, ImageDraw
 
+from medseg.coco import MAX_CLASSES, listed
 from medseg.dataset import Item
-from medseg.files import check_regular, parallel_map
+from medseg.files import check_regular, parallel_map, read_json
 from medseg.images import SUFFIXES
+from medseg.run_lengths import encode_labels
 from medseg.sources import (
     existing_file,
     find_groups,
@@ -40,6 +41,7 @@ POINTS = {
 }  # a polygon has 3 or more
 LEFT_OUT = ("point", "points", "line", "linestrip")  # they cover no area
 MAX_BYTES = 256 * 2**20  # of one JSON file, imageData included
+MAX_MEMORY = 2**30  # bytes of its content; several are read at a time
 FAR = 10  # coordinates may lie this many sides outside the image
 
 
@@ -55,19 +57,21 @@ def labelme_items(folder, *, classes=None, group=None):
     if not paths:
         raise ValueError(f"{folder}: holds no LabelMe files (.json)")
     labels, left_out = _tally(paths)
-    found = sorted(label for label in labels if label not in (BACKGROUND, IGNORED))
+    found = labels.keys() - {BACKGROUND, IGNORED}
     if not found:
         raise ValueError(f"{folder}: the LabelMe files hold no labelled areas")
     if unknown := [name for name in classes or () if name not in found]:
-        raise ValueError(f"--classes: no area is labelled {unknown[0]!r}, but {', '.join(found)}")
-    chosen = tuple(classes or found)
+        others = listed(sorted(found), 20)
+        raise ValueError(f"--classes: no area is labelled {unknown[0]!r:.60}, but {others}")
+    chosen = list(classes or sorted(found))
+    numbers = {BACKGROUND: 0, IGNORED: 0, **{name: n for n, name in enumerate(chosen, start=1)}}
     _report(folder, paths, labels, left_out, chosen)
     relative = [path.relative_to(folder) for path in paths]
     names, groups = unique_names(relative), find_groups(relative, group)
     items = []
     for name, path, own_group in zip(names, paths, groups, strict=True):
-        items.append(Item(name, own_group, _Loader(path, folder, chosen)))
-    return items, list(chosen)
+        items.append(Item(name, own_group, _Loader(path, folder, chosen, numbers)))
+    return items, chosen
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class _Loader:
 
     path: Path
     folder: Path
-    classes: tuple
+    classes: list
+    numbers: dict  # label -> number of its class
 
     def __call__(self):
         content = read_labelme(self.path)
@@ -89,11 +94,11 @@ class _Loader:
                 f"but its image is {width}x{height}"
             )
         try:
-            numbers = draw_shapes(content["shapes"], upright.size, self.classes)
+            numbers = draw_shapes(content["shapes"], upright.size, self.numbers)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        present = np.unique(numbers)
-        return upright.picture, {self.classes[n - 1]: numbers == n for n in present if n}
+        masks = {self.classes[n - 1]: mask for n, mask in encode_labels(numbers).items() if n}
+        return upright.picture, masks
 
 
 def _tally(paths):
@@ -115,12 +120,14 @@ def _tally(paths):
 
 
 def _report(folder, paths, labels, left_out, classes):
-    areas = ", ".join(f"{name} ({labels[name]})" for name in classes)
-    print(f"{len(paths)} LabelMe files; areas: {areas}")
-    unused = {name: n for name, n in labels.items() if name not in (*classes, BACKGROUND, IGNORED)}
+    areas = [f"{name} ({labels[name]})" for name in classes]
+    print(f"{len(paths)} LabelMe files; areas: {listed(areas, MAX_CLASSES)}")
+    used = {*classes, BACKGROUND, IGNORED}
+    unused = {name: n for name, n in labels.items() if name not in used}
     for what, counts in (("shapes without an area", left_out), ("other labels", unused)):
         if counts:
-            print(f"left out: {what}: {', '.join(f'{k} ({n})' for k, n in sorted(counts.items()))}")
+            shown = [f"{name} ({n})" for name, n in sorted(counts.items())]
+            print(f"left out: {what}: {listed(shown, MAX_CLASSES)}")
     if labels[IGNORED]:
         print(f"warning: {labels[IGNORED]} areas labelled {IGNORED} count as background")
     stems = {path.with_suffix("") for path in paths}
@@ -141,10 +148,7 @@ def read_labelme(path):
     check_regular(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no LabelMe file is")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    content = read_json(path, MAX_MEMORY)
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise ValueError(f"{path}: not a LabelMe file (no list of shapes): move it elsewhere")
     for number, shape in enumerate(content["shapes"]):
@@ -203,19 +207,19 @@ def find_image(path, folder, name):
 # ---------------------------------------------------------------- drawing
 
 
-def draw_shapes(shapes, size, classes):
-    """The number of the class at each pixel, int32 (H, W): 1 is classes[0], 0 background.
+def draw_shapes(shapes, size, numbers):
+    """The number of the class at each pixel, int32 (H, W), 0 for background.
 
-    shapes: as `read_labelme` returns them. size: (width, height). Raises ValueError.
+    shapes: as `read_labelme` returns them. size: (width, height). numbers: {label: number} of what
+    is to be drawn. Raises ValueError.
     """
     canvas = Image.new("I", size)
     for number, shape in enumerate(shapes):
         label, kind = shape["label"], shape["shape_type"]
-        if kind in LEFT_OUT or label not in (*classes, BACKGROUND, IGNORED):
+        if kind in LEFT_OUT or label not in numbers:
             continue
-        value = classes.index(label) + 1 if label in classes else 0
         try:
-            _draw_shape(canvas, kind, _read_points(shape, size), value, shape)
+            _draw_shape(canvas, kind, _read_points(shape, size), numbers[label], shape)
         except ValueError as error:
             raise ValueError(f"shapes[{number}] ({label!r:.40}): {error}") from None
     return np.asarray(canvas)

@@ -24,14 +24,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import ImageOps
 
+from medseg.coco import MAX_CLASSES
 from medseg.files import parallel_map
 from medseg.images import image_errors, open_image
+from medseg.run_lengths import encode_labels
 from medseg.samples import LOSSY, lossy_format, stored_samples
 
 HALF = 127  # the highest grey value that is background where masks are cut at half
 OPAQUE = 32767  # the same of 16 bits, for alpha
 SMOOTHED = 32  # distinct values; see above
-MAX_CLASSES = 255
 
 
 # ---------------------------------------------------------------- one mask
@@ -181,16 +182,16 @@ class Meaning:
     warnings: list = field(default_factory=list)
 
     def split(self, kind, values):
-        """The values of one mask -> {class name: bool array (H, W)}."""
+        """The values of one mask -> {class name: RunLengths}."""
         if kind == "colour" and self.grey_colours:
             kind, values = "grey", values & 255
         if kind in self.cut:
             values = np.where(values > HALF, 255, 0).astype(np.uint8)
         masks = {}
-        for value in count_values(values):
+        for value, runs in encode_labels(values).items():
             name = self.values.get((kind, value))
             if name is not None:
-                masks[name] = masks.get(name, False) | (values == value)
+                masks[name] = masks.get(name, False) | runs
         return masks
 
     def rename(self, names):

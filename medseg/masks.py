@@ -136,7 +136,9 @@ def _find_pairs(images, masks, skip_unpaired):
     if kind(image_files[0]) == "nifti":  # mask volumes are not united
         pairing.several += [pair for pair in pairing.pairs if len(pair[1]) > 1]
         pairing.pairs = [pair for pair in pairing.pairs if len(pair[1]) == 1]
-    totals = len(image_files), len(set(mask_files).difference(image_files))
+    # In one folder, every file is listed as an image and as a mask.
+    n_images = len(pairing.pairs) + len(pairing.missing) + len(pairing.several)
+    totals = n_images, len(set(mask_files).difference(image_files))
     problem = _describe_unpaired(pairing, images, masks, *totals)
     if problem and not (skip_unpaired and pairing.pairs):
         raise ValueError(f"{problem}; --skip-unpaired goes on without these files")

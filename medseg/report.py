@@ -8,7 +8,6 @@ import numpy as np
 from tqdm import tqdm
 
 from medseg.files import atomic_write
-from medseg.images import resize_nearest
 from medseg.metrics import bootstrap, class_scores, hausdorff95, image_dice, pooled_scores
 from medseg.plots import plot_report
 
@@ -21,16 +20,20 @@ def count_image(targets, probabilities, thresholds):
 
     targets: bool (C, H, W); probabilities: float32 (C, H, W).
     """
-    counts = []
-    for threshold in thresholds:
-        preds = probabilities > threshold
-        tp, fp, fn = (
-            (one & other).sum((1, 2))
-            for one, other in ((preds, targets), (preds, ~targets), (~preds, targets))
-        )
-        pixels = targets.shape[1] * targets.shape[2]
-        counts.append(np.stack([tp, fp, fn, pixels - tp - fp - fn], 1))
-    return np.stack(counts)
+    order = np.argsort(-np.asarray(thresholds))
+    falling = np.asarray(thresholds, probabilities.dtype)[order]
+    bins = len(thresholds) + 1
+    counts = np.zeros((len(thresholds), len(targets), 4), np.int64)
+    for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
+        # A pixel of bin k is above falling[k:], and not above falling[:k]; one that is no number
+        # is above none.
+        found = np.searchsorted(-falling, -probability, side="right")
+        histogram = np.bincount((found + bins * target).ravel(), minlength=2 * bins)
+        above = histogram.reshape(2, bins).cumsum(1)  # of background, of foreground
+        negatives, positives = above[:, -1]
+        fp, tp = above[:, :-1]
+        counts[order, channel] = np.stack([tp, fp, positives - tp, negatives - fp], 1)
+    return counts
 
 
 def count_pixels(batches, thresholds):
@@ -85,14 +88,12 @@ class FolderScores:
         """
         for index in self._indices.get(_identity(path), ()):
             with suppress(ValueError):
-                masks = self.dataset.load_masks(index, size)
-                self._images[index] = self._compare(masks, probabilities)
+                masks = self.dataset.load_masks(index, size, probabilities.shape[1:])
+                self._images[index] = self._compare(masks > 0, probabilities)
 
-    def _compare(self, masks, probabilities):
+    def _compare(self, targets, probabilities):
         from pycocotools import mask as coco_mask
 
-        height, width = probabilities.shape[1:]
-        targets = np.stack([resize_nearest(mask, height, width) for mask in masks]) > 0
         counts = count_image(targets, probabilities, self.thresholds)
         preds = probabilities > self.thresholds[0]
         distances = [hausdorff95(*pair) for pair in zip(preds, targets, strict=True)]

@@ -16,6 +16,7 @@ from medseg.coco import SPLITS, used_categories
 from medseg.images import class_colors, full_size_labels, overlay, save_mask
 from medseg.metrics import RunningScores, class_scores
 from medseg.phantoms import make_phantoms
+from medseg.report import count_image
 from net import UNet, load_model
 
 NAMES = ("core", "edema", "cyst")
@@ -236,3 +237,30 @@ def test_phantoms_of_two_classes(tmp_path):
     with pytest.raises(ValueError, match="two"):
         make_phantoms(tmp_path / "two", (12, 2, 2), size=32)  # others are there already
     assert make_phantoms(tmp_path / "two", (12, 2, 2), size=32, two_classes=True) == root
+
+
+def test_counts_at_each_threshold_by_plain_comparison():
+    """Probabilities that lie on a threshold are not above it; one that is no number is above none.
+
+    The thresholds are not in order, and one is there twice.
+    """
+    rng, thresholds = np.random.default_rng(8), [0.5, 0.05, 0.35, 0.5, 0.95]
+    probabilities = (rng.integers(0, 21, (3, 30, 40)) / 20).astype(np.float32)
+    probabilities[2, 0, :5] = np.nan
+    targets = rng.random((3, 30, 40)) > 0.6
+    counts = count_image(targets, probabilities, thresholds)
+    for row, threshold in zip(counts, thresholds, strict=True):
+        pred = probabilities > threshold
+        for channel, (tp, fp, fn, tn) in enumerate(row):
+            own, target = pred[channel], targets[channel]
+            assert (tp, fp) == ((own & target).sum(), (own & ~target).sum())
+            assert (fn, tn) == ((~own & target).sum(), (~own & ~target).sum())
+
+
+def test_labels_at_the_threshold_and_of_equal_probability():
+    probabilities = np.zeros((3, 2, 2), np.float32)
+    probabilities[:, 0, 0] = (0.5, 0.4, 0.5)  # at the threshold: background
+    probabilities[:, 0, 1] = (0.4, 0.7, 0.7)  # of equal ones the first
+    probabilities[:, 1, 0] = (0.6, 0.5, 0.8)
+    probabilities[:, 1, 1] = (0.55, 0, 0.5)
+    assert full_size_labels(probabilities, (2, 2), 0.5).tolist() == [[0, 2], [3, 1]]

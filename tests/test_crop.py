@@ -310,6 +310,7 @@ class Threshold(torch.nn.Module):
     """Probability over 0.5 where a pixel is bright: what a network of any size must give."""
 
     n_channels, n_classes, image_size, class_names = 3, 1, None, ("foreground",)
+    window = orientation = None
 
     def forward(self, images):
         return torch.sigmoid(10 * images.mean(1, keepdim=True))
@@ -321,7 +322,7 @@ def test_images_are_predicted_at_their_own_size(own_sizes, tmp_path):
     pictures = []
     for number in range(4):
         path = own_sizes / "test" / f"{number}.png"
-        pictures += predict.sort_inputs([path], None)[0]
+        pictures += predict.sort_inputs({path: path.stem}, None)[0]
     predict.predict_one(predict.TorchModel(Threshold(), "cpu"), pictures[1], tmp_path, 0.5)
     (tmp_path / "many").mkdir()
     assert (
@@ -386,8 +387,8 @@ def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path
                 raise MemoryError
             return super().forward(images)
 
-    pictures, _, _ = predict.sort_inputs(sorted((own_sizes / "test").glob("*.png")), None)
-    (problem,) = predict.predict_many(predict.TorchModel(Greedy(), "cpu"), pictures, tmp_path, 0.5)
+    pictures, _, _ = predict.sort_inputs(predict.expand([own_sizes / "test"]), None)
+    ((_, problem),) = predict.predict_many(predict.TorchModel(Greedy(), "cpu"), pictures, tmp_path, 0.5)
     for word in ("2.png", "out of memory", "64x64", "smaller"):
         assert word in problem
     assert len(list(tmp_path.glob("*_mask.png"))) == 3  # the others are predicted

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import struct
+import tracemalloc
 import zlib
 from unittest import mock
 
@@ -32,11 +33,15 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 import data
+import download
 from data import Batches, COCOSegmentationDataset, load_split
-from medseg.audit import audit, grouped_split, slice_number
+from medseg.audit import audit, grouped_split, near_duplicates, slice_number
 from medseg.coco import ANNOTATIONS, SPLITS, load_coco, rasterize
+from medseg.files import read_json
 from medseg.images import MEAN, STD, image_kind, outline, read_image, resize_nearest
 from medseg.mask_values import read_mask
+from medseg.report import FolderScores
+from medseg.run_lengths import encode, encode_labels, unite
 
 # ---- annotations -----------------------------------------------------------------------------
 
@@ -608,7 +613,7 @@ def test_cache_is_made_once_and_read_from_disk(dataset, monkeypatch):
     first = load_split(dataset, "train", 32)
     assert isinstance(first, np.memmap) and first.shape == (6, 32, 32, 4)
     assert len(cached(dataset)) == 1
-    monkeypatch.setattr(COCOSegmentationDataset, "load", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "read_image", lambda *_: pytest.fail("decoded again"))
     np.testing.assert_array_equal(load_split(dataset, "train", 32), first)
     moved = dataset.parent / "elsewhere"
     shutil.move(dataset, moved)  # the cache does not depend on where the data set is
@@ -895,3 +900,173 @@ def test_a_grouped_split_keeps_neighbours_together(numbered, tmp_path, refused):
     refused("data", numbered, "--grouped-split", target, words=["exists"])
     refused("data", numbered, "--grouped-split", tmp_path / "new", words=["too few images"])
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*.tmp"))
+
+
+# ---- run lengths, and many classes -----------------------------------------------------------
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        height, width = (int(side) for side in rng.integers(1, 30, 2))
+        mask, other = rng.random((2, height, width)) < rng.choice([0, 0.05, 0.5, 0.95, 1])
+        runs, others = encode(mask), encode(other)
+        same = coco_mask.frPyObjects({"size": [height, width], "counts": runs.counts()}, 1, 1)
+        assert same == coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        np.testing.assert_array_equal(np.asarray(runs), mask)
+        assert runs.area == mask.sum()
+        union = unite([runs, others, runs])
+        np.testing.assert_array_equal(np.asarray(union), mask | other)
+        np.testing.assert_array_equal(union.counts(), encode(mask | other).counts())
+        np.testing.assert_array_equal(np.asarray(runs | other), mask | other)
+        size = tuple(int(side) for side in rng.integers(1, 50, 2))  # smaller and larger
+        np.testing.assert_array_equal(runs.draw(*size), resize_nearest(mask, *size))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.uint32])
+def test_the_run_lengths_of_all_labels_in_one_pass(dtype):
+    labels = np.random.default_rng(5).choice([0, 3, 200, np.iinfo(dtype).max], (91, 134))
+    labels = labels.astype(dtype)
+    masks = encode_labels(labels)
+    assert sorted(masks) == np.unique(labels).tolist()
+    for value, runs in masks.items():
+        assert runs.counts().tolist() == uncompressed(labels == value)["counts"]
+
+
+def test_counts_may_hold_empty_runs():
+    mask = rasterize({"size": [2, 5], "counts": [0, 2, 0, 1, 3, 0, 1, 3]}, 2, 5)
+    assert mask.T.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+
+
+def peak_of(function, *arguments):
+    """The bytes that were taken at most while the function ran, those of its numpy arrays too."""
+    tracemalloc.start()
+    try:
+        function(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
+    """249 classes at once would be 249 bytes a pixel, in each of these steps."""
+    rng = np.random.default_rng(6)
+    values = rng.integers(0, 250, (40, 60), np.uint8)
+    values.flat[:250] = range(250)
+    large = np.kron(values, np.ones((20, 20), np.uint8))  # 800 x 1200
+    for folder, picture in (("images", large), ("masks", large)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(picture).save(tmp_path / folder / "0.png")
+    limit = 80 * large.size
+    root = tmp_path / "many"
+    command = ["--masks", tmp_path / "images", tmp_path / "masks", "--data", root]
+    assert peak_of(download.main, [*map(str, command), "--into", "train"]) < limit
+    names = [str(value) for value in range(1, 250)]
+    assert peak_of(audit, root, tmp_path, data.open_split) < limit
+    assert "category     249: 1 annotations" in capsys.readouterr().out
+    dataset = data.open_split(root, "train", 40, classes=names)
+    assert peak_of(dataset.row, 0) < limit
+    pixels, masks = dataset.preprocess(0)
+    small = resize_nearest(large, 40, 40)
+    np.testing.assert_array_equal(masks, small == np.arange(1, 250)[:, None, None])
+    bits = np.unpackbits(dataset.row(0)[..., 3:], axis=2, count=249, bitorder="little")
+    np.testing.assert_array_equal(bits.transpose(2, 0, 1), masks)
+    scores, probabilities = FolderScores(dataset, 0.5), masks.astype(np.float32)
+    assert peak_of(scores.add, dataset.path(0), (1200, 800), probabilities) < limit
+    counts, distances = scores.result()
+    assert counts[0, 0, :, 0].sum() == masks.sum() and not counts[..., 1:3].any()
+
+
+# ---- annotations without end -----------------------------------------------------------------
+
+
+def test_of_many_damaged_records_a_hundred_are_named_and_all_counted(dataset, tmp_path):
+    def change(content):
+        content["annotations"] += [{"image_id": 99}] * 250
+
+    edit_annotations(dataset / "train", change)
+    skipped = []
+    assert len(load_coco(dataset / "train", skipped).imgs) == 6
+    assert len(skipped) == 101 and "annotations[105]" in skipped[99]
+    assert "150 more" in skipped[100] and str(dataset / "train") in skipped[100]
+    with pytest.raises(ValueError, match=r"annotations\[6\].*250 such"):
+        load_coco(dataset / "train")
+    problems = audit(dataset, tmp_path, data.open_split)
+    assert problems == skipped
+
+
+def test_long_names_and_ids_do_not_fill_the_line(dataset):
+    def change(content):
+        content["annotations"].append({"image_id": "x" * 10**6})
+        content["images"].append({"id": ["y" * 10**6], "width": 3, "height": 3})
+        content["images"].append(
+            {"id": 99, "file_name": "z" * 10**6, "width": 3, "height": 3},
+        )
+
+    edit_annotations(dataset / "train", change)
+    skipped = []
+    load_coco(dataset / "train", skipped)
+    assert len(skipped) == 3 and max(map(len, skipped)) < 300 + len(str(dataset))
+
+
+def test_annotations_that_would_fill_the_memory_are_refused(dataset, monkeypatch, refused):
+    path = dataset / "train" / ANNOTATIONS
+    path.write_text('{"images": [], "categories": [], "annotations": [' + "{}," * 10**6 + "{}]}")
+    monkeypatch.setattr("medseg.files.read_json.__defaults__", (200 * 2**20,))
+    taken = peak_of(lambda: pytest.raises(ValueError, load_coco, dataset / "train"))
+    assert taken < 4 * path.stat().st_size
+    refused("train", "--data", dataset, "--out", dataset / "o", *SMALL, words=[path, "split it"])
+    path.write_text('{"images": [], "categories": [], "annotations": [' + "0," * 999 + "0]}")
+    monkeypatch.setattr("medseg.coco.MAX_RECORDS", 999)
+    refused("train", "--data", dataset, "--out", dataset / "o", *SMALL, words=[path, "1,000"])
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '"ab"', "0.1", "300", '{"a":300}', '"\u0101b"'])
+def test_json_takes_no_more_memory_than_is_estimated(content, tmp_path):
+    path = tmp_path / "many.json"
+    path.write_text("[" + f"{content}," * 20_000 + "0]", encoding="utf-8")
+    taken = peak_of(read_json, path)
+    assert taken > 20_000 * 8
+    with pytest.raises(ValueError, match="many.json"):
+        read_json(path, int(taken * 0.9))
+
+
+# ---- what else may go unseen -----------------------------------------------------------------
+
+
+def test_the_cache_follows_the_size_and_the_time_of_every_image(dataset):
+    path = dataset / "train" / "4_train.png"
+
+    def store(brightness, file_format, seconds):
+        Image.new("RGB", (SIZE, SIZE), (brightness,) * 3).save(path, file_format)
+        os.utime(path, (seconds, seconds))
+        rows = load_split(dataset, "train", 32)
+        assert (rows[4, ..., :3] == brightness).all()
+        return path.stat().st_size
+
+    size = store(10, "BMP", 1000)
+    assert store(20, "BMP", 2000) == size  # the time alone has changed
+    assert store(30, "PNG", 2000) != size  # the size alone
+
+
+def thumbnails(**values):
+    """[(file name, thumbnail)] as the audit has them; n5_x is 5_x.png."""
+    return [(f"{name.removeprefix('n')}.png", value) for name, value in values.items()]
+
+
+def test_what_all_images_share_makes_no_duplicate():
+    rng = np.random.default_rng(7)
+    shared = 100 * rng.standard_normal(256)
+    own = shared + rng.standard_normal((8, 256))
+    train = thumbnails(**{f"a{number}": value for number, value in enumerate(own[:6])})
+    assert near_duplicates(thumbnails(b=own[6], c=own[7]), train).startswith("0.0%")
+    assert near_duplicates(thumbnails(b=own[6], c=own[1]), train).startswith("50.0%")
+    assert near_duplicates(thumbnails(b=own[0]), train[:1]).startswith("100.0%")  # one alone
+
+
+def test_neighbours_are_of_the_next_number_and_not_of_the_same():
+    flat = np.arange(256.0)
+    train = thumbnails(n10_x=flat, n20_x=-flat, n5_x=flat, other=flat)
+    some = thumbnails(n10_y=flat, n11_y=flat, n19_y=flat, n22_y=flat, nameless=flat)
+    # 11 and 19 have one; 10 has the same number only, 22 none, and one has no number at all.
+    assert near_duplicates(some, train).endswith("50.0% a neighbour by the number in the file name")

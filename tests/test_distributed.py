@@ -79,6 +79,7 @@ def wait_for(path, seconds=60):
     deadline = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert path.exists()
 
 
 def workers(process):

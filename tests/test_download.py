@@ -623,7 +623,8 @@ def test_interrupt_while_unpacking(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.time() + 20
-    while not list(tmp_path.glob("dataset/.new-*/train/extra/1")) and time.time() < deadline:
+    while not list(tmp_path.glob("dataset/.new-*/train/extra/1")):
+        assert time.time() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)

@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 import sys
+import time
 import tracemalloc
 import unicodedata
 from pathlib import Path
@@ -15,13 +16,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import script
+from conftest import SMALL, assert_refused, script, script_here
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
 from test_download import tree as tree_with_times
 from test_volumes import NIBABEL_DATA, sample, write_dicom, write_nifti
 
 import download
+from data import load_split
 from medseg import dataset, own_data, phantoms, sources, volume_masks
 from medseg.cli import run_main
 from medseg.coco import rasterize
@@ -716,14 +718,14 @@ def test_masks_of_no_image_are_refused(here):
     assert set(stored()) == {"0", "1", "2"}
 
 
-def test_masks_of_no_image_in_one_folder(here):
+def test_a_file_that_is_in_no_pair_in_one_folder(here):
     for stem in "ab":
         save(photo(), f"one/{stem}.jpg")
         save(grey([0, 1])(labels()), f"one/{stem}_mask.gif")
     save(grey([0, 1])(labels()), "one/a_roi.gif")
     Path("link").symlink_to("one")
     for masks in ("one", "link"):
-        refused("--masks", "one", masks, *ALL, words=["1 of 3 masks", "(a_roi.gif)"])
+        refused("--masks", "one", masks, *ALL, words=["1 of 3 images", "(a_roi.gif)"])
     Path("one/a_roi.gif").unlink()
     assert "pairs: 2" in done("--masks", "one", "link", *ALL)
 
@@ -1343,7 +1345,7 @@ def test_labelme_shapes_order_and_holes(here):
 
 
 def test_labelme_circle():
-    drawn = draw_shapes([shape("a", [[20, 15], [20, 5]], "circle")], SIZE, ("a",))
+    drawn = draw_shapes([shape("a", [[20, 15], [20, 5]], "circle")], SIZE, {"a": 1})
     y, x = np.mgrid[: SIZE[1], : SIZE[0]]
     distance = np.hypot(x - 20, y - 15)
     assert drawn[distance < 9.5].all() and not drawn[distance > 10.5].any()
@@ -1373,7 +1375,7 @@ def test_labelme_polygons_against_another_rasteriser():
         angles = np.sort(rng.uniform(0, 2 * np.pi, 7))
         radii = rng.uniform(5, 25, 7)  # some points lie outside the image
         points = np.stack([20 + radii * np.cos(angles), 15 + radii * np.sin(angles)], 1).tolist()
-        drawn = draw_shapes([shape("a", points)], SIZE, ("a",))
+        drawn = draw_shapes([shape("a", points)], SIZE, {"a": 1})
         as_labelme = Image.new("L", SIZE)  # the lines of LabelMe's shape_to_mask
         corners = [tuple(point) for point in points]
         ImageDraw.Draw(as_labelme).polygon(xy=corners, outline=1, fill=1)
@@ -1516,6 +1518,60 @@ def test_large_labelme_files_are_not_read(here, monkeypatch):
     labelme("x", GOOD, imageData="A" * 2000)
     monkeypatch.setattr("medseg.labelme.MAX_BYTES", 2000)
     refused("--labelme", "lm", *ALL, words=["x.json", "larger than"])
+
+
+@pytest.mark.parametrize("corners", [[[20.6, 9.7], [23.2, 12.9]], [[23.9, 12.2], [20.1, 9.5]]])
+def test_labelme_masks_with_fractional_corners(corners):
+    """Their whole parts count, and a mask may be a pixel larger or smaller than they span."""
+    for side, fits in {2: False, 3: True, 4: True, 5: True, 6: False}.items():
+        bitmap = np.ones((side, side), np.uint8)
+        bitmap[0, 1] = 0
+        shapes = [shape("a", corners, "mask", mask=png(bitmap))]
+        if fits:
+            drawn = draw_shapes(shapes, SIZE, {"a": 1})
+            expected = square_mask(20, 9, side, side)
+            expected[9, 21] = False
+            np.testing.assert_array_equal(drawn, expected)
+        else:
+            with pytest.raises(ValueError, match="corners"):
+                draw_shapes(shapes, SIZE, {"a": 1})
+
+
+def import_labels(count):
+    """Import `count` labels, each a pixel of 80x60; returns (stdout, seconds of the processor)."""
+    shapes = [shape(f"l{n}", [[n % 80, n // 80 % 60]] * 2, "rectangle") for n in range(count)]
+    save(photo(size=(80, 60)), f"lm{count}/x.png")
+    labelme("x", shapes, f"lm{count}", image=False, imageWidth=80, imageHeight=60)
+    start = time.process_time()
+    out = done("--labelme", f"lm{count}", "--data", f"d{count}", "--into", "train")
+    return out, time.process_time() - start
+
+
+def test_thousands_of_labels_take_time_in_proportion(here):
+    """Sixteen times the labels may take sixteen times as long, not 256 times."""
+    few, many = import_labels(2000)[1], import_labels(32_000)[1]
+    assert many < 20 * few, (few, many)
+    made = content("train", "d32000")
+    names = [category["name"] for category in made["categories"]]
+    assert names == sorted(f"l{n}" for n in range(32_000))
+    # Each of the 4800 pixels is of the label that was drawn last there.
+    seen = {names[annotation["category_id"] - 1] for annotation in made["annotations"]}
+    assert seen == {f"l{n}" for n in range(32_000 - 4800, 32_000)}
+
+
+def test_more_classes_than_a_network_tells_apart(here):
+    """They are noted, looked at, and trained on as one; few are printed."""
+    out, _ = import_labels(4800)
+    assert "l0 (1)" in out and "(4800)" in out and "l99 " not in out
+    assert "note: 4800 classes" in out and "--classes union" in out
+    audited = script_here("data.py", "d4800", cwd=here)
+    assert_refused(audited, "2 problem(s)")  # there are no valid and test
+    assert "and 4545 more categories" in audited.stdout
+    assert sum(line.startswith("  category") for line in audited.stdout.splitlines()) == 255
+    assert Image.open("contact_sheet.jpg").height > 255 * 20
+    train = script_here("train.py", "--data", "d4800", "--classes", "each", *SMALL, cwd=here)
+    assert_refused(train, "d4800", "4800 categories", "1 to 255")
+    assert load_split("d4800", "train", 32)[0, ..., 3].all()
 
 
 # ---------------------------------------------------------------- COCO

@@ -366,7 +366,8 @@ def test_stopping_saves_and_resuming_goes_on_from_that_step(
     try:
         assert "images at 32x32" in process.stdout.readline()
         deadline = time.monotonic() + 60
-        while not (place / out / "metrics.csv").exists() and time.monotonic() < deadline:
+        while not (place / out / "metrics.csv").exists():
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signum)
         _, error = process.communicate(timeout=60)
