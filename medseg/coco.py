@@ -3,6 +3,7 @@
 import contextlib
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import NoneType
 
 from medseg.files import check_regular, read_json
 from medseg.medical import read_settings
@@ -172,11 +173,8 @@ def _drop_damaged_records(content):
 
 def _has_usable_ids(annotation, number):
     """Whether id and category_id can be looked up; where they are missing, they are filled in."""
-    defaults = {"id": number, "category_id": None}
-    return all(
-        isinstance(annotation.setdefault(key, default), (int, str, type(default)))
-        for key, default in defaults.items()
-    )
+    own, category = annotation.setdefault("id", number), annotation.setdefault("category_id", None)
+    return isinstance(own, (int, str)) and isinstance(category, (int, str, NoneType))
 
 
 def _image_problem(image, earlier):
