@@ -20,13 +20,15 @@ class HelpFormatter(argparse.HelpFormatter):
         return text
 
     def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS) or "%(default)" in action.help:
-            return action.help
+        # Python 3.10 gives switches an ending of its own, which says False for off.
+        text = action.help.removesuffix(" (default: %(default)s)")
+        if action.default in (None, argparse.SUPPRESS):
+            return text
         if isinstance(action.default, bool):
-            return f"{action.help} (default: {'on' if action.default else 'off'})"
+            return f"{text} (default: {'on' if action.default else 'off'})"
         if isinstance(action.default, (tuple, list)):
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return f"{action.help} (default: %(default)s)"
+            return f"{text} (default: {' '.join(map(str, action.default))})"
+        return f"{text} (default: %(default)s)"
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -9,6 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+# Process groups that were left. If Python freed one, it would wait for gloo's threads without
+# letting go of its lock (the GIL), and a thread that is to free the last tensor needs that lock:
+# in PyTorch 2.6 the process then never ends.
+LEFT_GROUPS = []
+
 
 def rank_and_world():
     """(number of this process, number of processes)."""
@@ -47,6 +52,7 @@ def process_group(device):
         )
     yield
     if dist.is_initialized():
+        LEFT_GROUPS.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from medseg.images import mean_and_std
 from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, check_metadata, import_onnx_library
 
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+PT2_NEEDS = (2, 14)  # the oldest PyTorch that exports sides of any size to .pt2
+DYNAMO_ONNX_NEEDS = (2, 7)  # and the oldest whose newer exporter writes them to .onnx
 ONNX_LIMIT = 2**31 - 2**20  # bytes of an ONNX file, and some for what is not weights
 MAX_DIFFERENCE = 1e-4  # from PyTorch's probabilities; float32 elsewhere differs by about 1e-6
 MAX_HALF_DIFFERENCE = 0.02  # where the weights are rounded to float16
@@ -54,8 +57,9 @@ def export(model, path):
             difference = largest_difference(model, load(Path(file.name)))
         except OSError:
             raise
-        except Exception as error:  # exporters have many kinds
-            raise ValueError(f"{path}: cannot be exported: {one_line(error):.400}") from None
+        except Exception as error:  # exporters have many kinds, some in colours
+            message = re.sub(r"\x1b\[[0-9;]*m", "", one_line(error))
+            raise ValueError(f"{path}: cannot be exported: {message:.400}") from None
         if not difference <= limit:  # nan too
             raise ValueError(
                 f"{path}: not written, for it differs from PyTorch by {difference:.1e}; {reason}"
@@ -76,7 +80,18 @@ def check_target(path):
             except ImportError:
                 install = f"pip install {' '.join(ONNX_LIBRARIES)}"
                 raise ValueError(f"--export {path}: needs {name}: {install}") from None
+    if suffix not in (*available_formats(), ".pth"):
+        oldest = ".".join(map(str, PT2_NEEDS))
+        raise ValueError(
+            f"--export {path}: needs PyTorch {oldest} or newer, and this is {torch.__version__}: "
+            "pip install --upgrade torch torchvision, or export to .onnx"
+        )
     return suffix
+
+
+def available_formats():
+    """The suffixes of FORMATS that the installed PyTorch can write."""
+    return [name for name in FORMATS if name != ".pt2" or torch.__version__ >= PT2_NEEDS]
 
 
 def metadata_of(model):
@@ -127,20 +142,33 @@ def _write_onnx(model, metadata):
             f"an ONNX file holds at most 2 GB, and the weights take {weights} bytes; "
             "name a file that ends in .pt2"
         )
-    proto = torch.onnx.export(
-        model,
-        (_example(model),),
-        dynamo=True,
-        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        verbose=False,
-    ).model_proto
+    proto = _trace_onnx(model)
     for part in (*proto.graph.node, *proto.graph.value_info):
         del part.metadata_props[:]  # lines of code, and the folders it lay in
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
     helper.set_model_props(proto, texts)
     return proto.SerializeToString()
+
+
+def _trace_onnx(model):
+    """The network as an onnx.ModelProto."""
+    import onnx
+
+    axes = {0: "batch", 2: "height", 3: "width"}
+    options = {"input_names": [INPUT], "output_names": [OUTPUT], "verbose": False}
+    if torch.__version__ >= DYNAMO_ONNX_NEEDS:
+        program = torch.onnx.export(
+            model, (_example(model),), dynamo=True, dynamic_shapes=(axes,), **options
+        )
+        return program.model_proto
+    # The older exporter, through TorchScript.
+    file, dynamic_axes = io.BytesIO(), {INPUT: axes, OUTPUT: axes}
+    torch.onnx.export(
+        model, (_example(model),), file, dynamo=False, dynamic_axes=dynamic_axes, **options
+    )
+    proto = onnx.load_from_string(file.getvalue())
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = model.n_classes
+    return proto
 
 
 def _load_onnx(path):
@@ -152,14 +180,9 @@ def _load_onnx(path):
 
 
 def _write_pt2(model, metadata):
-    try:
-        from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
-    except ImportError:
-        raise ValueError(
-            f"PyTorch {torch.__version__} cannot export sides of any size to .pt2: "
-            "pip install --upgrade torch, or export to .onnx"
-        ) from None
     # Unlike torch.export.Dim, these include sides of 1.
+    from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
+
     batch, height, width = (ShapeVar(name, min=1) for name in ("batch", "height", "width"))
     shape = TensorSpec([batch, model.n_channels, height, width])
     shapes = ShapesSpec(params=ParamsSpec({"x": shape}))

@@ -103,11 +103,11 @@ def open_models(path, folder):
     """{name: model like a `predict.TorchModel`} of a file of weights, exported to `folder`."""
     import predict
     from data import normalize
-    from medseg.export import FORMATS, export, quiet
+    from medseg.export import FORMATS, available_formats, export, quiet
 
     model = predict.load_model(path, "cpu")
     models = {name: predict.TorchModel(model, "cpu", name) for name in ("fp32", "bf16")}
-    for suffix, (_, load) in FORMATS.items():
+    for suffix in available_formats():
         file = folder / f"model{suffix}"
         export(model, file)
         if suffix == ".onnx":
@@ -115,7 +115,7 @@ def open_models(path, folder):
             continue
         models[suffix] = predict.TorchModel(model, "cpu", "fp32")
         with quiet():
-            run = load(file)
+            run = FORMATS[suffix][1](file)
         models[suffix].probabilities = lambda pixels, run=run: (
             run(normalize(torch.from_numpy(pixels))).detach().numpy()
         )

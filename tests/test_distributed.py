@@ -4,6 +4,7 @@ They give the same curve, use every image once, write one set of files, and surv
 """
 
 import csv
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,9 +14,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import HOME, ROOT, SMALL, fork_script, script_here
 
 from data import Batches
+from medseg.dist import all_reduce_max, process_group
 from medseg.images import MEAN, STD
 
 TIMES = ("seconds", "images_per_second")  # these differ between any two runs
@@ -48,19 +51,29 @@ def finish(process, timeout=180):
     return said
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def own_environment(rank, port):
+    """What torchrun tells one of two processes."""
+    return {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"},
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+    }
+
+
 def train_in_two(*arguments, cwd):
     """Run train.py in two processes forked from this one; what they print.
 
     They find the environment that torchrun makes. Forks need not import PyTorch.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    port = free_port()
 
     def start(rank):
         def prepare():
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
-            os.environ.update(shared | own)
+            os.environ.update(own_environment(rank, port))
             os.chdir(cwd)
 
         return fork_script("train.py", *arguments, log=logs[rank], prepare=prepare)
@@ -137,6 +150,27 @@ def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
     # What one process wrote, two resume.
     train_in_two("--resume", "--epochs", 5, "--out", "one", cwd=tmp_path)
     assert len(curve(tmp_path / "one")) == 5
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_processes_that_have_just_spoken_leave_at_once(attempt, tmp_path):
+    """In PyTorch 2.6 one pair in five hung where Python freed the process group."""
+
+    def leave(rank):
+        os.environ.update(own_environment(rank, port))
+        sys.setswitchinterval(1000)  # nobody is given the GIL who does not wait for long
+        with process_group(torch.device("cpu")):
+            all_reduce_max(1.0)
+
+    port = free_port()
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=leave, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, script_here
 from PIL import Image
+from torch.torch_version import TorchVersion
 
 import predict
 from medseg import export, onnx_model
@@ -133,7 +134,7 @@ def exported(tmp_path_factory):
 # ---- the same probabilities ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", export.FORMATS)
+@pytest.mark.parametrize("suffix", export.available_formats())
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "volumes"])
 def test_probabilities_are_those_of_pytorch(name, suffix, exported):
     model, (_, load) = make_model(name), export.FORMATS[suffix]
@@ -215,6 +216,8 @@ def test_metadata(name, exported):
     files = {export.METADATA_FILE: ""}
     torch.jit.load(str(exported(name, ".torchscript")), _extra_files=files)
     assert json.loads(files[export.METADATA_FILE]) == METADATA[name]
+    if ".pt2" not in export.available_formats():
+        return
     files = {export.METADATA_FILE: ""}
     torch.export.load(str(exported(name, ".pt2")), extra_files=files)
     assert json.loads(files[export.METADATA_FILE]) == METADATA[name]
@@ -372,6 +375,32 @@ def test_an_export_that_differs_is_not_written(change, place, refused, monkeypat
     assert len(list(place.iterdir())) == 3
 
 
+def test_an_older_pytorch_exports_to_onnx_and_names_the_version_for_pt2(
+    place, refused, monkeypatch
+):
+    """The oldest that requirements.txt allows; one that new has the older exporter as well."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
+    refused("predict", "--export", "m.pt2", words=["m.pt2", "2.14", "2.6.0", ".onnx"])
+    assert not (place / "m.pt2").exists()
+    predict.main(["--export", "m.onnx"])
+    (value,) = onnx.load("m.onnx").graph.input
+    sides = [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim]
+    assert sides == ["batch", 1, "height", "width"]
+    images = torch.randn(3, 1, 45, 31)
+    with torch.no_grad():
+        expected = predict.load_model("best_model.pth", "cpu")(images).numpy()
+    np.testing.assert_allclose(OnnxModel("m.onnx").run(images.numpy()), expected, atol=1e-5)
+
+
+def test_the_message_of_an_exporter_is_one_plain_line(place, refused, monkeypatch):
+    def fail(model, metadata):
+        raise RuntimeError("\x1b[96mstep 1\x1b[0m\n\n## of the export\x1b[1;31m!\x1b[m")
+
+    monkeypatch.setattr(export, "FORMATS", {".torchscript": (fail, None)})
+    line = refused("predict", "--export", "m.torchscript", words=["step 1 ## of the export!"])
+    assert line.strip().isprintable()
+
+
 def test_an_interrupted_export_leaves_nothing(place, monkeypatch):
     def interrupt(path):
         raise KeyboardInterrupt
@@ -390,8 +419,8 @@ def test_exports_that_are_refused(place, refused, monkeypatch):
         ("--export", "model"): (".onnx",),
         ("scan.png", "--export", "m.pt2"): ("takes no image",),
         ("--export", "m.pt2", "--model", "other.onnx"): ("an export already",),
-        ("--export", "m.pt2", "--model", "none.pth"): ("none.pth", "train.py"),
-        ("--export", "scan.png/m.pt2"): ("scan.png",),
+        ("--export", "m.torchscript", "--model", "none.pth"): ("none.pth", "train.py"),
+        ("--export", "scan.png/m.torchscript"): ("scan.png",),
     }.items():
         refused("predict", *arguments, words=words)
     for name in export.ONNX_LIBRARIES:
@@ -666,12 +695,13 @@ def test_parity_of_every_format(dataset, tmp_path, capsys):
     torch.save(make_model("tutorial", depth=1).state_dict(), tmp_path / "own.pth")
     parity.main(["--images", str(dataset / "test"), "--model", str(tmp_path / "own.pth")])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0].strip("| ") for row in rows] == ["fp32", "bf16", *export.FORMATS]
+    assert [row[0].strip("| ") for row in rows] == ["fp32", "bf16", *export.available_formats()]
     for name, pixels, images, _ in rows:
         assert int(pixels) < (100 if "bf16" in name else 3) and int(images) <= 4
     parity.compare_networks({"small": make_model("tutorial", depth=1)}, tmp_path)
     *_, row = capsys.readouterr().out.splitlines()
-    assert all(float(cell) < 1e-4 for cell in row.strip("| ").split(" | ")[2:])
+    cells = dict(zip(export.FORMATS, row.strip("| ").split(" | ")[2:], strict=True))
+    assert all(float(cells[suffix]) < 1e-4 for suffix in export.available_formats())
 
 
 # ---- torch.hub -------------------------------------------------------------------------------

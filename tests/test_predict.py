@@ -664,13 +664,14 @@ def test_help_explains_every_option_and_shows_its_default(name, tmp_path, monkey
     shown = "".join(result.stdout.split())  # long texts are wrapped
     for action in parsers[0]._actions:
         assert action.help, action
-        text = f"{action.help} (default: {action.default})"
+        help = action.help.removesuffix(" (default: %(default)s)")  # Python 3.10 adds it
+        text = f"{help} (default: {action.default})"
         if isinstance(action.default, bool):
-            text = f"{action.help} (default: {'on' if action.default else 'off'})"
+            text = f"{help} (default: {'on' if action.default else 'off'})"
         elif isinstance(action.default, tuple):
-            text = f"{action.help} (default: {' '.join(map(str, action.default))})"
+            text = f"{help} (default: {' '.join(map(str, action.default))})"
         elif action.default in (None, SUPPRESS):
-            text = action.help
+            text = help
         assert "".join(text.replace("%%", "%").split()) in shown
         for flag in action.option_strings:
             assert flag in shown
