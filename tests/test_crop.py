@@ -388,7 +388,9 @@ def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path
             return super().forward(images)
 
     pictures, _, _ = predict.sort_inputs(predict.expand([own_sizes / "test"]), None)
-    ((_, problem),) = predict.predict_many(predict.TorchModel(Greedy(), "cpu"), pictures, tmp_path, 0.5)
+    ((_, problem),) = predict.predict_many(
+        predict.TorchModel(Greedy(), "cpu"), pictures, tmp_path, 0.5
+    )
     for word in ("2.png", "out of memory", "64x64", "smaller"):
         assert word in problem
     assert len(list(tmp_path.glob("*_mask.png"))) == 3  # the others are predicted
