@@ -1124,13 +1124,14 @@ def test_curves_have_whole_epochs_and_words(epochs, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_legend_of_predictions_fits_the_figure(count, monkeypatch, tmp_path):
-    names = ("core", "edema", "enhancing")
-    mask = np.ones((3, 9, 9), bool)
+    names = ("core", "edema", "enhancing", "necrosis", "vessel", "ventricle")
+    mask = np.ones((6, 9, 9), bool)
     pictures = [np.zeros((9, 9, 3))] * count
     arguments = pictures, [mask] * count, [mask] * count, ["Dice 1.00"] * count
     options = {"title": "dataset/test: 256x256, 32 filters, threshold 0.5", "class_names": names}
     path = tmp_path / "predictions.png"
     figure = figure_of(monkeypatch, plots.plot_predictions, *arguments, path, **options)
+    figure.draw_without_rendering()  # at the resolution that is measured
     width = figure.bbox.width
     for thing in (*figure.legends, figure._suptitle):
         box = thing.get_window_extent()
