@@ -81,23 +81,26 @@ def test_every_image_keeps_its_own_size(own_sizes):
 
 def test_the_cache_is_made_once_and_follows_its_sources(own_sizes, monkeypatch):
     first = load_split(own_sizes, "train", None)
-    (path,) = (own_sizes / ".cache").iterdir()
-    complete = path.read_bytes()
+    path, sizes = sorted((own_sizes / ".cache").iterdir())
+    complete = {path: path.read_bytes(), sizes: sizes.read_bytes()}
     with monkeypatch.context() as patch:
         patch.setattr(COCOSegmentationDataset, "load", lambda *_: pytest.fail("decoded again"))
         again = load_split(own_sizes, "train", None)
     np.testing.assert_array_equal(again.pixels, first.pixels)
     np.testing.assert_array_equal(again.sizes, SIZES)
-    for cut in (1, 40, 3000):  # within the sizes, and within the pixels
-        path.write_bytes(complete[:-cut])
+    for damaged, cut in ((path, 1), (path, 3000), (sizes, 1), (sizes, None)):
+        damaged.write_bytes(complete[damaged][: cut and -cut])
+        if cut is None:
+            damaged.unlink()
         again = load_split(own_sizes, "train", None)
         np.testing.assert_array_equal(again.pixels, first.pixels)
-        assert path.read_bytes() == complete
+        np.testing.assert_array_equal(again.sizes, SIZES)
+        assert {file: file.read_bytes() for file in complete} == complete
     Image.new("RGB", (20, 33), (9, 9, 9)).save(own_sizes / "train" / "1.png")
     changed = load_split(own_sizes, "train", None)
     assert (changed[1][..., :3] == 9).all()
     np.testing.assert_array_equal(changed[2], first[2])
-    assert len(list((own_sizes / ".cache").iterdir())) == 1
+    assert len(list((own_sizes / ".cache").iterdir())) == 2
 
 
 def test_damaged_images_shift_nothing(own_sizes):
