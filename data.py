@@ -39,7 +39,7 @@ from medseg.coco import (
     read_segmentation,
     used_categories,
 )
-from medseg.crop import crops_per_epoch, gather_windows, place_crops
+from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.images import IMAGE_SIZE, preprocess, read_image
 from medseg.run_lengths import unite
 
@@ -249,93 +249,75 @@ class Batches:
     ):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
-        if crop and not isinstance(rows, RaggedRows):
-            rows = RaggedRows.of_array(rows)
-        self.rows, self.ragged = rows, isinstance(rows, RaggedRows)
-        self.one_by_one = self.ragged and not crop
+        self.rows, self.device, self.crop = rows, torch.device(device), crop
+        self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
+        self.augmented, self.n_channels, self.n_classes = augmented or {}, n_channels, n_classes
+        self.images = self._open_images()
+        self.one_by_one = type(self.images) is OwnSizes
         self.batch_size = world if self.one_by_one else batch_size
-        self.device, self.rank, self.world = torch.device(device), rank, world
-        self.shuffle, self.seed, self.words, self.crop = shuffle, seed, augmented or {}, crop
-        self.n_channels, self.n_classes = n_channels, n_classes
-        pixels = rows.pixels if self.ragged else rows
-        self.memory_map = getattr(pixels, "_mmap", None)
-        self.pixels = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if rows.nbytes < 0.4 * free:
-                self.pixels = self.pixels.to(self.device)
-        self.drawn = torch.arange(len(rows))  # the images of an epoch, unshuffled
-        if crop:
-            times = crops_per_epoch(torch.from_numpy(rows.sizes), crop)
-            self.drawn = self.drawn.repeat_interleave(times)
         self.set_epoch(0)
 
+    def _open_images(self):
+        """Where the pixels come from: OneSize, OwnSizes or Crops, on the GPU if it has room."""
+        rows, ragged = self.rows, isinstance(self.rows, RaggedRows)
+        if self.crop and not ragged:
+            rows, ragged = RaggedRows.of_array(rows), True
+        pixels = rows.pixels if ragged else rows
+        self.memory_map = getattr(pixels, "_mmap", None)
+        pixels = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if pixels.nbytes < 0.4 * free:
+                pixels = pixels.to(self.device)
+        if not ragged:
+            return OneSize(pixels)
+        if not self.crop:
+            return OwnSizes(pixels, rows.starts, rows.sizes)
+        window = window_side(self.crop, self.augmented)
+        return Crops(pixels, rows.starts, rows.sizes, self.crop, window)
+
     def __len__(self):
-        return math.ceil(len(self.drawn) / self.batch_size)
+        return math.ceil(len(self.images.drawn) / self.batch_size)
 
     def set_epoch(self, epoch, start=0):
         """Choose the order of the next pass, and the batch it begins with (to resume within)."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self):
-        generator, order = self._generator(), self.drawn
+        generator, order = self._generator(), self.images.drawn
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=generator)]
-        columns = count_draws(self.words)
-        draws = torch.rand(len(order), columns + (2 if self.crop else 0), generator=generator)
-        places = self._places(order, draws[:, columns:])
-        for number in range(self.start, len(self)):
-            first, end = number * self.batch_size, (number + 1) * self.batch_size
-            mine = slice(first + self.rank, end, self.world)
-            self.global_batch_size = len(order[first:end])
-            images, masks = self._load(places[mine], places[first])
-            if self.words and len(images):
-                size = (self.crop, self.crop) if self.crop else images.shape[-2:]
-                noise = self._noise(first, size) if self.words.get("noise") else None
-                images, masks = augment(
-                    images, masks, draws[mine], self.words, size=size, noise=noise
-                )
+        columns = [count_draws(self.augmented), self.images.n_draws]
+        draws = torch.rand(len(order), sum(columns), generator=generator)
+        for_augment, for_images = draws.split(columns, 1)
+        for first in range(self.start * self.batch_size, len(order), self.batch_size):
+            end = min(first + self.batch_size, len(order))
+            mine, self.global_batch_size = slice(first + self.rank, end, self.world), end - first
+            pixels = self.images.gather(order[mine], for_images[mine])
+            images, masks = split_rows(self._to_device(pixels), self.n_channels, self.n_classes)
+            if self.augmented and len(images):
+                images, masks = self._augment(images, masks, for_augment[mine], first)
             yield images, masks
+
+    def _to_device(self, pixels):
+        if self.device.type == "cuda" and not pixels.is_cuda:
+            pixels = pixels.pin_memory()  # the copy then waits in the GPU's queue, and we do not
+        pixels = pixels.to(self.device, non_blocking=True)
+        if hasattr(self.memory_map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+            self.memory_map.madvise(mmap.MADV_DONTNEED)  # else the process grows to the file's size
+        return pixels
+
+    def _augment(self, images, masks, draws, first):
+        """`augment` our part of the batch that begins with image `first` of the order."""
+        size, noise = (self.crop, self.crop) if self.crop else images.shape[-2:], None
+        if self.augmented.get("noise"):
+            noise = self._noise(first, size)
+        return augment(images, masks, draws, self.augmented, size=size, noise=noise)
 
     def _generator(self, device="cpu", position=0):
         """Random numbers of this seed and epoch, and of the image at a position of its order."""
         seed = self.seed * 1_000_003 + self.epoch + position * 1_000_003**2
         return torch.Generator(device).manual_seed(seed % 2**63)
-
-    def _places(self, order, draws):
-        """What `_load` takes of each image: its number; of RaggedRows first pixel, height, width.
-
-        With crop, also top and left of the window around it: see `gather_windows`.
-        """
-        if not self.ragged:
-            return order.to(self.pixels.device)
-        places = torch.from_numpy(np.column_stack([self.rows.starts, self.rows.sizes]))[order]
-        if not self.crop:
-            return places
-        margin = (window_side(self.crop, self.words) - self.crop) // 2
-        corners = place_crops(places[:, 1:], draws, self.crop)
-        return torch.cat([places, corners - margin], 1)
-
-    def _load(self, places, first):
-        """Images and masks at `places`, for the crops the windows around them.
-
-        first: of the whole batch, whose size an empty part of it has.
-        """
-        if self.crop:
-            side = window_side(self.crop, self.words) if len(places) else self.crop
-            batch = gather_windows(self.pixels, places, side)
-        elif self.ragged:
-            start, height, width = (places[0] if len(places) else first).tolist()
-            image = self.pixels[start : start + height * width].view(1, height, width, -1)
-            batch = image[: len(places)]
-        else:
-            batch = self.pixels[places]
-        if self.device.type == "cuda" and not batch.is_cuda:
-            batch = batch.pin_memory()  # the copy then waits in the GPU's queue, and we do not
-        batch = batch.to(self.device, non_blocking=True)
-        if hasattr(self.memory_map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
-            self.memory_map.madvise(mmap.MADV_DONTNEED)  # else the process grows to the file's size
-        return split_rows(batch, self.n_channels, self.n_classes)
 
     def _noise(self, first, size):
         """Standard normal noise for our part of the batch that begins with image `first`.

@@ -542,6 +542,5 @@ def predict_inputs(args, device, window):
 
 
 if __name__ == "__main__":
-    # Python is slow to shut down with PyTorch loaded, and with --page it would wait for a
-    # prediction that a browser has asked for.
-    run_main(main, exit_at_once=lambda: True)
+    # With --page, Python would wait for a prediction that a browser has asked for.
+    run_main(main, exit_at_once=True)

@@ -63,80 +63,79 @@ def augment(images, masks, draws, words, *, size=None, noise=None):
     ICDAR 2003, with a cubic B-spline for their Gaussian filter.
     """
     height, width = size or images.shape[-2:]
-    chosen = _choose(draws, words, height / width)
-    columns = [values.shape[1] for values in chosen.values()]
-    sent = torch.cat(list(chosen.values()), 1).to(images.device, non_blocking=True)  # one copy
-    chosen = dict(zip(chosen, sent.split(columns, 1), strict=True))
+    draws = Draws(draws.to(images.device, non_blocking=True), words)
     if resamples(words):
-        grid = _make_grid(chosen, height, width)
+        grid = _make_grid(draws, height, width)
         if (height, width) != images.shape[-2:]:
             grid[..., 0] *= width / images.shape[3]
             grid[..., 1] *= height / images.shape[2]
         images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
         masks = F.grid_sample(masks, grid, "nearest", "zeros", align_corners=False)
     if words.get("flip"):
+        flips = draws.uniform("flip") < words["flip"] / 2
         for column, dim in enumerate((3, 2)):
-            flips = chosen["flip"][:, column, None, None, None] > 0
-            images = torch.where(flips, images.flip(dim), images)
-            masks = torch.where(flips, masks.flip(dim), masks)
+            flipped = flips[:, column, None, None, None]
+            images = torch.where(flipped, images.flip(dim), images)
+            masks = torch.where(flipped, masks.flip(dim), masks)
     if words.get("turn"):
+        quarters = (4 / words["turn"] * draws.uniform("turn")).floor()[..., None, None]
         for turns in (1, 2, 3):
-            turned = chosen["turn"][..., None, None] == turns
+            turned = quarters == turns
             images = torch.where(turned, images.rot90(turns, (2, 3)), images)
             masks = torch.where(turned, masks.rot90(turns, (2, 3)), masks)
     if words.get("gamma"):
-        images = _gamma(images, chosen["gamma"])
+        images = _gamma(images, draws.factor("gamma"))
     if words.get("contrast") or words.get("brightness"):
-        contrast, brightness = (
-            chosen[word][..., None, None] for word in ("contrast", "brightness")
-        )
-        images = torch.addcmul(brightness, images, contrast)
+        contrast, brightness = draws.factor("contrast"), draws.amount("brightness")
+        images = torch.addcmul(brightness[..., None, None], images, contrast[..., None, None])
     if words.get("noise"):
-        images = torch.addcmul(images, chosen["noise"][..., None, None], noise)
+        deviation = words["noise"] * draws.uniform("noise")
+        images = torch.addcmul(images, deviation[..., None, None], noise)
     return images.contiguous(memory_format=torch.channels_last), masks
 
 
-def _choose(draws, words, aspect):
-    """What happens to each image: {name: float32 (B, columns)}, on the CPU.
+class Draws:
+    """The uniform numbers of each word, float32 (B, DRAWS[word]), and what they stand for.
 
-    aspect: height / width, so that a rotation keeps right angles.
+    values: (B, at least `count_draws(words)`), in the order of AUGMENTATIONS.
     """
-    given = [word for word in AUGMENTATIONS if word in words]
-    parts = draws[:, : count_draws(words)].split([DRAWS[word] for word in given], 1)
-    uniform = dict(zip(given, parts, strict=True))  # 0..1
 
-    def signed(word):  # -1..1
-        if word in uniform:
-            return 2 * uniform[word] - 1
-        return draws.new_zeros(len(draws), DRAWS[word])
+    def __init__(self, values, words):
+        self.words, self.zeros = words, torch.zeros_like(values[:, :1])
+        given = [word for word in AUGMENTATIONS if word in words]
+        parts = values[:, : count_draws(words)].split([DRAWS[word] for word in given], 1)
+        self._uniform = dict(zip(given, parts, strict=True))
 
-    def factor(word):
-        return (1 + words.get(word, 0)) ** signed(word)
+    def uniform(self, word):
+        """0..1."""
+        return self._uniform[word]
 
-    unused = draws[:, :0]
-    angle = signed("rotate")[:, 0] * math.radians(words.get("rotate", 0))
+    def signed(self, word):
+        """-1..1; 0 for a word that is not given."""
+        if word not in self._uniform:
+            return self.zeros.expand(-1, DRAWS[word])
+        return 2 * self._uniform[word] - 1
+
+    def amount(self, word):
+        """-value..value; 0 for a word that is not given."""
+        return self.words.get(word, 0) * self.signed(word)
+
+    def factor(self, word):
+        """1 / (1 + value) .. 1 + value; 1 for a word that is not given."""
+        return (1 + self.words.get(word, 0)) ** self.signed(word)
+
+
+def _make_grid(draws, height, width):
+    """Where each pixel comes from: float32 (B, height, width, 2), -1..1 as for grid_sample."""
+    aspect = height / width  # a rotation keeps right angles
+    angle = draws.signed("rotate")[:, 0] * math.radians(draws.words.get("rotate", 0))
     sines = angle.sin()
     rotation = [angle.cos(), -sines * aspect, sines / aspect, angle.cos()]
-    rotation = torch.stack(rotation, 1).view(-1, 2, 2) * factor("scale")[..., None]
-    shift = words.get("shift", 0) * signed("shift")[..., None]
-    return {
-        "theta": torch.cat([rotation, shift], 2).flatten(1),  # (B, 2, 3): from new to old
-        "contrast": factor("contrast"),
-        "brightness": words.get("brightness", 0) * signed("brightness"),
-        "flip": (uniform["flip"] < words["flip"] / 2).float() if "flip" in words else unused,
-        "turn": (4 / words["turn"] * uniform["turn"]).floor() if words.get("turn") else unused,
-        "elastic": words["elastic"] * signed("elastic") if "elastic" in words else unused,
-        "gamma": factor("gamma"),
-        "noise": words["noise"] * uniform["noise"] if "noise" in words else unused,
-    }
-
-
-def _make_grid(chosen, height, width):
-    """Where each pixel comes from: float32 (B, height, width, 2), -1..1 as for grid_sample."""
-    theta, points = chosen["theta"].view(-1, 2, 3), chosen["elastic"]
+    rotation = torch.stack(rotation, 1).view(-1, 2, 2) * draws.factor("scale")[..., None]
+    theta = torch.cat([rotation, draws.amount("shift")[..., None]], 2)  # from new to old
     grid = F.affine_grid(theta, (len(theta), 1, height, width), align_corners=False)
-    if points.shape[1]:
-        points = points.view(-1, 2, SPLINE_POINTS, SPLINE_POINTS)
+    if draws.words.get("elastic"):
+        points = draws.amount("elastic").view(-1, 2, SPLINE_POINTS, SPLINE_POINTS)
         rows, columns = spline_basis(height, grid.device), spline_basis(width, grid.device)
         displacement = rows @ points @ columns.T  # (B, 2, height, width), in sides
         grid = grid + 2 * displacement.permute(0, 2, 3, 1)

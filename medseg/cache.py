@@ -107,7 +107,7 @@ def _read(path, dataset, skipped):
     try:
         rows = np.load(path, mmap_mode="c")
         if dataset.image_size is None:
-            rows = RaggedRows(rows, _read_sizes(path, rows))
+            rows = RaggedRows(rows, np.load(_sizes_path(path)))
         damaged = listed.read_text("utf-8").splitlines() if listed.exists() else []
     except (OSError, ValueError):  # not there yet, or cut short
         return None
@@ -118,11 +118,9 @@ def _read(path, dataset, skipped):
     return rows, damaged
 
 
-def _read_sizes(path, pixels):
-    """The second array in the file of RaggedRows, behind the memory map of the first."""
-    with open(path, "rb") as file:
-        file.seek(pixels.offset + pixels.nbytes)
-        return np.load(file)
+def _sizes_path(path):
+    """The file beside the pixels of RaggedRows that holds their sizes."""
+    return path.with_suffix(".sizes.npy")
 
 
 def _stack(rows, dataset):
@@ -146,8 +144,9 @@ def _write(path, dataset, split, skipped):
             file.write(row.tobytes())  # not through a memory map: a full disk would be a bus error
             count += row.size // math.prod(dataset.row_shape)  # 1, or the number of its pixels
             sizes.append(row.shape[:2])
-        if dataset.image_size is None:  # a file of its own could belong to another cache
-            np.save(file, np.array(sizes))
+        if dataset.image_size is None:  # before the pixels, which say that the pair is complete
+            with atomic_write(_sizes_path(path), sync=False) as own:
+                np.save(own, np.array(sizes))
         file.seek(0)
         write_header(count)  # as long as the first: numpy leaves room for any number of rows
         listed = path.with_suffix(".txt")
@@ -160,7 +159,7 @@ def _write(path, dataset, split, skipped):
 def _remove_stale(path, pattern):
     """Remove earlier caches of this split, and what a killed process left of one."""
     stale = {*path.parent.glob(pattern), *path.parent.glob(f".{pattern}")}
-    for other in stale - {path, path.with_suffix(".txt")}:
+    for other in stale - {path, path.with_suffix(".txt"), _sizes_path(path)}:
         with contextlib.suppress(OSError):  # another process may have it open, or have removed it
             other.unlink()
 

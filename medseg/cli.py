@@ -188,10 +188,11 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run_main(main, *, exit_at_once=lambda: False):
+def run_main(main, *, exit_at_once=False):
     """Call main(). What the user can mend is one line on stderr and status 2; Ctrl-C is 130.
 
-    exit_at_once(): whether to leave without waiting for threads and Python's own shutdown.
+    exit_at_once: leave without waiting for threads and Python's own shutdown, which with PyTorch
+    loaded takes most of a second.
     """
     name, status = Path(sys.argv[0]).name, 0
     if hasattr(sys.stdout, "reconfigure"):  # file names may hold bytes that are no text
@@ -206,7 +207,7 @@ def run_main(main, *, exit_at_once=lambda: False):
     except (OSError, ValueError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         status = 2
-    if exit_at_once():
+    if exit_at_once:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a reader that has gone, as in `| head`
                 stream.flush()

@@ -1,12 +1,78 @@
-"""Square crops of images: how many, where, and their pixels."""
+"""Where the pixels of a batch come from: images of one size, images of their own size, crops.
+
+The three have
+
+    drawn       int64 (n,): the numbers of the images of an epoch, unshuffled
+    n_draws     how many uniform numbers `gather` needs for each
+    gather()    image numbers int64 (B,) and draws (B, n_draws), on the CPU -> uint8 (B, H, W, C)
+"""
+
+import torch
 
 
-def crops_per_epoch(sizes, crop):
-    """How often each image is drawn in an epoch: as often as crops would tile it, at least once.
+class OneSize:
+    """Images of one size. pixels: uint8 tensor (N, S, S, C)."""
 
-    sizes: int64 tensor (N, 2) of heights and widths. Returns int64 (N,).
+    n_draws = 0
+
+    def __init__(self, pixels):
+        self.pixels, self.drawn = pixels, torch.arange(len(pixels))
+
+    def gather(self, numbers, draws):
+        return self.pixels[numbers.to(self.pixels.device)]
+
+
+class OwnSizes:
+    """Images of different sizes, of which a batch holds one, or none.
+
+    pixels: uint8 tensor (P, C), the pixels of all images one after the other. starts (N,), sizes
+    (N, 2): int64 arrays, of each image its first pixel, and its height and width.
     """
-    return (sizes.prod(1) / crop**2).round().long().clamp(min=1)
+
+    n_draws = 0
+
+    def __init__(self, pixels, starts, sizes):
+        self.pixels, self.drawn = pixels, torch.arange(len(starts))
+        self.starts, self.sizes = starts.tolist(), sizes.tolist()
+
+    def image(self, number):
+        """Image `number`: uint8 (H, W, C), a view."""
+        start, (height, width) = self.starts[number], self.sizes[number]
+        return self.pixels[start : start + height * width].view(height, width, -1)
+
+    def gather(self, numbers, draws):
+        if not len(numbers):  # of several processes, one may have no image of the last batch
+            return self.pixels.new_empty(0, 1, 1, self.pixels.shape[1])
+        (number,) = numbers.tolist()
+        return self.image(number)[None]
+
+
+class Crops(OwnSizes):
+    """Random squares of images, each image drawn as often as they would tile it, at least once.
+
+    crop: their side in pixels. window: side of the squares that `gather` returns, with the same
+    middle: at least `crop`.
+    """
+
+    n_draws = 2
+
+    def __init__(self, pixels, starts, sizes, crop, window):
+        super().__init__(pixels, starts, sizes)
+        self.crop, self.window = crop, window
+        times = (torch.from_numpy(sizes).prod(1) / crop**2).round().long().clamp(min=1)
+        self.drawn = self.drawn.repeat_interleave(times)
+
+    def gather(self, numbers, draws):
+        if not len(numbers):
+            return self.pixels.new_empty(0, self.crop, self.crop, self.pixels.shape[1])
+        sizes = torch.tensor([self.sizes[number] for number in numbers.tolist()])
+        corners = place_crops(sizes, draws, self.crop) - (self.window - self.crop) // 2
+        shape = (len(numbers), self.window, self.window, self.pixels.shape[1])
+        windows = self.pixels.new_empty(shape)
+        # Slices, for an index of every pixel takes ten times as long on a CPU.
+        for window, number, corner in zip(windows, numbers.tolist(), corners.tolist(), strict=True):
+            copy_window(self.image(number), *corner, window)
+        return windows
 
 
 def place_crops(sizes, draws, crop):
@@ -21,23 +87,17 @@ def place_crops(sizes, draws, crop):
     return room.clamp(max=0) + steps
 
 
-def gather_windows(pixels, places, side):
-    """Squares of images, uint8 (B, side, side, C); beyond an image its border is repeated.
+def copy_window(image, top, left, window):
+    """Fill `window` (side, side, C) with the square of an image (H, W, C) that begins at top, left.
 
-    pixels: uint8 (P, C), the rows of all images one after the other; places: int64 (B, 5), on the
-    CPU: first pixel, height and width of the image, top and left of the square, which has pixels
-    of the image in it.
+    Beyond the image its border is repeated. The square has pixels of the image in it.
     """
-    windows = pixels.new_empty(len(places), side, side, pixels.shape[1])
-    # Slices, for an index of every pixel takes ten times as long on a CPU.
-    for window, (first, height, width, top, left) in zip(windows, places.tolist(), strict=True):
-        image = pixels[first : first + height * width].view(height, width, -1)
-        inside = image[max(top, 0) : top + side, max(left, 0) : left + side]
-        above, before = max(-top, 0), max(-left, 0)
-        below, after = above + inside.shape[0], before + inside.shape[1]
-        window[above:below, before:after] = inside
-        window[above:below, :before] = inside[:, :1]
-        window[above:below, after:] = inside[:, -1:]
-        window[:above] = window[above].clone()
-        window[below:] = window[below - 1].clone()
-    return windows
+    side = len(window)
+    inside = image[max(top, 0) : top + side, max(left, 0) : left + side]
+    above, before = max(-top, 0), max(-left, 0)
+    below, after = above + inside.shape[0], before + inside.shape[1]
+    window[above:below, before:after] = inside
+    window[above:below, :before] = inside[:, :1]
+    window[above:below, after:] = inside[:, -1:]
+    window[:above] = window[above].clone()
+    window[below:] = window[below - 1].clone()

@@ -21,8 +21,8 @@ class SwanLab:
     Nothing prompts. A run that cannot start online is recorded offline; if that fails too,
     training goes on without SwanLab. One line says so. Call `finish` on every way out: without it
     SwanLab's own exit hook uploads what is left, and with the network gone that never ends. If
-    `SwanLab.hung` is true afterwards, one of its threads is stuck and may delay the exit by a
-    minute or more: flush and leave with `os._exit(status)`.
+    `hung` is true afterwards, one of its threads is stuck and may delay the exit by a minute or
+    more: leave with `os._exit(status)`.
 
     Raises ValueError for a project name SwanLab refuses, and for "online" without an API key.
     """
@@ -30,11 +30,10 @@ class SwanLab:
     ANSWER_TIMEOUT = 5  # seconds for the API host to answer anything at all
     START_TIMEOUT = 30
     FINISH_TIMEOUT = 30
-    hung = False  # about the process, so on the class
 
     def __init__(self, mode, *, project, experiment_name, config, log_dir, run_id=None):
         self.run = None  # the swanlab.Run, while there is one
-        self.run_id = run_id
+        self.run_id, self.hung = run_id, False
         self._failed_before = False
         if mode == "disabled":
             return
@@ -91,7 +90,7 @@ class SwanLab:
             self.run_id = self.run.id
         except Exception as error:
             # If it hangs, it holds a lock that another init would wait for.
-            SwanLab.hung = isinstance(error, TimeoutError)
+            self.hung = isinstance(error, TimeoutError)
             self._print(f"no {mode} run: {_short(error)}")
         return self.run is not None
 
@@ -132,7 +131,7 @@ class SwanLab:
         try:
             _run_bounded(lambda: run.finish(**outcome), self.FINISH_TIMEOUT)
         except Exception as error:
-            SwanLab.hung = isinstance(error, TimeoutError)
+            self.hung = isinstance(error, TimeoutError)
             self._print(f"the run did not finish: {_short(error)}")
         if self.hung or run.mode == "offline":
             command = shlex.join(["swanlab", "sync", str(run.dir), "--id", run.id])

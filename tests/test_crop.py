@@ -16,7 +16,7 @@ from medseg.augment import AUGMENTATIONS, window_side
 from medseg.cache import RaggedRows
 from medseg.cli import parse_words
 from medseg.coco import SPLITS
-from medseg.crop import gather_windows, place_crops
+from medseg.crop import copy_window, place_crops
 from medseg.images import MEAN, STD
 from medseg.metrics import RunningScores
 from net import UNet
@@ -81,23 +81,26 @@ def test_every_image_keeps_its_own_size(own_sizes):
 
 def test_the_cache_is_made_once_and_follows_its_sources(own_sizes, monkeypatch):
     first = load_split(own_sizes, "train", None)
-    (path,) = (own_sizes / ".cache").iterdir()
-    complete = path.read_bytes()
+    path, sizes = sorted((own_sizes / ".cache").iterdir())
+    complete = {path: path.read_bytes(), sizes: sizes.read_bytes()}
     with monkeypatch.context() as patch:
         patch.setattr(COCOSegmentationDataset, "load", lambda *_: pytest.fail("decoded again"))
         again = load_split(own_sizes, "train", None)
     np.testing.assert_array_equal(again.pixels, first.pixels)
     np.testing.assert_array_equal(again.sizes, SIZES)
-    for cut in (1, 40, 3000):  # within the sizes, and within the pixels
-        path.write_bytes(complete[:-cut])
+    for damaged, cut in ((path, 1), (path, 3000), (sizes, 1), (sizes, None)):
+        damaged.write_bytes(complete[damaged][: cut and -cut])
+        if cut is None:
+            damaged.unlink()
         again = load_split(own_sizes, "train", None)
         np.testing.assert_array_equal(again.pixels, first.pixels)
-        assert path.read_bytes() == complete
+        np.testing.assert_array_equal(again.sizes, SIZES)
+        assert {file: file.read_bytes() for file in complete} == complete
     Image.new("RGB", (20, 33), (9, 9, 9)).save(own_sizes / "train" / "1.png")
     changed = load_split(own_sizes, "train", None)
     assert (changed[1][..., :3] == 9).all()
     np.testing.assert_array_equal(changed[2], first[2])
-    assert len(list((own_sizes / ".cache").iterdir())) == 1
+    assert len(list((own_sizes / ".cache").iterdir())) == 2
 
 
 def test_damaged_images_shift_nothing(own_sizes):
@@ -226,8 +229,8 @@ def test_windows_against_clamped_indices():
         number, side = int(rng.integers(4)), int(rng.integers(1, 90))
         height, width = SIZES[number]
         top, left = int(rng.integers(1 - side, height)), int(rng.integers(1 - side, width))
-        place = torch.tensor([[int(rows.starts[number]), height, width, top, left]])
-        (window,) = gather_windows(torch.from_numpy(rows.pixels), place, side)
+        window = torch.zeros(side, side, 4, dtype=torch.uint8)
+        copy_window(torch.from_numpy(rows[number]), top, left, window)
         lines = np.clip(np.arange(top, top + side), 0, height - 1)
         columns = np.clip(np.arange(left, left + side), 0, width - 1)
         np.testing.assert_array_equal(window, rows[number][lines[:, None], columns])
