@@ -25,11 +25,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from medseg import own_data
-from medseg.archive import check_disk_space, install, is_intact, occupied, read_splits, unpack
+from medseg.archive import is_intact, unpack
 from medseg.cli import ArgumentParser, number, one_line, run_main
 from medseg.dataset import holds_own_data
 from medseg.files import check_regular
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
+from medseg.splits import check_disk_space, install, occupied, read_splits
 
 SLUG = "pkdarabi/brain-tumor-image-dataset-semantic-segmentation"
 PAGE = f"https://www.kaggle.com/datasets/{SLUG}"

@@ -15,10 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from medseg.checkpoint import load_weights
 from medseg.images import IMAGE_SIZE
 from medseg.layers import Architecture
-from medseg.medical import read_settings
+from medseg.settings import read_settings
+from medseg.weights import load_weights
 
 TUTORIAL = Architecture()
 

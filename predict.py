@@ -56,8 +56,8 @@ from medseg.inputs import (
     left_aside,
     sort_inputs,
 )
-from medseg.medical import choose_window, window_limits
 from medseg.onnx_model import OnnxModel
+from medseg.settings import choose_window, window_limits
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 

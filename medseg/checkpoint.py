@@ -5,60 +5,21 @@ import math
 import os
 import sys
 import time
-import warnings
-import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
 from medseg.cache import fingerprint
 from medseg.cli import one_line
 from medseg.dist import all_reduce_max, is_first
-from medseg.files import atomic_write, check_regular, remove_partial_writes
+from medseg.files import remove_partial_writes
 from medseg.signals import Stopped
+from medseg.weights import load_weights, save_weights
 
 NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16 may need 16 to find its scale
 BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "last.previous.pth"
 CURVES = "curves.png"  # the last file that a training writes, after its test
 KEYS = {"flags", "model", "running_mean", "guarded_step", "scores", "progress", "rng"}
-
-
-def load_weights(path):
-    """What torch.save wrote to `path`, on the CPU: tensors and plain containers, never code.
-
-    Raises FileNotFoundError; ValueError where the file is damaged or holds anything else.
-    """
-    check_regular(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters about an odd file is an error below
-            if zipfile.is_zipfile(path):  # torch.load does not look at the file's checksums
-                with zipfile.ZipFile(path) as archive:
-                    if (part := archive.testzip()) is not None:
-                        raise ValueError(f"wrong checksum of {part}")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; `python train.py` writes it") from None
-    except Exception as error:  # RuntimeError, EOFError, UnpicklingError, ...
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path}: not saved by PyTorch, damaged, or more than weights ({reason})"
-        ) from None
-
-
-def save_weights(path, state, *, previous=None):
-    """torch.save to a file that is whole or absent; `previous`: where the file before it goes."""
-    with atomic_write(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # what PyTorch makes of an OSError while writing
-            cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(one_line(error)) from None
-        if previous:
-            file.flush()
-            os.fsync(file.fileno())
-            with suppress(FileNotFoundError):
-                os.replace(path, previous)
 
 
 def load_checkpoint(out):

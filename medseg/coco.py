@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import NoneType
 
 from medseg.files import check_regular, read_json
-from medseg.medical import read_settings
 from medseg.run_lengths import decode, decompress_counts
+from medseg.settings import read_settings
 
 ANNOTATIONS = "_annotations.coco.json"
 SPLITS = ("train", "valid", "test")

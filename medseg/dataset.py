@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.archive import install, occupied
 from medseg.coco import (
     ANNOTATIONS,
     MAX_CLASSES,
@@ -29,9 +28,10 @@ from medseg.coco import (
 )
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, open_image, save_png
-from medseg.medical import spell_window
 from medseg.phantoms import is_phantom
 from medseg.run_lengths import RunLengths, encode
+from medseg.settings import spell_window
+from medseg.splits import install, occupied
 
 OWN = "own data imported by download.py"  # info.description of every imported split
 SHARES = (70, 15, 15)  # percent of the images in train, valid and test

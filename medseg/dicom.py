@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from medseg.images import read_image
-from medseg.medical import import_reader, kind, name_file, window_limits, window_to_uint8
+from medseg.medical import import_reader, kind, name_file, window_to_uint8
+from medseg.settings import window_limits
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of one frame: 89 million, as for other images
 MAX_INFLATED_BYTES = 512 << 20  # of a deflated file

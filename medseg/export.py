@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from medseg.checkpoint import load_weights
 from medseg.cli import one_line
 from medseg.files import atomic_write
 from medseg.images import mean_and_std
 from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, check_metadata, import_onnx_library
+from medseg.weights import load_weights
 
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 PT2_NEEDS = (2, 14)  # the oldest PyTorch that exports sides of any size to .pt2

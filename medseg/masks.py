@@ -8,8 +8,9 @@ from medseg.dicom import read_any_image
 from medseg.files import check_regular
 from medseg.images import SUFFIXES
 from medseg.mask_values import Meaning, find_meaning, read_mask
-from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, OF_FILE, OF_VOLUME, kind
+from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, kind
 from medseg.pairing import pair_files
+from medseg.settings import OF_FILE, OF_VOLUME
 from medseg.sources import (
     Upright,
     find_groups,

@@ -19,9 +19,9 @@ from medseg.medical import (
     name_file,
     nifti_version,
     result_name,
-    window_limits,
     window_to_uint8,
 )
+from medseg.settings import window_limits
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
 MAX_SLICE_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, as for other images

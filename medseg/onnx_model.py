@@ -10,7 +10,7 @@ import numpy as np
 
 from medseg.cli import one_line
 from medseg.files import check_regular
-from medseg.medical import read_settings
+from medseg.settings import read_settings
 
 INPUT, OUTPUT = "images", "probabilities"
 KEYS = ("class_names", "image_size", "n_channels", "mean", "std")  # of the metadata, JSON each

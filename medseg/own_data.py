@@ -17,7 +17,7 @@ from medseg.dataset import (
 )
 from medseg.labelme import labelme_items
 from medseg.masks import mask_items
-from medseg.medical import window_limits
+from medseg.settings import window_limits
 from medseg.sources import same_form
 
 SOURCES = ("masks", "labelme", "coco")

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from medseg.archive import install, occupied, read_splits
 from medseg.coco import ANNOTATIONS, SPLITS
+from medseg.splits import install, occupied, read_splits
 
 PHANTOM = "phantoms made by download.py"  # starts info.description of every phantom split
 COUNTS = (400, 100, 100)  # images in train, valid and test

@@ -24,7 +24,7 @@ from conftest import SMALL, fork_script, make_dataset
 from pycocotools import coco  # noqa: F401  imported here once, not in every fork
 
 import train
-from medseg.checkpoint import load_weights
+from medseg.weights import load_weights
 
 TIMES = ("seconds", "images_per_second")  # these differ between any two runs
 KINDS = {

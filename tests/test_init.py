@@ -8,8 +8,8 @@ import torch
 from conftest import make_dataset
 
 import train
-from medseg.checkpoint import load_weights
 from medseg.inputs import PRETRAINED
+from medseg.weights import load_weights
 from net import UNet, load_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -35,8 +35,8 @@ from PIL import Image
 
 import train
 from data import load_split
-from medseg.checkpoint import load_weights
 from medseg.coco import load_coco
+from medseg.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 import train
 from data import Batches, COCOSegmentationDataset, load_split
-from medseg.checkpoint import Checkpointer, Progress, history_row, load_weights, waits
+from medseg.checkpoint import Checkpointer, Progress, history_row, waits
 from medseg.cli import ArgumentParser, number
 from medseg.coco import load_coco
 from medseg.flags import experiment_name, make_parser
@@ -41,6 +41,7 @@ from medseg.metrics import RunningScores, metrics
 from medseg.optim import GuardedStep, make_schedule
 from medseg.phantoms import make_phantoms
 from medseg.signals import Signals, Stopped
+from medseg.weights import load_weights
 from net import UNet, load_model
 from train import combined_loss, dice_loss, evaluate, train_model
 

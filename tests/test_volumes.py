@@ -26,8 +26,9 @@ from medseg import dicom, medical, nifti
 from medseg.audit import grouped_split
 from medseg.dicom import read_any_image, read_dicom, read_pictures
 from medseg.images import class_colors, overlay
-from medseg.medical import base_name, kind, mask_name, window_limits, window_to_uint8
+from medseg.medical import base_name, kind, mask_name, window_to_uint8
 from medseg.nifti import montage, open_nifti, write_mask
+from medseg.settings import window_limits
 from medseg.volume_masks import volume_pairs
 from net import UNet, load_model
 

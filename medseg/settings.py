@@ -1,0 +1,74 @@
+"""What prediction has to do as the import did: the window of grey values, the orientation."""
+
+import itertools
+import math
+
+# What grey values are scaled from where no --window was given: a volume's percentiles, or the
+# window in the file.
+OF_VOLUME, OF_FILE = "percentiles", "file"
+# Where the three axes of an array lead, as `nibabel.aff2axcodes` has it: "RAS", "LPS", ... (48).
+ORIENTATIONS = frozenset(
+    "".join(letters)
+    for axes in itertools.permutations(("LR", "PA", "IS"))
+    for letters in itertools.product(*axes)
+)
+
+
+def window_limits(window):
+    """(center, width) -> (low, high). ValueError for a width that is not above 0."""
+    center, width = map(float, window)
+    if not (math.isfinite(center) and 0 < width < math.inf):
+        raise ValueError(f"a window of center {center:g} and width {width:g} shows nothing")
+    return center - width / 2, center + width / 2
+
+
+def read_settings(mapping):
+    """What prediction has to do as the import did: {"window": ..., "orientation": ...}.
+
+    mapping: anything's metadata, which may lack both and hold more. window: (center, width),
+    OF_VOLUME (the percentiles of each), OF_FILE (DICOM's own window), or None of pictures.
+    orientation: that all volumes were turned to, one of ORIENTATIONS, or None.
+    Raises ValueError for other values.
+    """
+    window, orientation = mapping.get("window"), mapping.get("orientation")
+    if isinstance(window, (list, tuple)):
+        numbers = [value for value in window if type(value) in (int, float) and abs(value) < 1e300]
+        if len(numbers) != 2 or len(window) != 2:
+            raise ValueError(f"window {window!r:.60}")
+        window_limits(window)
+        window = (float(window[0]), float(window[1]))
+    elif not (window is None or isinstance(window, str) and window in (OF_VOLUME, OF_FILE)):
+        raise ValueError(f"window {window!r:.60}")
+    if orientation is not None:
+        if not isinstance(orientation, str) or orientation not in ORIENTATIONS:
+            raise ValueError(f"orientation {orientation!r:.60}")
+    return {"window": window, "orientation": orientation}
+
+
+def spell_window(window):
+    """The window of `read_settings` in words."""
+    words = {
+        None: "none recorded",
+        OF_VOLUME: "the 0.5 to 99.5 percentiles of each volume",
+        OF_FILE: "that of each file",
+    }
+    return words[window] if window in words else " ".join(map(spell_number, window))
+
+
+def spell_number(value):
+    """40.0 -> '40', 0.1 -> '0.1': no digit is lost."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def choose_window(given, trained):
+    """(center, width) to predict with, or None for each file's own limits.
+
+    given: --window, (center, width) or None; it wins, and is told where it differs. trained: the
+    window of the weights.
+    """
+    if given and trained not in (None, tuple(given)):
+        print(
+            f"--window {spell_window(given)}: the weights were trained with another window, "
+            f"{spell_window(trained)}"
+        )
+    return given or (trained if isinstance(trained, tuple) else None)
