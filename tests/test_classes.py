@@ -226,6 +226,20 @@ def test_the_audit_counts_each_class_and_names_what_a_split_lacks(three, tmp_pat
     assert Image.open(tmp_path / "contact_sheet.jpg").width == 8 * 160
 
 
+def test_an_annotation_without_pixels_is_in_no_image(three, tmp_path, capsys):
+    from data import open_split
+
+    def empty(content):
+        outline = {"size": [48, 48], "counts": [48 * 48]}
+        next(a for a in content["annotations"] if a["category_id"] == 1)["segmentation"] = outline
+
+    names = {"categories": [{"id": 1, "name": "core"}]}
+    edit_annotations(three / "train", lambda content: [empty(content), content.update(names)])
+    audit(three, tmp_path, open_split)
+    said = capsys.readouterr().out.partition("valid")[0]
+    assert "core: 3 annotations" in said and "in 2 images" in said
+
+
 def test_phantoms_of_two_classes(tmp_path):
     root = make_phantoms(tmp_path / "two", (12, 2, 2), size=32, two_classes=True)
     coco = load_coco(root / "train")
