@@ -24,11 +24,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from medseg import own_data
 from medseg.archive import is_intact, unpack
 from medseg.cli import ArgumentParser, number, one_line, run_main
-from medseg.dataset import holds_own_data
 from medseg.files import check_regular
+from medseg.importing import flags as own_data
+from medseg.importing.writing import holds_own_data
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
 from medseg.splits import check_disk_space, install, occupied, read_splits
 

@@ -87,7 +87,7 @@ class UNet(nn.Module):
     `class_names`: a name for each class, by default "1", "2", ... or, of a single one,
     "foreground". `window` and `orientation`: what was done to the grey values and the axes of
     DICOM and NIfTI files at their import, which prediction repeats; see
-    `medseg.medical.read_settings`. All of it travels in the state dict's metadata.
+    `medseg.formats.medical.read_settings`. All of it travels in the state dict's metadata.
     """
 
     def __init__(

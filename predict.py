@@ -47,7 +47,7 @@ from medseg.images import (
     save_png,
     with_legend,
 )
-from medseg.inputs import (
+from medseg.predicting.inputs import (
     choose_output,
     data_set_images,
     default_model,
@@ -56,7 +56,7 @@ from medseg.inputs import (
     left_aside,
     sort_inputs,
 )
-from medseg.onnx_model import OnnxModel
+from medseg.predicting.onnx_model import OnnxModel
 from medseg.settings import choose_window, window_limits
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
@@ -161,7 +161,7 @@ def visualize_result(
 
 
 class TorchModel:
-    """A UNet on its device with the attributes and the method of `medseg.onnx_model.OnnxModel`.
+    """A UNet on its device, with the attributes and the method of an `OnnxModel`.
 
     precision: as --precision has it.
     """
@@ -309,7 +309,7 @@ def predict_many(model, pictures, output, threshold, scores=None):
 
 def predict_volume(model, path, output, threshold, window):
     """Predict every slice of a NIfTI volume; write a mask volume and a montage of slices."""
-    from medseg.nifti import open_nifti, write_prediction
+    from medseg.formats.nifti import open_nifti, write_prediction
 
     volume, names = open_nifti(path, model.orientation), model.class_names
     pictures, highest = volume.pictures(window), np.zeros(len(names))
@@ -334,7 +334,7 @@ def open_folder(model, folder, threshold):
     Raises ValueError where the annotations are damaged or of other classes.
     """
     from data import open_split
-    from medseg.report import FolderScores
+    from medseg.predicting.report import FolderScores
 
     place = folder.resolve()  # `dataset/test/` and `.` have a parent too
     content = {"classes": None, "n_channels": model.n_channels}
@@ -354,7 +354,7 @@ def report(model, folder, output, threshold, scores=None):
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
     """
     from data import load_split
-    from medseg.report import predict_rows, threshold_sweep, write_report
+    from medseg.predicting.report import predict_rows, threshold_sweep, write_report
 
     scores = scores or open_folder(model, folder, threshold)
     dataset, valid, sweep = scores.dataset, folder.resolve().parent / "valid", None
@@ -405,7 +405,7 @@ def export_model(target, path, inputs):
         raise ValueError(f"{path}: an export already; give --model the weights (.pth)")
     if Path(target).suffix.lower() == ".pth" and Path(target).exists():
         raise ValueError(f"--export {target}: there already, maybe trained; name another file")
-    from medseg.export import SHAPES, check_target, export
+    from medseg.predicting.export import SHAPES, check_target, export
     from net import load_model
 
     check_target(target)
@@ -480,7 +480,7 @@ def main(argv=None):
         except ValueError as error:
             raise ValueError(f"--window: {error}") from None
     if args.page:
-        from medseg.page import serve
+        from medseg.page.app import serve
 
         if args.inputs or args.output:
             raise ValueError("--page takes no images and no --output: drop images on the page")
@@ -534,7 +534,7 @@ def predict_inputs(args, device, window):
     if scores and problems and scores.missing():
         unscored = f"; {folder} has no report without them"
     elif scores:
-        from medseg.report import print_report
+        from medseg.predicting.report import print_report
 
         print_report(folder, output, report(model, folder, output, args.threshold, scores))
     if problems:

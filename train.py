@@ -30,16 +30,6 @@ import torch.nn.functional as F
 from data import Batches, load_split, open_split
 from medseg import dist
 from medseg.augment import AUGMENTATIONS
-from medseg.checkpoint import (
-    BEST,
-    CURVES,
-    Checkpointer,
-    Progress,
-    RandomState,
-    check_same_data,
-    prepare_folder,
-    refuse_other_run,
-)
 from medseg.cli import output_folder, parse_words, run_main, spell_flags
 from medseg.coco import SPLITS, load_coco, recorded_settings, used_categories
 from medseg.device import (
@@ -51,14 +41,28 @@ from medseg.device import (
     pick_device,
 )
 from medseg.files import file_lock
-from medseg.flags import (
+from medseg.metrics import RunningScores, class_names, dice_score
+from medseg.phantoms import make_phantoms
+from medseg.plots import denormalize, plot_curves, plot_predictions
+from medseg.signals import Signals, Stopped
+from medseg.training.checkpoint import (
+    BEST,
+    CURVES,
+    Checkpointer,
+    Progress,
+    RandomState,
+    check_same_data,
+    prepare_folder,
+    refuse_other_run,
+)
+from medseg.training.flags import (
     command,
     experiment_name,
     parse_arguments,
     predict_command,
     recorded_flags,
 )
-from medseg.history import (
+from medseg.training.history import (
     list_skipped,
     log_values,
     print_epoch,
@@ -68,13 +72,9 @@ from medseg.history import (
     show_loss,
     write_history,
 )
-from medseg.metrics import RunningScores, class_names, dice_score
-from medseg.optim import GuardedStep, RunningMean, make_schedule
-from medseg.phantoms import make_phantoms
-from medseg.plots import denormalize, plot_curves, plot_predictions
-from medseg.recipes import LOSSES, RECIPES, network_words
-from medseg.signals import Signals, Stopped
-from medseg.tracking import SwanLab
+from medseg.training.optim import GuardedStep, RunningMean, make_schedule
+from medseg.training.recipes import LOSSES, RECIPES, network_words
+from medseg.training.tracking import SwanLab
 from net import UNet, copy_weights, load_model
 
 # ---- loss (tutorial, section 5) --------------------------------------------------------------

@@ -4,13 +4,13 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+from helpers import ROOT
 
 
 def test_quick_benchmark(tmp_path):
     figures = tmp_path / "figures.json"
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "benchmark.py", "--quick", "--json", figures],
+        [sys.executable, ROOT / "tools" / "benchmark.py", "--quick", "--json", figures],
         cwd=tmp_path,
         text=True,
         capture_output=True,

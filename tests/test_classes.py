@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, edit_annotations, square, write_split
+from helpers import SMALL, edit_annotations, square, write_split
 from PIL import Image
 
 import predict
@@ -16,7 +16,7 @@ from medseg.coco import SPLITS, used_categories
 from medseg.images import class_colors, full_size_labels, overlay, save_mask
 from medseg.metrics import RunningScores, class_scores
 from medseg.phantoms import make_phantoms
-from medseg.report import count_image
+from medseg.predicting.report import count_image
 from net import UNet, load_model
 
 NAMES = ("core", "edema", "cyst")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import edit_annotations, script_here, square, write_split
+from helpers import edit_annotations, script_here, square, write_split
 from PIL import Image
 
 import predict

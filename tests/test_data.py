@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from helpers import (
     SIZE,
     SMALL,
     assert_refused,
@@ -39,8 +39,8 @@ from medseg.audit import audit, grouped_split, near_duplicates, slice_number
 from medseg.coco import ANNOTATIONS, SPLITS, load_coco, rasterize
 from medseg.files import read_json
 from medseg.images import MEAN, STD, image_kind, outline, read_image, resize_nearest
-from medseg.mask_values import read_mask
-from medseg.report import FolderScores
+from medseg.importing.mask_values import read_mask
+from medseg.predicting.report import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
 
 # ---- annotations -----------------------------------------------------------------------------

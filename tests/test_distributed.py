@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, ROOT, SMALL, fork_script, script_here
+from helpers import HOME, ROOT, SMALL, fork_script, script_here
 
 from data import Batches
 from medseg.dist import all_reduce_max, process_group

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
@@ -21,11 +20,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from helpers import tree
 from PIL import Image
 from pycocotools.coco import COCO
 
 import download
-from medseg import archive, phantoms
+from medseg import archive, phantoms, splits
 from medseg.cli import run_main
 
 SCRIPT = Path(download.__file__).resolve()
@@ -68,17 +68,6 @@ def pack(files, padding=0):
             z.writestr(name, data)
         z.writestr("README.txt", np.random.default_rng(0).bytes(padding))
     return out.getvalue()
-
-
-def tree(root):
-    """{path: (hash, modification time)} of everything below `root`; None if it does not exist."""
-    if not Path(root).exists():
-        return None
-    found = {}
-    for path in Path(root).rglob("*"):
-        content = hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        found[str(path.relative_to(root))] = (content, path.stat().st_mtime_ns)
-    return found
 
 
 # ---------------------------------------------------------------- running the script
@@ -591,7 +580,7 @@ def test_real_and_phantoms_do_not_replace_each_other(there, tmp_path):
 def test_too_little_disk(tmp_path, monkeypatch, flags):
     (tmp_path / "good.zip").write_bytes(pack(good_files()))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(splits.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     status, errors = fetch(tmp_path / "data", *flags)
     assert status == 2 and len(errors) == 1 and "MiB" in errors[0]
     assert not (tmp_path / "data").exists()

@@ -1,4 +1,4 @@
-"""tests/drive.py: its scores against pairs counted one by one, and against predict.py's masks."""
+"""tools/drive.py: its scores against pairs counted one by one, and against predict.py's masks."""
 
 import numpy as np
 import pytest

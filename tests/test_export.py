@@ -14,14 +14,14 @@ import numpy as np
 import parity
 import pytest
 import torch
-from conftest import ROOT, script_here
+from helpers import ROOT, script_here
 from PIL import Image
 from torch.torch_version import TorchVersion
 
 import predict
-from medseg import export, onnx_model
 from medseg.layers import ARCHITECTURES
-from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, available_threads, read_metadata
+from medseg.predicting import export, onnx_model
+from medseg.predicting.onnx_model import INPUT, OUTPUT, OnnxModel, available_threads, read_metadata
 from net import UNet
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # where a test imports onnxruntime before the scripts do
@@ -606,7 +606,7 @@ def test_every_import_of_onnxruntime_comes_after_its_switch(monkeypatch, tmp_pat
         monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
         use()
         assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("medseg/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
             names.append(getattr(node, "module", None) or "")
@@ -663,7 +663,7 @@ def test_half_precision_that_would_spoil_the_weights_is_refused(place, refused):
         refused("predict", "--model", "own.pth", "--export", target, words=words)
 
 
-# ---- tests/parity.py -------------------------------------------------------------------------
+# ---- tools/parity.py -------------------------------------------------------------------------
 
 
 def test_parity_counts_pixels_and_dice_by_hand(dataset, monkeypatch, capsys):

@@ -5,10 +5,10 @@ import argparse
 import pytest
 import torch
 
-from medseg.checkpoint import KEYS
-from medseg.flags import make_parser, parse_arguments, recorded_flags
 from medseg.layers import Architecture
-from medseg.recipes import RECIPES, network_words
+from medseg.training.checkpoint import KEYS
+from medseg.training.flags import make_parser, parse_arguments, recorded_flags
+from medseg.training.recipes import RECIPES, network_words
 
 
 def parse(*flags):

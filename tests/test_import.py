@@ -16,23 +16,35 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import SMALL, assert_refused, script, script_here
+from helpers import (
+    NIBABEL_DATA,
+    SMALL,
+    assert_refused,
+    sample,
+    script,
+    script_here,
+    write_dicom,
+    write_nifti,
+)
+from helpers import tree as tree_with_times
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
-from test_download import tree as tree_with_times
-from test_volumes import NIBABEL_DATA, sample, write_dicom, write_nifti
 
 import download
 from data import load_split
-from medseg import dataset, own_data, phantoms, sources, volume_masks
+from medseg import phantoms
 from medseg.cli import run_main
 from medseg.coco import rasterize
-from medseg.dataset import Item, draw_splits, write_dataset
-from medseg.dicom import read_dicom
+from medseg.formats.dicom import read_dicom
 from medseg.images import read_image
-from medseg.labelme import draw_shapes
-from medseg.mask_values import meaning_of
-from medseg.pairing import pair_files
+from medseg.importing import collect as sources
+from medseg.importing import flags as own_data
+from medseg.importing import volumes as volume_masks
+from medseg.importing import writing as dataset
+from medseg.importing.labelme import draw_shapes
+from medseg.importing.mask_values import meaning_of
+from medseg.importing.pairing import pair_files
+from medseg.importing.writing import Item, draw_splits, write_dataset
 
 SIZE = (40, 30)  # width, height
 ALL = ("--split", "100", "0", "0")
@@ -1516,7 +1528,7 @@ def test_images_of_a_coco_file_are_found_in_any_unicode_form(here):
 
 def test_large_labelme_files_are_not_read(here, monkeypatch):
     labelme("x", GOOD, imageData="A" * 2000)
-    monkeypatch.setattr("medseg.labelme.MAX_BYTES", 2000)
+    monkeypatch.setattr("medseg.importing.labelme.MAX_BYTES", 2000)
     refused("--labelme", "lm", *ALL, words=["x.json", "larger than"])
 
 

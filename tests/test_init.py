@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset
+from helpers import make_dataset
 
 import train
-from medseg.inputs import PRETRAINED
+from medseg.predicting.inputs import PRETRAINED
 from medseg.weights import load_weights
 from net import UNet, load_model
 

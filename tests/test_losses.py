@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import sigmoid_focal_loss
 
 from medseg.cli import parse_words
-from medseg.recipes import LOSSES
+from medseg.training.recipes import LOSSES
 from train import combined_loss, dice_loss, focal_loss, loss_of
 
 

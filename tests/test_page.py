@@ -26,19 +26,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
-import conftest
+import helpers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, fork_script, script_here
+from helpers import ROOT, assert_refused, brightness_model, fork_script, scan, script_here
 from PIL import Image
-from test_predict import brightness_model, scan
 
 import predict
-from medseg import gate, local_server
 from medseg.images import full_size_labels, save_mask
-from medseg.page import Page, example_images, import_gradio, layout, make_app, text_html
-from medseg.session import Session
+from medseg.page import gate, server
+from medseg.page.app import Page, example_images, import_gradio, layout, make_app, text_html
+from medseg.page.session import Session
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SANDBOX = ("--no-sandbox", "--disable-dev-shm-usage")  # as root and in a container there is none
@@ -83,7 +82,7 @@ def count_runs(place):
     os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     tempfile.tempdir = str(place / "tmp")
     gate.MAX_UPLOAD = LONGEST
-    conftest.run_main = functools.partial(conftest.run_main, exit_at_once=lambda: True)
+    helpers.run_main = functools.partial(helpers.run_main, exit_at_once=True)
 
 
 def wait_for_address(log, alive):
@@ -450,13 +449,13 @@ def test_ctrl_c_while_an_image_is_predicted(browser, servers, place, tmp_path):
 
 
 def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
-    with local_server.open_socket("127.0.0.1", 0) as taken:
+    with server.open_socket("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(local_server, "PORT", port)
-        with local_server.open_socket("127.0.0.1") as following:
-            assert port < following.getsockname()[1] < port + local_server.PORTS
+        monkeypatch.setattr(server, "PORT", port)
+        with server.open_socket("127.0.0.1") as following:
+            assert port < following.getsockname()[1] < port + server.PORTS
         with pytest.raises(ValueError, match=f"--port {port}: another program listens there"):
-            local_server.open_socket("127.0.0.1", port)
+            server.open_socket("127.0.0.1", port)
 
 
 # ---- requests that no page makes ---------------------------------------------------------------
@@ -851,7 +850,7 @@ def test_refusals(place, monkeypatch):
 
 
 def test_importing_the_page_imports_neither_gradio_nor_torch():
-    code = "import sys, medseg.page; print({'torch', 'gradio', 'uvicorn'} & set(sys.modules))"
+    code = "import sys, medseg.page.app; print({'torch', 'gradio', 'uvicorn'} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS
     )

@@ -18,10 +18,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     ROOT,
     assert_refused,
+    brightness_model,
     edit_annotations,
+    scan,
     script,
     script_here,
     square,
@@ -37,11 +39,9 @@ from pydicom.data import get_testdata_file
 import data
 import predict
 from medseg import device, plots
-from medseg.checkpoint import history_row
 from medseg.cli import ArgumentParser
 from medseg.files import atomic_write
 from medseg.images import class_colors, full_size_labels, overlay, preprocess
-from medseg.inputs import ABOUT_PRETRAINED, PRETRAINED, describe_left_out, left_aside, pictures_in
 from medseg.metrics import (
     RunningScores,
     bootstrap,
@@ -50,8 +50,16 @@ from medseg.metrics import (
     image_dice,
     pooled_scores,
 )
+from medseg.page.session import Session
 from medseg.phantoms import draw_phantom
-from medseg.report import (
+from medseg.predicting.inputs import (
+    ABOUT_PRETRAINED,
+    PRETRAINED,
+    describe_left_out,
+    left_aside,
+    pictures_in,
+)
+from medseg.predicting.report import (
     SWEEP,
     FolderScores,
     choose_cases,
@@ -61,26 +69,7 @@ from medseg.report import (
     shorten_name,
     write_report,
 )
-from medseg.session import Session
-from net import UNet
-
-
-def brightness_model(image_size=32):
-    """A UNet with weights set by hand: the probability is over 0.5 where a pixel is bright.
-
-    What it should predict can be told without running it.
-    """
-    model = UNet(n_filters=2, image_size=image_size)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.zero_()
-        model.down1.conv1.weight[0, :, 1, 1] = 1 / 3  # channel 0: mean of red, green, blue
-        model.down1.conv2.weight[0, 0, 1, 1] = 1
-        model.up5.conv1.weight[0, 2, 1, 1] = 1  # 0 and 1 come from below, 2 from the skip
-        model.up5.conv2.weight[0, 0, 1, 1] = 1
-        model.outc.weight[0, 0] = 8
-        model.outc.bias[0] = -4  # sigmoid(8 x - 4) > 0.5 where x > 0.5, some way above mid-grey
-    return model
+from medseg.training.checkpoint import history_row
 
 
 @pytest.fixture
@@ -89,13 +78,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(brightness_model().state_dict(), tmp_path / "best_model.pth")
     return tmp_path
-
-
-def scan(width, height, x, y, side):
-    """A dark picture with a bright square."""
-    pixels = np.full((height, width), 20, np.uint8)
-    pixels[y : y + side, x : x + side] = 235
-    return Image.fromarray(pixels)
 
 
 def write_scans(folder, stems):
@@ -142,7 +124,7 @@ def test_before_any_training_the_repositorys_weights_are_used(tmp_path, monkeypa
 
 
 def test_without_any_weights_the_next_command_is_named(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("medseg.inputs.PRETRAINED", tmp_path / "none.pth")
+    monkeypatch.setattr("medseg.predicting.inputs.PRETRAINED", tmp_path / "none.pth")
     scan(40, 40, 5, 5, 20).save(tmp_path / "scan.png")
     refused("predict", "scan.png", words=["best_model.pth", "python train.py"])
 
@@ -992,7 +974,9 @@ def test_the_scores_with_the_threshold_from_valid_by_hand(graded, tmp_path, chos
 
 def test_a_panel_shows_the_image_that_its_title_names(graded, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("medseg.report.plot_report", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(
+        "medseg.predicting.report.plot_report", lambda *arguments: drawn.append(arguments)
+    )
     write_report(tmp_path, "test", graded, None, ["foreground"])
     ((_, dice, cases, _),) = drawn
     assert dice.tolist() == [1, 1, 1] and len(cases) == 3
@@ -1021,8 +1005,8 @@ def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monke
     counts = np.array([found, alarms, missed, rest]).T
     distances = np.array([[1.0], [2.0], [9.0], *[[math.nan]] * 6])
     each = dict.fromkeys(range(9))
-    monkeypatch.setattr("medseg.report.image_names", lambda _: list(map(str, each)))
-    monkeypatch.setattr("medseg.report.plot_report", lambda *_: None)
+    monkeypatch.setattr("medseg.predicting.report.image_names", lambda _: list(map(str, each)))
+    monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *_: None)
     graded.result = lambda: (counts[:, None, None], distances)
     graded.case = lambda index: (None,) * 3
     report = write_report(tmp_path, "test", graded, None, ["foreground"])

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from filelock import FileLock
+from helpers import (
     HOME,
     ROOT,
     SMALL,
@@ -30,7 +31,6 @@ from conftest import (
     script_here,
     skip_pictures,
 )
-from filelock import FileLock
 from PIL import Image
 
 import train
@@ -77,9 +77,9 @@ def until(condition, seconds=60):
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits():
-    """20 kills here; `python tests/kill.py --kills 200` is the campaign."""
+    """20 kills here; `python tools/kill.py --kills 200` is the campaign."""
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kill.py"],
+        [sys.executable, ROOT / "tools" / "kill.py"],
         text=True,
         capture_output=True,
         timeout=300,
@@ -602,7 +602,7 @@ LOADERS = (
 
 def test_every_load_is_of_weights_only():
     loads = 0
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("medseg/*.py"), *ROOT.glob("tests/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py"), *ROOT.glob("t*s/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in LOADERS:
                 loads += 1
@@ -620,9 +620,9 @@ READERS = ("annotations", "images", "archives", "checkpoints", "commands", "impo
 
 @pytest.fixture(scope="module")
 def fuzzed():
-    """(exit status of tests/fuzz.py, {reader: its report}, the end of the output)."""
+    """(exit status of tools/fuzz.py, {reader: its report}, the end of the output)."""
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "fuzz.py", "--cases", "40"],
+        [sys.executable, ROOT / "tools" / "fuzz.py", "--cases", "40"],
         text=True,
         capture_output=True,
         timeout=600,
@@ -635,7 +635,7 @@ def fuzzed():
 
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_input_ends_in_one_line(reader, fuzzed):
-    """40 cases of each here; `python tests/fuzz.py --cases 400` is a campaign of 2400."""
+    """40 cases of each here; `python tools/fuzz.py --cases 400` is a campaign of 2400."""
     status, reports, output = fuzzed
     assert status == 0 and reader in reports, output
     assert reports[reader]["cases"] >= 40

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import quality
-from conftest import ROOT, make_dataset, script_here
+from helpers import ROOT, make_dataset, script_here
 
 COMMAND = (
     *("--splits", "official", "--seeds", "0", "--out", "quality", "--device", "cpu"),
@@ -45,7 +45,7 @@ def test_every_run_once_and_the_table_from_the_reports(tmp_path, monkeypatch, ca
     # As if it had been stopped before the last run was scored; now in processes.
     (tmp_path / "quality" / "official" / "strong" / "seed0" / "report.json").unlink()
     again = subprocess.run(
-        [sys.executable, ROOT / "tests" / "quality.py", *COMMAND],
+        [sys.executable, ROOT / "tools" / "quality.py", *COMMAND],
         text=True,
         capture_output=True,
         timeout=200,

@@ -15,10 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 
-from medseg.tracking import SwanLab
+from medseg.training.tracking import SwanLab
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
 LIMIT = 60  # seconds before a subprocess counts as hanging
@@ -153,7 +153,9 @@ def python(program, server=None):
 
     server: the service that it has an API key for.
     """
-    prelude = f"import os, sys\nfrom medseg.tracking import SwanLab\n{inspect.getsource(start)}"
+    prelude = (
+        f"import os, sys\nfrom medseg.training.tracking import SwanLab\n{inspect.getsource(start)}"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     if server:
         environment |= {"SWANLAB_API_HOST": address(server), "SWANLAB_API_KEY": "x"}
@@ -300,7 +302,7 @@ def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us
 def test_without_a_key_nothing_prompts_at_a_terminal(tmp_path):
     controller, terminal = pty.openpty()
     command = """if True:
-        from medseg.tracking import SwanLab
+        from medseg.training.tracking import SwanLab
         options = dict(project="Brain", experiment_name="bs32", config={}, log_dir="swanlog")
         try:
             SwanLab("online", **options)

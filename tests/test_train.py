@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     HOME,
     ROOT,
     SMALL,
@@ -31,16 +31,16 @@ from torch.utils.data import DataLoader
 
 import train
 from data import Batches, COCOSegmentationDataset, load_split
-from medseg.checkpoint import Checkpointer, Progress, history_row, waits
 from medseg.cli import ArgumentParser, number
 from medseg.coco import load_coco
-from medseg.flags import experiment_name, make_parser
-from medseg.history import log_values, print_epoch, progress_bar
 from medseg.images import MEAN, STD
 from medseg.metrics import RunningScores, metrics
-from medseg.optim import GuardedStep, make_schedule
 from medseg.phantoms import make_phantoms
 from medseg.signals import Signals, Stopped
+from medseg.training.checkpoint import Checkpointer, Progress, history_row, waits
+from medseg.training.flags import experiment_name, make_parser
+from medseg.training.history import log_values, print_epoch, progress_bar
+from medseg.training.optim import GuardedStep, make_schedule
 from medseg.weights import load_weights
 from net import UNet, load_model
 from train import combined_loss, dice_loss, evaluate, train_model
@@ -931,7 +931,9 @@ def test_the_seed_decides_the_weights(given):
 
 
 def test_an_epoch_is_told_its_number_and_goes_on_at_its_step(monkeypatch):
-    monkeypatch.setattr("medseg.history.tqdm", lambda batches, *_, **more: (list(batches), more))
+    monkeypatch.setattr(
+        "medseg.training.history.tqdm", lambda batches, *_, **more: (list(batches), more)
+    )
 
     class Loader(list):
         def set_epoch(self, *numbers):
@@ -1079,12 +1081,12 @@ def test_the_scale_of_half_precision_is_gone_on_with():
 def test_on_a_slow_disk_checkpoints_are_rarer(took, pause, tmp_path, monkeypatch):
     """Writing takes less than a twentieth of the time, as docs/reliability.md promises."""
     now = [1000.0]
-    monkeypatch.setattr("medseg.checkpoint.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("medseg.training.checkpoint.time.monotonic", lambda: now[0])
 
     def write(*_, **__):
         now[0] += took
 
-    monkeypatch.setattr("medseg.checkpoint.save_weights", write)
+    monkeypatch.setattr("medseg.training.checkpoint.save_weights", write)
     checkpointer = Checkpointer(tmp_path, {"progress": Progress()}, flags={}, save_every=60)
     checkpointer.save()
     for seconds, due in ((pause - 1, False), (pause, True)):

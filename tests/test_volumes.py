@@ -15,35 +15,39 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
-from conftest import ROOT, SMALL, assert_refused, edit_annotations, script_here
+from helpers import (
+    BIG_ENDIAN,
+    EXPLICIT,
+    IMPLICIT,
+    NIBABEL_DATA,
+    ROOT,
+    SMALL,
+    STORED,
+    assert_refused,
+    edit_annotations,
+    sample,
+    script_here,
+    write_dicom,
+    write_nifti,
+)
 from PIL import Image
 
 import predict
-from medseg import dicom, medical, nifti
+from medseg import settings
 from medseg.audit import grouped_split
-from medseg.dicom import read_any_image, read_dicom, read_pictures
+from medseg.formats import dicom, nifti
+from medseg.formats.dicom import read_any_image, read_dicom, read_pictures
+from medseg.formats.medical import base_name, kind, mask_name, window_to_uint8
+from medseg.formats.nifti import montage, open_nifti, write_mask
 from medseg.images import class_colors, overlay
-from medseg.medical import base_name, kind, mask_name, window_to_uint8
-from medseg.nifti import montage, open_nifti, write_mask
+from medseg.importing.volumes import volume_pairs
 from medseg.settings import window_limits
-from medseg.volume_masks import volume_pairs
 from net import UNet, load_model
-
-pydicom = pytest.importorskip("pydicom")
-nibabel = pytest.importorskip("nibabel")
-from pydicom.data import get_testdata_file  # noqa: E402
-
-NIBABEL_DATA = Path(nibabel.__file__).parent / "tests" / "data"
-IMPLICIT, EXPLICIT = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
-BIG_ENDIAN = pydicom.uid.ExplicitVRBigEndian
-STORED = np.array([[0, 100, 150], [200, 300, 1000]], np.uint16)  # 2 rows, 3 columns
-
-
-def sample(name):
-    return get_testdata_file(name, download=False)
 
 
 def one_line(refusal, path, *words):
@@ -53,45 +57,6 @@ def one_line(refusal, path, *words):
     assert "\n" not in text
     for word in words:
         assert word in text, text
-
-
-def write_dicom(path, pixels=STORED, *, syntax=EXPLICIT, **values):
-    """A DICOM file of one frame (H, W) or of several (N, H, W)."""
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = syntax
-    dataset.SOPClassUID = dataset.SOPInstanceUID = "1.2.3"
-    dataset.Rows, dataset.Columns = pixels.shape[-2:]
-    if pixels.ndim == 3:
-        dataset.NumberOfFrames = len(pixels)
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    bits = 8 * pixels.itemsize
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
-    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-    order = ">" if syntax == BIG_ENDIAN else "<"
-    dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
-    dataset["PixelData"].VR = "OW"
-    for name, value in values.items():
-        setattr(dataset, name, value)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
-def write_nifti(path, voxels, affine=None, *, version=1, slope=None, intercept=0, zooms=None):
-    make = nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image
-    image = make(voxels, np.eye(4) if affine is None else affine)
-    if zooms:
-        image.header.set_zooms(zooms)
-        image.set_sform(np.diag([*zooms[:3], 1]), 1)
-    if slope is not None:
-        image.header.set_slope_inter(slope, intercept)
-    image.to_filename(path)
-    if slope is not None:  # nibabel divides by the slope when it writes: store the voxels as given
-        content = bytearray(Path(path).read_bytes())
-        content[352:] = voxels.tobytes(order="F")
-        content[112:120] = struct.pack("<2f", slope, intercept)
-        Path(path).write_bytes(content)
-    return path
 
 
 # ---- kinds and names -------------------------------------------------------------------------
@@ -621,7 +586,7 @@ def run_python(code, *arguments):
 
 def test_importing_the_room_imports_neither_library():
     code = (
-        "import sys, medseg.dicom, medseg.nifti; "
+        "import sys, medseg.formats.dicom, medseg.formats.nifti; "
         "print({'torch', 'pydicom', 'nibabel'} & set(sys.modules))"
     )
     assert run_python(code).stdout == "set()\n"
@@ -633,7 +598,7 @@ def test_memory_stays_near_the_stored_size(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", voxels)
     code = """
 import resource, sys
-from medseg.nifti import open_nifti, write_mask
+from medseg.formats.nifti import open_nifti, write_mask
 import nibabel
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -654,8 +619,8 @@ print(peak() - before)
 FUZZ = """
 import sys, time
 from pathlib import Path
-from medseg.dicom import read_dicom
-from medseg.nifti import open_nifti
+from medseg.formats.dicom import read_dicom
+from medseg.formats.nifti import open_nifti
 for path in sys.argv[1:]:
     start = time.perf_counter()
     try:
@@ -896,7 +861,7 @@ def test_without_a_window_of_numbers_each_file_counts(here, window):
 
 
 def test_the_page_takes_window_and_orientation_of_the_weights(here, monkeypatch):
-    from medseg import page
+    from medseg.page import app as page
 
     stored_as(brain(spacing=(1, 3, 1)), "PSR").to_filename("v.nii.gz")
     save_weights(window=(300, 500), orientation="LPS")
@@ -1012,7 +977,7 @@ def test_a_split_of_another_kind_is_a_warning(here):
 
 # ---- orientation -----------------------------------------------------------------------------
 
-ALL_ORIENTATIONS = sorted(medical.ORIENTATIONS)
+ALL_ORIENTATIONS = sorted(settings.ORIENTATIONS)
 
 
 def test_the_48_orientations():

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from medseg.cli import one_line
+from medseg.formats.medical import kind
+from medseg.formats.nifti import open_nifti, write_prediction
 from medseg.images import (
     describe,
     draw_labels,
@@ -25,9 +27,7 @@ from medseg.images import (
     save_overlay,
     save_png,
 )
-from medseg.inputs import Picture, expand, pictures_in
-from medseg.medical import kind
-from medseg.nifti import open_nifti, write_prediction
+from medseg.predicting.inputs import Picture, expand, pictures_in
 
 VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
 

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from medseg.upload import Upload
+from medseg.page.upload import Upload
 
 SHARED = "shared"  # no name that a cookie gives
 MAX_UPLOAD = 2 * 1024**3  # bytes of a request with files

@@ -5,8 +5,11 @@ from pathlib import Path
 
 from medseg.cli import flag_name, number, one_line
 from medseg.coco import SPLITS
-from medseg.cocojson import coco_items
-from medseg.dataset import (
+from medseg.importing.coco_files import coco_items
+from medseg.importing.collect import same_form
+from medseg.importing.labelme import labelme_items
+from medseg.importing.mask_folders import mask_items
+from medseg.importing.writing import (
     SHARES,
     check_free,
     check_window,
@@ -15,10 +18,7 @@ from medseg.dataset import (
     wanted_splits,
     write_dataset,
 )
-from medseg.labelme import labelme_items
-from medseg.masks import mask_items
 from medseg.settings import window_limits
-from medseg.sources import same_form
 
 SOURCES = ("masks", "labelme", "coco")
 NEED_A_SOURCE = ("split", "into", "group", "classes", "skip_unpaired", "boxes")

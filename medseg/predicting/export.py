@@ -14,7 +14,13 @@ import torch
 from medseg.cli import one_line
 from medseg.files import atomic_write
 from medseg.images import mean_and_std
-from medseg.onnx_model import INPUT, OUTPUT, OnnxModel, check_metadata, import_onnx_library
+from medseg.predicting.onnx_model import (
+    INPUT,
+    OUTPUT,
+    OnnxModel,
+    check_metadata,
+    import_onnx_library,
+)
 from medseg.weights import load_weights
 
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")

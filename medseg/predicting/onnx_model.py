@@ -73,7 +73,7 @@ class OnnxModel:
         self._check_signature()
 
     def _check_signature(self):
-        """ValueError unless input and output are those that `medseg.export` writes."""
+        """ValueError unless input and output are those that `medseg.predicting.export` writes."""
         signature = []
         for values in (self.session.get_inputs(), self.session.get_outputs()):
             for value in values:
@@ -134,7 +134,7 @@ def available_threads():
 
 
 def read_metadata(path):
-    """What `medseg.export` wrote into an ONNX file: {"class_names": [str], "mean": [float], ...}.
+    """What `export` wrote into an ONNX file: {"class_names": [str], "mean": [float], ...}.
 
     Raises FileNotFoundError; ValueError for a file that is damaged, keeps weights in other files,
     or has no such metadata.

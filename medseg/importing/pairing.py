@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from medseg.medical import base_name
-from medseg.sources import same_form
+from medseg.formats.medical import base_name
+from medseg.importing.collect import same_form
 
 COMMONEST = 12  # ends (or beginnings) of names that are tried, of images and of masks each
 NUMBERED = re.compile(r"(.+?)[\W_]+\d+\)?")  # x_mask_1, x_mask-2, x_mask (3)

@@ -1,9 +1,9 @@
 """How good it is: recipes, splits and seeds trained and scored in turn, with a table at the end.
 
-    python tests/quality.py --data dataset               # the tutorial's size, for a GPU
-    python tests/quality.py --data dataset --rows ablation
-    python tests/quality.py --data drive --rows vessels --splits official --seeds 0
-    python tests/quality.py --data dataset --image-size 128 --n-filters 16 --epochs 12   # a CPU
+    python tools/quality.py --data dataset               # the tutorial's size, for a GPU
+    python tools/quality.py --data dataset --rows ablation
+    python tools/quality.py --data drive --rows vessels --splits official --seeds 0
+    python tools/quality.py --data dataset --image-size 128 --n-filters 16 --epochs 12   # a CPU
 
 The tutorial's size is 256x256, 32 filters, 40 epochs. Flags that are not of this script go to
 train.py. It may be stopped at any time: the same command resumes from the last checkpoint, and

@@ -1,7 +1,7 @@
 """Do exported models, and bf16, give what PyTorch gives in fp32? Two tables.
 
-    python tests/parity.py                        # every network and format, random weights
-    python tests/parity.py --images dataset/test --model dataset/tumor.pth   # masks of real images
+    python tools/parity.py                        # every network and format, random weights
+    python tools/parity.py --images dataset/test --model dataset/tumor.pth   # masks of real images
 
 The first table has the largest difference of a probability over images of 1x1, 37x50, 64x96,
 255x257 and 640x640 pixels and a batch of three. The second has the mask pixels that are not those
@@ -26,7 +26,7 @@ def networks(n_filters=None):
     n_filters: instead of those that --arch has.
     """
     from medseg.layers import ARCHITECTURES
-    from medseg.recipes import N_FILTERS
+    from medseg.training.recipes import N_FILTERS
     from net import UNet
 
     words = {**ARCHITECTURES, "--norm batch": {"norm": "batch"}, "--norm group": {"norm": "group"}}
@@ -55,7 +55,7 @@ def compare_networks(models, folder):
 
     A format that refuses a network has its reason in the row.
     """
-    from medseg.export import FORMATS, export
+    from medseg.predicting.export import FORMATS, export
 
     print_row("network", "probabilities", *FORMATS)
     for name, model in models.items():
@@ -103,7 +103,7 @@ def open_models(path, folder):
     """{name: model like a `predict.TorchModel`} of a file of weights, exported to `folder`."""
     import predict
     from data import normalize
-    from medseg.export import FORMATS, available_formats, export, quiet
+    from medseg.predicting.export import FORMATS, available_formats, export, quiet
 
     model = predict.load_model(path, "cpu")
     models = {name: predict.TorchModel(model, "cpu", name) for name in ("fp32", "bf16")}

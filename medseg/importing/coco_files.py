@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from medseg.coco import MAX_CLASSES, listed, read_coco, read_segmentation
-from medseg.dataset import Item
 from medseg.files import check_regular
 from medseg.images import SUFFIXES
-from medseg.run_lengths import encode, unite
-from medseg.sources import (
+from medseg.importing.collect import (
     find_groups,
     fit_mask,
     is_text,
@@ -23,6 +21,8 @@ from medseg.sources import (
     same_form,
     unique_names,
 )
+from medseg.importing.writing import Item
+from medseg.run_lengths import encode, unite
 
 
 def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=False, boxes=False):

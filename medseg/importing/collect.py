@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from medseg.formats.medical import base_name, kind
 from medseg.images import open_image, read_image
-from medseg.medical import base_name, kind
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height

@@ -1,7 +1,7 @@
 """Kill a training with SIGKILL at random moments, resume it, and compare the end bit for bit.
 
-    python tests/kill.py                          # 20 kills
-    python tests/kill.py --kills 200 --seed 7     # a campaign
+    python tools/kill.py                          # 20 kills
+    python tools/kill.py --kills 200 --seed 7     # a campaign
 
 What it is compared with is a training that was not killed. The trainings write last.pth after
 every step, so that many kills come while it is written. Half of the resumed runs are killed again.
@@ -18,9 +18,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
-from conftest import SMALL, fork_script, make_dataset
+from helpers import SMALL, fork_script, make_dataset
 from pycocotools import coco  # noqa: F401  imported here once, not in every fork
 
 import train

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from medseg.augment import AUGMENTATIONS
-from medseg.checkpoint import BEST, LAST, PREVIOUS, has_ended, load_checkpoint, waits
 from medseg.cli import (
     ArgumentParser,
     add_device_flags,
@@ -19,7 +18,8 @@ from medseg.cli import (
 from medseg.dist import restart_count
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES
-from medseg.recipes import LOSSES, RECIPES, arch_flags, network_flags
+from medseg.training.checkpoint import BEST, LAST, PREVIOUS, has_ended, load_checkpoint, waits
+from medseg.training.recipes import LOSSES, RECIPES, arch_flags, network_flags
 
 NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
 # The flags that a resumed run need not have in common with its beginning. Any other decides the

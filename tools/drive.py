@@ -1,6 +1,6 @@
 """DRIVE's usual figures: area under the ROC curve, sensitivity, specificity in the field of view.
 
-    python tests/drive.py DRIVE/test --model runs/vessels/best_model.pth --threshold 0.45
+    python tools/drive.py DRIVE/test --model runs/vessels/best_model.pth --threshold 0.45
 
 DRIVE/test is the folder as published, with images/, 1st_manual/ and mask/, the field of view.
 Images are predicted at the model's size and scored at their own. The threshold is to come from

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from medseg.formats.medical import import_reader, kind, name_file, window_to_uint8
 from medseg.images import read_image
-from medseg.medical import import_reader, kind, name_file, window_to_uint8
 from medseg.settings import window_limits
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of one frame: 89 million, as for other images

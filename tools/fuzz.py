@@ -1,7 +1,7 @@
 """Give the scripts damaged input: each case ends in success, or in status 2 and one line.
 
-    python tests/fuzz.py --cases 400                    # 2400 cases: 400 of each of six readers
-    python tests/fuzz.py images --cases 40 --seed 3
+    python tools/fuzz.py --cases 400                    # 2400 cases: 400 of each of six readers
+    python tools/fuzz.py images --cases 40 --seed 3
 
 Good annotation files, images, archives, checkpoints, command lines and files of other tools are
 mutated by hypothesis.
@@ -30,10 +30,11 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import numpy as np
 import torch
-from conftest import SMALL, make_dataset
+from helpers import SMALL, make_dataset
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image

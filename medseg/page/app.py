@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from medseg import local_server
-from medseg.gate import MAX_UPLOAD, SHARED, Gate, browser_folder
 from medseg.images import FORMAT_NAMES, class_colors, preprocess, read_image, save_png
-from medseg.inputs import data_set_images
+from medseg.page import server
+from medseg.page.gate import MAX_UPLOAD, SHARED, Gate, browser_folder
+from medseg.page.session import Session
 from medseg.phantoms import draw_phantom
-from medseg.session import Session
+from medseg.predicting.inputs import data_set_images
 from medseg.signals import Signals, Stopped
 
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
@@ -70,15 +70,15 @@ def serve(predictor, model_path, *, host="127.0.0.1", port=None, threshold=0.5, 
     try:
         with (
             signals.installed(),
-            local_server.hang_up_ends(signals),
-            local_server.open_socket(host, port) as listening,
-            local_server.temporary_folder("medseg-page-") as folder,
+            server.hang_up_ends(signals),
+            server.open_socket(host, port) as listening,
+            server.temporary_folder("medseg-page-") as folder,
         ):
             gradio = import_gradio(folder)
             uploads = folder / UPLOADS
             page = Page(gradio, predictor, uploads, threshold, window)
             blocks = layout(page, f"Segmentation with {model_path}", example_images(folder))
-            local_server.run(Gate(make_app(gradio, blocks), uploads), listening, host)
+            server.run(Gate(make_app(gradio, blocks), uploads), listening, host)
     except Stopped as stop:
         print(f"stopped by {signal.Signals(stop.signum).name}", file=sys.stderr)
         sys.exit(128 + stop.signum)

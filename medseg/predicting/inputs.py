@@ -9,13 +9,13 @@ from PIL import Image
 
 from medseg.cli import output_folder
 from medseg.coco import ANNOTATIONS
-from medseg.dicom import read_dicom
 from medseg.files import shorten
+from medseg.formats.dicom import read_dicom
+from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, kind, result_name
 from medseg.images import SUFFIXES, read_image
-from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, kind, result_name
 
 # Weights that come with the repository, and what they are: docs/pretrained.md.
-PRETRAINED = Path(__file__).parent.parent / "dataset" / "tumor.pth"
+PRETRAINED = Path(__file__).parents[2] / "dataset" / "tumor.pth"
 ABOUT_PRETRAINED = "brain tumours in MRI slices, test Dice 0.77"
 
 OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "contact_sheet.jpg")

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.dataset import Item
-from medseg.mask_values import Meaning, count_values, meaning_of
-from medseg.nifti import open_nifti, read_orientation
+from medseg.formats.nifti import open_nifti, read_orientation
+from medseg.importing.mask_values import Meaning, count_values, meaning_of
+from medseg.importing.writing import Item
 
 KIND = "volume"  # of mask values, beside those of `read_mask`
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open

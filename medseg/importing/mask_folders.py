@@ -3,15 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from medseg.dataset import Item, check_window
-from medseg.dicom import read_any_image
 from medseg.files import check_regular
+from medseg.formats.dicom import read_any_image
+from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, kind
 from medseg.images import SUFFIXES
-from medseg.mask_values import Meaning, find_meaning, read_mask
-from medseg.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, kind
-from medseg.pairing import pair_files
-from medseg.settings import OF_FILE, OF_VOLUME
-from medseg.sources import (
+from medseg.importing.collect import (
     Upright,
     find_groups,
     fit_mask,
@@ -21,7 +17,11 @@ from medseg.sources import (
     tell_apart,
     unique_names,
 )
-from medseg.volume_masks import volume_items
+from medseg.importing.mask_values import Meaning, find_meaning, read_mask
+from medseg.importing.pairing import pair_files
+from medseg.importing.volumes import volume_items
+from medseg.importing.writing import Item, check_window
+from medseg.settings import OF_FILE, OF_VOLUME
 
 
 def mask_items(

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from medseg.files import atomic_write
-from medseg.images import overlay, save_png, with_legend
-from medseg.medical import (
+from medseg.formats.medical import (
     NIFTI_SUFFIXES,
     import_reader,
     mask_name,
@@ -21,6 +20,7 @@ from medseg.medical import (
     result_name,
     window_to_uint8,
 )
+from medseg.images import overlay, save_png, with_legend
 from medseg.settings import window_limits
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored

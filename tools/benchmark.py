@@ -1,8 +1,8 @@
 """How fast it is, as ratios that hold on any machine: both sides of a pair run in turn.
 
-    python tests/benchmark.py --data dataset                 # against this project's own plain way
-    python tests/benchmark.py --data dataset --tutorial DIR  # and the tutorial's program in DIR
-    python tests/benchmark.py --quick                        # on phantoms: that it runs
+    python tools/benchmark.py --data dataset                 # against this project's own plain way
+    python tools/benchmark.py --data dataset --tutorial DIR  # and the tutorial's program in DIR
+    python tools/benchmark.py --quick                        # on phantoms: that it runs
 
 Every measurement is a process of its own. It is warmed up before its clock starts (except where a
 cold start is what is measured) and repeated --rounds times; the table shows medians and the range

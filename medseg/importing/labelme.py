@@ -18,11 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.coco import MAX_CLASSES, listed
-from medseg.dataset import Item
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.images import SUFFIXES
-from medseg.run_lengths import encode_labels
-from medseg.sources import (
+from medseg.importing.collect import (
     existing_file,
     find_groups,
     is_text,
@@ -31,6 +29,8 @@ from medseg.sources import (
     same_form,
     unique_names,
 )
+from medseg.importing.writing import Item
+from medseg.run_lengths import encode_labels
 
 BACKGROUND, IGNORED = "_background_", "__ignore__"
 POINTS = {

@@ -1,0 +1,1 @@
+"""What only download.py enters: files of other programs become the splits of a data set."""

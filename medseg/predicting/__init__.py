@@ -1,0 +1,1 @@
+"""What only predict.py and its page enter: inputs, models, reports, exports."""

@@ -1,0 +1,253 @@
+"""Tiny data sets, made here, and ways to run the scripts."""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+# Before torch is imported: networks this small are faster on one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import nibabel
+import numpy as np
+import pydicom
+import torch
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from medseg.cli import run_main
+from net import UNet
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = tempfile.mkdtemp(prefix="home-")  # one for all, so that matplotlib looks for fonts once
+SIZE = 48  # pixels a side of the images made here
+
+
+def script(name, *arguments, cwd, timeout=120, **environment):
+    """Run a script in a process of its own, without the user's SwanLab and Kaggle accounts."""
+    accounts = ("SWANLAB", "KAGGLE")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(accounts)}
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, arguments)],
+        cwd=cwd,
+        timeout=timeout,
+        text=True,
+        capture_output=True,
+        env={**clean, "HOME": HOME, **environment},
+    )
+
+
+def script_here(name, *arguments, cwd):
+    """As `script`, but in this process, which saves the seconds that importing PyTorch takes."""
+    module = importlib.import_module(name.removesuffix(".py"))
+    command, status, before = [name, *map(str, arguments)], 0, Path.cwd()
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        mock.patch.object(sys, "argv", command),
+    ):
+        os.chdir(cwd)
+        try:
+            run_main(module.main)
+        except SystemExit as leaving:
+            status = leaving.code
+        finally:
+            os.chdir(before)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def fork_script(name, *arguments, log, prepare=lambda: None):
+    """Start a script in a fork of this process, which has imported PyTorch already.
+
+    Its output goes to the file `log`. prepare() is called in the new process. Returns a
+    multiprocessing.Process.
+    """
+
+    def target():
+        with open(log, "w") as sys.stdout, mock.patch.object(sys, "argv", command):
+            sys.stderr = sys.stdout
+            prepare()
+            run_main(module.main)
+
+    module = importlib.import_module(name.removesuffix(".py"))
+    command = [name, *map(str, arguments)]
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
+
+
+def assert_refused(result, *words):
+    """Status 2 and one line on stderr with the words: how errors that users can mend look."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert str(word) in result.stderr, result.stderr
+
+
+def skip_pictures(monkeypatch):
+    """Trainings in this process draw nothing: that would take longer than they do."""
+    import train
+
+    monkeypatch.setattr(train, "visualize_predictions", lambda *_, path, **__: path)
+    monkeypatch.setattr(train, "plot_curves", lambda history, path, **__: path)
+
+
+def square(x, y, side):
+    """A COCO segmentation: one square polygon; it covers side * side pixels."""
+    return [[x, y, x + side, y, x + side, y + side, x, y + side]]
+
+
+def write_split(folder, images, annotations=()):
+    """images: {file name: PIL image}; annotations: (index of the image, segmentation) pairs."""
+    folder.mkdir(parents=True)
+    records = []
+    for number, (name, image) in enumerate(images.items()):
+        image.save(folder / name)
+        width, height = image.size
+        records.append({"id": number, "file_name": name, "width": width, "height": height})
+    outlines = [
+        {
+            "id": number,
+            "image_id": index,
+            "category_id": 1,
+            "iscrowd": 0,
+            "segmentation": segmentation,
+        }
+        for number, (index, segmentation) in enumerate(annotations)
+    ]
+    categories = [{"id": 1, "name": "tumour"}]
+    content = {"images": records, "categories": categories, "annotations": outlines}
+    (folder / "_annotations.coco.json").write_text(json.dumps(content))
+
+
+def edit_annotations(folder, change):
+    """Apply change(content) to the annotation file of a split."""
+    path = folder / "_annotations.coco.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def make_dataset(root):
+    """Write root/{train,valid,test} and return root.
+
+    6 + 4 + 4 images of noise with a bright square each, annotated as a polygon.
+    """
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 6, "valid": 4, "test": 4}.items():
+        images, annotations = {}, []
+        for number in range(count):
+            pixels = rng.integers(0, 80, (SIZE, SIZE, 3), dtype=np.uint8)
+            x, y = (int(value) for value in rng.integers(2, SIZE - 20, 2))
+            pixels[y : y + 16, x : x + 16] = 230
+            images[f"{number}_{split}.png"] = Image.fromarray(pixels)
+            annotations.append((number, square(x, y, 16)))
+        write_split(root / split, images, annotations)
+    return root
+
+
+# The flags of the smallest training there is.
+SMALL = (
+    *("--image-size", 32, "--n-filters", 2, "--batch-size", 2),
+    *("--swanlab", "disabled", "--device", "cpu"),
+)
+
+
+def tree(root):
+    """{path: (hash, modification time)} of everything below `root`; None if it does not exist."""
+    if not Path(root).exists():
+        return None
+    found = {}
+    for path in Path(root).rglob("*"):
+        content = hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        found[str(path.relative_to(root))] = (content, path.stat().st_mtime_ns)
+    return found
+
+
+def brightness_model(image_size=32):
+    """A UNet with weights set by hand: the probability is over 0.5 where a pixel is bright.
+
+    What it should predict can be told without running it.
+    """
+    model = UNet(n_filters=2, image_size=image_size)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        model.down1.conv1.weight[0, :, 1, 1] = 1 / 3  # channel 0: mean of red, green, blue
+        model.down1.conv2.weight[0, 0, 1, 1] = 1
+        model.up5.conv1.weight[0, 2, 1, 1] = 1  # 0 and 1 come from below, 2 from the skip
+        model.up5.conv2.weight[0, 0, 1, 1] = 1
+        model.outc.weight[0, 0] = 8
+        model.outc.bias[0] = -4  # sigmoid(8 x - 4) > 0.5 where x > 0.5, some way above mid-grey
+    return model
+
+
+def scan(width, height, x, y, side):
+    """A dark picture with a bright square."""
+    pixels = np.full((height, width), 20, np.uint8)
+    pixels[y : y + side, x : x + side] = 235
+    return Image.fromarray(pixels)
+
+
+NIBABEL_DATA = Path(nibabel.__file__).parent / "tests" / "data"
+
+
+IMPLICIT, EXPLICIT = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
+
+
+BIG_ENDIAN = pydicom.uid.ExplicitVRBigEndian
+
+
+STORED = np.array([[0, 100, 150], [200, 300, 1000]], np.uint16)  # 2 rows, 3 columns
+
+
+def sample(name):
+    return get_testdata_file(name, download=False)
+
+
+def write_dicom(path, pixels=STORED, *, syntax=EXPLICIT, **values):
+    """A DICOM file of one frame (H, W) or of several (N, H, W)."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.SOPClassUID = dataset.SOPInstanceUID = "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape[-2:]
+    if pixels.ndim == 3:
+        dataset.NumberOfFrames = len(pixels)
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    bits = 8 * pixels.itemsize
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    order = ">" if syntax == BIG_ENDIAN else "<"
+    dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    dataset["PixelData"].VR = "OW"
+    for name, value in values.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_nifti(path, voxels, affine=None, *, version=1, slope=None, intercept=0, zooms=None):
+    make = nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image
+    image = make(voxels, np.eye(4) if affine is None else affine)
+    if zooms:
+        image.header.set_zooms(zooms)
+        image.set_sform(np.diag([*zooms[:3], 1]), 1)
+    if slope is not None:
+        image.header.set_slope_inter(slope, intercept)
+    image.to_filename(path)
+    if slope is not None:  # nibabel divides by the slope when it writes: store the voxels as given
+        content = bytearray(Path(path).read_bytes())
+        content[352:] = voxels.tobytes(order="F")
+        content[112:120] = struct.pack("<2f", slope, intercept)
+        Path(path).write_bytes(content)
+    return path
