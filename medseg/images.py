@@ -27,6 +27,7 @@ SUFFIXES = (
 MAX_FILE_BYTES = 1 << 30  # 89 million pixels of four 16-bit samples are 0.7 GB
 MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
+STRIPE = 64  # columns of a mask that are made at a time, and rows of an overlay: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
 # Pillow warns above 89 megapixels and refuses at twice that: refuse at once.
@@ -167,14 +168,23 @@ def full_size_labels(probabilities, size, threshold):
 
     size: (width, height). Where classes overlap, the most probable one is taken.
     """
-    labels = np.zeros(size[::-1], np.uint8)
-    highest = np.full(size[::-1], threshold, np.float32)
+    (width, height), bilinear = size, Image.Resampling.BILINEAR
+    labels = np.zeros((height, width), np.uint8)
+    highest = np.full((height, width), threshold, np.float32)
     for number, channel in enumerate(probabilities, 1):
         if channel.max() <= threshold:  # and so is every value between those of its pixels
             continue
-        resized = np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR))
-        labels[resized > highest] = number
-        np.maximum(resized, highest, out=highest)
+        # Along the rows, then the columns, as Pillow does it, but not where no pixel can win.
+        wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
+        for start in range(0, width, STRIPE):
+            columns = np.s_[:, start : start + STRIPE]
+            part, own, top = wide[columns], labels[columns], highest[columns]
+            if part.max() <= top.min():
+                continue
+            resized = Image.fromarray(part).resize((part.shape[1], height), bilinear)
+            resized = np.asarray(resized)
+            own[resized > top] = number
+            np.maximum(resized, top, out=top)
     return labels
 
 
@@ -206,13 +216,17 @@ def draw_labels(labels, n_classes=1):
 
 def overlay(image, labels, n_classes=1):
     """PIL RGB image and class numbers (H, W), or a bool mask -> PIL image with them tinted."""
-    drawn = image.copy()
+    tints = np.arange(256)[:, None] * np.ones((256, 1, 3))  # of each label, value and colour
     for number, color in enumerate(class_colors(n_classes), 1):
-        inside = labels == number
-        if inside.any():  # by a table, for floats of 89 megapixels take gigabytes
-            table = [int(value * 0.6 + 0.4 * tint) for tint in color for value in range(256)]
-            drawn.paste(image.point(table), mask=Image.fromarray(inside))
-    return drawn
+        tints[number] = tints[number] * 0.6 + 0.4 * np.array(color)
+    tables = np.ascontiguousarray(tints.reshape(-1, 3).T.astype(np.uint8))  # one of each colour
+    drawn = np.array(image)
+    for start in range(0, len(drawn), STRIPE):
+        rows, numbers = drawn[start : start + STRIPE], labels[start : start + STRIPE]
+        first = numbers.astype(np.intp) * 256  # the place of its value 0
+        for channel, table in enumerate(tables):
+            rows[..., channel] = table.take(first + rows[..., channel])
+    return Image.fromarray(drawn)
 
 
 def with_legend(image, class_names):
@@ -239,9 +253,11 @@ def describe(path, labels, highest, class_names):
     of each class, which tells why a mask is empty.
     """
     lines = [] if len(class_names) == 1 else [f"{path}:"]
+    # Row by row, or slice by slice: counting takes eight bytes a pixel.
+    counts = sum(np.bincount(np.ravel(part), minlength=256) for part in labels)
     for index, name in enumerate(class_names):
         what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
-        share = 100 * (labels == index + 1).mean()
+        share = 100 * counts[index + 1] / labels.size
         lines.append(f"{what} {share:.2f} %, highest probability {highest[index]:.3f}")
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ def dice_score(tp, fp, fn):
 def metrics(tp, fp, fn, tn):
     """Scores of the foreground from counts of pixels (true/false positives and negatives), 0..1.
 
+    tp, fp, fn, tn: Python numbers, or numpy arrays for as many scores.
     Where target and prediction are both empty, Dice, IoU, precision and recall are 1; where only
     one of them is, they are 0. miou is the mean IoU of foreground and background;
     background_acc is what answering "background" everywhere would score as acc.
@@ -28,17 +29,18 @@ def metrics(tp, fp, fn, tn):
     total = tp + fp + fn + tn
     empty = tp + fp + fn == 0
 
-    def safe_divide(part, whole):
-        return part / whole if whole else float(empty)
+    def safe_divide(part, whole, otherwise):
+        zero = whole == 0  # and so is the part
+        return (part + zero * otherwise) / (whole + zero)
 
-    iou = safe_divide(tp, tp + fp + fn)
-    background_iou = tn / (tn + fp + fn) if tn + fp + fn else 1.0
+    iou = safe_divide(tp, tp + fp + fn, 1)
+    background_iou = safe_divide(tn, tn + fp + fn, 1)
     return {
         "acc": (tp + tn) / total,
         "dice": dice_score(tp, fp, fn),
         "iou": iou,
-        "precision": safe_divide(tp, tp + fp),
-        "recall": safe_divide(tp, tp + fn),
+        "precision": safe_divide(tp, tp + fp, empty),
+        "recall": safe_divide(tp, tp + fn, empty),
         "miou": (iou + background_iou) / 2,
         "background_acc": (fp + tn) / total,
     }
@@ -172,10 +174,17 @@ def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
     """
     counts = counts.reshape(len(counts), len(names), 4)
     rng, size = np.random.default_rng(seed), len(counts)
-    scores = [class_scores(counts[rng.integers(0, size, size)], names) for _ in range(samples)]
+    of_images = np.stack([image_dice(counts[:, index]) for index in range(len(names))])  # (C, N)
+    sums, means = [], []  # of each sample
+    for _ in range(samples):
+        drawn = rng.integers(0, size, size)
+        sums.append(counts[drawn].sum(0))
+        means.append(np.take(of_images, drawn, axis=1).mean(1))
+    scores = {**metrics(*np.stack(sums, 2).transpose(1, 0, 2)), "image_dice": np.stack(means, 1)}
+    by_class = [{key: own[index] for key, own in scores.items()} for index in range(len(names))]
     return {
-        name: np.percentile([score[name] for score in scores], [2.5, 97.5]).tolist()
-        for name in scores[0]
+        name: np.percentile(values, [2.5, 97.5]).tolist()
+        for name, values in mean_over_classes(by_class, names).items()
     }
 
 

@@ -16,6 +16,8 @@ SCORE_WORDS = {
     **{"dice": "Dice", "image_dice": "Dice per image", "iou": "IoU", "miou": "mean IoU"},
 }  # precision and recall are words already
 MAX_SIDE = 1600  # pixels of a picture that are drawn: an outline among 10,000 takes a minute
+MAX_DRAWN = 20  # classes that a figure outlines: more can be told apart neither there nor below
+MAX_SCORES = 14  # lines of the table in a report: more would run into the panels below
 
 
 def new_figure(width, height):
@@ -62,21 +64,37 @@ def draw_outline(axis, mask, color, style):
         axis.contour(columns, rows, padded, [0.5], colors=[color], linestyles=style, linewidths=1.8)
 
 
-def draw_case(axis, picture, targets, preds, title):
-    """Show a picture (H, W, 1 or 3) with the outlines of bool arrays (C, H, W)."""
+def choose_classes(cases):
+    """The class indices to outline in a figure, in order: all, or the MAX_DRAWN with most pixels.
+
+    cases: [(targets, preds)], arrays (C, H, W) of 0 and 1. Each case's largest classes come first,
+    true and predicted pixels together, so that a case of small ones is outlined too.
+    """
+    n_classes = len(cases[0][0])
+    if n_classes <= MAX_DRAWN:
+        return list(range(n_classes))
+    pixels = np.stack([np.sum(target, (1, 2)) + np.sum(pred, (1, 2)) for target, pred in cases])
+    ranks = np.argsort(np.argsort(-pixels, axis=1, kind="stable"), axis=1)  # within each case
+    ranks[pixels == 0] = n_classes
+    order = np.lexsort((-pixels.sum(0), ranks.min(0)))
+    return sorted(order[:MAX_DRAWN].tolist())
+
+
+def draw_case(axis, picture, targets, preds, title, classes):
+    """Show a picture (H, W, 1 or 3) with outlines of bool arrays (C, H, W), of some `classes`."""
     step = math.ceil(max(picture.shape[:2]) / MAX_SIDE)
     picture = picture[::step, ::step]
-    targets, preds = targets[:, ::step, ::step], preds[:, ::step, ::step]
     axis.imshow(np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture)
-    for target, pred, colors in zip(targets, preds, outline_colors(len(targets)), strict=True):
-        draw_outline(axis, target, colors[0], "solid")
-        draw_outline(axis, pred, colors[1], "dashed")
+    colors = outline_colors(len(targets))
+    for index in classes:
+        draw_outline(axis, targets[index, ::step, ::step], colors[index][0], "solid")
+        draw_outline(axis, preds[index, ::step, ::step], colors[index][1], "dashed")
     axis.set_title(title, fontsize=12, parse_math=False)  # a file's name may have a $ in it
     axis.axis("off")
 
 
-def add_legend(figure, title, class_names):
-    """Title and, below the panels, which outline is which."""
+def add_legend(figure, title, class_names, classes):
+    """Title and, below the panels, which outline is which, of the `classes` that are drawn."""
     from matplotlib.lines import Line2D
 
     def line(color, style, label):
@@ -86,8 +104,9 @@ def add_legend(figure, title, class_names):
     target, pred = colors[0] if len(colors) == 1 else ("black", "black")
     lines = [line(target, "solid", "true outline"), line(pred, "dashed", "prediction")]
     if len(colors) > 1:
-        pairs = zip(class_names, colors, strict=True)
-        lines += [line(color, "solid", name) for name, (color, _) in pairs]
+        lines += [line(colors[index][0], "solid", class_names[index]) for index in classes]
+    if len(colors) > len(classes):
+        lines.append(line("none", "solid", f"and {len(colors) - len(classes)} more, not drawn"))
     figure.suptitle(title, fontsize=13, parse_math=False)
     legend = figure.legend(
         lines,
@@ -112,9 +131,10 @@ def plot_predictions(pictures, targets, preds, titles, path, *, title, class_nam
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
+    classes = choose_classes(list(zip(targets, preds, strict=True)))
     for axis, *case in zip(axes.flat, pictures, targets, preds, titles, strict=False):
-        draw_case(axis, *case)
-    add_legend(figure, title, class_names)
+        draw_case(axis, *case, classes)
+    add_legend(figure, title, class_names, classes)
     return save_figure(figure, path)
 
 
@@ -167,11 +187,12 @@ def plot_report(report, dice, cases, path):
     _draw_lesion_sizes(sizes, report["by_lesion_size"])
     for axis in axes[1:].flat:
         axis.axis("off")
+    classes = choose_classes([(target, pred) for _, target, pred, _ in cases])
     for axis, case in zip(axes[1:].flat, cases, strict=False):
-        draw_case(axis, *case)
+        draw_case(axis, *case, classes)
     size = report["image_size"]
     scored = f"scored at {size}x{size}" if size else "scored at the size of each image"
-    add_legend(figure, f"{report['folder']}, {scored}", report["class_names"])
+    add_legend(figure, f"{report['folder']}, {scored}", report["class_names"], classes)
     return save_figure(figure, path)
 
 
@@ -184,8 +205,9 @@ def _draw_score_table(axis, report):
         score, _, class_name = name.partition("/")
         label = f"{SCORE_WORDS.get(score, score)} {class_name}"
         lines.append(f"{label:<23.23} {value:.3f}  [{low:.3f}, {high:.3f}]")
-    if len(lines) > 20:
-        lines = [*lines[:20], "..."]
+    if len(lines) > MAX_SCORES:
+        more = len(lines) - MAX_SCORES + 1
+        lines = [*lines[: MAX_SCORES - 1], f"and {more} more: report.json has them"]
     distance = report["hd95"]["median"]
     hd95 = "HD95: no image has both masks"
     if distance is not None:

@@ -1,20 +1,25 @@
 """Several classes: masks, scores, files and weights, against hand-drawn masks and MONAI."""
 
 import json
+import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from helpers import SMALL, edit_annotations, square, write_split
+from matplotlib.colors import to_hex
+from matplotlib.contour import ContourSet
 from PIL import Image
 
 import predict
 import train
 from data import Batches, COCOSegmentationDataset, load_coco, load_split, split_rows
+from medseg import plots
 from medseg.audit import audit
 from medseg.coco import SPLITS, used_categories
-from medseg.images import class_colors, full_size_labels, overlay, save_mask
-from medseg.metrics import RunningScores, class_scores
+from medseg.images import class_colors, describe, full_size_labels, overlay, save_mask
+from medseg.metrics import RunningScores, bootstrap, class_scores
 from medseg.phantoms import make_phantoms
 from medseg.predicting.report import count_image
 from net import UNet, load_model
@@ -278,3 +283,124 @@ def test_labels_at_the_threshold_and_of_equal_probability():
     probabilities[:, 1, 0] = (0.6, 0.5, 0.8)
     probabilities[:, 1, 1] = (0.55, 0, 0.5)
     assert full_size_labels(probabilities, (2, 2), 0.5).tolist() == [[0, 2], [3, 1]]
+
+
+# ---- many classes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(300, 70), (64, 9), (65, 200), (7, 5), (1, 1), (32, 32)])
+def test_labels_are_those_of_whole_probability_maps(size):
+    """With maps resized whole and compared one by one, to the last pixel."""
+    probabilities = np.random.default_rng(3).random((12, 32, 32), np.float32)
+    probabilities[4:8, :, 6:] = 0  # of these only some columns are above the threshold
+    probabilities[9] = probabilities[3]  # of equal ones the first
+    probabilities[10, 5, 5] = np.nan
+    labels, highest = np.zeros(size[::-1]), np.full(size[::-1], 0.6, np.float32)
+    for number, channel in enumerate(probabilities, 1):
+        resized = Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR)
+        labels[resized > highest] = number
+        highest = np.maximum(resized, highest)
+    np.testing.assert_array_equal(full_size_labels(probabilities, size, 0.6), labels)
+
+
+def test_shares_are_counted_in_little_memory():
+    labels = np.zeros((2, 500, 400), np.uint8)
+    labels[0, :100], labels[1, 250:] = 1, 40
+    names = [f"class {number}" for number in range(1, 41)]
+    tracemalloc.start()
+    lines = describe("a", labels, np.full(40, 0.5), names).splitlines()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    shares = {1: "10.00", 40: "25.00"}
+    for number, line in enumerate(lines[1:], 1):
+        assert line.split(" %")[0] == f"  class {number} {shares.get(number, '0.00')}"
+    assert peak < 6 * labels.size, f"{peak / labels.size:.1f} bytes a pixel"  # 8 of all at once
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 40])
+def test_the_bootstrap_of_all_classes_is_that_of_each(n_classes):
+    """The same images are drawn, and each sample is scored by itself."""
+    rng = np.random.default_rng(4)
+    counts = rng.integers(0, 3, (7, n_classes, 4)) * rng.integers(1, 999, (7, n_classes, 4))
+    counts[..., 3] += 1
+    counts[:4, 0, :3] = 0  # empty masks and empty predictions
+    names = [f"class {number}" for number in range(n_classes)]
+    again = np.random.default_rng(0)
+    samples = [class_scores(counts[again.integers(0, 7, 7)], names) for _ in range(50)]
+    found = bootstrap(counts, names, samples=50)
+    assert list(found) == list(samples[0])
+    for name, interval in found.items():
+        expected = np.percentile([sample[name] for sample in samples], [2.5, 97.5])
+        assert interval == pytest.approx(expected.tolist(), rel=1e-12, abs=1e-12), name
+
+
+def drawn_figure(monkeypatch, tmp_path, plot, *arguments, **options):
+    """The figure that a function of medseg.plots draws in full, without a warning."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    plot(*arguments, tmp_path / "figure.png", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that the panels have collapsed, for one
+        figures[0].draw_without_rendering()
+    return figures[0]
+
+
+def squares(n_classes, largest):
+    """Bool (C, 64, 64): 3 pixels of each class, and 16 more of the `largest`."""
+    mask = np.zeros((n_classes, 64, 64), bool)
+    for index in range(n_classes):
+        mask[index, index // 20 * 3, index % 20 * 3 : index % 20 * 3 + 3] = True
+    mask[largest, 40:44, 40:44] = True
+    return mask
+
+
+@pytest.mark.parametrize("n_classes", [3, 20, 21, 40])
+def test_a_figure_outlines_at_most_twenty_classes(n_classes, monkeypatch, tmp_path):
+    """The largest of each case are among them, and the legend counts the others."""
+    names = [f"class {index}" for index in range(n_classes)]
+    largest = [n_classes - 1, 0]
+    targets = [squares(n_classes, index) for index in largest]
+    preds = [np.zeros_like(targets[0]), squares(n_classes, n_classes - 2)]
+    arguments = [np.zeros((64, 64, 3))] * 2, targets, preds, ["", ""]
+    options = {"title": "", "class_names": names}
+    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, *arguments, **options)
+    for axis, index, count in zip(figure.axes, largest, (1, 2), strict=True):
+        outlines = axis.findobj(ContourSet)
+        assert len(outlines) == count * min(n_classes, 20)
+        colors = [to_hex(outline.get_edgecolor()[0]) for outline in outlines]
+        assert to_hex([value / 255 for value in class_colors(n_classes)[index]]) in colors
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    shown = [text for text in texts if text in names]
+    assert len(shown) == min(n_classes, 20)
+    assert {names[index] for index in (*largest, n_classes - 2)} <= set(shown)
+    rest = [text for text in texts[2:] if text not in names]
+    if n_classes <= 20:
+        assert rest == []
+    else:
+        (line,) = rest
+        assert str(n_classes - 20) in line
+
+
+@pytest.mark.parametrize("n_cases", [2, 8])
+@pytest.mark.parametrize("n_classes", [6, 7, 40])
+def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, monkeypatch, tmp_path):
+    names = [f"class {index}" for index in range(n_classes)]
+    counts = np.full((n_cases, n_classes, 4), 5)
+    report = {
+        **{"folder": "test", "image_size": 64, "images": n_cases, "class_names": names},
+        **{"threshold": 0.5, "scores": class_scores(counts, names), "valid": None},
+        **{"confidence_95": bootstrap(counts, names, samples=9), "by_lesion_size": []},
+        "hd95": {"median": None, "left_out": 1},
+    }
+    mask = squares(n_classes, 0)
+    cases = [(np.zeros((64, 64, 3), np.uint8), mask, mask, "title")] * n_cases
+    arguments = report, np.full(n_cases, 0.5), cases
+    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_report, *arguments)
+    (table,) = (text for text in figure.axes[0].texts)
+    panels = figure.axes[4 : 4 + n_cases]
+    assert table.get_window_extent().y0 > panels[0].title.get_window_extent().y1
+    assert figure.legends[0].get_window_extent().y1 < min(
+        panel.get_window_extent().y0 for panel in panels
+    )
+    shown = sum(f"Dice {name} " in table.get_text() for name in names)
+    assert shown == n_classes or f" {n_classes - shown} " in table.get_text()
