@@ -21,6 +21,7 @@ from data import Batches
 from medseg.dist import all_reduce_max, process_group
 from medseg.images import MEAN, STD
 
+pytestmark = pytest.mark.slow
 TIMES = ("seconds", "images_per_second")  # these differ between any two runs
 
 

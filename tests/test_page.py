@@ -39,6 +39,7 @@ from medseg.page import gate, server
 from medseg.page.app import Page, example_images, import_gradio, layout, make_app, text_html
 from medseg.page.session import Session
 
+pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SANDBOX = ("--no-sandbox", "--disable-dev-shm-usage")  # as root and in a container there is none
 SECONDS = 60  # at most, for anything, on a busy machine

@@ -76,6 +76,7 @@ def until(condition, seconds=60):
 # ---- resuming --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bits():
     """20 kills here; `python tools/kill.py --kills 200` is the campaign."""
     result = subprocess.run(
@@ -633,6 +634,7 @@ def fuzzed():
     return result.returncode, reports, result.stdout[-5000:] + result.stderr[-5000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_input_ends_in_one_line(reader, fuzzed):
     """40 cases of each here; `python tools/fuzz.py --cases 400` is a campaign of 2400."""

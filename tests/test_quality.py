@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 import quality
 from helpers import ROOT, make_dataset, script_here
+
+pytestmark = pytest.mark.slow
 
 COMMAND = (
     *("--splits", "official", "--seeds", "0", "--out", "quality", "--device", "cpu"),

@@ -20,6 +20,8 @@ from PIL import Image
 
 from medseg.training.tracking import SwanLab
 
+pytestmark = pytest.mark.slow
+
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
 LIMIT = 60  # seconds before a subprocess counts as hanging
 
