@@ -19,7 +19,7 @@ from medseg import plots
 from medseg.audit import audit
 from medseg.coco import SPLITS, used_categories
 from medseg.images import class_colors, describe, full_size_labels, overlay, save_mask
-from medseg.metrics import RunningScores, bootstrap, class_scores
+from medseg.metrics import RunningScores, bootstrap, class_scores, metrics
 from medseg.phantoms import make_phantoms
 from medseg.predicting.report import count_image
 from net import UNet, load_model
@@ -332,6 +332,22 @@ def test_the_bootstrap_of_all_classes_is_that_of_each(n_classes):
     for name, interval in found.items():
         expected = np.percentile([sample[name] for sample in samples], [2.5, 97.5])
         assert interval == pytest.approx(expected.tolist(), rel=1e-12, abs=1e-12), name
+
+
+def test_scores_without_pixels_are_the_same_of_numbers_and_arrays():
+    """One of both masks empty: 0. Both: 1."""
+    by_hand = {(0, 0, 5, 5): 0, (0, 5, 0, 5): 0, (0, 0, 0, 9): 1}
+    together = metrics(*np.array(list(by_hand)).T)
+    for index, (counts, wanted) in enumerate(by_hand.items()):
+        for name in ("dice", "iou", "precision", "recall"):
+            assert metrics(*counts)[name] == together[name][index] == wanted, (name, counts)
+
+
+def test_a_case_of_one_small_class_is_outlined():
+    large, small = np.zeros((2, 40, 9, 9), bool)
+    large[:30], small[35, 0, 0] = True, True
+    classes = plots.choose_classes([(large, large), (small, small)])
+    assert len(classes) == 20 and 35 in classes
 
 
 def drawn_figure(monkeypatch, tmp_path, plot, *arguments, **options):
