@@ -25,15 +25,9 @@ from medseg.coco import (
     recorded_settings,
     used_categories,
 )
+from medseg.drawing import class_colors, outline, with_legend
 from medseg.files import atomic_write, parallel_map
-from medseg.images import (
-    SUFFIXES,
-    class_colors,
-    image_kind,
-    outline,
-    read_image,
-    with_legend,
-)
+from medseg.images import SUFFIXES, image_kind, read_image
 from medseg.run_lengths import unite
 
 TILE = 160  # pixels a side of an image in the contact sheet

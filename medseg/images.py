@@ -1,15 +1,15 @@
-"""One picture: reading it, resizing it, outlining and tinting what was found in it. No torch."""
+"""One picture: reading it, resizing it, writing masks and overlays. No torch."""
 
-import colorsys
 import contextlib
 import os
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from medseg.drawing import class_colors, overlay, with_legend
 from medseg.files import atomic_write, check_regular
 from medseg.samples import has_16_bits, stored_samples
 
@@ -27,7 +27,7 @@ SUFFIXES = (
 MAX_FILE_BYTES = 1 << 30  # 89 million pixels of four 16-bit samples are 0.7 GB
 MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
-STRIPE = 64  # columns of a mask that are made at a time, and rows of an overlay: few megabytes
+STRIPE = 64  # columns of a mask that are made at a time: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
 # Pillow warns above 89 megapixels and refuses at twice that: refuse at once.
@@ -188,64 +188,6 @@ def full_size_labels(probabilities, size, threshold):
     return labels
 
 
-# Okabe and Ito's palette, which colour-blind readers tell apart.
-PALETTE = (
-    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
-    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
-)
-
-
-def class_colors(n_classes):
-    """Red, green, blue (0..255) of each class; a single one is red."""
-    if n_classes == 1:
-        return [(255, 0, 0)]
-    colors = list(PALETTE[:n_classes])
-    for number in range(len(colors), n_classes):  # hues a golden angle apart
-        red, green, blue = colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 0.9)
-        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
-    return colors
-
-
-def draw_labels(labels, n_classes=1):
-    """Class numbers (H, W) -> PIL image in the colours of the legend; of a single class, white."""
-    if n_classes == 1:
-        return Image.fromarray(labels > 0).convert("L")
-    colors = np.array([(0, 0, 0), *class_colors(n_classes)], np.uint8)
-    return Image.fromarray(colors[labels])
-
-
-def overlay(image, labels, n_classes=1):
-    """PIL RGB image and class numbers (H, W), or a bool mask -> PIL image with them tinted."""
-    tints = np.arange(256)[:, None] * np.ones((256, 1, 3))  # of each label, value and colour
-    for number, color in enumerate(class_colors(n_classes), 1):
-        tints[number] = tints[number] * 0.6 + 0.4 * np.array(color)
-    tables = np.ascontiguousarray(tints.reshape(-1, 3).T.astype(np.uint8))  # one of each colour
-    drawn = np.array(image)
-    for start in range(0, len(drawn), STRIPE):
-        rows, numbers = drawn[start : start + STRIPE], labels[start : start + STRIPE]
-        first = numbers.astype(np.intp) * 256  # the place of its value 0
-        for channel, table in enumerate(tables):
-            rows[..., channel] = table.take(first + rows[..., channel])
-    return Image.fromarray(drawn)
-
-
-def with_legend(image, class_names):
-    """The PIL image with a line for each class below it; a single class needs none."""
-    if len(class_names) <= 1:
-        return image
-    font, line = ImageFont.load_default(14), 20
-    colors = class_colors(len(class_names))
-    width = max(image.width, 200)
-    taller = Image.new("RGB", (width, image.height + line * len(colors) + 6), (240, 240, 240))
-    taller.paste(image)
-    draw = ImageDraw.Draw(taller)
-    for row, (name, color) in enumerate(zip(class_names, colors, strict=True)):
-        top = image.height + 4 + row * line
-        draw.rectangle((6, top + 2, 20, top + 16), fill=color)
-        draw.text((28, top + 9), name, fill="black", font=font, anchor="lm")
-    return taller
-
-
 def describe(path, labels, highest, class_names):
     """A line on a prediction, or with several classes one for each.
 
@@ -260,13 +202,6 @@ def describe(path, labels, highest, class_names):
         share = 100 * counts[index + 1] / labels.size
         lines.append(f"{what} {share:.2f} %, highest probability {highest[index]:.3f}")
     return "\n".join(lines)
-
-
-def outline(mask):
-    """(H, W) array of 0 and 1 -> bool array of its foreground pixels at background or border."""
-    inside = np.pad(np.asarray(mask, bool), 1)
-    core = inside[1:-1, 1:-1]
-    return core & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
 
 
 def save_png(image, path, **options):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from medseg.dist import all_reduce_sum, is_first
-from medseg.images import outline
+from medseg.drawing import outline
 
 
 def dice_score(tp, fp, fn):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from medseg.drawing import class_colors
 from medseg.files import atomic_write
-from medseg.images import class_colors, mean_and_std
+from medseg.images import mean_and_std
 
 # Blue and orange of Okabe and Ito's palette: red-green blind readers tell them apart, and the
 # prediction is dashed besides.

@@ -18,7 +18,8 @@ from data import Batches, COCOSegmentationDataset, load_coco, load_split, split_
 from medseg import plots
 from medseg.audit import audit
 from medseg.coco import SPLITS, used_categories
-from medseg.images import class_colors, describe, full_size_labels, overlay, save_mask
+from medseg.drawing import class_colors, overlay
+from medseg.images import describe, full_size_labels, save_mask
 from medseg.metrics import RunningScores, bootstrap, class_scores, metrics
 from medseg.phantoms import make_phantoms
 from medseg.predicting.report import count_image

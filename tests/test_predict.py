@@ -40,8 +40,9 @@ import data
 import predict
 from medseg import device, plots
 from medseg.cli import ArgumentParser
+from medseg.drawing import class_colors, overlay
 from medseg.files import atomic_write
-from medseg.images import class_colors, full_size_labels, overlay, preprocess
+from medseg.images import full_size_labels, preprocess
 from medseg.metrics import (
     RunningScores,
     bootstrap,

@@ -40,12 +40,13 @@ from PIL import Image
 import predict
 from medseg import settings
 from medseg.audit import grouped_split
+from medseg.drawing import class_colors, montage, overlay
 from medseg.formats import dicom, nifti
-from medseg.formats.dicom import read_any_image, read_dicom, read_pictures
+from medseg.formats.dicom import read_any_image, read_dicom
 from medseg.formats.medical import base_name, kind, mask_name, window_to_uint8
-from medseg.formats.nifti import montage, open_nifti, write_mask
-from medseg.images import class_colors, overlay
+from medseg.formats.nifti import open_nifti, write_mask
 from medseg.importing.volumes import volume_pairs
+from medseg.predicting.inputs import pictures_in
 from medseg.settings import window_limits
 from net import UNet, load_model
 
@@ -216,8 +217,12 @@ def test_single_and_several_pictures():
     with pytest.raises(ValueError) as refusal:
         read_any_image(path)
     one_line(refusal, path, "2 frames", "predict.py")
-    assert [suffix for suffix, _ in read_pictures(path)] == ["_f000", "_f001"]
-    assert [suffix for suffix, _ in read_pictures(sample("CT_small.dcm"))] == [""]
+    name = Path(path).stem
+    assert [frame.name for frame in pictures_in(Path(path), None)] == [
+        f"{name}_f000",
+        f"{name}_f001",
+    ]
+    assert [frame.name for frame in pictures_in(Path(sample("CT_small.dcm")), None)] == ["CT_small"]
     with pytest.raises(ValueError) as refusal:
         read_any_image(NIBABEL_DATA / "anatomical.nii")
     one_line(refusal, NIBABEL_DATA / "anatomical.nii", "a volume")
@@ -226,7 +231,7 @@ def test_single_and_several_pictures():
 def test_usual_pictures_are_read_as_ever(tmp_path):
     Image.new("L", (5, 4), 7).save(tmp_path / "a.png")
     assert read_any_image(tmp_path / "a.png").getpixel((0, 0)) == (7, 7, 7)
-    assert [suffix for suffix, _ in read_pictures(tmp_path / "a.png")] == [""]
+    assert [picture.name for picture in pictures_in(tmp_path / "a.png", None)] == ["a"]
 
 
 def test_frames_are_decoded_one_at_a_time(tmp_path):
@@ -551,7 +556,7 @@ def test_the_montage_shows_the_slices_with_foreground():
     assert len(shown) == 20 and shown[0][0] == 0 and shown[-1][0] == 59
     assert sheet.mode == "RGB" and max(sheet.size) < 2000
     masks[:] = 1
-    red = np.asarray(montage(pictures, masks)).astype(int)
+    red = np.asarray(montage(pictures, masks, draw=overlay)).astype(int)
     assert (red[..., 0] - red[..., 1] > 80).mean() > 0.5
 
 
@@ -1171,7 +1176,7 @@ def test_a_large_slice_takes_little_memory(here):
     volume = open_nifti(write_nifti(here / "a.nii", pixels, slope=2.0, intercept=-10.0))
     tracemalloc.start()
     picture = volume.pictures((200, 400))[0]
-    sheet = montage([picture], [np.ones(picture.shape, np.uint8)])
+    sheet = montage([picture], [np.ones(picture.shape, np.uint8)], draw=overlay)
     peak = tracemalloc.get_traced_memory()[1] / picture.size
     tracemalloc.stop()
     assert peak < 20, f"{peak:.1f} bytes a pixel"

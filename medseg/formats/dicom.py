@@ -38,19 +38,6 @@ def read_any_image(path, window=None):
     return Image.fromarray(frames[0]).convert("RGB")
 
 
-def read_pictures(path, window=None):
-    """Yield (name suffix, PIL RGB image) for each picture of an image or DICOM file.
-
-    The suffix is '' for a single picture, else '_f000' and on, for the frames of a DICOM file.
-    """
-    if kind(path) != "dicom":
-        yield "", read_any_image(path)
-        return
-    frames = read_dicom(path, window)
-    for number, frame in enumerate(frames):
-        yield f"_f{number:03d}" if len(frames) > 1 else "", Image.fromarray(frame).convert("RGB")
-
-
 def read_dicom(path, window=None):
     """The frames of a DICOM file: a sequence of uint8 arrays, (H, W), or (H, W, 3) for colour.
 

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from medseg.drawing import montage, overlay, with_legend
 from medseg.files import atomic_write
 from medseg.formats.medical import (
     NIFTI_SUFFIXES,
@@ -20,7 +21,7 @@ from medseg.formats.medical import (
     result_name,
     window_to_uint8,
 )
-from medseg.images import overlay, save_png, with_legend
+from medseg.images import save_png
 from medseg.settings import window_limits
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
@@ -287,34 +288,3 @@ def write_prediction(output, volume, pictures, masks, class_names):
         save_png(with_legend(drawn, class_names), written[1])
     write_mask(written[0], volume, masks)
     return written
-
-
-def overlay_foreground(image, mask):
-    return overlay(image, mask > 0)
-
-
-def montage(pictures, masks, *, draw=overlay_foreground, side=256, limit=20):
-    """Up to `limit` slices with their masks drawn on them, numbered, as one PIL RGB image.
-
-    pictures: sequence of uint8 arrays (H, W) or (H, W, 3); masks: sequence of arrays (H, W). The
-    slices are spread over those with foreground, or over all where there is none.
-    draw(PIL RGB image, mask) -> PIL image; default: foreground tinted red.
-    side: pixels of the longer side of a slice.
-    """
-    chosen = [index for index in range(len(pictures)) if np.any(masks[index])]
-    chosen = chosen or list(range(len(pictures)))
-    spread = np.linspace(0, len(chosen) - 1, min(limit, len(chosen))).round().astype(int)
-    chosen = [chosen[position] for position in spread]
-    height, width = np.shape(pictures[0])[:2]
-    scale = side / max(height, width)
-    width, height = max(round(width * scale), 1), max(round(height * scale), 1)
-    columns = min(math.ceil(math.sqrt(len(chosen) * height / width)), len(chosen))
-    rows = math.ceil(len(chosen) / columns)
-    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + 24) + 4), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for place, index in enumerate(chosen):
-        left, top = 4 + place % columns * (width + 4), 24 + place // columns * (height + 24)
-        tile = draw(Image.fromarray(pictures[index]).convert("RGB"), np.asarray(masks[index]))
-        sheet.paste(tile.resize((width, height), Image.Resampling.BILINEAR), (left, top))
-        pen.text((left, top - 4), f"slice {index}", fill="black", font=font, anchor="ls")
-    return sheet

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from medseg.images import FORMAT_NAMES, class_colors, preprocess, read_image, save_png
+from medseg.drawing import class_colors
+from medseg.images import FORMAT_NAMES, preprocess, read_image, save_png
 from medseg.page import server
 from medseg.page.gate import MAX_UPLOAD, SHARED, Gate, browser_folder
 from medseg.page.session import Session

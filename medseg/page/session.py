@@ -15,13 +15,12 @@ import numpy as np
 from PIL import Image
 
 from medseg.cli import one_line
+from medseg.drawing import draw_labels, overlay
 from medseg.formats.medical import kind
 from medseg.formats.nifti import open_nifti, write_prediction
 from medseg.images import (
     describe,
-    draw_labels,
     full_size_labels,
-    overlay,
     resize_nearest,
     save_mask,
     save_overlay,

@@ -1,0 +1,100 @@
+"""What was found in a picture, drawn on it: colours, tints, outlines, legends, montages."""
+
+import colorsys
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+STRIPE = 64  # rows that are tinted at a time: few megabytes
+
+# Okabe and Ito's palette, which colour-blind readers tell apart.
+PALETTE = (
+    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
+)
+
+
+def class_colors(n_classes):
+    """Red, green, blue (0..255) of each class; a single one is red."""
+    if n_classes == 1:
+        return [(255, 0, 0)]
+    colors = list(PALETTE[:n_classes])
+    for number in range(len(colors), n_classes):  # hues a golden angle apart
+        red, green, blue = colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 0.9)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colors
+
+
+def draw_labels(labels, n_classes=1):
+    """Class numbers (H, W) -> PIL image in the colours of the legend; of a single class, white."""
+    if n_classes == 1:
+        return Image.fromarray(labels > 0).convert("L")
+    colors = np.array([(0, 0, 0), *class_colors(n_classes)], np.uint8)
+    return Image.fromarray(colors[labels])
+
+
+def overlay(image, labels, n_classes=1):
+    """PIL RGB image and class numbers (H, W), or a bool mask -> PIL image with them tinted."""
+    tints = np.arange(256)[:, None] * np.ones((256, 1, 3))  # of each label, value and colour
+    for number, color in enumerate(class_colors(n_classes), 1):
+        tints[number] = tints[number] * 0.6 + 0.4 * np.array(color)
+    tables = np.ascontiguousarray(tints.reshape(-1, 3).T.astype(np.uint8))  # one of each colour
+    drawn = np.array(image)
+    for start in range(0, len(drawn), STRIPE):
+        rows, numbers = drawn[start : start + STRIPE], labels[start : start + STRIPE]
+        first = numbers.astype(np.intp) * 256  # the place of its value 0
+        for channel, table in enumerate(tables):
+            rows[..., channel] = table.take(first + rows[..., channel])
+    return Image.fromarray(drawn)
+
+
+def with_legend(image, class_names):
+    """The PIL image with a line for each class below it; a single class needs none."""
+    if len(class_names) <= 1:
+        return image
+    font, line = ImageFont.load_default(14), 20
+    colors = class_colors(len(class_names))
+    width = max(image.width, 200)
+    taller = Image.new("RGB", (width, image.height + line * len(colors) + 6), (240, 240, 240))
+    taller.paste(image)
+    draw = ImageDraw.Draw(taller)
+    for row, (name, color) in enumerate(zip(class_names, colors, strict=True)):
+        top = image.height + 4 + row * line
+        draw.rectangle((6, top + 2, 20, top + 16), fill=color)
+        draw.text((28, top + 9), name, fill="black", font=font, anchor="lm")
+    return taller
+
+
+def outline(mask):
+    """(H, W) array of 0 and 1 -> bool array of its foreground pixels at background or border."""
+    inside = np.pad(np.asarray(mask, bool), 1)
+    core = inside[1:-1, 1:-1]
+    return core & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
+
+
+def montage(pictures, masks, *, draw, side=256, limit=20):
+    """Up to `limit` slices with their masks drawn on them, numbered, as one PIL RGB image.
+
+    pictures: sequence of uint8 arrays (H, W) or (H, W, 3); masks: sequence of arrays (H, W). The
+    slices are spread over those with foreground, or over all where there is none.
+    draw(PIL RGB image, mask) -> PIL image.
+    side: pixels of the longer side of a slice.
+    """
+    chosen = [index for index in range(len(pictures)) if np.any(masks[index])]
+    chosen = chosen or list(range(len(pictures)))
+    spread = np.linspace(0, len(chosen) - 1, min(limit, len(chosen))).round().astype(int)
+    chosen = [chosen[position] for position in spread]
+    height, width = np.shape(pictures[0])[:2]
+    scale = side / max(height, width)
+    width, height = max(round(width * scale), 1), max(round(height * scale), 1)
+    columns = min(math.ceil(math.sqrt(len(chosen) * height / width)), len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + 24) + 4), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for place, index in enumerate(chosen):
+        left, top = 4 + place % columns * (width + 4), 24 + place // columns * (height + 24)
+        tile = draw(Image.fromarray(pictures[index]).convert("RGB"), np.asarray(masks[index]))
+        sheet.paste(tile.resize((width, height), Image.Resampling.BILINEAR), (left, top))
+        pen.text((left, top - 4), f"slice {index}", fill="black", font=font, anchor="ls")
+    return sheet
