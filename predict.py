@@ -31,21 +31,19 @@ from tqdm import tqdm
 
 from medseg.cli import ArgumentParser, add_device_flags, number, run_main
 from medseg.coco import ANNOTATIONS, check_classes
+from medseg.drawing import draw_labels, overlay, with_legend
 from medseg.files import parallel_map
 from medseg.images import (
     FORMAT_NAMES,
     IMAGE_SIZE,
     describe,
-    draw_labels,
     full_size_labels,
-    overlay,
     preprocess,
     read_image,
     resize_nearest,
     save_mask,
     save_overlay,
     save_png,
-    with_legend,
 )
 from medseg.predicting.inputs import (
     choose_output,

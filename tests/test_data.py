@@ -37,8 +37,9 @@ import download
 from data import Batches, COCOSegmentationDataset, load_split
 from medseg.audit import audit, grouped_split, near_duplicates, slice_number
 from medseg.coco import ANNOTATIONS, SPLITS, load_coco, rasterize
+from medseg.drawing import outline
 from medseg.files import read_json
-from medseg.images import MEAN, STD, image_kind, outline, read_image, resize_nearest
+from medseg.images import MEAN, STD, image_kind, read_image, resize_nearest
 from medseg.importing.mask_values import read_mask
 from medseg.predicting.report import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite

@@ -30,6 +30,8 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 # One level where the words matter and not the depth: an export takes seconds for each level.
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
     **{name: {**words, "depth": 1} for name, words in ARCHITECTURES.items()},
     "tutorial": {},

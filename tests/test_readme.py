@@ -95,6 +95,7 @@ def test_the_readme_lists_the_flags_of_strong(path):
 # ---- commands --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_commands_train_on_phantoms_and_predict(tmp_path):
     training = arguments(first_command("train.py --synthetic"), "train.py")
     trained = script("train.py", *training, "--epochs", 1, cwd=tmp_path, timeout=300)
