@@ -222,7 +222,12 @@ def test_citation():
     )
 
 
-# ---- the Chinese README ----------------------------------------------------------------------
+# ---- the Chinese pages -----------------------------------------------------------------------
+
+PAIRS = [(path, path.with_suffix(".zh-CN.md")) for path in (README, ROOT / "docs" / "own-data.md")]
+both_pages = pytest.mark.parametrize(
+    ("english", "chinese"), PAIRS, ids=[english.name for english, _ in PAIRS]
+)
 
 
 def table_numbers(path):
@@ -231,27 +236,33 @@ def table_numbers(path):
     return [re.findall(r"\d[\d.]*", table) for table in tables]
 
 
-def test_the_chinese_readme_has_the_same_commands_flags_and_output():
-    assert commands(CHINESE) == commands(README)
-    assert blocks(CHINESE, "text") == blocks(README, "text")
-    flags = {path: re.findall(FLAG, " ".join(inline_code(path))) for path in (README, CHINESE)}
-    assert set(flags[CHINESE]) == set(flags[README])
+@both_pages
+def test_the_chinese_page_has_the_same_commands_flags_and_output(english, chinese):
+    assert commands(chinese) == commands(english)
+    assert blocks(chinese, "text") == blocks(english, "text")
+    flags = {path: re.findall(FLAG, " ".join(inline_code(path))) for path in (english, chinese)}
+    assert set(flags[chinese]) == set(flags[english])
 
 
-def test_the_chinese_readme_has_the_same_links():
-    elsewhere = {
-        path: sorted(link for link in links(path) if not link.startswith(("#", "README")))
-        for path in (README, CHINESE)
+@both_pages
+def test_the_chinese_page_has_the_same_links(english, chinese):
+    elsewhere = {  # a page in either language is one target
+        path: sorted(
+            link.replace(".zh-CN.md", ".md") for link in links(path) if not link.startswith("#")
+        )
+        for path in (english, chinese)
     }
-    assert elsewhere[CHINESE] == elsewhere[README]
+    assert elsewhere[chinese] == elsewhere[english]
 
 
-def test_the_chinese_readme_has_the_same_numbers():
-    assert table_numbers(CHINESE) == table_numbers(README)
-    decimals = {path: sorted(re.findall(r"\d+\.\d+", text(path))) for path in (README, CHINESE)}
-    assert decimals[CHINESE] == decimals[README]
+@both_pages
+def test_the_chinese_page_has_the_same_numbers(english, chinese):
+    assert table_numbers(chinese) == table_numbers(english)
+    decimals = {path: sorted(re.findall(r"\d+\.\d+", text(path))) for path in (english, chinese)}
+    assert decimals[chinese] == decimals[english]
 
 
-def test_each_readme_links_the_chinese_or_english_one():
-    assert "[中文](README.zh-CN.md)" in text(README).splitlines()[:4]
-    assert "[English](README.md)" in text(CHINESE).splitlines()[:4]
+@both_pages
+def test_each_page_links_the_chinese_or_english_one(english, chinese):
+    assert f"[中文]({chinese.name})" in text(english).splitlines()[:4]
+    assert f"[English]({english.name})" in text(chinese).splitlines()[:4]
