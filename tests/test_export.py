@@ -29,9 +29,9 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-# One level where the words matter and not the depth: an export takes seconds for each level.
 pytestmark = pytest.mark.slow
 
+# One level where the words matter and not the depth: an export takes seconds for each level.
 NETWORKS = {
     **{name: {**words, "depth": 1} for name, words in ARCHITECTURES.items()},
     "tutorial": {},
