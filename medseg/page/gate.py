@@ -66,10 +66,8 @@ class Gate:
 
     async def _answer(self, scope, receive, send):
         browser, path = browser_of(scope), scope["path"]
-        reads, query = (
-            scope["method"] in ("GET", "HEAD"),
-            parse_qs(scope["query_string"].decode("latin-1")),
-        )
+        reads = scope["method"] in ("GET", "HEAD")
+        query = parse_qs(scope["query_string"].decode("latin-1"))
         if reads and PUBLIC.fullmatch(path):
             if path == "/" and browser is None:
                 send = with_cookie(send)
