@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from data import Batches, load_split, open_split
 from medseg import dist
 from medseg.augment import AUGMENTATIONS
-from medseg.cli import output_folder, parse_words, run_main, spell_flags
+from medseg.cli import output_folder, parse_words, run_main
 from medseg.coco import SPLITS, load_coco, recorded_settings, used_categories
 from medseg.device import (
     choose_precision,
@@ -63,6 +63,7 @@ from medseg.training.flags import (
     recorded_flags,
 )
 from medseg.training.history import (
+    epoch_row,
     list_skipped,
     log_values,
     print_epoch,
@@ -73,7 +74,7 @@ from medseg.training.history import (
     write_history,
 )
 from medseg.training.optim import GuardedStep, RunningMean, make_schedule
-from medseg.training.recipes import LOSSES, RECIPES, network_words
+from medseg.training.recipes import LOSSES, network_words
 from medseg.training.tracking import SwanLab
 from net import UNet, copy_weights, load_model
 
@@ -221,30 +222,23 @@ def train_model(
         checkpointer.restore(resume)
     progress, averaged = state.progress, state.running_mean.model  # the model itself without ema
     wrapped = dist.distribute(model, train_loader)  # likewise in a single process
-    context = {"autocast": autocast, "poll": lambda: checkpointer.poll(signals)}
+    poll = partial(checkpointer.poll, signals)
 
     with signals.defer():
         if wrapped is not model and not resume:
             checkpointer.save()  # what a restart by torchrun goes on from, not an older run's
         while progress.epoch < num_epochs and progress.epochs_since_best() < patience:
             started, title = time.perf_counter(), f"epoch {progress.epoch + 1}/{num_epochs}"
-            train_scores, images_per_second = train_one_epoch(
-                wrapped, train_loader, criterion, state, device, title=title, **context
-            )
-            val_scores = evaluate(averaged, val_loader, criterion, device, **context)
+            parts = (wrapped, train_loader, criterion, state, device)
+            train_scores, speed = train_one_epoch(*parts, autocast=autocast, poll=poll, title=title)
+            parts = (averaged, val_loader, criterion, device)
+            val_scores = evaluate(*parts, autocast=autocast, poll=poll)
             progress.end_epoch()
             better = dist.all_reduce_max(val_scores["loss"] < progress.best_loss)[0]
             if better:
                 progress.keep_best(val_scores["loss"], averaged)
-            row = {
-                "epoch": progress.epoch,
-                **{f"train_{name}": value for name, value in train_scores.items()},
-                **{f"val_{name}": value for name, value in val_scores.items()},
-                "lr": state.guarded_step.lr,
-                "skipped": state.guarded_step.end_epoch(),
-                "images_per_second": images_per_second,
-                "seconds": time.perf_counter() - started,
-            }
+            row = epoch_row(progress.epoch, train_scores, val_scores, state.guarded_step)
+            row |= {"images_per_second": speed, "seconds": time.perf_counter() - started}
             progress.history.append(row)
             state.scores.reset()
             if dist.is_first():
@@ -353,38 +347,43 @@ def train_and_test(args, checkpoint, signals):
         loaders, skipped = load_data(args, root, model, device)
         if dist.is_first():
             print_run(root, args, loaders, model, f"{device.type}, {precision}")
-            if args.recipe != "tutorial":
-                values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
-                print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
             if skipped:
                 list_skipped(skipped, out)
         flags = recorded_flags(args)
         if not args.test_only:
             datasets = [open_split(root, split, skipped=[]) for split in ("train", "valid")]
             flags["data_fingerprints"] = check_same_data(datasets, root, checkpoint)
-        tracker = SwanLab(
-            args.swanlab if dist.is_first() and not args.test_only else "disabled",
-            project=args.project,
-            experiment_name=args.experiment_name or experiment_name(args),
-            config=flags,
-            log_dir=out / "swanlog",
-            run_id=checkpoint and checkpoint["flags"].get("swanlab_run"),
-        )
+        tracker = start_tracker(args, flags, checkpoint)
         flags["swanlab_run"] = tracker.run_id
-        machinery = {
-            "autocast": make_autocast(precision, device),
-            "scaler": make_scaler(precision, device),
-            "signals": signals,
-            "log": tracker.log,
-        }
-        history = None
+        criterion, autocast, history = loss_of(args), make_autocast(precision, device), None
         try:
             if not args.test_only:
                 if dist.is_first():
                     prepare_folder(out, checkpoint)
-                history = train(args, model, loaders, device, checkpoint, flags, **machinery)
-            autocast = machinery["autocast"]
-            scores = evaluate(model, loaders["test"], loss_of(args), device, autocast=autocast)
+                weights, steps = model.parameters(), args.epochs * len(loaders["train"])
+                history = train_model(
+                    model,
+                    loaders["train"],
+                    loaders["valid"],
+                    criterion,
+                    torch.optim.AdamW(
+                        weights, lr=args.lr, weight_decay=args.weight_decay, fused=True
+                    ),
+                    args.epochs,
+                    device,
+                    patience=args.patience,
+                    out=out,
+                    autocast=autocast,
+                    scaler=make_scaler(precision, device),
+                    schedule=make_schedule(args.schedule, args.warmup, steps),
+                    ema=args.ema,
+                    resume=checkpoint,
+                    flags=flags,
+                    log=tracker.log,
+                    signals=signals,
+                    save_every=args.save_every,
+                )
+            scores = evaluate(model, loaders["test"], criterion, device, autocast=autocast)
             tracker.log({f"test/{name}": value for name, value in scores.items()})
             if dist.is_first():
                 print_test(scores, model.class_names)
@@ -393,25 +392,15 @@ def train_and_test(args, checkpoint, signals):
             tracker.finish(failed=sys.exc_info()[0] is not None)
 
 
-def train(args, model, loaders, device, checkpoint, flags, **machinery):
-    """`train_model` with the optimizer and the options of these flags; returns the history."""
-    weights, steps = model.parameters(), args.epochs * len(loaders["train"])
-    return train_model(
-        model,
-        loaders["train"],
-        loaders["valid"],
-        loss_of(args),
-        torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True),
-        args.epochs,
-        device,
-        patience=args.patience,
-        out=args.out,
-        schedule=make_schedule(args.schedule, args.warmup, steps),
-        ema=args.ema,
-        resume=checkpoint,
-        flags=flags,
-        save_every=args.save_every,
-        **machinery,
+def start_tracker(args, flags, checkpoint):
+    """The SwanLab run of the first process, or one that does nothing."""
+    return SwanLab(
+        args.swanlab if dist.is_first() and not args.test_only else "disabled",
+        project=args.project,
+        experiment_name=args.experiment_name or experiment_name(args),
+        config=flags,
+        log_dir=Path(args.out) / "swanlog",
+        run_id=checkpoint and checkpoint["flags"].get("swanlab_run"),
     )
 
 

@@ -9,8 +9,10 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from medseg.cli import spell_flags
 from medseg.dist import is_first, rank_and_world
 from medseg.files import atomic_write
+from medseg.training.recipes import RECIPES
 
 ALL_BACKGROUND_LIMIT = 3  # epochs in a row without a pixel of foreground before a warning
 
@@ -38,6 +40,17 @@ def show_loss(bar, scores, images_before):
         loss, images = scores.running_loss()
         rate = (images - images_before) * rank_and_world()[1] / (time.time() - bar.start_t)
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
+
+
+def epoch_row(epoch, train_scores, val_scores, step):
+    """What the history keeps of an epoch that ended, but for its time; step: its GuardedStep."""
+    return {
+        "epoch": epoch,
+        **{f"train_{name}": value for name, value in train_scores.items()},
+        **{f"val_{name}": value for name, value in val_scores.items()},
+        "lr": step.lr,
+        "skipped": step.end_epoch(),
+    }
 
 
 def write_history(history, path):
@@ -133,6 +146,9 @@ def print_run(root, args, loaders, model, machine):
         f"{processes}{machine}; {weights:,} parameters; writing to {args.out}",
         flush=True,
     )
+    if args.recipe != "tutorial":
+        values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
+        print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
 
 
 def list_skipped(lines, out):
