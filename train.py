@@ -143,7 +143,7 @@ def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=l
     return scores.result()
 
 
-def train_one_epoch(model, loader, criterion, state, device, *, autocast, poll, title):
+def train_one_epoch(model, loader, criterion, state, device, title, *, autocast, poll):
     """Train on the batches that the epoch has left; returns (scores, images per second).
 
     state: the objects that `train_model` makes. poll() is called after each step.
@@ -229,10 +229,12 @@ def train_model(
             checkpointer.save()  # what a restart by torchrun goes on from, not an older run's
         while progress.epoch < num_epochs and progress.epochs_since_best() < patience:
             started, title = time.perf_counter(), f"epoch {progress.epoch + 1}/{num_epochs}"
-            parts = (wrapped, train_loader, criterion, state, device)
-            train_scores, speed = train_one_epoch(*parts, autocast=autocast, poll=poll, title=title)
-            parts = (averaged, val_loader, criterion, device)
-            val_scores = evaluate(*parts, autocast=autocast, poll=poll)
+            train_scores, speed = train_one_epoch(
+                wrapped, train_loader, criterion, state, device, title, autocast=autocast, poll=poll
+            )
+            val_scores = evaluate(
+                averaged, val_loader, criterion, device, autocast=autocast, poll=poll
+            )
             progress.end_epoch()
             better = dist.all_reduce_max(val_scores["loss"] < progress.best_loss)[0]
             if better:
