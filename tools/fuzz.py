@@ -209,7 +209,7 @@ FORMATS = {
     "h.png": ("PNG", "I;16"),
     "i.jpg": ("JPEG", "CMYK"),
     "j.ppm": ("PPM", "RGB"),
-    "k.pgm": ("PPM", "I;16"),
+    "k.pgm": ("PPM", "I"),
     "l.webp": ("WEBP", "RGB"),
     "m.gif": ("GIF", "P"),
 }
