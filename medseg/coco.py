@@ -193,11 +193,6 @@ def _image_problem(image, earlier):
     return None
 
 
-def rasterize(segmentation, height, width):
-    """One COCO segmentation -> uint8 array (height, width) of 0 and 1; see `read_segmentation`."""
-    return read_segmentation(segmentation, height, width).draw()
-
-
 def read_segmentation(segmentation, height, width):
     """One COCO segmentation -> RunLengths of shape (height, width).
 

@@ -34,9 +34,6 @@ class RunLengths:
     def __or__(self, other):
         return unite([self, other]) if isinstance(other, RunLengths) else np.asarray(self) | other
 
-    def __ror__(self, other):  # `masks.get(name, False) | mask`
-        return self if other is False else self | other
-
     def __array__(self, dtype=None, copy=None):
         return self.draw().astype(bool if dtype is None else dtype)
 

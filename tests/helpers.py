@@ -25,6 +25,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from medseg.cli import run_main
+from medseg.coco import read_segmentation
 from net import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +128,11 @@ def write_split(folder, images, annotations=()):
     categories = [{"id": 1, "name": "tumour"}]
     content = {"images": records, "categories": categories, "annotations": outlines}
     (folder / "_annotations.coco.json").write_text(json.dumps(content))
+
+
+def rasterize(segmentation, height, width):
+    """One COCO segmentation -> uint8 array (height, width) of 0 and 1."""
+    return read_segmentation(segmentation, height, width).draw()
 
 
 def edit_annotations(folder, change):

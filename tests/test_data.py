@@ -24,6 +24,7 @@ from helpers import (
     assert_refused,
     edit_annotations,
     fork_script,
+    rasterize,
     script,
     script_here,
     square,
@@ -36,7 +37,7 @@ import data
 import download
 from data import Batches, COCOSegmentationDataset, load_split
 from medseg.audit import audit, grouped_split, near_duplicates, slice_number
-from medseg.coco import ANNOTATIONS, SPLITS, load_coco, rasterize
+from medseg.coco import ANNOTATIONS, SPLITS, load_coco
 from medseg.drawing import outline
 from medseg.files import read_json
 from medseg.images import MEAN, STD, image_kind, read_image, resize_nearest

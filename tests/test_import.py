@@ -20,6 +20,7 @@ from helpers import (
     NIBABEL_DATA,
     SMALL,
     assert_refused,
+    rasterize,
     sample,
     script,
     script_here,
@@ -34,7 +35,6 @@ import download
 from data import load_split
 from medseg import phantoms
 from medseg.cli import run_main
-from medseg.coco import rasterize
 from medseg.formats.dicom import read_dicom
 from medseg.images import read_image
 from medseg.importing import collect as sources

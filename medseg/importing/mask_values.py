@@ -191,7 +191,7 @@ class Meaning:
         for value, runs in encode_labels(values).items():
             name = self.values.get((kind, value))
             if name is not None:
-                masks[name] = masks.get(name, False) | runs
+                masks[name] = masks[name] | runs if name in masks else runs
         return masks
 
     def rename(self, names):
