@@ -43,7 +43,7 @@ from medseg.audit import grouped_split
 from medseg.drawing import class_colors, montage, overlay
 from medseg.formats import dicom, nifti
 from medseg.formats.dicom import read_any_image, read_dicom
-from medseg.formats.medical import base_name, kind, mask_name, window_to_uint8
+from medseg.formats.medical import base_name, file_format, mask_name, window_to_uint8
 from medseg.formats.nifti import open_nifti, write_mask
 from medseg.importing.volumes import volume_pairs
 from medseg.predicting.inputs import pictures_in
@@ -63,10 +63,16 @@ def one_line(refusal, path, *words):
 # ---- kinds and names -------------------------------------------------------------------------
 
 
-def test_the_kind_is_told_by_suffix_and_without_one_by_content(tmp_path):
-    assert kind("a.dcm") == kind("a.DICOM") == kind("x/a.Ima") == "dicom"
-    assert kind("a.nii") == kind("A.NII.GZ") == "nifti"
-    assert kind("a.png") is kind("a.gz") is kind("missing") is kind(tmp_path) is None
+def test_the_format_is_told_by_suffix_and_without_one_by_content(tmp_path):
+    assert file_format("a.dcm") == file_format("a.DICOM") == file_format("x/a.Ima") == "dicom"
+    assert file_format("a.nii") == file_format("A.NII.GZ") == "nifti"
+    assert (
+        file_format("a.png")
+        is file_format("a.gz")
+        is file_format("missing")
+        is file_format(tmp_path)
+        is None
+    )
     dicom, nifti = write_dicom(tmp_path / "a.dcm"), tmp_path / "a.nii"
     write_nifti(nifti, np.zeros((2, 3, 4), np.int16))
     write_nifti(tmp_path / "b.nii", np.zeros((2, 3, 4), np.int16), version=2)
@@ -79,7 +85,7 @@ def test_the_kind_is_told_by_suffix_and_without_one_by_content(tmp_path):
         ("a.txt", dicom, None),
     ]:
         (tmp_path / name).write_bytes(source.read_bytes())
-        assert kind(tmp_path / name) == wanted, name
+        assert file_format(tmp_path / name) == wanted, name
     assert len(read_dicom(tmp_path / "1.2.840.113619")) == 1
     assert open_nifti(tmp_path / "volume").shape == (2, 3, 4)
     assert open_nifti(tmp_path / "volume2").shape == (2, 3, 4)

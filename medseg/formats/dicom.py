@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medseg.formats.medical import import_reader, kind, name_file, window_to_uint8
+from medseg.formats.medical import file_format, import_reader, name_file, window_to_uint8
 from medseg.images import read_image
 from medseg.settings import window_limits
 
@@ -25,10 +25,10 @@ def read_any_image(path, window=None):
 
     Raises FileNotFoundError; ValueError, also for a volume and for a DICOM file of many frames.
     """
-    what = kind(path)
-    if what is None:
+    found = file_format(path)
+    if found is None:
         return read_image(path)
-    if what == "nifti":
+    if found == "nifti":
         raise ValueError(f"{path}: a volume, not one image: `python predict.py` takes it by itself")
     frames = read_dicom(path, window)
     if len(frames) > 1:

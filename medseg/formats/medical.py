@@ -1,4 +1,4 @@
-"""Medical files: what kind a file is, its name, its window, and the optional libraries."""
+"""Medical files: the format of a file, its name, its window, and the optional libraries."""
 
 import contextlib
 import importlib
@@ -14,7 +14,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 
-def kind(path):
+def file_format(path):
     """'dicom', 'nifti' or None: by the suffix; without one, or with a number, by the content."""
     path = Path(path)
     name = path.name.lower()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from medseg.formats.medical import base_name, kind
+from medseg.formats.medical import base_name, file_format
 from medseg.images import open_image, read_image
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
@@ -33,7 +33,9 @@ def list_files(folder, suffixes, *, medical=False):
             path = Path(place, name)
             if name.startswith("."):
                 continue
-            if name.lower().endswith(suffixes) or (medical and path.is_file() and kind(path)):
+            if name.lower().endswith(suffixes) or (
+                medical and path.is_file() and file_format(path)
+            ):
                 found.append(path)
     return sorted(found)
 

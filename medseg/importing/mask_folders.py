@@ -5,7 +5,7 @@ from pathlib import Path
 
 from medseg.files import check_regular
 from medseg.formats.dicom import read_any_image
-from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, kind
+from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, file_format
 from medseg.images import SUFFIXES
 from medseg.importing.collect import (
     Upright,
@@ -43,15 +43,15 @@ def mask_items(
     """
     images, masks = Path(images), Path(masks)
     pairs = _find_pairs(images, masks, skip_unpaired)
-    kinds = {kind(image) for image, _ in pairs}
-    if window and kinds == {None}:
+    formats = {file_format(image) for image, _ in pairs}
+    if window and formats == {None}:
         raise ValueError(f"{images}: holds no DICOM or NIfTI files, which --window is for")
     root = images if images.is_dir() else images.parent
     relative = [image.relative_to(root) for image, _ in pairs]
     names, groups = unique_names(relative), find_groups(relative, group)
-    info = {"window": _window_of(kinds, window)}
+    info = {"window": _window_of(formats, window)}
     check_window(present, info["window"])
-    if "nifti" in kinds:
+    if "nifti" in formats:
         pairs = [(image, mask) for image, (mask,) in pairs]
         turned_to = [(own["orientation"], folder) for folder, own in present if own["orientation"]]
         items, meaning, info["orientation"] = volume_items(
@@ -65,11 +65,11 @@ def mask_items(
     return items, meaning.classes, {key: value for key, value in info.items() if value}
 
 
-def _window_of(kinds, window):
-    """The window to record of images of these kinds, where --window is `window`."""
+def _window_of(formats, window):
+    """The window to record of images of these formats, where --window is `window`."""
     if window:
         return tuple(window)
-    return OF_VOLUME if "nifti" in kinds else OF_FILE if "dicom" in kinds else None
+    return OF_VOLUME if "nifti" in formats else OF_FILE if "dicom" in formats else None
 
 
 def _picture_items(pairs, names, groups, folder, window):
@@ -91,7 +91,7 @@ class _Loader:
     window: tuple | None
 
     def __call__(self):
-        if kind(self.image) == "dicom":
+        if file_format(self.image) == "dicom":
             picture = read_any_image(self.image, self.window)
             upright = Upright(picture, picture.size, 1)
         else:
@@ -127,14 +127,14 @@ def _find_pairs(images, masks, skip_unpaired):
         if path.is_file() and other.is_dir():
             raise ValueError(f"{path} is a file and {other} a folder: name two of a kind")
     if images.is_file() and masks.is_file():
-        _check_kinds([images, masks])
+        _check_formats([images, masks])
         print(f"pairs: 1, {images.name} and {masks.name}")
         return [(images, (masks,))]
     if images.samefile(masks):
         masks = images  # spelled in one way, though one may be a link to the other
     image_files, mask_files = _list_both(images, masks)
     pairing = pair_files(image_files, mask_files, images, masks)
-    if kind(image_files[0]) == "nifti":  # mask volumes are not united
+    if file_format(image_files[0]) == "nifti":  # mask volumes are not united
         pairing.several += [pair for pair in pairing.pairs if len(pair[1]) > 1]
         pairing.pairs = [pair for pair in pairing.pairs if len(pair[1]) == 1]
     # In one folder, every file is listed as an image and as a mask.
@@ -166,7 +166,7 @@ def _list_both(images, masks):
     image_files = list_files(images, SUFFIXES, medical=True)
     mask_files = list_files(masks, (*SUFFIXES, *NIFTI_SUFFIXES))
     if images == masks:
-        image_files = [path for path in image_files if kind(path) == "dicom"] or image_files
+        image_files = [path for path in image_files if file_format(path) == "dicom"] or image_files
     elif images.resolve() in masks.resolve().parents:
         image_files = _outside(image_files, masks)
     elif masks.resolve() in images.resolve().parents:
@@ -175,15 +175,15 @@ def _list_both(images, masks):
         if not files:
             suffixes = ", ".join((*SUFFIXES, *more, *NIFTI_SUFFIXES))
             raise ValueError(f"{folder}: holds no {suffixes} files")
-    _check_kinds(image_files + mask_files)
+    _check_formats(image_files + mask_files)
     return image_files, mask_files
 
 
-def _check_kinds(files):
+def _check_formats(files):
     """ValueError where some files are volumes and others are not."""
-    volumes = [path for path in files if kind(path) == "nifti"]
+    volumes = [path for path in files if file_format(path) == "nifti"]
     if volumes and len(volumes) < len(files):
-        other = next(path for path in files if kind(path) != "nifti")
+        other = next(path for path in files if file_format(path) != "nifti")
         raise ValueError(
             f"{volumes[0]} is a volume and {other} is not: volumes need masks that are volumes, "
             "and folders of their own"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from medseg.cli import one_line
 from medseg.drawing import draw_labels, overlay
-from medseg.formats.medical import kind
+from medseg.formats.medical import file_format
 from medseg.formats.nifti import open_nifti, write_prediction
 from medseg.images import (
     describe,
@@ -87,7 +87,7 @@ class Session:
         view = image.convert("RGB")
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
         np.savez(file, view=np.asarray(view), probabilities=probabilities(image))
-        if kind(picture.path) == "nifti":
+        if file_format(picture.path) == "nifti":
             picture = picture._replace(load=None)  # which keeps the whole volume in memory
         self.predictions.append(Prediction(picture, title, image.size, file))
 
@@ -136,7 +136,7 @@ class Session:
         """
         folder, volumes, written = Path(tempfile.mkdtemp(dir=self._folder)), {}, []
         for prediction in self.predictions:
-            if kind(prediction.picture.path) == "nifti":
+            if file_format(prediction.picture.path) == "nifti":
                 volumes.setdefault(prediction.picture.path, []).append(prediction)
                 continue
             labels = full_size_labels(load(prediction)[1], prediction.size, threshold)
@@ -172,7 +172,7 @@ def titled_pictures(path, window, orientation, name):
 
     Raises FileNotFoundError; ValueError where the file cannot be read.
     """
-    if kind(path) != "nifti":
+    if file_format(path) != "nifti":
         pictures, what = pictures_in(path, window, name), "frame"
     else:
         slices, what = open_nifti(path, orientation).pictures(window), "slice"

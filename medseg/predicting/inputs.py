@@ -11,7 +11,13 @@ from medseg.cli import output_folder
 from medseg.coco import ANNOTATIONS
 from medseg.files import shorten
 from medseg.formats.dicom import read_dicom
-from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, kind, result_name
+from medseg.formats.medical import (
+    DICOM_SUFFIXES,
+    NIFTI_SUFFIXES,
+    base_name,
+    file_format,
+    result_name,
+)
 from medseg.images import SUFFIXES, read_image
 
 # Weights that come with the repository, and what they are: docs/pretrained.md.
@@ -37,7 +43,7 @@ def pictures_in(path, window, name=None):
     name: what its masks are called; default: its `result_name`.
     """
     name = name or result_name(path)
-    if kind(path) != "dicom":
+    if file_format(path) != "dicom":
         return [Picture(path, name, partial(read_image, path))]
     frames = read_dicom(path, window)
     if len(frames) == 1:
@@ -52,7 +58,7 @@ def sort_inputs(paths, window):
     """{file: name} -> ([Picture], [NIfTI volumes], [(file, why it cannot be read)])."""
     pictures, volumes, problems = [], [], []
     for path, name in paths.items():
-        if kind(path) == "nifti":
+        if file_format(path) == "nifti":
             volumes.append(path)
             continue
         try:
@@ -92,7 +98,7 @@ def expand(inputs):
     for _ in range(2):  # again, for a_png.png may be there too
         count = Counter((path.parent, name) for path, name in names.items())
         for path, name in names.items():
-            if count[path.parent, name] > 1 and kind(path) != "nifti":
+            if count[path.parent, name] > 1 and file_format(path) != "nifti":
                 names[path] = _name_with_suffix(path)
     _check_names([(name, path) for path, name in names.items()])
     return names
@@ -169,7 +175,7 @@ def is_input(path):
     """Whether a file in a folder is an image or volume, and not one that these scripts wrote."""
     if _is_own(path) or not path.is_file():
         return False
-    return path.suffix.lower() in SUFFIXES or kind(path) is not None
+    return path.suffix.lower() in SUFFIXES or file_format(path) is not None
 
 
 def _is_own(path):
@@ -179,7 +185,7 @@ def _is_own(path):
 def choose_output(given, single, inputs):
     """The folder to write to, made if need be, or for a single input the file that was named."""
     path = Path(given or ("." if single else "predictions"))
-    volume = single and kind(inputs[0]) == "nifti"
+    volume = single and file_format(inputs[0]) == "nifti"
     endings = (*SUFFIXES, *OTHER_PICTURES, *NIFTI_SUFFIXES)
     if not given or path.is_dir() or not path.name.lower().endswith(endings):
         return output_folder(path, "--output")
