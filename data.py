@@ -40,7 +40,7 @@ from medseg.coco import (
     used_categories,
 )
 from medseg.crop import Crops, OneSize, OwnSizes
-from medseg.images import IMAGE_SIZE, preprocess, read_image
+from medseg.images import IMAGE_SIZE, normalize_pixels, preprocess, read_image
 from medseg.run_lengths import unite
 
 
@@ -199,11 +199,10 @@ def load_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None
 def normalize(pixels):
     """uint8 tensor (B, H, W, C) -> float32 (B, C, H, W), mean 0 and deviation 1 by MEAN and STD.
 
-    C is 3, or 1 for grey. The memory stays in the order of the pixels, which is what PyTorch
-    calls channels_last.
+    C is 3, or 1 for grey.
     """
     mean, std = statistics_tensors(pixels.shape[-1], pixels.device, white=255)
-    return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # in place: one array, not three
+    return normalize_pixels(pixels, mean, std)
 
 
 def split_rows(rows, n_channels, n_classes):

@@ -72,11 +72,6 @@ def make_scaler(precision, device):
     return torch.amp.GradScaler("cuda") if (precision, device.type) == ("fp16", "cuda") else None
 
 
-def inference_batch_size(device):
-    """Images at a time in prediction: more than 4 do not fit a CPU's caches, and are slower."""
-    return 4 if torch.device(device).type == "cpu" else 16
-
-
 def keep_freed_memory():
     """Have the C library keep the memory of freed tensors for the next ones (glibc only).
 

@@ -66,6 +66,20 @@ def with_legend(image, class_names):
     return taller
 
 
+def draw_panels(panels):
+    """{title: PIL image}, all of one size -> one PIL RGB image with them beside each other."""
+    width, height = next(iter(panels.values())).size
+    column = max(width, 150)
+    size = (len(panels) * (column + 10) + 10, height + 50)
+    figure = Image.new("RGB", size, (240, 240, 240))
+    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(18)
+    for index, (title, panel) in enumerate(panels.items()):
+        left = 10 + index * (column + 10)
+        draw.text((left + column / 2, 32), title, fill="black", font=font, anchor="ms")
+        figure.paste(panel, (left + (column - width) // 2, 40))
+    return figure
+
+
 def outline(mask):
     """(H, W) array of 0 and 1 -> bool array of its foreground pixels at background or border."""
     inside = np.pad(np.asarray(mask, bool), 1)

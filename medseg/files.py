@@ -129,6 +129,11 @@ def file_lock(path, *, busy, wait=False):
         lock.release()
 
 
+def available_cores():
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def parallel_map(function, items):
     """Yield function(item), or the FileNotFoundError or ValueError it raised, in order.
 
@@ -143,7 +148,7 @@ def parallel_map(function, items):
         except (FileNotFoundError, ValueError) as error:
             return error
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     with ThreadPoolExecutor(cores) as pool:
         pending = deque()
         try:

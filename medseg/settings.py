@@ -63,10 +63,16 @@ def spell_number(value):
 def choose_window(given, trained):
     """(center, width) to predict with, or None for each file's own limits.
 
-    given: --window, (center, width) or None; it wins, and is told where it differs. trained: the
-    window of the weights.
+    given: --window, two numbers or None; it wins, and is told where it differs. trained: the
+    window of the weights. Raises ValueError for a window that shows nothing.
     """
-    if given and trained not in (None, tuple(given)):
+    if given:
+        given = tuple(given)
+        try:
+            window_limits(given)
+        except ValueError as error:
+            raise ValueError(f"--window: {error}") from None
+    if given and trained not in (None, given):
         print(
             f"--window {spell_window(given)}: the weights were trained with another window, "
             f"{spell_window(trained)}"

@@ -19,6 +19,7 @@ from medseg.coco import SPLITS
 from medseg.crop import copy_window, place_crops
 from medseg.images import MEAN, STD
 from medseg.metrics import RunningScores
+from medseg.predicting.inputs import expand, sort_files
 from net import UNet
 
 SIZES = [(40, 60), (33, 20), (64, 64), (50, 41)]  # height, width
@@ -322,10 +323,7 @@ class Threshold(torch.nn.Module):
 def test_images_are_predicted_at_their_own_size(own_sizes, tmp_path):
     tensor, picture = predict.preprocess_image(own_sizes / "test" / "0.png", image_size=None)
     assert tensor.shape == (1, 3, 40, 60) and picture.size == (60, 40)
-    pictures = []
-    for number in range(4):
-        path = own_sizes / "test" / f"{number}.png"
-        pictures += predict.sort_inputs({path: path.stem}, None)[0]
+    pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
     predict.predict_one(predict.TorchModel(Threshold(), "cpu"), pictures[1], tmp_path, 0.5)
     (tmp_path / "many").mkdir()
     assert (
@@ -349,9 +347,8 @@ def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
             segmentation=square(40, 40, 10) + [[5, 8, 15, 8, 15, 18, 5, 18]]
         ),
     )
-    report = predict.report(
-        predict.TorchModel(Threshold(), "cpu"), own_sizes / "test", tmp_path, 0.5
-    )
+    model, folder = predict.TorchModel(Threshold(), "cpu"), own_sizes / "test"
+    report = predict.report(model, folder, predict.open_folder(model, folder, 0.5), tmp_path)
     assert report["image_size"] is None and report["images"] == 4
     assert json.loads((tmp_path / "report.json").read_text())["image_size"] is None
     assert report["per_image"] == {"0.png": 1, "1.png": 1, "2.png": 0.6667, "3.png": 1}
@@ -390,7 +387,7 @@ def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path
                 raise MemoryError
             return super().forward(images)
 
-    pictures, _, _ = predict.sort_inputs(predict.expand([own_sizes / "test"]), None)
+    pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
     ((_, problem),) = predict.predict_many(
         predict.TorchModel(Greedy(), "cpu"), pictures, tmp_path, 0.5
     )

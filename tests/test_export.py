@@ -20,8 +20,9 @@ from torch.torch_version import TorchVersion
 
 import predict
 from medseg.layers import ARCHITECTURES
-from medseg.predicting import export, onnx_model
-from medseg.predicting.onnx_model import INPUT, OUTPUT, OnnxModel, available_threads, read_metadata
+from medseg.predicting import export
+from medseg.predicting.models import INPUT, OUTPUT, OnnxModel, available_threads
+from medseg.predicting.onnx_file import read_metadata
 from net import UNet
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # where a test imports onnxruntime before the scripts do
@@ -564,7 +565,7 @@ def test_hostile_files(exported, place, refused, monkeypatch):
     for name in ("range", "negative", "nan", "turned"):
         refused("predict", "scan.png", "--model", f"{name}.onnx", words=["no probabilities"])
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_model, "MAX_FIELDS", 10)
+        patch.setattr("medseg.predicting.onnx_file.MAX_FIELDS", 10)
         shutil.copy(good, "good.onnx")
         words = ["good.onnx", "more than 10 fields"]
         refused("predict", "scan.png", "--model", "good.onnx", words=words)

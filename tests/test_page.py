@@ -33,11 +33,11 @@ import torch
 from helpers import ROOT, assert_refused, brightness_model, fork_script, scan, script_here
 from PIL import Image
 
-import predict
 from medseg.images import full_size_labels, save_mask
 from medseg.page import gate, server
 from medseg.page.app import Page, example_images, import_gradio, layout, make_app, text_html
 from medseg.page.session import Session
+from medseg.predicting import models
 
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -78,7 +78,7 @@ def count_runs(place):
             time.sleep(0.1)
         return run(*arguments, **options)
 
-    run, predict.predict_probabilities = predict.predict_probabilities, counted
+    run, models.predict_probabilities = models.predict_probabilities, counted
     os.chdir(place)
     os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     tempfile.tempdir = str(place / "tmp")
@@ -858,11 +858,14 @@ def test_importing_the_page_imports_neither_gradio_nor_torch():
     assert result.stdout == "set()\n", result.stderr
 
 
-class TwoClasses:
+class TwoClasses(models.Model):
     """A predictor whose probabilities are the red and the green of the image."""
 
     image_size, n_channels, orientation = None, 3, None
     class_names = "red <b>", "green"
+
+    def __init__(self):
+        pass
 
     def probabilities(self, pixels):
         assert pixels.dtype == np.uint8

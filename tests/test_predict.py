@@ -53,20 +53,14 @@ from medseg.metrics import (
 )
 from medseg.page.session import Session
 from medseg.phantoms import draw_phantom
-from medseg.predicting.inputs import (
-    ABOUT_PRETRAINED,
-    PRETRAINED,
-    describe_left_out,
-    left_aside,
-    pictures_in,
-)
+from medseg.predicting.inputs import EXAMPLE, describe_left_out, expand, left_aside, open_file
+from medseg.predicting.models import ABOUT_PRETRAINED, PRETRAINED
 from medseg.predicting.report import (
     SWEEP,
     FolderScores,
     choose_cases,
     count_image,
     count_pixels,
-    predict_rows,
     shorten_name,
     write_report,
 )
@@ -125,7 +119,7 @@ def test_before_any_training_the_repositorys_weights_are_used(tmp_path, monkeypa
 
 
 def test_without_any_weights_the_next_command_is_named(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("medseg.predicting.inputs.PRETRAINED", tmp_path / "none.pth")
+    monkeypatch.setattr("medseg.predicting.models.PRETRAINED", tmp_path / "none.pth")
     scan(40, 40, 5, 5, 20).save(tmp_path / "scan.png")
     refused("predict", "scan.png", words=["best_model.pth", "python train.py"])
 
@@ -371,7 +365,7 @@ def test_many_are_predicted_as_one_is(place):
     assert predicted == [f"scans/{number:03}.png" for number in range(53)]
     model = predict.open_model(place / "best_model.pth", "cpu")
     for number in (0, 17, 52):
-        (picture,) = pictures_in(folder / f"{number:03}.png", None)
+        (picture,), _ = open_file(*expand([folder / f"{number:03}.png"]))
         predict.predict_one(model, picture, place, 0.5)
         name = f"{number:03}_mask.png"
         alone, among_many = Image.open(place / name), Image.open(place / "all" / name)
@@ -534,7 +528,7 @@ def test_without_an_image_it_takes_the_example(place, refused, capsys):
     refused("predict", words=["download.py"])
     phantoms = place / "dataset" / "synthetic" / "test"
     phantoms.mkdir(parents=True)
-    real = place / predict.EXAMPLE
+    real = place / EXAMPLE
     real.parent.mkdir()
     for path in (phantoms / "9.png", real.parent / "1.jpg", real):
         scan(64, 64, 10, 10, 20).save(path)
@@ -760,13 +754,13 @@ def test_the_report_scores_the_masks_that_were_written(place, dataset, monkeypat
     """Scores from the mask files and the squares; the network sees every image once."""
     torch.save(brightness_model(image_size=48).state_dict(), "best_model.pth")
     scan(48, 48, 30, 30, 17).save(dataset / "test" / "0_test.png")  # partly outside its annotation
-    seen, run = [], predict.TorchModel.probabilities
+    seen, run = [], predict.TorchModel.run
 
-    def count(model, pixels):
-        seen.extend(pixels)
-        return run(model, pixels)
+    def count(model, images):
+        seen.extend(images)
+        return run(model, images)
 
-    monkeypatch.setattr(predict.TorchModel, "probabilities", count)
+    monkeypatch.setattr(predict.TorchModel, "run", count)
     predict.main([str(dataset / "test"), "--output", "scored"])
     assert len(seen) == 4 + 4  # test and, for the threshold, valid
     records = json.loads((dataset / "test" / "_annotations.coco.json").read_text())["annotations"]
@@ -820,11 +814,13 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
     model = predict.open_model(place / "best_model.pth", "cpu")
 
     def choose():
-        return predict.report(model, dataset / "test", place, 0.5)["valid"]
+        scores = predict.open_folder(model, dataset / "test", 0.5)
+        return predict.report(model, dataset / "test", scores, place)["valid"]
 
     first = choose()
-    rows = data.load_split(dataset, "valid", model.image_size)
-    counts = count_pixels(predict_rows(model, rows), first["thresholds"])
+    batches = data.Batches(data.load_split(dataset, "valid", model.image_size), 3)
+    predicted = [(masks.numpy() > 0, model.run(images)) for images, masks in batches]
+    counts = count_pixels(predicted, first["thresholds"])
     dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in counts[:, :, 0].sum(0).tolist()]
     assert first["dice"] == pytest.approx(dice)
     assert first["chosen_threshold"] == first["thresholds"][int(np.argmax(dice))]
@@ -855,13 +851,13 @@ NOTHING = slice(0, 0)
 def test_no_threshold_is_chosen_on_the_folder_that_is_scored(place, dataset, given, monkeypatch):
     """However `valid` is named; and it is predicted once."""
     (dataset / "link").symlink_to(dataset / "valid")
-    seen, run = [], predict.TorchModel.probabilities
+    seen, run = [], predict.TorchModel.run
 
-    def count(model, pixels):
-        seen.extend(pixels)
-        return run(model, pixels)
+    def count(model, images):
+        seen.extend(images)
+        return run(model, images)
 
-    monkeypatch.setattr(predict.TorchModel, "probabilities", count)
+    monkeypatch.setattr(predict.TorchModel, "run", count)
     predict.main([f"{dataset}/{given}", "--output", "scored"])
     report = json.loads((place / "scored" / "report.json").read_text())
     assert report["valid"] is None and len(seen) == 4

@@ -46,7 +46,7 @@ from medseg.formats.dicom import read_any_image, read_dicom
 from medseg.formats.medical import base_name, file_format, mask_name, window_to_uint8
 from medseg.formats.nifti import open_nifti, write_mask
 from medseg.importing.volumes import volume_pairs
-from medseg.predicting.inputs import pictures_in
+from medseg.predicting.inputs import expand, open_file
 from medseg.settings import window_limits
 from net import UNet, load_model
 
@@ -216,6 +216,11 @@ def test_colour_is_rgb_whatever_the_window():
     assert palette.shape == (350, 800, 3) and len(np.unique(palette.reshape(-1, 3), axis=0)) > 50
 
 
+def picture_names(path):
+    pictures, _ = open_file(*expand([path]))
+    return [picture.name for picture in pictures]
+
+
 def test_single_and_several_pictures():
     image = read_any_image(sample("CT_small.dcm"), (40, 400))
     assert (image.mode, image.size) == ("RGB", (128, 128))
@@ -224,11 +229,8 @@ def test_single_and_several_pictures():
         read_any_image(path)
     one_line(refusal, path, "2 frames", "predict.py")
     name = Path(path).stem
-    assert [frame.name for frame in pictures_in(Path(path), None)] == [
-        f"{name}_f000",
-        f"{name}_f001",
-    ]
-    assert [frame.name for frame in pictures_in(Path(sample("CT_small.dcm")), None)] == ["CT_small"]
+    assert picture_names(path) == [f"{name}_f000", f"{name}_f001"]
+    assert picture_names(sample("CT_small.dcm")) == ["CT_small"]
     with pytest.raises(ValueError) as refusal:
         read_any_image(NIBABEL_DATA / "anatomical.nii")
     one_line(refusal, NIBABEL_DATA / "anatomical.nii", "a volume")
@@ -237,7 +239,7 @@ def test_single_and_several_pictures():
 def test_usual_pictures_are_read_as_ever(tmp_path):
     Image.new("L", (5, 4), 7).save(tmp_path / "a.png")
     assert read_any_image(tmp_path / "a.png").getpixel((0, 0)) == (7, 7, 7)
-    assert [picture.name for picture in pictures_in(tmp_path / "a.png", None)] == ["a"]
+    assert picture_names(tmp_path / "a.png") == ["a"]
 
 
 def test_frames_are_decoded_one_at_a_time(tmp_path):

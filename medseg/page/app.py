@@ -1,10 +1,6 @@
 """`predict.py --page`: a page in the browser, on this computer. gradio is optional. No torch.
 
-What it is given to predict with, here called the predictor, has
-    image_size       the side in pixels of what the network takes; None: images keep their own size
-    n_channels       3, or 1 for grey
-    class_names      a tuple
-    probabilities()  uint8 array (B, S, S, n_channels) -> float32 array (B, n_classes, S, S), 0..1
+What it predicts with, here called the predictor, is a `medseg.predicting.models.Model`.
 """
 
 import html
@@ -18,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from medseg.drawing import class_colors
-from medseg.images import FORMAT_NAMES, preprocess, read_image, save_png
+from medseg.images import FORMAT_NAMES, read_image, save_png
 from medseg.page import server
 from medseg.page.gate import MAX_UPLOAD, SHARED, Gate, browser_folder
 from medseg.page.session import Session
@@ -142,7 +138,7 @@ class Page:
 
     def probabilities(self, image):
         """PIL image -> float32 array (C, S, S) of 0..1."""
-        pixels = preprocess(image, self.predictor.image_size, self.predictor.n_channels)
+        pixels = self.predictor.prepare(image)
         with self._lock:
             return self.predictor.probabilities(pixels[None])[0]
 

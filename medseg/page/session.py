@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import weakref
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +15,7 @@ from PIL import Image
 
 from medseg.cli import one_line
 from medseg.drawing import draw_labels, overlay
-from medseg.formats.medical import file_format
-from medseg.formats.nifti import open_nifti, write_prediction
+from medseg.formats.nifti import write_prediction
 from medseg.images import (
     describe,
     full_size_labels,
@@ -26,7 +24,7 @@ from medseg.images import (
     save_overlay,
     save_png,
 )
-from medseg.predicting.inputs import Picture, expand, pictures_in
+from medseg.predicting.inputs import Picture, expand, open_file
 
 VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
 
@@ -34,10 +32,14 @@ VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
 class Prediction(NamedTuple):
     """One picture that the network has seen."""
 
-    picture: Picture  # of a slice of a volume, without load
-    title: str  # the file's name, with the number of the slice or frame
+    picture: Picture
     size: tuple  # (width, height) of the picture
     file: Path  # .npz with `view`, the picture as it is shown, and `probabilities` (C, S, S)
+
+    def read(self):
+        """(picture as it is shown, uint8 (H, W, 3); probabilities, float32 (C, S, S))."""
+        with np.load(self.file) as file:
+            return file["view"], file["probabilities"]
 
 
 class View(NamedTuple):
@@ -60,7 +62,7 @@ class Session:
 
     def __init__(self, folder, class_names, window=None, orientation=None):
         self.class_names, self.predictions, self.problems = class_names, [], []
-        self._window, self._orientation = window, orientation
+        self._settings, self._volumes = (window, orientation), {}  # path -> ImageFile
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -72,24 +74,25 @@ class Session:
         """
         with self._noting_problems(paths):
             files = expand(paths)
-            for number, (path, name) in enumerate(files.items()):
+            for number, file in enumerate(files):
                 with self._noting_problems(paths):
-                    about = (self._window, self._orientation, name)
-                    pictures = titled_pictures(path, *about)
-                    for index, (picture, title) in enumerate(pictures):
+                    pictures, volume = open_file(file, *self._settings)
+                    if volume:
+                        self._volumes[file.path] = file
+                    for index, picture in enumerate(pictures):
                         progress((number + index / len(pictures)) / len(files))
                         with self._noting_problems(paths):
-                            self._add(picture, title, probabilities)
+                            self._add(picture, probabilities)
 
-    def _add(self, picture, title, probabilities):
-        image = picture.load()
+    def _add(self, picture, probabilities):
+        image = picture.read()
         file = self._folder / f"{len(self.predictions)}.npz"
         view = image.convert("RGB")
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
         np.savez(file, view=np.asarray(view), probabilities=probabilities(image))
-        if file_format(picture.path) == "nifti":
-            picture = picture._replace(load=None)  # which keeps the whole volume in memory
-        self.predictions.append(Prediction(picture, title, image.size, file))
+        if picture.path in self._volumes:
+            picture = picture._replace(read=None)  # which keeps the whole volume in memory
+        self.predictions.append(Prediction(picture, image.size, file))
 
     @contextlib.contextmanager
     def _noting_problems(self, paths):
@@ -106,24 +109,24 @@ class Session:
         paths = {prediction.picture.path for prediction in self.predictions}
         if len(paths) > 1:
             return 0
-        sums = [(load(prediction)[1] > threshold).sum() for prediction in self.predictions]
+        sums = [(prediction.read()[1] > threshold).sum() for prediction in self.predictions]
         return int(np.argmax(sums))
 
     def view(self, index, threshold):
         """The `View` of one prediction at a threshold."""
         prediction, n_classes = self.predictions[index], len(self.class_names)
-        view, probabilities = load(prediction)
+        view, probabilities = prediction.read()
         labels = full_size_labels(probabilities, prediction.size, threshold)
         highest = probabilities.max((1, 2))
-        line = describe(prediction.title, labels, highest, self.class_names)
+        line = describe(prediction.picture.title, labels, highest, self.class_names)
         labels = resize_nearest(labels, *view.shape[:2])
         image, mask = Image.fromarray(view), draw_labels(labels, n_classes)
         return View(image, mask, overlay(image, labels, n_classes), line)
 
     def save(self, image):
         """Write a PIL image of a `View` as PNG; return its path, which is the same every time."""
-        kind = f"{image.mode} {image.size} ".encode()
-        path = self._folder / f"{hashlib.sha256(kind + image.tobytes()).hexdigest()}.png"
+        pixels = f"{image.mode} {image.size} ".encode() + image.tobytes()
+        path = self._folder / f"{hashlib.sha256(pixels).hexdigest()}.png"
         if not path.exists():
             save_png(image, path, compress_level=1)
         return str(path)
@@ -136,20 +139,19 @@ class Session:
         """
         folder, volumes, written = Path(tempfile.mkdtemp(dir=self._folder)), {}, []
         for prediction in self.predictions:
-            if file_format(prediction.picture.path) == "nifti":
-                volumes.setdefault(prediction.picture.path, []).append(prediction)
+            labels = full_size_labels(prediction.read()[1], prediction.size, threshold)
+            if prediction.picture.path in self._volumes:
+                volumes.setdefault(prediction.picture.path, []).append(labels)
                 continue
-            labels = full_size_labels(load(prediction)[1], prediction.size, threshold)
             written.append(folder / f"{prediction.picture.name}_mask.png")
             save_mask(labels, written[-1], self.class_names)
             if len(self.predictions) > 1:
                 written.append(folder / f"{prediction.picture.name}_overlay.png")
-                image = prediction.picture.load()
+                image = prediction.picture.read()
                 save_overlay(image, labels, written[-1], self.class_names)
-        for path, predictions in volumes.items():
-            masks = [full_size_labels(load(one)[1], one.size, threshold) for one in predictions]
-            volume = open_nifti(path, self._orientation)
-            pictures = volume.pictures(self._window)
+        for path, masks in volumes.items():
+            _, volume = open_file(self._volumes[path], *self._settings)
+            pictures = volume.pictures(self._settings[0])
             written += write_prediction(folder, volume, pictures, masks, self.class_names)
         if len(written) == 1:
             return written[0]
@@ -159,30 +161,3 @@ class Session:
                 file.write(path, path.name)
                 path.unlink()
         return archive
-
-
-def load(prediction):
-    """(picture as it is shown, uint8 (H, W, 3); probabilities, float32 (C, S, S))."""
-    with np.load(prediction.file) as file:
-        return file["view"], file["probabilities"]
-
-
-def titled_pictures(path, window, orientation, name):
-    """[(Picture, its title)] in an image, DICOM or NIfTI file; name: what its masks are called.
-
-    Raises FileNotFoundError; ValueError where the file cannot be read.
-    """
-    if file_format(path) != "nifti":
-        pictures, what = pictures_in(path, window, name), "frame"
-    else:
-        slices, what = open_nifti(path, orientation).pictures(window), "slice"
-        pictures = [
-            Picture(path, name, partial(slice_image, slices, index)) for index in range(len(slices))
-        ]
-    if len(pictures) == 1:
-        return [(pictures[0], path.name)]
-    return [(picture, f"{path.name}, {what} {n}") for n, picture in enumerate(pictures)]
-
-
-def slice_image(slices, index):
-    return Image.fromarray(slices[index])

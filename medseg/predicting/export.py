@@ -14,13 +14,8 @@ import torch
 from medseg.cli import one_line
 from medseg.files import atomic_write
 from medseg.images import mean_and_std
-from medseg.predicting.onnx_model import (
-    INPUT,
-    OUTPUT,
-    OnnxModel,
-    check_metadata,
-    import_onnx_library,
-)
+from medseg.predicting.models import INPUT, OUTPUT, OnnxModel
+from medseg.predicting.onnx_file import check_metadata, import_onnx_library
 from medseg.weights import load_weights
 
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
@@ -93,6 +88,15 @@ def check_target(path):
             "pip install --upgrade torch torchvision, or export to .onnx"
         )
     return suffix
+
+
+def check_export(target, path):
+    """ValueError where `target` cannot be made of the weights in `path`, or is not to be lost."""
+    if Path(path).suffix.lower() in FORMATS:
+        raise ValueError(f"{path}: an export already; give --model the weights (.pth)")
+    if Path(target).suffix.lower() == ".pth" and Path(target).exists():
+        raise ValueError(f"--export {target}: there already, maybe trained; name another file")
+    check_target(target)
 
 
 def available_formats():

@@ -18,66 +18,85 @@ from medseg.formats.medical import (
     file_format,
     result_name,
 )
+from medseg.formats.nifti import open_nifti
 from medseg.images import SUFFIXES, read_image
 
-# Weights that come with the repository, and what they are: docs/pretrained.md.
-PRETRAINED = Path(__file__).parents[2] / "dataset" / "tumor.pth"
-ABOUT_PRETRAINED = "brain tumours in MRI slices, test Dice 0.77"
-
+EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "contact_sheet.jpg")
 OWN_ENDINGS = ("_mask", "_overlay", "_montage")
 OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
 
-class Picture(NamedTuple):
-    """One picture to predict; load() -> PIL RGB image, or ValueError naming the file."""
+class ImageFile(NamedTuple):
+    """A file with an image, with frames (DICOM) or with a volume (NIfTI)."""
 
     path: Path
-    name: str  # what its mask is called, without the ending
-    load: object
+    name: str  # what its masks are called, without the ending
+    format: str | None  # as `medseg.formats.medical.file_format` has it
 
 
-def pictures_in(path, window, name=None):
-    """[Picture] of an image file: one, or of a DICOM file one for each frame.
+class Picture(NamedTuple):
+    """One picture to predict: an image, a frame or a slice."""
 
-    name: what its masks are called; default: its `result_name`.
+    path: Path
+    name: str  # what its mask is called, without the ending; of a slice, the volume's
+    title: str  # the file's name, with the number of the frame or slice
+    read: object  # read() -> PIL image, or ValueError naming the file
+
+
+def open_file(file, window=None, orientation=None):
+    """([Picture], volume) in an ImageFile; volume: a `medseg.formats.nifti.Volume`, or None.
+
+    window: (center, width) of DICOM and NIfTI values, or None for the file's own limits;
+    orientation: to turn a volume to, or None. Here alone a file is opened by its format.
+    Raises FileNotFoundError; ValueError where the file cannot be read.
     """
-    name = name or result_name(path)
-    if file_format(path) != "dicom":
-        return [Picture(path, name, partial(read_image, path))]
-    frames = read_dicom(path, window)
-    if len(frames) == 1:
-        return [Picture(path, name, partial(_frame, frames, 0))]
-    return [
-        Picture(path, f"{name}_f{number:03d}", partial(_frame, frames, number))
-        for number in range(len(frames))
-    ]
+    path, name, volume = file.path, file.name, None
+    if file.format is None:
+        return [Picture(path, name, path.name, partial(read_image, path))], None
+    if file.format == "nifti":
+        volume = open_nifti(path, orientation)
+        arrays, what = volume.pictures(window), "slice"
+    else:
+        arrays, what = read_dicom(path, window), "frame"
+    if len(arrays) == 1:
+        return [Picture(path, name, path.name, partial(_read_array, arrays, 0))], volume
+    pictures = []
+    for number in range(len(arrays)):
+        own, title = name, f"{path.name}, {what} {number}"
+        if what == "frame":
+            own = f"{name}_f{number:03d}"
+        pictures.append(Picture(path, own, title, partial(_read_array, arrays, number)))
+    return pictures, volume
 
 
-def sort_inputs(paths, window):
-    """{file: name} -> ([Picture], [NIfTI volumes], [(file, why it cannot be read)])."""
+def _read_array(arrays, index):
+    return Image.fromarray(arrays[index]).convert("RGB")
+
+
+def sort_files(files, window):
+    """[ImageFile] -> ([Picture], [ImageFile of a volume], [(path, why it cannot be read)]).
+
+    Volumes are left to be opened one at a time, for one may fill the memory.
+    """
     pictures, volumes, problems = [], [], []
-    for path, name in paths.items():
-        if file_format(path) == "nifti":
-            volumes.append(path)
+    for file in files:
+        if file.format == "nifti":
+            volumes.append(file)
             continue
         try:
-            pictures += pictures_in(path, window, name)
+            pictures += open_file(file, window)[0]
         except (FileNotFoundError, ValueError) as error:
-            problems.append((path, str(error)))
+            problems.append((file.path, str(error)))
     _check_names([(picture.name, picture.path) for picture in pictures])
     return pictures, volumes, problems
 
 
-def _frame(frames, number):
-    return Image.fromarray(frames[number]).convert("RGB")
-
-
 def expand(inputs):
-    """Files and folders -> {file with an image or volume: what its masks are called}.
+    """Files and folders -> [ImageFile] of what is in them.
 
-    The name is the file's without its suffix; of images in one folder that differ in nothing else,
-    with it: a.png and a.jpg become a_png and a_jpg. A name that is too long is shortened.
+    Its masks are named as the file is, without its suffix; of images in one folder that differ in
+    nothing else, with it: a.png and a.jpg become a_png and a_jpg. A long name is shortened.
     Raises FileNotFoundError, and ValueError where there are none or two would share a name.
     """
     paths = []
@@ -95,13 +114,14 @@ def expand(inputs):
         else:
             raise FileNotFoundError(f"{given}: no such image or folder")
     names = {path: result_name(path) for path in paths}
+    formats = {path: file_format(path) for path in paths}
     for _ in range(2):  # again, for a_png.png may be there too
         count = Counter((path.parent, name) for path, name in names.items())
         for path, name in names.items():
-            if count[path.parent, name] > 1 and file_format(path) != "nifti":
+            if count[path.parent, name] > 1 and formats[path] != "nifti":
                 names[path] = _name_with_suffix(path)
     _check_names([(name, path) for path, name in names.items()])
-    return names
+    return [ImageFile(path, name, formats[path]) for path, name in names.items()]
 
 
 def _name_with_suffix(path):
@@ -161,14 +181,27 @@ def data_set_images():
     return []
 
 
-def default_model():
-    """The weights to use where none are named: best_model.pth, else PRETRAINED, and says so."""
-    own, here = Path("best_model.pth"), Path.cwd()
-    if own.exists() or not PRETRAINED.exists():
-        return str(own)
-    path = PRETRAINED.relative_to(here) if PRETRAINED.is_relative_to(here) else PRETRAINED
-    print(f"no {own} here: taking {path} ({ABOUT_PRETRAINED}; see docs/pretrained.md)")
-    return str(path)
+def example_image():
+    """The image to show when none is named. FileNotFoundError where there is no data set."""
+    images = data_set_images()
+    if not images:
+        raise FileNotFoundError(
+            "no image named, and none in dataset/test: name one, or run `python download.py` first"
+        )
+    chosen = EXAMPLE if EXAMPLE in images else images[0]
+    print(f"no image named: taking {chosen}")
+    return chosen
+
+
+def annotated_folder(inputs):
+    """The one folder among the inputs that has annotations, or None. ValueError where two have."""
+    folders = [folder for folder in map(Path, inputs) if (folder / ANNOTATIONS).exists()]
+    if len(folders) > 1:
+        raise ValueError(
+            f"{folders[0]} and {folders[1]} both have annotations, and a report is of one "
+            "folder: score them apart, with another --output"
+        )
+    return folders[0] if folders else None
 
 
 def is_input(path):
@@ -182,10 +215,10 @@ def _is_own(path):
     return path.name in OWN_PICTURES or base_name(path).endswith(OWN_ENDINGS)
 
 
-def choose_output(given, single, inputs):
+def choose_output(given, single, files):
     """The folder to write to, made if need be, or for a single input the file that was named."""
     path = Path(given or ("." if single else "predictions"))
-    volume = single and file_format(inputs[0]) == "nifti"
+    volume = single and files[0].format == "nifti"
     endings = (*SUFFIXES, *OTHER_PICTURES, *NIFTI_SUFFIXES)
     if not given or path.is_dir() or not path.name.lower().endswith(endings):
         return output_folder(path, "--output")
@@ -195,7 +228,7 @@ def choose_output(given, single, inputs):
         raise ValueError(f"--output {given}: the mask of a volume is written as .nii.gz or .nii")
     if not volume and path.suffix.lower() != ".png":
         raise ValueError(f"--output {given}: a mask is written as .png, which loses nothing")
-    if path.exists() and any(path.samefile(other) for other in inputs):
+    if path.exists() and any(path.samefile(file.path) for file in files):
         raise ValueError(f"--output {given}: that is the image itself; name another file")
     output_folder(path.parent, "--output")
     return path

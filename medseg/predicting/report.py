@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from medseg.files import atomic_write
+from medseg.images import read_image
 from medseg.metrics import bootstrap, class_scores, hausdorff95, image_dice, pooled_scores
 from medseg.plots import plot_report
 
@@ -46,23 +47,14 @@ def count_pixels(batches, thresholds):
     )
 
 
-def predict_rows(model, rows):
-    """Yield (targets bool, probabilities float32), arrays (B, C, H, W), for all `rows`.
+def threshold_sweep(model, batches):
+    """The Dice of a split at each threshold of SWEEP, and the threshold of the highest.
 
-    Of RaggedRows each batch is one image, of its own height and width.
+    batches: its images and masks as `data.Batches` gives them.
     """
-    starts = range(0, len(rows), model.batch_size)
-    for start in tqdm(starts, "valid", unit=" batches", disable=None):
-        end = min(start + model.batch_size, len(rows))
-        batch = np.stack([rows[index] for index in range(start, end)])
-        pixels, masks = np.split(batch, [model.n_channels], axis=3)
-        masks = np.unpackbits(masks, axis=3, count=model.n_classes, bitorder="little")
-        yield masks.transpose(0, 3, 1, 2) > 0, model.probabilities(pixels)
-
-
-def threshold_sweep(batches, names):
-    """The Dice of a split at each threshold of SWEEP, and the threshold of the highest."""
-    counts = count_pixels(batches, SWEEP)
+    bar, names = tqdm(batches, "valid", unit=" batches", disable=None), model.class_names
+    predicted = ((masks.cpu().numpy() > 0, model.run(images)) for images, masks in bar)
+    counts = count_pixels(predicted, SWEEP)
     dice = [class_scores(counts[:, index], names)["dice"] for index in range(len(SWEEP))]
     return {"thresholds": SWEEP, "dice": dice, "chosen_threshold": SWEEP[int(np.argmax(dice))]}
 
@@ -88,21 +80,31 @@ class FolderScores:
         """
         for index in self._indices.get(_identity(path), ()):
             with suppress(ValueError):
-                masks = self.dataset.load_masks(index, size, probabilities.shape[1:])
-                self._images[index] = self._compare(masks > 0, probabilities)
+                self.compare(index, size, probabilities)
 
-    def _compare(self, targets, probabilities):
+    def compare(self, index, size, probabilities):
+        """As `add`, of image `index`. Raises ValueError where its annotations are damaged."""
         from pycocotools import mask as coco_mask
 
+        targets = self.dataset.load_masks(index, size, probabilities.shape[1:]) > 0
         counts = count_image(targets, probabilities, self.thresholds)
         preds = probabilities > self.thresholds[0]
         distances = [hausdorff95(*pair) for pair in zip(preds, targets, strict=True)]
         columns_first = np.asfortranarray(preds.transpose(1, 2, 0), dtype=np.uint8)
-        return counts, distances, coco_mask.encode(columns_first)
+        self._images[index] = counts, distances, coco_mask.encode(columns_first)
 
     def missing(self):
         """The indices of the annotated images that have not been compared."""
         return [index for index in range(len(self.dataset)) if index not in self._images]
+
+    def complete(self, model):
+        """Predict the images that are missing, as those with a record in a folder further down.
+
+        Raises FileNotFoundError or ValueError where one cannot be read or predicted.
+        """
+        for index in self.missing():
+            image = read_image(self.dataset.path(index))
+            self.compare(index, image.size, model.predict(image))
 
     def result(self):
         """Counts (N, T, C, 4), at `thresholds`; HD95 (N, C) in pixels. Nothing may be missing."""

@@ -1,18 +1,20 @@
-"""The network in an ONNX file, run through onnxruntime: prediction without PyTorch."""
+"""An ONNX file before onnxruntime sees it: whose it is, what it says of its network.
+
+onnxruntime tells a file's metadata only once it has made a session of it. By then it has read what
+lies in other files (version 1.32 those beside it, 1.20 any of the machine) and run parts of the
+network. So the structure is walked here first, and any file is refused that keeps weights
+elsewhere or was not written by `medseg.predicting.export`.
+"""
 
 import importlib
 import json
 import mmap
 import os
-from pathlib import Path
-
-import numpy as np
 
 from medseg.cli import one_line
 from medseg.files import check_regular
 from medseg.settings import read_settings
 
-INPUT, OUTPUT = "images", "probabilities"
 KEYS = ("class_names", "image_size", "n_channels", "mean", "std")  # of the metadata, JSON each
 OPTIONAL_KEYS = ("window", "orientation")  # where DICOM or NIfTI files were trained on
 MAX_FIELDS, MAX_TEXT = 1_000_000, 100_000  # of a file's structure; bytes of one metadata value
@@ -34,78 +36,6 @@ METADATA, EXTERNAL_DATA, DATA_LOCATION = 14, 13, 14  # fields: of model, tensor 
 VARINT, EIGHT_BYTES, LENGTH_DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # protobuf's wire types
 
 
-class OnnxModel:
-    """A file of `predict.py --export model.onnx` as predict.py uses it, on the CPU.
-
-    image_size, n_channels, n_classes, class_names, window, orientation: as of `net.UNet`.
-    batch_size: how many images to predict at a time. The number of threads is OMP_NUM_THREADS,
-    else that of the cores that this process may use.
-    Raises FileNotFoundError; ValueError for any other file, and where onnxruntime is missing.
-    What can be told from the file's structure is checked before onnxruntime sees it.
-    """
-
-    def __init__(self, path):
-        self.path, metadata = Path(path), read_metadata(path)
-        self.image_size, self.n_channels = metadata["image_size"], metadata["n_channels"]
-        # As `medseg.device.inference_batch_size` of a CPU; images of their own size one by one.
-        self.batch_size = 4 if self.image_size else 1
-        self.class_names = tuple(metadata["class_names"])
-        self.n_classes = len(self.class_names)
-        settings = read_settings(metadata)
-        self.window, self.orientation = settings["window"], settings["orientation"]
-        # In float32, as data.py does it: the same pixels give the same numbers.
-        self.mean, self.std = (np.float32(metadata[key]) * np.float32(255) for key in KEYS[-2:])
-        try:
-            onnxruntime = import_onnx_library("onnxruntime")
-        except ImportError:
-            raise ValueError(f"{path}: needs onnxruntime: pip install onnxruntime") from None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = available_threads()
-        options.log_severity_level = 4  # errors are raised, and one line is enough
-        self.run_options = onnxruntime.RunOptions()
-        self.run_options.log_severity_level = 4
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # of kinds of its own
-            raise ValueError(f"{path}: refused by onnxruntime ({one_line(error)})") from None
-        self._check_signature()
-
-    def _check_signature(self):
-        """ValueError unless input and output are those that `medseg.predicting.export` writes."""
-        signature = []
-        for values in (self.session.get_inputs(), self.session.get_outputs()):
-            for value in values:
-                shape = [side if isinstance(side, int) else "any" for side in value.shape]
-                signature.append((value.name, value.type, shape))
-        expected = []
-        for name, channels in ((INPUT, self.n_channels), (OUTPUT, self.n_classes)):
-            expected.append((name, "tensor(float)", ["any", channels, "any", "any"]))
-        if signature != expected:
-            raise not_ours(self.path, f"its inputs and outputs are {signature!r:.300}")
-
-    def run(self, images):
-        """Normalised float32 (B, n_channels, H, W) -> probabilities float32 (B, n_classes, H, W).
-
-        Raises ValueError where the network fails or what it returns are no probabilities.
-        """
-        try:
-            (result,) = self.session.run([OUTPUT], {INPUT: images}, self.run_options)
-        except Exception as error:  # of kinds of its own
-            size = "x".join(map(str, images.shape))
-            raise ValueError(f"{self.path}: failed on {size} ({one_line(error)})") from None
-        shape = (len(images), self.n_classes, *images.shape[2:])
-        if result.shape != shape or not ((result >= 0) & (result <= 1)).all():
-            raise not_ours(self.path, "what it returns are no probabilities")
-        return result
-
-    def probabilities(self, pixels):
-        """uint8 (B, H, W, n_channels) -> float32 (B, n_classes, H, W), values 0..1."""
-        images = (pixels.astype(np.float32) - self.mean) / self.std
-        return self.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-
-
 def import_onnx_library(name):
     """The module `name`: onnxruntime, or another that may import it. Raises ImportError.
 
@@ -120,17 +50,6 @@ def import_onnx_library(name):
 def not_ours(path, reason):
     """The ValueError for an ONNX file that another program wrote."""
     return ValueError(f"{path}: not written by `python predict.py --export`: {reason}")
-
-
-def available_threads():
-    """OMP_NUM_THREADS, or the number of cores that this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) <= 1024:
-        return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-# ---- the file, before onnxruntime sees it ----------------------------------------------------
 
 
 def read_metadata(path):

@@ -1,0 +1,55 @@
+"""The flags of predict.py."""
+
+from medseg.cli import ArgumentParser, add_device_flags, number
+from medseg.images import FORMAT_NAMES
+
+
+def make_parser(doc):
+    """The parser of predict.py, whose docstring is `doc`."""
+    parser = ArgumentParser("predict.py", doc)
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="IMAGE|FOLDER",
+        help=f"DICOM, NIfTI, {FORMAT_NAMES}; without one, the tutorial's example image",
+    )
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        metavar="FILE",
+        help="weights or an ONNX file; default: best_model.pth, and where there is none "
+        "dataset/tumor.pth, which comes with the repository",
+    )
+    add(
+        "--threshold",
+        type=number(0.0, 1.0, float),
+        default=0.5,
+        help="foreground is above this probability",
+    )
+    add_device_flags(add)
+    add(
+        "--export",
+        metavar="FILE",
+        help="write --model to FILE for other programs: .onnx, .pt2 (torch.export) or "
+        ".torchscript (torch.jit, which PyTorch has deprecated); or its weights in half precision "
+        "(float16) to FILE.pth",
+    )
+    add = parser.add_argument_group("files").add_argument
+    add(
+        "--output",
+        metavar="FOLDER|FILE",
+        help="where to write; default: here for one image, predictions/ for several",
+    )
+    add(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("CENTER", "WIDTH"),
+        help="of DICOM or NIfTI values; default: that of the weights, or the file's own, or 0.5 "
+        "to 99.5 %% of a volume",
+    )
+    add = parser.add_argument_group("page").add_argument
+    add("--page", action="store_true", help="open a page in the browser; needs gradio")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
+    add("--port", type=number(0, 65535), metavar="N", help="default: 7860 or the next free one")
+    return parser

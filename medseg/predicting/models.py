@@ -1,0 +1,182 @@
+"""The two kinds of models that predict.py runs: weights in PyTorch, or an ONNX file without it."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from medseg.cli import one_line
+from medseg.files import available_cores
+from medseg.images import mean_and_std, normalize_pixels, preprocess
+from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
+from medseg.settings import read_settings
+
+# Weights that come with the repository, and what they are: docs/pretrained.md.
+PRETRAINED = Path(__file__).parents[2] / "dataset" / "tumor.pth"
+ABOUT_PRETRAINED = "brain tumours in MRI slices, test Dice 0.77"
+INPUT, OUTPUT = "images", "probabilities"  # of an ONNX file
+
+
+def default_model():
+    """The weights to use where none are named: best_model.pth, else PRETRAINED, and says so."""
+    own, here = Path("best_model.pth"), Path.cwd()
+    if own.exists() or not PRETRAINED.exists():
+        return str(own)
+    path = PRETRAINED.relative_to(here) if PRETRAINED.is_relative_to(here) else PRETRAINED
+    print(f"no {own} here: taking {path} ({ABOUT_PRETRAINED}; see docs/pretrained.md)")
+    return str(path)
+
+
+class Model:
+    """A network, and what prediction has to know of it.
+
+    image_size, n_channels, n_classes, class_names, window, orientation: as of `net.UNet`.
+    batch_size: how many images to predict at a time. run(images): normalised float32
+    (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W).
+    """
+
+    def __init__(self, network, mean_and_std, device_type):
+        self.image_size, self.n_channels = network.image_size, network.n_channels
+        self.class_names, self.n_classes = tuple(network.class_names), len(network.class_names)
+        self.window, self.orientation = network.window, network.orientation
+        self.batch_size = 4 if device_type == "cpu" else 16  # more do not fit a CPU's caches
+        if self.image_size is None:  # images keep their own
+            self.batch_size = 1
+        # Of 0..255, in float32 as in training: the same pixels give the same numbers.
+        self.statistics = [np.float32(values) * np.float32(255) for values in mean_and_std]
+
+    def prepare(self, image):
+        """PIL image -> uint8 (S, S, n_channels), of the size that the network was trained at."""
+        return preprocess(image, self.image_size, self.n_channels)
+
+    def predict(self, image):
+        """PIL image -> probabilities, float32 (n_classes, S, S)."""
+        return self.probabilities(self.prepare(image)[None])[0]
+
+
+class TorchModel(Model):
+    """A UNet on its device. precision: as --precision has it."""
+
+    def __init__(self, network, device, precision="auto"):
+        import torch
+
+        from medseg.device import choose_precision, make_autocast
+
+        self.network, self.device = network, torch.device(device)
+        super().__init__(network, mean_and_std(network.n_channels), self.device.type)
+        self.statistics = [torch.tensor(values, device=self.device) for values in self.statistics]
+        self.autocast = make_autocast(choose_precision(precision, self.device), self.device)
+
+    def probabilities(self, pixels):
+        """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
+        import torch
+
+        pixels = torch.from_numpy(pixels).to(self.device)
+        return self.run(normalize_pixels(pixels, *self.statistics))
+
+    def run(self, images):
+        found = predict_probabilities(self.network, images, self.device, autocast=self.autocast)
+        return found.cpu().numpy()
+
+
+def predict_probabilities(network, images, device="cuda", *, autocast=nullcontext()):
+    """Normalised images (B, n_channels, H, W) -> float32 probabilities (B, n_classes, H, W).
+
+    images, and what is returned: tensors, the latter on the device. autocast: a context for the
+    network, see `medseg.device.make_autocast`. Raises ValueError where the memory does not suffice.
+    """
+    import torch
+
+    from medseg.device import available_device, out_of_memory
+
+    device, (count, _, height, width) = available_device(device), images.shape
+    try:
+        with torch.inference_mode(), autocast:
+            return network(images.to(device))
+    except (MemoryError, RuntimeError) as error:
+        memory = out_of_memory(error)
+        if memory is None:
+            raise
+        other = "" if torch.device(device).type == "cpu" else "try --device cpu, or "
+        raise ValueError(
+            f"out of {memory} with {count} x {width}x{height} pixels: {other}give smaller images"
+        ) from None
+
+
+class OnnxModel(Model):
+    """A file of `predict.py --export model.onnx`, on the CPU.
+
+    device, precision: as the flags of predict.py. The number of threads is OMP_NUM_THREADS, else
+    that of the cores that this process may use. Raises FileNotFoundError; ValueError for any other
+    file or device, and where onnxruntime is missing.
+    """
+
+    device = "cpu"
+
+    def __init__(self, path, device="auto", precision="auto"):
+        if device not in ("auto", self.device):
+            raise ValueError(
+                f"--device {device}: {path} runs on the CPU; a GPU needs the .pth file"
+            )
+        if precision not in ("auto", "fp32"):
+            raise ValueError(f"--precision {precision}: {path} runs in fp32; give the .pth file")
+        metadata = read_metadata(path)  # which refuses files that onnxruntime must not see
+        network = SimpleNamespace(**(metadata | read_settings(metadata)))
+        super().__init__(network, (network.mean, network.std), self.device)
+        self.path = Path(path)
+        try:
+            onnxruntime = import_onnx_library("onnxruntime")
+        except ImportError:
+            raise ValueError(f"{path}: needs onnxruntime: pip install onnxruntime") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = available_threads()
+        options.log_severity_level = 4  # errors are raised, and one line is enough
+        self.run_options = onnxruntime.RunOptions()
+        self.run_options.log_severity_level = 4
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # of kinds of its own
+            raise ValueError(f"{path}: refused by onnxruntime ({one_line(error)})") from None
+        self._check_signature()
+
+    def _check_signature(self):
+        """ValueError unless input and output are those that `medseg.predicting.export` writes."""
+        signature = []
+        for values in (self.session.get_inputs(), self.session.get_outputs()):
+            for value in values:
+                shape = [side if isinstance(side, int) else "any" for side in value.shape]
+                signature.append((value.name, value.type, shape))
+        expected = []
+        for name, channels in ((INPUT, self.n_channels), (OUTPUT, self.n_classes)):
+            expected.append((name, "tensor(float)", ["any", channels, "any", "any"]))
+        if signature != expected:
+            raise not_ours(self.path, f"its inputs and outputs are {signature!r:.300}")
+
+    def probabilities(self, pixels):
+        """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
+        return self.run(normalize_pixels(pixels, *self.statistics))
+
+    def run(self, images):
+        """Raises ValueError where the network fails or what it returns are no probabilities."""
+        images = np.ascontiguousarray(images)
+        try:
+            (result,) = self.session.run([OUTPUT], {INPUT: images}, self.run_options)
+        except Exception as error:  # of kinds of its own
+            size = "x".join(map(str, images.shape))
+            raise ValueError(f"{self.path}: failed on {size} ({one_line(error)})") from None
+        shape = (len(images), self.n_classes, *images.shape[2:])
+        if result.shape != shape or not ((result >= 0) & (result <= 1)).all():
+            raise not_ours(self.path, "what it returns are no probabilities")
+        return result
+
+
+def available_threads():
+    """OMP_NUM_THREADS, or the number of cores that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) <= 1024:
+        return int(wanted)
+    return available_cores()
