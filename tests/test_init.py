@@ -8,7 +8,7 @@ import torch
 from helpers import make_dataset
 
 import train
-from medseg.predicting.inputs import PRETRAINED
+from medseg.predicting.models import PRETRAINED
 from medseg.weights import load_weights
 from net import UNet, load_model
 
