@@ -4,7 +4,7 @@ examples:
   python predict.py                                  # the tutorial's example image
   python predict.py scan.png                         # predictions.png and scan_mask.png
   python predict.py scan.png --output mask.png       # only the mask, in that file
-  python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.png of each
+  python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.jpg of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
   python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
@@ -214,7 +214,7 @@ def predict_many(model, pictures, output, threshold, scores=None):
     def write(picture, image, probabilities):
         labels = full_size_labels(probabilities, image.size, threshold)
         save_mask(labels, output / f"{picture.name}_mask.png", names)
-        save_overlay(image, labels, output / f"{picture.name}_overlay.png", names)
+        save_overlay(image, labels, output / f"{picture.name}_overlay.jpg", names)
         if scores:
             scores.add(picture.path, image.size, probabilities)
         return describe(picture.path, labels, probabilities.max((1, 2)), names)

@@ -42,10 +42,15 @@ def overlay(image, labels, n_classes=1):
     tables = np.ascontiguousarray(tints.reshape(-1, 3).T.astype(np.uint8))  # one of each colour
     drawn = np.array(image)
     for start in range(0, len(drawn), STRIPE):
-        rows, numbers = drawn[start : start + STRIPE], labels[start : start + STRIPE]
-        first = numbers.astype(np.intp) * 256  # the place of its value 0
+        numbers = labels[start : start + STRIPE]
+        columns = np.flatnonzero(numbers.any(0))
+        if not columns.size:
+            continue
+        inside = np.s_[:, columns[0] : columns[-1] + 1]  # mostly a small part of the image
+        part = drawn[start : start + STRIPE][inside]
+        first = numbers[inside].astype(np.intp) * 256  # the place of its value 0
         for channel, table in enumerate(tables):
-            rows[..., channel] = table.take(first + rows[..., channel])
+            part[..., channel] = table.take(first + part[..., channel])
     return Image.fromarray(drawn)
 
 

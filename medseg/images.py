@@ -222,9 +222,13 @@ def save_png(image, path, **options):
 
 
 def save_overlay(image, labels, path, class_names):
-    """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend."""
+    """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend.
+
+    As JPEG: it is for eyes, and a PNG file would take longer than all else but the network.
+    """
     drawn = with_legend(overlay(image, labels, len(class_names)), class_names)
-    save_png(drawn, path, compress_level=1)  # time matters more than size here
+    with atomic_write(Path(path), sync=False) as file:
+        drawn.save(file, "JPEG", quality=90, subsampling=0)  # colours at full resolution
 
 
 def save_mask(labels, path, class_names=("foreground",)):

@@ -198,7 +198,7 @@ def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, cap
     mean = np.mean([report["scores"][f"dice/{name}"] for name in NAMES])
     assert report["scores"]["dice"] == pytest.approx(mean)
     assert Image.open("masks/0_mask.png").mode == "P"
-    assert Image.open("masks/0_overlay.png").height > 48  # with a legend below
+    assert Image.open("masks/0_overlay.jpg").height > 48  # with a legend below
     predict.main([str(three / "test" / "1.png"), "--model", "run/best_model.pth", "--output", "."])
     assert Image.open("1_mask.png").size == (48, 48)
 

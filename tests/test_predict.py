@@ -348,7 +348,7 @@ def test_a_folder_of_every_format(place, refused):
     for name in "cdefg":
         np.testing.assert_array_equal(masks[name], masks["b"], err_msg=name)
     assert overlap(masks["a"] > 0, masks["b"] > 0) > 0.9
-    assert len(list((place / "predictions").glob("*_overlay.png"))) == 7
+    assert len(list((place / "predictions").glob("*_overlay.jpg"))) == 7
     # Masks and overlays are not taken for images.
     refused("predict", "predictions", "--output", "twice", words=["no images"])
 
@@ -394,7 +394,7 @@ def test_a_damaged_image_among_many_is_named_and_the_others_predicted(place, ref
     damaged = place / "scans" / "b.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
     refused("predict", "scans", words=["1 of 3", "b.png"])
-    written = {"a_mask.png", "a_overlay.png", "c_mask.png", "c_overlay.png"}
+    written = {"a_mask.png", "a_overlay.jpg", "c_mask.png", "c_overlay.jpg"}
     assert names(place / "predictions") == written
 
 
@@ -410,7 +410,7 @@ def test_what_a_folder_holds_besides_is_counted_in_one_line(place, capsys, refus
     for part in (".mat (2)", ".txt (1)", ".old (1)", "no suffix (1)", "folders (1)", "special"):
         assert part in line
     assert "scripts (2)" in line and "scans" in line  # b_mask.png and contact_sheet.jpg
-    assert names(place / "predictions") == {"a_mask.png", "a_overlay.png"}
+    assert names(place / "predictions") == {"a_mask.png", "a_overlay.jpg"}
     write_scans(place / "plain", "ab")
     (place / "plain" / "_annotations.coco.json").write_text("{}")
     assert left_aside(place / "plain") == ""  # the annotations belong to a data set
@@ -800,7 +800,7 @@ def test_a_damaged_image_has_no_report(place, dataset, refused):
         words=["1 of 4 left out", "1_test.png: not a JPEG", f"{folder} has no report"],
     )
     assert names(place / "scored") == {
-        f"{number}_test_{kind}.png" for number in (0, 2, 3) for kind in ("mask", "overlay")
+        f"{number}_test_{what}" for number in (0, 2, 3) for what in ("mask.png", "overlay.jpg")
     }
     (folder / "1_test.png").unlink()  # then no image is damaged, but a record has none
     refused("predict", folder, "--output", "scored", words=["1_test.png: no such image"])

@@ -146,7 +146,7 @@ class Session:
             written.append(folder / f"{prediction.picture.name}_mask.png")
             save_mask(labels, written[-1], self.class_names)
             if len(self.predictions) > 1:
-                written.append(folder / f"{prediction.picture.name}_overlay.png")
+                written.append(folder / f"{prediction.picture.name}_overlay.jpg")
                 image = prediction.picture.read()
                 save_overlay(image, labels, written[-1], self.class_names)
         for path, masks in volumes.items():
