@@ -126,8 +126,8 @@ def visualize_result(
     save_png(with_legend(draw_panels(panels), class_names), path)
 
 
-# ---- one picture, many, the slices of a volume -----------------------------------------------
-# All go through `predict_pictures`, which does to each what preprocess_image and predict_mask do.
+# ---- one image, many, the slices of a volume -------------------------------------------------
+# All go through `predict_images`, which does to each what preprocess_image and predict_mask do.
 
 
 def open_model(path, device="auto", precision="auto"):
@@ -149,88 +149,88 @@ def open_model(path, device="auto", precision="auto"):
     return TorchModel(load_model(path, device), device, precision)
 
 
-def predict_pictures(model, pictures, problems=None):
-    """Yield (picture, PIL image, float32 probabilities (C, S, S)) of each `Picture`.
+def predict_images(model, frames, problems=None):
+    """Yield (frame, PIL image, float32 probabilities (C, S, S)) of each `Frame`.
 
     model, here and below: a TorchModel or OnnxModel.
-    problems: a list; pictures that cannot be predicted are left out and each adds (path, why).
+    problems: a list; those that cannot be predicted are left out and each adds (path, why).
     Without it, the first of them is raised as a FileNotFoundError or ValueError.
     """
 
-    def leave_out(picture, error):
+    def leave_out(frame, error):
         if problems is None:
             raise error
-        problems.append((picture.path, str(error)))
+        problems.append((frame.path, str(error)))
 
-    readable = read_ahead(model, pictures, leave_out)
+    readable = read_ahead(model, frames, leave_out)
     while batch := list(islice(readable, model.batch_size)):
         try:
             found = model.probabilities(np.stack([pixels for _, _, pixels in batch]))
         except ValueError as error:  # out of memory
-            for picture, _, _ in batch:
-                leave_out(picture, ValueError(f"{picture.path}: {error}"))
+            for frame, _, _ in batch:
+                leave_out(frame, ValueError(f"{frame.path}: {error}"))
             continue
-        for (picture, image, _), probabilities in zip(batch, found, strict=True):
-            yield picture, image, probabilities
+        for (frame, image, _), probabilities in zip(batch, found, strict=True):
+            yield frame, image, probabilities
 
 
-def read_ahead(model, pictures, leave_out):
-    """Yield (picture, PIL image, uint8 pixels (S, S, n_channels)) of those that can be read.
+def read_ahead(model, frames, leave_out):
+    """Yield (frame, PIL image, uint8 pixels (S, S, n_channels)) of those that can be read.
 
     A few are read ahead, in threads. These leave PyTorch alone, whose own threads would compete
-    with the network's. leave_out(picture, error) is told of the others.
+    with the network's. leave_out(frame, error) is told of the others.
     """
 
-    def read(picture):
-        image = picture.read()
-        return picture, image, model.prepare(image)
+    def read(frame):
+        image = frame.read()
+        return frame, image, model.prepare(image)
 
-    for picture, result in zip(pictures, parallel_map(read, pictures), strict=True):
+    for frame, result in zip(frames, parallel_map(read, frames), strict=True):
         if isinstance(result, Exception):
-            leave_out(picture, result)
+            leave_out(frame, result)
         else:
             yield result
 
 
-def predict_one(model, picture, output, threshold):
-    """Write the mask of a picture and, where `output` is a folder, the tutorial's figure."""
-    ((_, image, probabilities),) = predict_pictures(model, [picture])
+def predict_one(model, frame, output, threshold):
+    """Write the mask of an image and, where `output` is a folder, the tutorial's figure."""
+    ((_, image, probabilities),) = predict_images(model, [frame])
     labels, written = full_size_labels(probabilities, image.size, threshold), [output]
     if output.is_dir():
-        written = [output / f"{picture.name}_mask.png", output / "predictions.png"]
+        written = [output / f"{frame.name}_mask.png", output / "predictions.png"]
         visualize_result(image, labels, path=written[1], class_names=model.class_names)
     save_mask(labels, written[0], model.class_names)
-    print(describe(picture.path, labels, probabilities.max((1, 2)), model.class_names))
+    print(describe(frame.path, labels, probabilities.max((1, 2)), model.class_names))
     print(f"saved {' and '.join(map(str, written))}")
 
 
-def predict_many(model, pictures, output, threshold, scores=None):
-    """Write a mask and an overlay for each picture, in threads, a few batches behind at most.
+def predict_many(model, frames, output, threshold, scores=None):
+    """Write a mask and an overlay for each image, in threads, a few batches behind at most.
 
     scores: a FolderScores to tell of each, or None.
-    Returns [(path, why)] of the pictures that could not be predicted.
+    Returns [(path, why)] of those that could not be predicted.
     """
 
-    def write(picture, image, probabilities):
+    def write(frame, image, probabilities):
         labels = full_size_labels(probabilities, image.size, threshold)
-        save_mask(labels, output / f"{picture.name}_mask.png", names)
-        save_overlay(image, labels, output / f"{picture.name}_overlay.jpg", names)
+        save_mask(labels, output / f"{frame.name}_mask.png", names)
+        save_overlay(image, labels, output / f"{frame.name}_overlay.jpg", names)
         if scores:
-            scores.add(picture.path, image.size, probabilities)
-        return describe(picture.path, labels, probabilities.max((1, 2)), names)
+            scores.add(frame.path, image.size, probabilities)
+        return describe(frame.path, labels, probabilities.max((1, 2)), names)
 
     problems, names, writing = [], model.class_names, deque()
-    predicted = predict_pictures(model, pictures, problems)
-    bar = tqdm(predicted, total=len(pictures), unit=" images", disable=None)
+    predicted = predict_images(model, frames, problems)
+    bar = tqdm(predicted, total=len(frames), unit=" images", disable=None)
     with ThreadPoolExecutor() as pool:
-        for picture, image, probabilities in bar:
-            writing.append(pool.submit(write, picture, image, probabilities))
+        for frame, image, probabilities in bar:
+            writing.append(pool.submit(write, frame, image, probabilities))
             if len(writing) > 2 * model.batch_size:
                 tqdm.write(writing.popleft().result())
         for line in writing:
             tqdm.write(line.result())
-    if pictures:
-        print(f"saved {len(pictures) - len(problems)} masks and overlays in {output}")
+    if frames:
+        print(f"saved {len(frames) - len(problems)} masks and overlays in {output}")
     return problems
 
 
@@ -238,10 +238,10 @@ def predict_volume(model, file, output, threshold, window):
     """Write a mask volume and, where `output` is a folder, a montage of slices."""
     from medseg.formats.nifti import write_prediction
 
-    pictures, volume = open_file(file, window, model.orientation)
+    frames, volume = open_file(file, window, model.orientation)
     masks, highest = np.zeros((len(volume), *volume[0].shape), np.uint8), 0
-    predicted = predict_pictures(model, pictures)
-    bar = tqdm(predicted, file.path.name, len(pictures), unit=" slices", disable=None)
+    predicted = predict_images(model, frames)
+    bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
     for index, (_, image, probabilities) in enumerate(bar):
         masks[index] = full_size_labels(probabilities, image.size, threshold)
         highest = np.maximum(highest, probabilities.max((1, 2)))
@@ -292,7 +292,7 @@ def report(model, folder, scores, output):
     return write_report(output, str(folder), scores, sweep, model.class_names)
 
 
-def predict_annotated(model, folder, pictures, output, threshold, problems):
+def predict_annotated(model, folder, frames, output, threshold, problems):
     """`predict_many`, and a report on the folder; what it had to leave out is added to `problems`.
 
     Returns whether there is a report: not where an annotated image could not be predicted.
@@ -300,7 +300,7 @@ def predict_annotated(model, folder, pictures, output, threshold, problems):
     from medseg.predicting.report import print_report
 
     scores = open_folder(model, folder, threshold)
-    problems += predict_many(model, pictures, output, threshold, scores)
+    problems += predict_many(model, frames, output, threshold, scores)
     if problems and scores.missing():
         return False
     print_report(folder, output, report(model, folder, scores, output))
@@ -356,15 +356,15 @@ def predict_inputs(args):
             print(f"left aside in {folder}: {aside}")
     model = open_model(args.model, args.device, args.precision)
     window = choose_window(args.window, model.window)
-    pictures, volumes, problems = sort_files(files, window)
-    total = len(pictures) + len(volumes) + len(problems)
+    frames, volumes, problems = sort_files(files, window)
+    total = len(frames) + len(volumes) + len(problems)
     if len(files) == 1 and not Path(inputs[0]).is_dir():  # one file was named
         if problems:
             raise ValueError(problems[0][1])
         if total == 1:
             output = choose_output(args.output, True, files)
-            for picture in pictures:
-                predict_one(model, picture, output, args.threshold)
+            for frame in frames:
+                predict_one(model, frame, output, args.threshold)
             for file in volumes:
                 predict_volume(model, file, output, args.threshold, window)
             return
@@ -376,9 +376,9 @@ def predict_inputs(args):
             problems.append((file.path, str(error)))
     scored = True
     if folder is None:
-        problems += predict_many(model, pictures[rank::world], output, args.threshold)
+        problems += predict_many(model, frames[rank::world], output, args.threshold)
     elif rank == 0:  # a report is made of the predictions of one process
-        scored = predict_annotated(model, folder, pictures, output, args.threshold, problems)
+        scored = predict_annotated(model, folder, frames, output, args.threshold, problems)
     if problems:
         unscored = "" if scored else f"; {folder} has no report without them"
         raise ValueError(describe_left_out(problems, len(files), total) + unscored)

@@ -27,7 +27,7 @@ from medseg.coco import (
 )
 from medseg.drawing import class_colors, outline, with_legend
 from medseg.files import atomic_write, parallel_map
-from medseg.images import SUFFIXES, image_kind, read_image
+from medseg.images import SUFFIXES, pixel_format, read_image
 from medseg.run_lengths import unite
 
 TILE = 160  # pixels a side of an image in the contact sheet
@@ -110,7 +110,7 @@ def _examine_split(dataset, split, problems):
         tile = _tile(image, masks, dataset.n_classes) if index in shown else None
         areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
         area = unite(list(masks.values())).area if masks else 0
-        return image.size, image_kind(path), area, areas, (path.name, _thumbnail(image)), tile
+        return image.size, pixel_format(path), area, areas, (path.name, _thumbnail(image)), tile
 
     results = parallel_map(examine, range(total))
     for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):

@@ -95,20 +95,20 @@ def read_image(path):
         return _to_8_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
 
 
-KINDS = {
+PIXEL_FORMATS = {
     **{"1": "1-bit", "L": "8-bit grey", "LA": "8-bit grey with alpha", "P": "8-bit palette"},
     **{"RGB": "8-bit RGB", "RGBA": "8-bit RGB with alpha", "CMYK": "8-bit CMYK"},
     **{"I": "32-bit grey", "F": "floating-point grey"},
 }
 
 
-def image_kind(path):
+def pixel_format(path):
     """How the pixels of an image file are stored: '8-bit RGB', '16-bit grey', ..."""
     with open_image(path) as image:
         if image.mode[0] == "I" and has_16_bits(image):
             return "16-bit grey"
-        kind = KINDS.get(image.mode, image.mode)
-        return kind.replace("8-bit", "16-bit") if has_16_bits(image) else kind
+        name = PIXEL_FORMATS.get(image.mode, image.mode)
+        return name.replace("8-bit", "16-bit") if has_16_bits(image) else name
 
 
 def _to_8_bits(image):

@@ -40,7 +40,7 @@ from medseg.audit import audit, grouped_split, near_duplicates, slice_number
 from medseg.coco import ANNOTATIONS, SPLITS, load_coco
 from medseg.drawing import outline
 from medseg.files import read_json
-from medseg.images import MEAN, STD, image_kind, read_image, resize_nearest
+from medseg.images import MEAN, STD, pixel_format, read_image, resize_nearest
 from medseg.importing.mask_values import read_mask
 from medseg.predicting.report import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
@@ -334,10 +334,10 @@ def test_16_bit_colours_are_scaled_as_grey_is(tmp_path, bits):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         np.testing.assert_array_equal(read_image(tmp_path / name), expected, err_msg=name)
-        assert image_kind(tmp_path / name).startswith("16-bit RGB")
+        assert pixel_format(tmp_path / name).startswith("16-bit RGB")
     np.testing.assert_array_equal(read_image(io.BytesIO(files["rgb.png"])), expected)
     Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
-    assert image_kind(tmp_path / "grey.png") == "16-bit grey"
+    assert pixel_format(tmp_path / "grey.png") == "16-bit grey"
     grey = np.asarray(read_image(tmp_path / "grey.png"))[..., 0]
     np.testing.assert_array_equal(grey, expected[..., 0])
     (tmp_path / "la.png").write_bytes(png16(values[..., [0, 3]]))
@@ -375,7 +375,7 @@ def test_pnm_is_scaled_from_the_range_that_it_names(tmp_path, name):
     (tmp_path / name).write_bytes(content)
     assert np.asarray(read_image(tmp_path / name))[..., 0].ravel().tolist() == red
     bits = {"c.ppm": 16, "e.pgm": 16, "f.pgm": 16, "i.pbm": 1}.get(name, 8)
-    assert image_kind(tmp_path / name).startswith(f"{bits}-bit")
+    assert pixel_format(tmp_path / name).startswith(f"{bits}-bit")
     for damaged in (content.rstrip()[:-2], content[:6]):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(ValueError, match=name) as caught:

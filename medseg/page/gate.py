@@ -236,14 +236,14 @@ def replay(body, receive):
     return receive_it
 
 
-async def start_response(send, status, kind):
+async def start_response(send, status, media_type):
     """Begin a response. What was not read of the request is not waited for: the connection ends."""
-    headers = [(b"content-type", kind.encode()), (b"cache-control", b"no-store")]
+    headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
     if status >= 400:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-async def respond(send, status, kind, body):
-    await start_response(send, status, kind)
+async def respond(send, status, media_type, body):
+    await start_response(send, status, media_type)
     await send({"type": "http.response.body", "body": body})

@@ -24,15 +24,15 @@ from medseg.images import (
     save_overlay,
     save_png,
 )
-from medseg.predicting.inputs import Picture, expand, open_file
+from medseg.predicting.inputs import Frame, expand, open_file
 
 VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
 
 
 class Prediction(NamedTuple):
-    """One picture that the network has seen."""
+    """One image that the network has seen."""
 
-    picture: Picture
+    frame: Frame
     size: tuple  # (width, height) of the picture
     file: Path  # .npz with `view`, the picture as it is shown, and `probabilities` (C, S, S)
 
@@ -67,32 +67,32 @@ class Session:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def predict(self, paths, probabilities, progress=lambda done: None):
-        """Add the pictures in image, DICOM and NIfTI files.
+        """Add the images in image, DICOM and NIfTI files.
 
         probabilities(PIL image) -> float32 array (C, S, S) of 0..1.
-        progress(done): called with 0..1 before each picture.
+        progress(done): called with 0..1 before each image.
         """
         with self._noting_problems(paths):
             files = expand(paths)
             for number, file in enumerate(files):
                 with self._noting_problems(paths):
-                    pictures, volume = open_file(file, *self._settings)
+                    frames, volume = open_file(file, *self._settings)
                     if volume:
                         self._volumes[file.path] = file
-                    for index, picture in enumerate(pictures):
-                        progress((number + index / len(pictures)) / len(files))
+                    for index, frame in enumerate(frames):
+                        progress((number + index / len(frames)) / len(files))
                         with self._noting_problems(paths):
-                            self._add(picture, probabilities)
+                            self._add(frame, probabilities)
 
-    def _add(self, picture, probabilities):
-        image = picture.read()
+    def _add(self, frame, probabilities):
+        image = frame.read()
         file = self._folder / f"{len(self.predictions)}.npz"
         view = image.convert("RGB")
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
         np.savez(file, view=np.asarray(view), probabilities=probabilities(image))
-        if picture.path in self._volumes:
-            picture = picture._replace(read=None)  # which keeps the whole volume in memory
-        self.predictions.append(Prediction(picture, image.size, file))
+        if frame.path in self._volumes:
+            frame = frame._replace(read=None)  # which keeps the whole volume in memory
+        self.predictions.append(Prediction(frame, image.size, file))
 
     @contextlib.contextmanager
     def _noting_problems(self, paths):
@@ -106,7 +106,7 @@ class Session:
 
     def first(self, threshold):
         """The index of the prediction to show first: of slices, the one with most foreground."""
-        paths = {prediction.picture.path for prediction in self.predictions}
+        paths = {prediction.frame.path for prediction in self.predictions}
         if len(paths) > 1:
             return 0
         sums = [(prediction.read()[1] > threshold).sum() for prediction in self.predictions]
@@ -118,7 +118,7 @@ class Session:
         view, probabilities = prediction.read()
         labels = full_size_labels(probabilities, prediction.size, threshold)
         highest = probabilities.max((1, 2))
-        line = describe(prediction.picture.title, labels, highest, self.class_names)
+        line = describe(prediction.frame.title, labels, highest, self.class_names)
         labels = resize_nearest(labels, *view.shape[:2])
         image, mask = Image.fromarray(view), draw_labels(labels, n_classes)
         return View(image, mask, overlay(image, labels, n_classes), line)
@@ -132,7 +132,7 @@ class Session:
         return str(path)
 
     def write(self, threshold):
-        """Write the mask of the one picture, or several in a zip; return the path.
+        """Write the mask of the one image, or several in a zip; return the path.
 
         The bytes are those that predict.py writes. The zip also holds the overlays and, of a
         volume, the montage of its slices.
@@ -140,14 +140,14 @@ class Session:
         folder, volumes, written = Path(tempfile.mkdtemp(dir=self._folder)), {}, []
         for prediction in self.predictions:
             labels = full_size_labels(prediction.read()[1], prediction.size, threshold)
-            if prediction.picture.path in self._volumes:
-                volumes.setdefault(prediction.picture.path, []).append(labels)
+            if prediction.frame.path in self._volumes:
+                volumes.setdefault(prediction.frame.path, []).append(labels)
                 continue
-            written.append(folder / f"{prediction.picture.name}_mask.png")
+            written.append(folder / f"{prediction.frame.name}_mask.png")
             save_mask(labels, written[-1], self.class_names)
             if len(self.predictions) > 1:
-                written.append(folder / f"{prediction.picture.name}_overlay.jpg")
-                image = prediction.picture.read()
+                written.append(folder / f"{prediction.frame.name}_overlay.jpg")
+                image = prediction.frame.read()
                 save_overlay(image, labels, written[-1], self.class_names)
         for path, masks in volumes.items():
             _, volume = open_file(self._volumes[path], *self._settings)

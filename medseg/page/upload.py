@@ -24,8 +24,8 @@ class Upload:
         """What the body is to be written to."""
         from python_multipart import MultipartParser
 
-        kind, options = parse_header(content_type)
-        if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        media_type, options = parse_header(content_type)
+        if media_type != b"multipart/form-data" or not options.get(b"boundary"):
             raise ValueError("it is no multipart/form-data")
         names = ("header_field", "header_value", "header_end", "headers_finished")
         names += ("part_data", "part_end")

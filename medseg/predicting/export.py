@@ -45,17 +45,17 @@ def export(model, path):
     path = Path(path)
     suffix = check_target(path)
     if suffix == ".pth":
-        write, load = _write_half, partial(_load_half, type(model))
+        write, read = _write_half, partial(_read_half, type(model))
         limit, reason = MAX_HALF_DIFFERENCE, "its weights do not fit half precision"
     else:
-        (write, load), limit = FORMATS[suffix], MAX_DIFFERENCE
+        (write, read), limit = FORMATS[suffix], MAX_DIFFERENCE
         reason = "another version of PyTorch or onnxruntime may do better"
     model.eval()
     with atomic_write(path) as file, quiet():
         try:
             file.write(write(model, metadata_of(model)))
             file.flush()
-            difference = largest_difference(model, load(Path(file.name)))
+            difference = largest_difference(model, read(Path(file.name)))
         except OSError:
             raise
         except Exception as error:  # exporters have many kinds, some in colours
@@ -181,7 +181,7 @@ def _trace_onnx(model):
     return proto
 
 
-def _load_onnx(path):
+def _read_onnx(path):
     model = OnnxModel(path)
     return lambda images: model.run(images.numpy())
 
@@ -202,7 +202,7 @@ def _write_pt2(model, metadata):
     return file.getvalue()
 
 
-def _load_pt2(path):
+def _read_pt2(path):
     with open(path, "rb") as file:
         return torch.export.load(file).module()
 
@@ -218,7 +218,7 @@ def _write_torchscript(model, metadata):
     return file.getvalue()
 
 
-def _load_torchscript(path):
+def _read_torchscript(path):
     return torch.jit.load(str(path))
 
 
@@ -235,8 +235,8 @@ def _write_half(model, metadata):
     return file.getvalue()
 
 
-def _load_half(kind, path):
-    return kind.from_state_dict(load_weights(path)).eval()
+def _read_half(network_class, path):
+    return network_class.from_state_dict(load_weights(path)).eval()
 
 
 def _example(model):
@@ -244,9 +244,9 @@ def _example(model):
     return torch.zeros(batch, model.n_channels, height, width)
 
 
-# {suffix: (write(model, metadata) -> bytes, load(path) -> run(images))}
+# {suffix: (write(model, metadata) -> bytes, read(path) -> run(images))}
 FORMATS = {
-    ".onnx": (_write_onnx, _load_onnx),
-    ".pt2": (_write_pt2, _load_pt2),
-    ".torchscript": (_write_torchscript, _load_torchscript),
+    ".onnx": (_write_onnx, _read_onnx),
+    ".pt2": (_write_pt2, _read_pt2),
+    ".torchscript": (_write_torchscript, _read_torchscript),
 }

@@ -35,8 +35,8 @@ class ImageFile(NamedTuple):
     format: str | None  # as `medseg.formats.medical.file_format` has it
 
 
-class Picture(NamedTuple):
-    """One picture to predict: an image, a frame or a slice."""
+class Frame(NamedTuple):
+    """One image to predict: that of a file, a frame of a DICOM file, a slice of a volume."""
 
     path: Path
     name: str  # what its mask is called, without the ending; of a slice, the volume's
@@ -45,7 +45,7 @@ class Picture(NamedTuple):
 
 
 def open_file(file, window=None, orientation=None):
-    """([Picture], volume) in an ImageFile; volume: a `medseg.formats.nifti.Volume`, or None.
+    """([Frame], volume) in an ImageFile; volume: a `medseg.formats.nifti.Volume`, or None.
 
     window: (center, width) of DICOM and NIfTI values, or None for the file's own limits;
     orientation: to turn a volume to, or None. Here alone a file is opened by its format.
@@ -53,21 +53,21 @@ def open_file(file, window=None, orientation=None):
     """
     path, name, volume = file.path, file.name, None
     if file.format is None:
-        return [Picture(path, name, path.name, partial(read_image, path))], None
+        return [Frame(path, name, path.name, partial(read_image, path))], None
     if file.format == "nifti":
         volume = open_nifti(path, orientation)
         arrays, what = volume.pictures(window), "slice"
     else:
         arrays, what = read_dicom(path, window), "frame"
     if len(arrays) == 1:
-        return [Picture(path, name, path.name, partial(_read_array, arrays, 0))], volume
-    pictures = []
+        return [Frame(path, name, path.name, partial(_read_array, arrays, 0))], volume
+    frames = []
     for number in range(len(arrays)):
         own, title = name, f"{path.name}, {what} {number}"
         if what == "frame":
             own = f"{name}_f{number:03d}"
-        pictures.append(Picture(path, own, title, partial(_read_array, arrays, number)))
-    return pictures, volume
+        frames.append(Frame(path, own, title, partial(_read_array, arrays, number)))
+    return frames, volume
 
 
 def _read_array(arrays, index):
@@ -75,21 +75,21 @@ def _read_array(arrays, index):
 
 
 def sort_files(files, window):
-    """[ImageFile] -> ([Picture], [ImageFile of a volume], [(path, why it cannot be read)]).
+    """[ImageFile] -> ([Frame], [ImageFile of a volume], [(path, why it cannot be read)]).
 
     Volumes are left to be opened one at a time, for one may fill the memory.
     """
-    pictures, volumes, problems = [], [], []
+    frames, volumes, problems = [], [], []
     for file in files:
         if file.format == "nifti":
             volumes.append(file)
             continue
         try:
-            pictures += open_file(file, window)[0]
+            frames += open_file(file, window)[0]
         except (FileNotFoundError, ValueError) as error:
             problems.append((file.path, str(error)))
-    _check_names([(picture.name, picture.path) for picture in pictures])
-    return pictures, volumes, problems
+    _check_names([(frame.name, frame.path) for frame in frames])
+    return frames, volumes, problems
 
 
 def expand(inputs):
@@ -160,13 +160,13 @@ def left_aside(folder):
     return ", ".join(f"{what} ({count})" for what, count in sorted(counts.items()))
 
 
-def describe_left_out(problems, files, pictures):
+def describe_left_out(problems, files, frames):
     """A line on what could not be predicted.
 
-    problems: [(file, why)], one for each picture; files, pictures: how many there are of each.
+    problems: [(file, why)], one for each frame; files, frames: how many there are of each.
     """
-    share = f"{len(problems)} of {pictures}"
-    if pictures > files:  # some are frames of one file
+    share = f"{len(problems)} of {frames}"
+    if frames > files:  # some are frames of one file
         share += f" pictures, from {len({path for path, _ in problems})} of {files} files,"
     return f"{share} left out: {'; '.join(dict.fromkeys(why for _, why in problems))}"
 

@@ -243,11 +243,11 @@ def choose_cases(names, dice, counts):
     middle, worst = np.split(rest, [len(rest) - min(len(order) // 2, 3)])
     median = middle[max(len(middle) - 3, 0) // 2 :][:3]
     cases = []
-    for kind, indices in {"best": best, "median": median, "worst": worst}.items():
+    for group, indices in {"best": best, "median": median, "worst": worst}.items():
         for index in indices:
             outcome = _describe_outcome(dice[index], *counts[index])
             title = f"{shorten_name(names[index])}, {outcome}"
-            cases.append((index, f"{kind}: {title}" if len(names) > 1 else title))
+            cases.append((index, f"{group}: {title}" if len(names) > 1 else title))
     return cases
 
 
