@@ -499,11 +499,11 @@ def test_frames_that_cannot_be_read_are_counted_with_their_file(place, refused):
 
 def test_what_is_left_out_is_counted_once():
     problems = [("a.dcm", "a: cut"), ("a.dcm", "a: cut"), ("b.png", "b: bad")]
-    line = describe_left_out(problems, files=5, pictures=9)
+    line = describe_left_out(problems, files=5, frames=9)
     assert (
         "3 of 9 pictures" in line and "2 of 5 files" in line and line.endswith(": a: cut; b: bad")
     )
-    assert describe_left_out(problems[1:], files=5, pictures=5) == "2 of 5 left out: a: cut; b: bad"
+    assert describe_left_out(problems[1:], files=5, frames=5) == "2 of 5 left out: a: cut; b: bad"
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.5, 0.97])
