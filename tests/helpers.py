@@ -66,6 +66,13 @@ def script_here(name, *arguments, cwd):
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
+def output_of(name, *arguments, cwd):
+    """What a script prints to stdout that is to succeed; it runs in this process."""
+    result = script_here(name, *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def fork_script(name, *arguments, log, prepare=lambda: None):
     """Start a script in a fork of this process, which has imported PyTorch already.
 

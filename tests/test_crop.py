@@ -14,7 +14,7 @@ import train
 from data import Batches, COCOSegmentationDataset, load_split, open_split
 from medseg.augment import AUGMENTATIONS, window_side
 from medseg.cache import RaggedRows
-from medseg.cli import parse_words
+from medseg.cli import parse_named_values
 from medseg.coco import SPLITS
 from medseg.crop import copy_window, place_crops
 from medseg.images import MEAN, STD
@@ -130,21 +130,21 @@ def test_whole_images_come_one_by_one(own_sizes):
     loader = Batches(rows, 32)
     assert len(loader) == 4
     for (images, masks), row in zip(loader, rows, strict=True):
-        assert loader.global_batch_size == 1 and masks.dtype == torch.float32
+        assert len(images) == 1 and masks.dtype == torch.float32
         np.testing.assert_array_equal(to_pixels(images)[0], row[..., :3])
         np.testing.assert_array_equal(masks[0, 0], row[..., 3])
-    flipped = Batches(rows, 2, shuffle=True, augmented={"rotate": 30.0, "noise": 0.1})
+    flipped = Batches(rows, 2, shuffle=True, strengths={"rotate": 30.0, "noise": 0.1})
     assert sorted(tuple(images.shape[2:]) for images, _ in flipped) == sorted(SIZES)
 
 
 def test_processes_get_a_whole_image_each(own_sizes):
     rows, words = load_split(own_sizes, "train", None), {"flip": 1.0, "noise": 0.1}
-    alone = list(Batches(rows, 4, shuffle=True, augmented=words))
+    alone = list(Batches(rows, 4, shuffle=True, strengths=words))
     of_ranks = []
     for rank in range(3):
-        loader = Batches(rows, 4, shuffle=True, augmented=words, rank=rank, world=3)
+        loader = Batches(rows, 4, shuffle=True, strengths=words, rank=rank, world=3)
         of_ranks.append(list(loader))
-        assert len(loader) == len(of_ranks[-1]) == 2 and loader.global_batch_size == 1
+        assert len(loader) == len(of_ranks[-1]) == 2
     for index, (images, masks) in enumerate(alone):
         own_images, own_masks = of_ranks[index % 3][index // 3]
         assert torch.equal(own_images, images) and torch.equal(own_masks, masks)
@@ -182,7 +182,7 @@ def crops(rows, size, epoch=0, start=0, **options):
 def test_crops_are_slices_of_the_images(words):
     rows, seen = numbered_rows(), dict.fromkeys(range(4), 0)
     assert len(Batches(rows, 4, crop=20)) == 6  # 6 + 2 + 10 + 5 crops in batches of 4
-    for pixels, mask in crops(rows, 20, augmented=words):
+    for pixels, mask in crops(rows, 20, strengths=words):
         number, top, left = pixels[0, 0]
         source = rows[number][top : top + 20, left : left + 20]
         np.testing.assert_array_equal(pixels, source[..., :3])
@@ -240,7 +240,7 @@ def test_crops_are_a_function_of_seed_epoch_and_place():
     rows, words = numbered_rows(), {"rotate": 30.0, "flip": 1.0, "noise": 0.2}
 
     def order(**options):
-        return [image.tobytes() for image, _ in crops(rows, 20, augmented=words, **options)]
+        return [image.tobytes() for image, _ in crops(rows, 20, strengths=words, **options)]
 
     first = order()
     assert first == order() and len(set(first)) == len(first)
@@ -256,9 +256,9 @@ def test_crops_are_a_function_of_seed_epoch_and_place():
 
 
 def test_an_empty_part_of_a_batch_has_the_size_of_the_crop():
-    words = parse_words("rotate", AUGMENTATIONS)
+    words = parse_named_values("rotate", AUGMENTATIONS)
     rows = numbered_rows()[:1]  # 6 crops of 20, in batches of 5
-    *_, (images, masks) = Batches(rows, 5, crop=20, augmented=words, rank=1, world=2)
+    *_, (images, masks) = Batches(rows, 5, crop=20, strengths=words, rank=1, world=2)
     assert images.shape == (0, 3, 20, 20) and masks.shape == (0, 1, 20, 20)
 
 
@@ -271,9 +271,9 @@ def test_what_turns_into_a_crop_comes_from_the_image(text):
     side = 240
     row = np.zeros((side, side, 4), np.uint8)
     row[..., 0], row[..., 1] = np.mgrid[:side, :side]
-    words = parse_words(text, AUGMENTATIONS)
+    words = parse_named_values(text, AUGMENTATIONS)
     window = window_side(24, words)
-    loader = Batches(row[None], 10, crop=24, augmented=words)
+    loader = Batches(row[None], 10, crop=24, strengths=words)
     assert len(loader) == 10
     checked = 0
     for images, _ in loader:
@@ -299,7 +299,7 @@ def test_image_and_mask_of_a_crop_stay_aligned():
     row[..., 3] = field[0, 0] > field.median()
     row[..., :3] = 255 * row[..., 3:]
     words = {word: default for word, (default, _) in AUGMENTATIONS.items()}
-    for image, mask in crops(row[None], 32, augmented=words):
+    for image, mask in crops(row[None], 32, strengths=words):
         new = torch.from_numpy(mask)[None, None]
         sure = F.max_pool2d(new, 3, 1, 1) == 1 - F.max_pool2d(1 - new, 3, 1, 1)
         wrong = (torch.from_numpy(image[..., 0] > 127) != (new[0, 0] > 0.5)) & sure[0, 0]
