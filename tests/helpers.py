@@ -150,6 +150,17 @@ def edit_annotations(folder, change):
     path.write_text(json.dumps(content))
 
 
+def set_classes(folder, names, category_of):
+    """Give a split these categories; category_of(annotation number) -> category id from 1."""
+
+    def change(content):
+        content["categories"] = [{"id": n, "name": name} for n, name in enumerate(names, 1)]
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["category_id"] = category_of(number)
+
+    edit_annotations(folder, change)
+
+
 def make_dataset(root):
     """Write root/{train,valid,test} and return root.
 

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import HOME, ROOT, SMALL, fork_script, script_here
+from helpers import HOME, ROOT, SMALL, fork_script, output_of
 
 from data import Batches
 from medseg.dist import all_reduce_max, process_group
@@ -136,8 +136,7 @@ def test_every_image_once_for_any_number_of_processes(world):
 @pytest.mark.usefixtures("no_pictures")
 def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
     flags = (*SMALL, "--batch-size", batch_size, "--epochs", 4, "--lr", 1e-2)
-    one = script_here("train.py", *flags, "--out", "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
+    output_of("train.py", *flags, "--out", "one", cwd=tmp_path)
     said = train_in_two(*flags, "--out", "two", cwd=tmp_path)
     assert "2 x cpu" in said and said.count("epoch 1/4") == 1
     assert said.count("test with the best weights") == 1
@@ -199,7 +198,5 @@ def test_stopping_reaches_all_processes(dataset, tmp_path):
         said = finish(process, 60)
     assert said.count("stopped by SIGTERM") == 2
     epochs = len(curve(tmp_path / "run"))
-    more = ("--resume", "--epochs", epochs + 1, "--out", "run")
-    result = script_here("train.py", *more, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    output_of("train.py", "--resume", "--epochs", epochs + 1, "--out", "run", cwd=tmp_path)
     assert len(curve(tmp_path / "run")) == epochs + 1

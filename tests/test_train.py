@@ -110,8 +110,9 @@ NO_OVERLAP = {**dict.fromkeys(("dice", "iou", "precision", "recall"), 0), "acc":
     ],
 )
 def test_metrics_of_empty_masks(counts, expected):
-    scores = metrics(*counts)
+    scores, of_arrays = metrics(*counts), metrics(*np.array([counts]).T)
     assert {key: scores[key] for key in expected} == pytest.approx(expected)
+    assert {key: value[0] for key, value in of_arrays.items()} == scores
 
 
 def test_scores_are_sums_over_images():
