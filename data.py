@@ -22,15 +22,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from medseg import dist
 from medseg.audit import audit, grouped_split, require_data_set
-from medseg.augment import (
-    augment,
-    count_draws,
-    statistics_tensors,
-    window_side,
-)
+from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
-from medseg.cli import ArgumentParser, output_folder, run_main
+from medseg.cli import ArgumentParser, output_folder, parse_named_values, run_main
 from medseg.coco import (
     ANNOTATIONS,
     SPLITS,
@@ -40,7 +36,8 @@ from medseg.coco import (
     used_categories,
 )
 from medseg.crop import Crops, OneSize, OwnSizes
-from medseg.images import IMAGE_SIZE, normalize_pixels, preprocess, read_image
+from medseg.images import IMAGE_SIZE, preprocess, read_image
+from medseg.normalization import normalize
 from medseg.run_lengths import unite
 
 
@@ -196,15 +193,6 @@ def load_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None
     return cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
 
 
-def normalize(pixels):
-    """uint8 tensor (B, H, W, C) -> float32 (B, C, H, W), mean 0 and deviation 1 by MEAN and STD.
-
-    C is 3, or 1 for grey.
-    """
-    mean, std = statistics_tensors(pixels.shape[-1], pixels.device, white=255)
-    return normalize_pixels(pixels, mean, std)
-
-
 def split_rows(rows, n_channels, n_classes):
     """uint8 tensor (B, S, S, n_channels + bytes) -> images and masks as a network takes them.
 
@@ -223,12 +211,12 @@ class Batches:
     rows: uint8 array (N, S, S, n_channels + bytes) or RaggedRows, see `load_split`. Iterating
     yields (images float32 (B, n_channels, S, S), masks float32 (B, n_classes, S, S) of 0 and 1).
     With shuffle, the order is a function of seed and epoch alone, and so are the crops and, with
-    `augmented` ({word: value} of `medseg.augment.AUGMENTATIONS`), what `augment` does to each.
+    `strengths` ({name: number} of `medseg.augment.AUGMENTATIONS`), what `augment` does to each.
     crop: side of square crops of the images, see `medseg.crop`; each image is drawn as often as
     they would tile it. RaggedRows without crop come one image at a time, for each process.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
     Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size
-    is that over all processes, and so is `global_batch_size`, the size of the batch last yielded.
+    is that over all processes.
     """
 
     def __init__(
@@ -241,7 +229,7 @@ class Batches:
         seed=0,
         rank=0,
         world=1,
-        augmented=None,
+        strengths=None,
         crop=None,
         n_channels=3,
         n_classes=1,
@@ -250,7 +238,7 @@ class Batches:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
         self.rows, self.device, self.crop = rows, torch.device(device), crop
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
-        self.augmented, self.n_channels, self.n_classes = augmented or {}, n_channels, n_classes
+        self.strengths, self.n_channels, self.n_classes = strengths or {}, n_channels, n_classes
         self.images = self._open_images()
         self.one_by_one = type(self.images) is OwnSizes
         self.batch_size = world if self.one_by_one else batch_size
@@ -272,7 +260,7 @@ class Batches:
             return OneSize(pixels)
         if not self.crop:
             return OwnSizes(pixels, rows.starts, rows.sizes)
-        window = window_side(self.crop, self.augmented)
+        window = window_side(self.crop, self.strengths)
         return Crops(pixels, rows.starts, rows.sizes, self.crop, window)
 
     def __len__(self):
@@ -286,16 +274,16 @@ class Batches:
         generator, order = self._generator(), self.images.drawn
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=generator)]
-        columns = [count_draws(self.augmented), self.images.n_draws]
+        columns = [count_draws(self.strengths), self.images.n_draws]
         draws = torch.rand(len(order), sum(columns), generator=generator)
         for_augment, for_images = draws.split(columns, 1)
         for first in range(self.start * self.batch_size, len(order), self.batch_size):
             end = min(first + self.batch_size, len(order))
-            mine, self.global_batch_size = slice(first + self.rank, end, self.world), end - first
+            mine = slice(first + self.rank, end, self.world)
             pixels = self.images.gather(order[mine], for_images[mine])
             images, masks = split_rows(self._to_device(pixels), self.n_channels, self.n_classes)
-            if self.augmented and len(images):
-                images, masks = self._augment(images, masks, for_augment[mine], first)
+            if self.strengths and len(images):
+                images, masks = self._augment(images, masks, for_augment[mine], first, end)
             yield images, masks
 
     def _to_device(self, pixels):
@@ -306,30 +294,72 @@ class Batches:
             self.memory_map.madvise(mmap.MADV_DONTNEED)  # else the process grows to the file's size
         return pixels
 
-    def _augment(self, images, masks, draws, first):
-        """`augment` our part of the batch that begins with image `first` of the order."""
+    def _augment(self, images, masks, draws, first, end):
+        """`augment` our part of the batch of the images `first` to `end` - 1 of the order."""
         size, noise = (self.crop, self.crop) if self.crop else images.shape[-2:], None
-        if self.augmented.get("noise"):
-            noise = self._noise(first, size)
-        return augment(images, masks, draws, self.augmented, size=size, noise=noise)
+        if self.strengths.get("noise"):
+            noise = self._noise(first, end, size)
+        return augment(images, masks, draws, self.strengths, size=size, noise=noise)
 
     def _generator(self, device="cpu", position=0):
         """Random numbers of this seed and epoch, and of the image at a position of its order."""
         seed = self.seed * 1_000_003 + self.epoch + position * 1_000_003**2
         return torch.Generator(device).manual_seed(seed % 2**63)
 
-    def _noise(self, first, size):
-        """Standard normal noise for our part of the batch that begins with image `first`.
+    def _noise(self, first, end, size):
+        """Standard normal noise for our part of the batch of the images `first` to `end` - 1.
 
         Drawn on the device for the batch of all processes, so that it is the same in any number of
         them; where the images differ in size, for each image.
         """
-        count, mine = self.global_batch_size, slice(self.rank, None, self.world)
+        count, mine = end - first, slice(self.rank, None, self.world)
         if self.one_by_one:
             first, count, mine = first + self.rank, 1, slice(None)
         generator = self._generator(self.device, 1 + first)  # 0: the order's
         shape = (count, self.n_channels, *size)
         return torch.randn(shape, generator=generator, device=self.device)[mine]
+
+
+def make_loaders(args, root, model, device, skipped):
+    """{split: Batches} as the flags of train.py and the network ask for; with --test-only of test.
+
+    The images of train are shuffled, cropped and changed, and no others. skipped: as in
+    `load_split`. Raises ValueError where a batch has fewer images than there are processes.
+    """
+    rank, world = dist.rank_and_world()
+    if args.batch_size < world:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is over all {world} processes together: "
+            f"give at least {world}"
+        )
+    each = args.classes == "each" or model.n_classes > 1
+    classes, n_channels = list(model.class_names) if each else None, model.n_channels
+    changes = {"crop": args.crop, "strengths": parse_named_values(args.augment, AUGMENTATIONS)}
+    loaders = {}
+    with dist.first_on_each_machine():
+        for split in ("test",) if args.test_only else SPLITS:
+            rows = load_split(
+                root,
+                split,
+                model.image_size,
+                skipped=skipped,
+                classes=classes,
+                n_channels=n_channels,
+            )
+            train = split == "train"
+            loaders[split] = Batches(
+                rows,
+                args.batch_size,
+                device,
+                shuffle=train,
+                seed=args.seed,
+                rank=rank,
+                world=world,
+                n_channels=n_channels,
+                n_classes=model.n_classes,
+                **changes if train else {},
+            )
+    return loaders
 
 
 def main(argv=None):

@@ -81,13 +81,13 @@ class UNet(nn.Module):
     """(B, n_channels, H, W), any H, W >= 1 -> probabilities (B, n_classes, H, W), float32, 0..1.
 
     The names of its weights and their shapes are the tutorial's, so either's `best_model.pth`
-    loads in the other. words: depth, norm, up, ... of `medseg.layers.Architecture`, whose defaults
-    are the tutorial's. `image_size` is the side in pixels the model is trained at, or None where
-    images keep their own: it changes no arithmetic and tells predict.py how to resize.
+    loads in the other. architecture: depth, norm, up, ... of `medseg.layers.Architecture`, whose
+    defaults are the tutorial's. `image_size` is the side in pixels the model is trained at, or None
+    where images keep their own: it changes no arithmetic and tells predict.py how to resize.
     `class_names`: a name for each class, by default "1", "2", ... or, of a single one,
     "foreground". `window` and `orientation`: what was done to the grey values and the axes of
     DICOM and NIfTI files at their import, which prediction repeats; see
-    `medseg.formats.medical.read_settings`. All of it travels in the state dict's metadata.
+    `medseg.settings.read_settings`. All of it travels in the state dict's metadata.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class UNet(nn.Module):
         class_names=None,
         window=None,
         orientation=None,
-        **words,
+        **architecture,
     ):
         super().__init__()
         settings = read_settings({"window": window, "orientation": orientation})
         self.window, self.orientation = settings["window"], settings["orientation"]
         self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
-        self.n_filters, self.architecture = n_filters, Architecture(**words)
+        self.n_filters, self.architecture = n_filters, Architecture(**architecture)
         self.class_names = tuple(class_names or default_class_names(n_classes))
         if len(self.class_names) != n_classes:
             raise ValueError(f"{len(self.class_names)} class names for {n_classes} classes")
@@ -178,18 +178,18 @@ class UNet(nn.Module):
         Raises ValueError where it is not one, or where metadata and tensors contradict each other.
         """
         arguments = _read_arguments(state)
-        words, n_filters = arguments.pop("words"), arguments["n_filters"]
+        n_filters, depth = arguments["n_filters"], arguments["depth"]
         # Before memory is taken for a network that a few bytes claim to be: are its largest
         # weights there?
-        largest, width = state.get("bottleneck.conv2.weight"), 2 ** words["depth"] * n_filters
+        largest, width = state.get("bottleneck.conv2.weight"), 2**depth * n_filters
         complete = getattr(largest, "shape", None) == (width, width, 3, 3)
         if not complete or largest.untyped_storage().nbytes() < largest.numel():
             raise ValueError(
-                f"not the weights of a UNet of {n_filters} filters and {words['depth']} levels: "
+                f"not the weights of a UNet of {n_filters} filters and {depth} levels: "
                 "bottleneck.conv2.weight does not fit"
             )
         with torch.device("meta"):  # random weights, to be replaced at once, would cost time
-            model = cls(**arguments, **words)
+            model = cls(**arguments)
         own = model.state_dict()
         expected = {name: tuple(weight.shape) for name, weight in own.items()}
         shapes = {name: getattr(weight, "shape", None) for name, weight in state.items()}
@@ -212,7 +212,7 @@ def _without_autocast(device_type):
 
 
 def _read_arguments(state):
-    """The arguments of the UNet that a state dict belongs to; those of `Architecture` in "words".
+    """The arguments of the UNet that a state dict belongs to, those of `Architecture` among them.
 
     Weights of the tutorial have no metadata; those of an earlier version name no architecture, and
     of what it can be they had a normalisation only.
@@ -225,7 +225,7 @@ def _read_arguments(state):
         metadata = getattr(state, "_metadata", {}).get("", {})
         image_size = metadata.get("image_size", IMAGE_SIZE)
         class_names = metadata.get("class_names", default_class_names(n_classes))
-        words = metadata.get("architecture")
+        architecture = metadata.get("architecture")
     except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         raise ValueError(
             "not the weights of a UNet: no down1.conv1.weight and outc.weight in it"
@@ -236,15 +236,15 @@ def _read_arguments(state):
     names = class_names if isinstance(class_names, (list, tuple)) else ()
     if len(names) != n_classes or not all(isinstance(name, str) for name in names):
         raise ValueError(f"not the weights of a UNet: class names {class_names!r:.80}?")
-    if words is None:
-        kind = "batch" if "down1.norm1.running_mean" in state else "group"
-        words = {"norm": kind if "down1.norm1.weight" in state else None}
+    if architecture is None:
+        norm = "batch" if "down1.norm1.running_mean" in state else "group"
+        architecture = {"norm": norm if "down1.norm1.weight" in state else None}
     try:
         settings = read_settings(metadata)
     except ValueError as error:
         raise ValueError(f"not the weights of a UNet: {error}?") from None
     try:
-        words = Architecture(**words).as_dict()
+        architecture = Architecture(**architecture).as_dict()
     except (TypeError, ValueError) as error:
         raise ValueError(f"not the weights of a UNet: its architecture: {error}") from None
     return {
@@ -254,7 +254,7 @@ def _read_arguments(state):
         "image_size": image_size,
         "class_names": names,
         **settings,
-        "words": words,
+        **architecture,
     }
 
 
@@ -283,6 +283,11 @@ def copy_weights(source, model):
         weights.update({name: own[name] for name in ("outc.weight", "outc.bias")})
     model.load_state_dict(weights)
     return same_classes
+
+
+def class_names(model):
+    """The names of the classes of a UNet; any other model has one, "foreground"."""
+    return getattr(model, "class_names", default_class_names(1))
 
 
 def default_class_names(n_classes):

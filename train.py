@@ -15,11 +15,11 @@ curves.png and predictions.png.
 
 import math
 import os
-import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,11 +27,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Batches, load_split, open_split
+from data import make_loaders, open_split
 from medseg import dist
-from medseg.augment import AUGMENTATIONS
-from medseg.cli import output_folder, parse_words, run_main
-from medseg.coco import SPLITS, load_coco, recorded_settings, used_categories
+from medseg.cli import output_folder, parse_named_values, run_main
+from medseg.coco import load_coco, recorded_settings, used_categories
 from medseg.device import (
     choose_precision,
     keep_freed_memory,
@@ -41,10 +40,10 @@ from medseg.device import (
     pick_device,
 )
 from medseg.files import file_lock
-from medseg.metrics import RunningScores, class_names, dice_score
+from medseg.metrics import RunningScores, dice_score
 from medseg.phantoms import make_phantoms
 from medseg.plots import denormalize, plot_curves, plot_predictions
-from medseg.signals import Signals, Stopped
+from medseg.signals import Signals
 from medseg.training.checkpoint import (
     BEST,
     CURVES,
@@ -55,18 +54,14 @@ from medseg.training.checkpoint import (
     prepare_folder,
     refuse_other_run,
 )
-from medseg.training.flags import (
-    command,
-    experiment_name,
-    parse_arguments,
-    predict_command,
-    recorded_flags,
-)
+from medseg.training.flags import command, parse_arguments, predict_command
 from medseg.training.history import (
     epoch_row,
     list_skipped,
     log_values,
+    print_early_stop,
     print_epoch,
+    print_new_head,
     print_run,
     print_test,
     progress_bar,
@@ -74,9 +69,10 @@ from medseg.training.history import (
     write_history,
 )
 from medseg.training.optim import GuardedStep, RunningMean, make_schedule
-from medseg.training.recipes import LOSSES, network_words
-from medseg.training.tracking import SwanLab
-from net import UNet, copy_weights, load_model
+from medseg.training.recipes import LOSSES, architecture_of
+from medseg.training.resume import recorded_flags
+from medseg.training.tracking import start_tracker
+from net import UNet, class_names, copy_weights, load_model
 
 # ---- loss (tutorial, section 5) --------------------------------------------------------------
 
@@ -150,8 +146,13 @@ def train_one_epoch(model, loader, criterion, state, device, title, *, autocast,
     """
     scores, progress, step = state.scores, state.progress, state.guarded_step
     started, images_before = time.perf_counter(), scores.images()
+    if hasattr(loader, "set_epoch"):  # Batches: in the order of this epoch, from that step on
+        loader.set_epoch(progress.epoch, progress.step)
+        batches = loader
+    else:  # any other loader is gone through again, but for the batches done
+        batches = islice(loader, progress.step, None)
     model.train()
-    with progress_bar(loader, progress, title) as bar:
+    with progress_bar(batches, loader, progress.step, title) as bar:
         for images, masks in bar:
             images, masks = images.to(device), masks.to(device)
             step.begin()
@@ -179,37 +180,29 @@ def train_model(
     *,
     patience=8,
     out=".",
-    autocast=nullcontext(),
-    scaler=None,
-    schedule=None,
-    ema=0.0,
-    resume=None,
-    flags=None,
-    log=lambda values, step: None,
-    signals=None,
-    save_every=60,
+    autocast=nullcontext(),  # for the forward pass
+    scaler=None,  # a GradScaler, for fp16
+    schedule=None,  # schedule(step): factor of the learning rate at that step of the run
+    ema=0.0,  # decay of a running mean of the weights, evaluated and kept in their place; 0: none
+    resume=None,  # what last.pth held
+    flags=None,  # recorded in last.pth
+    log=lambda values, step: None,  # called after each epoch
+    signals=None,  # a `Signals` to be stopped by
+    save_every=60,  # seconds between two checkpoints, within an epoch too
 ):
     """Train for num_epochs, or until the validation loss has not fallen for `patience` epochs.
 
     train_loader, val_loader: iterables of (images (B, C, H, W), masks (B, 1, H, W));
     criterion(probabilities, masks): scalar tensor. Leaves the best weights in `model` and in
-    out/best_model.pth, everything needed to go on in out/last.pth (written at least every
-    `save_every` seconds, within an epoch too), and a line for each epoch in out/metrics.csv.
-
-    Keyword-only: autocast, a context for the forward pass; scaler, a GradScaler for fp16;
-    schedule(step), the factor of the learning rate at that step of the run; ema, the decay of a
-    running mean of the weights that is evaluated and kept in place of the weights themselves (0:
-    none); resume, what last.pth held; flags, recorded in it; log(dict, step), called after each
-    epoch; signals, a `Signals` to be stopped by. Under torchrun every process calls this, with
-    its part of the batches.
-
+    out/best_model.pth, everything needed to go on in out/last.pth, and a line for each epoch in
+    out/metrics.csv. Under torchrun every process calls this, with its part of the batches.
     A step whose loss or gradient is not finite changes nothing and is counted ("skipped" in the
     history). Returns the history, a dict for each epoch. Raises Stopped with last.pth written;
     ValueError after 20 such steps in a row, where no validation loss was a number,
     and where the last checkpoint cannot be written (an earlier one is only a warning).
     """
     out, device, signals = Path(out), torch.device(device), signals or Signals()
-    state = SimpleNamespace(
+    state = SimpleNamespace(  # what last.pth keeps: objects with state_dict and load_state_dict
         model=model,
         running_mean=RunningMean(model, ema),
         guarded_step=GuardedStep(model, optimizer, device, scaler=scaler, schedule=schedule),
@@ -221,7 +214,7 @@ def train_model(
     if resume:
         checkpointer.restore(resume)
     progress, averaged = state.progress, state.running_mean.model  # the model itself without ema
-    wrapped = dist.distribute(model, train_loader)  # likewise in a single process
+    wrapped = dist.distribute(model)  # likewise in a single process
     poll = partial(checkpointer.poll, signals)
 
     with signals.defer():
@@ -249,15 +242,10 @@ def train_model(
                 print_epoch(progress.history, num_epochs, better)
                 log(log_values(row), progress.epoch)
         if progress.epoch < num_epochs and dist.is_first():
-            print(
-                f"stopping early: no lower validation loss since epoch {progress.best_epoch}; "
-                f"--resume with a --patience above {patience} goes on"
-            )
+            print_early_stop(progress, patience)
         checkpointer.save(last_chance=True)
     if progress.best_weights is None:
-        raise ValueError(
-            "the validation loss never was a number: lower --lr, or try --precision fp32"
-        )
+        raise ValueError("the loss on valid never was a number: lower --lr or try --precision fp32")
     model.load_state_dict(progress.best_weights)
     return progress.history
 
@@ -307,7 +295,8 @@ def main(argv=None):
         busy = f"{out}: another training is writing to this folder; give this one another --out"
         lock = file_lock(out / ".lock", busy=busy)
     try:
-        with signals.installed(), say_stopped(signals, out), lock:
+        go_on = command("train.py", "--resume", out=out)
+        with signals.installed(), signals.exit_when_stopped(go_on), lock:
             if writes and not (checkpoint or args.overwrite or dist.restart_count()):
                 refuse_other_run(out)
             train_and_test(args, checkpoint, signals)
@@ -315,23 +304,11 @@ def main(argv=None):
         memory = out_of_memory(error)
         if memory is None:
             raise
+        size = "--crop" if args.crop else "--image-size"
         raise ValueError(
             f"out of {memory} with --batch-size {args.batch_size}: halve it, "
-            f"or lower {'--crop' if args.crop else '--image-size'} or --n-filters"
+            f"or lower {size} or --n-filters"
         ) from None
-
-
-@contextmanager
-def say_stopped(signals, out):
-    """Where the training was stopped, say so and how to go on, and exit with 128 + signal."""
-    try:
-        yield
-    except Stopped as stop:
-        resume = f"; to go on: {command('train.py', '--resume', out=out)}"
-        name = signal.Signals(stop.signum).name
-        with signals.defer():  # torchrun ends the processes that are left once one has stopped
-            print(f"stopped by {name}{resume if stop.checkpointed else ''}", file=sys.stderr)
-            sys.exit(128 + stop.signum)
 
 
 def train_and_test(args, checkpoint, signals):
@@ -346,7 +323,8 @@ def train_and_test(args, checkpoint, signals):
                 root = make_phantoms(root / "synthetic")
         precision = choose_precision(args.precision, device)
         model = make_model(args, root, device, start=not checkpoint)
-        loaders, skipped = load_data(args, root, model, device)
+        skipped = [] if args.skip_bad else None
+        loaders = make_loaders(args, root, model, device, skipped)
         if dist.is_first():
             print_run(root, args, loaders, model, f"{device.type}, {precision}")
             if skipped:
@@ -394,22 +372,10 @@ def train_and_test(args, checkpoint, signals):
             tracker.finish(failed=sys.exc_info()[0] is not None)
 
 
-def start_tracker(args, flags, checkpoint):
-    """The SwanLab run of the first process, or one that does nothing."""
-    return SwanLab(
-        args.swanlab if dist.is_first() and not args.test_only else "disabled",
-        project=args.project,
-        experiment_name=args.experiment_name or experiment_name(args),
-        config=flags,
-        log_dir=Path(args.out) / "swanlog",
-        run_id=checkpoint and checkpoint["flags"].get("swanlab_run"),
-    )
-
-
 def loss_of(args):
     """The criterion that --loss names."""
-    weights = parse_words(args.loss, LOSSES)
-    return partial(combined_loss, **{name: weights.get(name, 0.0) for name in LOSSES})
+    loss_weights = parse_named_values(args.loss, LOSSES)
+    return partial(combined_loss, **{name: loss_weights.get(name, 0.0) for name in LOSSES})
 
 
 def make_model(args, root, device, *, start=True):
@@ -420,33 +386,12 @@ def make_model(args, root, device, *, start=True):
     torch.manual_seed(args.seed)
     if args.test_only:
         model = load_model(Path(args.out) / BEST)
-        args.image_size = model.image_size
     else:
-        names = None
-        if args.classes == "each":
-            names = list(used_categories(load_coco(root / "train", [])))
-            if not 1 <= len(names) <= 255:
-                raise ValueError(
-                    f"{root / 'train'}: {len(names)} categories have annotations, and --classes "
-                    "each takes 1 to 255"
-                )
-        model = UNet(
-            args.n_channels,
-            len(names) if names else 1,
-            args.n_filters,
-            image_size=None if args.crop else args.image_size,
-            class_names=names,
-            **recorded_settings(root / "train"),
-            **network_words(args),
-        )
-        if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
-            bias = math.log(args.prior / (1 - args.prior))
-            torch.nn.init.constant_(model.outc.bias, bias)
+        model = new_model(args, root)
         if args.init and start:
             same_classes = copy_weights(load_model(args.init), model)
             if not same_classes and dist.is_first():
-                classes = ", ".join(model.class_names)
-                print(f"the last layer starts anew: its classes are {classes}", flush=True)
+                print_new_head(model)
     model = dist.synchronize_batch_norm(model, device)
     model.to(device, memory_format=torch.channels_last)
     if args.compile:
@@ -454,38 +399,28 @@ def make_model(args, root, device, *, start=True):
     return model
 
 
-def load_data(args, root, model, device):
-    """{split: Batches}, and the lines on images that --skip-bad leaves out (None without it)."""
-    skipped, loaders = [] if args.skip_bad else None, {}
-    rank, world = dist.rank_and_world()
-    if args.batch_size < world:
-        raise ValueError(
-            f"--batch-size {args.batch_size} is over all {world} processes together: "
-            f"give at least {world}"
-        )
-    classes = None
-    if model.n_classes > 1 or args.classes == "each":
-        classes = list(model.class_names)
-    content = {"classes": classes, "n_channels": model.n_channels}
-    changes = parse_words(args.augment, AUGMENTATIONS)
-    with dist.first_on_each_machine():
-        for split in ("test",) if args.test_only else SPLITS:
-            rows = load_split(root, split, model.image_size, skipped=skipped, **content)
-            train = split == "train"
-            loaders[split] = Batches(
-                rows,
-                args.batch_size,
-                device,
-                shuffle=train,
-                seed=args.seed,
-                rank=rank,
-                world=world,
-                augmented=changes if train else None,
-                crop=args.crop if train else None,
-                n_channels=model.n_channels,
-                n_classes=model.n_classes,
+def new_model(args, root):
+    """The network of these flags with random weights."""
+    names = None
+    if args.classes == "each":
+        names = list(used_categories(load_coco(root / "train", [])))
+        if not 1 <= len(names) <= 255:
+            raise ValueError(
+                f"{root / 'train'}: {len(names)} categories have annotations, and --classes "
+                "each takes 1 to 255"
             )
-    return loaders, skipped
+    model = UNet(
+        args.n_channels,
+        len(names) if names else 1,
+        args.n_filters,
+        image_size=None if args.crop else args.image_size,
+        class_names=names,
+        **recorded_settings(root / "train"),
+        **architecture_of(args).as_dict(),
+    )
+    if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
+        torch.nn.init.constant_(model.outc.bias, math.log(args.prior / (1 - args.prior)))
+    return model
 
 
 def draw(args, root, model, test_loader, device, history, tracker):
@@ -493,20 +428,18 @@ def draw(args, root, model, test_loader, device, history, tracker):
     out = Path(args.out)
     sides = f"{model.image_size}x{model.image_size}" if model.image_size else "own size"
     title = f"{sides}, {model.n_filters} filters"
-    drawn = [
-        visualize_predictions(
-            model,
-            test_loader,
-            device,
-            num_samples=10,
-            path=out / "predictions.png",
-            title=f"{root / 'test'}: {title}, threshold 0.5",
-        )
-    ]
-    tracker.image("predictions", drawn[0])
+    drawn = visualize_predictions(
+        model,
+        test_loader,
+        device,
+        num_samples=10,
+        path=out / "predictions.png",
+        title=f"{root / 'test'}: {title}, threshold 0.5",
+    )
+    tracker.image("predictions", drawn)
     if history:
-        drawn.append(plot_curves(history, out / CURVES, title=f"{root}: {title}"))
-    print(f"drawn: {' and '.join(map(str, drawn))}; next: {predict_command(args, root)}")
+        drawn = f"{drawn} and {plot_curves(history, out / CURVES, title=f'{root}: {title}')}"
+    print(f"drawn: {drawn}; next: {predict_command(args, root)}")
 
 
 if __name__ == "__main__":

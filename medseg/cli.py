@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import difflib
 import math
 import os
@@ -54,6 +55,20 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
         return namespace
 
+    def parse_given(self, args, names):
+        """{name: value} of those among the flags `names` that the command line gives.
+
+        Other flags are passed over. --help and errors are answered as by `parse_args`.
+        """
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.print_help, parser.error = self.print_help, self.error
+        for action in self._actions:
+            if action.dest in ("help", *names):
+                action = copy.copy(action)
+                action.default = argparse.SUPPRESS  # what is not given is left out
+                parser._add_action(action)
+        return vars(parser.parse_known_args(args)[0])
+
     def _suggestion(self, unknown):
         """', did you mean --batch-size?' for the first unknown flag that resembles a known one."""
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
@@ -96,13 +111,13 @@ def flag_name(name):
 
 def spell_flags(values):
     """{'weight_decay': 0.01, 'augment': True} -> '--weight-decay 0.01 --augment'."""
-    words = []
+    flags = []
     for name, value in values.items():
         if isinstance(value, bool):
-            words.append(flag_name(name if value else f"no_{name}"))
+            flags.append(flag_name(name if value else f"no_{name}"))
         else:
-            words.append(f"{flag_name(name)} {value}")
-    return " ".join(words)
+            flags.append(f"{flag_name(name)} {value}")
+    return " ".join(flags)
 
 
 def add_device_flags(add):
@@ -116,51 +131,51 @@ def add_device_flags(add):
     )
 
 
-def number(low, high=math.inf, kind=int):
-    """An argparse type: a finite number of `kind` (int or float) from `low` to `high`."""
+def number(low, high=math.inf, type=int):
+    """An argparse type: a finite number of `type` (int or float) from `low` to `high`."""
 
     def parse(text):
-        value = kind(text)
+        value = type(text)
         if not (low <= value <= high and value < math.inf):
             most = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be at least {low}{most}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
+    parse.__name__ = type.__name__  # argparse names it: "invalid int value"
     return parse
 
 
-def parse_words(text, known):
+def parse_named_values(text, known):
     """'flip,rotate=30' -> {'flip': 1.0, 'rotate': 30.0}, in the order of `known`; 'none' -> {}.
 
-    known: {word: (value where none is given, highest value)}; the lowest is 0. Raises ValueError.
+    known: {name: (value where none is given, highest value)}; the lowest is 0. Raises ValueError.
     """
-    words = {}
+    values = {}
     for part in text.split(",") if text != "none" else ():
-        word, given, value = (piece.strip() for piece in part.partition("="))
-        if word not in known:
-            close = difflib.get_close_matches(word, known, 1)
+        name, given, value = (piece.strip() for piece in part.partition("="))
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"unknown word {word!r}: {hint}")
-        if word in words:
-            raise ValueError(f"{word} is there twice")
-        default, highest = known[word]
+            raise ValueError(f"unknown name {name!r}: {hint}")
+        if name in values:
+            raise ValueError(f"{name} is there twice")
+        default, highest = known[name]
         try:
-            amount = float(value) if given else default
+            number = float(value) if given else default
         except ValueError:
-            amount = math.nan
-        if not 0 <= amount <= highest:
-            raise ValueError(f"{word}={value}: it must be from 0 to {highest:g}")
-        words[word] = float(amount)
-    return {word: words[word] for word in known if word in words}
+            number = math.nan
+        if not 0 <= number <= highest:
+            raise ValueError(f"{name}={value}: it must be from 0 to {highest:g}")
+        values[name] = float(number)
+    return {name: values[name] for name in known if name in values}
 
 
-def word_list(known):
-    """An argparse type: text that `parse_words` takes, which it stays."""
+def named_values(known):
+    """An argparse type: text that `parse_named_values` takes, which it stays."""
 
     def check(text):
         try:
-            parse_words(text, known)
+            parse_named_values(text, known)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
         return text

@@ -99,34 +99,33 @@ def first_on_each_machine():
 class SharedDropout(torch.nn.Dropout):
     """Dropout that draws the noise of the whole batch in each process and takes its own part.
 
-    The result is then the same for any number of processes.
+    The result is then the same for any number of processes, of which each has every n-th image of
+    the batch. How many images that is they ask each other, on the CPU: the last batch of an epoch
+    is smaller, and nobody but them has to know.
     """
 
-    def __init__(self, p, batches):
-        super().__init__(p)
-        self.batches = batches
-
+    @torch.compiler.disable  # it would warn that it cannot compile a number from other processes
     def forward(self, x):
         if not self.training:
             return x
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         order = torch.channels_last if channels_last else torch.contiguous_format
-        shape = (self.batches.global_batch_size, *x.shape[1:])
+        global_batch_size = int(all_reduce_sum(torch.tensor(len(x))))
+        shape, (rank, world) = (global_batch_size, *x.shape[1:]), rank_and_world()
         noise = torch.ones(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=order)
-        return x * F.dropout(noise, self.p)[self.batches.rank :: self.batches.world]
+        return x * F.dropout(noise, self.p)[rank::world]
 
 
-def distribute(model, batches):
+def distribute(model):
     """`model` wrapped so that all processes train one; in a single process, the model itself.
 
-    batches: the training batches, whose `global_batch_size` its dropout needs. What is saved
-    stays the model itself, whose weights keep their names.
+    What is saved stays the model itself, whose weights keep their names.
     """
     if rank_and_world()[1] == 1:
         return model
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Dropout):
-            model.set_submodule(name, SharedDropout(module.p, batches))
+            model.set_submodule(name, SharedDropout(module.p))
     return DistributedDataParallel(model)
 
 

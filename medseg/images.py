@@ -150,17 +150,6 @@ def mean_and_std(n_channels):
     return (GREY_MEAN, GREY_STD) if n_channels == 1 else (MEAN, STD)
 
 
-def normalize_pixels(pixels, mean, std):
-    """uint8 (B, H, W, C) -> float32 (B, C, H, W), mean 0 and deviation 1.
-
-    pixels: an array, or a tensor of PyTorch; mean, std: float32 (C,) of 0..255, as the pixels are.
-    The memory stays in the order of the pixels, which is what PyTorch calls channels_last.
-    """
-    images = pixels - mean
-    images /= std  # in place: one array, not two
-    return images.swapaxes(3, 2).swapaxes(2, 1)
-
-
 def resize_nearest(mask, height, width):
     """(H, W) array -> (height, width): for each new pixel, the old one under its centre.
 

@@ -1,4 +1,4 @@
-"""What a UNet is built of: a few words that choose its layers, and the named sets of them."""
+"""What a UNet is built of: the settings that choose its layers, and named sets of them."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The words that describe a UNet; the defaults are the tutorial's.
+    """The settings that describe a UNet; the defaults are the tutorial's.
 
     depth: levels of the encoder, 1 to 8, each of which halves both sides.
     norm: after each 3x3 convolution, None, 'batch', or 'group' (8 groups). bias: whether these
@@ -46,11 +46,11 @@ class Architecture:
             raise ValueError(f"depth {self.depth!r:.20}: it must be from 1 to 8")
         if type(self.bias) is not bool:
             raise ValueError(f"bias {self.bias!r:.20}: it must be True or False")
-        for word, choices in CHOICES.items():
-            value = getattr(self, word)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
             if value not in choices:
                 known = ", ".join(map(repr, choices))
-                raise ValueError(f"{word} {value!r:.20}: it must be one of {known}")
+                raise ValueError(f"{name} {value!r:.20}: it must be one of {known}")
 
     def as_dict(self):
         return asdict(self)
@@ -102,7 +102,7 @@ class Architecture:
         )
 
 
-# Named networks: words for `Architecture`, without those that are the tutorial's.
+# Named networks: arguments of `Architecture`, without those that are the tutorial's.
 ARCHITECTURES = {
     "tutorial": {},
     # Four levels, batch normalisation and bilinear upsampling; see docs/networks.md.

@@ -59,11 +59,6 @@ def mean_over_classes(scores, names):
     return result
 
 
-def class_names(model):
-    """The names of the classes of a UNet; any other model has one, "foreground"."""
-    return getattr(model, "class_names", ("foreground",))
-
-
 class RunningScores:
     """Sums over the images of a split, kept on the device: adding a batch never waits for it.
 

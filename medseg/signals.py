@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from contextlib import contextmanager
 
 
@@ -39,6 +40,21 @@ class Signals:
         self.received = signum
         if not self.deferred:
             raise Stopped(signum)
+
+    @contextmanager
+    def exit_when_stopped(self, command):
+        """Within, `Stopped` becomes a line on stderr and the exit with status 128 + signal.
+
+        command: to go on with; the line has it where there is a checkpoint.
+        """
+        try:
+            yield
+        except Stopped as stop:
+            to_go_on = f"; to go on: {command}" if stop.checkpointed else ""
+            with self.defer():  # torchrun ends the processes that are left once one has stopped
+                name = signal.Signals(stop.signum).name
+                print(f"stopped by {name}{to_go_on}", file=sys.stderr)
+                sys.exit(128 + stop.signum)
 
     @contextmanager
     def defer(self):

@@ -66,6 +66,13 @@ def script_here(name, *arguments, cwd):
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
+def output_of(name, *arguments, cwd):
+    """What a script prints to stdout that is to succeed; it runs in this process."""
+    result = script_here(name, *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def fork_script(name, *arguments, log, prepare=lambda: None):
     """Start a script in a fork of this process, which has imported PyTorch already.
 
@@ -141,6 +148,17 @@ def edit_annotations(folder, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def set_classes(folder, names, category_of):
+    """Give a split these categories; category_of(annotation number) -> category id from 1."""
+
+    def change(content):
+        content["categories"] = [{"id": n, "name": name} for n, name in enumerate(names, 1)]
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["category_id"] = category_of(number)
+
+    edit_annotations(folder, change)
 
 
 def make_dataset(root):

@@ -1,4 +1,4 @@
-"""Augmentation: each word alone, all of them together, and what Batches makes of them.
+"""Augmentation: each change alone, all of them together, and what Batches makes of them.
 
 Checked against numpy, torch.rot90, masks drawn by hand and the arithmetic of the first version.
 """
@@ -11,27 +11,21 @@ import torch
 import torch.nn.functional as F
 
 from data import Batches
-from medseg.augment import (
-    AUGMENTATIONS,
-    augment,
-    count_draws,
-    spline_basis,
-    window_side,
-)
-from medseg.cli import parse_words
+from medseg.augment import AUGMENTATIONS, augment, count_draws, spline_basis, window_side
+from medseg.cli import parse_named_values
 from medseg.images import MEAN, STD
 
-DEFAULTS = {word: default for word, (default, _) in AUGMENTATIONS.items()}
+DEFAULTS = {name: default for name, (default, _) in AUGMENTATIONS.items()}
 STRONG = "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1"
 
 
-def words_of(text):
-    return parse_words(text, AUGMENTATIONS)
+def strengths_of(text):
+    return parse_named_values(text, AUGMENTATIONS)
 
 
-def uniform(count, words, seed=0):
+def uniform(count, strengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, count_draws(words), generator=generator)
+    return torch.rand(count, count_draws(strengths), generator=generator)
 
 
 def squares(count, side=64):
@@ -42,7 +36,7 @@ def squares(count, side=64):
 
 
 def first_version(images, masks, draws):
-    """`augment` as it was when it had no words."""
+    """`augment` as it was when its strengths were fixed."""
     draws = 2 * draws - 1
     angle, scale = draws[:, 0] * math.radians(5), 1.1 ** draws[:, 1]
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
@@ -51,30 +45,26 @@ def first_version(images, masks, draws):
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
     masks = F.grid_sample(masks, grid, "nearest", "zeros", align_corners=False)
-    contrast, brightness = 1.1 ** draws[:, 4], 0.1 * draws[:, 5]
-    return torch.addcmul(
-        brightness[:, None, None, None], images, contrast[:, None, None, None]
-    ), masks
+    contrast, brightness = (1.1 ** draws[:, 4, None]), 0.1 * draws[:, 5, None]
+    return torch.addcmul(brightness[..., None, None], images, contrast[..., None, None]), masks
 
 
 @pytest.mark.parametrize("side", [64, 33])
 def test_the_strong_recipe_is_bit_for_bit_the_first_version(side):
-    words, generator = words_of(STRONG), torch.Generator().manual_seed(0)
+    strengths, generator = strengths_of(STRONG), torch.Generator().manual_seed(0)
     images = torch.randn(9, 3, side, side, generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)
     masks = (torch.rand(9, 2, side, side, generator=generator) > 0.5).float()
     draws = torch.rand(9, 6, generator=generator)
-    assert count_draws(words) == 6
-    for new, old in zip(
-        augment(images, masks, draws, words), first_version(images, masks, draws), strict=True
-    ):
-        assert torch.equal(new, old)
+    assert count_draws(strengths) == 6
+    expected = first_version(images, masks, draws)
+    assert all(map(torch.equal, augment(images, masks, draws, strengths), expected))
 
 
 def test_batches_of_the_strong_recipe_are_those_of_the_first_version():
     rows = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 4), dtype=np.uint8)
     rows[..., 3] //= 128
-    loader = Batches(rows, 2, shuffle=True, seed=7, augmented=words_of(STRONG))
+    loader = Batches(rows, 2, shuffle=True, seed=7, strengths=strengths_of(STRONG))
     loader.set_epoch(3)
     generator = torch.Generator().manual_seed(7 * 1_000_003 + 3)
     order = torch.randperm(5, generator=generator)
@@ -93,10 +83,10 @@ def test_batches_of_the_strong_recipe_are_those_of_the_first_version():
 )
 def test_image_and_mask_stay_aligned(text):
     """The image is its own mask: they may differ only where interpolation blurs the edge."""
-    words = dict(DEFAULTS) if text == "all" else words_of(text)
+    strengths = dict(DEFAULTS) if text == "all" else strengths_of(text)
     images, masks = squares(48)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    new_images, new_masks = augment(images, masks, uniform(48, words), words, noise=noise)
+    new_images, new_masks = augment(images, masks, uniform(48, strengths), strengths, noise=noise)
     assert new_images.shape == images.shape and new_images.dtype == torch.float32
     assert new_images.is_contiguous(memory_format=torch.channels_last)
     assert set(new_masks.unique().tolist()) == {0, 1} and new_masks.shape == masks.shape
@@ -135,17 +125,17 @@ def test_a_rotation_keeps_right_angles_in_an_oblong_image():
 
 def test_shift_and_scale_by_hand():
     images, masks = torch.randn(2, 3, 80, 80), (torch.rand(2, 1, 80, 80) > 0.5).float()
-    words = words_of("scale=1,shift=0.05")
+    strengths = strengths_of("scale=1,shift=0.05")
     draws = torch.full((2, 3), 0.5)  # the middle changes nothing
-    new_images, new_masks = augment(images, masks, draws, words)
+    new_images, new_masks = augment(images, masks, draws, strengths)
     torch.testing.assert_close(new_images, images, atol=1e-4, rtol=0)
     assert torch.equal(new_masks, masks)
     draws[:, 1] = 1  # 5 % of half the width is 2 pixels
-    new_images, new_masks = augment(images, masks, draws, words)
+    new_images, new_masks = augment(images, masks, draws, strengths)
     torch.testing.assert_close(new_images[..., :-2], images[..., 2:], atol=1e-4, rtol=0)
     assert torch.equal(new_masks[..., :-2], masks[..., 2:]) and not new_masks[..., -2:].any()
     draws = torch.tensor([[1.0, 0.5, 0.5], [0.0, 0.5, 0.5]])  # half as large, twice as large
-    _, (small, large) = augment(*squares(2), draws, words)
+    _, (small, large) = augment(*squares(2), draws, strengths)
     assert small.sum() == pytest.approx(28 * 26 / 4, rel=0.1)
     assert large.sum() == pytest.approx((56 - 2) * (52 - 4), rel=0.05)  # 2 and 4 are outside
 
@@ -183,15 +173,17 @@ def test_elastic_is_smooth_and_bounded():
     side, value = 128, 0.1
     ramp = torch.arange(side).expand(side, side).float()  # pixels are their own column
     images = torch.stack([ramp, ramp.T, torch.zeros(side, side)]).expand(40, 3, side, side)
-    words = {"elastic": value}
-    new_images, _ = augment(images, images[:, :1], uniform(40, words), words)
+    strengths = {"elastic": value}
+    new_images, _ = augment(images, images[:, :1], uniform(40, strengths), strengths)
     moved = (new_images - images)[:, :2, 20:-20, 20:-20]  # the border is repeated
     assert moved.abs().max() <= value * side
     assert moved.std() > 0.2 * value * side
     for dim in (2, 3):
         slope = moved.diff(dim=dim)
         assert slope.abs().max() < 0.6 and slope.diff(dim=dim).abs().max() < 0.1
-    still, _ = augment(images, images[:, :1], torch.full((40, count_draws(words)), 0.5), words)
+    still, _ = augment(
+        images, images[:, :1], torch.full((40, count_draws(strengths)), 0.5), strengths
+    )
     torch.testing.assert_close(still, images, atol=1e-3, rtol=0)
     # De Boor's recursion for B-splines, independent of the polynomials.
     basis, knots = spline_basis(50, torch.device("cpu")).double().numpy(), np.arange(-3, 8)
@@ -242,7 +234,7 @@ def test_a_function_of_seed_epoch_and_place(text):
     rows = np.random.default_rng(0).integers(0, 2, (7, 32, 32, 4), dtype=np.uint8)
 
     def batches(epoch, start=0, **options):
-        loader = Batches(rows, 3, shuffle=True, augmented=words_of(text), **options)
+        loader = Batches(rows, 3, shuffle=True, strengths=strengths_of(text), **options)
         loader.set_epoch(epoch, start)
         return [images for images, _ in loader]
 
@@ -262,7 +254,7 @@ def test_a_function_of_seed_epoch_and_place(text):
 
 def test_noise_differs_by_image_batch_and_epoch():
     rows, fields = np.zeros((4, 16, 16, 4), np.uint8), []
-    loader = Batches(rows, 2, augmented={"noise": 1.0})
+    loader = Batches(rows, 2, strengths={"noise": 1.0})
     for epoch in range(2):
         loader.set_epoch(epoch)
         for images, _ in loader:
@@ -274,5 +266,5 @@ def test_noise_differs_by_image_batch_and_epoch():
 def test_the_window_is_as_large_as_the_words_reach():
     assert window_side(100, {}) == window_side(100, {"flip": 1, "turn": 1, "noise": 1}) == 100
     assert window_side(100, {"rotate": 180.0}) == window_side(100, {"rotate": 45.0}) == 144
-    assert 150 < window_side(100, words_of("rotate,scale,shift")) < 165
-    assert window_side(100, words_of(STRONG)) < 130
+    assert 150 < window_side(100, strengths_of("rotate,scale,shift")) < 165
+    assert window_side(100, strengths_of(STRONG)) < 130

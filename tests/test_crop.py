@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import edit_annotations, script_here, square, write_split
+from helpers import edit_annotations, output_of, square, write_split
 from PIL import Image
 
 import predict
@@ -14,7 +14,7 @@ import train
 from data import Batches, COCOSegmentationDataset, load_split, open_split
 from medseg.augment import AUGMENTATIONS, window_side
 from medseg.cache import RaggedRows
-from medseg.cli import parse_words
+from medseg.cli import parse_named_values
 from medseg.coco import SPLITS
 from medseg.crop import copy_window, place_crops
 from medseg.images import MEAN, STD
@@ -131,21 +131,21 @@ def test_whole_images_come_one_by_one(own_sizes):
     loader = Batches(rows, 32)
     assert len(loader) == 4
     for (images, masks), row in zip(loader, rows, strict=True):
-        assert loader.global_batch_size == 1 and masks.dtype == torch.float32
+        assert len(images) == 1 and masks.dtype == torch.float32
         np.testing.assert_array_equal(to_pixels(images)[0], row[..., :3])
         np.testing.assert_array_equal(masks[0, 0], row[..., 3])
-    flipped = Batches(rows, 2, shuffle=True, augmented={"rotate": 30.0, "noise": 0.1})
+    flipped = Batches(rows, 2, shuffle=True, strengths={"rotate": 30.0, "noise": 0.1})
     assert sorted(tuple(images.shape[2:]) for images, _ in flipped) == sorted(SIZES)
 
 
 def test_processes_get_a_whole_image_each(own_sizes):
-    rows, words = load_split(own_sizes, "train", None), {"flip": 1.0, "noise": 0.1}
-    alone = list(Batches(rows, 4, shuffle=True, augmented=words))
+    rows, strengths = load_split(own_sizes, "train", None), {"flip": 1.0, "noise": 0.1}
+    alone = list(Batches(rows, 4, shuffle=True, strengths=strengths))
     of_ranks = []
     for rank in range(3):
-        loader = Batches(rows, 4, shuffle=True, augmented=words, rank=rank, world=3)
+        loader = Batches(rows, 4, shuffle=True, strengths=strengths, rank=rank, world=3)
         of_ranks.append(list(loader))
-        assert len(loader) == len(of_ranks[-1]) == 2 and loader.global_batch_size == 1
+        assert len(loader) == len(of_ranks[-1]) == 2
     for index, (images, masks) in enumerate(alone):
         own_images, own_masks = of_ranks[index % 3][index // 3]
         assert torch.equal(own_images, images) and torch.equal(own_masks, masks)
@@ -179,11 +179,11 @@ def crops(rows, size, epoch=0, start=0, **options):
     return pairs
 
 
-@pytest.mark.parametrize("words", [{}, {"rotate": 1e-9}])  # resampled, and where they were
-def test_crops_are_slices_of_the_images(words):
+@pytest.mark.parametrize("strengths", [{}, {"rotate": 1e-9}])  # resampled, and where they were
+def test_crops_are_slices_of_the_images(strengths):
     rows, seen = numbered_rows(), dict.fromkeys(range(4), 0)
     assert len(Batches(rows, 4, crop=20)) == 6  # 6 + 2 + 10 + 5 crops in batches of 4
-    for pixels, mask in crops(rows, 20, augmented=words):
+    for pixels, mask in crops(rows, 20, strengths=strengths):
         number, top, left = pixels[0, 0]
         source = rows[number][top : top + 20, left : left + 20]
         np.testing.assert_array_equal(pixels, source[..., :3])
@@ -202,7 +202,7 @@ def test_crops_of_images_of_one_size():
 
 
 def test_every_place_is_as_likely():
-    sizes = torch.tensor([[12, 9]]).repeat(24_000, 1)
+    sizes = torch.tensor([[12, 9]]).expand(24_000, 2)
     draws = torch.rand(24_000, 2, generator=torch.Generator().manual_seed(0))
     top, left = place_crops(sizes, draws, 7).T
     counts = torch.bincount(top * 3 + left, minlength=18).reshape(6, 3)
@@ -238,10 +238,10 @@ def test_windows_against_clamped_indices():
 
 
 def test_crops_are_a_function_of_seed_epoch_and_place():
-    rows, words = numbered_rows(), {"rotate": 30.0, "flip": 1.0, "noise": 0.2}
+    rows, strengths = numbered_rows(), {"rotate": 30.0, "flip": 1.0, "noise": 0.2}
 
     def order(**options):
-        return [image.tobytes() for image, _ in crops(rows, 20, augmented=words, **options)]
+        return [image.tobytes() for image, _ in crops(rows, 20, strengths=strengths, **options)]
 
     first = order()
     assert first == order() and len(set(first)) == len(first)
@@ -257,9 +257,9 @@ def test_crops_are_a_function_of_seed_epoch_and_place():
 
 
 def test_an_empty_part_of_a_batch_has_the_size_of_the_crop():
-    words = parse_words("rotate", AUGMENTATIONS)
+    strengths = parse_named_values("rotate", AUGMENTATIONS)
     rows = numbered_rows()[:1]  # 6 crops of 20, in batches of 5
-    *_, (images, masks) = Batches(rows, 5, crop=20, augmented=words, rank=1, world=2)
+    *_, (images, masks) = Batches(rows, 5, crop=20, strengths=strengths, rank=1, world=2)
     assert images.shape == (0, 3, 20, 20) and masks.shape == (0, 1, 20, 20)
 
 
@@ -272,9 +272,9 @@ def test_what_turns_into_a_crop_comes_from_the_image(text):
     side = 240
     row = np.zeros((side, side, 4), np.uint8)
     row[..., 0], row[..., 1] = np.mgrid[:side, :side]
-    words = parse_words(text, AUGMENTATIONS)
-    window = window_side(24, words)
-    loader = Batches(row[None], 10, crop=24, augmented=words)
+    strengths = parse_named_values(text, AUGMENTATIONS)
+    window = window_side(24, strengths)
+    loader = Batches(row[None], 10, crop=24, strengths=strengths)
     assert len(loader) == 10
     checked = 0
     for images, _ in loader:
@@ -299,8 +299,8 @@ def test_image_and_mask_of_a_crop_stay_aligned():
         field = F.avg_pool2d(field, 15, 1, 7, count_include_pad=False)
     row[..., 3] = field[0, 0] > field.median()
     row[..., :3] = 255 * row[..., 3:]
-    words = {word: default for word, (default, _) in AUGMENTATIONS.items()}
-    for image, mask in crops(row[None], 32, augmented=words):
+    strengths = {name: default for name, (default, _) in AUGMENTATIONS.items()}
+    for image, mask in crops(row[None], 32, strengths=strengths):
         new = torch.from_numpy(mask)[None, None]
         sure = F.max_pool2d(new, 3, 1, 1) == 1 - F.max_pool2d(1 - new, 3, 1, 1)
         wrong = (torch.from_numpy(image[..., 0] > 127) != (new[0, 0] > 0.5)) & sure[0, 0]
@@ -363,20 +363,19 @@ def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
 
 
 def test_samples_of_several_batches_are_drawn(own_sizes, tmp_path, monkeypatch):
-    drawn = {}
+    drawn, plot = [], train.plot_predictions
 
-    def plot(pictures, targets, preds, titles, path, **_):
-        drawn.update(pictures=pictures, targets=targets, titles=titles)
-        return plot_predictions(pictures, targets, preds, titles, path, **_)
+    def record(*cases, **more):
+        drawn.append(cases)
+        return plot(*cases, **more)
 
-    plot_predictions = train.plot_predictions
-    monkeypatch.setattr(train, "plot_predictions", plot)
+    monkeypatch.setattr(train, "plot_predictions", record)
     loader = Batches(load_split(own_sizes, "test", None), 1)
     path = tmp_path / "predictions.png"
     assert train.visualize_predictions(Threshold(), loader, "cpu", 3, path=path) == path
-    assert [picture.shape[:2] for picture in drawn["pictures"]] == SIZES[:3]
-    assert [target.sum() for target in drawn["targets"]] == [100] * 3
-    assert drawn["titles"] == ["Dice 1.00"] * 3
+    ((pictures, targets, _, titles, _),) = drawn
+    assert [picture.shape[:2] for picture in pictures] == SIZES[:3]
+    assert [target.sum() for target in targets] == [100] * 3 and titles == ["Dice 1.00"] * 3
     assert Image.open(path).size[0] > 500
 
 
@@ -403,18 +402,14 @@ def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path
 
 def test_train_on_crops_and_predict(own_sizes, tmp_path):
     flags = ("--n-filters", 2, "--batch-size", 4, "--swanlab", "disabled", "--device", "cpu")
-    words = ("--crop", 20, "--augment", "rotate=90,flip,noise")
-    run = ("--data", own_sizes, "--out", tmp_path / "run", "--epochs", 2)
-    result = script_here("train.py", *flags, *words, *run, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "their own size, trained on crops of 20x20" in result.stdout
-    resume = ("--resume", "--epochs", 3, "--out", tmp_path / "run")
-    result = script_here("train.py", *resume, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    crops = ("--crop", 20, "--augment", "rotate=90,flip,noise", "--data", own_sizes)
+    out = ("--out", tmp_path / "run", "--epochs")
+    said = output_of("train.py", *flags, *crops, *out, 2, cwd=tmp_path)
+    assert "their own size, trained on crops of 20x20" in said
+    output_of("train.py", "--resume", *out, 3, cwd=tmp_path)
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 4
     model = tmp_path / "run" / "best_model.pth"
-    result = script_here("predict.py", own_sizes / "test", "--model", model, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    output_of("predict.py", own_sizes / "test", "--model", model, cwd=tmp_path)
     report = json.loads((tmp_path / "predictions" / "report.json").read_text())
     assert report["image_size"] is None and report["images"] == 4
     for number, (height, width) in enumerate(SIZES):

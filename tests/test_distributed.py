@@ -15,10 +15,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import HOME, ROOT, SMALL, fork_script, script_here
+from helpers import HOME, ROOT, SMALL, fork_script, output_of
 
 from data import Batches
-from medseg.dist import all_reduce_max, process_group
+from medseg.dist import SharedDropout, all_reduce_max, process_group
 from medseg.images import MEAN, STD
 
 pytestmark = pytest.mark.slow
@@ -127,7 +127,6 @@ def test_every_image_once_for_any_number_of_processes(world):
         batches.set_epoch(3)
         parts = [numbers(images) for images, _ in batches]
         assert len(parts) == len(batches) == 3
-        assert batches.global_batch_size == 1  # of the last batch
         seen += sum(parts, [])
     assert sorted(seen) == list(range(11))
 
@@ -137,8 +136,7 @@ def test_every_image_once_for_any_number_of_processes(world):
 @pytest.mark.usefixtures("no_pictures")
 def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
     flags = (*SMALL, "--batch-size", batch_size, "--epochs", 4, "--lr", 1e-2)
-    one = script_here("train.py", *flags, "--out", "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
+    output_of("train.py", *flags, "--out", "one", cwd=tmp_path)
     said = train_in_two(*flags, "--out", "two", cwd=tmp_path)
     assert "2 x cpu" in said and said.count("epoch 1/4") == 1
     assert said.count("test with the best weights") == 1
@@ -153,25 +151,44 @@ def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
     assert len(curve(tmp_path / "one")) == 5
 
 
-@pytest.mark.parametrize("attempt", range(10))
-def test_processes_that_have_just_spoken_leave_at_once(attempt, tmp_path):
-    """In PyTorch 2.6 one pair in five hung where Python freed the process group."""
+def run_pair(function):
+    """function(rank) in two processes that make a process group, forked from this one."""
 
-    def leave(rank):
+    def run(rank):
         os.environ.update(own_environment(rank, port))
         sys.setswitchinterval(1000)  # nobody is given the GIL who does not wait for long
         with process_group(torch.device("cpu")):
-            all_reduce_max(1.0)
+            function(rank)
 
     port = free_port()
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=leave, args=(rank,)) for rank in range(2)]
+    processes = [fork.Process(target=run, args=(rank,)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(30)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_processes_that_have_just_spoken_leave_at_once(attempt):
+    """In PyTorch 2.6 one pair in five hung where Python freed the process group."""
+    run_pair(lambda rank: all_reduce_max(1.0))
+
+
+def test_dropout_of_two_processes_is_that_of_one():
+    batches = [torch.rand(count, 2, 3, 3) for count in (5, 1, 4)]  # of one, the second has none
+    torch.manual_seed(0)
+    expected = [torch.nn.functional.dropout(batch, 0.4) for batch in batches]
+
+    def compare(rank):
+        torch.manual_seed(0)
+        dropout = SharedDropout(0.4)
+        for batch, whole in zip(batches, expected, strict=True):
+            torch.testing.assert_close(dropout(batch[rank::2]), whole[rank::2])
+
+    run_pair(compare)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -200,7 +217,5 @@ def test_stopping_reaches_all_processes(dataset, tmp_path):
         said = finish(process, 60)
     assert said.count("stopped by SIGTERM") == 2
     epochs = len(curve(tmp_path / "run"))
-    more = ("--resume", "--epochs", epochs + 1, "--out", "run")
-    result = script_here("train.py", *more, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    output_of("train.py", "--resume", "--epochs", epochs + 1, "--out", "run", cwd=tmp_path)
     assert len(curve(tmp_path / "run")) == epochs + 1

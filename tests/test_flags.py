@@ -5,38 +5,82 @@ import argparse
 import pytest
 import torch
 
+from medseg.cli import ArgumentParser
 from medseg.layers import Architecture
 from medseg.training.checkpoint import KEYS
-from medseg.training.flags import make_parser, parse_arguments, recorded_flags
-from medseg.training.recipes import RECIPES, network_words
+from medseg.training.flags import make_parser, parse_arguments
+from medseg.training.recipes import architecture_of
+from medseg.training.resume import recorded_flags
+from net import UNet
 
 
 def parse(*flags):
-    args, _ = parse_arguments([*map(str, flags), "--out", "/nowhere"], "", None)
+    """The command line of a fresh start. The weights for --init: a tutorial's of 3 filters."""
+    network = UNet(n_filters=3, image_size=64)
+    args, _ = parse_arguments([*map(str, flags), "--out", "/nowhere"], "", lambda path: network)
     return args
 
 
-def test_an_architecture_brings_its_own_levels_filters_and_normalisation():
-    args = parse("--arch", "drive")
-    assert (args.depth, args.n_filters, args.norm, args.dropout) == (4, 64, "batch", "none")
-    args = parse("--arch", "study")
-    assert (args.depth, args.n_filters, args.norm, args.dropout) == (4, 64, "batch", "channels")
-    args = parse("--arch", "study", "--n-filters", 8, "--depth", 2, "--dropout", "none")
-    assert (args.depth, args.n_filters, args.norm, args.dropout) == (2, 8, "batch", "none")
-    args = parse()
-    assert (args.depth, args.n_filters, args.norm, args.dropout) == (5, 32, "none", "bottleneck")
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ((), {"depth": 5, "n_filters": 32, "norm": "none", "dropout": "bottleneck"}),
+        # An architecture brings its own levels, filters and normalisation.
+        (("--arch", "drive"), {"depth": 4, "n_filters": 64, "norm": "batch", "dropout": "none"}),
+        (
+            ("--arch", "study"),
+            {"depth": 4, "n_filters": 64, "norm": "batch", "dropout": "channels"},
+        ),
+        (("--arch", "study", "--depth", 2, "--dropout", "none"), {"depth": 2, "dropout": "none"}),
+        # A recipe wins over it, the network of --init over both, and the command line over all.
+        (
+            ("--recipe", "vessels", "--arch", "study"),
+            {"arch": "study", "depth": 3, "n_filters": 16},
+        ),
+        (
+            ("--recipe", "vessels", "--arch", "study", "--n-filters", 4),
+            {"n_filters": 4, "lr": 2e-3},
+        ),
+        (("--init", "w", "--recipe", "strong"), {"norm": "none", "n_filters": 3, "ema": 0.995}),
+        (("--init", "w", "--arch", "tutorial"), {"depth": 5, "n_filters": 3, "image_size": 64}),
+        (("--init", "w", "--image-size", 32), {"n_filters": 3, "image_size": 32}),
+        (("--init", "w", "--recipe", "vessels"), {"depth": 5, "crop": 128, "image_size": 256}),
+        (("--init", "w", "--crop", 0, "--recipe", "vessels"), {"crop": 0, "image_size": 64}),
+        (("--init", "w", "--test-only"), {"n_filters": 32, "image_size": 256}),
+    ],
+)
+def test_the_defaults_of_a_fresh_start(flags, expected):
+    args = parse(*flags)
+    assert expected.items() <= vars(args).items()
 
 
-def test_a_recipe_wins_over_an_architecture_and_the_command_line_over_both():
-    args = parse("--recipe", "vessels", "--arch", "study")
-    assert (args.arch, args.depth, args.n_filters) == ("study", 3, 16)
-    args = parse("--recipe", "vessels", "--arch", "study", "--n-filters", 4, "--epochs", 2)
-    assert (args.n_filters, args.epochs, args.lr) == (4, 2, RECIPES["vessels"]["lr"])
+@pytest.mark.parametrize("flags", [("--recipe", "strong", "--arch", "study"), ("--init", "w")])
+def test_the_whole_command_line_is_parsed_once(flags, monkeypatch):
+    parsed, parse_args = [], ArgumentParser.parse_args
+
+    def count(*arguments):
+        parsed.append(arguments)
+        return parse_args(*arguments)
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", count)
+    parse(*flags)
+    assert len(parsed) == 1
 
 
-def test_the_words_of_the_network():
+@pytest.mark.parametrize("flags", [("--recipe", "vessels"), ("--resume",), ("--init", "missing")])
+def test_help_shows_the_parsers_own_defaults_whatever_is_given_besides(flags, capsys):
+    shown = []
+    for given in ((), flags):
+        with pytest.raises(SystemExit) as leaving:
+            parse(*given, "--help")
+        assert leaving.value.code == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "--weight-decay" in shown[0]
+
+
+def test_the_architecture_of_the_flags():
     study = parse("--arch", "study")
-    assert Architecture(**network_words(study)) == Architecture(
+    assert architecture_of(study) == Architecture(
         depth=4,
         norm="batch",
         bias=False,
@@ -47,8 +91,8 @@ def test_the_words_of_the_network():
         dropout="channels",
     )
     # Without a normalisation, which would have one, the convolutions need a bias.
-    assert Architecture(**network_words(parse("--arch", "study", "--norm", "none"))).bias
-    assert Architecture(**network_words(parse())) == Architecture()
+    assert architecture_of(parse("--arch", "study", "--norm", "none")).bias
+    assert architecture_of(parse()) == Architecture()
 
 
 def test_crops_are_of_images_at_their_own_size():
@@ -59,13 +103,14 @@ def test_crops_are_of_images_at_their_own_size():
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (("--recipe", "strung"), ["--recipe"]),
         (("--augment", "flip,rotat=30"), ["--augment", "did you mean rotate?"]),
         (("--augment", "rotate=181"), ["--augment", "from 0 to 180"]),
         (("--arch", "vgg"), ["--arch", "tutorial"]),
         (("--depth", 9), ["--depth", "at most 8"]),
     ],
 )
-def test_words_that_are_refused(flags, words, refused):
+def test_values_that_are_refused(flags, words, refused):
     refused("train", *flags, words=words)
 
 

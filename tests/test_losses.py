@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.ops import sigmoid_focal_loss
 
-from medseg.cli import parse_words
+from medseg.cli import parse_named_values
 from medseg.training.recipes import LOSSES
 from train import combined_loss, dice_loss, focal_loss, loss_of
 
@@ -68,9 +68,9 @@ def test_a_loss_that_is_not_a_number_is_passed_on(text):
     assert math.isnan(loss_of(SimpleNamespace(loss=text))(pred, target).item())
 
 
-def test_words():
-    assert parse_words("bce=0.5, dice", LOSSES) == {"dice": 1.0, "bce": 0.5}
-    assert parse_words("none", LOSSES) == {}
+def test_weights_by_name():
+    assert parse_named_values("bce=0.5, dice", LOSSES) == {"dice": 1.0, "bce": 0.5}
+    assert parse_named_values("none", LOSSES) == {}
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,13 @@ def test_words():
         ("bce=nan", "from 0 to 100"),
         ("bce=inf", "from 0 to 100"),
         ("dice=one", "from 0 to 100"),
-        ("", "unknown word ''"),
+        ("", "known are dice, bce, focal"),
         ("dice=1=2", "from 0 to 100"),
     ],
 )
-def test_words_that_mean_nothing(text, word, refused):
+def test_names_and_weights_that_are_refused(text, word, refused):
     with pytest.raises(ValueError, match=word.replace("?", r"\?")):
-        parse_words(text, LOSSES)
+        parse_named_values(text, LOSSES)
     refused("train", "--loss", text, words=["--loss", word])
 
 

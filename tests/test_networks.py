@@ -1,4 +1,4 @@
-"""The named networks against counts by hand, and every pair of words of an architecture."""
+"""The named networks against counts by hand, and every pair of settings of an architecture."""
 
 import itertools
 
@@ -16,20 +16,13 @@ def count(model):
 
 def drive_by_hand():
     """64 filters, four levels, batch normalisation: weights and biases, level by level."""
-    encoder = [
-        # 3x3 convolution, its normalisation, 3x3 convolution, its normalisation
-        (3 * 64 * 9 + 64) + 2 * 64 + (64 * 64 * 9 + 64) + 2 * 64,
-        (64 * 128 * 9 + 128) + 2 * 128 + (128 * 128 * 9 + 128) + 2 * 128,
-        (128 * 256 * 9 + 256) + 2 * 256 + (256 * 256 * 9 + 256) + 2 * 256,
-        (256 * 512 * 9 + 512) + 2 * 512 + (512 * 512 * 9 + 512) + 2 * 512,
-        (512 * 1024 * 9 + 1024) + 2 * 1024 + (1024 * 1024 * 9 + 1024) + 2 * 1024,
-    ]
+    levels = [(3, 64), (64, 128), (128, 256), (256, 512), (512, 1024)]
+    # 3x3 convolution, its normalisation, 3x3 convolution, its normalisation
+    encoder = [(9 * i * o + o) + 2 * o + (9 * o * o + o) + 2 * o for i, o in levels]
+    # 1x1 convolution, then the two 3x3 convolutions, the first with what the encoder had
     decoder = [
-        # 1x1 convolution, then the two 3x3 convolutions
-        (1024 * 512 + 512) + (1024 * 512 * 9 + 512) + 1024 + (512 * 512 * 9 + 512) + 1024,
-        (512 * 256 + 256) + (512 * 256 * 9 + 256) + 512 + (256 * 256 * 9 + 256) + 512,
-        (256 * 128 + 128) + (256 * 128 * 9 + 128) + 256 + (128 * 128 * 9 + 128) + 256,
-        (128 * 64 + 64) + (128 * 64 * 9 + 64) + 128 + (64 * 64 * 9 + 64) + 128,
+        (2 * c * c + c) + (9 * 2 * c * c + c) + 2 * c + (9 * c * c + c) + 2 * c
+        for c in (512, 256, 128, 64)
     ]
     return sum(encoder) + sum(decoder) + 64 + 1
 
@@ -111,21 +104,14 @@ def test_bilinear_upsampling_is_that_of_the_vessel_network():
 
 
 def pairwise():
-    """Sets of words in which every two values of two words meet at least once."""
+    """Sets of settings in which every two values of two of them meet at least once."""
     values = {"depth": (1, 3), "bias": (True, False), **CHOICES}
-    words = list(values)
-    wanted = {
-        ((one, a), (other, b))
-        for one, other in itertools.combinations(words, 2)
-        for a in values[one]
-        for b in values[other]
-    }
-    chosen = []
-    candidates = [dict(zip(words, row, strict=True)) for row in itertools.product(*values.values())]
+    rows = [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+    pairs_of = [set(itertools.combinations(row.items(), 2)) for row in rows]
+    wanted, chosen = set().union(*pairs_of), []
     while wanted:
-        pairs_of = [set(itertools.combinations(row.items(), 2)) & wanted for row in candidates]
-        best = max(range(len(candidates)), key=lambda index: len(pairs_of[index]))
-        chosen.append(candidates[best])
+        best = max(range(len(rows)), key=lambda index: len(pairs_of[index] & wanted))
+        chosen.append(rows[best])
         wanted -= pairs_of[best]
     return chosen
 
@@ -133,16 +119,16 @@ def pairwise():
 PAIRS = pairwise()
 
 
-@pytest.mark.parametrize("words", PAIRS, ids=[str(number) for number in range(len(PAIRS))])
-def test_every_pair_of_words(words):
+@pytest.mark.parametrize("settings", PAIRS, ids=[str(number) for number in range(len(PAIRS))])
+def test_every_pair_of_settings(settings):
     torch.manual_seed(0)
-    model = UNet(2, 2, 3, image_size=None, **words)
+    model = UNet(2, 2, 3, image_size=None, **settings)
     shape = (2, 2, 17, 30)
     model(torch.rand(shape)).log().sum().backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
     loaded = UNet.from_state_dict(model.state_dict()).eval()
-    assert loaded.architecture == Architecture(**words) and loaded.image_size is None
+    assert loaded.architecture == Architecture(**settings) and loaded.image_size is None
     x = torch.rand(shape)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model.eval()(x), rtol=0, atol=0)
@@ -156,10 +142,10 @@ def test_any_size(name):
             assert model(torch.rand(1, 3, height, width)).shape == (1, 1, height, width)
 
 
-def test_dropout_is_where_the_words_say():
-    def shares(words):
+def test_dropout_is_where_the_settings_say():
+    def shares(settings):
         """Of each dropout layer in training: the share of channels that are wholly 0."""
-        model = UNet(n_filters=16, **words).train()
+        model = UNet(n_filters=16, **settings).train()
         found = {}
         for name, layer in model.named_modules():
             if isinstance(layer, (torch.nn.Dropout, torch.nn.Dropout2d)):
@@ -177,17 +163,17 @@ def test_dropout_is_where_the_words_say():
 
 
 @pytest.mark.parametrize(
-    "words",
+    "settings",
     [
         *({"depth": depth} for depth in (0, 9, 2.0, True, "2")),
-        *({word: "other"} for word in CHOICES),
+        *({name: "other"} for name in CHOICES),
         {"bias": 1},
         {"norm": 0},
     ],
 )
-def test_words_that_mean_nothing(words):
-    with pytest.raises(ValueError, match=next(iter(words))):
-        UNet(n_filters=2, **words)
+def test_settings_that_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        UNet(n_filters=2, **settings)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ def networks(n_filters=None):
     from medseg.training.recipes import N_FILTERS
     from net import UNet
 
-    words = {**ARCHITECTURES, "--norm batch": {"norm": "batch"}, "--norm group": {"norm": "group"}}
+    norms = {f"--norm {norm}": {"norm": norm} for norm in ("batch", "group")}
     models = {}
-    for name, architecture in words.items():
+    for name, architecture in {**ARCHITECTURES, **norms}.items():
         filters = n_filters or N_FILTERS.get(name, N_FILTERS["tutorial"])
         models[name] = draw_weights(UNet(n_filters=filters, **architecture))
     return models

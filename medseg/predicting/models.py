@@ -9,7 +9,8 @@ import numpy as np
 
 from medseg.cli import one_line
 from medseg.files import available_cores
-from medseg.images import mean_and_std, normalize_pixels, preprocess
+from medseg.images import preprocess
+from medseg.normalization import normalize
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.settings import read_settings
 
@@ -37,15 +38,13 @@ class Model:
     (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W).
     """
 
-    def __init__(self, network, mean_and_std, device_type):
+    def __init__(self, network, device_type):
         self.image_size, self.n_channels = network.image_size, network.n_channels
         self.class_names, self.n_classes = tuple(network.class_names), len(network.class_names)
         self.window, self.orientation = network.window, network.orientation
         self.batch_size = 4 if device_type == "cpu" else 16  # more do not fit a CPU's caches
         if self.image_size is None:  # images keep their own
             self.batch_size = 1
-        # Of 0..255, in float32 as in training: the same pixels give the same numbers.
-        self.statistics = [np.float32(values) * np.float32(255) for values in mean_and_std]
 
     def prepare(self, image):
         """PIL image -> uint8 (S, S, n_channels), of the size that the network was trained at."""
@@ -65,16 +64,14 @@ class TorchModel(Model):
         from medseg.device import choose_precision, make_autocast
 
         self.network, self.device = network, torch.device(device)
-        super().__init__(network, mean_and_std(network.n_channels), self.device.type)
-        self.statistics = [torch.tensor(values, device=self.device) for values in self.statistics]
+        super().__init__(network, self.device.type)
         self.autocast = make_autocast(choose_precision(precision, self.device), self.device)
 
     def probabilities(self, pixels):
         """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
         import torch
 
-        pixels = torch.from_numpy(pixels).to(self.device)
-        return self.run(normalize_pixels(pixels, *self.statistics))
+        return self.run(normalize(torch.from_numpy(pixels).to(self.device)))
 
     def run(self, images):
         found = predict_probabilities(self.network, images, self.device, autocast=self.autocast)
@@ -123,9 +120,10 @@ class OnnxModel(Model):
         if precision not in ("auto", "fp32"):
             raise ValueError(f"--precision {precision}: {path} runs in fp32; give the .pth file")
         metadata = read_metadata(path)  # which refuses files that onnxruntime must not see
-        network = SimpleNamespace(**(metadata | read_settings(metadata)))
-        super().__init__(network, (network.mean, network.std), self.device)
+        super().__init__(SimpleNamespace(**(metadata | read_settings(metadata))), self.device)
         self.path = Path(path)
+        # In float32, as for the training: the same pixels give the same numbers.
+        self.statistics = [np.float32(metadata[key]) * np.float32(255) for key in ("mean", "std")]
         try:
             onnxruntime = import_onnx_library("onnxruntime")
         except ImportError:
@@ -158,7 +156,7 @@ class OnnxModel(Model):
 
     def probabilities(self, pixels):
         """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
-        return self.run(normalize_pixels(pixels, *self.statistics))
+        return self.run(normalize(pixels, self.statistics))
 
     def run(self, images):
         """Raises ValueError where the network fails or what it returns are no probabilities."""

@@ -22,7 +22,7 @@ CURVES = "curves.png"  # the last file that a training writes, after its test
 KEYS = {"flags", "model", "running_mean", "guarded_step", "scores", "progress", "rng"}
 
 
-def load_checkpoint(out):
+def read_checkpoint(out):
     """What the newest checkpoint in the folder that loads holds, and its "path".
 
     Raises FileNotFoundError or ValueError where none does.
@@ -45,32 +45,6 @@ def load_checkpoint(out):
             print(f"WARNING: going on from the checkpoint before it, {path}", file=sys.stderr)
         return {**state, "path": path}
     raise first_error
-
-
-def waits(checkpoint):
-    """(epochs done, most of them in a row without a lower validation loss) of a checkpoint.
-
-    ValueError where it does not say.
-    """
-    progress = checkpoint["progress"]
-    history = progress.get("history") if isinstance(progress, dict) else None
-    rows = history if isinstance(history, list) else [None]
-    losses = [row.get("val_loss") if isinstance(row, dict) else None for row in rows]
-    if not all(isinstance(loss, (int, float)) for loss in losses):
-        raise ValueError(f"{checkpoint['path']}: damaged: it has no history of validation losses")
-    lowest, wait, longest = math.inf, 0, 0
-    for loss in losses:
-        wait = 0 if loss < lowest else wait + 1  # NaN is never lower
-        lowest, longest = min(lowest, loss), max(longest, wait)
-    return len(losses), longest
-
-
-def has_ended(out):
-    """Whether the run in a folder has been tested since its last checkpoint."""
-    try:
-        return (out / CURVES).stat().st_mtime_ns >= (out / LAST).stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
 
 
 def refuse_other_run(out):

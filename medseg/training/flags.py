@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
 from medseg.augment import AUGMENTATIONS
@@ -10,25 +9,20 @@ from medseg.cli import (
     ArgumentParser,
     add_device_flags,
     flag_name,
+    named_values,
     number,
-    parse_words,
+    parse_named_values,
     spell_flags,
-    word_list,
 )
-from medseg.dist import restart_count
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES
-from medseg.training.checkpoint import BEST, LAST, PREVIOUS, has_ended, load_checkpoint, waits
+from medseg.training.checkpoint import BEST
 from medseg.training.recipes import LOSSES, RECIPES, arch_flags, network_flags
+from medseg.training.resume import NOT_RECORDED, check_can_go_on, check_same_run, find_checkpoint
 
-NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
-# The flags that a resumed run need not have in common with its beginning. Any other decides the
-# result; how far --epochs and --patience may change, `check_can_go_on` says.
-MAY_CHANGE = (
-    *(*NOT_RECORDED, "data", "epochs", "patience", "device", "compile", "save_every"),
-    *("swanlab", "project", "experiment_name"),
-)
-POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, kind=float)  # types of flags
+# The flags on which the defaults of others depend.
+FIRST = ("recipe", "arch", "init", "crop", "resume", "test_only", "out")
+POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, type=float)  # types of flags
 
 
 def make_parser(doc):
@@ -80,6 +74,8 @@ def _add_training_flags(parser):
 def _add_recipe_flags(parser):
     add = parser.add_argument_group("beyond the tutorial").add_argument
     norms, schedules = ("none", "batch", "group"), ("constant", "cosine")
+    strengths = {name: strength for name, (strength, _) in AUGMENTATIONS.items()}
+    augmentations = ", ".join(f"{name}={strength:g}" for name, strength in strengths.items())
     add(
         "--arch",
         choices=ARCHITECTURES,
@@ -95,9 +91,9 @@ def _add_recipe_flags(parser):
     )
     add(
         "--loss",
-        type=word_list(LOSSES),
+        type=named_values(LOSSES),
         default="dice=0.6,bce=0.4",
-        metavar="WORDS",
+        metavar="NAME=WEIGHT,...",
         help="weights of dice, bce and focal in the loss",
     )
     add("--norm", choices=norms, default="none", help="normalisation after each 3x3 convolution")
@@ -129,15 +125,11 @@ def _add_recipe_flags(parser):
     )
     add(
         "--augment",
-        type=word_list(AUGMENTATIONS),
+        type=named_values(AUGMENTATIONS),
         default="none",
-        metavar="WORDS",
-        help=f"random changes of the training images, as in flip,rotate=30: {_spell_words()}",
+        metavar="NAME=STRENGTH,...",
+        help=f"random changes of the training images, as in flip,rotate=30: {augmentations}",
     )
-
-
-def _spell_words():
-    return ", ".join(f"{word}={value:g}" for word, (value, _) in AUGMENTATIONS.items())
 
 
 def _add_machine_flags(parser):
@@ -181,31 +173,27 @@ def parse_arguments(argv, doc, read_network):
     there is nothing to resume.
     """
     parser = make_parser(doc)
-    args = parser.parse_args(argv)
-    if args.resume and args.test_only:
+    first = _parse_first(parser, argv)
+    if first.resume and first.test_only:
         raise ValueError("--resume trains and --test-only does not: give one of them")
-    out, checkpoint = Path(args.out), None
-    has_checkpoint = any((out / name).exists() for name in (LAST, PREVIOUS))
-    restarted = restart_count() > 0 and has_checkpoint  # by torchrun, after a process died
-    if args.resume or restarted:
-        checkpoint = load_checkpoint(out)
-    elif args.test_only and has_checkpoint:
-        try:
-            checkpoint = load_checkpoint(out)
-        except ValueError as error:  # best_model.pth may be good all the same
-            print(f"WARNING: {error}: testing with the flags given", file=sys.stderr)
+    checkpoint, network = find_checkpoint(first), {}
+    # One set of defaults: an earlier run's flags, or the parser's own, over which --arch wins, then
+    # --recipe, then the network of --init. The command line, parsed once, wins over all of them.
     if checkpoint:
-        flags = checkpoint["flags"].items()
-        try:  # what is not given again stays as it was
-            parser.restore({name: value for name, value in flags if name not in NOT_RECORDED})
-        except ValueError as error:
-            raise ValueError(f"{checkpoint['path']}: damaged: {error}") from None
-        args = parser.parse_args(argv)
+        _restore(parser, checkpoint)
     else:
-        args = _parse_named_sets(parser, argv, read_network)
+        defaults = {**arch_flags(first.arch), **RECIPES[first.recipe]}
+        if first.init and not first.test_only:
+            model = read_network(first.init)
+            network = network_flags(model, first.init)
+            if not first.crop:  # else images keep their own size
+                defaults["image_size"] = model.image_size or IMAGE_SIZE
+        parser.set_defaults(**defaults | network)
+    args = parser.parse_args(argv)
+    check_same_network(args, network)
     if args.crop and args.image_size != IMAGE_SIZE:
         raise ValueError("--crop takes images at their own size: leave --image-size away")
-    if not any(parse_words(args.loss, LOSSES).values()):
+    if not any(parse_named_values(args.loss, LOSSES).values()):
         raise ValueError(f"--loss {args.loss}: every weight is 0")
     if args.test_only:
         return args, None
@@ -215,86 +203,32 @@ def parse_arguments(argv, doc, read_network):
     return args, checkpoint
 
 
-def _parse_named_sets(parser, argv, read_network):
-    """The command line over what --init, --recipe and --arch stand for, in this order."""
-    recipe = RECIPES[parser.parse_args(argv).recipe]
-    parser.set_defaults(**recipe)
-    args = parser.parse_args(argv)
-    parser.set_defaults(**arch_flags(args.arch))
-    parser.set_defaults(**recipe)
-    if not args.init or args.test_only:
-        return parser.parse_args(argv)
-    network = network_flags(read_network(args.init), args.init)
-    if args.crop:  # then images keep their own size
-        network.pop("image_size")
-    parser.set_defaults(**network)
-    args = parser.parse_args(argv)
-    for name in ("arch", "depth", "norm", "dropout", "n_filters", "n_channels"):
-        if getattr(args, name) != network[name]:
+def _parse_first(parser, argv):
+    """The flags on which the defaults of others depend; a recipe may set some of them."""
+    given = parser.parse_given(argv, FIRST)
+    defaults = {name: parser.get_default(name) for name in FIRST}
+    recipe = RECIPES[given.get("recipe", defaults["recipe"])]
+    return argparse.Namespace(**{**defaults, **recipe, **given})
+
+
+def _restore(parser, checkpoint):
+    """Make the flags of a checkpoint the defaults: what is not given again stays as it was."""
+    flags = checkpoint["flags"].items()
+    try:
+        parser.restore({name: value for name, value in flags if name not in NOT_RECORDED})
+    except ValueError as error:
+        raise ValueError(f"{checkpoint['path']}: damaged: {error}") from None
+
+
+def check_same_network(args, network):
+    """ValueError where a flag differs from the network of --init. network: its flags, or none."""
+    for name, value in network.items():
+        if getattr(args, name) != value:
             flag = flag_name(name)
             raise ValueError(
-                f"{args.init}: was trained with {flag} {network[name]}, not {getattr(args, name)}: "
+                f"{args.init}: was trained with {flag} {value}, not {getattr(args, name)}: "
                 f"leave {flag} away, it is read from the weights"
             )
-    return args
-
-
-def check_same_run(args, checkpoint, parser):
-    """ValueError where a flag that decides the result differs from the checkpoint's."""
-    for name, now in vars(args).items():
-        before = checkpoint["flags"].get(name, parser.get_default(name))
-        if name not in MAY_CHANGE and before != now:
-            flag = flag_name(name)
-            raise ValueError(
-                f"{checkpoint['path']}: was trained with {flag} {before}, not {now}: leave {flag} "
-                "away, or start afresh without --resume"
-            )
-
-
-def check_can_go_on(args, checkpoint):
-    """ValueError unless the epochs done are the beginning of a run with these flags that goes on.
-
-    The message says which flag to give. A run that was stopped in its test goes on with that, and
-    torchrun may restart one that has ended.
-    """
-    path, before = checkpoint["path"], {**vars(args), **checkpoint["flags"]}
-    epochs, patience = before["epochs"], before["patience"]
-    done, wait = waits(checkpoint)
-    same = (args.epochs, args.patience) == (epochs, patience)
-    if same and (restart_count() or not has_ended(path.parent)):
-        return
-    to_test = "to test its weights again, give --test-only in place of --resume"
-    if args.schedule != "constant" and done >= epochs:
-        raise ValueError(
-            f"{path}: {done} of {epochs} epochs done, and --epochs cannot change, for --schedule "
-            f"{args.schedule} ends with them: start a new run from its weights with --init "
-            f"{path.parent / BEST} and another --out; {to_test}"
-        )
-    if args.schedule != "constant" and args.epochs != epochs:
-        raise ValueError(
-            f"{path}: --schedule {args.schedule} ends with --epochs {epochs}, not {args.epochs}: "
-            "leave --epochs away, or start afresh without --resume"
-        )
-    needed = []
-    if args.epochs <= done:
-        needed.append(f"--epochs N, more than {done}")
-    if args.patience <= wait:
-        needed.append(f"--patience N, more than {wait}")
-    if needed:
-        state = f"{done} of {epochs} epochs done"
-        if args.patience <= wait:
-            state += f", {wait} in a row without a lower validation loss"
-        raise ValueError(f"{path}: {state}: give {' and '.join(needed)}; {to_test}")
-
-
-def recorded_flags(args):
-    """The flags that last.pth keeps, as a dict."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
-
-
-def experiment_name(args):
-    recipe = "" if args.recipe == "tutorial" else f"-{args.recipe}"
-    return f"bs{args.batch_size}-epoch{args.epochs}{recipe}"
 
 
 def command(script, *words, out=None):

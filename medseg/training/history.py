@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import sys
 import time
 from datetime import timedelta
@@ -17,17 +16,15 @@ from medseg.training.recipes import RECIPES
 ALL_BACKGROUND_LIMIT = 3  # epochs in a row without a pixel of foreground before a warning
 
 
-def progress_bar(loader, progress, title):
-    """tqdm over the batches that the epoch has left, silent in all processes but the first."""
-    batches = loader
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(progress.epoch, progress.step)
-    else:
-        batches = itertools.islice(loader, progress.step, None)
+def progress_bar(batches, loader, done, title):
+    """tqdm over the batches of `loader` that the epoch has left, after `done` of them.
+
+    Silent in all processes but the first.
+    """
     return tqdm(
         batches,
         title,
-        initial=progress.step,
+        initial=done,
         total=len(loader) if hasattr(loader, "__len__") else None,
         unit=" batches",
         leave=False,
@@ -97,6 +94,13 @@ def print_epoch(history, num_epochs, better):
         )
 
 
+def print_early_stop(progress, patience):
+    print(
+        f"stopping early: no lower validation loss since epoch {progress.best_epoch}; "
+        f"--resume with a --patience above {patience} goes on"
+    )
+
+
 def log_values(row):
     """A row of the history under SwanLab's keys, the tutorial's among them."""
     values = {
@@ -135,12 +139,10 @@ def print_run(root, args, loaders, model, machine):
     counts = ", ".join(f"{len(loader.rows)} {split}" for split, loader in loaders.items())
     world, weights = rank_and_world()[1], sum(weight.numel() for weight in model.parameters())
     processes = f"{world} x " if world > 1 else ""
-    sizes = f"{args.image_size}x{args.image_size}"
-    if args.image_size is None or any(loader.one_by_one for loader in loaders.values()):
-        sizes = "their own size"
-    crop = loaders["train"].crop if "train" in loaders else None
-    if crop:
-        sizes += f", trained on crops of {crop}x{crop}"
+    side = model.image_size
+    sizes = f"{side}x{side}" if side else "their own size"
+    if args.crop and not args.test_only:
+        sizes += f", trained on crops of {args.crop}x{args.crop}"
     print(
         f"{root}: {counts} images at {sizes}; "
         f"{processes}{machine}; {weights:,} parameters; writing to {args.out}",
@@ -149,6 +151,11 @@ def print_run(root, args, loaders, model, machine):
     if args.recipe != "tutorial":
         values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
         print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
+
+
+def print_new_head(model):
+    classes = ", ".join(model.class_names)
+    print(f"the last layer starts anew: its classes are {classes}", flush=True)
 
 
 def list_skipped(lines, out):

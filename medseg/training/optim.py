@@ -7,19 +7,19 @@ import torch
 from torch.nn.utils import get_total_norm
 
 
-def make_schedule(kind, warmup, steps):
+def make_schedule(schedule, warmup, steps):
     """The factor of the learning rate as a function of the step; None where it is always 1.
 
     From 0 to 1 over `warmup` steps, then 1 ('constant'), or down to 0 at `steps` ('cosine').
     Loshchilov, Hutter: "SGDR", ICLR 2017, equation 5, one cycle.
     """
-    if kind == "constant" and not warmup:
+    if schedule == "constant" and not warmup:
         return None
 
     def factor(step):
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if kind == "cosine":
+        if schedule == "cosine":
             return (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
         return 1.0
 

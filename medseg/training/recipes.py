@@ -2,7 +2,6 @@
 
 import argparse
 
-from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, Architecture
 
 # Named sets of flags; what the command line gives besides wins.
@@ -33,37 +32,37 @@ RECIPES = {
         "augment": "rotate=180,scale=0.1,contrast=0.1,brightness=0.1,flip=1",
     },
 }
-LOSSES = {"dice": (1.0, 100.0), "bce": (1.0, 100.0), "focal": (1.0, 100.0)}  # for `parse_words`
+# {name: (weight where none is given, highest)}, for `medseg.cli.parse_named_values`.
+LOSSES = {"dice": (1.0, 100.0), "bce": (1.0, 100.0), "focal": (1.0, 100.0)}
 N_FILTERS = {"tutorial": 32, "drive": 64, "study": 64}  # of the first level, as published
 
 
 def arch_flags(arch):
     """The flags that --arch sets besides, as a dict."""
-    return {**_word_flags(Architecture(**ARCHITECTURES[arch])), "n_filters": N_FILTERS[arch]}
+    return {**_layer_flags(Architecture(**ARCHITECTURES[arch])), "n_filters": N_FILTERS[arch]}
 
 
-def _word_flags(words):
-    """The words of an `Architecture` that have a flag of their own."""
-    return {"depth": words.depth, "norm": words.norm or "none", "dropout": words.dropout}
+def _layer_flags(architecture):
+    """What of an `Architecture` has a flag of its own."""
+    norm = architecture.norm or "none"
+    return {"depth": architecture.depth, "norm": norm, "dropout": architecture.dropout}
 
 
-def network_words(args):
-    """The words of `medseg.layers.Architecture` that --arch and the flags beside it give."""
+def architecture_of(args):
+    """The `Architecture` that --arch and the flags beside it give."""
     norm = None if args.norm == "none" else args.norm
     own = {"depth": args.depth, "norm": norm, "dropout": args.dropout}
-    words = {**ARCHITECTURES[args.arch], **own}
+    settings = {**ARCHITECTURES[args.arch], **own}
     if norm is None:
-        words.pop("bias", None)  # left out only where a normalisation has one
-    return words
+        settings.pop("bias", None)  # left out only where a normalisation has one
+    return Architecture(**settings)
 
 
 def network_flags(model, path):
     """The flags that make the UNet in the file `path`, as a dict. ValueError where none do."""
-    words = model.architecture
-    flags = _word_flags(words)
+    flags = _layer_flags(model.architecture)
     for arch in ARCHITECTURES:
-        named = argparse.Namespace(arch=arch, **flags)
-        if Architecture(**network_words(named)) == words:
-            flags |= {"arch": arch, "n_filters": model.n_filters, "n_channels": model.n_channels}
-            return {**flags, "image_size": model.image_size or IMAGE_SIZE}
+        if architecture_of(argparse.Namespace(arch=arch, **flags)) == model.architecture:
+            flags = {"arch": arch, **flags, "n_filters": model.n_filters}
+            return {**flags, "n_channels": model.n_channels}
     raise ValueError(f"{path}: its network is none that --arch has a name for")

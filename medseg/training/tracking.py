@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from medseg.cli import one_line
+from medseg.dist import is_first
 
 
 class SwanLab:
@@ -140,6 +141,24 @@ class SwanLab:
     @staticmethod
     def _print(text):
         print(f"SwanLab: {text}", flush=True)
+
+
+def start_tracker(args, flags, checkpoint):
+    """The SwanLab run of these flags; in all processes but the first, one that does nothing."""
+    return SwanLab(
+        args.swanlab if is_first() and not args.test_only else "disabled",
+        project=args.project,
+        experiment_name=args.experiment_name or experiment_name(args),
+        config=flags,
+        log_dir=Path(args.out) / "swanlog",
+        run_id=checkpoint and checkpoint["flags"].get("swanlab_run"),
+    )
+
+
+def experiment_name(args):
+    """The tutorial's, bs32-epoch40, and the recipe where that is not the tutorial's."""
+    recipe = "" if args.recipe == "tutorial" else f"-{args.recipe}"
+    return f"bs{args.batch_size}-epoch{args.epochs}{recipe}"
 
 
 def _silence_sync_tip():

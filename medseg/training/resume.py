@@ -1,0 +1,114 @@
+"""A run gone on with: its checkpoint, the flags it keeps, and whether there is more to do."""
+
+import math
+import sys
+from pathlib import Path
+
+from medseg.cli import flag_name
+from medseg.dist import restart_count
+from medseg.training.checkpoint import BEST, CURVES, LAST, PREVIOUS, read_checkpoint
+
+NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
+# The flags that a resumed run need not have in common with its beginning. Any other decides the
+# result; how far --epochs and --patience may change, `check_can_go_on` says.
+MAY_CHANGE = (
+    *(*NOT_RECORDED, "data", "epochs", "patience", "device", "compile", "save_every"),
+    *("swanlab", "project", "experiment_name"),
+)
+
+
+def find_checkpoint(args):
+    """The checkpoint whose flags are to be taken, or None."""
+    out = Path(args.out)
+    has_checkpoint = any((out / name).exists() for name in (LAST, PREVIOUS))
+    restarted = restart_count() > 0 and has_checkpoint  # by torchrun, after a process died
+    if args.resume or restarted:
+        return read_checkpoint(out)
+    if args.test_only and has_checkpoint:
+        try:
+            return read_checkpoint(out)
+        except ValueError as error:  # best_model.pth may be good all the same
+            print(f"WARNING: {error}: testing with the flags given", file=sys.stderr)
+    return None
+
+
+def recorded_flags(args):
+    """The flags that last.pth keeps, as a dict."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+
+
+def check_same_run(args, checkpoint, parser):
+    """ValueError where a flag that decides the result differs from the checkpoint's.
+
+    parser: whose defaults are the checkpoint's flags.
+    """
+    for name, now in vars(args).items():
+        before = parser.get_default(name)
+        if name not in MAY_CHANGE and before != now:
+            flag = flag_name(name)
+            raise ValueError(
+                f"{checkpoint['path']}: was trained with {flag} {before}, not {now}: leave {flag} "
+                "away, or start afresh without --resume"
+            )
+
+
+def check_can_go_on(args, checkpoint):
+    """ValueError unless the epochs done are the beginning of a run with these flags that goes on.
+
+    The message says which flag to give. A run that was stopped in its test goes on with that, and
+    torchrun may restart one that has ended.
+    """
+    path, before = checkpoint["path"], {**vars(args), **checkpoint["flags"]}
+    epochs, patience = before["epochs"], before["patience"]
+    done, wait = waits(checkpoint)
+    same = (args.epochs, args.patience) == (epochs, patience)
+    if same and (restart_count() or not has_ended(path.parent)):
+        return
+    to_test = "to test its weights again, give --test-only in place of --resume"
+    if args.schedule != "constant" and done >= epochs:
+        raise ValueError(
+            f"{path}: {done} of {epochs} epochs done, and --epochs cannot change, for --schedule "
+            f"{args.schedule} ends with them: start a new run from its weights with --init "
+            f"{path.parent / BEST} and another --out; {to_test}"
+        )
+    if args.schedule != "constant" and args.epochs != epochs:
+        raise ValueError(
+            f"{path}: --schedule {args.schedule} ends with --epochs {epochs}, not {args.epochs}: "
+            "leave --epochs away, or start afresh without --resume"
+        )
+    needed = []
+    if args.epochs <= done:
+        needed.append(f"--epochs N, more than {done}")
+    if args.patience <= wait:
+        needed.append(f"--patience N, more than {wait}")
+    if needed:
+        state = f"{done} of {epochs} epochs done"
+        if args.patience <= wait:
+            state += f", {wait} in a row without a lower validation loss"
+        raise ValueError(f"{path}: {state}: give {' and '.join(needed)}; {to_test}")
+
+
+def waits(checkpoint):
+    """(epochs done, most of them in a row without a lower validation loss) of a checkpoint.
+
+    ValueError where it does not say.
+    """
+    progress = checkpoint["progress"]
+    history = progress.get("history") if isinstance(progress, dict) else None
+    rows = history if isinstance(history, list) else [None]
+    losses = [row.get("val_loss") if isinstance(row, dict) else None for row in rows]
+    if not all(isinstance(loss, (int, float)) for loss in losses):
+        raise ValueError(f"{checkpoint['path']}: damaged: it has no history of validation losses")
+    lowest, wait, longest = math.inf, 0, 0
+    for loss in losses:
+        wait = 0 if loss < lowest else wait + 1  # NaN is never lower
+        lowest, longest = min(lowest, loss), max(longest, wait)
+    return len(losses), longest
+
+
+def has_ended(out):
+    """Whether the run in a folder has been tested since its last checkpoint."""
+    try:
+        return (out / CURVES).stat().st_mtime_ns >= (out / LAST).stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
