@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from medseg.audit import audit, grouped_split, require_data_set
+from medseg.audit import audit, require_data_set
 from medseg.augment import (
     augment,
     count_draws,
@@ -42,6 +42,7 @@ from medseg.coco import (
 from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.images import IMAGE_SIZE, preprocess, read_image
 from medseg.run_lengths import unite
+from medseg.splits import grouped_split
 
 
 class COCOSegmentationDataset(Dataset):

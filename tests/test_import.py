@@ -37,14 +37,12 @@ from medseg import phantoms
 from medseg.cli import run_main
 from medseg.formats.dicom import read_dicom
 from medseg.images import read_image
-from medseg.importing import collect as sources
-from medseg.importing import flags as own_data
-from medseg.importing import volumes as volume_masks
-from medseg.importing import writing as dataset
+from medseg.importing import collect, flags, volumes, writing
 from medseg.importing.labelme import draw_shapes
-from medseg.importing.mask_values import meaning_of
+from medseg.importing.mask_values import classes_of_counts
 from medseg.importing.pairing import pair_files
-from medseg.importing.writing import Item, draw_splits, write_dataset
+from medseg.importing.writing import Example, write_dataset
+from medseg.splits import draw_splits
 
 SIZE = (40, 30)  # width, height
 ALL = ("--split", "100", "0", "0")
@@ -335,21 +333,23 @@ SMOOTHED = {  # pixels of each value, whether the mask is cut at half
 @pytest.mark.parametrize("case", SMOOTHED)
 def test_what_counts_as_smoothed(case):
     counts, cut = SMOOTHED[case]
-    meaning = meaning_of([("a.png", "grey", counts)], "masks")
+    mask_classes = classes_of_counts([("a.png", "grey", counts)], "masks")
     if cut:
-        assert meaning.classes == FOREGROUND and meaning.values == {("grey", 255): "foreground"}
+        assert mask_classes.names == FOREGROUND and mask_classes.class_of == {
+            ("grey", 255): "foreground"
+        }
     else:
-        assert meaning.classes == [str(value) for value in sorted(counts) if value]
+        assert mask_classes.names == [str(value) for value in sorted(counts) if value]
 
 
 def test_255_classes_and_no_more():
     everything = dict.fromkeys(range(256), 1)
-    meaning = meaning_of([("a.png", "volume", everything)], "masks")
-    assert meaning.classes == [str(value) for value in range(1, 256)]
+    mask_classes = classes_of_counts([("a.png", "volume", everything)], "masks")
+    assert mask_classes.names == [str(value) for value in range(1, 256)]
     with pytest.raises(ValueError, match=r"a\.png: holds 257 "):
-        meaning_of([("a.png", "grey", everything | {256: 1})], "masks")
+        classes_of_counts([("a.png", "grey", everything | {256: 1})], "masks")
     with pytest.raises(ValueError, match=r"b\.png: with this one"):
-        meaning_of([("a.png", "grey", everything), ("b.png", "grey", {256: 1})], "masks")
+        classes_of_counts([("a.png", "grey", everything), ("b.png", "grey", {256: 1})], "masks")
 
 
 def test_whole_numbers_of_a_float_tiff(here):
@@ -870,8 +870,8 @@ def test_each_pair_of_volumes_is_opened_twice(here, monkeypatch):
         opened.append(image.name)
         return nifti_pairs(image, mask, *options)
 
-    nifti_pairs = volume_masks.volume_pairs
-    monkeypatch.setattr(volume_masks, "volume_pairs", counting)
+    nifti_pairs = volumes.open_pair
+    monkeypatch.setattr(volumes, "open_pair", counting)
     for number in range(5):
         volume(number)
     done(*VOLUMES, *ALL)
@@ -1043,7 +1043,7 @@ def test_turn_agrees_with_pillow():
     for orientation in range(1, 9):
         image.getexif()[0x0112] = orientation
         wanted = np.asarray(ImageOps.exif_transpose(image))
-        np.testing.assert_array_equal(sources.turn(np.asarray(image), orientation), wanted)
+        np.testing.assert_array_equal(collect.turn(np.asarray(image), orientation), wanted)
 
 
 # ---------------------------------------------------------------- splits
@@ -1148,7 +1148,7 @@ def test_bids_names_are_subjects(here):
     assert len(where) == 6 + 4  # the others are no subjects
     out = done(*flags, "--force", "--group", r"(.)\.png$")
     assert "subjects" not in out
-    assert sources.find_groups(["sub-1", "site/sub-2/x.png", "x.png"]) == ["sub-1", "sub-2", ""]
+    assert collect.find_groups(["sub-1", "site/sub-2/x.png", "x.png"]) == ["sub-1", "sub-2", ""]
     ends = [{name[-1] for name in stored(split)} for split in ("train", "valid", "test")]
     assert sum(map(len, ends)) == len(set.union(*ends))
 
@@ -1178,7 +1178,7 @@ def test_volumes_of_a_subject_stay_in_one_split(here):
 
 def test_every_split_gets_an_image():
     for count in range(3, 30):
-        items = [Item(str(number), "", None) for number in range(count)]
+        items = [Example(str(number), "", None) for number in range(count)]
         drawn = draw_splits(items, (90, 5, 5), 0)
         sizes = [len(drawn[split]) for split in ("train", "valid", "test")]
         assert sum(sizes) == count and min(sizes) >= 1
@@ -1212,14 +1212,14 @@ def test_interrupted_import_leaves_nothing(here, monkeypatch):
     folders(9)
     done("--masks", "images", "masks")
     before = tree(Path())
-    convert = dataset._convert
+    convert = writing._convert
 
     def stop(item, **options):
         if item.name == "5":
             raise KeyboardInterrupt
         return convert(item, **options)
 
-    monkeypatch.setattr(dataset, "_convert", stop)
+    monkeypatch.setattr(writing, "_convert", stop)
     for data in ("dataset", "new"):
         status, _, errors = run("--masks", "images", "masks", "--force", "--data", data)
         assert (status, errors) == (130, ["download.py: interrupted"])
@@ -1232,7 +1232,7 @@ def test_full_disk(here, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset.shutil, "copyfile", full)
+    monkeypatch.setattr(writing.shutil, "copyfile", full)
     refused("--masks", "images", "masks", words=["disk of dataset is full"])
 
 
@@ -1256,7 +1256,7 @@ def test_wrong_flags(here, flags, word):
 
 
 def test_names_are_unique_and_safe():
-    names = sources.unique_names
+    names = collect.unique_names
     assert names(["a/1.png", "a/2.jpg"]) == ["1", "2"]
     assert names(["a/1.png", "b/1.png", "b/2.png"]) == ["a_1", "b_1", "b_2"]
     assert len(set(names(["a_b/1.png", "a/b_1.png", "c/1.png", "c/1.jpg"]))) == 4
@@ -1273,7 +1273,7 @@ def test_memory_does_not_grow_with_the_images(here):
         return Image.new("RGB", (256, 256)), {"a": mask}
 
     def peak(count):
-        items = [Item(f"{number:04}", "", load) for number in range(count)]
+        items = [Example(f"{number:04}", "", load) for number in range(count)]
         tracemalloc.start()
         write_dataset(Path(f"d{count}"), items, ["a"])
         size = tracemalloc.get_traced_memory()[1]
@@ -1505,7 +1505,7 @@ def test_images_of_labelme_files_are_found_in_any_unicode_form(here):
     got = np.asarray(read_image(f"dataset/train/{NFC}.png"))
     np.testing.assert_array_equal(got, np.asarray(photo(7)))
     assert stored()[NFC][NFC].sum() == stored()["y"][NFC].sum() == 25
-    assert sources.existing_file(f"lm/{NFC}") is None  # a folder
+    assert collect.existing_file(f"lm/{NFC}") is None  # a folder
 
 
 def test_images_of_a_coco_file_are_found_in_any_unicode_form(here):
@@ -1780,7 +1780,7 @@ def test_two_classes_of_phantoms(here):
 
 
 def test_flags_are_documented():
-    parser_flags = {"--" + name.replace("_", "-") for name in own_data.NEED_A_SOURCE}
+    parser_flags = {"--" + name.replace("_", "-") for name in flags.NEED_AN_IMPORTER}
     help_text = io.StringIO()
     with contextlib.redirect_stdout(help_text), pytest.raises(SystemExit):
         download.get_args(["--help"])

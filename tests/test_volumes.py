@@ -39,15 +39,15 @@ from PIL import Image
 
 import predict
 from medseg import settings
-from medseg.audit import grouped_split
 from medseg.drawing import class_colors, montage, overlay
 from medseg.formats import dicom, nifti
 from medseg.formats.dicom import read_any_image, read_dicom
 from medseg.formats.medical import base_name, file_format, mask_name, window_to_uint8
 from medseg.formats.nifti import open_nifti, write_mask
-from medseg.importing.volumes import volume_pairs
+from medseg.importing.volumes import open_pair
 from medseg.predicting.inputs import pictures_in
 from medseg.settings import window_limits
+from medseg.splits import grouped_split
 from net import UNet, load_model
 
 
@@ -517,12 +517,12 @@ def test_pairs_of_volumes_become_pairs_of_slices(tmp_path):
     image = write_nifti(tmp_path / "a.nii.gz", voxels, zooms=(1, 3, 1))
     nearly = np.diag([1.00001, 3, 1, 1])
     mask = write_nifti(tmp_path / "m.nii.gz", classes, nearly)
-    pairs = volume_pairs(image, mask, (500, 1000))
-    assert len(pairs) == 4 and pairs[2][0] == "_z002"
-    assert [suffix for suffix, *_ in pairs] == ["_z000", "_z001", "_z002", "_z003"]
-    for index, (_, picture, numbers) in enumerate(pairs):
-        assert picture.mode == "L" and picture.size == (5, 6)
-        np.testing.assert_array_equal(np.asarray(picture), (voxels[:, index] * 0.255).round())
+    pair = open_pair(image, mask, (500, 1000))
+    assert len(pair) == 4
+    for index in range(4):
+        wanted = (voxels[:, index] * 0.255).round()
+        np.testing.assert_array_equal(pair.pictures[index], wanted)
+        numbers = pair.class_numbers(index)
         np.testing.assert_array_equal(numbers, classes[:, index])
         assert numbers.dtype == np.uint16
 
@@ -540,7 +540,7 @@ def test_pairs_that_do_not_match_are_one_line(tmp_path):
     ]:
         path = write_nifti(tmp_path / f"{name}.nii.gz", values, affine)
         with pytest.raises(ValueError) as refusal:
-            list(volume_pairs(image, path))
+            open_pair(image, path).class_numbers(0)
         one_line(refusal, path, word)
         assert word == "class numbers" or str(image) in str(refusal.value)
 
