@@ -240,7 +240,9 @@ def test_encodings_may_be_mixed_where_each_has_one_value(here):
     for number, label_map in enumerate(maps):
         assert_array_equal(stored()[f"{number}"]["x"], label_map == 1)
     save_pair("0", grey([0, 1, 2])(labels(0, 2)))
-    refuse_download(*MASKS, "--force", words=["masks", "grey (2)"])
+    for path in (Path("images/1.png"), Path("masks/1.png")):
+        path.unlink()
+    refuse_download(*MASKS, "--force", words=["masks", "grey (2), colour (1)"])
 
 
 def test_grey_masks_may_be_stored_as_colours(here):
@@ -283,6 +285,7 @@ BAD_MASKS = {  # name, picture or bytes, what the message names
     "colours in JPEG": ("a.jpg", photo(5), "a.jpg"),
     "small values in JPEG": ("a.jpg", Image.new("L", PHOTO, 3), "JPEG"),
     "empty": ("a.png", Image.new("L", PHOTO), "empty"),
+    "empty JPEG": ("a.jpg", Image.new("L", PHOTO), "empty"),
     "another size": ("a.png", Image.new("L", (30, 40), 1), "30x40"),
     "fractions": ("a.tif", Image.new("F", PHOTO, 0.5), "a.tif"),
     "CMYK": ("a.tif", Image.new("CMYK", PHOTO), "CMYK"),
@@ -555,16 +558,22 @@ def test_candidates_of_one_name_are_told_apart(here):
     refuse_download(*MASKS, words=["x.png: p/x.png, q/x.png"])
 
 
-def test_nested_folders_and_one_inside_the_other(here):
+@pytest.mark.parametrize(
+    "images, masks", [("data", "data/masks"), ("data/images", "data"), ("data/i", "data/m")]
+)
+def test_nested_folders_and_one_inside_the_other(here, images, masks):
     for folder in ("p", "q"):
-        save(photo(), f"data/{folder}/1.jpg")
-        save(grey([0, 1])(labels(len(folder))), f"data/masks/{folder}/1.png")
-    save(photo(), "data/.hidden/2.jpg")
-    run_download("--masks", "data", "data/masks", *ALL)
+        save(photo(), f"{images}/{folder}/1.jpg")
+        save(grey([0, 1])(labels(len(folder))), f"{masks}/{folder}/1.png")
+    save(photo(), f"{images}/.hidden/2.jpg")
+    assert "pairs: 2 by name" in run_download("--masks", images, masks, *ALL)
     assert set(stored()) == {"p_1", "q_1"}
+
+
+def test_two_spellings_of_one_folder(here):
     save(grey([0, 1])(labels()), "one/x_mask.png")
     save(photo(), "one/x.jpg")
-    assert "x.jpg and x_mask.png" in run_download("--masks", "one", "./one/", *ALL, "--force")
+    assert "x.jpg and x_mask.png" in run_download("--masks", "one", "./one/", *ALL)
 
 
 # ---------------------------------------------------------------- EXIF
