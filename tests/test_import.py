@@ -136,6 +136,8 @@ def test_bids_names_are_subjects(here):
     ends = [{name[-1] for name in stored(split)} for split in ("train", "valid", "test")]
     assert sum(map(len, ends)) == len(set.union(*ends))
     assert collect.find_groups(["sub-1", "site/sub-2/x.png", "x.png"]) == ["sub-1", "sub-2", ""]
+    assert collect.find_groups(["a1_x.png", "b2_x.png"], r"(\d)_x|_y") == ["1", "2"]
+    assert collect.find_groups(["a1_x.png", "b2_x.png"], r"\d_x") == ["1_x", "2_x"]
 
 
 @pytest.mark.parametrize("source", ["labelme", "coco"])
