@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Dataset
 
 from medseg import dist
-from medseg.audit import audit, grouped_split, require_data_set
+from medseg.audit import audit, require_data_set
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
 from medseg.cli import ArgumentParser, output_folder, parse_named_values, run_main
@@ -39,6 +39,7 @@ from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.images import IMAGE_SIZE, preprocess, read_image
 from medseg.normalization import normalize
 from medseg.run_lengths import unite
+from medseg.splits import grouped_split
 
 
 class COCOSegmentationDataset(Dataset):

@@ -30,7 +30,7 @@ from medseg.files import check_regular
 from medseg.importing import flags as own_data
 from medseg.importing.writing import holds_own_data
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
-from medseg.splits import check_disk_space, install, occupied, read_splits
+from medseg.splits import check_disk_space, install, present_splits, read_splits
 
 SLUG = "pkdarabi/brain-tumor-image-dataset-semantic-segmentation"
 PAGE = f"https://www.kaggle.com/datasets/{SLUG}"
@@ -297,10 +297,10 @@ def get_data(root, args):
 
     Raises DownloadError, ValueError or OSError; no split has changed then.
     """
-    if own_data.source(args):
+    if own_data.chosen_importer(args):
         own_data.import_data(root, args)
         return
-    keep = occupied(root) and not args.force
+    keep = present_splits(root) and not args.force
     try:
         if args.synthetic:
             options = {"seed": args.seed, "force": args.force, "two_classes": args.two_classes}
@@ -351,7 +351,7 @@ def main(argv=None):
         for folder in [root / ".download"] + [root] * (not existed):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # succeeds only where the folder is empty
-    if own_data.source(args):
+    if own_data.chosen_importer(args):
         own_data.print_next(root, data_flag)
     else:
         print_summary(root, data_flag)

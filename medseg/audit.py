@@ -1,13 +1,9 @@
-"""What a data set holds, what is wrong with it, and a split that keeps neighbours together."""
+"""What a data set holds, and what is wrong with it."""
 
-import json
 import math
-import os
-import re
-import shutil
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -19,16 +15,15 @@ from medseg.coco import (
     LAYOUT,
     MAX_CLASSES,
     SPLITS,
-    image_path,
     listed,
     load_coco,
-    recorded_settings,
     used_categories,
 )
 from medseg.drawing import class_colors, outline, with_legend
 from medseg.files import atomic_write, parallel_map
 from medseg.images import SUFFIXES, pixel_format, read_image
 from medseg.run_lengths import unite
+from medseg.splits import slice_number
 
 TILE = 160  # pixels a side of an image in the contact sheet
 TILES = 8  # of each split, and in a row
@@ -41,7 +36,7 @@ class SplitSummary:
     """What was counted in the images of one split."""
 
     sizes: Counter = field(default_factory=Counter)  # (width, height) -> images
-    kinds: Counter = field(default_factory=Counter)  # how pixels are stored -> images
+    pixel_formats: Counter = field(default_factory=Counter)  # '8-bit RGB', ... -> images
     pixels: int = 0
     foreground: int = 0  # pixels of any class
     class_pixels: Counter = field(default_factory=Counter)  # name -> pixels
@@ -88,9 +83,9 @@ def audit(root, out, open_split):
             print(f"  lacks        {shown}: no annotation of it in this split")
     for split in SPLITS[1:]:
         if split in summaries and "train" in summaries:
-            found = near_duplicates(summaries[split].thumbnails, summaries["train"].thumbnails)
-            if found:
-                print(f"{split} beside train: {found}")
+            overlap = near_duplicates(summaries[split].thumbnails, summaries["train"].thumbnails)
+            if overlap:
+                print(f"{split} beside train: {overlap}")
     tiles = [tile for summary in summaries.values() for tile in summary.tiles]
     if tiles:
         shown = names[:MAX_CLASSES]  # a line each below the tiles: a JPEG ends at 65,500 pixels
@@ -118,9 +113,9 @@ def _examine_split(dataset, split, problems):
             summary.unreadable += 1
             problems.append(str(result))
             continue
-        size, kind, area, areas, thumbnail, tile = result
+        size, pixel_format, area, areas, thumbnail, tile = result
         summary.sizes[size] += 1
-        summary.kinds[kind] += 1
+        summary.pixel_formats[pixel_format] += 1
         summary.pixels += size[0] * size[1]
         summary.foreground += area
         summary.empty += area == 0
@@ -134,19 +129,19 @@ def _examine_split(dataset, split, problems):
 
 
 def _print_split(split, dataset, summary):
-    listed = {PurePosixPath(record["file_name"]).name for record in dataset.coco.imgs.values()}
+    names = {PurePosixPath(record["file_name"]).name for record in dataset.coco.imgs.values()}
     unlisted = sum(
-        path.suffix.lower() in SUFFIXES and path.name not in listed
+        path.suffix.lower() in SUFFIXES and path.name not in names
         for path in dataset.image_dir.iterdir()
     )
     pixels = max(summary.pixels, 1)
     percent = 100 * summary.foreground / pixels
     sizes = [f"{w}x{h}: {count}" for (w, h), count in summary.sizes.most_common(5)]
-    kinds = [f"{kind}: {count}" for kind, count in summary.kinds.most_common(5)]
+    formats = [f"{name}: {count}" for name, count in summary.pixel_formats.most_common(5)]
     more = " ..." if len(summary.sizes) > 5 else ""
     print(f"{split}: {len(dataset)} images, {len(dataset.coco.anns)} annotations")
     print(f"  sizes        {', '.join(sizes)}{more}")
-    print(f"  pixels       {', '.join(kinds)}")
+    print(f"  pixels       {', '.join(formats)}")
     print(
         f"  foreground   {percent:.2f} % of the pixels "
         f"(answering background everywhere is {100 - percent:.2f} % accurate)"
@@ -155,9 +150,9 @@ def _print_split(split, dataset, summary):
     annotations = Counter(entry["category_id"] for entry in dataset.coco.anns.values())
     for name in dataset.classes[:MAX_CLASSES]:
         count = sum(annotations[key] for key in ids.get(name, ()))
-        share, images = 100 * summary.class_pixels[name] / pixels, summary.class_images[name]
+        own, images = 100 * summary.class_pixels[name] / pixels, summary.class_images[name]
         print(
-            f"  category     {name}: {count} annotations, {share:.2f} % of the pixels, "
+            f"  category     {name}: {count} annotations, {own:.2f} % of the pixels, "
             f"in {images} images"
         )
     if len(dataset.classes) > MAX_CLASSES:
@@ -191,9 +186,9 @@ def near_duplicates(some, train):
     own, others = (np.stack([values for _, values in images]) for images in (some, train))
     mean = others.mean(0) if len(others) > 1 else 0
     correlation = (_unit_length(own - mean) @ _unit_length(others - mean).T).max(1)
-    share = (correlation >= NEAR_DUPLICATE).mean()
+    fraction = (correlation >= NEAR_DUPLICATE).mean()
     text = (
-        f"{share:.1%} of the images have a near-duplicate there "
+        f"{fraction:.1%} of the images have a near-duplicate there "
         f"(correlation of 16x16 grey details from {NEAR_DUPLICATE} on)"
     )
     numbers = {slice_number(name) for name, _ in train}
@@ -208,12 +203,6 @@ def _unit_length(vectors):
     """Rows with mean 0 and length 1: the product of two is their correlation."""
     vectors = vectors - vectors.mean(1, keepdims=True)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-
-
-def slice_number(name):
-    """The number that a file name begins with, or None."""
-    digits = re.match(r"\d+", name)
-    return int(digits[0]) if digits else None
 
 
 def _tile(image, masks, n_classes):
@@ -235,77 +224,3 @@ def _save_contact_sheet(tiles, class_names, path):
     with atomic_write(path, sync=False) as file:
         with_legend(sheet, class_names).save(file, "JPEG", quality=90)
     return path
-
-
-# ---- a split by blocks of neighbouring slices ------------------------------------------------
-
-
-def grouped_split(root, target, seed=0, block=50):
-    """Write the images of all splits of `root` to `target`, split anew by blocks of file numbers.
-
-    Neighbouring slices then stay together, but for the edges of the blocks, so that a score owes
-    less to them. The new splits have about the shares of the old ones; `block` images each go to
-    one, drawn by `seed`. Files are linked where the file system can, else copied. Returns target.
-    Raises ValueError where target exists or a name has no number.
-    """
-    root, target = Path(root), Path(target)
-    if target.exists():
-        raise ValueError(f"{target}: exists; remove it, or name another folder")
-    entries, counts, categories, info = [], [], None, {}
-    for split in SPLITS:
-        coco = load_coco(root / split)
-        categories = categories or coco.dataset["categories"]
-        settings = recorded_settings(root / split)
-        info = info or {key: value for key, value in settings.items() if value}
-        counts.append(len(coco.imgs))
-        entries += _numbered_images(coco, root / split)
-    if len({path.name for _, path, *_ in entries}) < len(entries):
-        raise ValueError(f"{root}: two splits hold images of one name, which cannot share a folder")
-    entries.sort(key=lambda entry: (entry[0], entry[1].name))
-    blocks = [entries[start : start + block] for start in range(0, len(entries), block)]
-    order = np.random.default_rng(seed).permutation(len(blocks))
-    ends = np.cumsum(counts) / len(entries) * len(blocks)
-    split_of = np.searchsorted(ends, np.arange(len(blocks)) + 0.5)  # of the n-th block drawn
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        for number, split in enumerate(SPLITS):
-            drawn = sorted(order[split_of == number])
-            if not drawn:
-                raise ValueError(f"{root}: too few images for blocks of {block} in three splits")
-            chosen = [entry for index in drawn for entry in blocks[index]]
-            _write_split(building / split, chosen, categories, info)
-        os.replace(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return target
-
-
-def _numbered_images(coco, folder):
-    """[(file number, path, image record, its annotations)] of a split."""
-    entries = []
-    for image_id in coco.getImgIds():
-        record = coco.imgs[image_id]
-        path = image_path(folder, record["file_name"])
-        if slice_number(path.name) is None:
-            raise ValueError(
-                f"{path}: the file name does not begin with a number, "
-                "so its neighbours are not known"
-            )
-        entries.append((slice_number(path.name), path, record, coco.imgToAnns.get(image_id, [])))
-    return entries
-
-
-def _write_split(folder, entries, categories, info):
-    folder.mkdir(parents=True)
-    images, annotations = [], []
-    for index, (_, path, record, own) in enumerate(entries):
-        try:
-            os.link(path, folder / path.name)
-        except OSError:
-            shutil.copy2(path, folder / path.name)
-        images.append({**record, "id": index, "file_name": path.name})
-        for annotation in own:
-            annotations.append({**annotation, "id": len(annotations), "image_id": index})
-    lists = {"images": images, "annotations": annotations, "categories": categories}
-    content = {"info": info, **lists} if info else lists
-    (folder / ANNOTATIONS).write_text(json.dumps(content))

@@ -134,8 +134,8 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def parallel_map(function, items):
-    """Yield function(item), or the FileNotFoundError or ValueError it raised, in order.
+def parallel_map(function, items, *, catch=(FileNotFoundError, ValueError)):
+    """Yield function(item), or the error of the classes `catch` that it raised, in order.
 
     On all cores, a few items ahead and no more, so that memory does not grow with their number.
     Threads, not processes: decoding and resizing release the interpreter's lock, and nothing is
@@ -145,7 +145,7 @@ def parallel_map(function, items):
     def attempt(item):
         try:
             return function(item)
-        except (FileNotFoundError, ValueError) as error:
+        except catch as error:
             return error
 
     cores = available_cores()

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, SPLITS
-from medseg.splits import install, occupied, read_splits
+from medseg.splits import install, present_splits, read_splits
 
 PHANTOM = "phantoms made by download.py"  # starts info.description of every phantom split
 COUNTS = (400, 100, 100)  # images in train, valid and test
@@ -42,7 +42,7 @@ def make_phantoms(root, counts=COUNTS, size=256, seed=0, *, force=False, two_cla
     root = Path(root)
     classes = ", two classes" if two_classes else ""
     description = f"{PHANTOM}, size {size}, seed {seed}{classes}"
-    if occupied(root) and not force:
+    if present_splits(root) and not force:
         with contextlib.suppress(ValueError):  # an incomplete split is something else
             splits = read_splits(root, damaged=[])
             existing = [(len(coco["images"]), coco.get("info")) for coco in splits.values()]

@@ -85,9 +85,9 @@ def encode_labels(labels):
     del edges
     values = flat[bounds[:-1]]
     order = np.argsort(values, kind="stable")
-    found, first = np.unique(values[order], return_index=True)
+    distinct, first = np.unique(values[order], return_index=True)
     masks = {}
-    for value, runs in zip(found.tolist(), np.split(order, first[1:]), strict=True):
+    for value, runs in zip(distinct.tolist(), np.split(order, first[1:]), strict=True):
         masks[value] = RunLengths(labels.shape, bounds[runs], bounds[1:][runs])
     return masks
 

@@ -1,11 +1,25 @@
-"""The splits of a data set on disk: complete, present, put in place whole or not at all."""
+"""The splits of a data set: complete, present, put in place whole or not at all, and drawn."""
 
+import json
 import os
+import re
 import shutil
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 
-from medseg.coco import ANNOTATIONS, SPLITS, image_path, read_annotations
+import numpy as np
+
+from medseg.coco import (
+    ANNOTATIONS,
+    SPLITS,
+    image_path,
+    load_coco,
+    read_annotations,
+    recorded_settings,
+)
+
+PERCENTAGES = (70, 15, 15)  # of the imported images in train, valid and test
 
 
 def read_split(folder, damaged):
@@ -31,9 +45,9 @@ def read_splits(root, damaged, splits=SPLITS):
     return {split: read_split(Path(root) / split, damaged) for split in splits}
 
 
-def occupied(root, splits=SPLITS):
-    """Whether `root` holds anything under the name of one of these splits."""
-    return any(os.path.lexists(Path(root) / split) for split in splits)
+def present_splits(root):
+    """The names of the splits that `root` holds anything under, in their order."""
+    return tuple(split for split in SPLITS if os.path.lexists(Path(root) / split))
 
 
 def check_disk_space(folder, needed):
@@ -77,3 +91,121 @@ def install(root, write_splits, splits=SPLITS):
             old.rmdir()
             raise
         shutil.rmtree(old)
+
+
+# ---- splits drawn of imported images ---------------------------------------------------------
+
+
+def wanted_splits(percentages, into):
+    """The names of the splits that are to be written, in their order; into: the only one."""
+    drawn = (name for name, part in zip(SPLITS, percentages, strict=True) if part)
+    return (into,) if into else tuple(drawn)
+
+
+def draw_splits(examples, percentages, seed):
+    """{split: examples} of every split with a percentage, drawn by `seed`; groups stay whole.
+
+    examples: objects with a name and a group; "" is a group of its own. Groups come in random
+    order, each to the split that lacks most images. Every split gets one, else a ValueError.
+    """
+    groups = {}
+    for example in examples:
+        key = example.group, "" if example.group else example.name
+        groups.setdefault(key, []).append(example)
+    drawn = {name: [] for name in wanted_splits(percentages, None)}
+    if len(groups) < len(drawn):
+        what = "images" if len(groups) == len(examples) else "groups of images"
+        raise ValueError(
+            f"{len(groups)} {what} are too few for {len(drawn)} splits: leave splits out with "
+            "--split (as 100 0 0), or write one at a time with --into"
+        )
+    sizes = {n: len(examples) * part / 100 for n, part in zip(SPLITS, percentages, strict=True)}
+    order = np.random.default_rng(seed).permutation(len(groups))
+    members = list(groups.values())
+    for number, index in enumerate(order):
+        empty = [name for name in drawn if not drawn[name]]
+        candidates = empty if len(empty) == len(order) - number else drawn
+        name = max(candidates, key=lambda name: sizes[name] - len(drawn[name]))
+        drawn[name] += members[index]
+    return {name: sorted(chosen, key=attrgetter("name")) for name, chosen in drawn.items()}
+
+
+# ---- a split by blocks of neighbouring slices ------------------------------------------------
+
+
+def slice_number(name):
+    """The number that a file name begins with, or None."""
+    digits = re.match(r"\d+", name)
+    return int(digits[0]) if digits else None
+
+
+def grouped_split(root, target, seed=0, block=50):
+    """Write the images of all splits of `root` to `target`, split anew by blocks of file numbers.
+
+    Neighbouring slices then stay together, but for the edges of the blocks, so that a score owes
+    less to them. The new splits have about the shares of the old ones; `block` images each go to
+    one, drawn by `seed`. Files are linked where the file system can, else copied. Returns target.
+    Raises ValueError where target exists or a name has no number.
+    """
+    root, target = Path(root), Path(target)
+    if target.exists():
+        raise ValueError(f"{target}: exists; remove it, or name another folder")
+    entries, counts, categories, info = [], [], None, {}
+    for split in SPLITS:
+        coco = load_coco(root / split)
+        categories = categories or coco.dataset["categories"]
+        settings = recorded_settings(root / split)
+        info = info or {key: value for key, value in settings.items() if value}
+        counts.append(len(coco.imgs))
+        entries += _numbered_images(coco, root / split)
+    if len({path.name for path, *_ in entries}) < len(entries):
+        raise ValueError(f"{root}: two splits hold images of one name, which cannot share a folder")
+    entries.sort(key=lambda entry: (slice_number(entry[0].name), entry[0].name))
+    blocks = [entries[start : start + block] for start in range(0, len(entries), block)]
+    order = np.random.default_rng(seed).permutation(len(blocks))
+    ends = np.cumsum(counts) / len(entries) * len(blocks)
+    split_of = np.searchsorted(ends, np.arange(len(blocks)) + 0.5)  # of the n-th block drawn
+    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        for number, split in enumerate(SPLITS):
+            drawn = sorted(order[split_of == number])
+            if not drawn:
+                raise ValueError(f"{root}: too few images for blocks of {block} in three splits")
+            chosen = [entry for index in drawn for entry in blocks[index]]
+            _link_split(building / split, chosen, categories, info)
+        os.replace(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def _numbered_images(coco, folder):
+    """[(path, image record, its annotations)] of a split whose file names begin with numbers."""
+    entries = []
+    for image_id in coco.getImgIds():
+        record = coco.imgs[image_id]
+        path = image_path(folder, record["file_name"])
+        if slice_number(path.name) is None:
+            raise ValueError(
+                f"{path}: the file name does not begin with a number, "
+                "so its neighbours are not known"
+            )
+        entries.append((path, record, coco.imgToAnns.get(image_id, [])))
+    return entries
+
+
+def _link_split(folder, entries, categories, info):
+    """Link or copy the images of `_numbered_images` to the new `folder`, and write annotations."""
+    folder.mkdir(parents=True)
+    images, annotations = [], []
+    for index, (path, record, own) in enumerate(entries):
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copy2(path, folder / path.name)
+        images.append({**record, "id": index, "file_name": path.name})
+        for annotation in own:
+            annotations.append({**annotation, "id": len(annotations), "image_id": index})
+    lists = {"images": images, "annotations": annotations, "categories": categories}
+    content = {"info": info, **lists} if info else lists
+    (folder / ANNOTATIONS).write_text(json.dumps(content))

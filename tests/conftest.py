@@ -27,3 +27,9 @@ def no_pictures(monkeypatch):
 @pytest.fixture
 def dataset(tmp_path):
     return make_dataset(tmp_path / "dataset")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,5 +1,6 @@
 """Tiny data sets, made here, and ways to run the scripts."""
 
+import base64
 import contextlib
 import hashlib
 import importlib
@@ -22,10 +23,12 @@ import numpy as np
 import pydicom
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pydicom.data import get_testdata_file
 
 from medseg.cli import run_main
 from medseg.coco import read_segmentation
+from medseg.images import read_image
 from net import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,14 +190,14 @@ SMALL = (
 
 
 def tree(root):
-    """{path: (hash, modification time)} of everything below `root`; None if it does not exist."""
-    if not Path(root).exists():
-        return None
-    found = {}
+    """{path: (hash, modification time), or "folder"} of everything below `root`."""
+    states = {}
     for path in Path(root).rglob("*"):
-        content = hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        found[str(path.relative_to(root))] = (content, path.stat().st_mtime_ns)
-    return found
+        state = "folder"
+        if path.is_file():
+            state = hashlib.sha1(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns
+        states[str(path.relative_to(root))] = state
+    return states
 
 
 def brightness_model(image_size=32):
@@ -275,3 +278,141 @@ def write_nifti(path, voxels, affine=None, *, version=1, slope=None, intercept=0
         content[112:120] = struct.pack("<2f", slope, intercept)
         Path(path).write_bytes(content)
     return path
+
+
+# ---- imports by download.py ------------------------------------------------------------------
+
+ALL = ("--split", 100, 0, 0)
+MASKS = ("--masks", "images", "masks", *ALL)
+PHOTO = (40, 30)  # width, height
+
+
+def run_download(*flags):
+    """download.py in this process, which has to succeed; returns what it printed."""
+    result = script_here("download.py", *flags, cwd=Path.cwd())
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def refuse_download(*flags, words=()):
+    """download.py in this process, refused with nothing changed; returns its one line."""
+    before = tree(Path())
+    result = script_here("download.py", *flags, cwd=Path.cwd())
+    assert_refused(result, *words)
+    assert tree(Path()) == before
+    return result.stderr
+
+
+def annotations(split, root="dataset"):
+    return json.loads(Path(root, split, "_annotations.coco.json").read_text())
+
+
+def class_names(split="train", root="dataset"):
+    return [category["name"] for category in annotations(split, root)["categories"]]
+
+
+def stored(split="train", root="dataset"):
+    """{file stem: {class: bool array}} of a split; what pycocotools decodes has to be the same."""
+    coco, masks = annotations(split, root), {}
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    records = {record["id"]: record for record in coco["images"]}
+    for record in records.values():
+        image = read_image(Path(root, split, record["file_name"]))
+        assert image.size == (record["width"], record["height"])
+        masks[Path(record["file_name"]).stem] = {}
+    for annotation in coco["annotations"]:
+        record, outline = records[annotation["image_id"]], annotation["segmentation"]
+        mask = rasterize(outline, record["height"], record["width"]).astype(bool)
+        decoded = coco_mask.decode([{**outline, "counts": outline["counts"].encode()}])[..., 0]
+        np.testing.assert_array_equal(mask, decoded)
+        assert mask.sum() == annotation["area"]
+        of_image = masks[Path(record["file_name"]).stem]
+        assert names[annotation["category_id"]] not in of_image
+        of_image[names[annotation["category_id"]]] = mask
+    return masks
+
+
+def save(image, path, **options):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def photo(seed=0, size=PHOTO):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def labels(seed=0, classes=1, size=PHOTO):
+    """A label map (H, W) with every number from 0 to `classes`, most of it 0."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 2 * classes + 2, (size[1], size[0]))
+    values[values > classes] = 0
+    values.flat[: classes + 1] = range(classes + 1)
+    return values
+
+
+def grey(values, dtype=np.uint8):
+    """Label map -> PIL image of these grey values."""
+    return lambda label_map: Image.fromarray(np.array(values, dtype)[label_map])
+
+
+def save_pair(stem, mask=None, suffix=".png", seed=0, **options):
+    """Write images/STEM.png and a mask of its size, without one a mask of 0 and 1."""
+    mask = grey([0, 1])(labels(seed)) if mask is None else mask
+    save(photo(seed, mask.size), f"images/{stem}.png")
+    save(mask, f"masks/{stem}{suffix}", **options)
+
+
+def png(pixels):
+    """Base64 of a PNG."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def shape(label, points, shape_type="polygon", **more):
+    """A shape of a LabelMe file."""
+    typed = {"shape_type": shape_type} if shape_type else {}
+    return {"label": label, "points": points, "group_id": None, "flags": {}, **typed, **more}
+
+
+def box(x, y, side):
+    """A polygon of LabelMe, whose border is part of it: side x side pixels."""
+    far_x, far_y = x + side - 1, y + side - 1
+    return [[x, y], [far_x, y], [far_x, far_y], [x, far_y]]
+
+
+def labelme(stem, shapes, folder="lm", image=True, **more):
+    """Write FOLDER/STEM.json and, with `image`, its picture."""
+    save(photo(), f"{folder}/{stem}.png") if image else Path(folder).mkdir(exist_ok=True)
+    record = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": f"{stem}.png"}
+    record |= {"imageData": None, "imageHeight": PHOTO[1], "imageWidth": PHOTO[0], **more}
+    Path(folder, f"{stem}.json").write_text(json.dumps(record))
+
+
+def polygon(x, y, side):
+    return {"segmentation": square(x, y, side)}
+
+
+def coco_file(outlines, names=("a.png",)):
+    """Write c.json and the pictures in images/.
+
+    outlines: (index of the image, category id, fields of the annotation).
+    """
+    images, entries = [], []
+    for number, name in enumerate(names):
+        size = {"width": PHOTO[0], "height": PHOTO[1]}
+        images.append({"id": 10 + number, "file_name": name, **size})
+        save(photo(number), Path("images", Path(name.replace("\\", "/")).name))
+    for number, (index, category, fields) in enumerate(outlines):
+        ids = {"id": number, "image_id": 10 + index, "category_id": category}
+        entries.append({**ids, **fields})
+    categories = [{"id": n, "name": f"k{n}", "supercategory": "none"} for n in (0, 3, 2)]
+    content = {"images": images, "annotations": entries, "categories": categories}
+    Path("c.json").write_text(json.dumps(content))
+
+
+def square_mask(x, y, width, height):
+    mask = np.zeros(PHOTO[::-1], bool)
+    mask[y : y + height, x : x + width] = True
+    return mask

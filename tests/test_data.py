@@ -36,7 +36,7 @@ from pycocotools import mask as coco_mask
 import data
 import download
 from data import Batches, COCOSegmentationDataset, load_split
-from medseg.audit import audit, grouped_split, near_duplicates, slice_number
+from medseg.audit import audit, near_duplicates
 from medseg.coco import ANNOTATIONS, SPLITS, load_coco
 from medseg.drawing import outline
 from medseg.files import read_json
@@ -44,6 +44,7 @@ from medseg.images import MEAN, STD, pixel_format, read_image, resize_nearest
 from medseg.importing.mask_values import read_mask
 from medseg.predicting.report import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
+from medseg.splits import grouped_split, slice_number
 
 # ---- annotations -----------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 import gzip
 import itertools
-import json
 import math
 import os
 import random
@@ -21,6 +20,7 @@ import pydicom
 import pytest
 import torch
 from helpers import (
+    ALL,
     BIG_ENDIAN,
     EXPLICIT,
     IMPLICIT,
@@ -28,10 +28,14 @@ from helpers import (
     ROOT,
     SMALL,
     STORED,
+    annotations,
     assert_refused,
     edit_annotations,
+    refuse_download,
+    run_download,
     sample,
     script_here,
+    stored,
     write_dicom,
     write_nifti,
 )
@@ -39,15 +43,14 @@ from PIL import Image
 
 import predict
 from medseg import settings
-from medseg.audit import grouped_split
 from medseg.drawing import class_colors, montage, overlay
 from medseg.formats import dicom, nifti
 from medseg.formats.dicom import read_any_image, read_dicom
 from medseg.formats.medical import base_name, file_format, mask_name, window_to_uint8
 from medseg.formats.nifti import open_nifti, write_mask
-from medseg.importing.volumes import volume_pairs
 from medseg.predicting.inputs import expand, open_file
 from medseg.settings import window_limits
+from medseg.splits import grouped_split
 from net import UNet, load_model
 
 
@@ -509,42 +512,7 @@ def test_a_mask_volume_is_whole_or_absent(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.nii", "a_mask.nii.gz"]
 
 
-# ---- pairs and montage -----------------------------------------------------------------------
-
-
-def test_pairs_of_volumes_become_pairs_of_slices(tmp_path):
-    rng = np.random.default_rng(0)
-    voxels = rng.integers(0, 1000, (6, 4, 5)).astype(np.int16)
-    classes = rng.integers(0, 3, (6, 4, 5)).astype(np.float32)
-    image = write_nifti(tmp_path / "a.nii.gz", voxels, zooms=(1, 3, 1))
-    nearly = np.diag([1.00001, 3, 1, 1])
-    mask = write_nifti(tmp_path / "m.nii.gz", classes, nearly)
-    pairs = volume_pairs(image, mask, (500, 1000))
-    assert len(pairs) == 4 and pairs[2][0] == "_z002"
-    assert [suffix for suffix, *_ in pairs] == ["_z000", "_z001", "_z002", "_z003"]
-    for index, (_, picture, numbers) in enumerate(pairs):
-        assert picture.mode == "L" and picture.size == (5, 6)
-        np.testing.assert_array_equal(np.asarray(picture), (voxels[:, index] * 0.255).round())
-        np.testing.assert_array_equal(numbers, classes[:, index])
-        assert numbers.dtype == np.uint16
-
-
-def test_pairs_that_do_not_match_are_one_line(tmp_path):
-    image = write_nifti(tmp_path / "a.nii", np.arange(60, dtype=np.int16).reshape(3, 4, 5))
-    shifted = np.eye(4)
-    shifted[0, 3] = 1.2
-    for name, values, affine, word in [
-        ("shape", np.zeros((4, 3, 5), np.uint8), np.eye(4), "4 x 3 x 5 voxels"),
-        ("shift", np.zeros((3, 4, 5), np.uint8), shifted, "affines differ"),
-        ("half", np.full((3, 4, 5), 0.5, np.float32), np.eye(4), "class numbers"),
-        ("negative", np.full((3, 4, 5), -1, np.int16), np.eye(4), "class numbers"),
-        ("large", np.full((3, 4, 5), 70000, np.int32), np.eye(4), "class numbers"),
-    ]:
-        path = write_nifti(tmp_path / f"{name}.nii.gz", values, affine)
-        with pytest.raises(ValueError) as refusal:
-            list(volume_pairs(image, path))
-        one_line(refusal, path, word)
-        assert word == "class numbers" or str(image) in str(refusal.value)
+# ---- montage ---------------------------------------------------------------------------------
 
 
 def test_the_montage_shows_the_slices_with_foreground():
@@ -810,15 +778,13 @@ def brain(seed=0, shape=(20, 22, 18), spacing=(1, 1, 1)):
     return nibabel.Nifti1Image(voxels, affine)
 
 
-def recorded(split, root="dataset"):
-    info = json.loads(Path(root, split, "_annotations.coco.json").read_text())["info"]
+def recorded(split="train", root="dataset"):
+    info = annotations(split, root)["info"]
     return {key: value for key, value in info.items() if key != "description"}
 
 
 def import_masks(*flags):
-    result = script_here("download.py", "--masks", *flags, cwd=Path.cwd())
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return run_download("--masks", *flags)
 
 
 def write_pairs(images, masks=None):
@@ -830,13 +796,6 @@ def write_pairs(images, masks=None):
             one.to_filename(f"{folder}/{name}.nii.gz")
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-ALL = ("--split", 100, 0, 0)
 PAIRS = ("vi", "vm")
 
 
@@ -963,16 +922,13 @@ def test_a_split_that_is_added_has_the_window_of_the_others(here, before, now, s
     write_pairs({"a": brain(), "b": brain(1)})
     earlier, flags = (("--window", *window) if window else () for window in (before, now))
     import_masks("vi/a.nii.gz", "vm/a.nii.gz", *earlier, "--into", "train")
-    new = ("--masks", "vi/b.nii.gz", "vm/b.nii.gz", "--into", "test", *flags)
-    result = script_here("download.py", *new, cwd=here)
+    new = ("vi/b.nii.gz", "vm/b.nii.gz", *flags)
     if not said:
-        assert result.returncode == 0 and "warning" not in result.stdout
+        assert "warning" not in import_masks(*new, "--into", "test")
         assert recorded("test") == recorded("train")
         return
-    assert_refused(result, Path("dataset/train"), said)
-    assert not Path("dataset/test").exists()
-    again = (*new[1:4], "train", *flags, "--force")  # no other split stays
-    assert "warning" not in import_masks(*again)
+    refuse_download("--masks", *new, "--into", "test", words=["dataset/train", said])
+    assert "warning" not in import_masks(*new, "--into", "train", "--force")  # no other stays
 
 
 def test_a_split_of_another_kind_is_a_warning(here):
@@ -982,9 +938,8 @@ def test_a_split_of_another_kind_is_a_warning(here):
     Image.fromarray(STORED > 150).save("a.png")
     coco = ("--coco", "dataset/train/_annotations.coco.json", "dataset/train")
     for flags in (("--masks", "a.dcm", "a.png"), ("--masks", "a.png", "a.png"), coco):
-        result = script_here("download.py", *flags, "--into", "test", "--force", cwd=here)
-        assert result.returncode == 0, result.stderr
-        (line,) = (line for line in result.stdout.splitlines() if line.startswith("warning"))
+        out = run_download(*flags, "--into", "test", "--force")
+        (line,) = (line for line in out.splitlines() if line.startswith("warning"))
         assert "dataset/train" in line
 
 
@@ -1045,22 +1000,21 @@ def test_one_brain_has_one_mask_however_it_is_stored(here, spacing, monkeypatch)
     assert (other != as_stored["PSR"]).any()
 
 
-def pictures_of(root):
-    """{name: (pixels, annotations without their ids)} of the imported train split."""
-    folder = Path(root, "train")
-    content, found = json.loads((folder / "_annotations.coco.json").read_text()), {}
-    for record in content["images"]:
-        own = [one for one in content["annotations"] if one["image_id"] == record["id"]]
-        areas = [(one["category_id"], one["segmentation"]["counts"]) for one in own]
-        found[record["file_name"]] = np.asarray(Image.open(folder / record["file_name"])), areas
-    return found
+def assert_same_images(folder, other, names=None):
+    """Pixels and masks of the images of two splits are equal; names: of the one -> of the other."""
+    masks, other_masks = stored(folder.name, folder.parent), stored(other.name, other.parent)
+    assert len(masks) == len(other_masks)
+    for name, classes in masks.items():
+        other_name = names(name) if names else name
+        pixels = (Image.open(folder / f"{name}.png"), Image.open(other / f"{other_name}.png"))
+        np.testing.assert_array_equal(*map(np.asarray, pixels))
+        np.testing.assert_equal(other_masks[other_name], classes)
 
 
 def test_volumes_of_several_orientations_become_those_of_the_first(here):
     images = {name: brain(seed, (8, 9, 10)) for seed, name in enumerate("abcd")}
     write_pairs({name: stored_as(image, "LPS") for name, image in images.items()})
-    said = import_masks(*PAIRS, *ALL, "--data", "same")
-    assert "orientation" not in said
+    assert "orientation" not in import_masks(*PAIRS, *ALL, "--data", "same")
     mixed = {"a": "LPS", "b": "RAS", "c": "LPS", "d": "PSR"}
     turned = {name: stored_as(images[name], word) for name, word in mixed.items()}
     positive = (np.asarray(images["c"].dataobj) > 0).astype(np.uint8)
@@ -1068,11 +1022,8 @@ def test_volumes_of_several_orientations_become_those_of_the_first(here):
     said = import_masks(*PAIRS, *ALL, "--data", "mixed")
     assert "orientation: 2 of 4 volumes turned to LPS, that of a.nii.gz" in said
     assert "orientation: 1 of 4 masks turned" in said
-    same, mixed = pictures_of("same"), pictures_of("mixed")
-    assert same.keys() == mixed.keys() and len(same) == 40
-    for name, (pixels, areas) in same.items():
-        np.testing.assert_array_equal(mixed[name][0], pixels)
-        assert mixed[name][1] == areas
+    assert len(stored("train", "mixed")) == 40
+    assert_same_images(Path("same/train"), Path("mixed/train"))
     assert recorded("train", "mixed")["orientation"] == "LPS"
 
 
@@ -1083,10 +1034,8 @@ def test_a_split_that_is_added_has_the_orientation_of_the_others(here):
         said = import_masks(f"vi/{name}.nii.gz", f"vm/{name}.nii.gz", "--into", split)
     assert "orientation: 1 of 1 volumes turned to LPS, that of dataset/train" in said
     assert recorded("valid") == recorded("train")
-    for index in range(18):
-        one, other = (f"dataset/{split}" for split in ("train/a", "valid/b"))
-        pixels = [np.asarray(Image.open(f"{path}_z{index:03}.png")) for path in (one, other)]
-        np.testing.assert_array_equal(*pixels)
+    folders = Path("dataset/train"), Path("dataset/valid")
+    assert_same_images(*folders, lambda name: name.replace("a", "b", 1))
 
 
 def without_place(image, path):
@@ -1138,12 +1087,11 @@ def test_affines_that_differ_are_told_with_their_distance(here, spacing, shift, 
     affine[:3, 3] += shift
     positive = (np.asarray(images["a"].dataobj) > 0).astype(np.uint8)
     write_pairs(images, {"a": nibabel.Nifti1Image(positive, affine)})
-    result = script_here("download.py", "--masks", *PAIRS, *ALL, cwd=here)
     if np.linalg.norm(shift) >= 1:  # the smallest side of a voxel
-        assert_refused(result, "vm/a.nii.gz", said)
+        refuse_download("--masks", *PAIRS, *ALL, words=["vm/a.nii.gz", said])
         return
-    assert result.returncode == 0, result.stderr
-    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
+    out = import_masks(*PAIRS, *ALL)
+    warnings = [line for line in out.splitlines() if line.startswith("warning")]
     assert len(warnings) == (said is not None)
     for line in warnings:
         assert "1 of 2 masks" in line and said in line and "a.nii.gz" in line
@@ -1267,5 +1215,5 @@ def test_the_range_of_later_frames_counts_and_their_own_windows(tmp_path):
         group.FrameVOILUTSequence = [window]
         groups.append(group)
     path = write_dicom(tmp_path / "c.dcm", stack, PerFrameFunctionalGroupsSequence=groups)
-    for frame, stored, width in zip(read_dicom(path), stack, (1000, 2000, 4000), strict=True):
-        np.testing.assert_array_equal(frame, (stored * (255 / width)).round())
+    for frame, pixels, width in zip(read_dicom(path), stack, (1000, 2000, 4000), strict=True):
+        np.testing.assert_array_equal(frame, (pixels * (255 / width)).round())

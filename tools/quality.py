@@ -153,7 +153,7 @@ def main(argv=None):
 
     import torch
 
-    from medseg.audit import grouped_split
+    from medseg.splits import grouped_split
 
     data = {"official": args.data, "grouped": args.out / "grouped"}
     if "grouped" in args.splits and not data["grouped"].exists():

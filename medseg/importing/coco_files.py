@@ -6,13 +6,14 @@ them; annotations of one class are united.
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
 
 from medseg.coco import MAX_CLASSES, listed, read_coco, read_segmentation
 from medseg.files import check_regular
 from medseg.images import SUFFIXES
 from medseg.importing.collect import (
+    check_known,
     find_groups,
     fit_mask,
     is_text,
@@ -21,12 +22,14 @@ from medseg.importing.collect import (
     same_form,
     unique_names,
 )
-from medseg.importing.writing import Item
+from medseg.importing.writing import Example
 from medseg.run_lengths import encode, unite
 
 
-def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=False, boxes=False):
-    """(items, class names) of the images that a COCO file lists, below a folder.
+def coco_examples(
+    annotations, images, *, classes=None, group=None, skip_unpaired=False, boxes=False
+):
+    """(examples, class names) of the images that a COCO file lists, below a folder.
 
     Prints what is left out. classes: categories to use, in their order; without it all that have
     an annotation, in the file's. group: a regular expression on the path of the image, see
@@ -41,53 +44,46 @@ def coco_items(annotations, images, *, classes=None, group=None, skip_unpaired=F
     content = read_coco(path)
     of_image = _by_image(path, content, boxes)
     names, chosen = _choose_classes(path, content, classes)
-    found = _find_images(path, content["images"], images, skip_unpaired)
+    pairs = _find_images(path, content["images"], images, skip_unpaired)
     wanted = set(chosen)
-    relative = [image.relative_to(images) for _, image in found]
+    relative = [image_path.relative_to(images) for _, image_path in pairs]
     stems, groups = unique_names(relative), find_groups(relative, group)
-    items = []
-    for stem, own_group, (record, image) in zip(stems, groups, found, strict=True):
-        outlines = [
-            (names[annotation["category_id"]], annotation)
-            for annotation in of_image.get(record["id"], ())
-            if names[annotation["category_id"]] in wanted
-        ]
-        items.append(Item(stem, own_group, _Loader(path, image, record, outlines)))
-    return items, chosen
+    examples = []
+    for stem, own_group, (record, image_path) in zip(stems, groups, pairs, strict=True):
+        named = [(names[a["category_id"]], a) for a in of_image.get(record["id"], ())]
+        outlines = [(name, annotation) for name, annotation in named if name in wanted]
+        read = partial(_read_example, path, image_path, record, outlines)
+        examples.append(Example(stem, own_group, read))
+    return examples, chosen
 
 
-@dataclass(frozen=True)
-class _Loader:
-    """What `Item.load` is for a record of an image."""
+def _read_example(path, image_path, record, outlines):
+    """What `Example.read` returns, of a record of an image in the COCO file at `path`.
 
-    path: Path
-    image: Path
-    record: dict
-    outlines: list  # (class name, annotation)
-
-    def __call__(self):
-        upright = read_upright(self.image)
-        width, height = self.record["width"], self.record["height"]
-        sizes = [upright.size] + [upright.size[::-1]] * (upright.orientation >= 5)
-        if (width, height) not in sizes:
-            actual = "x".join(map(str, upright.size))
-            raise ValueError(
-                f"{self.image}: is {actual}, but its record in {self.path} says {width}x{height}"
-            )
-        outlines = {}
-        for name, annotation in self.outlines:
-            try:
-                segmentation = annotation.get("segmentation") or [_rectangle(annotation)]
-                outline = read_segmentation(segmentation, height, width)
-            except ValueError as error:
-                label = f"annotation {annotation['id']!r:.40} of {self.image.name}"
-                raise ValueError(f"{self.path}: {label}: {error}") from None
-            outlines.setdefault(name, []).append(outline)
-        masks = {name: unite(parts) for name, parts in outlines.items()}
-        if upright.size != (width, height):  # the annotations are of the picture before turning
-            turned = ((name, fit_mask(mask.draw() > 0, upright)) for name, mask in masks.items())
-            masks = {name: encode(mask) for name, mask in turned}
-        return upright.picture, masks
+    outlines: [(class name, annotation)] of the image.
+    """
+    upright = read_upright(image_path)
+    width, height = record["width"], record["height"]
+    sizes = [upright.size] + [upright.size[::-1]] * (upright.orientation >= 5)
+    if (width, height) not in sizes:
+        actual = "x".join(map(str, upright.size))
+        raise ValueError(
+            f"{image_path}: is {actual}, but its record in {path} says {width}x{height}"
+        )
+    runs_of = {}
+    for name, annotation in outlines:
+        try:
+            segmentation = annotation.get("segmentation") or [_rectangle(annotation)]
+            runs = read_segmentation(segmentation, height, width)
+        except ValueError as error:
+            label = f"annotation {annotation['id']!r:.40} of {image_path.name}"
+            raise ValueError(f"{path}: {label}: {error}") from None
+        runs_of.setdefault(name, []).append(runs)
+    masks = {name: unite(parts) for name, parts in runs_of.items()}
+    if upright.size != (width, height):  # the annotations are of the picture before turning
+        turned = ((name, fit_mask(runs.draw() > 0, upright)) for name, runs in masks.items())
+        masks = {name: encode(mask) for name, mask in turned}
+    return upright.image, masks
 
 
 def _rectangle(annotation):
@@ -138,9 +134,7 @@ def _choose_classes(path, content, classes):
             )
         counts[names[annotation["category_id"]]] += 1
     known = dict.fromkeys(names.values())
-    if unknown := [name for name in classes or () if name not in known]:
-        others = listed(list(known), 20)
-        raise ValueError(f"--classes: {path} has no category {unknown[0]!r:.60}, but {others}")
+    check_known(classes, list(known), f"{path} has no category")
     chosen = list(classes or [name for name in known if counts[name]])
     if not chosen:
         raise ValueError(f"{path}: holds no annotations")
@@ -158,31 +152,31 @@ def _choose_classes(path, content, classes):
 def _find_images(path, records, images, skip_missing):
     """[(record, Path)] of the records whose image is there; ValueError for others."""
     by_name = {}
-    for image in list_files(images, SUFFIXES):
-        by_name.setdefault(same_form(image.name), []).append(image)
-    found, missing, taken = [], [], set()
+    for image_path in list_files(images, SUFFIXES):
+        by_name.setdefault(same_form(image_path.name), []).append(image_path)
+    pairs, missing, taken = [], [], set()
     for record in records:
         candidates = find_image(images, record["file_name"], by_name)
         if len(candidates) > 1:
-            several = " and ".join(str(image) for image in candidates[:2])
+            several = " and ".join(map(str, candidates[:2]))
             raise ValueError(f"{path}: {record['file_name']!r:.120} may be {several}")
         if candidates and candidates[0] in taken:
             raise ValueError(f"{path}: two records of images mean {candidates[0]}")
         if candidates:
-            found.append((record, candidates[0]))
+            pairs.append((record, candidates[0]))
             taken.add(candidates[0])
         else:
             missing.append(record["file_name"])
     if missing:
-        listed = ", ".join(f"{name!r:.120}" for name in missing[:3])
+        first = ", ".join(f"{name!r:.120}" for name in missing[:3])
         more = ", ..." if len(missing) > 3 else ""
-        problem = f"{len(missing)} of {len(records)} images are not below {images}: {listed}{more}"
-        if not (skip_missing and found):
+        problem = f"{len(missing)} of {len(records)} images are not below {images}: {first}{more}"
+        if not (skip_missing and pairs):
             raise ValueError(f"{path}: {problem}; --skip-unpaired goes on without them")
         print(f"left out: {problem}")
-    if not found:
+    if not pairs:
         raise ValueError(f"{path}: lists no images")
-    return found
+    return pairs
 
 
 def find_image(images, name, by_name):

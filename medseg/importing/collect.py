@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from medseg.coco import listed
 from medseg.formats.medical import base_name, file_format
 from medseg.images import open_image, read_image
 
@@ -26,18 +27,16 @@ def list_files(folder, suffixes, *, medical=False):
     folder, suffixes = Path(folder), tuple(suffixes)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = []
+    paths = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(place, name)
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(suffixes) or (
-                medical and path.is_file() and file_format(path)
-            ):
-                found.append(path)
-    return sorted(found)
+        paths += [Path(place, name) for name in names if not name.startswith(".")]
+
+    def is_wanted(path):
+        by_suffix = path.name.lower().endswith(suffixes)
+        return by_suffix or (medical and path.is_file() and file_format(path))
+
+    return sorted(filter(is_wanted, paths))
 
 
 def same_form(text):
@@ -53,6 +52,13 @@ def is_text(text):
     return text == text.encode("utf-8", "ignore").decode()
 
 
+def check_known(classes, known, problem):
+    """ValueError that begins with the problem where --classes has a name that is not `known`."""
+    if unknown := [name for name in classes or () if name not in known]:
+        others = listed(known, 20)
+        raise ValueError(f"--classes: {problem} {unknown[0]!r:.60}, but {others}")
+
+
 def printable(name):
     """A name as it can be printed in one line, what would not be seen as an escape: '\\udcff'."""
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
@@ -61,8 +67,8 @@ def printable(name):
 
 def tell_apart(names):
     """Names as they can be printed, in ASCII where two of them would look the same."""
-    looks = Counter(map(same_form, names))
-    return [ascii(n)[1:-1] if looks[same_form(n)] > 1 else printable(n) for n in names]
+    forms = Counter(map(same_form, names))
+    return [ascii(n)[1:-1] if forms[same_form(n)] > 1 else printable(n) for n in names]
 
 
 def existing_file(path):
@@ -90,9 +96,9 @@ def unique_names(paths):
     that after a number.
     """
     paths = [PurePath(path) for path in paths]
-    own = [base_name(path) for path in paths]
-    joined = ["_".join((*path.parent.parts, name)) for path, name in zip(paths, own, strict=True)]
-    for names in (own, joined):
+    short = [base_name(path) for path in paths]
+    joined = ["_".join((*path.parent.parts, base_name(path))) for path in paths]
+    for names in (short, joined):
         names = [_safe_name(name) for name in names]
         if len({name.casefold() for name in names}) == len(names):
             return names
@@ -114,8 +120,8 @@ def find_groups(paths, regex=None):
     """
     if regex is not None:
         return list(map(_make_grouping(regex), paths))
-    found = [SUBJECT.search(PurePath(path).as_posix()) for path in paths]
-    groups = [subject[1] if subject else "" for subject in found]
+    matches = [SUBJECT.search(PurePath(path).as_posix()) for path in paths]
+    groups = [match[1] if match else "" for match in matches]
     subjects = Counter(filter(None, groups))
     if subjects:
         print(
@@ -133,8 +139,8 @@ def _make_grouping(regex):
         raise ValueError(f"--group: {regex!r} is not a regular expression ({error})") from None
 
     def group_of(relative):
-        found = pattern.search(same_form(PurePath(relative).as_posix()))
-        captured = found and found[min(pattern.groups, 1)]
+        match = pattern.search(same_form(PurePath(relative).as_posix()))
+        captured = match and match[min(pattern.groups, 1)]
         if not captured:
             raise ValueError(f"{relative}: --group {regex!r} finds nothing in this name")
         return captured
@@ -143,19 +149,19 @@ def _make_grouping(regex):
 
 
 class Upright(NamedTuple):
-    """A picture that was read: see `Item` for `picture`."""
+    """An image that was read and is upright: see `Example` for `image`."""
 
-    picture: object  # Path or PIL image
-    size: tuple  # (width, height) of the upright picture
+    image: object  # Path or PIL image
+    size: tuple  # (width, height)
     orientation: int  # EXIF's, 1 to 8; how the stored pixels were turned
 
 
 def read_upright(file):
-    """Read a picture as `read_image` does, and turn it by its EXIF orientation.
+    """Read an image as `read_image` does, and turn it by its EXIF orientation.
 
-    file: a Path, which stays the `picture` where that is upright as `read_image` reads it; or a
-    binary file, whose picture becomes a PIL image. What is turned is 8-bit RGB, as training reads
-    it. Raises as `read_image` does.
+    file: a Path, which is the `image` where it is upright as `read_image` reads it; or a binary
+    file, which becomes a PIL image. What is turned is 8-bit RGB, as training reads it.
+    Raises as `read_image` does.
     """
     picture = read_image(file)
     orientation, turned_by_pillow = _orientation(file)
@@ -190,9 +196,9 @@ def turn(pixels, orientation):
 
 
 def fit_mask(mask, upright):
-    """A mask (H, W) as it lies on an upright picture, or None where it has another size.
+    """A mask (H, W) as it lies on an `Upright` image, or None where it has another size.
 
-    A mask of the picture's size was drawn on the picture as it is shown, as annotation tools do.
+    A mask of the image's size was drawn on the image as it is shown, as annotation tools do.
     One of the size before turning, if that is another, is turned along.
     """
     width, height = upright.size

@@ -5,23 +5,21 @@ from pathlib import Path
 
 from medseg.cli import flag_name, number, one_line
 from medseg.coco import SPLITS
-from medseg.importing.coco_files import coco_items
+from medseg.importing.coco_files import coco_examples
 from medseg.importing.collect import same_form
-from medseg.importing.labelme import labelme_items
-from medseg.importing.mask_folders import mask_items
+from medseg.importing.labelme import labelme_examples
+from medseg.importing.mask_folders import mask_examples
 from medseg.importing.writing import (
-    SHARES,
     check_free,
     check_window,
     present_settings,
-    present_splits,
-    wanted_splits,
     write_dataset,
 )
 from medseg.settings import window_limits
+from medseg.splits import PERCENTAGES, present_splits, wanted_splits
 
-SOURCES = ("masks", "labelme", "coco")
-NEED_A_SOURCE = ("split", "into", "group", "classes", "skip_unpaired", "boxes")
+IMPORTERS = ("masks", "labelme", "coco")
+NEED_AN_IMPORTER = ("split", "into", "group", "classes", "skip_unpaired", "boxes")
 
 
 def _names(text):
@@ -45,7 +43,7 @@ def add_arguments(parser):
         "--split",
         type=number(0, 100),
         nargs=3,
-        default=SHARES,
+        default=PERCENTAGES,
         metavar=("TRAIN", "VALID", "TEST"),
         help="percent of the images, drawn by --seed; 0 writes no such split",
     )
@@ -77,18 +75,18 @@ def add_arguments(parser):
     own.add_argument("--boxes", action="store_true", help="COCO: boxes alone become rectangles")
 
 
-def source(args):
-    """The name of the importer that the flags ask for, or None."""
-    return next((name for name in SOURCES if getattr(args, name)), None)
+def chosen_importer(args):
+    """Which of IMPORTERS the flags ask for, or None."""
+    return next((name for name in IMPORTERS if getattr(args, name)), None)
 
 
 def check_arguments(parser, args):
     """End with one line where flags do not go together."""
-    chosen = [name for name in ("zip", "synthetic", *SOURCES) if getattr(args, name)]
+    chosen = [name for name in ("zip", "synthetic", *IMPORTERS) if getattr(args, name)]
     if len(chosen) > 1:
         parser.error(f"{flag_name(chosen[1])}: not allowed with {flag_name(chosen[0])}")
-    for name in NEED_A_SOURCE:
-        if not source(args) and getattr(args, name) != parser.get_default(name):
+    for name in NEED_AN_IMPORTER:
+        if not chosen_importer(args) and getattr(args, name) != parser.get_default(name):
             parser.error(f"{flag_name(name)}: goes with --masks, --labelme or --coco")
     if args.boxes and not args.coco:
         parser.error("--boxes: goes with --coco")
@@ -118,14 +116,14 @@ def import_data(root, args):
             check_window(present, None)
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
-            items, classes, info = mask_items(*args.masks, **options, present=present)
+            examples, classes, info = mask_examples(*args.masks, **options, present=present)
         elif args.labelme:
-            items, classes = labelme_items(args.labelme, **options)
+            examples, classes = labelme_examples(args.labelme, **options)
         else:
             options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
-            items, classes = coco_items(*args.coco, **options)
+            examples, classes = coco_examples(*args.coco, **options)
         choice = {"split": args.split, "into": args.into, "seed": args.seed, "force": args.force}
-        write_dataset(root, items, classes, **choice, info=info)
+        write_dataset(root, examples, classes, **choice, info=info)
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
 

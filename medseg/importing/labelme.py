@@ -1,4 +1,4 @@
-"""A folder of LabelMe files (versions 4 to 7) -> items for `write_dataset`.
+"""A folder of LabelMe files (versions 4 to 7) -> examples for `write_dataset`.
 
 Shapes are drawn as LabelMe draws them (Pillow's polygon with its outline), in order, later over
 earlier ones. `_background_` cuts holes; `__ignore__` is background too. LabelMe shows pictures
@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -21,6 +21,7 @@ from medseg.coco import MAX_CLASSES, listed
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.images import SUFFIXES
 from medseg.importing.collect import (
+    check_known,
     existing_file,
     find_groups,
     is_text,
@@ -29,24 +30,19 @@ from medseg.importing.collect import (
     same_form,
     unique_names,
 )
-from medseg.importing.writing import Item
+from medseg.importing.writing import Example
 from medseg.run_lengths import encode_labels
 
 BACKGROUND, IGNORED = "_background_", "__ignore__"
-POINTS = {
-    "rectangle": 2,
-    "circle": 2,
-    "mask": 2,
-    "oriented_rectangle": 4,
-}  # a polygon has 3 or more
+POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}  # a polygon: 3 or more
 LEFT_OUT = ("point", "points", "line", "linestrip")  # they cover no area
 MAX_BYTES = 256 * 2**20  # of one JSON file, imageData included
 MAX_MEMORY = 2**30  # bytes of its content; several are read at a time
 FAR = 10  # coordinates may lie this many sides outside the image
 
 
-def labelme_items(folder, *, classes=None, group=None):
-    """(items, class names) of the LabelMe files below a folder.
+def labelme_examples(folder, *, classes=None, group=None):
+    """(examples, class names) of the LabelMe files below a folder.
 
     Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
     group: a regular expression on the path of the JSON file, see `find_groups`.
@@ -56,80 +52,71 @@ def labelme_items(folder, *, classes=None, group=None):
     paths = list_files(folder, (".json",))
     if not paths:
         raise ValueError(f"{folder}: holds no LabelMe files (.json)")
-    labels, left_out = _tally(paths)
-    found = labels.keys() - {BACKGROUND, IGNORED}
-    if not found:
+    counts, left_out = _count_labels(paths)
+    labels = counts.keys() - {BACKGROUND, IGNORED}
+    if not labels:
         raise ValueError(f"{folder}: the LabelMe files hold no labelled areas")
-    if unknown := [name for name in classes or () if name not in found]:
-        others = listed(sorted(found), 20)
-        raise ValueError(f"--classes: no area is labelled {unknown[0]!r:.60}, but {others}")
-    chosen = list(classes or sorted(found))
-    numbers = {BACKGROUND: 0, IGNORED: 0, **{name: n for n, name in enumerate(chosen, start=1)}}
-    _report(folder, paths, labels, left_out, chosen)
+    check_known(classes, sorted(labels), "no area is labelled")
+    names = list(classes or sorted(labels))
+    numbers = {BACKGROUND: 0, IGNORED: 0, **{name: n for n, name in enumerate(names, start=1)}}
+    _report(folder, paths, counts, left_out, names)
     relative = [path.relative_to(folder) for path in paths]
-    names, groups = unique_names(relative), find_groups(relative, group)
-    items = []
-    for name, path, own_group in zip(names, paths, groups, strict=True):
-        items.append(Item(name, own_group, _Loader(path, folder, chosen, numbers)))
-    return items, chosen
+    stems, groups = unique_names(relative), find_groups(relative, group)
+    examples = []
+    for stem, path, own_group in zip(stems, paths, groups, strict=True):
+        read = partial(_read_example, path, folder, names, numbers)
+        examples.append(Example(stem, own_group, read))
+    return examples, names
 
 
-@dataclass(frozen=True)
-class _Loader:
-    """What `Item.load` is for a LabelMe file."""
+def _read_example(path, folder, names, numbers):
+    """What `Example.read` returns, of the LabelMe file at `path`.
 
-    path: Path
-    folder: Path
-    classes: list
-    numbers: dict  # label -> number of its class
-
-    def __call__(self):
-        content = read_labelme(self.path)
-        upright = _read_picture(self.path, self.folder, content)
-        width, height = upright.size
-        recorded = content.get("imageWidth"), content.get("imageHeight")
-        if all(type(side) is int for side in recorded) and recorded != upright.size:
-            raise ValueError(
-                f"{self.path}: was made on an image of {recorded[0]}x{recorded[1]}, "
-                f"but its image is {width}x{height}"
-            )
-        try:
-            numbers = draw_shapes(content["shapes"], upright.size, self.numbers)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
-        masks = {self.classes[n - 1]: mask for n, mask in encode_labels(numbers).items() if n}
-        return upright.picture, masks
+    names: of the classes. numbers: {label: number of its class, from 1 on, or 0}.
+    """
+    content = read_labelme(path)
+    upright = _read_picture(path, folder, content)
+    width, height = upright.size
+    recorded = content.get("imageWidth"), content.get("imageHeight")
+    if all(type(side) is int for side in recorded) and recorded != upright.size:
+        raise ValueError(
+            f"{path}: was made on an image of {recorded[0]}x{recorded[1]}, "
+            f"but its image is {width}x{height}"
+        )
+    try:
+        drawn = draw_shapes(content["shapes"], upright.size, numbers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    masks = {names[number - 1]: runs for number, runs in encode_labels(drawn).items() if number}
+    return upright.image, masks
 
 
-def _tally(paths):
-    """Counter of the labels of areas, and Counter of the kinds of shapes that are left out."""
+def _count_labels(paths):
+    """Counter of the labels of areas, and Counter of the types of shapes that are left out."""
 
-    def count(path):
-        shapes = read_labelme(path)["shapes"]
-        areas = [shape["label"] for shape in shapes if shape["shape_type"] not in LEFT_OUT]
-        return areas, [s["shape_type"] for s in shapes if s["shape_type"] in LEFT_OUT]
+    def list_shapes(path):
+        return [(shape["label"], shape["shape_type"]) for shape in read_labelme(path)["shapes"]]
 
-    labels, left_out = Counter(), Counter()
-    with contextlib.closing(parallel_map(count, paths)) as results:
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-            labels.update(result[0])
-            left_out.update(result[1])
-    return labels, left_out
+    counts, left_out = Counter(), Counter()
+    with contextlib.closing(parallel_map(list_shapes, paths, catch=())) as results:
+        for shapes in results:
+            counts.update(label for label, shape_type in shapes if shape_type not in LEFT_OUT)
+            left_out.update(shape_type for _, shape_type in shapes if shape_type in LEFT_OUT)
+    return counts, left_out
 
 
-def _report(folder, paths, labels, left_out, classes):
-    areas = [f"{name} ({labels[name]})" for name in classes]
+def _report(folder, paths, counts, left_out, names):
+    """Print what the files hold: the areas of each class, and what is left out."""
+    areas = [f"{name} ({counts[name]})" for name in names]
     print(f"{len(paths)} LabelMe files; areas: {listed(areas, MAX_CLASSES)}")
-    used = {*classes, BACKGROUND, IGNORED}
-    unused = {name: n for name, n in labels.items() if name not in used}
-    for what, counts in (("shapes without an area", left_out), ("other labels", unused)):
-        if counts:
-            shown = [f"{name} ({n})" for name, n in sorted(counts.items())]
+    used = {*names, BACKGROUND, IGNORED}
+    unused = {label: n for label, n in counts.items() if label not in used}
+    for what, omitted in (("shapes without an area", left_out), ("other labels", unused)):
+        if omitted:
+            shown = [f"{name} ({n})" for name, n in sorted(omitted.items())]
             print(f"left out: {what}: {listed(shown, MAX_CLASSES)}")
-    if labels[IGNORED]:
-        print(f"warning: {labels[IGNORED]} areas labelled {IGNORED} count as background")
+    if counts[IGNORED]:
+        print(f"warning: {counts[IGNORED]} areas labelled {IGNORED} count as background")
     stems = {path.with_suffix("") for path in paths}
     unlabelled = [f for f in list_files(folder, SUFFIXES) if f.with_suffix("") not in stems]
     if unlabelled:
@@ -159,18 +146,19 @@ def read_labelme(path):
             raise ValueError(
                 f"{path}: shapes[{number}] has the label {shape['label']!r:.40}: no text"
             )
-        kind = shape.get("shape_type") or "polygon"
-        if kind != "polygon" and kind not in [*POINTS, *LEFT_OUT]:
-            raise ValueError(f"{path}: shapes[{number}] has the unknown shape_type {kind!r:.40}")
-        shape["shape_type"] = kind
+        shape["shape_type"] = shape_type = shape.get("shape_type") or "polygon"
+        if shape_type not in ["polygon", *POINTS, *LEFT_OUT]:
+            raise ValueError(
+                f"{path}: shapes[{number}] has the unknown shape_type {shape_type!r:.40}"
+            )
     return content
 
 
 def _read_picture(path, folder, content):
     """The Upright picture of a LabelMe file: the image that imagePath names, else imageData."""
     name = content.get("imagePath")
-    if isinstance(name, str) and (image := find_image(path, folder, name)):
-        return read_upright(image)
+    if isinstance(name, str) and (image_path := find_image(path, folder, name)):
+        return read_upright(image_path)
     data = content.get("imageData")
     if not isinstance(data, str):
         raise ValueError(
@@ -199,8 +187,8 @@ def find_image(path, folder, name):
     if not name.anchor:
         meant = Path(os.path.normpath(path.parent / name.as_posix()))
         inside = Path(os.path.abspath(folder)) in Path(os.path.abspath(meant)).parents
-        if inside and (image := existing_file(meant)):
-            return image
+        if inside and (image_path := existing_file(meant)):
+            return image_path
     return existing_file(beside)
 
 
@@ -215,11 +203,11 @@ def draw_shapes(shapes, size, numbers):
     """
     canvas = Image.new("I", size)
     for number, shape in enumerate(shapes):
-        label, kind = shape["label"], shape["shape_type"]
-        if kind in LEFT_OUT or label not in numbers:
+        label = shape["label"]
+        if shape["shape_type"] in LEFT_OUT or label not in numbers:
             continue
         try:
-            _draw_shape(canvas, kind, _read_points(shape, size), numbers[label], shape)
+            _draw_shape(canvas, shape, _read_points(shape, size), numbers[label])
         except ValueError as error:
             raise ValueError(f"shapes[{number}] ({label!r:.40}): {error}") from None
     return np.asarray(canvas)
@@ -227,12 +215,12 @@ def draw_shapes(shapes, size, numbers):
 
 def _read_points(shape, size):
     """[(x, y)] of a shape; ValueError where they are too few, no numbers, or far outside."""
-    kind, points = shape["shape_type"], shape.get("points")
-    expected = POINTS.get(kind)
+    shape_type, points = shape["shape_type"], shape.get("points")
+    expected = POINTS.get(shape_type)
     if not isinstance(points, list) or not (
         len(points) == expected or (not expected and points[2:])
     ):
-        raise ValueError(f"a {kind} needs {expected or 'three or more'} points")
+        raise ValueError(f"a {shape_type} needs {expected or 'three or more'} points")
     limit = FAR * max(size)
     for point in points:
         numbers = isinstance(point, list) and len(point) == 2
@@ -243,10 +231,11 @@ def _read_points(shape, size):
     return [tuple(point) for point in points]
 
 
-def _draw_shape(canvas, kind, points, value, shape):
+def _draw_shape(canvas, shape, points, value):
+    """Draw one shape into a PIL image of mode I; ValueError where it cannot be drawn."""
     draw = ImageDraw.Draw(canvas)
     ordered = [sorted(values) for values in zip(*points, strict=True)]  # of x, of y
-    if kind == "mask":
+    if shape["shape_type"] == "mask":
         bitmap = _read_bitmap(shape.get("mask"))
         (left, right), (top, bottom) = ordered
         left, top = int(left), int(top)  # as LabelMe does: whole numbers, both corners inside
@@ -254,12 +243,12 @@ def _draw_shape(canvas, kind, points, value, shape):
         if any(abs(a - b) > 1 for a, b in zip(bitmap.size, size, strict=True)):
             raise ValueError(f"its mask is {bitmap.size}, but its corners span {size}")
         canvas.paste(value, (left, top), bitmap)
-    elif kind == "circle":
+    elif shape["shape_type"] == "circle":
         (x, y), edge = points
         radius = math.dist((x, y), edge)
         box = [x - radius, y - radius, x + radius, y + radius]
         draw.ellipse(box, outline=value, fill=value)
-    elif kind == "rectangle":
+    elif shape["shape_type"] == "rectangle":
         (left, right), (top, bottom) = ordered
         draw.rectangle([left, top, right, bottom], outline=value, fill=value)
     else:

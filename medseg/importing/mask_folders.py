@@ -1,6 +1,6 @@
-"""Images and their masks, two folders or two files -> items for `write_dataset`."""
+"""Images and their masks, two folders or two files -> examples for `write_dataset`."""
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from medseg.files import check_regular
@@ -17,28 +17,27 @@ from medseg.importing.collect import (
     tell_apart,
     unique_names,
 )
-from medseg.importing.mask_values import Meaning, find_meaning, read_mask
+from medseg.importing.mask_values import find_classes, read_mask
 from medseg.importing.pairing import pair_files
-from medseg.importing.volumes import volume_items
-from medseg.importing.writing import Item, check_window
+from medseg.importing.volumes import volume_examples
+from medseg.importing.writing import Example, check_window
 from medseg.settings import OF_FILE, OF_VOLUME
 
 
-def mask_items(
+def mask_examples(
     images, masks, *, classes=None, group=None, window=None, skip_unpaired=False, present=()
 ):
-    """(items, class names, info) of the images below one folder and the masks below another.
+    """(examples, class names, info) of the images below one folder and the masks below another.
 
     Two files are taken too. Images are pictures, DICOM files of one frame among them, with masks
-    that are pictures; or NIfTI volumes with masks that are volumes, an item for each slice.
+    that are pictures; or NIfTI volumes with masks that are volumes, an example for each slice.
     Several masks of one picture (x_mask, x_mask_1) are united, class by class.
     Prints which mask was found for which image and what the values mean. classes: names for the
     foreground values in ascending order. group: a regular expression, see `find_groups`.
     window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out images with no
     mask or with several that may be meant, and masks of no image, else a ValueError. present: of
     `present_settings`, the splits that stay: the window has to be theirs, and volumes are turned to
-    their orientation. info: what to record of window and orientation, as `medical.read_settings`
-    reads it.
+    their orientation. info: what to record of window and orientation, as `read_settings` reads it.
     Raises ValueError or FileNotFoundError that names the file.
     """
     images, masks = Path(images), Path(masks)
@@ -54,15 +53,17 @@ def mask_items(
     if "nifti" in formats:
         pairs = [(image, mask) for image, (mask,) in pairs]
         turned_to = [(own["orientation"], folder) for folder, own in present if own["orientation"]]
-        items, meaning, info["orientation"] = volume_items(
-            pairs, names, groups, masks, window, present=next(iter(turned_to), None)
+        examples, mask_classes, info["orientation"] = volume_examples(
+            pairs, names, groups, masks, classes, window, present=next(iter(turned_to), None)
         )
     else:
-        items, meaning = _picture_items(pairs, names, groups, masks, window)
-    if classes:
-        meaning.rename(classes)
-    meaning.report()
-    return items, meaning.classes, {key: value for key, value in info.items() if value}
+        mask_classes = find_classes([mask for _, own in pairs for mask in own], masks, classes)
+        examples = []
+        for (image, own_masks), name, own_group in zip(pairs, names, groups, strict=True):
+            read = partial(_read_example, image, own_masks, mask_classes, window)
+            examples.append(Example(name, own_group, read))
+    mask_classes.report()
+    return examples, mask_classes.names, {key: value for key, value in info.items() if value}
 
 
 def _window_of(formats, window):
@@ -72,47 +73,26 @@ def _window_of(formats, window):
     return OF_VOLUME if "nifti" in formats else OF_FILE if "dicom" in formats else None
 
 
-def _picture_items(pairs, names, groups, folder, window):
-    """As `volume_items`, of [(image, masks)], pictures all."""
-    meaning = find_meaning([mask for _, masks in pairs for mask in masks], folder)
-    items = []
-    for pair, name, group in zip(pairs, names, groups, strict=True):
-        items.append(Item(name, group, _Loader(*pair, meaning, window)))
-    return items, meaning
-
-
-@dataclass(frozen=True)
-class _Loader:
-    """What `Item.load` is for an image and its masks."""
-
-    image: Path
-    masks: tuple
-    meaning: Meaning
-    window: tuple | None
-
-    def __call__(self):
-        if file_format(self.image) == "dicom":
-            picture = read_any_image(self.image, self.window)
-            upright = Upright(picture, picture.size, 1)
-        else:
-            upright = read_upright(self.image)
-        united = {}
-        for mask in self.masks:
-            for name, pixels in self._read_classes(mask, upright).items():
-                united[name] = united[name] | pixels if name in united else pixels
-        return upright.picture, united
-
-    def _read_classes(self, mask, upright):
-        """{class name: bool array (H, W)} of one mask file."""
-        kind_of_mask, values = read_mask(mask)
+def _read_example(image, masks, mask_classes, window):
+    """What `Example.read` returns, of the paths of a picture and of its masks."""
+    if file_format(image) == "dicom":
+        picture = read_any_image(image, window)
+        upright = Upright(picture, picture.size, 1)
+    else:
+        upright = read_upright(image)
+    united = {}
+    for path in masks:
+        encoding, values = read_mask(path)
         fitted = fit_mask(values, upright)
         if fitted is None:
             width, height = upright.size
             raise ValueError(
-                f"{mask}: is {values.shape[1]}x{values.shape[0]}, but its image "
-                f"{self.image} is {width}x{height}"
+                f"{path}: is {values.shape[1]}x{values.shape[0]}, but its image "
+                f"{image} is {width}x{height}"
             )
-        return self.meaning.split(kind_of_mask, fitted)
+        for name, runs in mask_classes.to_masks(encoding, fitted).items():
+            united[name] = united[name] | runs if name in united else runs
+    return upright.image, united
 
 
 # ---------------------------------------------------------------- pairs
@@ -203,10 +183,10 @@ def _describe_unpaired(pairing, images, masks, total, total_masks):
         parts.append(f"{len(pairing.missing)} of {total} images have no mask in {masks} ({names})")
     if pairing.several:
         names = []
-        for image, found in pairing.several:
-            shared = ", as another image" if len(found) == 1 else ""
-            candidates = _first([str(mask.relative_to(masks)) for mask in found])
-            names.append(f"{image.relative_to(images)}: {candidates}{shared}")
+        for image, candidates in pairing.several:
+            shared = ", as another image" if len(candidates) == 1 else ""
+            listed = _first([str(mask.relative_to(masks)) for mask in candidates])
+            names.append(f"{image.relative_to(images)}: {listed}{shared}")
         total_several = f"{len(pairing.several)} of {total} images have several candidates"
         parts.append(f"{total_several} ({_first(names, '; ')})")
     if pairing.surplus:

@@ -14,12 +14,12 @@ No mask says so, and all are looked at first:
 - A pixel whose alpha is below half is background.
 - The values of volumes are class numbers: no volume is cut at half.
 
-Masks of several kinds may be mixed where each kind has one foreground value.
+Masks of several encodings may be mixed where each has one foreground value.
 """
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import ImageOps
@@ -39,9 +39,9 @@ SMOOTHED = 32  # distinct values; see above
 
 
 def read_mask(path):
-    """A mask file as (kind, integer array (H, W) of its stored values).
+    """A mask file as (encoding, integer array (H, W) of its stored values).
 
-    kind: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB), or one of
+    encoding: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB), or one of
     LOSSY (grey values). Raises FileNotFoundError; ValueError for what is not one whole picture,
     and for colours in a lossy format, which cannot be told apart any more.
     """
@@ -49,13 +49,13 @@ def read_mask(path):
         lossy = lossy_format(image, path)
         samples = stored_samples(image, path)
         if samples:
-            kind, values = _values_of_samples(samples[0])
+            encoding, values = _values_of_samples(samples[0])
         else:
             image.load()  # turns a TIFF
-            kind, values = _stored_values(ImageOps.exif_transpose(image))
+            encoding, values = _stored_values(ImageOps.exif_transpose(image))
         if not lossy:
-            return kind, values
-        if kind == "colour":
+            return encoding, values
+        if encoding == "colour":
             rounding = 1 if lossy == "lossy WebP" else 0  # its greys may be 9, 10, 9
             if not _is_grey(values, rounding).all():
                 raise ValueError(
@@ -67,7 +67,7 @@ def read_mask(path):
 
 
 def _values_of_samples(samples):
-    """(kind, integers (H, W)) of what `stored_samples` returns."""
+    """(encoding, integers (H, W)) of what `stored_samples` returns."""
     if samples.ndim == 2:
         return "grey", samples
     if samples.shape[2] == 2:
@@ -81,7 +81,7 @@ def _values_of_samples(samples):
 
 
 def _stored_values(image):
-    """(kind, integers (H, W)) of a decoded picture."""
+    """(encoding, integers (H, W)) of a decoded picture."""
     pixels = np.asarray(image)
     if image.mode == "1":
         return "1-bit", pixels.astype(np.uint8)
@@ -116,169 +116,184 @@ def _is_grey(codes, tolerance=0):
 # ---------------------------------------------------------------- what the values mean
 
 
+@dataclass(frozen=True)
+class MaskClasses:
+    """The classes that the values of a folder of masks stand for.
+
+    names: in ascending order of the values. class_of: {(encoding, value): name of its class}.
+    fractions: {(encoding, value): fraction of all pixels}. cut: encodings that are cut at HALF.
+    warnings: lines to print.
+    """
+
+    names: list
+    class_of: dict
+    fractions: dict
+    cut: set
+    warnings: list
+
+    def to_masks(self, encoding, values):
+        """The values of one mask, an integer array (H, W) -> {class name: RunLengths}."""
+        if encoding == "colour" and not any(name == "colour" for name, _ in self.class_of):
+            encoding, values = "grey", values & 255  # all colours are greys, and count as these
+        if encoding in self.cut:
+            values = np.where(values > HALF, 255, 0).astype(np.uint8)
+        masks = {}
+        for value, runs in encode_labels(values).items():
+            name = self.class_of.get((encoding, value))
+            if name is not None:
+                masks[name] = masks[name] | runs if name in masks else runs
+        return masks
+
+    def report(self):
+        """Print the value of each class and its part of the pixels, and the warnings."""
+        several_encodings = len({encoding for encoding, _ in self.class_of}) > 1
+        for (encoding, value), name in self.class_of.items():
+            of_encoding = f" ({encoding})" if several_encodings else ""
+            shown = f"above {HALF}" if encoding in self.cut else _spell(encoding, value)
+            percent = 100 * self.fractions[encoding, value]
+            value_is = f"class {name}: value {shown}{of_encoding}"
+            print(f"{value_is}, {percent:.2f} % of the pixels of the masks")
+        for line in self.warnings:
+            print(f"warning: {line}")
+
+
+def find_classes(paths, folder, names=None):
+    """The MaskClasses of these mask files, of a folder that messages name.
+
+    names: for the classes, in ascending order of their values; default: the values.
+    Raises ValueError, or FileNotFoundError, that names the file.
+    """
+
+    def count(path):
+        encoding, values = read_mask(path)
+        return path, encoding, count_values(values)
+
+    with contextlib.closing(parallel_map(count, paths, catch=())) as counted:
+        return classes_of_counts(counted, folder, names)
+
+
 def count_values(values):
     """{value: pixels} of an integer array."""
     if values.dtype in (np.uint8, np.uint16):
         counts = np.bincount(values.ravel())
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-    found, counts = np.unique(values, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    distinct, counts = np.unique(values, return_counts=True)
+    return dict(zip(distinct.tolist(), counts.tolist(), strict=True))
 
 
-def find_meaning(masks, folder):
-    """The Meaning of the values in these mask files, of a folder that messages name.
+def classes_of_counts(counted, folder, names=None):
+    """The MaskClasses of values that were counted; see `find_classes`.
 
-    Raises ValueError, or FileNotFoundError, that names the file.
+    counted: iterable of (path, encoding, {value: pixels}) for each mask.
     """
+    counts_of = _count_by_encoding(counted)
+    total = sum(counts.total() for counts in counts_of.values())
+    cut, foreground, warnings = set(), {}, []
+    for encoding, counts in counts_of.items():
+        if encoding in LOSSY or (encoding == "grey" and _is_smoothed(counts)):
+            cut.add(encoding)
+        if encoding in LOSSY and 0 < max(counts) <= HALF:
+            raise ValueError(
+                f"{folder}: the {encoding} masks have no value above {max(counts)}, and "
+                f"{encoding} does not keep small ones: save masks as PNG"
+            )
+        foreground |= _foreground(encoding, counts, encoding in cut)
+        warnings += _warnings(encoding, counts, encoding in cut, total)
+    one_class = _is_one_class(foreground, folder)
+    class_of = {key: "foreground" if one_class else _spell(*key) for key in foreground}
+    default_names = list(dict.fromkeys(class_of.values()))
+    if names:
+        renamed = _pair_names(default_names, names)
+        class_of = {key: renamed[name] for key, name in class_of.items()}
+    fractions = {key: pixels / total for key, pixels in foreground.items()}
+    return MaskClasses(names or default_names, class_of, fractions, cut, warnings)
 
-    def count(path):
-        kind, values = read_mask(path)
-        return path, kind, count_values(values)
 
-    with contextlib.closing(parallel_map(count, masks)) as counted:
-        return meaning_of(counted, folder)
-
-
-def meaning_of(counted, folder):
-    """The Meaning of values that were counted; see `find_meaning`.
-
-    counted: iterable of (path, kind, {value: pixels}), or an exception to raise, for each mask.
-    """
-    return _decide(_tally(counted), folder)
-
-
-def _tally(counted):
-    """{kind: Counter of the pixels of each value} over all masks."""
-    tally = {}
-    for result in counted:
-        if isinstance(result, Exception):
-            raise result
-        path, kind, counts = result
+def _count_by_encoding(counted):
+    """{encoding: Counter of the pixels of each value} over all masks."""
+    counts_of = {}
+    for path, encoding, counts in counted:
         if len(counts) > MAX_CLASSES + 1:
             raise ValueError(
                 f"{path}: holds {len(counts)} different values: is this the folder of masks?"
             )
-        tally.setdefault(kind, Counter()).update(counts)
-        if len(tally[kind]) > MAX_CLASSES + 1:
+        own = counts_of.setdefault(encoding, Counter())
+        own.update(counts)
+        if len(own) > MAX_CLASSES + 1:
             raise ValueError(
                 f"{path}: with this one the masks hold more than {MAX_CLASSES} different "
                 "values: is this the folder of masks?"
             )
-    if "colour" in tally and all(_is_grey(code) for code in tally["colour"]):
-        greys = {code & 255: pixels for code, pixels in tally.pop("colour").items()}
-        tally["grey"] = tally.get("grey", Counter()) + Counter(greys)
-    return tally
-
-
-@dataclass
-class Meaning:
-    """What the values of a folder of masks mean."""
-
-    classes: list = field(default_factory=list)
-    values: dict = field(default_factory=dict)  # (kind, value) -> class name, in ascending order
-    pixels: dict = field(default_factory=dict)  # (kind, value) -> share of all pixels
-    cut: set = field(default_factory=set)  # kinds that are cut at HALF
-    grey_colours: bool = True  # all colours are greys, and count as these
-    warnings: list = field(default_factory=list)
-
-    def split(self, kind, values):
-        """The values of one mask -> {class name: RunLengths}."""
-        if kind == "colour" and self.grey_colours:
-            kind, values = "grey", values & 255
-        if kind in self.cut:
-            values = np.where(values > HALF, 255, 0).astype(np.uint8)
-        masks = {}
-        for value, runs in encode_labels(values).items():
-            name = self.values.get((kind, value))
-            if name is not None:
-                masks[name] = masks[name] | runs if name in masks else runs
-        return masks
-
-    def rename(self, names):
-        """Give the classes other names, in ascending order of their values."""
-        if len(names) != len(self.classes):
-            raise ValueError(
-                f"--classes names {len(names)} classes, but the masks hold "
-                f"{len(self.classes)} beside background: {', '.join(self.classes[:20])}"
-            )
-        renamed = dict(zip(self.classes, names, strict=True))
-        self.classes = list(names)
-        self.values = {key: renamed[name] for key, name in self.values.items()}
-
-    def report(self):
-        """Print the value and the share of each class, and the warnings."""
-        several_kinds = len({kind for kind, _ in self.values}) > 1
-        for (kind, value), name in self.values.items():
-            of_kind = f" ({kind})" if several_kinds else ""
-            shown = f"above {HALF}" if kind in self.cut else _spell(kind, value)
-            share = 100 * self.pixels[kind, value]
-            print(f"class {name}: value {shown}{of_kind}, {share:.2f} % of the pixels of the masks")
-        for line in self.warnings:
-            print(f"warning: {line}")
-
-
-def _spell(kind, value):
-    return f"#{value:06x}" if kind == "colour" else str(value)
-
-
-def _decide(tally, folder):
-    """The Meaning of what `_tally` counted; raises ValueError."""
-    meaning = Meaning(grey_colours="colour" not in tally)
-    total = sum(sum(counts.values()) for counts in tally.values())
-    foreground = {}  # kind -> {value: pixels}
-    for kind, counts in tally.items():
-        if kind in LOSSY or (kind == "grey" and _is_smoothed(counts)):
-            counts = _cut_at_half(kind, counts, total, meaning, folder)
-        found = {value: counts[value] for value in sorted(counts) if value != 0}
-        if kind == "palette" and len(found) > 1 and (ignored := found.pop(255, 0)):
-            share = f"{100 * ignored / total:.2f} % of the pixels"
-            meaning.warnings.append(f"palette index 255 ({share}) counts as background")
-        if found:
-            foreground[kind] = found
-    if not foreground:
-        raise ValueError(f"{folder}: the masks are empty: every pixel is 0")
-    one_class = all(len(found) == 1 for found in foreground.values())
-    if len(foreground) > 1 and not one_class:
-        kinds = ", ".join(f"{kind} ({len(found)})" for kind, found in foreground.items())
-        raise ValueError(
-            f"{folder}: masks of several kinds with several values beside 0: {kinds}; "
-            "save all in one kind"
-        )
-    for kind, found in foreground.items():
-        for value, pixels in found.items():
-            meaning.values[kind, value] = "foreground" if one_class else _spell(kind, value)
-            meaning.pixels[kind, value] = pixels / total
-    meaning.classes = list(dict.fromkeys(meaning.values.values()))
-    return meaning
+    if "colour" in counts_of and all(map(_is_grey, counts_of["colour"])):
+        grey = counts_of.setdefault("grey", Counter())
+        for code, pixels in counts_of.pop("colour").items():
+            grey[code & 255] += pixels
+    return counts_of
 
 
 def _is_smoothed(counts):
     """Whether grey masks have edges of in-between values rather than classes."""
     ranges = {value // 32 for value in counts}
-    extremes = counts[0] + counts[255]
     return (
         len(counts) > SMOOTHED
         and ranges == set(range(8))
         and counts[0] > 0
         and counts[255] > 0
-        and 2 * extremes >= sum(counts.values())
+        and 2 * (counts[0] + counts[255]) >= counts.total()
     )
 
 
-def _cut_at_half(kind, counts, total, meaning, folder):
-    """{value: pixels} after the cut; notes it in `meaning`, with a warning where it matters."""
-    between = sum(pixels for value, pixels in counts.items() if value not in (0, 255))
-    bright = sum(pixels for value, pixels in counts.items() if value > HALF)
-    if kind in LOSSY and not bright and any(counts[value] for value in counts if value):
+def _foreground(encoding, counts, cut):
+    """{(encoding, value): pixels} of what is foreground, in ascending order of the values."""
+    if cut:
+        bright = sum(pixels for value, pixels in counts.items() if value > HALF)
+        return {(encoding, 255): bright} if bright else {}
+    ignored = (0, 255) if _ignores_255(encoding, counts) else (0,)
+    return {(encoding, value): counts[value] for value in sorted(counts) if value not in ignored}
+
+
+def _ignores_255(encoding, counts):
+    """Whether index 255 of palette masks is background, for there are other classes."""
+    return encoding == "palette" and 255 in counts and len(counts.keys() - {0}) > 1
+
+
+def _warnings(encoding, counts, cut, total):
+    """Yield a line where pixels count for something else than their value."""
+    if cut and counts.keys() - {0, 255}:
+        percent = 100 * sum(counts[value] for value in counts if value not in (0, 255)) / total
+        yield (
+            f"{encoding} masks hold values between 0 and 255 ({percent:.2f} % of the pixels): "
+            f"cut at half, above {HALF} is foreground"
+        )
+    if _ignores_255(encoding, counts):
+        percent = 100 * counts[255] / total
+        yield f"palette index 255 ({percent:.2f} % of the pixels) counts as background"
+
+
+def _is_one_class(foreground, folder):
+    """Whether each encoding has one foreground value; ValueError where the classes are unclear."""
+    if not foreground:
+        raise ValueError(f"{folder}: the masks are empty: every pixel is 0")
+    numbers = Counter(encoding for encoding, _ in foreground)
+    one_class = max(numbers.values()) == 1
+    if len(numbers) > 1 and not one_class:
+        kinds = ", ".join(f"{encoding} ({number})" for encoding, number in numbers.items())
         raise ValueError(
-            f"{folder}: the {kind} masks have no value above {max(counts)}, and {kind} does not "
-            "keep small ones: save masks as PNG"
+            f"{folder}: masks of several kinds with several values beside 0: {kinds}; "
+            "save all in one kind"
         )
-    meaning.cut.add(kind)
-    if between:
-        share = f"{100 * between / total:.2f} % of the pixels"
-        meaning.warnings.append(
-            f"{kind} masks hold values between 0 and 255 ({share}): cut at half, "
-            f"above {HALF} is foreground"
+    return one_class
+
+
+def _pair_names(default_names, names):
+    """{default name: name that --classes gives it}; ValueError where their numbers differ."""
+    if len(names) != len(default_names):
+        raise ValueError(
+            f"--classes names {len(names)} classes, but the masks hold "
+            f"{len(default_names)} beside background: {', '.join(default_names[:20])}"
         )
-    return {0: sum(counts.values()) - bright, 255: bright} if bright else {0: 1}
+    return dict(zip(default_names, names, strict=True))
+
+
+def _spell(encoding, value):
+    return f"#{value:06x}" if encoding == "colour" else str(value)

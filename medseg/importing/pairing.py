@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 
 from medseg.formats.medical import base_name
 from medseg.importing.collect import same_form
@@ -16,11 +17,12 @@ LAST_WORD = re.compile(r"(\d+|[^\W\d_]+)[\W_]*$")
 class Pairing:
     """What `pair_files` found.
 
-    pairs: [(image, masks)], a tuple of one mask or of several to be united. missing: images
-    without a mask. several: [(image, masks of which one may be meant)]. surplus: masks of no image.
+    rule: by which they were paired, in words. pairs: [(image, masks)], a tuple of one mask or of
+    several to be united. missing: images without a mask. several: [(image, masks of which one may
+    be meant)]. surplus: masks of no image.
     """
 
-    rule: str = ""
+    rule: str
     pairs: list = field(default_factory=list)
     missing: list = field(default_factory=list)
     several: list = field(default_factory=list)
@@ -49,11 +51,11 @@ def pair_files(images, masks, image_root, mask_root):
         if _count_images(with_numbers[1]) > _count_images(candidates):
             rule, candidates = with_numbers
     more = _more_masks(candidates, numbered)
-    united = {mask for found in more.values() for mask in found}
+    united = _all_masks(more)
     n_images, n_masks = len(images) - len(united & shared), len(masks) - len(united)
     enough = n_images / 4 if shared else min(n_images, n_masks) / 2
     if not candidates or len(candidates) < enough:
-        used = {mask for found in candidates.values() for mask in found}
+        used = _all_masks(candidates)
         mask = next((mask for mask in masks if mask not in used), masks[0])
         image = next(image for image in images if image not in candidates)
         raise ValueError(
@@ -61,9 +63,7 @@ def pair_files(images, masks, image_root, mask_root):
             f"the {len(images)} images, such as {image.name}: give a mask its image's name, "
             "or that name and an ending"
         )
-    pairing = _sort_out(images, masks, candidates, more)
-    pairing.rule = "name" if rule == "path" else rule
-    return pairing
+    return _sort_out("name" if rule == "path" else rule, images, masks, candidates, more)
 
 
 def _best_rule(images, masks, roots, shared):
@@ -73,25 +73,30 @@ def _best_rule(images, masks, roots, shared):
         rules.append(("path", _by_key(images, masks, *roots)))
         rules.append(("name", _by_key(images, masks)))
     rules.append(("the part that their names share", _by_shared_part(images, masks, shared)))
-    return max(rules, key=lambda found: len(found[1]))
+    return max(rules, key=lambda named: len(named[1]))
+
+
+def _all_masks(masks_of):
+    """The set of the masks in {image: masks}."""
+    return set(chain.from_iterable(masks_of.values()))
 
 
 def _count_images(candidates):
     """How many images have a mask, without those that are masks themselves."""
-    return len(candidates.keys() - {mask for found in candidates.values() for mask in found})
+    return len(candidates.keys() - _all_masks(candidates))
 
 
-def _sort_out(images, masks, candidates, more):
+def _sort_out(rule, images, masks, candidates, more):
     """The Pairing of {image: masks that a rule found} and {image: masks to be united with it}."""
-    pairing = Pairing()
-    users = Counter(mask for found in candidates.values() for mask in found)
-    used = users.keys() | {mask for found in more.values() for mask in found}
+    pairing = Pairing(rule)
+    users = Counter(chain.from_iterable(candidates.values()))
+    used = users.keys() | _all_masks(more)
     for image in images:
-        found, rest = candidates.get(image, []), more.get(image, [])
-        if len(found) == 1 and users[found[0]] == 1:
-            pairing.pairs.append((image, (*found, *rest)))
-        elif found:
-            pairing.several.append((image, [*found, *rest]))
+        own, numbered = candidates.get(image, []), more.get(image, [])
+        if len(own) == 1 and users[own[0]] == 1:
+            pairing.pairs.append((image, (*own, *numbered)))
+        elif own:
+            pairing.several.append((image, [*own, *numbered]))
         elif image not in used:
             pairing.missing.append(image)
     used |= set(images)
@@ -129,12 +134,12 @@ def _by_key(images, masks, image_root=None, mask_root=None):
 def _numbered(masks):
     """{mask: the mask beside it that has its name without the number at the end}."""
     by_name = {(mask.parent, stem(mask)): mask for mask in masks}
-    found = {}
+    plain_of = {}
     for mask in masks:
         name = NUMBERED.fullmatch(stem(mask))
         if name and (mask.parent, name[1]) in by_name:
-            found[mask] = by_name[mask.parent, name[1]]
-    return found
+            plain_of[mask] = by_name[mask.parent, name[1]]
+    return plain_of
 
 
 def _more_masks(candidates, numbered):
@@ -143,7 +148,7 @@ def _more_masks(candidates, numbered):
     Where a mask ends as its image does (a and a, img_1 and mask_1), one with a number more could
     be the mask of an image that is missing (a_1, img_1_1), and belongs to none.
     """
-    owners = {mask: image for image, found in candidates.items() for mask in found}
+    owners = {mask: image for image, masks in candidates.items() for mask in masks}
     more = {}
     for mask, plain in numbered.items():
         image = owners.get(plain)
@@ -156,8 +161,8 @@ def _more_masks(candidates, numbered):
 
 def _last_word(path):
     """The last word or number in the name of a file: 'mask' of 'benign (1)_mask.png'."""
-    found = LAST_WORD.search(stem(path))
-    return found and found[1]
+    match = LAST_WORD.search(stem(path))
+    return match and match[1]
 
 
 # ---------------------------------------------------------------- the part that names share
@@ -188,7 +193,7 @@ def _by_shared_part(images, masks, shared):
         for core in cores:
             for image in images_of[core]:
                 candidates.setdefault(image, set()).update(masks_of[core])
-    return {image: sorted(found) for image, found in candidates.items()}
+    return {image: sorted(masks) for image, masks in candidates.items()}
 
 
 def _is_credible(image_rest, cores, images):

@@ -1,57 +1,56 @@
-"""Pairs of NIfTI volumes -> an item for each slice."""
+"""Pairs of NIfTI volumes -> an example for each slice."""
 
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.formats.nifti import open_nifti, read_orientation
-from medseg.importing.mask_values import Meaning, count_values, meaning_of
-from medseg.importing.writing import Item
+from medseg.formats.nifti import Volume, open_nifti, read_orientation
+from medseg.importing.mask_values import classes_of_counts, count_values
+from medseg.importing.writing import Example
 
-KIND = "volume"  # of mask values, beside those of `read_mask`
+ENCODING = "volume"  # of mask values, beside those of `read_mask`
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
 SAME_PLACE = 0.01  # of a voxel: corners of image and mask this near differ by rounding only
 
 
-def volume_items(pairs, names, groups, folder, window=None, *, present=None):
-    """([Item] of all slices, the Meaning of the mask values, orientation) of volumes and masks.
+def volume_examples(pairs, names, groups, folder, classes=None, window=None, *, present=None):
+    """(examples of all slices, MaskClasses, orientation) of volumes and their masks.
 
     pairs: [(image, mask)], paths. names and groups: of each volume; one without a group is a group
-    of its own, so that its slices stay in one split. folder: of the masks, for messages. window as
-    in `volume_pairs`. orientation: that all are turned to, as "RAS": that of the first volume, or
-    `present`, (orientation, where it comes from), of the splits that stay; None where the affines
-    tell none.
+    of its own, so that its slices stay in one split. folder: of the masks, for messages. classes:
+    names for them, as in `find_classes`. window as in `open_pair`. orientation: that all are
+    turned to, as "RAS": that of the first volume, or `present`, (orientation, where it comes
+    from), of the splits that stay; None where the affines tell none.
     Every volume is read once here, and what is wrong with it raises ValueError or
-    FileNotFoundError; the slices are loaded later.
+    FileNotFoundError; the slices are read again later.
     """
     orientation = _common_orientation([image for image, _ in pairs], *(present or ()))
-    open_pair = _pair_opener(window, orientation)
+    open_once = _pair_opener(window, orientation)
     lengths, axes, counted, turned, apart = [], [], [], 0, []
     for image, mask in tqdm(pairs, "volumes", unit="volume", disable=None):
-        slices, counts = open_pair(image, mask), Counter()
-        for index in range(len(slices)):
-            counts.update(count_values(slices.classes(index)))
-        lengths.append(len(slices))
-        axes.append(slices.axis)
-        turned += slices.image.stored_orientation != slices.mask.stored_orientation
-        if slices.distance:
-            apart.append((slices.distance, spell_distance(slices.distance, slices.image), mask))
-        counted.append((mask, KIND, counts))
-    meaning = meaning_of(counted, folder)
+        pair, counts = open_once(image, mask), Counter()
+        for index in range(len(pair)):
+            counts.update(count_values(pair.class_numbers(index)))
+        lengths.append(len(pair))
+        axes.append(pair.mask.axis)
+        turned += pair.image.stored_orientation != pair.mask.stored_orientation
+        if pair.distance:
+            apart.append((pair.distance, spell_distance(pair.distance, pair.image), mask))
+        counted.append((mask, ENCODING, counts))
+    mask_classes = classes_of_counts(counted, folder, classes)
     _report(lengths, axes, turned, apart)
-    items = []
+    examples = []
     for pair, name, group, length in zip(pairs, names, groups, lengths, strict=True):
         for index in range(length):
-            load = _Slice(open_pair, *pair, index, meaning)
-            items.append(Item(f"{name}_z{index:03d}", group or name, load))
-    return items, meaning, orientation
+            read = functools.partial(_read_slice, open_once, *pair, index, mask_classes)
+            examples.append(Example(f"{name}_z{index:03d}", group or name, read))
+    return examples, mask_classes, orientation
 
 
 def _common_orientation(images, wanted=None, source=None):
@@ -77,36 +76,28 @@ def _common_orientation(images, wanted=None, source=None):
 
 
 def _pair_opener(window, orientation):
-    """open_pair(image, mask) -> VolumePairs, of which the last OPEN_PAIRS are kept.
+    """`open_pair` of an image and a mask, of which the last OPEN_PAIRS are kept open.
 
-    Slices are loaded in the order of their names, on several threads: each pair is opened once.
+    Slices are read in the order of their names, on several threads: each pair is opened once.
     """
     lock = threading.Lock()
 
     @functools.lru_cache(OPEN_PAIRS)
-    def open_pair(image, mask):
-        return volume_pairs(image, mask, window, orientation)
+    def open_cached(image, mask):
+        return open_pair(image, mask, window, orientation)
 
     def open_locked(image, mask):
         with lock:  # else two threads would open the same pair
-            return open_pair(image, mask)
+            return open_cached(image, mask)
 
     return open_locked
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """What `Item.load` is for a slice of a volume."""
-
-    open_pair: Callable
-    image: Path
-    mask: Path
-    index: int
-    meaning: Meaning
-
-    def __call__(self):
-        _, picture, classes = self.open_pair(self.image, self.mask)[self.index]
-        return picture, self.meaning.split(KIND, classes)
+def _read_slice(open_once, image, mask, index, mask_classes):
+    """What `Example.read` returns, of a slice of the volumes at two paths."""
+    pair = open_once(image, mask)
+    masks = mask_classes.to_masks(ENCODING, pair.class_numbers(index))
+    return Image.fromarray(pair.pictures[index]), masks
 
 
 def _report(lengths, axes, turned, apart):
@@ -136,14 +127,39 @@ def _report(lengths, axes, turned, apart):
 # ---------------------------------------------------------------- one pair
 
 
-def volume_pairs(image_path, mask_path, window=None, orientation=None):
-    """The slices of a volume with their masks: a sequence of (name suffix, picture, classes).
+@dataclass(frozen=True)
+class VolumePair:
+    """A volume and its mask, cut across the same axis into `len(pair)` slices.
 
-    name suffix: '_z000' and on; picture: PIL image of mode L; classes: uint16 array (H, W) of
-    class numbers. window as in `Volume.pictures`; orientation as in `open_nifti`: each is turned
-    by its own affine.
-    Raises FileNotFoundError; ValueError where the two lie a voxel apart or more and, when the
-    slice is read, where the mask holds something else than whole numbers from 0 on.
+    pictures: the slices of the image, uint8 arrays (H, W). distance: that their corners lie apart,
+    in header units, 0 where it is rounding.
+    """
+
+    image: Volume
+    mask: Volume
+    pictures: Sequence
+    distance: float
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def class_numbers(self, index):
+        """The mask of one slice, uint16 array (H, W); ValueError for other than whole numbers."""
+        values = self.mask[index]
+        numbers = np.nan_to_num(values, nan=-1).clip(-1, 65536).astype(np.int32)
+        if (numbers != values).any() or numbers.min() < 0 or numbers.max() > 65535:
+            raise ValueError(
+                f"{self.mask.path}: slice {index} holds something else than class numbers "
+                "0, 1, 2, ..."
+            )
+        return numbers.astype(np.uint16)
+
+
+def open_pair(image_path, mask_path, window=None, orientation=None):
+    """The VolumePair of two NIfTI files.
+
+    window as in `Volume.pictures`; orientation as in `open_nifti`: each is turned by its own
+    affine. Raises FileNotFoundError; ValueError where the two lie a voxel apart or more.
     """
     image, mask = (open_nifti(path, orientation) for path in (image_path, mask_path))
     if image.shape != mask.shape:
@@ -158,45 +174,11 @@ def volume_pairs(image_path, mask_path, window=None, orientation=None):
             f"{spell_distance(distance, image)}, and a voxel has {spell_distance(voxel, image)}"
         )
     mask.axis = image.axis  # equal but for rounding
-    return VolumePairs(image, mask, window, distance if distance > SAME_PLACE * voxel else 0.0)
+    distance = distance if distance > SAME_PLACE * voxel else 0.0
+    return VolumePair(image, mask, image.pictures(window), distance)
 
 
 def spell_distance(distance, volume):
     """A length in the units of a volume's header: '0.5 mm'."""
     unit = {1: "m", 2: "mm", 3: "µm"}.get(int(volume.header["xyzt_units"]) & 7, "units of length")
     return f"{distance:.3g} {unit}"
-
-
-class VolumePairs(Sequence):
-    """What `volume_pairs` returns.
-
-    image, mask: the two `Volume`s. distance: that their corners lie apart, in header units, 0
-    where it is rounding.
-    """
-
-    def __init__(self, image, mask, window, distance):
-        self.image, self.mask, self.distance = image, mask, distance
-        self._pictures = image.pictures(window)
-
-    def __len__(self):
-        return len(self._pictures)
-
-    def __getitem__(self, index):
-        classes = self.classes(index)
-        return f"_z{index:03d}", Image.fromarray(self._pictures[index]), classes
-
-    @property
-    def axis(self):
-        """The axis across which both are cut, 0 to 2."""
-        return self.mask.axis
-
-    def classes(self, index):
-        """The class numbers of one slice: uint16 array (H, W)."""
-        values = self.mask[index]
-        classes = np.nan_to_num(values, nan=-1).clip(-1, 65536).astype(np.int32)
-        if (classes != values).any() or classes.min() < 0 or classes.max() > 65535:
-            raise ValueError(
-                f"{self.mask.path}: slice {index} holds something else than class numbers "
-                "0, 1, 2, ..."
-            )
-        return classes.astype(np.uint16)

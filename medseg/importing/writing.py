@@ -1,8 +1,8 @@
 """Images and masks of any origin -> the splits of a data set, as COCO run lengths.
 
-An importer hands over a list of `Item`s and the names of their classes; `write_dataset` draws the
-split and writes it. Images are loaded one by one, on all cores, so that memory does not grow with
-their number.
+An importer hands over a list of `Example`s and the names of their classes; `write_dataset` draws
+the split and writes it. Images are read one by one, on all cores, so that memory does not grow
+with their number.
 """
 
 import contextlib
@@ -14,14 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from medseg.coco import (
     ANNOTATIONS,
     MAX_CLASSES,
-    SPLITS,
     listed,
     read_annotations,
     recorded_settings,
@@ -31,43 +29,26 @@ from medseg.images import SUFFIXES, open_image, save_png
 from medseg.phantoms import is_phantom
 from medseg.run_lengths import RunLengths, encode
 from medseg.settings import spell_window
-from medseg.splits import install, occupied
+from medseg.splits import PERCENTAGES, draw_splits, install, present_splits, wanted_splits
 
 OWN = "own data imported by download.py"  # info.description of every imported split
-SHARES = (70, 15, 15)  # percent of the images in train, valid and test
 
 
 @dataclass(frozen=True)
-class Item:
-    """One image with its masks, not loaded yet.
+class Example:
+    """One image with its masks, not read yet.
 
     name: the stem of the file to write, unique in the data set whatever the case. group: images
-    of one group stay in one split; "" is a group of its own. load(): (picture, masks). picture is
-    an upright PIL image, saved as PNG, or the Path of a file of `medseg.images.FORMATS` that is
+    of one group stay in one split; "" is a group of its own. read(): (image, masks). image is an
+    upright PIL image, saved as PNG, or the Path of a file of `medseg.images.FORMATS` that is
     upright and was read without an error, copied as it is. masks is {class name: RunLengths, or
-    bool array (H, W)} of the picture's size; a class that is not there need not be named. load
+    bool array (H, W)} of the image's size; a class that is not there need not be named. read
     raises FileNotFoundError, or ValueError naming the file; it is called from several threads.
     """
 
     name: str
     group: str
-    load: Callable
-
-
-@dataclass
-class SplitCounts:
-    """What was written to one split."""
-
-    images: int = 0
-    pixels: int = 0
-    groups: set = field(default_factory=set)
-    class_pixels: Counter = field(default_factory=Counter)
-    class_images: Counter = field(default_factory=Counter)
-
-
-def present_splits(root):
-    """The names of the splits that `root` has something under, in their order."""
-    return tuple(split for split in SPLITS if occupied(root, (split,)))
+    read: Callable
 
 
 def holds_own_data(root):
@@ -79,36 +60,38 @@ def holds_own_data(root):
     return False
 
 
-def write_dataset(root, items, classes, *, split=SHARES, into=None, seed=0, force=False, info=None):
-    """Write `items` as splits of `root`, whole or not at all, and print what each split holds.
+def write_dataset(
+    root, examples, classes, *, split=PERCENTAGES, into=None, seed=0, force=False, info=None
+):
+    """Write `examples` as splits of `root`, whole or not at all, and print what each split holds.
 
     classes: names, which become categories 1, 2, ... in this order. Splits that stay have to have
-    the same; where they have some more besides, these are added. split: the shares of train,
-    valid and test in percent; a share of 0 writes no such split. into: the one split to write
-    instead. Other splits are never touched. info: {name: JSON value} to record with each split.
+    the same; where they have some more besides, these are added. split: percent of the images in
+    train, valid and test; 0 writes no such split. into: the one split to write instead. Other
+    splits are never touched. info: {name: JSON value} to record with each split.
     Raises ValueError where a split is there already (without `force`), the classes disagree, or
-    there are fewer groups than splits; and what an item's load() raises.
+    there are fewer groups than splits; and what an example's read() raises.
     """
-    root, items = Path(root), sorted(items, key=lambda item: item.name)
+    root, examples = Path(root), sorted(examples, key=lambda example: example.name)
     splits = wanted_splits(split, into)
     check_free(root, splits, force)
     _check_names(classes)
     classes = _add_present_classes(root, splits, list(classes))
-    if len({item.name.casefold() for item in items}) < len(items):
+    if len({example.name.casefold() for example in examples}) < len(examples):
         raise ValueError(f"{root}: two images would get the same file name")
-    drawn = {into: items} if into else draw_splits(items, split, seed)
-    if not items:
+    drawn = {into: examples} if into else draw_splits(examples, split, seed)
+    if not examples:
         raise ValueError(f"{root}: there are no images to write")
     counts = {}
 
     def write_splits(folder):
-        with tqdm(desc="importing", total=len(items), unit="image", disable=None) as bar:
+        with tqdm(desc="importing", total=len(examples), unit="image", disable=None) as bar:
             for name, chosen in drawn.items():
                 counts[name] = _write_split(folder / name, chosen, classes, bar, info or {})
 
     install(root, write_splits, splits)
-    for name, split_counts in counts.items():
-        print_counts(name, split_counts, classes)
+    for name, chosen in drawn.items():
+        _print_counts(name, chosen, counts[name], classes)
     if len(classes) > MAX_CLASSES:
         print(
             f"note: {len(classes)} classes are more than the {MAX_CLASSES} that train.py can tell "
@@ -116,15 +99,10 @@ def write_dataset(root, items, classes, *, split=SHARES, into=None, seed=0, forc
         )
 
 
-def wanted_splits(split, into):
-    """The names of the splits that `write_dataset` writes, in their order."""
-    return (into,) if into else tuple(n for n, share in zip(SPLITS, split, strict=True) if share)
-
-
 def check_free(root, splits, force):
     """Raise ValueError where `root` has one of `splits`, unless `force` says to replace them."""
-    for split in splits:
-        if occupied(root, (split,)) and not force:
+    for split in present_splits(root):
+        if split in splits and not force:
             raise ValueError(
                 f"{Path(root) / split} is there already: replace it with --force, "
                 "add another split with --into, or name another folder with --data"
@@ -147,8 +125,8 @@ def _add_present_classes(root, splits, classes):
         if is_phantom({split: coco}):
             raise ValueError(f"{root / split} holds phantoms: name another folder with --data")
         present = [str(category.get("name")) for category in coco["categories"]]
-        rest = iter(present)
-        if not all(name in rest for name in classes):  # a subsequence: the same order
+        remaining = iter(present)
+        if not all(name in remaining for name in classes):  # a subsequence: the same order
             raise ValueError(
                 f"{root / split} has the classes {listed(present)}, the new images "
                 f"{listed(classes)}: give the same in the same order with --classes"
@@ -185,102 +163,84 @@ def check_window(present, window):
             raise ValueError(f"{differ}: give --window {spell_window(recorded)}")
 
 
-def draw_splits(items, shares, seed):
-    """{split: items} of every split with a share, drawn by `seed`; a group stays together.
-
-    Groups come in random order, each to the split that lacks most images. Every split gets one.
-    """
-    groups = {}
-    for item in items:
-        groups.setdefault((item.group, "" if item.group else item.name), []).append(item)
-    drawn = {name: [] for name in wanted_splits(shares, None)}
-    if len(groups) < len(drawn):
-        what = "images" if len(groups) == len(items) else "groups of images"
-        raise ValueError(
-            f"{len(groups)} {what} are too few for {len(drawn)} splits: leave splits out with "
-            "--split (as 100 0 0), or write one at a time with --into"
-        )
-    wanted = {n: len(items) * share / 100 for n, share in zip(SPLITS, shares, strict=True)}
-    order = np.random.default_rng(seed).permutation(len(groups))
-    members = list(groups.values())
-    for number, index in enumerate(order):
-        empty = [name for name in drawn if not drawn[name]]
-        open_splits = empty if len(empty) == len(order) - number else drawn
-        name = max(open_splits, key=lambda name: wanted[name] - len(drawn[name]))
-        drawn[name] += members[index]
-    return {name: sorted(chosen, key=lambda item: item.name) for name, chosen in drawn.items()}
-
-
 # ---------------------------------------------------------------- one split
 
 
-def _write_split(folder, items, classes, bar, info):
+@dataclass
+class SplitCounts:
+    """What was written to one split."""
+
+    pixels: int = 0
+    class_pixels: Counter = field(default_factory=Counter)  # class name -> pixels
+    class_images: Counter = field(default_factory=Counter)  # class name -> images that have it
+
+
+def _write_split(folder, examples, classes, bar, info):
     """Write a split to the new `folder`; returns its SplitCounts.
 
     The annotations go to their file as they come, for they are most of what is to be written.
     """
     folder.mkdir()
     counts, images, separator, number = SplitCounts(), [], "", 0
-    categories = [
-        {"id": index, "name": name, "supercategory": "none"}
-        for index, name in enumerate(classes, start=1)
-    ]
+    ids = {name: category_id for category_id, name in enumerate(classes, start=1)}
+    categories = [{"id": ids[name], "name": name, "supercategory": "none"} for name in classes]
     head = {"info": {"description": OWN, **info}, "categories": categories}
-    ids = {category["name"]: category["id"] for category in categories}
     convert = functools.partial(_convert, folder=folder, ids=ids)
     with (
         open(folder / ANNOTATIONS, "w", encoding="ascii") as file,
         # Closed at once where something fails: the threads write into a folder that then goes.
-        contextlib.closing(parallel_map(convert, items)) as results,
+        contextlib.closing(parallel_map(convert, examples, catch=())) as converted,
     ):
         file.write(json.dumps(head)[:-1] + ', "annotations": [')
-        for item, result in zip(items, results, strict=True):
-            if isinstance(result, Exception):
-                raise result
-            record, annotations = result
-            _count(counts, item, record, annotations, classes)
-            images.append(json.dumps({"id": len(images), **record}))
+        for index, (record, annotations) in enumerate(converted):
+            images.append(json.dumps({"id": index, **record}))
+            counts.pixels += record["width"] * record["height"]
             for annotation in annotations:
+                name = classes[annotation["category_id"] - 1]
+                counts.class_pixels[name] += annotation["area"]
+                counts.class_images[name] += 1
                 number += 1
-                ids = {"id": number, "image_id": len(images) - 1}
-                file.write(separator + json.dumps(ids | annotation))
+                file.write(separator + json.dumps({"id": number, "image_id": index, **annotation}))
                 separator = ",\n"
             bar.update()
         file.write('], "images": [' + ",\n".join(images) + "]}")
     return counts
 
 
-def _convert(item, folder, ids):
-    """Write the image of an Item; returns its COCO record and annotations, without their ids.
+def _convert(example, folder, ids):
+    """Write the image of an Example; returns its COCO record and annotations, without their ids.
 
     ids: {class name: category id}.
     """
-    picture, masks = item.load()
-    file_name, (width, height) = _save_picture(picture, folder, item.name)
+    image, masks = example.read()
+    file_name, (width, height) = _save_image(image, folder, example.name)
     annotations = []
     for name, mask in masks.items():
         if name not in ids or mask.shape != (height, width):
             shape = "x".join(map(str, mask.shape[::-1]))
-            raise ValueError(f"{item.name}: a mask of {name!r}, {shape}, on {width}x{height}")
+            raise ValueError(f"{example.name}: a mask of {name!r}, {shape}, on {width}x{height}")
         runs = mask if isinstance(mask, RunLengths) else encode(mask)
         if runs.area:
             annotations.append(_annotate(runs, ids[name]))
     return {"file_name": file_name, "width": width, "height": height}, annotations
 
 
-def _save_picture(picture, folder, name):
-    """Copy or save a picture to folder/name.*; returns (file name, (width, height))."""
-    if isinstance(picture, Image.Image):
-        save_png(picture, folder / f"{name}.png")
-        return f"{name}.png", picture.size
-    with open_image(picture) as image:
-        if image.format == "TIFF":
-            image.load()  # which turns it, where it has an orientation
-        size, kind = image.size, image.format
-    suffix = picture.suffix.lower()
+def _save_image(image, folder, name):
+    """Save a PIL image, or copy the file of a Path, to folder/name.*.
+
+    Returns (file name, (width, height)).
+    """
+    if isinstance(image, Image.Image):
+        save_png(image, folder / f"{name}.png")
+        return f"{name}.png", image.size
+    with open_image(image) as picture:
+        if picture.format == "TIFF":
+            picture.load()  # which turns it, where it has an orientation
+        size, file_format = picture.size, picture.format
+    suffix = image.suffix.lower()
     if suffix not in SUFFIXES:
-        suffix = SUFFIXES[0] if kind == "JPEG" else f".{kind.lower()}"
-    shutil.copyfile(picture, folder / (name + suffix))
+        suffix = SUFFIXES[0] if file_format == "JPEG" else f".{file_format.lower()}"
+    shutil.copyfile(image, folder / (name + suffix))
     return name + suffix, size
 
 
@@ -299,28 +259,16 @@ def _annotate(runs, category_id):
     }
 
 
-# ---------------------------------------------------------------- counts
-
-
-def _count(counts, item, record, annotations, classes):
-    counts.images += 1
-    counts.pixels += record["width"] * record["height"]
-    counts.groups.add(item.group)
-    for annotation in annotations:
-        name = classes[annotation["category_id"] - 1]
-        counts.class_pixels[name] += annotation["area"]
-        counts.class_images[name] += 1
-
-
-def print_counts(split, counts, classes):
-    """Print the images of a split, and each class's share of the pixels and of the images."""
-    groups = f" of {len(counts.groups)} groups" if counts.groups != {""} else ""
-    print(f"{split}: {counts.images} images{groups}")
+def _print_counts(split, examples, counts, classes):
+    """Print the images of a split, and each class's part of the pixels and of the images."""
+    groups = {example.group for example in examples}
+    of_groups = f" of {len(groups)} groups" if groups != {""} else ""
+    print(f"{split}: {len(examples)} images{of_groups}")
     shown = classes[:MAX_CLASSES]
     width = max(map(len, shown), default=0)
     for name in shown:
-        share, images = counts.class_pixels[name] / counts.pixels, counts.class_images[name]
-        doubt = "  <- more than half: the right folder, and not inverted?" if share > 0.5 else ""
-        print(f"  {name:{width}}  {100 * share:6.2f} % of the pixels, in {images} images{doubt}")
+        percent, images = 100 * counts.class_pixels[name] / counts.pixels, counts.class_images[name]
+        doubt = "  <- more than half: the right folder, and not inverted?" if percent > 50 else ""
+        print(f"  {name:{width}}  {percent:6.2f} % of the pixels, in {images} images{doubt}")
     if len(classes) > len(shown):
         print(f"  and {len(classes) - len(shown)} more classes")
