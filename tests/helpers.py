@@ -34,22 +34,25 @@ HOME = tempfile.mkdtemp(prefix="home-")  # one for all, so that matplotlib looks
 SIZE = 48  # pixels a side of the images made here
 
 
-def start_python(*arguments, cwd, **environment):
+def start_python(*arguments, cwd, log=None, **environment):
     """Start Python without the user's SwanLab and Kaggle accounts; with -c it finds our modules.
 
-    Returns a Popen; its output is text in two pipes.
+    Returns a Popen; its output is text in two pipes, or goes to the file `log`.
     """
     accounts = ("SWANLAB", "KAGGLE")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(accounts)}
     if "-c" in arguments:
         clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env={**clean, "HOME": HOME, **environment},
-        **pipes,
-    )
+    with open(log or os.devnull, "w") as file:
+        output = file if log else subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**clean, "HOME": HOME, **environment},
+            stdout=output,
+            stderr=output,
+            text=True,
+        )
 
 
 def run_python(*arguments, cwd, timeout=120, **environment):

@@ -25,6 +25,7 @@ from helpers import (
     edit_annotations,
     fork_script,
     rasterize,
+    script,
     script_here,
     square,
     write_split,
@@ -756,7 +757,7 @@ def test_no_data_set_is_said_once(there, tmp_path, refused, capsys):
 def test_audit_counts(dataset, tmp_path):
     edit_annotations(dataset / "train", lambda content: content["annotations"].pop(0))
     Image.new("RGB", (SIZE, SIZE)).save(dataset / "train" / "stray.png")
-    train = assert_done(script_here("data.py", dataset, cwd=tmp_path)).split("valid:")[0]
+    train = assert_done(script("data.py", dataset, cwd=tmp_path)).split("valid:")[0]
     assert "train: 6 images, 5 annotations" in train
     assert "48x48: 6" in train and "tumour: 5" in train
     percent = 100 * 5 * 16 * 16 / (6 * SIZE * SIZE)  # five squares of 16 x 16
