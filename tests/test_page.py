@@ -315,21 +315,18 @@ def test_what_is_no_image_gets_one_line_at_once(tab, place):
 
 
 def test_two_browsers_at_once_get_their_own(tab, browser, servers, place):
-    tabs, lines, masks, paths = [tab, Tab(browser, servers.address)], [], [], []
-    for number, side in enumerate((20, 50)):
-        paths.append(place / f"browser{number}.png")
-        scan(90, 70, 10, 10, side).save(paths[-1])
-        line, mask = expected_mask(place, paths[-1])
-        lines.append(line)
-        masks.append((f"browser{number}_mask.png", mask))
-    for one, path in zip(tabs, paths, strict=True):
-        one.upload(path)
-    assert [one.wait_for_text("highest") for one in tabs] == lines
-    assert [one.download() for one in tabs] == masks
-    tabs[0].move_threshold(0.9)
-    assert tabs[0].download()[1] == expected_mask(place, paths[0], 0.9)[1]
-    assert tabs[1].download() == masks[1]
-    tabs[1].page.context.close()
+    other, paths = Tab(browser, servers.address), (place / "browser0.png", place / "browser1.png")
+    for path, side in zip(paths, (20, 50), strict=True):
+        scan(90, 70, 10, 10, side).save(path)
+    (line, mask), (other_line, other_mask) = (expected_mask(place, path) for path in paths)
+    tab.upload(paths[0])
+    other.upload(paths[1])
+    assert (tab.wait_for_text("highest"), other.wait_for_text("highest")) == (line, other_line)
+    assert tab.download() == ("browser0_mask.png", mask)
+    tab.move_threshold(0.9)
+    assert tab.download()[1] == expected_mask(place, paths[0], 0.9)[1]
+    assert other.download() == ("browser1_mask.png", other_mask)
+    other.page.context.close()
 
 
 def unzip(content):
@@ -385,13 +382,21 @@ def test_volumes_and_frames(tab, place):
 # ---- the server ------------------------------------------------------------------------------
 
 
-def request(address, **headers):
+def connect(address):
     parts = urlsplit(address)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=SECONDS)
-    connection.request("GET", "/config", headers=headers)
-    status = connection.getresponse().status
-    connection.close()
-    return status
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=SECONDS)
+
+
+def ask(address, method, path, body=None, **headers):
+    """(status, body, the response)"""
+    with contextlib.closing(connect(address)) as connection:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read(), response
+
+
+def request(address, **headers):
+    return ask(address, "GET", "/config", **headers)[0]
 
 
 def test_other_hosts_and_origins_are_refused(servers):
@@ -466,24 +471,14 @@ class Visitor:
     """Requests from outside of a browser, with the cookie that the page gives to one."""
 
     def __init__(self, address):
-        self.address, self.headers = urlsplit(address), {}
+        self.address, self.headers = address, {}
         _, _, response = self.ask("GET", "/")
         self.headers["Cookie"] = response.getheader("set-cookie").partition(";")[0]
         self.config = json.loads(self.ask("GET", "/config")[1])
         self.types = {part["id"]: part["type"] for part in self.config["components"]}
 
-    def connect(self):
-        host, port = self.address.hostname, self.address.port
-        return http.client.HTTPConnection(host, port, timeout=SECONDS)
-
     def ask(self, method, path, body=None, **headers):
-        """(status, body, the response)"""
-        connection = self.connect()
-        connection.request(method, path, body, {**self.headers, **headers})
-        response = connection.getresponse()
-        content = response.read()
-        connection.close()
-        return response.status, content, response
+        return ask(self.address, method, path, body, **{**self.headers, **headers})
 
     def post(self, path, value):
         return self.ask("POST", path, json.dumps(value), **JSON)
@@ -515,17 +510,14 @@ class Visitor:
 
     def result(self, session="tab"):
         """What the page answers to the last event, {"success": ..., "output": ...}."""
-        connection = self.connect()
         path = f"/gradio_api/queue/data?session_hash={session}"
-        connection.request("GET", path, headers=self.headers)
-        response = connection.getresponse()
-        try:
+        with contextlib.closing(connect(self.address)) as connection:
+            connection.request("GET", path, headers=self.headers)
+            response = connection.getresponse()
             while line := response.readline():
                 message = json.loads(line[6:]) if line.startswith(b"data: ") else {}
                 if message.get("msg") in ("process_completed", "unexpected_error"):
                     return message
-        finally:
-            connection.close()
         pytest.fail(f"no answer: {response.status}")
 
     def predict(self, path):
@@ -673,8 +665,9 @@ def test_events_with_values_that_no_page_sends(visitor, place):
 
 def begin_upload(visitor, *headers, name="upload"):
     """A socket that has sent the head of an upload."""
-    opened = socket.create_connection((visitor.address.hostname, visitor.address.port), SECONDS)
-    lines = [f"POST /gradio_api/{name} HTTP/1.1", f"Host: {visitor.address.netloc}"]
+    address = urlsplit(visitor.address)
+    opened = socket.create_connection((address.hostname, address.port), SECONDS)
+    lines = [f"POST /gradio_api/{name} HTTP/1.1", f"Host: {address.netloc}"]
     lines += [f"Cookie: {visitor.headers['Cookie']}", *headers]
     lines.append("Content-Type: multipart/form-data; boundary=edge")
     opened.sendall("\r\n".join([*lines, "", ""]).encode())
@@ -785,7 +778,7 @@ def test_progress_of_an_upload_is_told_to_its_browser_alone(visitor, servers):
     head = f"Content-Length: {len(body)}"
     with begin_upload(visitor, head, name="upload?upload_id=one") as opened:
         opened.sendall(body[:3_000_000])
-        connection = visitor.connect()
+        connection = connect(visitor.address)
         connection.request("GET", path, headers=visitor.headers)
         response, sizes = connection.getresponse(), []
         while not sizes:
