@@ -595,12 +595,17 @@ def test_cache_follows_its_sources(dataset):
     assert len(cached(dataset)) == 3
 
 
-def test_a_truncated_cache_and_one_of_version_1_are_made_again(dataset):
-    """Version 1 is of the time before colours of 16 bits were read."""
+def test_a_cache_that_is_not_what_it_should_be_is_made_again(dataset):
+    """Cut, of other rows, type or bytes a pixel, of version 1, before 16-bit colours were read."""
     rows = np.array(load_split(dataset, "train", 32))
     path = dataset / ".cache" / cached(dataset)[0]
     path.write_bytes(path.read_bytes()[:-1])
     np.testing.assert_array_equal(load_split(dataset, "train", 32), rows)
+    for wrong in (rows[:-1], rows.astype(np.int8), rows[..., :3]):
+        np.save(path, wrong)
+        again = load_split(dataset, "train", 32)
+        assert again.dtype == np.uint8
+        np.testing.assert_array_equal(again, rows)
     name, size, version = path.name.split("-")  # train, 32, and one digit with the fingerprint
     path.unlink()
     np.save(path.with_name(f"{name}-{size}-1{version[1:]}"), np.zeros_like(rows))
