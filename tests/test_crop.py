@@ -1,6 +1,7 @@
 """Images at their own size: the cache, crops of them, prediction and scores, end to end."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -107,7 +108,14 @@ def test_the_cache_is_made_once_and_follows_its_sources(own_sizes, monkeypatch):
 
 
 def test_damaged_images_shift_nothing(own_sizes, monkeypatch):
-    (own_sizes / "train" / "1.png").write_bytes(b"damaged")
+    path = own_sizes / "train" / "1.png"
+    good, state = path.read_bytes(), path.stat()
+
+    def write(content):
+        path.write_bytes(content)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    write(bytes(len(good)))
     with monkeypatch.context() as patch:
         for _ in range(2):  # made, and read from disk
             skipped = []
@@ -118,6 +126,10 @@ def test_damaged_images_shift_nothing(own_sizes, monkeypatch):
             patch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
     with pytest.raises(ValueError, match="1 of 4 images in train"):  # not the rows without it
         load_split(own_sizes, "train", None)
+    write(good)  # read in vain before, as on a bad disk
+    assert len(load_split(own_sizes, "train", None)) == 4
+    monkeypatch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
+    assert len(load_split(own_sizes, "train", None)) == 4
 
 
 def test_memory_where_the_folder_cannot_be_written(own_sizes, capsys):
