@@ -129,12 +129,9 @@ def split(tmp_path):
     masks[3], masks[4] = blob, 1 - blob
     masks[5, 10:40, 10:40] = masks[5, 30:60, 30:60] = 1
     annotations = [
-        (0, square(10, 20, 30)),
-        (1, square(5, 5, 10) + square(40, 60, 20)),
-        (3, compressed(blob)),
-        (4, uncompressed(1 - blob)),
-        (5, square(10, 10, 30)),
-        (5, square(30, 30, 30)),
+        *((0, square(10, 20, 30)), (1, square(5, 5, 10) + square(40, 60, 20))),
+        *((3, compressed(blob)), (4, uncompressed(1 - blob))),
+        *((5, square(10, 10, 30)), (5, square(30, 30, 30))),
     ]
     folder = tmp_path / "train"
     write_split(folder, images, annotations)
@@ -177,10 +174,10 @@ def test_the_tutorials_transform_works(split):
     assert torch.equal(mask, nearest(masks[5], 64, 48))
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [(640, 256), (90, 256), (70, 33), (1, 7), (7, 1), (255, 256), (513, 96), (1000, 3)],
-)
+LENGTHS = [(640, 256), (90, 256), (70, 33), (1, 7), (7, 1), (255, 256), (513, 96), (1000, 3)]
+
+
+@pytest.mark.parametrize("old, new", LENGTHS)
 def test_nearest_is_torchs_and_pils(old, new):
     line = torch.arange(old, dtype=torch.float64)[None, None, :, None]
     expected = F.interpolate(line, size=(new, 1), mode="nearest-exact").flatten().numpy()
@@ -224,9 +221,8 @@ def test_formats_and_modes(tmp_path):
         **{"grey.png": grey, "palette.png": grey.convert("P"), "la.png": grey.convert("LA")},
         **{name: Image.fromarray(rgb) for name in ("rgb.bmp", "rgb.tif", "a.webp", "b.gif")},
         "rgba.png": Image.fromarray(rgb).convert("RGBA"),
-        **{
-            f"16bit{end}": Image.fromarray(GREY.astype(np.uint16) * 257) for end in (".png", ".tif")
-        },
+        "16bit.png": Image.fromarray(GREY.astype(np.uint16) * 257),
+        "16bit.tif": Image.fromarray(GREY.astype(np.uint16) * 257),
         "float.tif": Image.fromarray(GREY.astype(np.float32) / 255),
         "32bit.tif": Image.fromarray(GREY.astype(np.int32)),
     }
@@ -581,11 +577,7 @@ def test_cache_is_made_once_and_read_from_disk(dataset, monkeypatch):
 
 def test_cache_follows_its_sources(dataset):
     before = np.array(load_split(dataset, "train", 32))
-    everything = square(0, 0, SIZE)
-    edit_annotations(
-        dataset / "train",
-        lambda content: content["annotations"][2].update(segmentation=everything),
-    )
+    update("annotations", 2, segmentation=square(0, 0, SIZE))(dataset)
     after = np.array(load_split(dataset, "train", 32))
     assert after[2, ..., 3].all() and not before[2, ..., 3].all()
     np.testing.assert_array_equal(np.delete(after, 2, 0), np.delete(before, 2, 0))
@@ -653,6 +645,16 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
     assert masks.shape == (4, 1, 8, 8) and masks.dtype == torch.float32
     assert masks.sum((1, 2, 3)).tolist() == [0, 0, 0, 32]
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("free, resident", [(2, False), (3, True)])  # of the size of the rows
+def test_a_split_that_leaves_room_on_the_gpu_is_moved_there(free, resident, monkeypatch):
+    """The GPU is pretended: there may be none here."""
+    rows, moved = np.zeros((10, 8, 8, 4), np.uint8), []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * rows.nbytes, 0))
+    monkeypatch.setattr(torch.Tensor, "to", lambda pixels, device: moved.append(device) or pixels)
+    Batches(rows, 4, "cuda")
+    assert moved == [torch.device("cuda")] * resident
 
 
 # ---- what is wrong with a data set -----------------------------------------------------------

@@ -534,17 +534,15 @@ def test_a_second_training_in_the_same_folder_is_refused(copy):
 
 
 def test_one_waits_while_another_makes_the_cache(dataset):
-    (dataset / ".cache").mkdir()
-    lock = FileLock(dataset / ".cache" / "lock").acquire()
-    load = f"from data import load_split; print(load_split({str(dataset)!r}, 'train', 32).shape)"
-    process = start_python("-c", load, cwd=dataset)
-    try:
-        with lock:
-            assert str(dataset / ".cache") in process.stderr.readline()
-            assert not list((dataset / ".cache").glob("*.npy"))
-        assert process.communicate(timeout=60)[0].strip() == "(6, 32, 32, 4)"
-    finally:
-        process.kill()
+    cache, log = dataset / ".cache", dataset / "log"
+    cache.mkdir()
+    command = (*SMALL, "--data", dataset, "--out", dataset / "run", "--epochs", 1)
+    with FileLock(cache / "lock").acquire():
+        process = fork_script("train.py", *command, log=log)
+        wait_until(lambda: log.exists() and f"{cache}:" in log.read_text())
+        assert not list(cache.glob("*.npy"))
+    process.join(60)
+    assert process.exitcode == 0 and len(list(cache.glob("*.npy"))) == 3
 
 
 # ---- nothing from outside is trusted -----------------------------------------------------------
