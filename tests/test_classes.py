@@ -362,6 +362,23 @@ def drawn_figure(monkeypatch, tmp_path, plot, *arguments, **options):
     return figures[0]
 
 
+@pytest.mark.parametrize("width, drawn", [(1600, 1600), (1601, 801), (3200, 1600)])
+def test_a_large_picture_is_drawn_at_1600_pixels_a_side_or_less(
+    width, drawn, monkeypatch, tmp_path
+):
+    """With its outlines, which end where the mask does, in pixels of what is drawn."""
+    mask = np.zeros((1, 40, width), bool)
+    mask[0, :20, :800] = True
+    arguments = [np.zeros((40, width, 1))], [mask], [np.zeros_like(mask)], [""]
+    options = {"title": "", "class_names": ["foreground"]}
+    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, *arguments, **options)
+    (image,) = figure.axes[0].images
+    (contours,) = figure.axes[0].findobj(ContourSet)
+    assert image.get_size()[1] == drawn
+    right = max(path.vertices[:, 0].max() for path in contours.get_paths())
+    assert right == pytest.approx(800 * drawn / width, abs=1)
+
+
 def squares(n_classes, largest):
     """Bool (C, 64, 64): 3 pixels of each class, and 16 more of the `largest`."""
     mask = np.zeros((n_classes, 64, 64), bool)
