@@ -344,11 +344,14 @@ def test_scores_without_pixels_are_the_same_of_numbers_and_arrays():
             assert metrics(*counts)[name] == together[name][index] == wanted, (name, counts)
 
 
-def test_a_case_of_one_small_class_is_outlined():
+def test_a_case_of_one_small_class_is_outlined_and_an_empty_one_takes_no_place():
     large, small = np.zeros((2, 40, 9, 9), bool)
     large[:30], small[35, 0, 0] = True, True
     classes = plots.choose_classes([(large, large), (small, small)])
     assert len(classes) == 20 and 35 in classes
+    empty, later = np.zeros((2, 40, 9, 9), bool)
+    later[20:] = True
+    assert plots.choose_classes([(empty, empty), (later, later)]) == list(range(20, 40))
 
 
 def drawn_figure(monkeypatch, tmp_path, plot, *arguments, **options):
@@ -437,4 +440,5 @@ def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, mon
         panel.get_window_extent().y0 for panel in panels
     )
     shown = sum(f"Dice {name} " in table.get_text() for name in names)
+    assert (shown == n_classes) == (n_classes == 6)  # with the eight of all classes, 14 lines
     assert shown == n_classes or f" {n_classes - shown} " in table.get_text()
