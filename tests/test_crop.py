@@ -75,7 +75,7 @@ def test_every_image_keeps_its_own_size(own_sizes):
     for pixels, sizes in ((rows.pixels, [[3, 4]]), (rows.pixels[:0], [[0, 4]])):
         with pytest.raises(ValueError):
             RaggedRows(pixels, sizes)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="step"):
         rows[::2]
     image, mask = open_split(own_sizes, "train", None)[1]
     assert image.shape == (3, 33, 20) and mask.sum() == 100

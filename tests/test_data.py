@@ -37,7 +37,7 @@ import data
 import download
 from data import Batches, COCOSegmentationDataset, load_split, open_split
 from medseg.audit import audit, grouped_split, near_duplicates, slice_number
-from medseg.coco import ANNOTATIONS, SPLITS, load_coco
+from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.files import read_json
 from medseg.images import MEAN, STD, image_kind, read_image, resize_nearest
@@ -96,12 +96,18 @@ def test_run_lengths_give_back_the_mask_they_were_made_from():
 BAD_COUNTS = [[3, 2], [100], [-3, 75], [71.5, 0.5], "", "0", "zzzz", "o" * 100, "\0", "é"]
 DAMAGED_SEGMENTATIONS = [
     *(None, [], 5, "text", {}),
-    *([[]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [5, 5], [[1, 2, "3", 4, 5, 6]], [[True] * 6]),
+    *([[]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [5, 5], [[1, 2, "3", 4, 5, 6]], [[True] * 6]),
+    *([[0, 0, 17, 0, 5, 5]], [[0, 0, -9, 0, 5, 5]], [[0, 19, 5, 0, 5, 5]]),  # just too far out
     *([[float("nan")] * 6], [[float("inf"), 0, 1, 1, 2, 2]]),
     [[0, 0, 1e12, 0, 5, 5]],  # pycocotools would ask for terabytes
     *({"size": [8, 9], "counts": [72]}, {"size": [9, 8]}),
     *({"size": [9, 8], "counts": counts} for counts in BAD_COUNTS),
 ]
+
+
+def test_a_polygon_may_lead_out_of_the_image_by_its_size():
+    outside = rasterize([[-8, -9, 16, -9, 16, 18, -8, 18]], 9, 8)
+    np.testing.assert_array_equal(outside, np.ones((9, 8)))
 
 
 @pytest.mark.parametrize("segmentation", DAMAGED_SEGMENTATIONS, ids=str)
@@ -697,6 +703,7 @@ BAD = {
     "a list": (rewrite(ANNOTATIONS, b"[]"), ANNOTATIONS, "COCO"),
     "no images key": (edit(lambda content: content.pop("images")), "list of images"),
     "record of another kind": (edit(lambda content: content["images"].append(5)), "images[6]"),
+    "two records": (edit(lambda content: content["images"].extend("ab")), "images[6]", "(2 such"),
     "id used twice": (update("images", 1, id=0), "images[1] has id 0"),
     "no width": (edit(lambda content: content["images"][1].pop("width")), "images[1] has no"),
     "of no image": (update("annotations", 1, image_id=99), "image_id 99"),
@@ -919,6 +926,11 @@ def test_of_many_damaged_records_a_hundred_are_named_and_all_counted(dataset, tm
         load_coco(dataset / "train")
     problems = audit(dataset, tmp_path, open_split)
     assert problems == skipped
+
+
+def test_of_many_names_a_line_has_the_first():
+    assert listed(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert listed(list("abcdefghi")) == "a, b, c, d, e, f, g, h, ... (9)"
 
 
 def test_long_names_and_ids_do_not_fill_the_line(dataset):
