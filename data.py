@@ -265,14 +265,14 @@ class Batches:
         return Crops(pixels, rows.starts, rows.sizes, self.crop, window)
 
     def __len__(self):
-        return math.ceil(len(self.images.drawn) / self.batch_size)
+        return math.ceil(len(self.images.numbers) / self.batch_size)
 
     def set_epoch(self, epoch, start=0):
         """Choose the order of the next pass, and the batch it begins with (to resume within)."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self):
-        generator, order = self._generator(), self.images.drawn
+        generator, order = self._generator(), self.images.numbers
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=generator)]
         columns = [count_draws(self.strengths), self.images.n_draws]

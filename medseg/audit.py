@@ -113,9 +113,9 @@ def _examine_split(dataset, split, problems):
             summary.unreadable += 1
             problems.append(str(result))
             continue
-        size, pixel_format, area, areas, thumbnail, tile = result
+        size, stored_as, area, areas, thumbnail, tile = result
         summary.sizes[size] += 1
-        summary.pixel_formats[pixel_format] += 1
+        summary.pixel_formats[stored_as] += 1
         summary.pixels += size[0] * size[1]
         summary.foreground += area
         summary.empty += area == 0

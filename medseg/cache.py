@@ -57,8 +57,8 @@ def cached_rows(dataset, folder, split, *, skipped=None):
     """dataset.row(i) of every image, memory-mapped: uint8 array (N, S, S, C), or RaggedRows.
 
     dataset: has `image_dir`, `path(i)`, `image_size` S (None where every image keeps its own),
-    `row_shape` = (S, S, C), or (C,) where S is None, `variant` (a word for what rows hold
-    besides, '' where there is nothing to say) and a length. folder: where the arrays are
+    `row_shape` = (S, S, C), or (C,) where S is None, `variant` (names what rows hold that the
+    tutorial's do not, '' where that is nothing) and a length. folder: where the arrays are
     kept, under a name that depends on the annotations and on the name, size and time of every
     image; what has changed is made anew. Where the folder cannot be written, the array
     stays in memory. While another process makes the array, this one waits.
@@ -103,19 +103,23 @@ def fingerprint(dataset, *fields):
 
 def _read(path, dataset, skipped):
     """(rows, lines about images left out), or None where the cache is not what is asked for."""
-    listed = path.with_suffix(".txt")
+    problems = _problems_path(path)
     try:
-        rows = np.load(path, mmap_mode="c")
+        rows = pixels = np.load(path, mmap_mode="c")
         if dataset.image_size is None:
-            rows = RaggedRows(rows, np.load(_sizes_path(path)))
-        damaged = listed.read_text("utf-8").splitlines() if listed.exists() else []
+            rows = RaggedRows(pixels, np.load(_sizes_path(path)))
+        damaged = problems.read_text("utf-8").splitlines() if problems.exists() else []
     except (OSError, ValueError):  # not there yet, or cut short
         return None
-    pixels = rows if dataset.image_size else rows.pixels
     fits = len(rows) == len(dataset) - len(damaged) and pixels.shape[1:] == dataset.row_shape
     if not fits or pixels.dtype != np.uint8 or (damaged and skipped is None):
         return None
     return rows, damaged
+
+
+def _problems_path(path):
+    """The file beside the pixels with a line for each image that was left out, if any was."""
+    return path.with_suffix(".txt")
 
 
 def _sizes_path(path):
@@ -145,21 +149,20 @@ def _write(path, dataset, split, skipped):
             count += row.size // math.prod(dataset.row_shape)  # 1, or the number of its pixels
             sizes.append(row.shape[:2])
         if dataset.image_size is None:  # before the pixels, which say that the pair is complete
-            with atomic_write(_sizes_path(path), sync=False) as own:
-                np.save(own, np.array(sizes))
+            with atomic_write(_sizes_path(path), sync=False) as sizes_file:
+                np.save(sizes_file, np.array(sizes))
         file.seek(0)
         write_header(count)  # as long as the first: numpy leaves room for any number of rows
-        listed = path.with_suffix(".txt")
-        listed.unlink(missing_ok=True)
+        _problems_path(path).unlink(missing_ok=True)
         if damaged:
-            with atomic_write(listed, sync=False) as lines:
-                lines.write("".join(f"{line}\n" for line in damaged).encode())
+            with atomic_write(_problems_path(path), sync=False) as problems:
+                problems.write("".join(f"{line}\n" for line in damaged).encode())
 
 
 def _remove_stale(path, pattern):
     """Remove earlier caches of this split, and what a killed process left of one."""
     stale = {*path.parent.glob(pattern), *path.parent.glob(f".{pattern}")}
-    for other in stale - {path, path.with_suffix(".txt"), _sizes_path(path)}:
+    for other in stale - {path, _problems_path(path), _sizes_path(path)}:
         with contextlib.suppress(OSError):  # another process may have it open, or have removed it
             other.unlink()
 

@@ -2,9 +2,9 @@
 
 The three have
 
-    drawn       int64 (n,): the numbers of the images of an epoch, unshuffled
-    n_draws     how many uniform numbers `gather` needs for each
-    gather()    image numbers int64 (B,) and draws (B, n_draws), on the CPU -> uint8 (B, H, W, C)
+    numbers     int64 (n,): the numbers of the images of an epoch, unshuffled
+    n_draws     how many uniform random values `gather` needs for each
+    gather()    some of the numbers (B,) and draws (B, n_draws), on the CPU -> uint8 (B, H, W, C)
 """
 
 import torch
@@ -16,7 +16,7 @@ class OneSize:
     n_draws = 0
 
     def __init__(self, pixels):
-        self.pixels, self.drawn = pixels, torch.arange(len(pixels))
+        self.pixels, self.numbers = pixels, torch.arange(len(pixels))
 
     def gather(self, numbers, draws):
         return self.pixels[numbers.to(self.pixels.device)]
@@ -32,7 +32,7 @@ class OwnSizes:
     n_draws = 0
 
     def __init__(self, pixels, starts, sizes):
-        self.pixels, self.drawn = pixels, torch.arange(len(starts))
+        self.pixels, self.numbers = pixels, torch.arange(len(starts))
         self.starts, self.sizes = starts.tolist(), sizes.tolist()
 
     def image(self, number):
@@ -48,7 +48,7 @@ class OwnSizes:
 
 
 class Crops(OwnSizes):
-    """Random squares of images, each image drawn as often as they would tile it, at least once.
+    """Random squares of images, of each as many as would tile it, at least one.
 
     crop: their side in pixels. window: side of the squares that `gather` returns, with the same
     middle: at least `crop`.
@@ -60,7 +60,7 @@ class Crops(OwnSizes):
         super().__init__(pixels, starts, sizes)
         self.crop, self.window = crop, window
         times = (torch.from_numpy(sizes).prod(1) / crop**2).round().long().clamp(min=1)
-        self.drawn = self.drawn.repeat_interleave(times)
+        self.numbers = self.numbers.repeat_interleave(times)
 
     def gather(self, numbers, draws):
         if not len(numbers):

@@ -12,10 +12,10 @@ from medseg.images import mean_and_std
 # Blue and orange of Okabe and Ito's palette: red-green blind readers tell them apart, and the
 # prediction is dashed besides.
 TARGET_COLOR, PRED_COLOR = "#56B4E9", "#E69F00"
-SCORE_WORDS = {
-    **{"loss": "loss", "acc": "pixel accuracy", "background_acc": "all-background accuracy"},
+SCORE_LABELS = {  # precision, recall and loss are labels as they are
+    **{"acc": "pixel accuracy", "background_acc": "all-background accuracy"},
     **{"dice": "Dice", "image_dice": "Dice per image", "iou": "IoU", "miou": "mean IoU"},
-}  # precision and recall are words already
+}
 MAX_SIDE = 1600  # pixels of a picture that are drawn: an outline among 10,000 takes a minute
 MAX_DRAWN = 20  # classes that a figure outlines: more can be told apart neither there nor below
 MAX_SCORES = 14  # lines of the table in a report: more would run into the panels below
@@ -91,7 +91,19 @@ def draw_case(axis, picture, targets, preds, title, classes):
         draw_outline(axis, targets[index, ::step, ::step], colors[index][0], "solid")
         draw_outline(axis, preds[index, ::step, ::step], colors[index][1], "dashed")
     axis.set_title(title, fontsize=12, parse_math=False)  # a file's name may have a $ in it
-    axis.axis("off")
+
+
+def draw_cases(axes, cases):
+    """Draw cases (picture, targets, preds, title), one in each of an array of axes.
+
+    Returns the class indices that are outlined, see `choose_classes`.
+    """
+    classes = choose_classes([(targets, preds) for _, targets, preds, _ in cases])
+    for axis in axes.flat:  # there may be more of them
+        axis.axis("off")
+    for axis, case in zip(axes.flat, cases, strict=False):
+        draw_case(axis, *case, classes)
+    return classes
 
 
 def add_legend(figure, title, class_names, classes):
@@ -130,41 +142,39 @@ def plot_predictions(pictures, targets, preds, titles, path, *, title, class_nam
     rows = math.ceil(len(pictures) / columns)
     figure = new_figure(max(4 * columns, 8), 4.2 * rows + 1)  # wide enough for the legend
     axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    classes = choose_classes(list(zip(targets, preds, strict=True)))
-    for axis, *case in zip(axes.flat, pictures, targets, preds, titles, strict=False):
-        draw_case(axis, *case, classes)
-    add_legend(figure, title, class_names, classes)
+    cases = list(zip(pictures, targets, preds, titles, strict=True))
+    add_legend(figure, title, class_names, draw_cases(axes, cases))
     return save_figure(figure, path)
 
 
 def plot_curves(history, path, *, title=""):
     """Loss, overlap and accuracy over the epochs of a history, see train_model; returns `path`."""
     figure = new_figure(15, 4.2)
-    panels = figure.subplots(1, 3)
-    groups = {
+    axes = figure.subplots(1, 3)
+    panels = {
         "loss": ("train_loss", "val_loss"),
         "foreground overlap": ("train_dice", "val_dice", "val_iou"),
         "pixel accuracy": ("train_acc", "val_acc"),
     }
     epochs = [row["epoch"] for row in history]
     marker = "." if len(epochs) < 20 else None
-    for axis, (name, keys) in zip(panels, groups.items(), strict=True):
+    for axis, (name, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
             values = [row[key] for row in history]
             split, score = key.split("_")
-            axis.plot(epochs, values, label=f"{split} {SCORE_WORDS[score]}", marker=marker)
+            axis.plot(
+                epochs, values, label=f"{split} {SCORE_LABELS.get(score, score)}", marker=marker
+            )
         axis.set(title=name, xlabel="epoch")
         mark_whole_numbers(axis.xaxis)
         axis.grid(alpha=0.3)
     best = min(history, key=lambda row: row["val_loss"])
     label = f"best weights (epoch {best['epoch']})"
-    panels[0].plot(best["epoch"], best["val_loss"], "k*", markersize=11, label=label)
-    panels[1].set_ylim(0, 1)
+    axes[0].plot(best["epoch"], best["val_loss"], "k*", markersize=11, label=label)
+    axes[1].set_ylim(0, 1)
     background = history[0]["val_background_acc"]
-    panels[2].axhline(background, color="gray", linestyle="--", label="all background (val)")
-    for axis in panels:
+    axes[2].axhline(background, color="gray", linestyle="--", label="all background (val)")
+    for axis in axes:
         axis.legend()
     figure.suptitle(title, parse_math=False)
     return save_figure(figure, path)
@@ -186,11 +196,7 @@ def plot_report(report, dice, cases, path):
     mark_whole_numbers(histogram.yaxis)
     _draw_threshold_sweep(sweep, report["valid"])
     _draw_lesion_sizes(sizes, report["by_lesion_size"])
-    for axis in axes[1:].flat:
-        axis.axis("off")
-    classes = choose_classes([(target, pred) for _, target, pred, _ in cases])
-    for axis, case in zip(axes[1:].flat, cases, strict=False):
-        draw_case(axis, *case, classes)
+    classes = draw_cases(axes[1:], cases)
     size = report["image_size"]
     scored = f"scored at {size}x{size}" if size else "scored at the size of each image"
     add_legend(figure, f"{report['folder']}, {scored}", report["class_names"], classes)
@@ -204,7 +210,7 @@ def _draw_score_table(axis, report):
             continue  # of a class: report.json has them all
         low, high = report["confidence_95"][name]
         score, _, class_name = name.partition("/")
-        label = f"{SCORE_WORDS.get(score, score)} {class_name}"
+        label = f"{SCORE_LABELS.get(score, score)} {class_name}"
         lines.append(f"{label:<23.23} {value:.3f}  [{low:.3f}, {high:.3f}]")
     if len(lines) > MAX_SCORES:
         more = len(lines) - MAX_SCORES + 1
@@ -213,12 +219,8 @@ def _draw_score_table(axis, report):
     hd95 = "HD95: no image has both masks"
     if distance is not None:
         hd95 = f"HD95 median {distance:.1f} px, {report['hd95']['left_out']} left out"
-    lines += [
-        "",
-        f"threshold {report['threshold']:g}, images: {report['images']}",
-        "95 % intervals: bootstrap over images",
-        hd95,
-    ]
+    settings = f"threshold {report['threshold']:g}, images: {report['images']}"
+    lines += ["", settings, "95 % intervals: bootstrap over images", hd95]
     place = {"va": "top", "transform": axis.transAxes}
     font = {"family": "monospace", "fontsize": 11, "parse_math": False}
     axis.text(0, 1, "\n".join(lines), **place, **font)

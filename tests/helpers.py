@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -36,18 +37,40 @@ HOME = tempfile.mkdtemp(prefix="home-")  # one for all, so that matplotlib looks
 SIZE = 48  # pixels a side of the images made here
 
 
-def script(name, *arguments, cwd, timeout=120, **environment):
-    """Run a script in a process of its own, without the user's SwanLab and Kaggle accounts."""
+def start_python(*arguments, cwd, log=None, **environment):
+    """Start Python without the user's SwanLab and Kaggle accounts; with -c it finds our modules.
+
+    Returns a Popen; its output is text in two pipes, or goes to the file `log`.
+    """
     accounts = ("SWANLAB", "KAGGLE")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(accounts)}
-    return subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, arguments)],
-        cwd=cwd,
-        timeout=timeout,
-        text=True,
-        capture_output=True,
-        env={**clean, "HOME": HOME, **environment},
-    )
+    if "-c" in arguments:
+        clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    with open(log or os.devnull, "w") as file:
+        output = file if log else subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env={**clean, "HOME": HOME, **environment},
+            stdout=output,
+            stderr=output,
+            text=True,
+        )
+
+
+def run_python(*arguments, cwd, timeout=120, **environment):
+    """As `start_python`, to the end; returns a CompletedProcess."""
+    with start_python(*arguments, cwd=cwd, **environment) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def script(name, *arguments, cwd, timeout=120, **environment):
+    """Run a script, or a tool, in a process of its own."""
+    return run_python(ROOT / name, *arguments, cwd=cwd, timeout=timeout, **environment)
 
 
 def script_here(name, *arguments, cwd):
@@ -104,12 +127,30 @@ def assert_refused(result, *words):
         assert str(word) in result.stderr, result.stderr
 
 
-def skip_pictures(monkeypatch):
-    """Trainings in this process draw nothing: that would take longer than they do."""
+def assert_done(result):
+    """Status 0; returns what was printed."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def wait_until(condition, seconds=60):
+    """Wait for a condition, or fail."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def skip_pictures(monkeypatch=None):
+    """Trainings in this process draw nothing: that would take longer than they do.
+
+    monkeypatch: undoes it; not needed in a fork.
+    """
     import train
 
-    monkeypatch.setattr(train, "visualize_predictions", lambda *_, path, **__: path)
-    monkeypatch.setattr(train, "plot_curves", lambda history, path, **__: path)
+    replace = monkeypatch.setattr if monkeypatch else setattr
+    replace(train, "visualize_predictions", lambda *_, path, **__: path)
+    replace(train, "plot_curves", lambda history, path, **__: path)
 
 
 def square(x, y, side):
@@ -125,16 +166,10 @@ def write_split(folder, images, annotations=()):
         image.save(folder / name)
         width, height = image.size
         records.append({"id": number, "file_name": name, "width": width, "height": height})
-    outlines = [
-        {
-            "id": number,
-            "image_id": index,
-            "category_id": 1,
-            "iscrowd": 0,
-            "segmentation": segmentation,
-        }
-        for number, (index, segmentation) in enumerate(annotations)
-    ]
+    outlines = []
+    for number, (index, segmentation) in enumerate(annotations):
+        ids = {"id": number, "image_id": index, "category_id": 1}
+        outlines.append({**ids, "iscrowd": 0, "segmentation": segmentation})
     categories = [{"id": 1, "name": "tumour"}]
     content = {"images": records, "categories": categories, "annotations": outlines}
     (folder / "_annotations.coco.json").write_text(json.dumps(content))
@@ -226,14 +261,8 @@ def scan(width, height, x, y, side):
 
 
 NIBABEL_DATA = Path(nibabel.__file__).parent / "tests" / "data"
-
-
 IMPLICIT, EXPLICIT = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
-
-
 BIG_ENDIAN = pydicom.uid.ExplicitVRBigEndian
-
-
 STORED = np.array([[0, 100, 150], [200, 300, 1000]], np.uint16)  # 2 rows, 3 columns
 
 

@@ -308,11 +308,14 @@ def test_the_bootstrap_of_all_classes_is_that_of_each(n_classes):
         assert interval == pytest.approx(expected.tolist(), rel=1e-12, abs=1e-12), name
 
 
-def test_a_case_of_one_small_class_is_outlined():
+def test_a_case_of_one_small_class_is_outlined_and_an_empty_one_takes_no_place():
     large, small = np.zeros((2, 40, 9, 9), bool)
     large[:30], small[35, 0, 0] = True, True
     classes = plots.choose_classes([(large, large), (small, small)])
     assert len(classes) == 20 and 35 in classes
+    empty, later = np.zeros((2, 40, 9, 9), bool)
+    later[20:] = True
+    assert plots.choose_classes([(empty, empty), (later, later)]) == list(range(20, 40))
 
 
 def drawn_figure(monkeypatch, tmp_path, plot, *arguments, **options):
@@ -324,6 +327,23 @@ def drawn_figure(monkeypatch, tmp_path, plot, *arguments, **options):
         warnings.simplefilter("error")  # that the panels have collapsed, for one
         figures[0].draw_without_rendering()
     return figures[0]
+
+
+@pytest.mark.parametrize("width, drawn", [(1600, 1600), (1601, 801), (3200, 1600)])
+def test_a_large_picture_is_drawn_at_1600_pixels_a_side_or_less(
+    width, drawn, monkeypatch, tmp_path
+):
+    """With its outlines, which end where the mask does, in pixels of what is drawn."""
+    mask = np.zeros((1, 40, width), bool)
+    mask[0, :20, :800] = True
+    arguments = [np.zeros((40, width, 1))], [mask], [np.zeros_like(mask)], [""]
+    options = {"title": "", "class_names": ["foreground"]}
+    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, *arguments, **options)
+    (image,) = figure.axes[0].images
+    (contours,) = figure.axes[0].findobj(ContourSet)
+    assert image.get_size()[1] == drawn
+    right = max(path.vertices[:, 0].max() for path in contours.get_paths())
+    assert right == pytest.approx(800 * drawn / width, abs=1)
 
 
 def squares(n_classes, largest):
@@ -384,4 +404,5 @@ def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, mon
         panel.get_window_extent().y0 for panel in panels
     )
     shown = sum(f"Dice {name} " in table.get_text() for name in names)
+    assert (shown == n_classes) == (n_classes == 6)  # with the eight of all classes, 14 lines
     assert shown == n_classes or f" {n_classes - shown} " in table.get_text()

@@ -1,6 +1,7 @@
 """Images at their own size: the cache, crops of them, prediction and scores, end to end."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -72,8 +73,11 @@ def test_every_image_keeps_its_own_size(own_sizes):
     assert len(rows[4:]) == 0 and len(rows[:2]) == 2
     with pytest.raises(IndexError):
         rows[4]
-    with pytest.raises(ValueError):
-        RaggedRows(rows.pixels, [[3, 4]])
+    for pixels, sizes in ((rows.pixels, [[3, 4]]), (rows.pixels[:0], [[0, 4]])):
+        with pytest.raises(ValueError):
+            RaggedRows(pixels, sizes)
+    with pytest.raises(ValueError, match="step"):
+        rows[::2]
     image, mask = open_split(own_sizes, "train", None)[1]
     assert image.shape == (3, 33, 20) and mask.sum() == 100
     assert load_split(own_sizes, "train", None, n_channels=1)[0].shape == (40, 60, 2)
@@ -85,7 +89,7 @@ def test_the_cache_is_made_once_and_follows_its_sources(own_sizes, monkeypatch):
     path, sizes = sorted((own_sizes / ".cache").iterdir())
     complete = {path: path.read_bytes(), sizes: sizes.read_bytes()}
     with monkeypatch.context() as patch:
-        patch.setattr(COCOSegmentationDataset, "load", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
         again = load_split(own_sizes, "train", None)
     np.testing.assert_array_equal(again.pixels, first.pixels)
     np.testing.assert_array_equal(again.sizes, SIZES)
@@ -104,16 +108,29 @@ def test_the_cache_is_made_once_and_follows_its_sources(own_sizes, monkeypatch):
     assert len(list((own_sizes / ".cache").iterdir())) == 2
 
 
-def test_damaged_images_shift_nothing(own_sizes):
-    (own_sizes / "train" / "1.png").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="1 of 4 images in train"):
+def test_damaged_images_shift_nothing(own_sizes, monkeypatch):
+    path = own_sizes / "train" / "1.png"
+    good, state = path.read_bytes(), path.stat()
+
+    def write(content):
+        path.write_bytes(content)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    write(bytes(len(good)))
+    with monkeypatch.context() as patch:
+        for _ in range(2):  # made, and read from disk
+            skipped = []
+            rows = load_split(own_sizes, "train", None, skipped=skipped)
+            assert len(skipped) == 1 and "1.png" in skipped[0]
+            for row, number in zip(rows, (0, 2, 3), strict=True):
+                np.testing.assert_array_equal(row, expected_row(own_sizes / "train", number))
+            patch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
+    with pytest.raises(ValueError, match="1 of 4 images in train"):  # not the rows without it
         load_split(own_sizes, "train", None)
-    for _ in range(2):  # made, and read from disk
-        skipped = []
-        rows = load_split(own_sizes, "train", None, skipped=skipped)
-        assert len(skipped) == 1 and "1.png" in skipped[0]
-        for row, number in zip(rows, (0, 2, 3), strict=True):
-            np.testing.assert_array_equal(row, expected_row(own_sizes / "train", number))
+    write(good)  # read in vain before, as on a bad disk
+    assert len(load_split(own_sizes, "train", None)) == 4
+    monkeypatch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
+    assert len(load_split(own_sizes, "train", None)) == 4
 
 
 def test_memory_where_the_folder_cannot_be_written(own_sizes, capsys):

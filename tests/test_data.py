@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from helpers import (
     SIZE,
     SMALL,
-    assert_refused,
+    assert_done,
     edit_annotations,
     fork_script,
     rasterize,
@@ -35,9 +35,9 @@ from pycocotools import mask as coco_mask
 
 import data
 import download
-from data import Batches, COCOSegmentationDataset, load_split
+from data import Batches, COCOSegmentationDataset, load_split, open_split
 from medseg.audit import audit, near_duplicates
-from medseg.coco import ANNOTATIONS, SPLITS, load_coco
+from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.files import read_json
 from medseg.images import MEAN, STD, pixel_format, read_image, resize_nearest
@@ -45,6 +45,8 @@ from medseg.importing.mask_values import read_mask
 from medseg.predicting.report import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
 from medseg.splits import grouped_split, slice_number
+
+GREY = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))
 
 # ---- annotations -----------------------------------------------------------------------------
 
@@ -71,8 +73,7 @@ def test_a_rectangle_covers_the_pixels_it_should():
 def test_polygons_agree_with_pil_except_at_the_border():
     rng = np.random.default_rng(1)
     for _ in range(20):
-        angle = np.sort(rng.uniform(0, 2 * np.pi, 9))
-        radius = rng.uniform(15, 40, 9)
+        angle, radius = np.sort(rng.uniform(0, 2 * np.pi, 9)), rng.uniform(15, 40, 9)
         points = np.stack([50 + radius * np.cos(angle), 45 + radius * np.sin(angle)], 1)
         drawn = Image.new("1", (100, 90))
         ImageDraw.Draw(drawn).polygon([tuple(point) for point in points], fill=1)
@@ -93,25 +94,21 @@ def test_run_lengths_give_back_the_mask_they_were_made_from():
         np.testing.assert_array_equal(rasterize(uncompressed(mask), *mask.shape), mask)
 
 
+BAD_COUNTS = [[3, 2], [100], [-3, 75], [71.5, 0.5], "", "0", "zzzz", "o" * 100, "\0", "é"]
 DAMAGED_SEGMENTATIONS = [
     *(None, [], 5, "text", {}),
-    *([[]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [5, 5], [[1, 2, "3", 4, 5, 6]], [[True] * 6]),
-    [[float("nan")] * 6],
-    [[float("inf"), 0, 1, 1, 2, 2]],
+    *([[]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [5, 5], [[1, 2, "3", 4, 5, 6]], [[True] * 6]),
+    *([[0, 0, 17, 0, 5, 5]], [[0, 0, -9, 0, 5, 5]], [[0, 19, 5, 0, 5, 5]]),  # just too far out
+    *([[float("nan")] * 6], [[float("inf"), 0, 1, 1, 2, 2]]),
     [[0, 0, 1e12, 0, 5, 5]],  # pycocotools would ask for terabytes
-    {"size": [8, 9], "counts": [72]},
-    {"size": [9, 8], "counts": [3, 2]},
-    {"size": [9, 8], "counts": [100]},
-    {"size": [9, 8], "counts": [-3, 75]},
-    {"size": [9, 8], "counts": [71.5, 0.5]},
-    {"size": [9, 8]},
-    {"size": [9, 8], "counts": ""},
-    {"size": [9, 8], "counts": "0"},
-    {"size": [9, 8], "counts": "zzzz"},
-    {"size": [9, 8], "counts": "o" * 100},
-    {"size": [9, 8], "counts": "\0"},
-    {"size": [9, 8], "counts": "é"},
+    *({"size": [8, 9], "counts": [72]}, {"size": [9, 8]}),
+    *({"size": [9, 8], "counts": counts} for counts in BAD_COUNTS),
 ]
+
+
+def test_a_polygon_may_lead_out_of_the_image_by_its_size():
+    outside = rasterize([[-8, -9, 16, -9, 16, 18, -8, 18]], 9, 8)
+    np.testing.assert_array_equal(outside, np.ones((9, 8)))
 
 
 @pytest.mark.parametrize("segmentation", DAMAGED_SEGMENTATIONS, ids=str)
@@ -130,11 +127,8 @@ def split(tmp_path):
     The images have, in order: one polygon, two polygons in one annotation, nothing, compressed
     run lengths, the run lengths of a crowd, two annotations that overlap.
     """
-    rng = np.random.default_rng(3)
-    images = {}
-    for number in range(6):
-        pixels = rng.integers(0, 256, (90, 70, 3), dtype=np.uint8)
-        images[f"{number}.png"] = Image.fromarray(pixels)
+    pixels = np.random.default_rng(3).integers(0, 256, (6, 90, 70, 3), dtype=np.uint8)
+    images = {f"{number}.png": Image.fromarray(own) for number, own in enumerate(pixels)}
     masks = np.zeros((6, 90, 70), np.uint8)
     blob = (np.hypot(*np.mgrid[-45:45, -35:35]) < 20).astype(np.uint8)
     masks[0, 20:50, 10:40] = 1
@@ -142,12 +136,9 @@ def split(tmp_path):
     masks[3], masks[4] = blob, 1 - blob
     masks[5, 10:40, 10:40] = masks[5, 30:60, 30:60] = 1
     annotations = [
-        (0, square(10, 20, 30)),
-        (1, square(5, 5, 10) + square(40, 60, 20)),
-        (3, compressed(blob)),
-        (4, uncompressed(1 - blob)),
-        (5, square(10, 10, 30)),
-        (5, square(30, 30, 30)),
+        *((0, square(10, 20, 30)), (1, square(5, 5, 10) + square(40, 60, 20))),
+        *((3, compressed(blob)), (4, uncompressed(1 - blob))),
+        *((5, square(10, 10, 30)), (5, square(30, 30, 30))),
     ]
     folder = tmp_path / "train"
     write_split(folder, images, annotations)
@@ -190,10 +181,10 @@ def test_the_tutorials_transform_works(split):
     assert torch.equal(mask, nearest(masks[5], 64, 48))
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [(640, 256), (90, 256), (70, 33), (1, 7), (7, 1), (255, 256), (513, 96), (1000, 3)],
-)
+LENGTHS = [(640, 256), (90, 256), (70, 33), (1, 7), (7, 1), (255, 256), (513, 96), (1000, 3)]
+
+
+@pytest.mark.parametrize("old, new", LENGTHS)
 def test_nearest_is_torchs_and_pils(old, new):
     line = torch.arange(old, dtype=torch.float64)[None, None, :, None]
     expected = F.interpolate(line, size=(new, 1), mode="nearest-exact").flatten().numpy()
@@ -232,22 +223,18 @@ def test_training_and_prediction_see_the_same_pixels(split):
 
 
 def test_formats_and_modes(tmp_path):
-    grey = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))
-    rgb = np.stack([grey] * 3, 2)
+    grey, rgb = Image.fromarray(GREY), np.stack([GREY] * 3, 2)
     pictures = {
-        "grey.png": Image.fromarray(grey),
-        "rgb.bmp": Image.fromarray(rgb),
-        "rgb.tif": Image.fromarray(rgb),
+        **{"grey.png": grey, "palette.png": grey.convert("P"), "la.png": grey.convert("LA")},
+        **{name: Image.fromarray(rgb) for name in ("rgb.bmp", "rgb.tif", "a.webp", "b.gif")},
         "rgba.png": Image.fromarray(rgb).convert("RGBA"),
-        "palette.png": Image.fromarray(grey).convert("P"),
-        "la.png": Image.fromarray(grey).convert("LA"),
-        "16bit.png": Image.fromarray(grey.astype(np.uint16) * 257),
-        "16bit.tif": Image.fromarray(grey.astype(np.uint16) * 257),
-        "float.tif": Image.fromarray(grey.astype(np.float32) / 255),
-        "32bit.tif": Image.fromarray(grey.astype(np.int32)),
+        "16bit.png": Image.fromarray(GREY.astype(np.uint16) * 257),
+        "16bit.tif": Image.fromarray(GREY.astype(np.uint16) * 257),
+        "float.tif": Image.fromarray(GREY.astype(np.float32) / 255),
+        "32bit.tif": Image.fromarray(GREY.astype(np.int32)),
     }
     for name, picture in pictures.items():
-        picture.save(tmp_path / name)
+        picture.save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
         image = read_image(tmp_path / name)
         assert image.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(image), rgb, err_msg=name)
@@ -256,12 +243,6 @@ def test_formats_and_modes(tmp_path):
     assert np.abs(photo - rgb).max() < 12
     Image.fromarray(rgb).convert("1").save(tmp_path / "bilevel.png")
     assert set(np.unique(np.asarray(read_image(tmp_path / "bilevel.png")))) == {0, 255}
-
-
-def test_twelve_bits_in_sixteen_are_not_left_dark(tmp_path):
-    values = np.array([[0, 2048, 4095]], np.uint16)
-    Image.fromarray(values).save(tmp_path / "scan.png")
-    assert np.asarray(read_image(tmp_path / "scan.png"))[0, :, 0].tolist() == [0, 128, 255]
 
 
 # ---- 16 bits a colour, and formats, by bytes that are written here ---------------------------
@@ -305,18 +286,23 @@ def tiff(values, order, compression, planar, extra=()):
     return header + body + directory + bytes(4) + longer
 
 
-def png16(values):
-    """The bytes of a PNG of uint16 (H, W, C): grey with alpha, RGB, or RGB with alpha."""
+def png(values, size=None):
+    """The bytes of a PNG of uint8 or uint16 (H, W, C): grey, grey and alpha, RGB, RGB and alpha.
+
+    size: another (width, height) that its header claims.
+    """
     height, width, channels = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    kind = {2: 4, 3: 2, 4: 6}[channels]
-    chunks = {b"IHDR": struct.pack(">2I5B", width, height, 16, kind, 0, 0, 0)}
+    order, bits = values.dtype.newbyteorder(">"), 8 * values.itemsize
+    rows = b"".join(b"\0" + row.astype(order).tobytes() for row in values)
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    head = struct.pack(">2I5B", *(size or (width, height)), bits, colour_type, 0, 0, 0)
+    chunks = {b"IHDR": head}
     chunks |= {b"IDAT": zlib.compress(rows), b"IEND": b""}
-    png = b"\x89PNG\r\n\x1a\n"
+    written = b"\x89PNG\r\n\x1a\n"
     for name, content in chunks.items():
-        png += struct.pack(">I", len(content)) + name + content
-        png += struct.pack(">I", zlib.crc32(name + content))
-    return png
+        written += struct.pack(">I", len(content)) + name + content
+        written += struct.pack(">I", zlib.crc32(name + content))
+    return written
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
@@ -330,7 +316,7 @@ def test_16_bit_colours_are_scaled_as_grey_is(tmp_path, bits):
         name = f"{ord(order)}_{compression}_{planar}"
         files[f"{name}.tif"] = tiff(rgb, order, compression, planar)
         files[f"{name}_alpha.tif"] = tiff(values, order, compression, planar, extra=[2])
-    files |= {"rgb.png": png16(rgb), "rgba.png": png16(values)}
+    files |= {"rgb.png": png(rgb), "rgba.png": png(values)}
     expected = (rgb * (255 / white)).round().astype(np.uint8)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -341,7 +327,7 @@ def test_16_bit_colours_are_scaled_as_grey_is(tmp_path, bits):
     assert pixel_format(tmp_path / "grey.png") == "16-bit grey"
     grey = np.asarray(read_image(tmp_path / "grey.png"))[..., 0]
     np.testing.assert_array_equal(grey, expected[..., 0])
-    (tmp_path / "la.png").write_bytes(png16(values[..., [0, 3]]))
+    (tmp_path / "la.png").write_bytes(png(values[..., [0, 3]]))
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "la.png"))[..., 0], grey)
 
 
@@ -384,29 +370,22 @@ def test_pnm_is_scaled_from_the_range_that_it_names(tmp_path, name):
         assert "reshape" not in str(caught.value)  # it says what is wrong with the file
 
 
-@pytest.mark.parametrize(
-    "text", ["P2 2 1 9 3 x", "P2 2 1 9 3 -1", "P2 2 1 9 3 10", "P2 2 1 9 3 1.5"]
-)
-def test_text_that_is_no_pgm(tmp_path, text):
-    (tmp_path / "a.pgm").write_text(text)
+@pytest.mark.parametrize("value", ["x", "-1", "10", "1.5"])
+def test_text_that_is_no_pgm(tmp_path, value):
+    (tmp_path / "a.pgm").write_text(f"P2 2 1 9 3 {value}")
     with pytest.raises(ValueError, match="a.pgm"):
         read_image(tmp_path / "a.pgm")
 
 
-def test_webp_and_gif_are_read_and_animations_refused(tmp_path):
-    grey = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))
-    pictures = [Image.fromarray(grey), Image.fromarray(255 - grey)]
-    for name, options in {"a.webp": {"lossless": True}, "b.gif": {}}.items():
-        pictures[0].save(tmp_path / name, **options)
-        read = np.asarray(read_image(tmp_path / name))
-        np.testing.assert_array_equal(read, np.stack([grey] * 3, 2))
-        moving = tmp_path / f"moving_{name}"
-        pictures[0].save(moving, save_all=True, append_images=pictures[1:])
-        with pytest.raises(ValueError, match=f"{moving.name}.*2 pictures"):
-            read_image(moving)
-        moving.write_bytes(moving.read_bytes()[:90])
-        with pytest.raises(ValueError, match=moving.name):
-            read_image(moving)
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_animations_are_refused(tmp_path, suffix):
+    moving = tmp_path / f"moving{suffix}"
+    Image.fromarray(GREY).save(moving, save_all=True, append_images=[Image.fromarray(255 - GREY)])
+    with pytest.raises(ValueError, match=f"{moving.name}.*2 pictures"):
+        read_image(moving)
+    moving.write_bytes(moving.read_bytes()[:90])
+    with pytest.raises(ValueError, match=moving.name):
+        read_image(moving)
 
 
 def test_a_million_pages_are_not_counted(tmp_path):
@@ -414,7 +393,7 @@ def test_a_million_pages_are_not_counted(tmp_path):
     head = b"GIF89a\1\0\1\0\x80\0\0" + bytes(6)
     (tmp_path / "many.gif").write_bytes(head + picture * 300_000 + b";")
     with mock.patch("PIL.GifImagePlugin.GifImageFile.n_frames", property(lambda _: 1 / 0)):
-        with pytest.raises(ValueError, match="many.gif: holds several pictures"):
+        with pytest.raises(ValueError, match="many.gif"):
             read_image(tmp_path / "many.gif")
 
 
@@ -435,8 +414,8 @@ def test_masks_of_every_format_keep_their_values(tmp_path):
         "b.pgm": b"P2 12 9 3\n" + " ".join(map(str, values.ravel())).encode(),
         "c.pgm": b"P5 12 9 300\n" + values.astype(">u2").tobytes(),
         "d.tif": tiff(np.stack([values] * 3, 2).astype(np.uint16), "<", 1, True),
-        "e.png": png16(np.stack([values] * 3, 2) * np.uint16(257)),
-        "f.png": png16(np.stack([values, np.full_like(values, 255)], 2) * np.uint16(257)),
+        "e.png": png(np.stack([values] * 3, 2) * np.uint16(257)),
+        "f.png": png(np.stack([values, np.full_like(values, 255)], 2) * np.uint16(257)),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -450,7 +429,7 @@ def test_masks_of_every_format_keep_their_values(tmp_path):
         factor = 0x010101 if colour else 257 if path.name == "f.png" else 1
         np.testing.assert_array_equal(read, values.astype(int) * factor, err_msg=path.name)
     clear = np.stack([values, np.zeros_like(values)], 2).astype(np.uint16)
-    (tmp_path / "f.png").write_bytes(png16(clear))
+    (tmp_path / "f.png").write_bytes(png(clear))
     assert not read_mask(tmp_path / "f.png")[1].any()  # all of it is transparent
     (tmp_path / "d.tif").write_bytes(tiff(np.full((2, 2, 3), 300, np.uint16), "<", 1, False))
     with pytest.raises(ValueError, match="d.tif.*16 bits"):
@@ -468,16 +447,13 @@ def test_lossy_webp_masks_are_cut_at_half_as_jpeg_is(tmp_path, refused, alpha):
     drawn = Image.merge("RGBA", [mask] * 4) if alpha else mask
     drawn.save(tmp_path / "masks" / "a.webp", quality=30)
     command = ("--masks", "images", "masks", "--split", 100, 0, 0, "--force")
-    result = script_here("download.py", *command, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "lossy WebP" in result.stdout and "above 127" in result.stdout
-    masks = COCOSegmentationDataset(
-        load_coco(tmp_path / "dataset" / "train"), tmp_path / "dataset" / "train"
-    ).load_masks(0, mask.size)
+    said = assert_done(script_here("download.py", *command, cwd=tmp_path))
+    assert "WebP" in said and "127" in said
+    masks = open_split(tmp_path / "dataset", "train").load_masks(0, mask.size)
     np.testing.assert_array_equal(masks[0], np.asarray(mask) > 0)
     colours = np.stack([np.asarray(mask), np.zeros_like(mask), np.asarray(mask)], 2)
     Image.fromarray(colours).save(tmp_path / "masks" / "a.webp", quality=90)
-    refused("download", *command, words=["a.webp", "changed the colours"])
+    refused("download", *command, words=["a.webp"])
 
 
 def test_a_data_set_of_new_formats_trains_and_predicts(tmp_path, no_pictures):
@@ -485,7 +461,7 @@ def test_a_data_set_of_new_formats_trains_and_predicts(tmp_path, no_pictures):
     saved = {".ppm": {}, ".webp": {"lossless": True}, ".gif": {}, ".pgm": {}}
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
-    for number, suffix in enumerate([*saved, *saved]):
+    for number, suffix in enumerate(2 * [*saved]):
         pixels = rng.integers(0, 90, (SIZE, SIZE), dtype=np.uint8)
         pixels[8:24, 8:24] = 230
         Image.fromarray(pixels).save(tmp_path / f"images/{number}{suffix}", **saved[suffix])
@@ -498,8 +474,7 @@ def test_a_data_set_of_new_formats_trains_and_predicts(tmp_path, no_pictures):
         ("train.py", *SMALL, "--epochs", 1),
         ("predict.py", "dataset/test", "--output", "out"),
     ):
-        result = script_here(*command, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+        assert_done(script_here(*command, cwd=tmp_path))
     copied = [path for path in tmp_path.glob("dataset/[tv]*/*") if path.suffix != ".json"]
     assert len(copied) == 8
     for path in copied:
@@ -541,18 +516,12 @@ def fifos(tmp_path):
     for name in [*pipes, "pipe.pth", "pipe.onnx"]:
         os.mkfifo(tmp_path / name)
     (tmp_path / "zero.bmp").symlink_to("/dev/zero")
-    record = {"id": 1, "file_name": "a.png", "width": 9, "height": 9}
-    outline = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": square(1, 1, 5)}
-    categories = [{"id": 1, "name": "tumour"}]
-    content = {"images": [record], "annotations": [outline], "categories": categories}
-    (tmp_path / "coco.json").write_text(json.dumps(content))
-    for split in SPLITS:
-        write_split(tmp_path / "listed" / split, {"a.png": Image.new("L", (9, 9))})
-    (tmp_path / "listed" / "test" / "a.png").unlink()
-    os.mkfifo(tmp_path / "listed" / "test" / "a.png")
-    write_split(tmp_path / "piped" / "test", {"a.png": Image.new("L", (9, 9))})
-    (tmp_path / "piped" / "test" / ANNOTATIONS).unlink()
-    os.mkfifo(tmp_path / "piped" / "test" / ANNOTATIONS)
+    for folder in (*(f"listed/{split}" for split in SPLITS), "piped/test"):
+        write_split(tmp_path / folder, {"a.png": Image.new("L", (9, 9))}, [(0, square(1, 1, 5))])
+    shutil.copy(tmp_path / "listed" / "train" / ANNOTATIONS, tmp_path / "coco.json")
+    for path in (tmp_path / "listed/test/a.png", tmp_path / "piped/test" / ANNOTATIONS):
+        path.unlink()
+        os.mkfifo(path)
     return tmp_path
 
 
@@ -576,26 +545,16 @@ def test_a_link_to_a_regular_file_is_read(tmp_path):
     assert np.asarray(read_image(tmp_path / "link.png"))[0, 0, 0] == 70
 
 
-def claim_size(png, width, height):
-    """The bytes of a PNG file with another size in its header, and the checksum that fits it."""
-    changed = bytearray(png)
-    changed[16:24] = struct.pack(">II", width, height)
-    changed[29:33] = struct.pack(">I", zlib.crc32(bytes(changed[12:29])))
-    return bytes(changed)
-
-
 def test_pictures_that_are_refused(tmp_path):
-    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "fine.png")
     frames = [Image.new("L", (64, 64)) for _ in range(2)]
     frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty.jpg").touch()
     Image.effect_noise((200, 200), 50).save(tmp_path / "complete.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:3000])
-    png = (tmp_path / "fine.png").read_bytes()
-    (tmp_path / "bomb.png").write_bytes(claim_size(png, 40_000, 40_000))
+    (tmp_path / "bomb.png").write_bytes(png(GREY[..., None], size=(40_000, 40_000)))
     # Above the limit from which on Pillow warns, below the one from which on it refuses.
-    (tmp_path / "big.png").write_bytes(claim_size(png, 10_000, 10_000))
+    (tmp_path / "big.png").write_bytes(png(GREY[..., None], size=(10_000, 10_000)))
     for name in ("stack.tif", "text.png", "empty.jpg", "cut.jpg", "bomb.png", "big.png"):
         with pytest.raises(ValueError, match=name):
             read_image(tmp_path / name)
@@ -625,32 +584,27 @@ def test_cache_is_made_once_and_read_from_disk(dataset, monkeypatch):
 
 def test_cache_follows_its_sources(dataset):
     before = np.array(load_split(dataset, "train", 32))
-    everything = square(0, 0, SIZE)
-    edit_annotations(
-        dataset / "train",
-        lambda content: content["annotations"][2].update(segmentation=everything),
-    )
+    update("annotations", 2, segmentation=square(0, 0, SIZE))(dataset)
     after = np.array(load_split(dataset, "train", 32))
     assert after[2, ..., 3].all() and not before[2, ..., 3].all()
     np.testing.assert_array_equal(np.delete(after, 2, 0), np.delete(before, 2, 0))
-    Image.new("RGB", (SIZE, SIZE), (9, 9, 9)).save(dataset / "train" / "4_train.png")
-    assert (load_split(dataset, "train", 32)[4, ..., :3] == 9).all()
-    assert len(cached(dataset)) == 1  # the stale arrays are gone
+    assert len(cached(dataset)) == 1  # the stale array is gone
     load_split(dataset, "train", 16)
     load_split(dataset, "valid", 32)
     assert len(cached(dataset)) == 3
 
 
-def test_a_truncated_cache_is_made_again(dataset):
-    complete = np.array(load_split(dataset, "train", 32))
-    path = dataset / ".cache" / cached(dataset)[0]
-    path.write_bytes(path.read_bytes()[:-1])
-    np.testing.assert_array_equal(load_split(dataset, "train", 32), complete)
-
-
-def test_a_cache_from_before_16_bit_colours_were_read_is_not_taken(dataset):
+def test_a_cache_that_is_not_what_it_should_be_is_made_again(dataset):
+    """Cut, of other rows, type or bytes a pixel, of version 1, before 16-bit colours were read."""
     rows = np.array(load_split(dataset, "train", 32))
     path = dataset / ".cache" / cached(dataset)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    np.testing.assert_array_equal(load_split(dataset, "train", 32), rows)
+    for wrong in (rows[:-1], rows.astype(np.int8), rows[..., :3]):
+        np.save(path, wrong)
+        again = load_split(dataset, "train", 32)
+        assert again.dtype == np.uint8
+        np.testing.assert_array_equal(again, rows)
     name, size, version = path.name.split("-")  # train, 32, and one digit with the fingerprint
     path.unlink()
     np.save(path.with_name(f"{name}-{size}-1{version[1:]}"), np.zeros_like(rows))
@@ -700,25 +654,33 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("free, resident", [(2, False), (3, True)])  # of the size of the rows
+def test_a_split_that_leaves_room_on_the_gpu_is_moved_there(free, resident, monkeypatch):
+    """The GPU is pretended: there may be none here."""
+    rows, moved = np.zeros((10, 8, 8, 4), np.uint8), []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * rows.nbytes, 0))
+    monkeypatch.setattr(torch.Tensor, "to", lambda pixels, device: moved.append(device) or pixels)
+    Batches(rows, 4, "cuda")
+    assert moved == [torch.device("cuda")] * resident
+
+
 # ---- what is wrong with a data set -----------------------------------------------------------
 
 
-def remove(*names):
-    """A function that removes the file or folder `names` of a data set; without names, all."""
+def remove(name):
+    """A function that removes a folder of a data set, '' for all of it."""
+    return lambda root: shutil.rmtree(root / name)
+
+
+def rewrite(name, content):
+    """A function that writes other bytes, or none and no file, to a file of train."""
 
     def spoil(root):
-        path = root.joinpath(*names)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        (root / "train" / name).unlink()
+        if content is not None:
+            (root / "train" / name).write_bytes(content)
 
     return spoil
-
-
-def replace(content):
-    """A function that writes other bytes to the annotation file of train."""
-    return lambda root: (root / "train" / ANNOTATIONS).write_bytes(content)
 
 
 def edit(change):
@@ -731,80 +693,54 @@ def update(key, index, **values):
     return edit(lambda content: content[key][index].update(values))
 
 
-def truncate_image(root):
-    path = root / "train" / "3_train.png"
-    path.write_bytes(path.read_bytes()[:900])
-
-
-def resize_image(root):
-    Image.new("RGB", (9, 8)).save(root / "train" / "3_train.png")
-
-
-# name: (a function that spoils the data set, a word of the message)
+# name: (a function that spoils the data set, what the message names, ...)
 BAD = {
-    "no folder": (remove(), "no such folder"),
+    "no folder": (remove(""), "dataset:", "download.py"),
     "no split": (remove("valid"), "valid"),
-    "no annotations": (remove("train", ANNOTATIONS), ANNOTATIONS),
-    "not JSON": (replace(b"{"), "not JSON"),
-    "not text": (replace(b"\xff\xfe\x00"), "not JSON"),
-    "nested without end": (replace(b"[" * 100_000), "not JSON"),
-    "a list": (replace(b"[]"), "not COCO"),
-    "no images key": (edit(lambda content: content.pop("images")), "no list of images"),
-    "record of another kind": (
-        edit(lambda content: content["images"].append(5)),
-        "not an object",
-    ),
-    "id used twice": (update("images", 1, id=0), "twice"),
-    "no width": (edit(lambda content: content["images"][1].pop("width")), "width"),
+    "no annotations": (rewrite(ANNOTATIONS, None), ANNOTATIONS),
+    "not JSON": (rewrite(ANNOTATIONS, b"{"), ANNOTATIONS, "JSON"),
+    "not text": (rewrite(ANNOTATIONS, b"\xff\xfe\x00"), ANNOTATIONS, "JSON"),
+    "nested without end": (rewrite(ANNOTATIONS, b"[" * 100_000), ANNOTATIONS, "JSON"),
+    "a list": (rewrite(ANNOTATIONS, b"[]"), ANNOTATIONS, "COCO"),
+    "no images key": (edit(lambda content: content.pop("images")), "list of images"),
+    "record of another kind": (edit(lambda content: content["images"].append(5)), "images[6]"),
+    "two records": (edit(lambda content: content["images"].extend("ab")), "images[6]", "(2 such"),
+    "id used twice": (update("images", 1, id=0), "images[1] has id 0"),
+    "no width": (edit(lambda content: content["images"][1].pop("width")), "images[1] has no"),
     "of no image": (update("annotations", 1, image_id=99), "image_id 99"),
-    "empty split": (
-        edit(lambda content: content.update(images=[], annotations=[])),
-        "lists no images",
-    ),
-    "image missing": (remove("train", "3_train.png"), "3_train.png"),
-    "image truncated": (truncate_image, "3_train.png"),
-    "another size": (resize_image, "is 9x8, but its record says 48x48"),
-    "size of terabytes": (update("images", 3, width=10**7, height=10**7), "record says"),
-    "climbs out": (update("images", 3, file_name="../../secret.png"), "leads out"),
-    "absolute": (update("images", 3, file_name="/etc/passwd"), "leads out"),
-    "climbs out on Windows": (update("images", 3, file_name="..\\secret.png"), "leads out"),
+    "empty split": (edit(lambda content: content.update(images=[], annotations=[])), ANNOTATIONS),
+    "image missing": (rewrite("3_train.png", None), "3_train.png"),
+    "image truncated": (rewrite("3_train.png", png(GREY[..., None])[:200]), "3_train.png"),
+    "another size": (rewrite("3_train.png", png(GREY[..., None])), "3_train.png", "50x40", "48x48"),
+    "size of terabytes": (update("images", 3, width=10**7, height=10**7), "10000000x10000000"),
+    "climbs out": (update("images", 3, file_name="../../secret.png"), "../../secret.png"),
+    "absolute": (update("images", 3, file_name="/etc/passwd"), "/etc/passwd"),
+    "climbs out on Windows": (update("images", 3, file_name="..\\a.png"), "..\\\\a.png"),
     "damaged polygon": (update("annotations", 3, segmentation=[[1, 2]]), "annotation 3"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_data_is_one_line_and_status_2(name, dataset, tmp_path, refused):
-    spoil, word = BAD[name]
+    spoil, *words = BAD[name]
     spoil(dataset)
-    refused("train", "--data", dataset, "--out", tmp_path / "out", *SMALL, words=[word])
+    refused("train", "--data", dataset, "--out", tmp_path / "out", *SMALL, words=words)
     assert list((tmp_path / "out").iterdir()) == []
-    refused("data", dataset, words=["problem" if dataset.exists() else word])
+    refused("data", dataset, words=["problem"] if dataset.exists() else words)
 
 
-@pytest.mark.parametrize("reason", ["no such folder", "no data set in this folder"])
-def test_no_data_set_is_said_once(reason, tmp_path, refused, capsys):
+@pytest.mark.parametrize("there", [False, True])
+def test_no_data_set_is_said_once(there, tmp_path, refused, capsys):
     folder = tmp_path / "scans"
-    if reason != "no such folder":
+    if there:
         (folder / "train").mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(folder / "train" / "0.png")
     before = sorted(tmp_path.rglob("*"))
-    refused("data", folder, words=[folder, reason, "train/, valid/ and test/", ANNOTATIONS])
+    refused("data", folder, words=[folder, ANNOTATIONS, "download.py"])
     with pytest.raises(FileNotFoundError):
         data.main([str(folder)])
     assert capsys.readouterr().out == ""  # the message on stderr is all there is
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_every_damaged_image_is_found_in_one_pass(dataset, tmp_path):
-    for name in ("0_train.png", "4_train.png"):
-        (dataset / "train" / name).write_bytes(b"damaged")
-    (dataset / "test" / "1_test.png").unlink()
-    result = script("data.py", dataset, cwd=tmp_path)
-    assert_refused(result, "3 problem")
-    for name in ("0_train.png", "4_train.png", "1_test.png"):
-        assert result.stdout.count(name) == 1
-    with pytest.raises(ValueError, match="2 of 6 images in train"):
-        load_split(dataset, "train", 32)
 
 
 # ---- audit -----------------------------------------------------------------------------------
@@ -813,9 +749,7 @@ def test_every_damaged_image_is_found_in_one_pass(dataset, tmp_path):
 def test_audit_counts(dataset, tmp_path):
     edit_annotations(dataset / "train", lambda content: content["annotations"].pop(0))
     Image.new("RGB", (SIZE, SIZE)).save(dataset / "train" / "stray.png")
-    result = script("data.py", dataset, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    train = result.stdout.split("valid:")[0]
+    train = assert_done(script("data.py", dataset, cwd=tmp_path)).split("valid:")[0]
     assert "train: 6 images, 5 annotations" in train
     assert "48x48: 6" in train and "tumour: 5" in train
     percent = 100 * 5 * 16 * 16 / (6 * SIZE * SIZE)  # five squares of 16 x 16
@@ -841,13 +775,10 @@ def numbered(tmp_path):
 
     The duplicates are images 3, 6, 9 and 12 of train, as 101 to 104 in valid.
     """
-    rng = np.random.default_rng(0)
-    pictures = {}
+    pixels = np.random.default_rng(0).integers(0, 255, (61, 24, 24, 3), dtype=np.uint8)
+    pictures, splits = list(map(Image.fromarray, pixels)), {split: {} for split in SPLITS}
     for number in range(1, 61):
-        pictures[number] = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
-    splits = {split: {} for split in SPLITS}
-    for number, picture in pictures.items():
-        splits[SPLITS[number % 3]][f"{number}_x.png"] = picture
+        splits[SPLITS[number % 3]][f"{number}_x.png"] = pictures[number]
     splits["valid"] |= {f"{100 + number}_x.png": pictures[3 * number] for number in range(1, 5)}
     for split, images in splits.items():
         annotations = [(index, square(index % 9, 2, 8)) for index in range(len(images))]
@@ -856,7 +787,7 @@ def numbered(tmp_path):
 
 
 def test_the_audit_counts_what_splits_have_in_common(numbered, capsys, tmp_path):
-    assert audit(numbered, tmp_path, data.open_split) == []
+    assert audit(numbered, tmp_path, open_split) == []
     out = capsys.readouterr().out
     # valid has 24 images: 4 duplicates; and 1, 4, ... 58, all of which but the first follow a
     # multiple of 3, while 101 to 104 have no neighbour. test has 2, 5, ... 59: all have one.
@@ -898,10 +829,10 @@ def test_a_grouped_split_keeps_neighbours_together(numbered, tmp_path, refused):
         assert len(load_split(target, split, 32)) == len(numbers[split])
     again = grouped_split(numbered, tmp_path / "again", block=8)
     for split in SPLITS:
-        first, second = (folder / split / ANNOTATIONS for folder in (target, again))
-        assert first.read_bytes() == second.read_bytes()
-    refused("data", numbered, "--grouped-split", target, words=["exists"])
-    refused("data", numbered, "--grouped-split", tmp_path / "new", words=["too few images"])
+        path = f"{split}/{ANNOTATIONS}"
+        assert (target / path).read_bytes() == (again / path).read_bytes()
+    refused("data", numbered, "--grouped-split", target, words=[target])
+    refused("data", numbered, "--grouped-split", tmp_path / "new", words=[numbered, "50"])
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*.tmp"))
 
 
@@ -957,17 +888,17 @@ def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
     values = rng.integers(0, 250, (40, 60), np.uint8)
     values.flat[:250] = range(250)
     large = np.kron(values, np.ones((20, 20), np.uint8))  # 800 x 1200
-    for folder, picture in (("images", large), ("masks", large)):
+    for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
-        Image.fromarray(picture).save(tmp_path / folder / "0.png")
+        Image.fromarray(large).save(tmp_path / folder / "0.png")
     limit = 80 * large.size
     root = tmp_path / "many"
     command = ["--masks", tmp_path / "images", tmp_path / "masks", "--data", root]
     assert peak_of(download.main, [*map(str, command), "--into", "train"]) < limit
     names = [str(value) for value in range(1, 250)]
-    assert peak_of(audit, root, tmp_path, data.open_split) < limit
+    assert peak_of(audit, root, tmp_path, open_split) < limit
     assert "category     249: 1 annotations" in capsys.readouterr().out
-    dataset = data.open_split(root, "train", 40, classes=names)
+    dataset = open_split(root, "train", 40, classes=names)
     assert peak_of(dataset.row, 0) < limit
     pixels, masks = dataset.preprocess(0)
     small = resize_nearest(large, 40, 40)
@@ -994,17 +925,20 @@ def test_of_many_damaged_records_a_hundred_are_named_and_all_counted(dataset, tm
     assert "150 more" in skipped[100] and str(dataset / "train") in skipped[100]
     with pytest.raises(ValueError, match=r"annotations\[6\].*250 such"):
         load_coco(dataset / "train")
-    problems = audit(dataset, tmp_path, data.open_split)
+    problems = audit(dataset, tmp_path, open_split)
     assert problems == skipped
+
+
+def test_of_many_names_a_line_has_the_first():
+    assert listed(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert listed(list("abcdefghi")) == "a, b, c, d, e, f, g, h, ... (9)"
 
 
 def test_long_names_and_ids_do_not_fill_the_line(dataset):
     def change(content):
         content["annotations"].append({"image_id": "x" * 10**6})
-        content["images"].append({"id": ["y" * 10**6], "width": 3, "height": 3})
-        content["images"].append(
-            {"id": 99, "file_name": "z" * 10**6, "width": 3, "height": 3},
-        )
+        for record in ({"id": ["y" * 10**6]}, {"id": 99, "file_name": "z" * 10**6}):
+            content["images"].append({**record, "width": 3, "height": 3})
 
     edit_annotations(dataset / "train", change)
     skipped = []
@@ -1018,10 +952,11 @@ def test_annotations_that_would_fill_the_memory_are_refused(dataset, monkeypatch
     monkeypatch.setattr("medseg.files.read_json.__defaults__", (200 * 2**20,))
     taken = peak_of(lambda: pytest.raises(ValueError, load_coco, dataset / "train"))
     assert taken < 4 * path.stat().st_size
-    refused("train", "--data", dataset, "--out", dataset / "o", *SMALL, words=[path, "split it"])
+    command = ("train", "--data", dataset, "--out", dataset / "o", *SMALL)
+    refused(*command, words=[path])
     path.write_text('{"images": [], "categories": [], "annotations": [' + "0," * 999 + "0]}")
     monkeypatch.setattr("medseg.coco.MAX_RECORDS", 999)
-    refused("train", "--data", dataset, "--out", dataset / "o", *SMALL, words=[path, "1,000"])
+    refused(*command, words=[path, "1,000"])
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '"ab"', "0.1", "300", '{"a":300}', '"\u0101b"'])
@@ -1072,4 +1007,4 @@ def test_neighbours_are_of_the_next_number_and_not_of_the_same():
     train = thumbnails(n10_x=flat, n20_x=-flat, n5_x=flat, other=flat)
     some = thumbnails(n10_y=flat, n11_y=flat, n19_y=flat, n22_y=flat, nameless=flat)
     # 11 and 19 have one; 10 has the same number only, 22 none, and one has no number at all.
-    assert near_duplicates(some, train).endswith("50.0% a neighbour by the number in the file name")
+    assert "50.0% a neighbour" in near_duplicates(some, train)

@@ -34,38 +34,30 @@ def test_scores_by_hand():
 
 @pytest.mark.parametrize("image_size", [None, 32])
 def test_a_folder_as_published(image_size, tmp_path):
-    rng = np.random.default_rng(1)
+    rng, inside = np.random.default_rng(1), np.zeros((30, 40), bool)
+    pixels = rng.integers(0, 255, (2, 30, 40, 3), dtype=np.uint8)
+    targets, inside[5:25, 5:35] = rng.random((2, 30, 40)) > 0.8, True
     for name in ("images", "1st_manual", "mask"):
         (tmp_path / name).mkdir()
-    targets, insides = [], []
-    for number in ("01", "02"):
-        Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(
-            tmp_path / "images" / f"{number}_test.tif"
-        )
-        target, inside = rng.random((30, 40)) > 0.8, np.zeros((30, 40), bool)
-        inside[5:25, 5:35] = True
-        Image.fromarray(target).save(tmp_path / "1st_manual" / f"{number}_manual1.gif")
-        Image.fromarray(inside).save(tmp_path / "mask" / f"{number}_test_mask.gif")
-        targets.append(target)
-        insides.append(inside)
+    for number in range(2):
+        Image.fromarray(pixels[number]).save(tmp_path / "images" / f"0{number}_test.tif")
+        Image.fromarray(targets[number]).save(tmp_path / "1st_manual" / f"0{number}_manual1.gif")
+        Image.fromarray(inside).save(tmp_path / "mask" / f"0{number}_test_mask.gif")
     torch.manual_seed(0)
     model = UNet(n_filters=2, depth=2, image_size=image_size).eval()
     torch.nn.init.normal_(model.outc.weight, std=3.0)
-    result = measure(tmp_path, model, 0.5)
+    result, preds = measure(tmp_path, model, 0.5), []
 
-    preds = []
     for path in sorted((tmp_path / "images").iterdir()):
         tensor, _ = predict.preprocess_image(path, image_size=image_size)
         probabilities = predict.predict_probabilities(model, tensor, "cpu")[0].numpy()
         preds.append(full_size_labels(probabilities, (40, 30), 0.5) > 0)
-    both = [
-        (pred[inside], target[inside])
-        for pred, target, inside in zip(preds, targets, insides, strict=True)
-    ]
-    pred, target = (np.concatenate(parts) for parts in zip(*both, strict=True))
-    dice = 2 * (pred & target).sum() / (pred.sum() + target.sum())
-    assert 0 < dice < 1 and result["field of view"]["dice"] == pytest.approx(dice)
-    assert result["field of view"]["specificity"] == pytest.approx((~pred)[~target].mean())
-    whole = 2 * (np.stack(preds) & np.stack(targets)).sum()
-    whole /= np.stack(preds).sum() + np.stack(targets).sum()
-    assert result["whole image"]["dice"] == pytest.approx(whole)
+    preds = np.stack(preds)
+    parts = {
+        "whole image": (preds, targets),
+        "field of view": (preds[:, inside], targets[:, inside]),
+    }
+    for name, (pred, target) in parts.items():
+        dice = 2 * (pred & target).sum() / (pred.sum() + target.sum())
+        assert 0 < dice < 1 and result[name]["dice"] == pytest.approx(dice)
+        assert result[name]["specificity"] == pytest.approx((~pred)[~target].mean())

@@ -16,7 +16,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,10 +26,24 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import helpers
+import nibabel
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, brightness_model, fork_script, scan, script_here
+from helpers import (
+    ROOT,
+    assert_done,
+    assert_refused,
+    brightness_model,
+    fork_script,
+    run_python,
+    scan,
+    script_here,
+    start_python,
+    wait_until,
+    write_dicom,
+    write_nifti,
+)
 from PIL import Image
 
 from medseg.images import full_size_labels, save_mask
@@ -88,13 +101,15 @@ def count_runs(place):
 
 def wait_for_address(log, alive):
     """The address that a server writes to the file `log` once it listens."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline and alive():
-        said = re.search(r"http://\S+", log.read_text() if log.exists() else "")
-        if said:
-            return said[0]
-        time.sleep(0.05)
-    pytest.fail(f"no page:\n{log.read_text()}")
+    said = []
+
+    def listens():
+        assert alive(), log.read_text()
+        said[:] = re.findall(r"http://\S+", log.read_text() if log.exists() else "")
+        return said
+
+    wait_until(listens)
+    return said[0]
 
 
 def fork_server(place):
@@ -113,16 +128,9 @@ def servers(place):
     log, connections = place / "killed.log", place / "connections"
     with socket.create_server(("127.0.0.2", 0)) as free:
         port = free.getsockname()[1]
-    command = ["--page", "--host", "127.0.0.2", "--port", port, "--model", "best_model.pth"]
-    with open(log, "w") as output:
-        killed = subprocess.Popen(
-            [sys.executable, "-c", RUN_AND_NOTE, ROOT / "predict.py", connections]
-            + [*map(str, command), "--device", "cpu"],
-            cwd=place,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": "tmp-killed"},
-            stdout=output,
-            stderr=output,
-        )
+    command = ("-c", RUN_AND_NOTE, ROOT / "predict.py", connections, "--page", "--device", "cpu")
+    command += ("--host", "127.0.0.2", "--port", port, "--model", "best_model.pth")
+    killed = start_python(*command, cwd=place, log=log, TMPDIR="tmp-killed")
     import gradio  # noqa: F401  here, while the other process does it too: forks need not
 
     process, first_log = fork_server(place)
@@ -193,7 +201,7 @@ class Tab:
     def predict(self, *paths, words=None):
         """Upload files; return the text once it has the words, by default the first's name."""
         self.upload(*paths)
-        return self.wait_for_text(words or f"{paths[0].name}")
+        return self.wait_for_text(words or paths[0].name)
 
     def move_threshold(self, value):
         before = self.text()
@@ -222,11 +230,8 @@ def tab(first_tab, servers):
 
 def command_line(place, *arguments):
     """What predict.py prints."""
-    result = script_here(
-        "predict.py", *arguments, "--model", place / "best_model.pth", "--device", "cpu", cwd=place
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    flags = ("--model", place / "best_model.pth", "--device", "cpu")
+    return assert_done(script_here("predict.py", *arguments, *flags, cwd=place))
 
 
 def expected_mask(place, path, threshold=0.5):
@@ -289,25 +294,19 @@ def test_16_bits_and_a_photograph_of_12_megapixels(tab, place):
         tab.clear()
 
 
-def write_bad_files(place):
-    """{path: words of its line}"""
+def test_what_is_no_image_gets_one_line_at_once(tab, place):
+    before = runs(place)
     text, cut, bomb = place / "text.png", place / "cut.png", place / "bomb.png"
     text.write_text("This is not a picture.\n")
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
-    Image.fromarray(noise).save(cut)
+    Image.effect_noise((64, 64), 90).save(cut)
     cut.write_bytes(cut.read_bytes()[:2000])
     Image.new("1", (12000, 12000)).save(bomb)
     assert bomb.stat().st_size < 200_000
-    return {text: "not a JPEG, PNG", cut: "truncated", bomb: "144000000 pixels"}
-
-
-def test_what_is_no_image_gets_one_line_at_once(tab, place):
-    before = runs(place)
-    for path, words in write_bad_files(place).items():
+    for path, word in {text: "PNG", cut: "truncated", bomb: "144000000"}.items():
         started = time.monotonic()
         said = tab.predict(path)
         assert time.monotonic() - started < 15
-        assert said.startswith(f"{path.name}: ") and words in said and "\n" not in said, said
+        assert said.startswith(f"{path.name}: ") and word in said and "\n" not in said, said
         assert tab.page.locator("#download").is_disabled()
         assert tab.page.locator("#overlay img").count() == 0
         tab.clear()
@@ -316,21 +315,18 @@ def test_what_is_no_image_gets_one_line_at_once(tab, place):
 
 
 def test_two_browsers_at_once_get_their_own(tab, browser, servers, place):
-    tabs, lines, masks, paths = [tab, Tab(browser, servers.address)], [], [], []
-    for number, side in enumerate((20, 50)):
-        paths.append(place / f"browser{number}.png")
-        scan(90, 70, 10, 10, side).save(paths[-1])
-        line, mask = expected_mask(place, paths[-1])
-        lines.append(line)
-        masks.append((f"browser{number}_mask.png", mask))
-    for one, path in zip(tabs, paths, strict=True):
-        one.upload(path)
-    assert [one.wait_for_text("highest") for one in tabs] == lines
-    assert [one.download() for one in tabs] == masks
-    tabs[0].move_threshold(0.9)
-    assert tabs[0].download()[1] == expected_mask(place, paths[0], 0.9)[1]
-    assert tabs[1].download() == masks[1]
-    tabs[1].page.context.close()
+    other, paths = Tab(browser, servers.address), (place / "browser0.png", place / "browser1.png")
+    for path, side in zip(paths, (20, 50), strict=True):
+        scan(90, 70, 10, 10, side).save(path)
+    (line, mask), (other_line, other_mask) = (expected_mask(place, path) for path in paths)
+    tab.upload(paths[0])
+    other.upload(paths[1])
+    assert (tab.wait_for_text("highest"), other.wait_for_text("highest")) == (line, other_line)
+    assert tab.download() == ("browser0_mask.png", mask)
+    tab.move_threshold(0.9)
+    assert tab.download()[1] == expected_mask(place, paths[0], 0.9)[1]
+    assert other.download() == ("browser1_mask.png", other_mask)
+    other.page.context.close()
 
 
 def unzip(content):
@@ -350,7 +346,7 @@ def test_several_files_come_back_as_a_zip(tab, place):
         scan(60 + number, 50, 5 + 9 * number, 5, 25).save(folder / f"{number}.{suffix}")
     said = tab.predict(*sorted(folder.iterdir()), bad)
     assert said.splitlines()[0].startswith("0.png: foreground ")
-    assert said.splitlines()[-1].startswith("bad.png: not a JPEG, PNG")
+    assert said.splitlines()[-1].startswith("bad.png: ")
     assert tab.page.inner_text("#download") == "Download 3 masks"
     tab.page.locator("#number input[type=range]").fill("3")
     tab.wait_for_text("2.tif: foreground ")
@@ -364,15 +360,14 @@ def test_several_files_come_back_as_a_zip(tab, place):
 
 
 def test_volumes_and_frames(tab, place):
-    volumes = pytest.importorskip("test_volumes")
     voxels = np.full((40, 30, 6), 20, np.int16)
     voxels[5:25, 5:20, 3] = 235
     inputs = place / "volumes"
     inputs.mkdir()
     paths = inputs / "brain.nii.gz", inputs / "frames.dcm"
-    volumes.write_nifti(paths[0], voxels, zooms=(1, 1, 5))
+    write_nifti(paths[0], voxels, zooms=(1, 1, 5))
     frames = np.stack([np.asarray(scan(40, 40, 5, 5, side)) for side in (10, 30)])
-    volumes.write_dicom(paths[1], frames)
+    write_dicom(paths[1], frames)
     said = tab.predict(paths[0])
     assert said.startswith("brain.nii.gz, slice 3: foreground ")  # the one with something in it
     command_line(place, paths[0], "--output", place / "volume-masks")
@@ -387,13 +382,21 @@ def test_volumes_and_frames(tab, place):
 # ---- the server ------------------------------------------------------------------------------
 
 
-def request(address, **headers):
+def connect(address):
     parts = urlsplit(address)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=SECONDS)
-    connection.request("GET", "/config", headers=headers)
-    status = connection.getresponse().status
-    connection.close()
-    return status
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=SECONDS)
+
+
+def ask(address, method, path, body=None, **headers):
+    """(status, body, the response)"""
+    with contextlib.closing(connect(address)) as connection:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read(), response
+
+
+def request(address, **headers):
+    return ask(address, "GET", "/config", **headers)[0]
 
 
 def test_other_hosts_and_origins_are_refused(servers):
@@ -437,9 +440,7 @@ def test_ctrl_c_while_an_image_is_predicted(browser, servers, place, tmp_path):
     try:
         tab = Tab(browser, wait_for_address(log, process.is_alive))
         tab.upload(tmp_path / "scan.png")
-        deadline = time.monotonic() + SECONDS
-        while not runs(tmp_path) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: runs(tmp_path))
         os.kill(process.pid, signal.SIGINT)
         process.join(20)
         assert process.exitcode == 128 + signal.SIGINT, log.read_text()
@@ -455,80 +456,68 @@ def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
         monkeypatch.setattr(server, "PORT", port)
         with server.open_socket("127.0.0.1") as following:
             assert port < following.getsockname()[1] < port + server.PORTS
-        with pytest.raises(ValueError, match=f"--port {port}: another program listens there"):
+        with pytest.raises(ValueError, match=f"--port {port}"):
             server.open_socket("127.0.0.1", port)
 
 
 # ---- requests that no page makes ---------------------------------------------------------------
 
 
+JSON = {"Content-Type": "application/json"}
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=edge"}
+
+
 class Visitor:
     """Requests from outside of a browser, with the cookie that the page gives to one."""
 
     def __init__(self, address):
-        self.address, self.headers = urlsplit(address), {}
+        self.address, self.headers = address, {}
         _, _, response = self.ask("GET", "/")
         self.headers["Cookie"] = response.getheader("set-cookie").partition(";")[0]
         self.config = json.loads(self.ask("GET", "/config")[1])
-        self.kinds = {part["id"]: part["type"] for part in self.config["components"]}
-
-    def connect(self):
-        host, port = self.address.hostname, self.address.port
-        return http.client.HTTPConnection(host, port, timeout=SECONDS)
+        self.types = {part["id"]: part["type"] for part in self.config["components"]}
 
     def ask(self, method, path, body=None, **headers):
-        """(status, body, the response)"""
-        connection = self.connect()
-        connection.request(method, path, body, {**self.headers, **headers})
-        response = connection.getresponse()
-        content = response.read()
-        connection.close()
-        return response.status, content, response
+        return ask(self.address, method, path, body, **{**self.headers, **headers})
 
     def post(self, path, value):
-        return self.ask("POST", path, json.dumps(value), **{"Content-Type": "application/json"})
+        return self.ask("POST", path, json.dumps(value), **JSON)
 
     def upload(self, name, content):
         """(status, the paths on the server or the line of a refusal)"""
-        kind = "multipart/form-data; boundary=edge"
-        status, answer, _ = self.ask(
-            "POST", "/gradio_api/upload", multipart(name, content), **{"Content-Type": kind}
-        )
+        body = multipart(name, content)
+        status, answer, _ = self.ask("POST", "/gradio_api/upload", body, **MULTIPART)
         return status, json.loads(answer) if status == 200 else answer.decode()
 
     def handlers(self):
-        """{its id: (kinds of its inputs, kind of what triggers it)} of all events of the page."""
-        found = {}
-        for event in self.config["dependencies"]:
-            if event["backend_fn"]:
-                inputs = [self.kinds[part] for part in event["inputs"]]
-                found[event["id"]] = inputs, event["targets"][0][1]
-        return found
+        """{its id: (types of its inputs, name of what triggers it)} of all events of the page."""
+        return {
+            event["id"]: ([self.types[part] for part in event["inputs"]], event["targets"][0][1])
+            for event in self.config["dependencies"]
+            if event["backend_fn"]
+        }
 
     def handler(self, trigger):
         (number,) = (number for number, (_, name) in self.handlers().items() if name == trigger)
         return number
 
     def event(self, number, session="tab", event_data=None, **values):
-        """Send one. values: of inputs, by kind. Returns (status, answer)."""
+        """Send one. values: of inputs, by type. Returns (status, answer)."""
         usual = {"slider": 0.5, "state": None, "file": None, **values}
-        data = [usual[kind] for kind in self.handlers()[number][0]]
+        data = [usual[name] for name in self.handlers()[number][0]]
         event = {"data": data, "fn_index": number, "session_hash": session}
         return self.post("/gradio_api/queue/join", {**event, "event_data": event_data})[:2]
 
     def result(self, session="tab"):
         """What the page answers to the last event, {"success": ..., "output": ...}."""
-        connection = self.connect()
         path = f"/gradio_api/queue/data?session_hash={session}"
-        connection.request("GET", path, headers=self.headers)
-        response = connection.getresponse()
-        try:
+        with contextlib.closing(connect(self.address)) as connection:
+            connection.request("GET", path, headers=self.headers)
+            response = connection.getresponse()
             while line := response.readline():
                 message = json.loads(line[6:]) if line.startswith(b"data: ") else {}
                 if message.get("msg") in ("process_completed", "unexpected_error"):
                     return message
-        finally:
-            connection.close()
         pytest.fail(f"no answer: {response.status}")
 
     def predict(self, path):
@@ -571,18 +560,19 @@ def test_no_handler_reads_a_file_of_the_server(visitor, place):
     (own,) = visitor.upload("own.png", (place / "best_model.pth").read_bytes())[1]
     handlers = visitor.handlers()
     assert len(handlers) == 4
+    answers = set()
     for path in secret_paths(place, visitor):
-        answers = set()
-        for number, (kinds, _) in handlers.items():
-            for kind in kinds:
+        for number, (inputs, _) in handlers.items():
+            for name in inputs:
                 for value in ([file_data(path)], file_data(path), {"x": [{"path": path}]}):
-                    answers.add(visitor.event(number, **{kind: value}))
+                    answers.add(visitor.event(number, **{name: value}))
             answers.add(visitor.event(number, event_data={"index": 0, "value": file_data(path)}))
-        assert answers == {(403, b"not a file that this browser uploaded")}, path
+    ((status, _),) = answers  # the same for what is there and what is not
+    assert status == 403
     # What was uploaded is read, by the same request: it is no image.
     number = visitor.handler("upload")
     assert visitor.event(number, file=[file_data(own)])[0] == 200
-    assert "own.png: not a JPEG" in str(visitor.result()["output"]["data"])
+    assert "own.png: " in str(visitor.result()["output"]["data"])
 
 
 ROUTES = """GET file=PATH|GET file/PATH|HEAD file=PATH|GET proxy=PATH|GET proxy=http://127.0.0.1:9/
@@ -607,9 +597,8 @@ def test_no_other_address_gives_a_file_away(visitor, place):
             address = address if address.startswith("/") else f"/gradio_api/{address}"
             event = {"data": [[file_data(path)], 0.5], "fn_index": number, "session_hash": "tab"}
             event.update(component_id=1, fn_name="x", api_name="predict")
-            kind = {"Content-Type": "application/json"}
             body = None if method in ("GET", "HEAD") else json.dumps(event)
-            status, content, _ = visitor.ask(method, address, body, **kind)
+            status, content, _ = visitor.ask(method, address, body, **JSON)
             answers.append((status, content.replace(path.name.encode(), b"")))
         assert answers[0] == answers[1], route  # nor whether it is there
         if not route.startswith("GET /config"):
@@ -621,11 +610,8 @@ def test_without_the_cookie_there_is_nothing(visitor, place):
     visitor.headers = {}
     for cookie in (None, "medseg-browser=shared", "medseg-browser=../x", "medseg-browser="):
         headers = {"Cookie": cookie} if cookie else {}
-        for method, address in (
-            ("GET", f"file={there}"),
-            ("POST", "queue/join"),
-            ("POST", "upload"),
-        ):
+        for route in (f"GET file={there}", "POST queue/join", "POST upload"):
+            method, address = route.split(" ")
             assert visitor.ask(method, f"/gradio_api/{address}", None, **headers)[0] == 403
 
 
@@ -665,15 +651,13 @@ def test_events_with_values_that_no_page_sends(visitor, place):
         assert not visitor.result()["success"], index
     assert visitor.event(select, event_data={"index": 1, "value": None})[0] == 200
     assert "phantom_2.png: foreground" in str(visitor.result()["output"]["data"])
-    number = visitor.config["dependencies"][change]
+    assert len(visitor.config["dependencies"][change]["inputs"]) == 3
     for picture in (1, 2):  # the slider of the pictures goes to 2 where there is one
         event = {"data": ["forged", picture, 0.5], "fn_index": change, "session_hash": "tab"}
-        assert len(number["inputs"]) == 3
         assert visitor.post("/gradio_api/queue/join", event)[0] == 200
         assert "phantom_2.png: foreground" in str(visitor.result()["output"]["data"])
     for body in (b"", b"[]", b"{", b"[" * 100_000, b'{"data": []}', b"\xff"):
-        kind = {"Content-Type": "application/json"}
-        assert visitor.ask("POST", "/gradio_api/queue/join", body, **kind)[0] == 400, body[:20]
+        assert visitor.ask("POST", "/gradio_api/queue/join", body, **JSON)[0] == 400, body[:20]
 
 
 # ---- uploads ---------------------------------------------------------------------------------
@@ -681,8 +665,9 @@ def test_events_with_values_that_no_page_sends(visitor, place):
 
 def begin_upload(visitor, *headers, name="upload"):
     """A socket that has sent the head of an upload."""
-    opened = socket.create_connection((visitor.address.hostname, visitor.address.port), SECONDS)
-    lines = [f"POST /gradio_api/{name} HTTP/1.1", f"Host: {visitor.address.netloc}"]
+    address = urlsplit(visitor.address)
+    opened = socket.create_connection((address.hostname, address.port), SECONDS)
+    lines = [f"POST /gradio_api/{name} HTTP/1.1", f"Host: {address.netloc}"]
     lines += [f"Cookie: {visitor.headers['Cookie']}", *headers]
     lines.append("Content-Type: multipart/form-data; boundary=edge")
     opened.sendall("\r\n".join([*lines, "", ""]).encode())
@@ -696,13 +681,6 @@ def uploaded_files(place):
         for root, _, names in os.walk(folder / "uploads")  # which may lose folders meanwhile
         for name in names
     }
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("head", ["Content-Length: 5000000", "Transfer-Encoding: chunked"])
@@ -747,32 +725,22 @@ def test_what_is_no_upload_is_refused(visitor, place):
     field = b'--edge\r\nContent-Disposition: form-data; name="files"\r\n\r\n'
     many = b"".join(multipart(f"{number}.png", b"")[:-10] for number in range(1001)) + b"--edge--"
     for body in (b"", b"x", whole[:-12], whole[:40], field + b"x\r\n--edge--\r\n", many):
-        kind = {"Content-Type": "multipart/form-data; boundary=edge"}
-        assert visitor.ask("POST", "/gradio_api/upload", body, **kind)[0] == 400, body[:60]
-    for kind in (
-        "",
-        "text/plain",
-        "multipart/form-data",
-        "multipart/form-data; boundary=" + "x" * 999,
-    ):
-        headers = {"Content-Type": kind}
-        assert visitor.ask("POST", "/gradio_api/upload", whole, **headers)[0] == 400, kind
+        assert visitor.ask("POST", "/gradio_api/upload", body, **MULTIPART)[0] == 400, body[:60]
+    plain, boundary = "multipart/form-data", "multipart/form-data; boundary=" + "x" * 999
+    for content_type in ("", "text/plain", plain, boundary):
+        headers = {"Content-Type": content_type}
+        assert visitor.ask("POST", "/gradio_api/upload", whole, **headers)[0] == 400, content_type
     wait_until(lambda: uploaded_files(place) == before)
 
 
 def test_names_of_uploads_stay_in_their_folder(visitor):
-    for given, kept in {
-        "../../../x.png": "x.png",
-        "C:\\\\scans\\\\a.png": "a.png",
-        "scans\\\\b.png": "b.png",
+    names = {
+        **{"../../../x.png": "x.png", "C:\\\\scans\\\\a.png": "a.png", "scans\\\\b.png": "b.png"},
+        **{"..": "file", "": "file", ".png": "png", "a\u0000b.png": "ab.png"},
         "brain (1) \u00e4.nii.gz": "brain (1) \u00e4.nii.gz",
-        "..": "file",
-        "": "file",
-        ".png": "png",
-        "a\u0000b.png": "ab.png",
-        "n" * 300 + ".dcm": "n" * 196 + ".dcm",
-        "x" * 300: "x" * 200,
-    }.items():
+        **{"n" * 300 + ".dcm": "n" * 196 + ".dcm", "x" * 300: "x" * 200},
+    }
+    for given, kept in names.items():
         status, (path,) = visitor.upload(given, b"content")
         assert status == 200 and Path(path).name == kept, given
         assert Path(path).read_bytes() == b"content"
@@ -810,7 +778,7 @@ def test_progress_of_an_upload_is_told_to_its_browser_alone(visitor, servers):
     head = f"Content-Length: {len(body)}"
     with begin_upload(visitor, head, name="upload?upload_id=one") as opened:
         opened.sendall(body[:3_000_000])
-        connection = visitor.connect()
+        connection = connect(visitor.address)
         connection.request("GET", path, headers=visitor.headers)
         response, sizes = connection.getresponse(), []
         while not sizes:
@@ -828,34 +796,37 @@ def test_progress_of_an_upload_is_told_to_its_browser_alone(visitor, servers):
 # ---- refusals, and what needs no browser -----------------------------------------------------
 
 
+@pytest.fixture
+def gradio_settings(monkeypatch):
+    """What a test sets of them is undone."""
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY", "GRADIO_TEMP_DIR"):
+        monkeypatch.setenv(name, "")
+
+
 def refused_page(place, *arguments, words):
     result = script_here("predict.py", "--page", "--device", "cpu", *arguments, cwd=place)
     assert_refused(result, *words)
 
 
+@pytest.mark.usefixtures("gradio_settings")
 def test_refusals(place, monkeypatch):
-    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY", "GRADIO_TEMP_DIR"):
-        monkeypatch.setenv(name, "")  # so that what is set here is undone
     monkeypatch.setattr(tempfile, "tempdir", str(place / "tmp"))
     before = medseg_folders(place, "tmp")
-    refused_page(place, "scan.png", words=["--page takes no images"])
+    refused_page(place, "scan.png", words=["--page"])
     refused_page(place, "--output", "masks", words=["--output"])
     refused_page(place, "--model", "nothing.pth", words=["nothing.pth"])
     refused_page(place, "--host", "192.0.2.1", words=["--host 192.0.2.1"])
     refused_page(place, "--port", "70000", words=["--port"])
     monkeypatch.setitem(sys.modules, "gradio", None)
-    refused_page(place, "--port", 0, words=["the page needs gradio: run `pip install gradio`"])
+    refused_page(place, "--port", 0, words=["`pip install gradio`"])
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="6.0.2"))
-    refused_page(place, "--port", 0, words=["6.0.2", "run `pip install -U gradio`"])
+    refused_page(place, "--port", 0, words=["6.0.2", "`pip install -U gradio`"])
     assert medseg_folders(place, "tmp") == before
 
 
 def test_importing_the_page_imports_neither_gradio_nor_torch():
     code = "import sys, medseg.page.app; print({'torch', 'gradio', 'uvicorn'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=SECONDS
-    )
-    assert result.stdout == "set()\n", result.stderr
+    assert assert_done(run_python("-c", code, cwd=ROOT)) == "set()\n"
 
 
 class TwoClasses(models.Model):
@@ -896,11 +867,10 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
 @pytest.mark.parametrize("threshold, first", [(0.2, 1), (0.5, 1), (0.8, 2)])
 def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, first):
     """The probability of a voxel or pixel is its value / 255, and each value is counted by hand."""
-    volumes = pytest.importorskip("test_volumes")
     counts = {100: 6, 160: 24, 240: 12}
     voxels = np.full((8, 6, 4), 10, np.int16)
     voxels[:6, :1, 0], voxels[:6, :4, 1], voxels[:6, :2, 2] = 100, 160, 240
-    volumes.write_nifti(tmp_path / "v.nii.gz", voxels, zooms=(1, 1, 5))
+    write_nifti(tmp_path / "v.nii.gz", voxels, zooms=(1, 1, 5))
     pixels = np.full((600, 800), 10, np.uint8)
     for row, (value, count) in enumerate(counts.items()):
         pixels[100 * row, :count] = value
@@ -915,8 +885,6 @@ def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, firs
         session.predict([tmp_path / name for name in names], probabilities)
         assert session.problems == []
         return session
-
-    import nibabel
 
     session = predict("v.nii.gz")
     assert session.first(threshold) == first
@@ -938,12 +906,11 @@ def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, firs
     assert np.count_nonzero(np.ptp(drawn, 2) > 40) == expected  # the rest stays grey
 
 
+@pytest.mark.usefixtures("gradio_settings")
 def test_behind_the_gate_gradio_reads_uploads_only(tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
     from starlette.testclient import TestClient
 
-    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY", "GRADIO_TEMP_DIR"):
-        monkeypatch.setenv(name, "")  # so that what is set here is undone
     monkeypatch.chdir(tmp_path)
     gradio, uploads = import_gradio(tmp_path), tmp_path / "uploads"
     page = Page(gradio, TwoClasses(), uploads, 0.5, None)
@@ -974,7 +941,7 @@ def test_names_are_told_apart_and_many_problems_are_few_lines(tmp_path):
         Image.new("L", (9, 9)).save(tmp_path / folder / "scan.png")
     session = Session(tmp_path, ("foreground",))
     session.predict([tmp_path / "a" / "scan.png", tmp_path / "b" / "scan.png"], None)
-    assert session.problems[0].startswith("scan.png and scan.png would both become scan_mask")
+    assert "scan.png" in session.problems[0] and "scan_mask" in session.problems[0]
     text = text_html(["{{x}} ${y} <b>"], [f"{number}.png: bad" for number in range(8)])
     assert text.count('class="problem"') == 6 and "and 3 more" in text
     assert "{" not in text and "$" not in text and "<b>" not in text

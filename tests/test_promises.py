@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,15 +20,18 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import (
-    HOME,
     ROOT,
     SMALL,
+    assert_done,
     assert_refused,
     edit_annotations,
     fork_script,
     make_dataset,
+    script,
     script_here,
     skip_pictures,
+    start_python,
+    wait_until,
 )
 from PIL import Image
 
@@ -58,7 +60,7 @@ def endless_training(place, out):
     endless = ("--epochs", 100_000, "--patience", 100_000, "--save-every", 0)
     process = fork_script("train.py", *flags(place, out, *endless), log=place / "log")
     try:
-        until(lambda: (place / out / "metrics.csv").exists() or not process.is_alive())
+        wait_until(lambda: (place / out / "metrics.csv").exists() or not process.is_alive())
         yield process
         process.terminate()
         process.join(60)
@@ -66,29 +68,13 @@ def endless_training(place, out):
         process.kill()
 
 
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 # ---- resuming --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_bits():
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     """20 kills here; `python tools/kill.py --kills 200` is the campaign."""
-    result = subprocess.run(
-        [sys.executable, ROOT / "tools" / "kill.py"],
-        text=True,
-        capture_output=True,
-        timeout=300,
-        env={**os.environ, "HOME": HOME},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout)
-    assert "20 kills" in result.stdout
+    assert "20 kills" in assert_done(script("tools/kill.py", cwd=tmp_path, timeout=300))
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +100,10 @@ def damage(path, harm):
     # Where the bits of a weight are: with one of them flipped, the file can still be read.
     weight = load_weights(path)["model"]["outc.weight"].numpy().tobytes()
     middle = content.index(weight)
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes({"cut": content[:middle], "flipped": flipped}.get(harm, b""))
     if harm == "gone":
         path.unlink()  # as between the two renamings of a new one
-    elif harm == "cut":
-        path.write_bytes(content[:middle])
-    elif harm == "empty":
-        path.write_bytes(b"")
-    else:
-        flipped = bytes([content[middle] ^ 1])
-        path.write_bytes(content[:middle] + flipped + content[middle + 1 :])
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone"])
@@ -141,20 +122,13 @@ def test_the_checkpoint_before_the_last_is_used_with_a_warning(copy, harm, capsy
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_resuming_wants_the_same_data(split, copy, refused):
     edit_annotations(copy / "dataset" / split, lambda content: content["annotations"].pop())
-    refused("train", *flags(copy, "run", "--resume"), words=["other data", "--resume"])
+    refused("train", *flags(copy, "run", "--resume"), words=["last.pth", "--data", "--resume"])
 
 
 def test_resuming_wants_the_same_flags_but_takes_more_epochs(copy, refused):
-    changes = {
-        "--lr": 1,
-        "--seed": 5,
-        "--batch-size": 3,
-        "--image-size": 64,
-        "--precision": "bf16",
-    }
-    for flag, value in changes.items():
-        refused("train", *flags(copy, "run", "--resume", flag, value), words=[flag])
-    refused("train", *flags(copy, "run", "--resume", "--skip-bad"), words=["--skip-bad"])
+    changes = "--lr 1|--seed 5|--batch-size 3|--image-size 64|--precision bf16|--skip-bad"
+    for change in map(str.split, changes.split("|")):
+        refused("train", *flags(copy, "run", "--resume", *change), words=change[:1])
     main_here(*flags(copy, "run", "--resume", "--epochs", 3))
     assert len((copy / "run" / "metrics.csv").read_text().splitlines()) == 4
 
@@ -172,14 +146,9 @@ with signals.installed(), signals.defer():
 """
 
 
-def test_a_second_signal_ends_at_once():
+def test_a_second_signal_ends_at_once(tmp_path):
     """The first comes in the middle of a step; the second must not wait for its end."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAIT_FOR_SIGNALS],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    process = start_python("-c", WAIT_FOR_SIGNALS, cwd=tmp_path)
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
@@ -272,7 +241,7 @@ def test_a_folder_that_becomes_read_only_while_it_runs(copy):
         stack.callback(subprocess.run, unmount, check=True)
         # It fails while a file is open for writing.
         remount = ["mount", "-o", "remount,bind,ro", out]
-        until(lambda: subprocess.run(remount, capture_output=True).returncode == 0)
+        wait_until(lambda: subprocess.run(remount, capture_output=True).returncode == 0)
         time.sleep(0.5)
         process.terminate()
         process.join(60)
@@ -287,7 +256,7 @@ def test_a_folder_that_is_removed_while_it_runs_is_written_again(copy):
     with endless_training(copy, "gone") as process:
         with contextlib.suppress(OSError):  # the process may write to it meanwhile
             shutil.rmtree(copy / "gone")
-        until(lambda: (copy / "gone" / "last.pth").exists())
+        wait_until(lambda: (copy / "gone" / "last.pth").exists())
     assert process.exitcode == 143
     load_weights(copy / "gone" / "last.pth")
 
@@ -345,8 +314,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(value, optimiz
     with_bad = [batch(0), spoiled(value), batch(1), batch(2)]
     expected = train_line(good, with_good, optimizer(good.parameters()), tmp_path, epochs=2)
     history = train_line(bad, with_bad, optimizer(bad.parameters()), tmp_path, epochs=2)
-    assert [row["skipped"] for row in expected] == [0, 0]
-    assert [row["skipped"] for row in history] == [1, 1]
+    assert [row["skipped"] for row in (*expected, *history)] == [0, 0, 1, 1]
     for key in ("train_loss", "train_dice"):
         assert expected[1][key] == history[1][key]
     assert torch.equal(good.conv.weight, bad.conv.weight)
@@ -361,7 +329,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(tmp_path):
     def criterion(pred, target):
         return pred.mean() + math.nan
 
-    with pytest.raises(ValueError, match="never was a number"):
+    with pytest.raises(ValueError, match="--lr"):
         train_line(model, [batch(0)], optimizer, tmp_path, criterion=criterion)
     assert torch.equal(model.conv.weight, before)
 
@@ -392,12 +360,11 @@ def test_many_bad_steps_that_are_not_in_a_row_do_not_stop_it(tmp_path):
 @pytest.mark.parametrize("lr", [1e3, 1e20, 1e38])
 def test_a_far_too_large_learning_rate_leaves_finite_best_weights_or_none(trained, tmp_path, lr):
     """Whether any validation loss is a number depends on the random weights."""
-    result = script_here(
-        "train.py", *flags(trained, tmp_path / "run", "--lr", lr, "--epochs", 4), cwd=tmp_path
-    )
+    command = flags(trained, tmp_path / "run", "--lr", lr, "--epochs", 4)
+    result = script_here("train.py", *command, cwd=tmp_path)
     best = tmp_path / "run" / "best_model.pth"
     if best.exists():
-        assert result.returncode == 0, result.stderr
+        assert_done(result)
         assert all(torch.isfinite(weight).all() for weight in load_weights(best).values())
     else:
         assert result.returncode == 2 and "--lr" in result.stderr.splitlines()[-1]
@@ -421,9 +388,8 @@ def test_weights_that_are_destroyed_are_never_the_best(tmp_path):
     good, bad = Line(), Line()
     train_line(good, [batch(0)], momentum(good.parameters()), tmp_path / "good")
     optimizer = momentum(bad.parameters())
-    history = train_line(
-        bad, Destroying([batch(0)], optimizer), optimizer, tmp_path / "bad", epochs=3
-    )
+    batches = Destroying([batch(0)], optimizer)
+    history = train_line(bad, batches, optimizer, tmp_path / "bad", epochs=3)
     assert [math.isfinite(row["val_loss"]) for row in history] == [True, False, False]
     best, expected = (load_weights(tmp_path / run / "best_model.pth") for run in ("bad", "good"))
     assert torch.equal(best["conv.weight"], expected["conv.weight"])
@@ -438,7 +404,7 @@ def test_background_everywhere_is_warned_of_once(tmp_path, capsys):
     said = capsys.readouterr().err
     background = 100 * (1 - batch(5)[1].mean().item())
     assert said.count("WARNING") == 1
-    assert f"{background:.2f} %" in said and "finds nothing" in said
+    assert f"{background:.2f} %" in said
 
 
 def test_out_of_memory_is_one_line(trained, tmp_path):
@@ -467,8 +433,7 @@ def test_out_of_gpu_memory_is_one_line(refused, monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(train, "train_and_test", full)
-    words = ["out of GPU memory", "--batch-size 48", "halve it"]
-    refused("train", "--batch-size", 48, "--out", tmp_path, words=words)
+    refused("train", "--batch-size", 48, "--out", tmp_path, words=["GPU", "--batch-size 48"])
 
 
 # ---- damaged data ----------------------------------------------------------------------------
@@ -547,10 +512,8 @@ def test_damaged_records_are_all_named(dataset):
     skipped = []
     coco = load_coco(dataset / "train", skipped)
     named = [line.split("annotations: ")[1].split()[0] for line in skipped]
-    assert named == [
-        *("images[6]", "images[7]", "images[8]", "images[9]"),
-        *("annotations[6]", "annotations[7]", "annotations[8]"),
-    ]
+    damaged = {"images": (6, 7, 8, 9), "annotations": (6, 7, 8)}
+    assert named == [f"{key}[{number}]" for key in damaged for number in damaged[key]]
     # Of two images with id 0 neither is used; the annotation of 3 cannot be read.
     assert sorted(coco.imgs) == [1, 2, 4, 5]
     with pytest.raises(ValueError, match=r"images\[6\].*7 such"):
@@ -563,81 +526,54 @@ def test_damaged_records_are_all_named(dataset):
 def test_a_second_training_in_the_same_folder_is_refused(copy):
     with endless_training(copy, "busy") as process:
         second = script_here("train.py", *flags(copy, "busy", "--overwrite"), cwd=copy)
-        assert_refused(second, "another training", "--out")
+        assert_refused(second, "--out")
         # Testing writes nothing that the training needs.
-        test = script_here("train.py", "--test-only", *flags(copy, "busy"), cwd=copy)
-        assert test.returncode == 0, test.stderr
+        assert_done(script_here("train.py", "--test-only", *flags(copy, "busy"), cwd=copy))
     assert process.exitcode == 143
     load_weights(copy / "busy" / "last.pth")
 
 
 def test_one_waits_while_another_makes_the_cache(dataset):
-    lock = FileLock(dataset / ".cache" / "lock")
-    (dataset / ".cache").mkdir()
-    load = f"from data import load_split; print(load_split({str(dataset)!r}, 'train', 32).shape)"
-    with lock:
-        process = subprocess.Popen(
-            [sys.executable, "-c", load],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        try:
-            assert "waiting" in process.stderr.readline()
-            assert not list((dataset / ".cache").glob("*.npy"))
-        except BaseException:
-            process.kill()
-            raise
-    assert process.communicate(timeout=60)[0].strip() == "(6, 32, 32, 4)"
+    cache, log = dataset / ".cache", dataset / "log"
+    cache.mkdir()
+    command = (*SMALL, "--data", dataset, "--out", dataset / "run", "--epochs", 1)
+    with FileLock(cache / "lock").acquire():
+        process = fork_script("train.py", *command, log=log)
+        wait_until(lambda: log.exists() and f"{cache}:" in log.read_text())
+        assert not list(cache.glob("*.npy"))
+    process.join(60)
+    assert process.exitcode == 0 and len(list(cache.glob("*.npy"))) == 3
 
 
 # ---- nothing from outside is trusted -----------------------------------------------------------
 
 EXPORTERS = ("export.py", "test_export.py")
-LOADERS = (
-    *("torch.load", "torch.jit.load", "pickle.load", "pickle.loads"),
-    *("np.load", "numpy.load"),
-)
+LOADERS = "torch.load torch.jit.load pickle.load pickle.loads np.load numpy.load".split()
 
 
 def test_every_load_is_of_weights_only():
     loads = 0
     for path in [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py"), *ROOT.glob("t*s/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in LOADERS:
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name in LOADERS:
                 loads += 1
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                of_arrays = ast.unparse(node.func) == "np.load" and "allow_pickle" not in given
-                safe = given.get("weights_only") == "True" or of_arrays
+                of_arrays = name == "np.load" and "allow_pickle" not in given
                 # An export that was written a moment ago, run once to compare it with PyTorch.
-                own_export = ast.unparse(node.func) == "torch.jit.load" and path.name in EXPORTERS
-                assert safe or own_export, f"{path}:{node.lineno}"
+                own_export = name == "torch.jit.load" and path.name in EXPORTERS
+                safe = given.get("weights_only") == "True" or of_arrays or own_export
+                assert safe, f"{path}:{node.lineno}"
     assert loads >= 2
 
 
-READERS = ("annotations", "images", "archives", "checkpoints", "commands", "imports")
-
-
-@pytest.fixture(scope="module")
-def fuzzed():
-    """(exit status of tools/fuzz.py, {reader: its report}, the end of the output)."""
-    result = subprocess.run(
-        [sys.executable, ROOT / "tools" / "fuzz.py", "--cases", "40"],
-        text=True,
-        capture_output=True,
-        timeout=600,
-        env={**os.environ, "HOME": HOME},
-    )
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    reports = {line["reader"]: line for line in lines}
-    return result.returncode, reports, result.stdout[-5000:] + result.stderr[-5000:]
+READERS = ["annotations", "images", "archives", "checkpoints", "commands", "imports"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS)
-def test_damaged_input_ends_in_one_line(reader, fuzzed):
+def test_damaged_input_ends_in_one_line(tmp_path):
     """40 cases of each here; `python tools/fuzz.py --cases 400` is a campaign of 2400."""
-    status, reports, output = fuzzed
-    assert status == 0 and reader in reports, output
-    assert reports[reader]["cases"] >= 40
+    said = assert_done(script("tools/fuzz.py", "--cases", 40, cwd=tmp_path, timeout=600))
+    reports = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert [report["reader"] for report in reports] == READERS
+    assert all(report["cases"] >= 40 for report in reports)

@@ -1,13 +1,10 @@
 """The quality runs go on where they stopped, and their table says what the reports say."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import quality
-from helpers import ROOT, make_dataset, script_here
+from helpers import assert_done, make_dataset, script, script_here
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +23,9 @@ def test_every_run_once_and_the_table_from_the_reports(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     trainings = []
 
-    def call(script, *arguments):
-        result = script_here(script.name, *arguments, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        trainings.append(result.stdout.count("epoch 1/1"))
+    def call(path, *arguments):
+        said = assert_done(script_here(path.name, *arguments, cwd=tmp_path))
+        trainings.append(said.count("epoch 1/1"))
 
     monkeypatch.setattr(quality, "call", call)  # in this process, which saves many seconds
     half_written = tmp_path / "quality" / "official" / "strong" / "seed0" / "best_model.pth"
@@ -47,12 +43,5 @@ def test_every_run_once_and_the_table_from_the_reports(tmp_path, monkeypatch, ca
 
     # As if it had been stopped before the last run was scored; now in processes.
     (tmp_path / "quality" / "official" / "strong" / "seed0" / "report.json").unlink()
-    again = subprocess.run(
-        [sys.executable, ROOT / "tools" / "quality.py", *COMMAND],
-        text=True,
-        capture_output=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert again.returncode == 0, again.stderr
-    assert "epoch 1/1" not in again.stdout and read_runs(tmp_path) == runs
+    said = assert_done(script("tools/quality.py", *COMMAND, cwd=tmp_path, timeout=200))
+    assert "epoch 1/1" not in said and read_runs(tmp_path) == runs

@@ -7,10 +7,14 @@ import shlex
 import sys
 
 import pytest
-from helpers import ROOT, script
+from helpers import ROOT, assert_done, script, script_here
 
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 DOCUMENTS = [README, CHINESE, ROOT / "dataset" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+each_document = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS]
+)
+LAYOUT, CODE = ROOT / "docs" / "layout.md", [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py")]
 SCRIPTS = ("train.py", "predict.py", "data.py", "download.py")
 TOOLS = ("kill.py", "fuzz.py", "quality.py", "benchmark.py")  # in tools/
 FLAG = r"(?<![\w-])--[a-z][a-z-]*"
@@ -64,7 +68,7 @@ def first_command(name):
 def known_flags(tmp_path_factory):
     """{script: its flags}."""
     place = tmp_path_factory.mktemp("help")
-    helps = {name: script(name, "--help", cwd=place).stdout for name in SCRIPTS}
+    helps = {name: script_here(name, "--help", cwd=place).stdout for name in SCRIPTS}
     flags = {name: set(re.findall(FLAG, said)) for name, said in helps.items()}
     for name in TOOLS:
         flags[name] = set(re.findall(FLAG, text(ROOT / "tools" / name)))
@@ -72,7 +76,7 @@ def known_flags(tmp_path_factory):
     return flags
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@each_document
 def test_flags_exist(path, known_flags):
     for command in commands(path) + inline_code(path):
         for name in known_flags:
@@ -98,32 +102,27 @@ def test_the_readme_lists_the_flags_of_strong(path):
 @pytest.mark.slow
 def test_the_first_commands_train_on_phantoms_and_predict(tmp_path):
     training = arguments(first_command("train.py --synthetic"), "train.py")
-    trained = script("train.py", *training, "--epochs", 1, cwd=tmp_path, timeout=300)
-    assert trained.returncode == 0, trained.stderr
+    command = ("train.py", *training, "--epochs", 1)
+    printed = assert_done(script(*command, cwd=tmp_path, timeout=300)).splitlines()
     out = tmp_path / training[training.index("--out") + 1]
     written = {path.name for path in out.iterdir()}
     assert {"best_model.pth", "last.pth", "metrics.csv", "curves.png", "predictions.png"} <= written
 
-    predicted = script(
-        "predict.py", *arguments(first_command("predict.py"), "predict.py"), cwd=tmp_path
-    )
-    assert predicted.returncode == 0, predicted.stderr
-    assert "dataset/synthetic/test" in predicted.stdout
+    command = arguments(first_command("predict.py"), "predict.py")
+    assert "dataset/synthetic/test" in assert_done(script("predict.py", *command, cwd=tmp_path))
     assert (tmp_path / "predictions.png").exists() and list(tmp_path.glob("*_mask.png"))
 
     excerpt = re.search(r"<!-- excerpt -->\n```text\n(.*?)```", text(README), re.DOTALL)[1]
     for line in excerpt.splitlines():  # up to its first number
         start = re.split(r"\d|\.\.\.", line)[0].strip()
-        assert any(said.startswith(start) for said in trained.stdout.splitlines()), line
+        assert any(said.startswith(start) for said in printed), line
 
 
 def test_the_first_commands_make_the_environment_first():
     words = [line.split() for line in commands(README)]
     install = words.index(["pip", "install", "-r", "requirements.txt"])
-    assert words[install - 2 : install] == [
-        ["python3", "-m", "venv", ".venv"],
-        ["source", ".venv/bin/activate"],
-    ]
+    before = ["python3 -m venv .venv", "source .venv/bin/activate"]
+    assert words[install - 2 : install] == [line.split() for line in before]
     assert "--synthetic" in words[install + 1]
 
 
@@ -152,7 +151,7 @@ def test_python_examples_name_what_exists():
 
 def test_requirements_list_what_is_imported():
     imported, local = set(), {"medseg", *(path.stem for path in ROOT.glob("*.py"))}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py")]:
+    for path in CODE:
         for node in ast.walk(ast.parse(text(path))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
@@ -177,7 +176,7 @@ def anchors(path):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@each_document
 def test_links_resolve(path):
     for link in links(path):
         if link.startswith("https://"):
@@ -189,24 +188,18 @@ def test_links_resolve(path):
             assert anchor in anchors(target), link
 
 
-def test_pictures_are_small():
-    for path in DOCUMENTS:
-        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text(path)):
-            assert 5_000 < (path.parent / picture).stat().st_size < 300_000, picture
-
-
-def test_no_table_has_empty_cells():
-    for path in DOCUMENTS:
-        for line in text(path).splitlines():
-            assert not re.search(r"^\s*\|.*\|\s*\|", f" {line}"), f"{path.name}: {line}"
+@each_document
+def test_pictures_are_small_and_tables_full(path):
+    for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text(path)):
+        assert 5_000 < (path.parent / picture).stat().st_size < 300_000, picture
+    for line in text(path).splitlines():
+        assert not re.search(r"^\s*\|.*\|\s*\|", f" {line}"), line
 
 
 def test_the_layout_is_complete():
-    text = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
-    linked = set(re.findall(r"\]\(\.\./((?:medseg/(?:\w+/)?)?\w+\.py)\)", text))
-    files = [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py")]
-    names = {path.relative_to(ROOT).as_posix() for path in files if path.stem != "__init__"}
-    assert linked == names
+    linked = re.findall(r"\]\(\.\./((?:medseg/)?(?:\w+/)?\w+\.py)\)", text(LAYOUT))
+    names = {path.relative_to(ROOT).as_posix() for path in CODE if path.stem != "__init__"}
+    assert {path for path in linked if not path.startswith(("tests/", "tools/"))} == names
 
 
 def test_citation():
@@ -240,26 +233,24 @@ def table_numbers(path):
 def test_the_chinese_page_has_the_same_commands_flags_and_output(english, chinese):
     assert commands(chinese) == commands(english)
     assert blocks(chinese, "text") == blocks(english, "text")
-    flags = {path: re.findall(FLAG, " ".join(inline_code(path))) for path in (english, chinese)}
-    assert set(flags[chinese]) == set(flags[english])
+    named, own = (re.findall(FLAG, " ".join(inline_code(path))) for path in (english, chinese))
+    assert set(named) == set(own)
 
 
 @both_pages
 def test_the_chinese_page_has_the_same_links(english, chinese):
-    elsewhere = {  # a page in either language is one target
-        path: sorted(
-            link.replace(".zh-CN.md", ".md") for link in links(path) if not link.startswith("#")
-        )
-        for path in (english, chinese)
-    }
-    assert elsewhere[chinese] == elsewhere[english]
+    def elsewhere(path):  # a page in either language is one target
+        targets = [link for link in links(path) if not link.startswith("#")]
+        return sorted(link.replace(".zh-CN.md", ".md") for link in targets)
+
+    assert elsewhere(chinese) == elsewhere(english)
 
 
 @both_pages
 def test_the_chinese_page_has_the_same_numbers(english, chinese):
     assert table_numbers(chinese) == table_numbers(english)
-    decimals = {path: sorted(re.findall(r"\d+\.\d+", text(path))) for path in (english, chinese)}
-    assert decimals[chinese] == decimals[english]
+    decimals, own = (sorted(re.findall(r"\d+\.\d+", text(path))) for path in (english, chinese))
+    assert decimals == own
 
 
 @both_pages

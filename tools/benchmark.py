@@ -13,23 +13,23 @@ trainings are forks, which need not import PyTorch: their times mean nothing.
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
-import platform
-import resource
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import ROOT, describe_machine, prepare_forks, run, wait_for
+
+from medseg.cli import ArgumentParser
+
 ANNOTATIONS = "_annotations.coco.json"
 EXAMPLE = "27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg"  # what the tutorial's predict.py opens
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2")
+SCRIPTS = ("data", "train", "predict", "download")
 
 # ---- measurements: each runs in a process of its own and returns its figures -------------------
 # `data`, `predict` and so on are this project's modules, or the tutorial's, by settings["path"].
@@ -170,70 +170,27 @@ def folder_of_tutorial(settings):
 # ---- running them ----------------------------------------------------------------------------
 
 
-def run(command, cwd=None):
-    """Run a command; its last JSON line, its wall seconds and its peak memory in MiB."""
-    environment = {**os.environ, "SWANLAB_MODE": "disabled"}
-    with tempfile.TemporaryFile("w+") as said:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            list(map(str, command)),
-            cwd=cwd,
-            env=environment,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        wall = time.perf_counter() - started
-        said.seek(0)
-        text = said.read()
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}:\n{text[-3000:]}")
-    results = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    last = results[-1] if results else {}
-    return {**last, "wall": wall, "peak_mib": usage.ru_maxrss / 1024, "text": text}
-
-
 def measure(function, settings, path=ROOT, **more):
     """Run one of the measurements above in a process, with the modules of `path`."""
     given = json.dumps({**settings, **more, "path": str(path)})
     return run([sys.executable, __file__, "--measure", function.__name__, given], cwd=path)
 
 
-def run_fork(function, *arguments):
-    """Call a function in a fork of this process; what it returns and its peak memory in MiB."""
-
-    def target():
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-            result = function(*arguments) or {}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        sender.send({**result, "peak_mib": peak})
-
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=target)
-    process.start()
-    sender.close()  # so that receiving fails where the process has died
-    result = receiver.recv()
-    process.join()
-    return result
-
-
-def train_in_two(argv):
-    """train.main in this process and a fork of it, in the environment that torchrun makes."""
-    import train
-
-    def main(rank):
-        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
-        train.main(argv)
+def train_in_forks(flags, processes, log):
+    """train.py in forks of this process, several as torchrun starts them; what `wait_for` does."""
+    from helpers import fork_script
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        os.environ["MASTER_PORT"] = str(server.getsockname()[1])
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    other = multiprocessing.get_context("fork").Process(target=main, args=(1,))
-    other.start()
-    main(0)
-    other.join()
+        port = server.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    started, forks = time.perf_counter(), []
+    for rank in range(processes):
+        ranks = {} if processes == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
+        given = {name: str(value) for name, value in ranks.items()}
+        prepare = partial(os.environ.update, given)
+        forks.append(fork_script("train.py", *flags, log=f"{log}.{rank}", prepare=prepare))
+    ends = [wait_for(fork.pid, started, f"{log}.{rank}") for rank, fork in enumerate(forks)]
+    return ends[0]
 
 
 def subset(source, target, counts, repeat=1):
@@ -271,45 +228,31 @@ class Bench:
 
         if args.quick:
             args.device = "cpu"  # a GPU cannot be used in a fork
-        matrix = 8192 if pick_device(args.device).type == "cuda" else 2048
         self.args, self.place, self.table, self.facts = args, place, [], {}
         self.rounds = 1 if args.quick else args.rounds
-        source = args.data
-        if source is None:
-            source = make_phantoms(place / "phantoms", counts=(24, 8, 8), size=128)
-        self.source, count = source.resolve(), 8 if args.quick else args.images
+        phantoms = partial(make_phantoms, place / "phantoms", counts=(24, 8, 8), size=128)
+        self.source, count = (args.data or phantoms()).resolve(), 8 if args.quick else args.images
         counts = {"train": None, "valid": None, "test": 2}
         if count:
             counts = {"train": count, "valid": max(count // 4, 2), "test": 2}
         self.data = subset(self.source, place / "data", counts)
-        self.settings = {
-            "data": str(self.data),
-            "size": 32 if args.quick else 256,
-            "filters": 4 if args.quick else 32,
-            "batch": 4 if args.quick else min(count or 32, 32),
-            "steps": 2 if args.quick else 3,
-            "matrix": 256 if args.quick else matrix,
-            "images": count,
-            "device": args.device,
-            "plain": False,
-            "compile": False,
-        }
+        sizes = {"size": 32, "filters": 4, "batch": 4, "steps": 2, "matrix": 256}
+        if not args.quick:
+            sizes = {"size": 256, "filters": 32, "batch": min(count or 32, 32), "steps": 3}
+            sizes["matrix"] = 8192 if pick_device(args.device).type == "cuda" else 2048
+        given = {"data": str(self.data), "images": count, "device": args.device}
+        self.settings = {**sizes, **given, "plain": False, "compile": False}
         self.model = place / "best_model.pth"
         torch.save(UNet(n_filters=self.settings["filters"]).state_dict(), self.model)
         if args.quick:
-            torch.set_num_threads(1)  # threads do not survive a fork
-            # The first optimizer of a process imports torch._dynamo: here, not in every fork.
-            torch.optim.SGD([torch.zeros(1)], lr=1)
+            prepare_forks()
 
     def compare(self, name, key, other, ours, higher_is_better=False):
         """Run both in turn; add a row with both medians and the range of the ratio."""
         if self.args.only not in name:
             return
-        pairs, ratios = [], []
-        for _ in range(self.rounds):
-            a, b = other()[key], ours()[key]
-            pairs.append((a, b))
-            ratios.append(b / a if higher_is_better else a / b)
+        pairs = [(other()[key], ours()[key]) for _ in range(self.rounds)]
+        ratios = [b / a if higher_is_better else a / b for a, b in pairs]
         row = {
             "name": name,
             "unit": key,
@@ -336,17 +279,27 @@ class Bench:
         flags = ("--data", data or self.data, "--out", out, "--overwrite", "--epochs", 2)
         flags += ("--image-size", settings["size"], "--n-filters", settings["filters"])
         flags += ("--batch-size", settings["batch"], "--device", self.args.device)
-        flags = list(map(str, (*flags, "--swanlab", "disabled", *extra)))
+        flags += ("--swanlab", "disabled", *extra)
         if self.args.quick:
-            import train
-
-            result = run_fork(train.main if processes == 1 else train_in_two, flags)
+            result = train_in_forks(flags, processes, self.place / f"{folder}.log")
         else:
-            launcher = [sys.executable] if processes == 1 else TORCHRUN
-            result = run([*launcher, ROOT / "train.py", *flags])
+            launcher = TORCHRUN if processes > 1 else ()
+            result = run([sys.executable, *launcher, ROOT / "train.py", *flags])
         names, _, second = (out / "metrics.csv").read_text().splitlines()
         row = dict(zip(names.split(","), second.split(","), strict=True))
         return {**result, "second_epoch": float(row["seconds"])}
+
+
+def measure_imports(bench):
+    """Each script imported in a process of its own, against PyTorch alone."""
+
+    def seconds_of(module):
+        return partial(run, [sys.executable, "-c", f"import {module}"], cwd=ROOT)
+
+    other = "sys" if bench.args.quick else "torch"
+    for script in SCRIPTS:
+        name = f"import {script}, against import torch"
+        bench.compare(name, "wall", seconds_of(other), seconds_of(script))
 
 
 def measure_loading(bench):
@@ -463,8 +416,8 @@ def measure_scale(bench):
     for factor in (1, 4, 16):
         result, images = train(factor), base["train"] * factor
         peak, per_image = result["peak_mib"], 1000 * result["second_epoch"] / images
-        fact = {"images": images, "peak_mib": peak, "ms_per_image": per_image}
-        bench.facts[f"scale_{factor}x"] = fact
+        facts = {"images": images, "peak_mib": peak, "ms_per_image": per_image}
+        bench.facts[f"scale_{factor}x"] = facts
         print(
             f"scale, {images:>5} images: peak {peak:.0f} MiB, {per_image:.2f} ms an image in the "
             "second epoch",
@@ -473,26 +426,16 @@ def measure_scale(bench):
 
 
 def write_figures(bench):
-    import torch
-
-    on_gpu = torch.cuda.is_available() and bench.args.device != "cpu"
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    names = ("size", "filters", "batch", "images")
+    names = ("size", "filters", "batch", "images", "device")
     settings = {name: bench.settings[name] for name in names}
-    figures = {"machine": machine, "settings": settings}
+    figures = {"machine": describe_machine(), "settings": settings}
     figures |= {"rows": bench.table, "facts": bench.facts}
     bench.args.json.write_text(json.dumps(figures, indent=1))
-    print(f"{machine}\nwritten to {bench.args.json}")
+    print(f"{figures['machine']}\nwritten to {bench.args.json}")
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("tools/benchmark.py", __doc__)
     add = parser.add_argument
     add("--data", type=Path, help="the data set; without it, phantoms")
     add("--tutorial", type=Path, help="folder with the tutorial's net, data, train and predict.py")
@@ -513,10 +456,10 @@ def main():
         sys.path.insert(0, settings["path"])
         print(json.dumps(globals()[name](settings)))
         return
-    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(args, Path(place))
         print(f"{'':<60} {'other':>10} {'ours':>10}")
+        measure_imports(bench)
         measure_loading(bench)
         measure_training(bench)
         measure_prediction(bench)

@@ -7,15 +7,13 @@ Images are predicted at the model's size and scored at their own. The threshold 
 the validation part of the training images: "chosen_threshold" in report.json of predict.py.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
+import harness  # noqa: F401  from where the scripts are found
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from medseg.cli import ArgumentParser
 
 
 def roc_auc(probabilities, targets):
@@ -79,7 +77,7 @@ def measure(folder, model, threshold):
 def main(argv=None):
     from predict import load_model
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("tools/drive.py", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="best_model.pth")
     parser.add_argument("--threshold", type=float, default=0.5)

@@ -4,46 +4,34 @@
     python tools/fuzz.py images --cases 40 --seed 3
 
 Good annotation files, images, archives, checkpoints, command lines and files of other tools are
-mutated by hypothesis.
-The scripts' own main functions run in this process. It fails on a traceback, on a case that takes
-more than SECONDS, on MEMORY more address space than it started with, and on a change to a file
-outside the output folder.
+mutated by hypothesis. The scripts' main functions run in this process. It fails on a traceback, on
+a case that takes more than SECONDS, on MEMORY more address space than it started with, and on a
+change to a file outside the output folder.
 """
 
-import argparse
 import base64
-import contextlib
 import copy
 import faulthandler
 import functools
 import gzip
 import io
 import json
-import os
 import random
 import resource
 import shutil
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
+import harness  # noqa: F401  from where the scripts and the helpers are found
 import numpy as np
 import torch
-from helpers import SMALL, make_dataset
+from helpers import SMALL, assert_done, make_dataset, script_here
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
-import download
-import predict
-import train
-from medseg.cli import run_main
+from medseg.cli import ArgumentParser
 from medseg.coco import ANNOTATIONS
 from net import UNet
 
@@ -114,22 +102,6 @@ def mutate_tree_often(value, draw):
 # ---- running a case --------------------------------------------------------------------------
 
 
-def run(module, *arguments):
-    """(status, stderr) of a script's main in this process."""
-    said, status = io.StringIO(), 0
-    command = [f"{module.__name__}.py", *map(str, arguments)]
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(said),
-        mock.patch.object(sys, "argv", command),
-    ):
-        try:
-            run_main(module.main)
-        except SystemExit as leaving:
-            status = leaving.code
-    return status, said.getvalue()
-
-
 class Ground:
     """The folder in which the cases run; a case may change nothing but its folder out/."""
 
@@ -138,9 +110,8 @@ class Ground:
         self.dataset = make_dataset(place / "dataset")
         torch.manual_seed(0)
         torch.save(UNet(n_filters=2, image_size=32).state_dict(), place / "best_model.pth")
-        os.chdir(place)
-        trained = ("--epochs", 1, "--out", place / "trained")
-        assert run(train, *SMALL, "--data", self.dataset, *trained) == (0, "")
+        trained = ("--data", self.dataset, "--epochs", 1, "--out", place / "trained")
+        assert_done(script_here("train.py", *SMALL, *trained, cwd=place))
         self.picture = next((self.dataset / "test").glob("*.png"))
         self.cases, self.refused = 0, 0
 
@@ -152,17 +123,18 @@ class Ground:
             if path.is_file() and self.out not in path.parents and ".cache" not in path.parts
         }
 
-    def check(self, module, *arguments, prepare=lambda: None):
-        """Run a script with an empty out/, after prepare(), and check how it ends."""
+    def check(self, name, *arguments, prepare=lambda: None):
+        """Run the script `name` with an empty out/, after prepare(), and check how it ends."""
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir()
         prepare()
         before = self.files()
         faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends the whole campaign
         try:
-            status, said = run(module, *arguments)
+            result = script_here(f"{name}.py", *arguments, cwd=self.place)
         finally:
             faulthandler.cancel_dump_traceback_later()
+        status, said = result.returncode, result.stderr
         lines = [line for line in said.splitlines() if is_message(line)]
         assert status in (0, 2), (status, said)
         assert status == 0 or len(lines) == 1, said
@@ -191,42 +163,29 @@ def annotations(ground, draw):
         if draw(st.booleans()):
             more = ["--skip-bad"] if draw(st.booleans()) else []
             command = (*SMALL, "--data", ground.dataset, "--epochs", 1, "--out", ground.out)
-            ground.check(train, *command, *more)
+            ground.check("train", *command, *more)
         else:
-            ground.check(data, ground.dataset, "--out", ground.out)
+            ground.check("data", ground.dataset, "--out", ground.out)
     finally:
         path.write_bytes(good)
 
 
-FORMATS = {
-    "a.png": ("PNG", "RGB"),
-    "b.jpg": ("JPEG", "L"),
-    "c.tif": ("TIFF", "I;16"),
-    "d.bmp": ("BMP", "RGB"),
-    "e.png": ("PNG", "P"),
-    "f.png": ("PNG", "RGBA"),
-    "g.tif": ("TIFF", "F"),
-    "h.png": ("PNG", "I;16"),
-    "i.jpg": ("JPEG", "CMYK"),
-    "j.ppm": ("PPM", "RGB"),
-    "k.pgm": ("PPM", "I"),
-    "l.webp": ("WEBP", "RGB"),
-    "m.gif": ("GIF", "P"),
-}
+FORMATS = """png PNG RGB, jpg JPEG L, tif TIFF I;16, bmp BMP RGB, png PNG P, png PNG RGBA
+tif TIFF F, png PNG I;16, jpg JPEG CMYK, ppm PPM RGB, pgm PPM I, webp WEBP RGB, gif GIF P"""
+FORMATS = [line.split() for line in FORMATS.replace("\n", ", ").split(", ")]
 DTYPES = {"I;16": np.uint16, "F": np.float32}  # of the modes that are not 8 bits
 
 
 def images(ground, draw):
     """predict.py on a mutated image of each kind, alone and in a folder with a good one."""
-    name = draw(st.sampled_from(sorted(FORMATS)))
-    kind, mode = FORMATS[name]
-    size = draw(st.integers(1, 90)), draw(st.integers(1, 90))
-    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0]), dtype=np.uint8)
+    suffix, file_format, mode = draw(st.sampled_from(FORMATS))
+    size, name = (draw(st.integers(1, 90)), draw(st.integers(1, 90))), f"a.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
     image = Image.fromarray(pixels.astype(DTYPES.get(mode, np.uint8)))
     if mode not in DTYPES:
         image = image.convert(mode)
     content = io.BytesIO()
-    image.save(content, kind)
+    image.save(content, file_format)
     folder = ground.place / "images"
     folder.mkdir()
     try:
@@ -235,7 +194,7 @@ def images(ground, draw):
         if many:
             shutil.copy(ground.picture, folder / "good.png")
         given = folder if many else folder / name
-        ground.check(predict, given, "--output", ground.out, "--device", "cpu")
+        ground.check("predict", given, "--output", ground.out, "--device", "cpu")
         assert not many or (ground.out / "good_mask.png").exists()
     finally:
         shutil.rmtree(folder)
@@ -273,7 +232,7 @@ def archives(ground, draw):
         if draw(st.booleans()):
             path.write_bytes(mutate_bytes(path.read_bytes(), draw))
         before = path.read_bytes()
-        ground.check(download, "--zip", path, "--data", ground.out / "dataset")
+        ground.check("download", "--zip", path, "--data", ground.out / "dataset")
         assert path.read_bytes() == before
     finally:
         path.unlink()
@@ -298,14 +257,11 @@ def checkpoints(ground, draw):
         before = path.read_bytes()
         if resume:
             command = ("--resume", "--epochs", 2, "--data", ground.dataset, "--out", ground.out)
-            ground.check(
-                train,
-                *(*command, "--swanlab", "disabled"),
-                prepare=lambda: shutil.copy(path, ground.out / "last.pth"),
-            )
+            prepare = functools.partial(shutil.copy, path, ground.out / "last.pth")
+            ground.check("train", *command, "--swanlab", "disabled", prepare=prepare)
         else:
             command = (ground.picture, "--model", path, "--output", ground.out)
-            ground.check(predict, *command, "--device", "cpu")
+            ground.check("predict", *command, "--device", "cpu")
         assert path.read_bytes() == before
     finally:
         shutil.rmtree(changed)
@@ -349,16 +305,16 @@ def commands(ground, draw):
     if name == "predict":
         possible = [*WORDS[:20], str(ground.picture), "dataset/test", "dataset/train"]
         inputs = draw(st.lists(st.sampled_from(possible), max_size=2)) or [ground.picture]
-        ground.check(predict, *words, "--output", ground.out, "--", *inputs)
+        ground.check("predict", *words, "--output", ground.out, "--", *inputs)
         return
     given = draw(st.sampled_from(INPUTS[name]))
     if name == "train":
         fixed = ("--data", given, "--out", ground.out, "--image-size", 32, "--swanlab", "disabled")
-        ground.check(train, *SMALL, "--epochs", 1, *words, *fixed)
+        ground.check("train", *SMALL, "--epochs", 1, *words, *fixed)
     elif name == "data":
-        ground.check(data, *words, given, "--out", ground.out)
+        ground.check("data", *words, given, "--out", ground.out)
     else:
-        ground.check(download, *words, "--zip", given, "--data", ground.out / "dataset")
+        ground.check("download", *words, "--zip", given, "--data", ground.out / "dataset")
 
 
 def imports(ground, draw):
@@ -372,11 +328,10 @@ def imports(ground, draw):
             path.write_text(json.dumps(mutate_tree_often(json.loads(path.read_text()), draw)))
         else:
             path.write_bytes(mutate_bytes(path.read_bytes(), draw))
-        more = draw(
-            st.sampled_from([(), ("--skip-unpaired",), ("--group", "a"), ("--into", "test")])
-        )
+        choices = [(), ("--skip-unpaired",), ("--group", "a"), ("--into", "test")]
+        more = draw(st.sampled_from(choices))
         share = () if "--into" in more else ("--split", 100, 0, 0)
-        ground.check(download, *flags, *more, *share, "--data", ground.out / "dataset")
+        ground.check("download", *flags, *more, *share, "--data", ground.out / "dataset")
     finally:
         shutil.rmtree(folder)
 
@@ -384,18 +339,12 @@ def imports(ground, draw):
 def labelme_files(folder):
     """(flags, the file to mutate) of a LabelMe file beside its image."""
     Image.new("L", (20, 16)).save(folder / "a.png")
-    bitmap = io.BytesIO()
-    Image.new("1", (4, 4), 1).save(bitmap, "PNG")
+    bitmap = base64.b64encode(mask_bytes("PNG", size=(4, 4))).decode()
     shapes = [
         {"label": "x", "points": [[1, 1], [9, 2], [5, 8]], "shape_type": "polygon"},
         {"label": "x", "points": [[3, 3], [7, 9]], "shape_type": "rectangle"},
         {"label": "y", "points": [[10, 9], [12, 9]], "shape_type": "circle"},
-        {
-            "label": "y",
-            "points": [[1, 2], [4, 5]],
-            "shape_type": "mask",
-            "mask": base64.b64encode(bitmap.getvalue()).decode(),
-        },
+        {"label": "y", "points": [[1, 2], [4, 5]], "shape_type": "mask", "mask": bitmap},
     ]
     size = {"imageWidth": 20, "imageHeight": 16}
     content = {"version": "5.5.0", "imagePath": "a.png", "imageData": None, "shapes": shapes}
@@ -433,17 +382,18 @@ def pair_of(folder, image, mask):
     return ("--masks", folder / "images", folder / "masks"), folder / "masks" / f"a{mask[1]}"
 
 
-def picture(kind, mode="L", size=(20, 16)):
-    """The bytes of a mask of 0 and 255."""
+def mask_bytes(file_format, mode="L", size=(20, 16)):
+    """A file of a mask of 0 and 255."""
     pixels = np.zeros(size[::-1], np.uint8)
-    pixels[4:9, 5:15] = 255
+    pixels[size[1] // 4 : size[1] // 2, size[0] // 4 :] = 255
     content = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(content, kind)
+    Image.fromarray(pixels).convert(mode).save(content, file_format)
     return content.getvalue()
 
 
-def mask_files(folder, kind, mode, suffix):
-    return pair_of(folder, (picture("PNG"), ".png"), (picture(kind, mode), suffix))
+def mask_files(folder, suffix, file_format, mode):
+    mask = mask_bytes(file_format, mode)
+    return pair_of(folder, (mask_bytes("PNG"), ".png"), (mask, suffix))
 
 
 def volume_files(folder, mutated, suffix=".nii"):
@@ -464,25 +414,25 @@ def dicom_files(folder):
     from pydicom.data import get_testdata_file
 
     content = Path(get_testdata_file("MR_small_RLE.dcm", download=False)).read_bytes()
-    flags, _ = pair_of(folder, (content, ".dcm"), (picture("PNG", size=(64, 64)), ".png"))
+    flags, _ = pair_of(folder, (content, ".dcm"), (mask_bytes("PNG", size=(64, 64)), ".png"))
     return (*flags, "--window", 600, 1200), folder / "images" / "a.dcm"
 
 
 SOURCES = {
     "labelme": labelme_files,
     "coco": coco_files,
-    "png": functools.partial(mask_files, kind="PNG", mode="P", suffix=".png"),
-    "gif": functools.partial(mask_files, kind="GIF", mode="L", suffix=".gif"),
-    "tiff": functools.partial(mask_files, kind="TIFF", mode="1", suffix=".tif"),
-    "jpeg": functools.partial(mask_files, kind="JPEG", mode="RGB", suffix=".jpg"),
+    "png": functools.partial(mask_files, suffix=".png", file_format="PNG", mode="P"),
+    "gif": functools.partial(mask_files, suffix=".gif", file_format="GIF", mode="L"),
+    "tiff": functools.partial(mask_files, suffix=".tif", file_format="TIFF", mode="1"),
+    "jpeg": functools.partial(mask_files, suffix=".jpg", file_format="JPEG", mode="RGB"),
     "volume": functools.partial(volume_files, mutated="images"),
     "mask volume": functools.partial(volume_files, mutated="masks"),
     "zipped volume": functools.partial(volume_files, mutated="images", suffix=".nii.gz"),
     "dicom": dicom_files,
 }
 
-READERS = {reader.__name__: reader for reader in (annotations, images, archives)}
-READERS |= {reader.__name__: reader for reader in (checkpoints, commands, imports)}
+READERS = (annotations, images, archives, checkpoints, commands, imports)
+READERS = {reader.__name__: reader for reader in READERS}
 
 
 def limit_memory():
@@ -496,14 +446,10 @@ def limit_memory():
 def run_campaign(ground, name, cases, random_seed):
     """Run cases of one reader; what to report of it."""
 
+    limits = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+
     @seed(random_seed)
-    @settings(
-        max_examples=cases,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
+    @settings(max_examples=cases, print_blob=False, **limits)
     @given(st.data())
     def campaign(choices):
         READERS[name](ground, choices.draw)
@@ -515,7 +461,7 @@ def run_campaign(ground, name, cases, random_seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("tools/fuzz.py", __doc__)
     parser.add_argument("readers", nargs="*", choices=[*READERS, []], help="default: all")
     parser.add_argument("--cases", type=int, default=40, help="of each reader")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -527,7 +473,6 @@ def main():
         limit_memory()
         for name in args.readers or READERS:
             print(json.dumps(run_campaign(ground, name, args.cases, args.seed)), flush=True)
-        os.chdir("/")
 
 
 if __name__ == "__main__":

@@ -8,37 +8,27 @@ every step, so that many kills come while it is written. Half of the resumed run
 Each run is a forked process. Prints where the kills came; status 1 where a run ends otherwise.
 """
 
-import argparse
 import contextlib
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 import torch
-from helpers import SMALL, fork_script, make_dataset
+from harness import prepare_forks
+from helpers import SMALL, fork_script, make_dataset, skip_pictures
 from pycocotools import coco  # noqa: F401  imported here once, not in every fork
 
-import train
+from medseg.cli import ArgumentParser
 from medseg.weights import load_weights
 
 TIMES = ("seconds", "images_per_second")  # these differ between any two runs
-KINDS = {
+PLACES = {
     "writing": "while a file was written",
     "between": "between two renamings",
     "early": "before the first checkpoint",
 }
-
-
-def skip_pictures():
-    """Drawing takes longer than all the rest."""
-    train.visualize_predictions = lambda *_, path, **__: path
-    train.plot_curves = lambda history, path, **__: path
 
 
 class Runs:
@@ -50,9 +40,8 @@ class Runs:
         self.flags = (*SMALL, *data, "--epochs", 3, "--save-every", 0)
 
     def start(self, out, *more):
-        return fork_script(
-            "train.py", *self.flags, "--out", out, *more, log=self.log, prepare=skip_pictures
-        )
+        command = ("train.py", *self.flags, "--out", out, *more)
+        return fork_script(*command, log=self.log, prepare=skip_pictures)
 
     def finish(self, process):
         """Wait a minute at most for a run to end well."""
@@ -147,15 +136,13 @@ def kill_and_resume(runs, out, calm, chance, kills, limit):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("tools/kill.py", __doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     chance, kills, trials = random.Random(args.seed), Counter(), 0
-    torch.set_num_threads(1)
-    # The first optimizer of a process imports torch._dynamo, for seconds: here, not in every fork.
-    torch.optim.SGD([torch.zeros(1)], lr=1)
+    prepare_forks()
     with tempfile.TemporaryDirectory() as place:
         runs = Runs(Path(place))
         runs.finish(runs.start(runs.place / "cache"))  # makes the cache of the images
@@ -166,11 +153,9 @@ def main():
             kill_and_resume(runs, out, calm, chance, kills, args.kills)
             assert same(outcome(out), calm.outcome), f"run {trials} ended otherwise"
             assert not list(out.glob(".*.tmp"))
-    hits = ", ".join(f"{kills[kind]} {name}" for kind, name in KINDS.items())
-    print(
-        f"{kills['all']} kills in {trials} runs of {calm.seconds:.1f} s, all equal to the calm "
-        f"run: {hits}"
-    )
+    hits = ", ".join(f"{kills[place]} {name}" for place, name in PLACES.items())
+    took = f"{trials} runs of {calm.seconds:.1f} s"
+    print(f"{kills['all']} kills in {took}, all equal to the calm run: {hits}")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ The first table has the largest difference of a probability over images of 1x1, 
 of PyTorch in fp32, at the size of the images, and the Dice of each format.
 """
 
-import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from harness import table_row
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from medseg.cli import ArgumentParser
 
 
 def networks(n_filters=None):
@@ -29,9 +27,9 @@ def networks(n_filters=None):
     from medseg.training.recipes import N_FILTERS
     from net import UNet
 
-    norms = {f"--norm {norm}": {"norm": norm} for norm in ("batch", "group")}
+    normalised = {f"--norm {norm}": {"norm": norm} for norm in ("batch", "group")}
     models = {}
-    for name, architecture in {**ARCHITECTURES, **norms}.items():
+    for name, architecture in {**ARCHITECTURES, **normalised}.items():
         filters = n_filters or N_FILTERS.get(name, N_FILTERS["tutorial"])
         models[name] = draw_weights(UNet(n_filters=filters, **architecture))
     return models
@@ -123,16 +121,11 @@ def open_models(path, folder):
 
 
 def print_row(*cells):
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print(table_row(*cells), flush=True)
 
 
 def main(argv=None):
-    description, _, examples = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser("tools/parity.py", __doc__)
     parser.add_argument("--images", type=Path, help="a folder with annotations")
     parser.add_argument("--model", default="best_model.pth", help="weights for --images")
     parser.add_argument("--n-filters", type=int, help="of the networks (default: as published)")

@@ -10,18 +10,16 @@ train.py. It may be stopped at any time: the same command resumes from the last 
 trains nothing twice. Everything is chosen on valid: the epoch by the loss, and the threshold.
 """
 
-import argparse
 import csv
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from harness import ROOT, describe_machine, table_row
+
+from medseg.cli import ArgumentParser
 
 RECIPES = {"tutorial": ("--recipe", "tutorial"), "strong": ("--recipe", "strong")}
 CHANGES = {  # one thing changed in strong
@@ -126,19 +124,18 @@ def cell(key, values):
 def table(runs):
     """The runs as lines of Markdown: a line for each split and row of flags."""
     header = ("split", "row", *COLUMNS.values(), "parameters", "minutes")
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines = [table_row(*header), "|---" * len(header) + "|"]
     for split, name in dict.fromkeys((run["split"], run["row"]) for run in runs):
         own = [run for run in runs if (run["split"], run["row"]) == (split, name)]
         cells = [cell(key, [run[key] for run in own]) for key in COLUMNS]
         minutes = statistics.mean(run["minutes"] for run in own)
-        cells += [f"{own[0]['parameters']:,}", f"{minutes:.1f}"]
-        lines.append(f"| {' | '.join((split, name, *cells))} |")
+        lines.append(table_row(split, name, *cells, f"{own[0]['parameters']:,}", f"{minutes:.1f}"))
     return "\n".join(lines)
 
 
 def get_args(argv):
     """(this script's own flags, those for train.py)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser("tools/quality.py", __doc__)
     splits = ("official", "grouped")
     parser.add_argument("--data", type=Path, default=Path("dataset"))
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
@@ -149,22 +146,15 @@ def get_args(argv):
 
 
 def main(argv=None):
-    args, flags = get_args(argv)
-
-    import torch
-
     from medseg.splits import grouped_split
+
+    args, flags = get_args(argv)
 
     data = {"official": args.data, "grouped": args.out / "grouped"}
     if "grouped" in args.splits and not data["grouped"].exists():
         args.out.mkdir(parents=True, exist_ok=True)
         grouped_split(args.data, data["grouped"])
-    machine = {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    machine = describe_machine()
     written, runs = args.out / f"{args.rows}.json", []
     for seed in args.seeds:  # outermost, so that every row has a result soon
         for split in args.splits:
