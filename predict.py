@@ -315,10 +315,18 @@ def main(argv=None):
     args.model = args.model or default_model()
     if args.export:
         export_model(args.export, args.model, args.inputs)
-    elif args.page:
-        serve_page(args)
+        return
+    if args.page and (args.inputs or args.output):
+        raise ValueError("--page takes no images and no --output: drop images on the page")
+    model = open_model(args.model, args.device, args.precision)
+    window = choose_window(args.window, model.window)
+    if args.page:
+        from medseg.page.app import serve
+
+        options = {"threshold": args.threshold, "window": window}
+        serve(model, args.model, host=args.host, port=args.port, **options)
     else:
-        predict_inputs(args)
+        predict_inputs(args, model, window)
 
 
 def export_model(target, path, inputs):
@@ -336,26 +344,13 @@ def export_model(target, path, inputs):
         print(f"next: python predict.py IMAGE --model {shlex.quote(target)}")
 
 
-def serve_page(args):
-    """Serve the page until it is stopped."""
-    from medseg.page.app import serve
-
-    if args.inputs or args.output:
-        raise ValueError("--page takes no images and no --output: drop images on the page")
-    model = open_model(args.model, args.device, args.precision)
-    window, address = choose_window(args.window, model.window), {"host": args.host}
-    serve(model, args.model, **address, port=args.port, threshold=args.threshold, window=window)
-
-
-def predict_inputs(args):
+def predict_inputs(args, model, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
     inputs = args.inputs or [example_image()]
     files, (rank, world) = expand(inputs), rank_and_world()
     for folder in filter(Path.is_dir, map(Path, inputs)):
         if rank == 0 and (aside := left_aside(folder)):
             print(f"left aside in {folder}: {aside}")
-    model = open_model(args.model, args.device, args.precision)
-    window = choose_window(args.window, model.window)
     frames, volumes, problems = sort_files(files, window)
     total = len(frames) + len(volumes) + len(problems)
     if len(files) == 1 and not Path(inputs[0]).is_dir():  # one file was named
