@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import (
     ALL,
+    PHOTO,
     annotations,
     assert_refused,
     box,
@@ -242,6 +243,21 @@ def test_names_are_unique_and_safe():
     for name in names(["..png", "a\nb.png", "é" * 300 + ".png", "\udcff.png", "c:d.png"]):
         assert len(name.encode()) < 230 and not name.startswith(".")
         assert not set(name) & set('\n\\/:*?"<>|') and name.isprintable()
+
+
+def test_what_the_masks_of_an_example_may_be(here, capsys):
+    def write(folder, **masks):
+        example = Example("x", "", lambda: (Image.new("RGB", PHOTO), masks))
+        write_dataset(Path(folder), [example], ["a", "b"], split=(100, 0, 0))
+
+    full = np.ones(PHOTO[::-1], bool)
+    write("good", a=full, b=~full)
+    assert list(stored(root="good")["x"]) == ["a"]  # an empty mask is no annotation
+    lines = capsys.readouterr().out.splitlines()
+    assert ["<-" in line for line in lines] == [False, True, False]  # more than half of the pixels
+    for masks in ({"a": full.T}, {"c": full}):
+        with pytest.raises(ValueError, match="^x: "):
+            write("bad", **masks)
 
 
 def test_memory_does_not_grow_with_the_images(here):
