@@ -540,6 +540,7 @@ def test_one_waits_while_another_makes_the_cache(dataset):
     with FileLock(cache / "lock").acquire():
         process = fork_script("train.py", *command, log=log)
         wait_until(lambda: log.exists() and f"{cache}:" in log.read_text())
+        time.sleep(0.5)  # in which it would be made
         assert not list(cache.glob("*.npy"))
     process.join(60)
     assert process.exitcode == 0 and len(list(cache.glob("*.npy"))) == 3
