@@ -15,6 +15,7 @@ from medseg.cli import (
     spell_flags,
     word_list,
 )
+from medseg.device import pick_device
 from medseg.dist import restart_count
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES
@@ -200,7 +201,7 @@ def parse_arguments(argv, doc, read_network):
             parser.restore({name: value for name, value in flags if name not in NOT_RECORDED})
         except ValueError as error:
             raise ValueError(f"{checkpoint['path']}: damaged: {error}") from None
-        args = parser.parse_args(argv)
+        args = _keep_precision(parser, argv, checkpoint["flags"])
     else:
         args = _parse_named_sets(parser, argv, read_network)
     if args.crop and args.image_size != IMAGE_SIZE:
@@ -236,6 +237,26 @@ def _parse_named_sets(parser, argv, read_network):
                 f"{args.init}: was trained with {flag} {network[name]}, not {getattr(args, name)}: "
                 f"leave {flag} away, it is read from the weights"
             )
+    return args
+
+
+def _keep_precision(parser, argv, flags):
+    """The command line of a run that goes on, with the precision that 'auto' chose for it.
+
+    flags: of its checkpoint. Where the run moves to another kind of device, from a GPU to a CPU,
+    say, that choice is forgotten, in `flags` too.
+    """
+    args, kind = parser.parse_args(argv), flags.get("precision_chosen_for")
+    if kind is None:  # it was given
+        return args
+    if pick_device(args.device).type == kind:
+        args.precision_chosen_for = kind
+        if args.precision == "auto":
+            args.precision = parser.get_default("precision")
+        return args
+    parser.set_defaults(precision="auto")
+    args = parser.parse_args(argv)
+    flags["precision"] = args.precision
     return args
 
 
