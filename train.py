@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import medseg.threads  # noqa: F401, sets what torch reads when it is loaded
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,12 +35,15 @@ from medseg.augment import AUGMENTATIONS
 from medseg.cli import output_folder, parse_words, run_main
 from medseg.coco import SPLITS, load_coco, recorded_settings, used_categories
 from medseg.device import (
-    choose_precision,
+    describe_device,
+    find_precision,
     keep_freed_memory,
     make_autocast,
     make_scaler,
     out_of_memory,
+    peak_memory,
     pick_device,
+    tune_convolutions,
 )
 from medseg.files import file_lock
 from medseg.metrics import RunningScores, class_names, dice_score
@@ -73,7 +78,7 @@ from medseg.training.history import (
     show_loss,
     write_history,
 )
-from medseg.training.optim import GuardedStep, RunningMean, make_schedule
+from medseg.training.optim import AdamW, GuardedStep, RunningMean, make_schedule
 from medseg.training.recipes import LOSSES, network_words
 from medseg.training.tracking import SwanLab
 from net import UNet, copy_weights, load_model
@@ -344,11 +349,12 @@ def train_and_test(args, checkpoint, signals):
         if args.synthetic:
             with dist.first_on_each_machine():
                 root = make_phantoms(root / "synthetic")
-        precision = choose_precision(args.precision, device)
         model = make_model(args, root, device, start=not checkpoint)
         loaders, skipped = load_data(args, root, model, device)
+        precision, note = settle_precision(args, device, model, loaders, begins=not checkpoint)
         if dist.is_first():
-            print_run(root, args, loaders, model, f"{device.type}, {precision}")
+            machine = f"{describe_device(device)}, {precision}{note}"
+            print_run(root, args, loaders, model, machine)
             if skipped:
                 list_skipped(skipped, out)
         flags = recorded_flags(args)
@@ -368,9 +374,7 @@ def train_and_test(args, checkpoint, signals):
                     loaders["train"],
                     loaders["valid"],
                     criterion,
-                    torch.optim.AdamW(
-                        weights, lr=args.lr, weight_decay=args.weight_decay, fused=True
-                    ),
+                    AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True),
                     args.epochs,
                     device,
                     patience=args.patience,
@@ -388,7 +392,7 @@ def train_and_test(args, checkpoint, signals):
             scores = evaluate(model, loaders["test"], criterion, device, autocast=autocast)
             tracker.log({f"test/{name}": value for name, value in scores.items()})
             if dist.is_first():
-                print_test(scores, model.class_names)
+                print_test(scores, model.class_names, peak_memory(device))
                 draw(args, root, model, loaders["test"], device, history, tracker)
         finally:
             tracker.finish(failed=sys.exc_info()[0] is not None)
@@ -485,7 +489,32 @@ def load_data(args, root, model, device):
                 n_channels=model.n_channels,
                 n_classes=model.n_classes,
             )
+    one_size = not any(loader.one_by_one for loader in loaders.values())
+    tune_convolutions(device, one_size=one_size)
     return loaders, skipped
+
+
+def settle_precision(args, device, model, loaders, *, begins):
+    """(precision, a note on how it was found) of this run, which records it in `args`.
+
+    begins: whether the run is a new one. Only then is anything timed: a run that goes on must not
+    change its precision because the machine is busy this time.
+    """
+    images = 0
+    if begins and not args.test_only:
+        images = args.epochs * len(loaders["train"].images.drawn)
+    precision, note = find_precision(
+        args.precision,
+        device,
+        model,
+        images=images,
+        size=args.crop or args.image_size,
+        batch_size=args.batch_size,
+        training=True,
+    )
+    if args.precision == "auto":
+        args.precision, args.precision_chosen_for = precision, device.type
+    return precision, note
 
 
 def draw(args, root, model, test_loader, device, history, tracker):
