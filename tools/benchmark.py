@@ -89,17 +89,19 @@ def training_step(settings):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from medseg.device import choose_precision, keep_freed_memory, make_autocast, pick_device
+    from medseg.device import find_precision, keep_freed_memory, make_autocast, pick_device
     from net import UNet
     from train import combined_loss
 
     device, plain = pick_device(settings["device"]), settings["plain"]
     if not plain and device.type == "cpu":
         keep_freed_memory()
-    precision = "fp32" if plain else choose_precision("auto", device)
     order = torch.contiguous_format if plain else torch.channels_last
     torch.manual_seed(0)
     model = UNet(n_filters=settings["filters"]).to(device, memory_format=order)
+    sizes = {"size": settings["size"], "batch_size": settings["batch"]}
+    long = {"images": settings["long_run"], "training": True}
+    precision, _ = find_precision("fp32" if plain else "auto", device, model, **sizes, **long)
     shape = (settings["batch"], 1, settings["size"], settings["size"])
     images = torch.randn(shape, device=device).repeat(1, 3, 1, 1).contiguous(memory_format=order)
     masks = (torch.rand(shape, device=device) > 0.96).float()
@@ -293,13 +295,12 @@ class Bench:
             "device": args.device,
             "plain": False,
             "compile": False,
+            "long_run": 0 if args.quick else 10**6,  # images, as of a run that a timing pays for
         }
         self.model = place / "best_model.pth"
         torch.save(UNet(n_filters=self.settings["filters"]).state_dict(), self.model)
         if args.quick:
             torch.set_num_threads(1)  # threads do not survive a fork
-            # The first optimizer of a process imports torch._dynamo: here, not in every fork.
-            torch.optim.SGD([torch.zeros(1)], lr=1)
 
     def compare(self, name, key, other, ours, higher_is_better=False):
         """Run both in turn; add a row with both medians and the range of the ratio."""
@@ -396,6 +397,14 @@ def tutorial_epochs(bench):
     lines = [line.split("TUTORIAL ")[1] for line in text.splitlines() if "TUTORIAL " in line]
     seconds = {line["step"]: line["seconds"] for line in map(json.loads, lines)}
     return {"second_epoch": seconds[2]}
+
+
+def measure_imports(bench):
+    """Each script's, from a cold start; --quick: of one that has no PyTorch in it."""
+    torch_alone = partial(run, [sys.executable, "-c", "import torch"])
+    for name in ("download",) if bench.args.quick else ("data", "train", "predict", "download"):
+        own = partial(run, [sys.executable, "-c", f"import {name}"], cwd=ROOT)
+        bench.compare(f"import {name}, against import torch", "wall", torch_alone, own)
 
 
 def measure_prediction(bench):
@@ -517,6 +526,7 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(args, Path(place))
         print(f"{'':<60} {'other':>10} {'ours':>10}")
+        measure_imports(bench)
         measure_loading(bench)
         measure_training(bench)
         measure_prediction(bench)

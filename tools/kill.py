@@ -154,8 +154,6 @@ def main():
     print(f"seed {args.seed}", flush=True)
     chance, kills, trials = random.Random(args.seed), Counter(), 0
     torch.set_num_threads(1)
-    # The first optimizer of a process imports torch._dynamo, for seconds: here, not in every fork.
-    torch.optim.SGD([torch.zeros(1)], lr=1)
     with tempfile.TemporaryDirectory() as place:
         runs = Runs(Path(place))
         runs.finish(runs.start(runs.place / "cache"))  # makes the cache of the images
