@@ -36,6 +36,7 @@ from medseg.coco import (
     used_categories,
 )
 from medseg.crop import Crops, OneSize, OwnSizes
+from medseg.device import tune_convolutions
 from medseg.images import IMAGE_SIZE, preprocess, read_image
 from medseg.normalization import normalize
 from medseg.run_lengths import unite
@@ -360,6 +361,7 @@ def make_loaders(args, root, model, device, skipped):
                 n_classes=model.n_classes,
                 **changes if train else {},
             )
+    tune_convolutions(device, one_size=not any(own.one_by_one for own in loaders.values()))
     return loaders
 
 

@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import medseg.threads  # noqa: F401, sets what torch reads when it is loaded
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm

@@ -23,6 +23,8 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import medseg.threads  # noqa: F401, sets what torch reads when it is loaded
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,11 +34,12 @@ from medseg import dist
 from medseg.cli import output_folder, parse_named_values, run_main
 from medseg.coco import load_coco, recorded_settings, used_categories
 from medseg.device import (
-    choose_precision,
+    describe_device,
     keep_freed_memory,
     make_autocast,
     make_scaler,
     out_of_memory,
+    peak_memory,
     pick_device,
 )
 from medseg.files import file_lock
@@ -68,7 +71,8 @@ from medseg.training.history import (
     show_loss,
     write_history,
 )
-from medseg.training.optim import GuardedStep, RunningMean, make_schedule
+from medseg.training.optim import AdamW, GuardedStep, RunningMean, make_schedule
+from medseg.training.precision import settle_precision
 from medseg.training.recipes import LOSSES, architecture_of
 from medseg.training.resume import recorded_flags
 from medseg.training.tracking import start_tracker
@@ -321,12 +325,12 @@ def train_and_test(args, checkpoint, signals):
         if args.synthetic:
             with dist.first_on_each_machine():
                 root = make_phantoms(root / "synthetic")
-        precision = choose_precision(args.precision, device)
         model = make_model(args, root, device, start=not checkpoint)
         skipped = [] if args.skip_bad else None
         loaders = make_loaders(args, root, model, device, skipped)
+        precision, note = settle_precision(args, device, model, loaders, begins=not checkpoint)
         if dist.is_first():
-            print_run(root, args, loaders, model, f"{device.type}, {precision}")
+            print_run(root, args, loaders, model, f"{describe_device(device)}, {precision}{note}")
             if skipped:
                 list_skipped(skipped, out)
         flags = recorded_flags(args)
@@ -346,9 +350,7 @@ def train_and_test(args, checkpoint, signals):
                     loaders["train"],
                     loaders["valid"],
                     criterion,
-                    torch.optim.AdamW(
-                        weights, lr=args.lr, weight_decay=args.weight_decay, fused=True
-                    ),
+                    AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True),
                     args.epochs,
                     device,
                     patience=args.patience,
@@ -366,7 +368,7 @@ def train_and_test(args, checkpoint, signals):
             scores = evaluate(model, loaders["test"], criterion, device, autocast=autocast)
             tracker.log({f"test/{name}": value for name, value in scores.items()})
             if dist.is_first():
-                print_test(scores, model.class_names)
+                print_test(scores, model.class_names, peak_memory(device))
                 draw(args, root, model, loaders["test"], device, history, tracker)
         finally:
             tracker.finish(failed=sys.exc_info()[0] is not None)

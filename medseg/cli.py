@@ -127,7 +127,8 @@ def add_device_flags(add):
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
         default="auto",
-        help="auto: bf16 on a GPU that has it and on a CPU with AMX, fp16 on other GPUs, else fp32",
+        help="auto: bf16 on a GPU that has it, on a CPU with AMX, and in long runs where a short "
+        "timing finds a CPU faster in it; fp16 on other GPUs, else fp32",
     )
 
 

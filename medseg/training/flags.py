@@ -17,6 +17,7 @@ from medseg.cli import (
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES
 from medseg.training.checkpoint import BEST
+from medseg.training.precision import keep_precision
 from medseg.training.recipes import LOSSES, RECIPES, arch_flags, network_flags
 from medseg.training.resume import NOT_RECORDED, check_can_go_on, check_same_run, find_checkpoint
 
@@ -190,6 +191,8 @@ def parse_arguments(argv, doc, read_network):
                 defaults["image_size"] = model.image_size or IMAGE_SIZE
         parser.set_defaults(**defaults | network)
     args = parser.parse_args(argv)
+    if checkpoint:
+        keep_precision(args, parser, checkpoint["flags"])
     check_same_network(args, network)
     if args.crop and args.image_size != IMAGE_SIZE:
         raise ValueError("--crop takes images at their own size: leave --image-size away")

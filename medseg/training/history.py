@@ -115,7 +115,8 @@ def log_values(row):
     return values
 
 
-def print_test(scores, class_names):
+def print_test(scores, class_names, gpu_gib=None):
+    """The scores of the test; gpu_gib: the GPU memory that the run took, if it ran on one."""
     print(
         f"test with the best weights: loss {scores['loss']:.4f}, Dice {scores['dice']:.4f}, "
         f"IoU {scores['iou']:.4f}, mIoU {scores['miou']:.4f}, "
@@ -132,6 +133,8 @@ def print_test(scores, class_names):
             f"precision {own['precision']:.4f}, recall {own['recall']:.4f}",
             flush=True,
         )
+    if gpu_gib is not None:
+        print(f"peak GPU memory {gpu_gib:.2f} GiB", flush=True)
 
 
 def print_run(root, args, loaders, model, machine):

@@ -1,10 +1,27 @@
 """Between gradient and weights: the learning rate, steps that are skipped, the running mean."""
 
 import copy
+import inspect
 import math
 
 import torch
 from torch.nn.utils import get_total_norm
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, whose methods do not import torch._dynamo: a second or more at the start.
+
+    PyTorch wraps these methods for `torch.compile`, which here compiles the network alone. Without
+    the wrappers they are the same: the same steps, the same state. Where a version of PyTorch has
+    no wrappers, `inspect.unwrap` gives back the methods themselves.
+    Loshchilov, Hutter: "Decoupled Weight Decay Regularization", ICLR 2019.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def make_schedule(schedule, warmup, steps):

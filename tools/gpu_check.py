@@ -1,0 +1,70 @@
+"""Whether a GPU trains as the CPU does: two epochs on phantoms on either, the losses compared.
+
+    python tools/gpu_check.py                 # the first GPU
+    python tools/gpu_check.py --device 1      # another
+    python tools/gpu_check.py --device cpu    # the CPU with itself: that the check runs
+
+Both trainings are train.py's, in fp32, from the same weights and in the same order, without
+dropout, which a GPU draws from other random numbers. Exit status 1 where a loss differs by more
+than the tolerance.
+"""
+
+import argparse
+import csv
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Rounding moves these losses by 1e-8 in fp32 and by 3e-5 in bf16, as a CPU shows; a GPU's fp32
+# convolutions lie between, in TF32. A learning rate twice as high moves them by 3e-3 and more.
+TOLERANCE = 1e-4
+FLAGS = (
+    *("--synthetic", "--epochs", "2", "--image-size", "64", "--n-filters", "8"),
+    *("--batch-size", "16", "--lr", "1e-4", "--dropout", "none", "--precision", "fp32"),
+    *("--swanlab", "disabled"),
+)
+
+
+def train_on(device, place):
+    """The rows of metrics.csv of a training on the device."""
+    import train
+
+    out = place / f"on-{device}"
+    where = ("--data", str(place), "--out", str(out), "--overwrite", "--device", device)
+    train.main([*FLAGS, *where])
+    with open(out / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def compare(rows, others):
+    """Print the losses of two trainings side by side; returns their largest difference."""
+    largest = 0.0
+    for row, other in zip(rows, others, strict=True):
+        for name in ("train_loss", "val_loss"):
+            one, two = float(row[name]), float(other[name])
+            difference = abs(one - two)
+            largest = max(largest, difference) if difference >= 0 else difference  # NaN stays
+            print(f"epoch {row['epoch']} {name:<10} {one:.7f} {two:.7f}  {difference:.1e}")
+    return largest
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="as train.py has it")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as place:
+        rows, others = (train_on(device, Path(place)) for device in ("cpu", args.device))
+    largest = compare(rows, others)
+    for device, last in (("cpu", rows[-1]), (args.device, others[-1])):
+        print(f"{device}: {float(last['images_per_second']):.0f} images/s in the second epoch")
+    agree = largest <= TOLERANCE
+    verdict = "agree" if agree else "DO NOT agree"
+    print(f"{args.device} and cpu {verdict}: largest difference {largest:.1e} of {TOLERANCE:g}")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
