@@ -50,6 +50,7 @@ from medseg.predicting.flags import make_parser
 from medseg.predicting.inputs import (
     annotated_folder,
     choose_output,
+    count_files,
     describe_left_out,
     example_image,
     expand,
@@ -132,8 +133,10 @@ def visualize_result(
 # All go through `predict_images`, which does to each what preprocess_image and predict_mask do.
 
 
-def open_model(path, device="auto", precision="auto"):
-    """The TorchModel or OnnxModel in a file, by its suffix; device, precision: as the flags.
+def open_model(path, device="auto", precision="auto", *, images=0):
+    """The TorchModel or OnnxModel in a file, by its suffix.
+
+    device, precision: as the flags; images: how many are to be predicted, see TorchModel.
 
     Raises FileNotFoundError; ValueError where it holds no model that can be run here.
     """
@@ -148,7 +151,7 @@ def open_model(path, device="auto", precision="auto"):
     from medseg.device import pick_device
 
     device = pick_device(device)
-    return TorchModel(load_model(path, device), device, precision)
+    return TorchModel(load_model(path, device), device, precision, images)
 
 
 def predict_images(model, frames, problems=None):
@@ -316,11 +319,14 @@ def main(argv=None):
     args = make_parser(__doc__).parse_args(argv)
     args.model = args.model or default_model()
     if args.export:
-        export_model(args.export, args.model, args.inputs)
-        return
+        return export_model(args.export, args.model, args.inputs)
     if args.page and (args.inputs or args.output):
         raise ValueError("--page takes no images and no --output: drop images on the page")
-    model = open_model(args.model, args.device, args.precision)
+    # Processes of torchrun would not measure alike, and their masks could differ.
+    images = count_files(args.inputs) if rank_and_world()[1] == 1 else 0
+    model = open_model(args.model, args.device, args.precision, images=images)
+    if model.precision_note:
+        print(f"precision: {model.precision}{model.precision_note}")
     window = choose_window(args.window, model.window)
     if args.page:
         from medseg.page.app import serve

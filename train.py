@@ -331,8 +331,7 @@ def train_and_test(args, checkpoint, signals):
         precision, note = settle_precision(args, device, model, loaders, begins=not checkpoint)
         if dist.is_first():
             print_run(root, args, loaders, model, f"{describe_device(device)}, {precision}{note}")
-            if skipped:
-                list_skipped(skipped, out)
+            list_skipped(skipped, out)
         flags = recorded_flags(args)
         if not args.test_only:
             datasets = [open_split(root, split, skipped=[]) for split in ("train", "valid")]

@@ -80,7 +80,7 @@ def find_precision(name, device, model, *, images, size, batch_size, training=Fa
     images: no timing. Of several processes, the first one decides.
     """
     precision, speedup = choose_precision(name, device), 0.0
-    undecided = name == "auto" and device.type == "cpu" and precision == "fp32"
+    undecided = images and name == "auto" and device.type == "cpu" and precision == "fp32"
     if dist.is_first() and undecided and has_avx512_bf16():
         if images * forward_operations(model, size) >= WORTH_TIMING:
             speedup = bf16_speedup(model, size, batch_size, training=training)

@@ -104,7 +104,12 @@ class SharedDropout(torch.nn.Dropout):
     is smaller, and nobody but them has to know.
     """
 
-    @torch.compiler.disable  # it would warn that it cannot compile a number from other processes
+    def __init__(self, p):
+        super().__init__(p)
+        # A number from other processes cannot be compiled. Not as a decorator, which would import
+        # the compiler in every run.
+        self.forward = torch.compiler.disable(self.forward)
+
     def forward(self, x):
         if not self.training:
             return x

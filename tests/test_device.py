@@ -16,6 +16,7 @@ import torch
 from helpers import ROOT, SMALL, make_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 from medseg import device, dist
 from medseg.device import find_precision
 from medseg.layers import ARCHITECTURES
@@ -334,9 +335,8 @@ def test_cudnn_tries_its_algorithms_where_the_sizes_are_fixed(monkeypatch):
 
 
 def test_a_training_tells_whether_its_sizes_are_fixed(place, monkeypatch):
-    train = importlib.import_module("train")
-    told = []
-    monkeypatch.setattr(train, "tune_convolutions", lambda _, one_size: told.append(one_size))
+    train, told = importlib.import_module("train"), []
+    monkeypatch.setattr(data, "tune_convolutions", lambda _, one_size: told.append(one_size))
     train_here("whole", "--epochs", 1)
     image_size = SMALL.index("--image-size")
     own_sizes = (*SMALL[:image_size], *SMALL[image_size + 2 :], "--crop", 16, "--depth", 2)

@@ -124,6 +124,12 @@ def expand(inputs):
     return [ImageFile(path, name, formats[path]) for path, name in names.items()]
 
 
+def count_files(inputs):
+    """How many files are named, or lie in the folders that are."""
+    folders = [folder for folder in map(Path, inputs) if folder.is_dir()]
+    return len(inputs) - len(folders) + sum(len(list(folder.iterdir())) for folder in folders)
+
+
 def _name_with_suffix(path):
     """'a.png' -> 'a_png'"""
     name = base_name(path)

@@ -9,7 +9,7 @@ import numpy as np
 
 from medseg.cli import one_line
 from medseg.files import available_cores
-from medseg.images import preprocess
+from medseg.images import IMAGE_SIZE, preprocess
 from medseg.normalization import normalize
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.settings import read_settings
@@ -56,16 +56,24 @@ class Model:
 
 
 class TorchModel(Model):
-    """A UNet on its device. precision: as --precision has it."""
+    """A UNet on its device.
 
-    def __init__(self, network, device, precision="auto"):
+    precision: as --precision has it; images: how many are to be predicted, for which 'auto' may
+    time bf16. `precision` is the one found, `precision_note` what to say of it.
+    """
+
+    def __init__(self, network, device, precision="auto", images=0):
         import torch
 
-        from medseg.device import choose_precision, make_autocast
+        from medseg.device import find_precision, make_autocast
 
         self.network, self.device = network, torch.device(device)
         super().__init__(network, self.device.type)
-        self.autocast = make_autocast(choose_precision(precision, self.device), self.device)
+        amount = {"images": images, "size": self.image_size or IMAGE_SIZE}
+        self.precision, self.precision_note = find_precision(
+            precision, self.device, network, batch_size=self.batch_size, **amount
+        )
+        self.autocast = make_autocast(self.precision, self.device)
 
     def probabilities(self, pixels):
         """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
@@ -110,7 +118,7 @@ class OnnxModel(Model):
     file or device, and where onnxruntime is missing.
     """
 
-    device = "cpu"
+    device, precision, precision_note = "cpu", "fp32", ""
 
     def __init__(self, path, device="auto", precision="auto"):
         if device not in ("auto", self.device):

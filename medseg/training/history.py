@@ -162,7 +162,9 @@ def print_new_head(model):
 
 
 def list_skipped(lines, out):
-    """Write what --skip-bad left out to out/skipped.txt, a line for each image."""
+    """Write what --skip-bad left out, if anything, to out/skipped.txt, a line for each image."""
+    if not lines:
+        return
     path = out / "skipped.txt"
     with atomic_write(path) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
