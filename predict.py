@@ -34,7 +34,7 @@ from tqdm import tqdm
 from medseg.cli import run_main
 from medseg.coco import ANNOTATIONS, check_classes
 from medseg.drawing import draw_labels, draw_panels, overlay, with_legend
-from medseg.files import parallel_map
+from medseg.files import available_cores, parallel_map
 from medseg.images import (
     IMAGE_SIZE,
     describe,
@@ -227,7 +227,7 @@ def predict_many(model, frames, output, threshold, scores=None):
     problems, names, writing = [], model.class_names, deque()
     predicted = predict_images(model, frames, problems)
     bar = tqdm(predicted, total=len(frames), unit=" images", disable=None)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         for frame, image, probabilities in bar:
             writing.append(pool.submit(write, frame, image, probabilities))
             if len(writing) > 2 * model.batch_size:

@@ -17,7 +17,7 @@ from helpers import ROOT, SMALL, make_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from medseg import device, dist
+from medseg import device, dist, threads
 from medseg.device import find_precision
 from medseg.layers import ARCHITECTURES
 from medseg.training.optim import AdamW, GuardedStep
@@ -158,15 +158,15 @@ def test_the_fastest_rounds_of_both_precisions_are_compared(monkeypatch):
 def test_a_timing_leaves_no_trace(words, training, monkeypatch):
     """Neither in the weights, their gradients and statistics, nor in PyTorch's random numbers."""
     monkeypatch.setattr(device, "TIMED_OPERATIONS", 1e6)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.append(count))
-    model, threads = UNet(n_filters=2, **words), []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: counts.append(count))
+    model, counts = UNet(n_filters=2, **words), []
     before, noise = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     assert device.bf16_speedup(model, 32, 4, training=training) > 0
     assert all(module.training for module in model.modules())
     assert all(weight.grad is None for weight in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), noise)
-    assert threads == [1, torch.get_num_threads()]
+    assert counts == [1, torch.get_num_threads()]
 
 
 @pytest.mark.parametrize("level, shape", [(0, (5, 16, 32, 32)), (2, (7, 64, 8, 8))])
@@ -291,6 +291,38 @@ def test_threads_spin_briefly_unless_the_user_says_otherwise(environment, expect
     if "GOMP_" not in said:
         pytest.skip("this PyTorch has no libgomp")
     assert f"GOMP_SPINCOUNT = '{expected}'" in said
+
+
+@pytest.mark.parametrize(
+    "idle, own, expected",
+    [
+        (0.0, 10.0, "1.0 of 2 cores: OMP_NUM_THREADS=1 "),  # one other program
+        (0.5, 6.5, "1.3 of 2 cores: OMP_NUM_THREADS=1 "),  # two of them
+        (9.0, 10.0, ""),  # quiet: one core is this program's, the other idle
+    ],
+)
+def test_other_programs_are_told(monkeypatch, idle, own, expected):
+    """Ten seconds on two cores, of which some were idle and some this process's own."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "available_cores", lambda: 2)
+    monkeypatch.setattr(threads, "STARTED", (100.0, 5.0, 1000.0))
+    monkeypatch.setattr(threads.time, "monotonic", lambda: 110.0)
+    monkeypatch.setattr(threads.time, "process_time", lambda: 5.0 + own)
+    monkeypatch.setattr(threads, "idle_seconds", lambda: 1000.0 + idle)
+    hint = threads.busy_hint()
+    assert expected in hint and bool(hint) == bool(expected)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user has decided
+    assert threads.busy_hint() == ""
+
+
+def test_idle_time_lies_between_what_the_kernel_sums_up_and_all_there_was(monkeypatch):
+    """/proc/uptime: seconds since the start, and those that all cores were idle in sum."""
+    cores = range(os.cpu_count())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores), raising=False)
+    up, idle = map(float, Path("/proc/uptime").read_text().split())
+    assert idle - 5 < threads.idle_seconds() < up * len(cores) + 5
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert threads.idle_seconds() < up + 5
 
 
 def test_training_does_not_import_the_compiler():

@@ -6,6 +6,8 @@ import sys
 import time
 from datetime import timedelta
 
+from medseg.threads import busy_hint
+
 from tqdm import tqdm
 
 from medseg.cli import spell_flags
@@ -154,6 +156,8 @@ def print_run(root, args, loaders, model, machine):
     if args.recipe != "tutorial":
         values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
         print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
+    if machine.startswith("cpu") and (hint := busy_hint()):
+        print(hint, flush=True)
 
 
 def print_new_head(model):
