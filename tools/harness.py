@@ -55,8 +55,6 @@ def prepare_forks():
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    # The first optimizer of a process imports torch._dynamo, for seconds: here, not in every fork.
-    torch.optim.SGD([torch.zeros(1)], lr=1)
 
 
 def describe_machine():

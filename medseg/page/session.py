@@ -87,7 +87,7 @@ class Session:
     def _add(self, frame, probabilities):
         image = frame.read()
         file = self._folder / f"{len(self.predictions)}.npz"
-        view = image.convert("RGB")
+        view = image.copy()
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
         np.savez(file, view=np.asarray(view), probabilities=probabilities(image))
         if frame.path in self._volumes:

@@ -63,9 +63,7 @@ def open_file(file, window=None, orientation=None):
         return [Frame(path, name, path.name, partial(_read_array, arrays, 0))], volume
     frames = []
     for number in range(len(arrays)):
-        own, title = name, f"{path.name}, {what} {number}"
-        if what == "frame":
-            own = f"{name}_f{number:03d}"
+        own, title = name if volume else f"{name}_f{number:03d}", f"{path.name}, {what} {number}"
         frames.append(Frame(path, own, title, partial(_read_array, arrays, number)))
     return frames, volume
 
