@@ -141,6 +141,23 @@ def test_bids_names_are_subjects(here):
     assert collect.find_groups(["a1_x.png", "b2_x.png"], r"\d_x") == ["1_x", "2_x"]
 
 
+@pytest.mark.parametrize(
+    "stem, flags, group",
+    [
+        ("p1_0", ("--group", r"^(p\d+)_"), {"group": "p1"}),
+        ("sub-07_T1w", (), {"group": "sub-07"}),
+        ("p1_0", (), {}),  # as it has always been
+    ],
+)
+def test_a_record_names_the_group_and_holds_no_more_besides(here, stem, flags, group):
+    save_pair(stem)
+    run_download(*UNSPLIT, *ALL, *flags)
+    (record,) = annotations("train")["images"]
+    width, height = PHOTO
+    size = {"width": width, "height": height}
+    assert record == {"id": 0, "file_name": f"{stem}.png", **size, **group}
+
+
 @pytest.mark.parametrize("source", ["labelme", "coco"])
 def test_bids_names_of_annotated_images(here, source):
     stems = [f"sub-{subject}_{number}" for subject in "abc" for number in range(4)]

@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     ALL,
     NIBABEL_DATA,
+    annotations,
     grey,
     labels,
     photo,
@@ -92,6 +93,7 @@ def test_one_value_in_volumes_is_foreground(here):
     pair = ("vi/case_000_0000.nii.gz", "vm/case_000.nii.gz")
     out = run_download("--masks", *pair, "--into", "test")  # two files
     assert "class foreground: value 1" in out
+    assert {image["group"] for image in annotations("test")["images"]} == {"case_000_0000"}
     got = stored("test")
     for index in range(4):
         mask = got[f"case_000_0000_z{index:03}"].get("foreground", np.zeros((12, 10), bool))
@@ -112,6 +114,7 @@ def test_volumes_of_a_group_stay_in_one_split(here, name, flags):
     splits = [[stem.split("_0000")[0] for stem in stored(s)] for s in ("train", "valid", "test")]
     numbers = [sorted({int(stem[-1]) for stem in stems}) for stems in splits]
     assert sorted(numbers) == [[0, 3], [1, 4], [2, 5]]
+    assert len({image["group"] for image in annotations("train")["images"]}) == 1
     refuse_download(*VOLUMES, "--force", "--group", "q", words=["--group"])
 
 

@@ -39,7 +39,8 @@ class Example:
     """One image with its masks, not read yet.
 
     name: the stem of the file to write, unique in the data set whatever the case. group: images
-    of one group stay in one split; "" is a group of its own. read(): (image, masks). image is an
+    of one group stay in one split, and their records name it; "" is a group of its own.
+    read(): (image, masks). image is an
     upright PIL image, saved as PNG, or the Path of a file of `medseg.images.FORMATS` that is
     upright and was read without an error, copied as it is. masks is {class name: RunLengths, or
     bool array (H, W)} of the image's size; a class that is not there need not be named. read
@@ -222,7 +223,10 @@ def _convert(example, folder, ids):
         runs = mask if isinstance(mask, RunLengths) else encode(mask)
         if runs.area:
             annotations.append(_annotate(runs, ids[name]))
-    return {"file_name": file_name, "width": width, "height": height}, annotations
+    record = {"file_name": file_name, "width": width, "height": height}
+    if example.group:
+        record["group"] = example.group  # COCO has no such key, and other readers pass over it
+    return record, annotations
 
 
 def _save_image(image, folder, name):
