@@ -1,5 +1,6 @@
-"""The splits of a data set: complete, present, put in place whole or not at all, and drawn."""
+"""The splits of a data set: complete, present, put in place whole or not at all, drawn, linked."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import tempfile
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -154,58 +156,92 @@ def grouped_split(root, target, seed=0, block=50):
     for split in SPLITS:
         coco = load_coco(root / split)
         categories = categories or coco.dataset["categories"]
-        settings = recorded_settings(root / split)
-        info = info or {key: value for key, value in settings.items() if value}
+        info = info or given_settings(root / split)
         counts.append(len(coco.imgs))
-        entries += _numbered_images(coco, root / split)
-    if len({path.name for path, *_ in entries}) < len(entries):
+        entries += list_images(coco, root / split)
+    for entry in entries:
+        if slice_number(entry.name) is None:
+            raise ValueError(
+                f"{entry.path}: the file name does not begin with a number, "
+                "so its neighbours are not known"
+            )
+    if len({entry.name for entry in entries}) < len(entries):
         raise ValueError(f"{root}: two splits hold images of one name, which cannot share a folder")
-    entries.sort(key=lambda entry: (slice_number(entry[0].name), entry[0].name))
+    entries.sort(key=lambda entry: (slice_number(entry.name), entry.name))
     blocks = [entries[start : start + block] for start in range(0, len(entries), block)]
     order = np.random.default_rng(seed).permutation(len(blocks))
     ends = np.cumsum(counts) / len(entries) * len(blocks)
     split_of = np.searchsorted(ends, np.arange(len(blocks)) + 0.5)  # of the n-th block drawn
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(target) as building:
         for number, split in enumerate(SPLITS):
             drawn = sorted(order[split_of == number])
             if not drawn:
                 raise ValueError(f"{root}: too few images for blocks of {block} in three splits")
             chosen = [entry for index in drawn for entry in blocks[index]]
-            _link_split(building / split, chosen, categories, info)
-        os.replace(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            link_split(building / split, chosen, categories, info)
     return target
 
 
-def _numbered_images(coco, folder):
-    """[(path, image record, its annotations)] of a split whose file names begin with numbers."""
-    entries = []
+# ---- images linked into other splits ---------------------------------------------------------
+
+
+class LinkedImage(NamedTuple):
+    """An image of a split, to be linked into another one."""
+
+    path: Path
+    name: str  # of the link
+    record: dict
+    annotations: list
+
+
+def list_images(coco, folder):
+    """[LinkedImage] of a split, called as their files are."""
+    images = []
     for image_id in coco.getImgIds():
         record = coco.imgs[image_id]
         path = image_path(folder, record["file_name"])
-        if slice_number(path.name) is None:
-            raise ValueError(
-                f"{path}: the file name does not begin with a number, "
-                "so its neighbours are not known"
-            )
-        entries.append((path, record, coco.imgToAnns.get(image_id, [])))
-    return entries
+        images.append(LinkedImage(path, path.name, record, coco.imgToAnns.get(image_id, [])))
+    return images
 
 
-def _link_split(folder, entries, categories, info):
-    """Link or copy the images of `_numbered_images` to the new `folder`, and write annotations."""
+def given_settings(folder):
+    """What of `recorded_settings` has a value."""
+    return {key: value for key, value in recorded_settings(folder).items() if value}
+
+
+@contextlib.contextmanager
+def whole_folder(target):
+    """A new folder to fill, which becomes `target` at the end, or is gone where that fails."""
+    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield building
+        os.replace(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def link_split(folder, entries, categories, info, ways=(os.link, shutil.copy2)):
+    """Link or copy the images to the new `folder`, and write their annotations.
+
+    ways: functions of path and target, of which the first one is taken that raises no OSError.
+    """
     folder.mkdir(parents=True)
     images, annotations = [], []
-    for index, (path, record, own) in enumerate(entries):
-        try:
-            os.link(path, folder / path.name)
-        except OSError:
-            shutil.copy2(path, folder / path.name)
-        images.append({**record, "id": index, "file_name": path.name})
-        for annotation in own:
+    for index, entry in enumerate(entries):
+        _link(entry.path.resolve(), folder / entry.name, ways)
+        images.append({**entry.record, "id": index, "file_name": entry.name})
+        for annotation in entry.annotations:
             annotations.append({**annotation, "id": len(annotations), "image_id": index})
     lists = {"images": images, "annotations": annotations, "categories": categories}
     content = {"info": info, **lists} if info else lists
     (folder / ANNOTATIONS).write_text(json.dumps(content))
+
+
+def _link(path, target, ways):
+    for way in ways[:-1]:
+        try:
+            way(path, target)
+            return
+        except OSError:  # another disk, or a file system or an account that has no such links
+            continue
+    ways[-1](path, target)
