@@ -59,6 +59,19 @@ def mean_over_classes(scores, names):
     return result
 
 
+def confusion_counts(pred, target, n_classes):
+    """Bool tensors (B, C, H, W) -> int64 (B, n_classes, 4) of tp, fp, fn, tn of each image.
+
+    A single class is of all channels together.
+    """
+    # A process may have no image of the last batch.
+    pixels = pred.shape[1:].numel() // n_classes
+    pred, target = (mask.reshape(len(mask), n_classes, pixels) for mask in (pred, target))
+    tp, positive, true = (pred & target).sum(2), pred.sum(2), target.sum(2)
+    fp, fn = positive - tp, true - tp
+    return torch.stack([tp, fp, fn, pixels - tp - fp - fn], 2)
+
+
 class RunningScores:
     """Sums over the images of a split, kept on the device: adding a batch never waits for it.
 
@@ -80,16 +93,11 @@ class RunningScores:
 
         finite: bool or bool tensor; where False, the batch counts nothing.
         """
-        # A single name is of all channels together; a process may have no image of the last batch.
-        pixels = pred.shape[1:].numel() // len(self.names)
-        shape = (len(pred), len(self.names), pixels)
-        pred, target = (pred > threshold).reshape(shape), (target > 0.5).reshape(shape)
-        tp, positive, true = (pred & target).sum(2), pred.sum(2), target.sum(2)  # (B, C) each
-        fp, fn = positive - tp, true - tp
+        of_images = confusion_counts(pred > threshold, target > 0.5, len(self.names))
         exact = self.sums.dtype
+        tp, fp, fn, _ = of_images.unbind(2)  # (B, C) each
         dice = dice_score(tp.to(exact), fp.to(exact), fn.to(exact)).T.contiguous().sum(1)
-        tp, fp, fn = tp.sum(0), fp.sum(0), fn.sum(0)
-        counts = torch.stack([tp, fp, fn, len(pred) * pixels - tp - fp - fn], 1)
+        counts = of_images.sum(0)
         images = dice.new_full((1,), len(pred))
         sums = torch.cat([images, (loss.to(exact) * len(pred)).view(1), dice])
         self.counts += counts if finite is True else torch.where(finite, counts, 0)
