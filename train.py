@@ -5,6 +5,7 @@ examples:
   python train.py --synthetic --device cpu    # on drawn phantoms: no account, no network
   python train.py --recipe strong --out runs/strong
   python train.py --resume                    # go on where the last run stopped
+  python train.py --folds 5 --out runs/folds  # cross-validation on train and valid
   python train.py --test-only                 # test best_model.pth again
   torchrun --standalone --nproc_per_node=4 train.py   # four GPUs, which share each batch
 
@@ -57,6 +58,7 @@ from medseg.training.checkpoint import (
     prepare_folder,
     refuse_other_run,
 )
+from medseg.training.cross_validation import cross_validate
 from medseg.training.flags import command, parse_arguments, predict_command
 from medseg.training.history import (
     epoch_row,
@@ -303,7 +305,10 @@ def main(argv=None):
         with signals.installed(), signals.exit_when_stopped(go_on), lock:
             if writes and not (checkpoint or args.overwrite or dist.restart_count()):
                 refuse_other_run(out)
-            train_and_test(args, checkpoint, signals)
+            if args.folds:
+                cross_validate(args, checkpoint, signals, train_and_test)
+            else:
+                train_and_test(args, checkpoint, signals)
     except (MemoryError, RuntimeError) as error:
         memory = out_of_memory(error)
         if memory is None:
@@ -316,7 +321,7 @@ def main(argv=None):
 
 
 def train_and_test(args, checkpoint, signals):
-    """What the command line asks for, in each process of torchrun."""
+    """One run, in each process of torchrun; returns its network, `valid` and the autocast."""
     device = pick_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -371,6 +376,7 @@ def train_and_test(args, checkpoint, signals):
                 draw(args, root, model, loaders["test"], device, history, tracker)
         finally:
             tracker.finish(failed=sys.exc_info()[0] is not None)
+        return model, loaders.get("valid"), autocast
 
 
 def loss_of(args):

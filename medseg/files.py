@@ -67,7 +67,8 @@ def atomic_write(path, *, sync=True):
 def remove_partial_writes(folder):
     """Remove what `atomic_write` left in `folder` where its process was killed."""
     for partial in folder.glob(".*.tmp"):
-        partial.unlink(missing_ok=True)
+        if not partial.is_dir():
+            partial.unlink(missing_ok=True)
 
 
 def read_json(path, max_memory=JSON_MEMORY):

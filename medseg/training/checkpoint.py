@@ -18,6 +18,7 @@ from medseg.weights import load_weights, save_weights
 
 NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16 may need 16 to find its scale
 BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "last.previous.pth"
+FOLDS = "folds.json"  # of a cross-validation, whose runs are in folders beside it
 CURVES = "curves.png"  # the last file that a training writes, after its test
 KEYS = {"flags", "model", "running_mean", "guarded_step", "scores", "progress", "rng"}
 
@@ -48,8 +49,8 @@ def read_checkpoint(out):
 
 
 def refuse_other_run(out):
-    """ValueError where the folder holds the weights of another run."""
-    for name in (BEST, LAST, PREVIOUS):
+    """ValueError where the folder holds the weights of another run, or a cross-validation."""
+    for name in (BEST, LAST, PREVIOUS, FOLDS):
         if (out / name).exists():
             raise ValueError(
                 f"{out / name}: written by an earlier run: go on with --resume, replace it with "
@@ -61,7 +62,7 @@ def prepare_folder(out, checkpoint):
     """Remove what an earlier run left, or put the checkpoint to go on from in its place."""
     remove_partial_writes(out)
     if checkpoint is None:
-        for name in (BEST, LAST, PREVIOUS):
+        for name in (BEST, LAST, PREVIOUS, FOLDS):
             (out / name).unlink(missing_ok=True)
     elif checkpoint["path"] != out / LAST:
         os.replace(checkpoint["path"], out / LAST)  # the next one must not push the good one out

@@ -17,6 +17,7 @@ from medseg.cli import (
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES
 from medseg.training.checkpoint import BEST
+from medseg.training.cross_validation import check_folds, read_folds
 from medseg.training.precision import keep_precision
 from medseg.training.recipes import LOSSES, RECIPES, arch_flags, network_flags
 from medseg.training.resume import NOT_RECORDED, check_can_go_on, check_same_run, find_checkpoint
@@ -69,7 +70,15 @@ def _add_training_flags(parser):
     add("--lr", type=REAL, default=1e-4, help="learning rate of Adam")
     add("--patience", type=POSITIVE, default=8, help="epochs without a lower validation loss")
     add("--n-filters", type=number(1, 1024), default=32, help="channels of the first level")
-    add("--seed", type=AT_LEAST_0, default=0, help="of weights, order and augmentation")
+    add("--seed", type=AT_LEAST_0, default=0, help="of weights, order, augmentation and folds")
+    add(
+        "--folds",
+        type=AT_LEAST_0,
+        default=0,
+        metavar="N",
+        help="cross-validation: deal train and valid into N folds, train each in OUT/fold1, ..., "
+        "score all images in OUT/folds.json; 0: one run",
+    )
 
 
 def _add_recipe_flags(parser):
@@ -177,7 +186,7 @@ def parse_arguments(argv, doc, read_network):
     first = _parse_first(parser, argv)
     if first.resume and first.test_only:
         raise ValueError("--resume trains and --test-only does not: give one of them")
-    checkpoint, network = find_checkpoint(first), {}
+    checkpoint, network = read_folds(first) or find_checkpoint(first), {}
     # One set of defaults: an earlier run's flags, or the parser's own, over which --arch wins, then
     # --recipe, then the network of --init. The command line, parsed once, wins over all of them.
     if checkpoint:
@@ -198,11 +207,13 @@ def parse_arguments(argv, doc, read_network):
         raise ValueError("--crop takes images at their own size: leave --image-size away")
     if not any(parse_named_values(args.loss, LOSSES).values()):
         raise ValueError(f"--loss {args.loss}: every weight is 0")
+    check_folds(args)
     if args.test_only:
         return args, None
     if checkpoint:
         check_same_run(args, checkpoint, parser)
-        check_can_go_on(args, checkpoint)
+        if not args.folds:
+            check_can_go_on(args, checkpoint)
     return args, checkpoint
 
 

@@ -17,6 +17,10 @@ MAY_CHANGE = (
 )
 
 
+# Nor these, but in a cross-validation, whose folds that are done had them.
+FIXED_IN_FOLDS = ("data", "epochs", "patience")
+
+
 def find_checkpoint(args):
     """The checkpoint whose flags are to be taken, or None."""
     out = Path(args.out)
@@ -42,9 +46,10 @@ def check_same_run(args, checkpoint, parser):
 
     parser: whose defaults are the checkpoint's flags.
     """
+    may_change = {*MAY_CHANGE}.difference(FIXED_IN_FOLDS if args.folds else ())
     for name, now in vars(args).items():
         before = parser.get_default(name)
-        if name not in MAY_CHANGE and before != now:
+        if name not in may_change and before != now:
             flag = flag_name(name)
             raise ValueError(
                 f"{checkpoint['path']}: was trained with {flag} {before}, not {now}: leave {flag} "

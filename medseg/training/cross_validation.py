@@ -1,0 +1,239 @@
+"""Cross-validation: an ordinary run for each fold, and the scores of all their images together."""
+
+import argparse
+import gc
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medseg.cli import output_folder
+from medseg.coco import load_coco
+from medseg.dist import started_by_torchrun
+from medseg.files import atomic_write, file_lock, read_json
+from medseg.metrics import bootstrap, class_scores, confusion_counts, image_dice
+from medseg.phantoms import make_phantoms
+from medseg.signals import Stopped
+from medseg.training.checkpoint import (
+    BEST,
+    FOLDS,
+    LAST,
+    PREVIOUS,
+    prepare_folder,
+    read_checkpoint,
+    refuse_other_run,
+)
+from medseg.training.folds import deal_images, write_folds
+from medseg.training.history import list_skipped
+from medseg.training.precision import keep_precision
+from medseg.training.resume import recorded_flags
+from medseg.training.tracking import experiment_name
+
+DATA = "folds"  # in --out: the data sets fold1, fold2, ...
+THRESHOLD = 0.5
+FOLD_KEYS = {"fold", "images", "class_names", "scores", "per_image", "counts"}
+# {title of a column: score}
+COLUMNS = {
+    "  Dice": "dice",
+    "per-image Dice": "image_dice",
+    "   IoU": "iou",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "acc",
+}
+
+
+def check_folds(args):
+    """ValueError where --folds goes with other flags in no way."""
+    if args.folds == 1:
+        raise ValueError("--folds 1: nothing would be left to train on: give 2 or more")
+    if args.folds and args.test_only:
+        one = Path(args.out) / "fold1"
+        raise ValueError(f"--test-only tests one run, not --folds: give it one, as --out {one}")
+    if args.folds and started_by_torchrun():
+        raise ValueError("--folds trains in one process: start it without torchrun")
+
+
+def read_folds(args):
+    """What OUT/folds.json holds where --resume goes on with a cross-validation, else None.
+
+    "flags" of the run, "folds" that are done, and the file's "path". Raises ValueError.
+    """
+    path = Path(args.out) / FOLDS
+    if not (args.resume or args.test_only) or not path.exists():
+        return None
+    record = read_json(path)
+    written = isinstance(record, dict) and isinstance(record.get("flags"), dict)
+    folds = record.get("folds") if written else None
+    complete = isinstance(folds, list) and all(
+        isinstance(fold, dict) and FOLD_KEYS <= fold.keys() for fold in folds
+    )
+    if not complete:
+        raise ValueError(f"{path}: not written by train.py, or damaged")
+    return {"flags": record["flags"], "folds": folds, "path": path}
+
+
+def cross_validate(args, record, signals, train_and_test):
+    """--folds: train each fold in OUT/fold1, OUT/fold2, ..., and score all images in folds.json.
+
+    record: of `read_folds`, to go on with; folds that are done stay. train_and_test(args,
+    checkpoint, signals): a run; returns its network, the batches of its valid split and the
+    context for the network. Every image is scored by the network that was not trained on it.
+    Raises what a run raises, and ValueError for too many folds.
+    """
+    out = Path(args.out)
+    data, deal = out / DATA, None
+    if not (record and data.exists()):  # stopped before they were written
+        deal = _deal(args)
+    if record is None:
+        _clear(out, overwrite=args.overwrite)
+        record = {"flags": recorded_flags(args), "folds": []}
+    flags, folds = record["flags"], record["folds"]
+    _write(out, flags, folds)
+    try:
+        if deal:
+            write_folds(deal, data)
+        for number in range(len(folds) + 1, args.folds + 1):
+            print(f"fold {number} of {args.folds}", flush=True)
+            folds.append(_run_fold(args, number, signals, train_and_test))
+            _write(out, flags, folds)
+    except Stopped as stop:
+        stop.checkpointed = True  # --resume finds folds.json
+        raise
+    _print_table(folds, _pool(folds))
+    test, weights = _root(args) / "test", f"{shlex.quote(str(out))}/fold*/{BEST}"
+    images = shlex.quote(str(test)) if test.is_dir() else "IMAGE"
+    print(f"saved {out / FOLDS}; next: python predict.py {images} --model {weights}")
+
+
+def _root(args):
+    """The folder of the data set that is dealt."""
+    return Path(args.data) / "synthetic" if args.synthetic else Path(args.data)
+
+
+def _deal(args):
+    """Deal the images of the data set, and say how."""
+    root, skipped = _root(args), [] if args.skip_bad else None
+    if args.synthetic:
+        make_phantoms(root)
+    each_class = args.classes == "each"
+    deal = deal_images(root, args.folds, args.seed, each_class=each_class, damaged=skipped)
+    list_skipped(skipped, Path(args.out))
+    sizes = ", ".join(str(len(parts["valid"])) for parts in deal.folds)
+    how = f"{deal.groups} groups, each in one fold"
+    if not deal.groups:
+        how = (
+            "one by one, for no groups are recorded (where several are of one patient, import them "
+            "with download.py --group)"
+        )
+    print(f"{root}: train and valid dealt into folds of {sizes} images: {how}", flush=True)
+    return deal
+
+
+def _clear(out, *, overwrite):
+    """Make room for a new cross-validation. ValueError where there is another run, unasked."""
+    runs, data = [path for path in out.glob("fold[0-9]*") if path.is_dir()], out / DATA
+    if not overwrite:
+        for folder in runs:
+            refuse_other_run(folder)
+    if data.exists() and not (out / FOLDS).exists():
+        raise ValueError(f"{data}: is there already: remove it, or name another folder with --out")
+    for folder in (out, *runs):
+        prepare_folder(folder, None)
+    for folder in (data, *out.glob(f".{DATA}.*.tmp")):  # these of a process that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_fold(args, number, signals, train_and_test):
+    """Train a fold, or go on with it; returns what folds.json holds of it."""
+    name, checkpoint = f"fold{number}", None
+    own = argparse.Namespace(**vars(args))
+    own.data, own.out = str(Path(args.out) / DATA / name), str(Path(args.out) / name)
+    own.folds, own.synthetic, own.resume, own.overwrite = 0, False, False, False
+    own.experiment_name = f"{args.experiment_name or experiment_name(args)}-{name}"
+    out = output_folder(own.out)
+    if any((out / last).exists() for last in (LAST, PREVIOUS)):
+        checkpoint = read_checkpoint(out)
+        keep_precision(own, argparse.ArgumentParser(), checkpoint["flags"])
+    with file_lock(out / ".lock", busy=f"{out}: another training is writing to this folder"):
+        model, batches, autocast = train_and_test(own, checkpoint, signals)
+    counts, names = _count_images(model, batches, autocast), model.class_names
+    result = {
+        "fold": number,
+        "images": len(counts),
+        "class_names": list(names),
+        "scores": class_scores(counts, names),
+        "per_image": _dice_by_name(counts, Path(own.data) / "valid"),
+        "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
+    }
+    del model, batches
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what is free counts where the next fold moves its images there
+    # Each fold has all the images: their caches would take that many times the disk.
+    shutil.rmtree(Path(own.data) / ".cache", ignore_errors=True)
+    return result
+
+
+def _count_images(model, batches, autocast):
+    """Counts (N, C, 4) of tp, fp, fn, tn of each image at THRESHOLD."""
+    model.eval()
+    counts = []
+    with torch.inference_mode():
+        for images, masks in batches:
+            with autocast:
+                outputs = model(images)
+            counts.append(confusion_counts(outputs > THRESHOLD, masks > 0.5, model.n_classes).cpu())
+    return torch.cat(counts).numpy()
+
+
+def _dice_by_name(counts, folder):
+    """{file name: Dice, the mean over the classes} of the images of a split.
+
+    Empty where --skip-bad left some out, and nothing tells which.
+    """
+    coco = load_coco(folder)
+    names = [coco.imgs[number]["file_name"] for number in coco.getImgIds()]
+    if len(names) != len(counts):
+        return {}
+    dice = np.stack([image_dice(counts[:, index]) for index in range(counts.shape[1])]).mean(0)
+    return dict(zip(names, dice.round(4).tolist(), strict=True))
+
+
+def _pool(folds):
+    """The scores of the images of all folds together, as report.json of predict.py has them."""
+    names = folds[0]["class_names"]
+    counts = np.concatenate([np.array(fold["counts"], np.int64) for fold in folds])
+    return {
+        "class_names": names,
+        "threshold": THRESHOLD,
+        "images": len(counts),
+        "scores": class_scores(counts, names),
+        "confidence_95": bootstrap(counts, names),
+    }
+
+
+def _write(out, flags, folds):
+    """Write folds.json, which has scores once all folds are done."""
+    pooled = _pool(folds) if len(folds) == flags["folds"] else {}
+    with atomic_write(out / FOLDS) as file:
+        file.write(json.dumps({"flags": flags, **pooled, "folds": folds}, indent=1).encode())
+
+
+def _print_table(folds, pooled):
+    """A row for each fold and for all of them, with their intervals, and a line for each class."""
+    rows = [(fold["fold"], fold["images"], fold["scores"]) for fold in folds]
+    rows.append(("pooled", pooled["images"], pooled["scores"]))
+    for end, title in enumerate(("95 % from", "95 % to")):
+        limits = {name: interval[end] for name, interval in pooled["confidence_95"].items()}
+        rows.append((title, "", limits))
+    print(f"{'fold':>9}{'images':>8}   " + "   ".join(COLUMNS))
+    for title, images, scores in rows:
+        values = (f"{scores[name]:{len(head)}.4f}" for head, name in COLUMNS.items())
+        print(f"{title:>9}{images:>8}   " + "   ".join(values))
+    for name in pooled["class_names"] if len(pooled["class_names"]) > 1 else ():
+        dice, (low, high) = (pooled[key][f"dice/{name}"] for key in ("scores", "confidence_95"))
+        print(f"  {name}: pooled Dice {dice:.4f} [{low:.4f}, {high:.4f}]")
