@@ -10,6 +10,7 @@ examples:
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
   python predict.py --export model.onnx              # the model for other programs
   python predict.py scan.png --model model.onnx      # and here, without PyTorch
+  python predict.py scan.png --model runs/own/fold*/best_model.pth   # the mean of several models
   torchrun --standalone --nproc_per_node=4 predict.py scans/   # a folder on four GPUs
   python predict.py --page                           # a page in the browser; needs gradio
 
@@ -46,7 +47,8 @@ from medseg.images import (
     save_overlay,
     save_png,
 )
-from medseg.predicting.flags import make_parser
+from medseg.predicting.ensemble import open_models
+from medseg.predicting.flags import parse_arguments
 from medseg.predicting.inputs import (
     annotated_folder,
     choose_output,
@@ -157,7 +159,7 @@ def open_model(path, device="auto", precision="auto", *, images=0):
 def predict_images(model, frames, problems=None):
     """Yield (frame, PIL image, float32 probabilities (C, S, S)) of each `Frame`.
 
-    model, here and below: a TorchModel or OnnxModel.
+    model, here and below: a TorchModel, OnnxModel or Ensemble.
     problems: a list; those that cannot be predicted are left out and each adds (path, why).
     Without it, the first of them is raised as a FileNotFoundError or ValueError.
     """
@@ -316,15 +318,15 @@ def predict_annotated(model, folder, frames, output, threshold, problems):
 
 
 def main(argv=None):
-    args = make_parser(__doc__).parse_args(argv)
-    args.model = args.model or default_model()
+    args = parse_arguments(argv, __doc__)
+    paths = args.model or [default_model()]
     if args.export:
-        return export_model(args.export, args.model, args.inputs)
+        return export_model(args.export, paths, args.inputs)
     if args.page and (args.inputs or args.output):
         raise ValueError("--page takes no images and no --output: drop images on the page")
     # Processes of torchrun would not measure alike, and their masks could differ.
     images = count_files(args.inputs) if rank_and_world()[1] == 1 else 0
-    model = open_model(args.model, args.device, args.precision, images=images)
+    model = open_models(open_model, paths, args.device, args.precision, images)
     if model.precision_note:
         print(f"precision: {model.precision}{model.precision_note}")
     window = choose_window(args.window, model.window)
@@ -332,16 +334,20 @@ def main(argv=None):
         from medseg.page.app import serve
 
         options = {"threshold": args.threshold, "window": window}
-        serve(model, args.model, host=args.host, port=args.port, **options)
+        name = paths[0] if len(paths) == 1 else f"{len(paths)} models"
+        serve(model, name, host=args.host, port=args.port, **options)
     else:
         predict_inputs(args, model, window)
 
 
-def export_model(target, path, inputs):
-    """Write the weights in the file `path` to `target`, in the format of its suffix."""
+def export_model(target, paths, inputs):
+    """Write the weights in a file to `target`, in the format of its suffix; paths: that one."""
     import net
     from medseg.predicting.export import SHAPES, check_export, export
 
+    path, *others = paths
+    if others:
+        raise ValueError(f"--export {target}: takes one --model, not {len(paths)}: export each")
     if inputs:
         raise ValueError(f"--export {target}: takes no image; predict afterwards, with --model")
     check_export(target, path)

@@ -22,6 +22,7 @@ from torch.torch_version import TorchVersion
 import predict
 from medseg.layers import ARCHITECTURES
 from medseg.predicting import export
+from medseg.predicting.ensemble import open_models
 from medseg.predicting.models import INPUT, OUTPUT, OnnxModel, available_threads
 from medseg.predicting.onnx_file import read_metadata
 from net import UNet
@@ -683,3 +684,26 @@ def test_hub_dependencies_are_required():
     required = (ROOT / "requirements.txt").read_text()
     for name in ast.literal_eval(names):
         assert {"PIL": "pillow"}.get(name, name) in required
+
+
+# ---- several models --------------------------------------------------------------------------
+
+
+def test_weights_and_an_export_predict_together(exported, tmp_path):
+    export_file = exported("group", ".onnx")
+    paths = [str(export_file), str(export_file.with_suffix(".pth"))]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+    single = [predict.open_model(path, "cpu").predict(image) for path in paths]
+    both = open_models(predict.open_model, paths, "cpu", "auto", 0)
+    np.testing.assert_allclose(both.predict(image), np.mean(single, 0), atol=1e-6)
+    images, _ = predict.preprocess_image(image, image_size=both.image_size, n_channels=1)
+    np.testing.assert_allclose(both.run(images)[0], np.mean(single, 0), atol=1e-5)
+    image.save(tmp_path / "scan.png")
+    # Of exports alone, PyTorch is not loaded.
+    code = (
+        f"import sys, predict\npredict.main(['scan.png', '--model', *{[paths[0]] * 2}])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = run_python("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "scan_mask.png").exists()

@@ -1,7 +1,26 @@
 """The flags of predict.py."""
 
+from pathlib import Path
+
 from medseg.cli import ArgumentParser, add_device_flags, number
 from medseg.images import FORMAT_NAMES
+
+MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".pt2", ".torchscript")
+
+
+def parse_arguments(argv, doc):
+    """The command line; `model` is a list of files, or None.
+
+    The first file after --model is a model, and so are those after it that are called as one. The
+    others are images, as in `--model best_model.pth scan.png`.
+    """
+    args = make_parser(doc).parse_args(argv)
+    if args.model:
+        first, *others = args.model
+        models = [name for name in others if Path(name).suffix.lower() in MODEL_SUFFIXES]
+        args.inputs = [*args.inputs, *(name for name in others if name not in models)]
+        args.model = [first, *models]
+    return args
 
 
 def make_parser(doc):
@@ -16,9 +35,11 @@ def make_parser(doc):
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
+        nargs="+",
         metavar="FILE",
-        help="weights or an ONNX file; default: best_model.pth, and where there is none "
-        "dataset/tumor.pth, which comes with the repository",
+        help="weights or an ONNX file; of several, the mean of their probabilities counts; "
+        "default: best_model.pth, and where there is none dataset/tumor.pth, which comes with the "
+        "repository",
     )
     add(
         "--threshold",

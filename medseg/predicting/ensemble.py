@@ -1,0 +1,70 @@
+"""Several models as one: the mean of their probabilities."""
+
+from pathlib import Path
+
+from medseg.predicting.models import Model
+
+# What the members have in common, and what to call it.
+COMMON = {
+    "class_names": "classes",
+    "image_size": "image size",
+    "n_channels": "channels",
+    "window": "window",
+    "orientation": "orientation",
+}
+
+
+def open_models(open_model, paths, device, precision, images):
+    """The model in a file, or the Ensemble of those in several; ValueError where they differ.
+
+    open_model: of predict.py; device, precision, images: what it takes.
+    """
+    models, settled = [], precision
+    for path in paths:
+        is_onnx = Path(path).suffix.lower() == ".onnx"
+        models.append(open_model(path, device, precision if is_onnx else settled, images=images))
+        if not is_onnx:
+            settled = models[-1].precision  # found once: all weights compute in the same one
+    if len(models) == 1:
+        return models[0]
+    print(f"taking the mean of {len(models)} models")
+    return Ensemble(models, paths)
+
+
+class Ensemble(Model):
+    """Models of the same images and classes, each a TorchModel or an OnnxModel.
+
+    paths: their files. Raises ValueError that names the first one that differs.
+    """
+
+    def __init__(self, models, paths):
+        for name, what in COMMON.items():
+            expected = getattr(models[0], name)
+            for model, path in zip(models, paths, strict=True):
+                if getattr(model, name) != expected:
+                    raise ValueError(
+                        f"{path}: {what} {_spell(getattr(model, name))}, but {paths[0]} has "
+                        f"{_spell(expected)}: models predict together only where they agree"
+                    )
+        self.models, devices = models, {str(model.device) for model in models}
+        # An ONNX file takes its images from the CPU; weights fetch them.
+        self.device = models[0].device if len(devices) == 1 else "cpu"
+        super().__init__(models[0], str(self.device).partition(":")[0])
+        self.batch_size = min(model.batch_size for model in models)
+        timed = [model for model in models if model.precision_note]
+        self.precision = (timed or models)[0].precision
+        self.precision_note = (timed or models)[0].precision_note
+
+    def probabilities(self, pixels):
+        """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
+        return sum(model.probabilities(pixels) for model in self.models) / len(self.models)
+
+    def run(self, images):
+        """Normalised images (B, n_channels, H, W) -> the same as `probabilities`."""
+        return sum(model.run(images) for model in self.models) / len(self.models)
+
+
+def _spell(value):
+    if value is None:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
