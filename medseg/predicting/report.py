@@ -9,42 +9,19 @@ from tqdm import tqdm
 
 from medseg.files import atomic_write
 from medseg.images import read_image
-from medseg.metrics import bootstrap, class_scores, hausdorff95, image_dice, pooled_scores
+from medseg.metrics import (
+    SWEEP,
+    bootstrap,
+    class_scores,
+    count_image,
+    count_pixels,
+    hausdorff95,
+    image_dice,
+    pooled_scores,
+)
 from medseg.plots import plot_report
 
-SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w+$", re.IGNORECASE)
-
-
-def count_image(targets, probabilities, thresholds):
-    """Counts of one image: int (T, C, 4) of tp, fp, fn, tn at each threshold.
-
-    targets: bool (C, H, W); probabilities: float32 (C, H, W).
-    """
-    order = np.argsort(-np.asarray(thresholds))
-    falling = np.asarray(thresholds, probabilities.dtype)[order]
-    bins = len(thresholds) + 1
-    counts = np.zeros((len(thresholds), len(targets), 4), np.int64)
-    for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
-        # A pixel of bin k is above falling[k:], and not above falling[:k]; one that is no number
-        # is above none.
-        found = np.searchsorted(-falling, -probability, side="right")
-        histogram = np.bincount((found + bins * target).ravel(), minlength=2 * bins)
-        above = histogram.reshape(2, bins).cumsum(1)  # of background, of foreground
-        negatives, positives = above[:, -1]
-        fp, tp = above[:, :-1]
-        counts[order, channel] = np.stack([tp, fp, positives - tp, negatives - fp], 1)
-    return counts
-
-
-def count_pixels(batches, thresholds):
-    """`count_image` of every image, int (N, T, C, 4).
-
-    batches: iterable of (targets (B, C, H, W), probabilities (B, C, H, W)).
-    """
-    return np.stack(
-        [count_image(*image, thresholds) for batch in batches for image in zip(*batch, strict=True)]
-    )
 
 
 def threshold_sweep(model, batches):
