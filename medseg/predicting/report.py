@@ -19,6 +19,7 @@ from medseg.metrics import (
     image_dice,
     pooled_scores,
 )
+from medseg.pieces import clean_masks
 from medseg.plots import plot_report
 
 ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w+$", re.IGNORECASE)
@@ -27,11 +28,11 @@ ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w
 def threshold_sweep(model, batches):
     """The Dice of a split at each threshold of SWEEP, and the threshold of the highest.
 
-    batches: its images and masks as `data.Batches` gives them.
+    batches: its images and masks as `data.Batches` gives them. Flips and clean-up are the model's.
     """
     bar, names = tqdm(batches, "valid", unit=" batches", disable=None), model.class_names
-    predicted = ((masks.cpu().numpy() > 0, model.run(images)) for images, masks in bar)
-    counts = count_pixels(predicted, SWEEP)
+    predicted = ((masks.cpu().numpy() > 0, model.average(images)) for images, masks in bar)
+    counts = count_pixels(predicted, SWEEP, model.inference.clean)
     dice = [class_scores(counts[:, index], names)["dice"] for index in range(len(SWEEP))]
     return {"thresholds": SWEEP, "dice": dice, "chosen_threshold": SWEEP[int(np.argmax(dice))]}
 
@@ -39,11 +40,13 @@ def threshold_sweep(model, batches):
 class FolderScores:
     """The predictions of an annotated folder, compared with its annotations as they are made.
 
-    dataset: the folder as `data.COCOSegmentationDataset`. threshold: that of the predictions.
+    dataset: the folder as `data.COCOSegmentationDataset`. threshold, flips, clean: those of the
+    predictions, see `medseg.inference.Inference`.
     """
 
-    def __init__(self, dataset, threshold):
+    def __init__(self, dataset, threshold, *, flips=(), clean="none"):
         self.dataset, self.thresholds = dataset, [threshold, *SWEEP]
+        self.flips, self.clean = flips, clean
         self._indices = {}  # of a file; several records may name it
         for index in range(len(dataset)):
             self._indices.setdefault(_identity(dataset.path(index)), []).append(index)
@@ -64,8 +67,8 @@ class FolderScores:
         from pycocotools import mask as coco_mask
 
         targets = self.dataset.load_masks(index, size, probabilities.shape[1:]) > 0
-        counts = count_image(targets, probabilities, self.thresholds)
-        preds = probabilities > self.thresholds[0]
+        counts = count_image(targets, probabilities, self.thresholds, self.clean)
+        preds = clean_masks(probabilities > self.thresholds[0], self.clean)
         distances = [hausdorff95(*pair) for pair in zip(preds, targets, strict=True)]
         columns_first = np.asfortranarray(preds.transpose(1, 2, 0), dtype=np.uint8)
         self._images[index] = counts, distances, coco_mask.encode(columns_first)
@@ -122,6 +125,8 @@ def write_report(output, folder, scores, valid, class_names):
         "image_size": dataset.image_size,
         "class_names": list(class_names),
         "threshold": scores.thresholds[0],
+        "flips": list(scores.flips),
+        "clean": scores.clean,
         "scores": class_scores(counts, class_names),
         "confidence_95": bootstrap(counts, class_names),
         "hd95": _summarize_distances(distances),
