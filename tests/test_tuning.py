@@ -205,6 +205,7 @@ def test_a_gain_is_of_the_split_too():
 
     assert not gains(of(before), of((0.48, 0.6, 0.6, 0.6)))  # the large image lost pixels
     assert gains(of(before), of((0.51, 0.6, 0.6, 0.6)))
+    assert not gains(of(before), of((0.6, 0.4, 0.4, 0.4)), expected=True)  # it alone gained
     for change, expected in ((0.0019, False), (0.0021, True)):
         after = [one + change for one in before]
         assert gains(counts_of(*before, size=10**6), counts_of(*after, size=10**6)) is expected
@@ -295,12 +296,17 @@ def test_flips_are_taken_where_they_gain_also_by_another_threshold():
     assert choose(Split(targets, good, good).count, ALL_FLIPS)[0] == PLAIN
     _, faint = lesions(inside=0.4)  # as an average over flips may be
     assert choose(Split(targets, bad, faint).count, ALL_FLIPS)[0].threshold < 0.4
-    # Two images suffice, for the network has learned them; but not for a threshold.
+    # Few images suffice, for the network has learned them; but not for a threshold.
     few = Split(targets[:2], bad[:2], good[:2])
     assert choose(few.count, ("horizontal",))[0] == Inference(flips=("horizontal",))
     few = Split(targets[:2], bad[:2], faint[:2])
     assert choose(few.count, ("horizontal",))[0] == PLAIN
-    assert choose(Split(targets[:1], bad[:1], good[:1]).count, ("horizontal",))[0] == PLAIN
+    one = Split(targets[:1], bad[:1], good[:1])
+    assert choose(one.count, ("horizontal",))[0] == Inference(flips=("horizontal",))
+    # Of five images one gains, which is no more than noise, and enough for what is expected.
+    mixed = np.concatenate([good[:1], bad[1:]])
+    assert not gains(*(Split(targets, own).count(PLAIN, [0.5])[:, 0] for own in (bad, mixed)))
+    assert choose(Split(targets, bad, mixed).count, ALL_FLIPS)[0].flips == ALL_FLIPS
 
 
 # ---- in the weights --------------------------------------------------------------------------

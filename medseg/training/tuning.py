@@ -13,22 +13,23 @@ from medseg.weights import save_weights
 
 MIN_GAIN = 0.002  # of the Dice of the split: less is not worth another way to make masks
 MIN_IMAGES = 4  # of valid, to choose a threshold or whether pieces are removed
-MIN_IMAGES_FOR_FLIPS = 2  # the network has learned them, so that they are expected to help
 
 
-def gains(before, after):
-    """Whether masks became better by more than noise; counts of the same images, (N, C, 4), N > 1.
+def gains(before, after, *, expected=False):
+    """Whether masks became better by more than noise; counts of the same images, (N, C, 4).
 
     The Dice of the split must gain MIN_GAIN, which one large image can do alone, and the Dice of
     the images, on average, more than the standard error of that average, which chance does in one
     of six cases. So a gain has to be seen in many images. After the one-standard-error rule of
     Breiman, Friedman, Olshen, Stone: "Classification and Regression Trees", 1984, chapter 3: of
-    models that are no further apart, the simplest.
+    models that are no further apart, the simplest. It takes at least two images.
+    expected: of a change that is expected to help whatever valid says, as the mean of several
+    predictions of a network that has learned the flips: then the Dice of the images must not fall.
     """
     difference = image_dice(after).mean(1) - image_dice(before).mean(1)  # (N,)
-    standard_error = difference.std(ddof=1) / math.sqrt(len(difference))
+    noise = 0 if expected else difference.std(ddof=1) / math.sqrt(len(difference))
     gained = split_dice(after) - split_dice(before)
-    return bool(gained >= MIN_GAIN and difference.mean() > standard_error)
+    return bool(gained >= MIN_GAIN and difference.mean() > noise)
 
 
 def split_dice(counts):
@@ -50,8 +51,8 @@ def choose(count, flips):
     if not enough:
         lines.append(f"too few images ({len(counts)}) for a threshold and the largest piece")
 
-    def take(other, after):
-        before, taken = counts[:, at], gains(counts[:, at], after)
+    def take(other, after, **expected):
+        before, taken = counts[:, at], gains(counts[:, at], after, **expected)
         verdict = "chosen" if taken else "not chosen: no clear gain"
         dice = f"Dice {split_dice(after):.4f} instead of {split_dice(before):.4f}"
         lines.append(f"{other}: {dice}, {verdict}")
@@ -61,11 +62,11 @@ def choose(count, flips):
         other = chosen._replace(threshold=SWEEP[best])
         if take(other, counts[:, best]):
             chosen, at = other, best
-    if flips and len(counts) >= MIN_IMAGES_FOR_FLIPS:
+    if flips:
         after = count(chosen._replace(flips=flips), SWEEP)
         best = better_threshold(after, at) if enough else at
         other = chosen._replace(threshold=SWEEP[best], flips=flips)
-        if take(other, after[:, best]):
+        if take(other, after[:, best], expected=True):
             chosen, counts, at = other, after, best
     if enough:
         other = chosen._replace(clean="largest")
