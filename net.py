@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from medseg.images import IMAGE_SIZE
+from medseg.inference import read_inference
 from medseg.layers import Architecture
 from medseg.settings import read_settings
 from medseg.weights import load_weights
@@ -87,7 +88,9 @@ class UNet(nn.Module):
     `class_names`: a name for each class, by default "1", "2", ... or, of a single one,
     "foreground". `window` and `orientation`: what was done to the grey values and the axes of
     DICOM and NIfTI files at their import, which prediction repeats; see
-    `medseg.settings.read_settings`. All of it travels in the state dict's metadata.
+    `medseg.settings.read_settings`. `inference`: how masks are made of the probabilities, a
+    `medseg.inference.Inference`, where that was chosen on valid. All of it travels in the state
+    dict's metadata.
     """
 
     def __init__(
@@ -100,11 +103,13 @@ class UNet(nn.Module):
         class_names=None,
         window=None,
         orientation=None,
+        inference=None,
         **architecture,
     ):
         super().__init__()
         settings = read_settings({"window": window, "orientation": orientation})
         self.window, self.orientation = settings["window"], settings["orientation"]
+        self.inference = inference
         self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
         self.n_filters, self.architecture = n_filters, Architecture(**architecture)
         self.class_names = tuple(class_names or default_class_names(n_classes))
@@ -241,6 +246,7 @@ def _read_arguments(state):
         architecture = {"norm": norm if "down1.norm1.weight" in state else None}
     try:
         settings = read_settings(metadata)
+        settings["inference"] = read_inference(metadata.get("inference"))
     except ValueError as error:
         raise ValueError(f"not the weights of a UNet: {error}?") from None
     try:
@@ -302,3 +308,5 @@ def _record_metadata(model, state, prefix, metadata):
     metadata["image_size"] = model.image_size
     metadata["class_names"] = list(model.class_names)
     metadata["window"], metadata["orientation"] = model.window, model.orientation
+    if model.inference is not None:
+        metadata["inference"] = model.inference.as_dict()

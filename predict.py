@@ -39,7 +39,6 @@ from medseg.files import available_cores, parallel_map
 from medseg.images import (
     IMAGE_SIZE,
     describe,
-    full_size_labels,
     preprocess,
     read_image,
     resize_nearest,
@@ -48,7 +47,7 @@ from medseg.images import (
     save_png,
 )
 from medseg.predicting.ensemble import open_models
-from medseg.predicting.flags import parse_arguments
+from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
     annotated_folder,
     choose_output,
@@ -202,7 +201,7 @@ def read_ahead(model, frames, leave_out):
 def predict_one(model, frame, output, threshold):
     """Write the mask of an image and, where `output` is a folder, the tutorial's figure."""
     ((_, image, probabilities),) = predict_images(model, [frame])
-    labels, written = full_size_labels(probabilities, image.size, threshold), [output]
+    labels, written = model.labels(probabilities, image.size, threshold), [output]
     if output.is_dir():
         written = [output / f"{frame.name}_mask.png", output / "predictions.png"]
         visualize_result(image, labels, path=written[1], class_names=model.class_names)
@@ -219,7 +218,7 @@ def predict_many(model, frames, output, threshold, scores=None):
     """
 
     def write(frame, image, probabilities):
-        labels = full_size_labels(probabilities, image.size, threshold)
+        labels = model.labels(probabilities, image.size, threshold)
         save_mask(labels, output / f"{frame.name}_mask.png", names)
         save_overlay(image, labels, output / f"{frame.name}_overlay.jpg", names)
         if scores:
@@ -250,7 +249,7 @@ def predict_volume(model, file, output, threshold, window):
     predicted = predict_images(model, frames)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
     for index, (_, image, probabilities) in enumerate(bar):
-        masks[index] = full_size_labels(probabilities, image.size, threshold)
+        masks[index] = model.labels(probabilities, image.size, threshold)
         highest = np.maximum(highest, probabilities.max((1, 2)))
     slices = volume.pictures(window)
     written = write_prediction(output, volume, slices, masks, model.class_names)
@@ -261,9 +260,10 @@ def predict_volume(model, file, output, threshold, window):
 # ---- a folder with annotations: scores -------------------------------------------------------
 
 
-def open_folder(model, folder, threshold):
+def open_folder(model, folder, threshold, **inference):
     """The FolderScores of a folder with annotations, for the predictions of this model.
 
+    inference: flips and clean-up of these, as FolderScores takes them.
     Raises ValueError where the annotations are damaged or of other classes.
     """
     from data import open_split
@@ -275,7 +275,7 @@ def open_folder(model, folder, threshold):
         content["classes"] = list(model.class_names)
     dataset = open_split(place.parent, place.name, model.image_size, **content)
     check_classes(dataset.coco, dataset.classes, folder)
-    return FolderScores(dataset, threshold)
+    return FolderScores(dataset, threshold, **inference)
 
 
 def report(model, folder, scores, output):
@@ -306,7 +306,8 @@ def predict_annotated(model, folder, frames, output, threshold, problems):
     """
     from medseg.predicting.report import print_report
 
-    scores = open_folder(model, folder, threshold)
+    inference = {"flips": model.inference.flips, "clean": model.inference.clean}
+    scores = open_folder(model, folder, threshold, **inference)
     problems += predict_many(model, frames, output, threshold, scores)
     if problems and scores.missing():
         return False
@@ -319,7 +320,7 @@ def predict_annotated(model, folder, frames, output, threshold, problems):
 
 def main(argv=None):
     args = parse_arguments(argv, __doc__)
-    paths = args.model or [default_model()]
+    args.model = paths = args.model or [default_model()]
     if args.export:
         return export_model(args.export, paths, args.inputs)
     if args.page and (args.inputs or args.output):
@@ -330,6 +331,10 @@ def main(argv=None):
     if model.precision_note:
         print(f"precision: {model.precision}{model.precision_note}")
     window = choose_window(args.window, model.window)
+    model.inference, note = choose_inference(args, model.recorded)
+    if note and rank_and_world()[0] == 0:
+        print(note)
+    args.threshold = model.inference.threshold
     if args.page:
         from medseg.page.app import serve
 

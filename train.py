@@ -44,6 +44,7 @@ from medseg.device import (
     pick_device,
 )
 from medseg.files import file_lock
+from medseg.inference import PLAIN
 from medseg.metrics import RunningScores, dice_score
 from medseg.phantoms import make_phantoms
 from medseg.plots import denormalize, plot_curves, plot_predictions
@@ -64,6 +65,7 @@ from medseg.training.history import (
     epoch_row,
     list_skipped,
     log_values,
+    print_chosen_test,
     print_early_stop,
     print_epoch,
     print_new_head,
@@ -78,6 +80,7 @@ from medseg.training.precision import settle_precision
 from medseg.training.recipes import LOSSES, architecture_of
 from medseg.training.resume import recorded_flags
 from medseg.training.tracking import start_tracker
+from medseg.training.tuning import finished, tune_prediction
 from net import UNet, class_names, copy_weights, load_model
 
 # ---- loss (tutorial, section 5) --------------------------------------------------------------
@@ -369,14 +372,27 @@ def train_and_test(args, checkpoint, signals):
                     signals=signals,
                     save_every=args.save_every,
                 )
-            scores = evaluate(model, loaders["test"], criterion, device, autocast=autocast)
-            tracker.log({f"test/{name}": value for name, value in scores.items()})
+                if args.tune_prediction:
+                    tune_prediction(model, loaders, device, out, autocast)
+            test(model, loaders["test"], criterion, device, autocast, tracker)
             if dist.is_first():
-                print_test(scores, model.class_names, peak_memory(device))
                 draw(args, root, model, loaders["test"], device, history, tracker)
         finally:
             tracker.finish(failed=sys.exc_info()[0] is not None)
         return model, loaders.get("valid"), autocast
+
+
+def test(model, loader, criterion, device, autocast, tracker):
+    """Print and log the scores of the best weights, at 0.5 and as was chosen on valid."""
+    scores = evaluate(model, loader, criterion, device, autocast=autocast)
+    tracker.log({f"test/{name}": value for name, value in scores.items()})
+    if dist.is_first():
+        print_test(scores, model.class_names, peak_memory(device))
+    if (masks := finished(model)) is not model:
+        scores = evaluate(masks, loader, criterion, device, autocast=autocast)
+        tracker.log({f"test/chosen_{name}": scores[name] for name in scores if name != "loss"})
+        if dist.is_first():
+            print_chosen_test(scores, model.inference, model.class_names)
 
 
 def loss_of(args):
@@ -436,12 +452,12 @@ def draw(args, root, model, test_loader, device, history, tracker):
     sides = f"{model.image_size}x{model.image_size}" if model.image_size else "own size"
     title = f"{sides}, {model.n_filters} filters"
     drawn = visualize_predictions(
-        model,
+        finished(model),
         test_loader,
         device,
         num_samples=10,
         path=out / "predictions.png",
-        title=f"{root / 'test'}: {title}, threshold 0.5",
+        title=f"{root / 'test'}: {title}, {model.inference or PLAIN}",
     )
     tracker.image("predictions", drawn)
     if history:

@@ -76,6 +76,15 @@ def all_reduce_sum(part):
     return SumOverRanks.apply(part) if dist.is_initialized() else part
 
 
+def all_gather(items):
+    """The lists of all processes as one list, the same in each. items: what can be pickled."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def all_reduce_max(*numbers):
     """The largest of each number over all processes, which wait for each other here."""
     if not dist.is_initialized():

@@ -5,8 +5,11 @@ import math
 import numpy as np
 import torch
 
-from medseg.dist import all_reduce_sum, is_first
+from medseg.dist import all_gather, all_reduce_sum, is_first
 from medseg.drawing import outline
+from medseg.pieces import clean_masks
+
+SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 
 
 def dice_score(tp, fp, fn):
@@ -152,9 +155,49 @@ class RunningScores:
 # ---- of a folder: numpy counts, an image a row -----------------------------------------------
 
 
+def count_image(targets, probabilities, thresholds, clean="none"):
+    """Counts of one image: int (T, C, 4) of tp, fp, fn, tn at each threshold.
+
+    targets: bool (C, H, W); probabilities: float32 (C, H, W); clean: what is done to the masks, see
+    `medseg.pieces.clean_mask`.
+    """
+    if clean != "none":
+        masks = (clean_masks(probabilities > threshold, clean) for threshold in thresholds)
+        return np.stack([_count_masks(targets, mask) for mask in masks])
+    order = np.argsort(-np.asarray(thresholds))
+    falling = np.asarray(thresholds, probabilities.dtype)[order]
+    bins = len(thresholds) + 1
+    counts = np.zeros((len(thresholds), len(targets), 4), np.int64)
+    for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
+        # A pixel of bin k is above falling[k:], and not above falling[:k]; one that is no number
+        # is above none.
+        found = np.searchsorted(-falling, -probability, side="right")
+        histogram = np.bincount((found + bins * target).ravel(), minlength=2 * bins)
+        above = histogram.reshape(2, bins).cumsum(1)  # of background, of foreground
+        negatives, positives = above[:, -1]
+        fp, tp = above[:, :-1]
+        counts[order, channel] = np.stack([tp, fp, positives - tp, negatives - fp], 1)
+    return counts
+
+
+def _count_masks(targets, preds):
+    """Two bool arrays (C, H, W) -> int (C, 4) of tp, fp, fn, tn."""
+    cases = (targets & preds, ~targets & preds, targets & ~preds, ~targets & ~preds)
+    return np.stack([case.sum((1, 2)) for case in cases], 1)
+
+
+def count_pixels(batches, thresholds, clean="none"):
+    """`count_image` of every image, int (N, T, C, 4), of all processes one after the other.
+
+    batches: iterable of (targets (B, C, H, W), probabilities (B, C, H, W)) of this process.
+    """
+    pairs = (pair for batch in batches for pair in zip(*batch, strict=True))
+    return np.stack(all_gather([count_image(*pair, thresholds, clean) for pair in pairs]))
+
+
 def image_dice(counts):
-    """(N, 4) of tp, fp, fn, tn -> (N,) Dice of each image."""
-    tp, fp, fn, _ = counts.T
+    """(..., 4) of tp, fp, fn, tn -> (...) Dice, as (N, 4) -> (N,) that of each image."""
+    tp, fp, fn, _ = np.moveaxis(counts, -1, 0)
     return dice_score(tp, fp, fn)
 
 
@@ -197,30 +240,13 @@ def hausdorff95(pred, target):
     The larger of the two directed ones, between the pixels of the outlines: Taha, Hanbury,
     "Metrics for evaluating 3D medical image segmentation", BMC Medical Imaging 2015.
     """
+    from scipy import ndimage  # a training does without it
+
     if not pred.any() or not target.any():
         return math.nan
     rows, columns = (np.flatnonzero((pred | target).any(axis)) for axis in (1, 0))
     box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # saves time
     pred, target = outline(pred)[box], outline(target)[box]
-    directed = (_distances(pred, target), _distances(target, pred))
-    return max(float(np.percentile(distances, 95)) for distances in directed)
-
-
-def _distances(mask, other):
-    """From each pixel of a bool array (H, W) to the nearest pixel of another one that is not empty.
-
-    First the nearest of each column, then of each row of those: the time grows with the number of
-    pixels, not with its square, which outlines of vessels in a large image would not allow.
-    """
-    height, width = other.shape
-    numbers, far = np.arange(height)[:, None], 2.0 * (height + width)
-    before = np.maximum.accumulate(np.where(other, numbers, -far))
-    after = np.minimum.accumulate(np.where(other, numbers, 2 * far)[::-1])[::-1]
-    present = np.flatnonzero(other.any(0))  # the columns with pixels
-    squares = np.minimum(numbers - before, after - numbers)[:, present] ** 2  # within each column
-    across = (np.arange(width)[:, None] - present) ** 2.0
-    nearest = []
-    for row, columns in zip(squares, mask, strict=True):
-        if columns.any():
-            nearest.append((across[columns] + row).min(1))
-    return np.sqrt(np.concatenate(nearest))
+    distances = (ndimage.distance_transform_edt(~other) for other in (pred, target))
+    directed = (own[mask] for own, mask in zip(distances, (target, pred), strict=True))
+    return max(float(np.percentile(own, 95)) for own in directed)

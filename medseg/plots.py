@@ -1,6 +1,7 @@
 """Every figure drawn with matplotlib: predictions, curves, the report of a folder."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from medseg.drawing import class_colors
 from medseg.files import atomic_write
 from medseg.images import mean_and_std
+from medseg.inference import Inference
 
 # Blue and orange of Okabe and Ito's palette: red-green blind readers tell them apart, and the
 # prediction is dashed besides.
@@ -19,6 +21,7 @@ SCORE_LABELS = {  # precision, recall and loss are labels as they are
 MAX_SIDE = 1600  # pixels of a picture that are drawn: an outline among 10,000 takes a minute
 MAX_DRAWN = 20  # classes that a figure outlines: more can be told apart neither there nor below
 MAX_SCORES = 14  # lines of the table in a report: more would run into the panels below
+TABLE_WIDTH = 47  # characters of its lines
 
 
 def new_figure(width, height):
@@ -219,8 +222,9 @@ def _draw_score_table(axis, report):
     hd95 = "HD95: no image has both masks"
     if distance is not None:
         hd95 = f"HD95 median {distance:.1f} px, {report['hd95']['left_out']} left out"
-    settings = f"threshold {report['threshold']:g}, images: {report['images']}"
-    lines += ["", settings, "95 % intervals: bootstrap over images", hd95]
+    settings = Inference(report["threshold"], report.get("flips"), report.get("clean", "none"))
+    about = textwrap.wrap(f"{settings}, images: {report['images']}", TABLE_WIDTH)
+    lines += ["", *about, "95 % intervals: bootstrap over images", hd95]
     place = {"va": "top", "transform": axis.transAxes}
     font = {"family": "monospace", "fontsize": 11, "parse_math": False}
     axis.text(0, 1, "\n".join(lines), **place, **font)

@@ -20,6 +20,7 @@ from helpers import HOME, ROOT, SMALL, fork_script, output_of
 from data import Batches
 from medseg.dist import SharedDropout, all_reduce_max, process_group
 from medseg.images import MEAN, STD
+from net import load_model
 
 pytestmark = pytest.mark.slow
 TIMES = ("seconds", "images_per_second")  # these differ between any two runs
@@ -175,6 +176,20 @@ def run_pair(function):
 def test_processes_that_have_just_spoken_leave_at_once(attempt):
     """In PyTorch 2.6 one pair in five hung where Python freed the process group."""
     run_pair(lambda rank: all_reduce_max(1.0))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_processes_choose_on_valid_what_one_does(dataset, tmp_path):
+    """With 4 images of valid in a batch of 3 and one of 1: none for the second process."""
+    flags = (*SMALL, "--batch-size", 3, "--epochs", 2, "--lr", 1e-2, "--augment", "flip")
+    flags = (*flags, "--tune-prediction")
+    one = output_of("train.py", *flags, "--out", "one", cwd=tmp_path)
+    two = train_in_two(*flags, "--out", "two", cwd=tmp_path)
+    lines = [line for line in one.splitlines() if "on valid" in line]
+    assert lines == [line for line in two.splitlines() if "on valid" in line]
+    assert len(lines) > 2  # what was tried, what was chosen
+    chosen = [load_model(tmp_path / out / "best_model.pth").inference for out in ("one", "two")]
+    assert chosen[0] == chosen[1] is not None
 
 
 def test_dropout_of_two_processes_is_that_of_one():

@@ -428,6 +428,16 @@ LIES = {
     "std": ["[0]", "[NaN]", "[-1]", "not json"],
     "window": ["[40, 0]", "[40]", '"all"', "[NaN, 1]", "not json"],
     "orientation": ['"RAR"', "[1, 2, 3]"],
+    "inference": [
+        *("0.5", "[]", "{}", '{"threshold": 0.5}', "[" * 90_000),
+        *(
+            f'{{"threshold": {threshold}, "flips": {flips}, "clean": {clean}}}'
+            for threshold, flips, clean in (
+                *(("2", "[]", '"none"'), ("NaN", "[]", '"none"'), ("0.5", '["up"]', '"none"')),
+                *(("0.5", "[[]]", '"none"'), ("0.5", "[]", '"larger"'), ("0.5", "[]", "null")),
+            )
+        ),
+    ],
 }
 
 
@@ -438,8 +448,9 @@ def test_metadata_that_lie(exported, place, refused):
         refused("predict", "scan.png", "--model", name, words=["lie.onnx"])
     no_size = onnx_file(place / "none.onnx", proto, image_size="null")
     assert OnnxModel(no_size).image_size is None
-    null = onnx_file(place / "none.onnx", proto, window="null", orientation="null")
-    assert OnnxModel(null).window is OnnxModel(null).orientation is None
+    null = dict.fromkeys(("window", "orientation", "inference"), "null")
+    model = OnnxModel(onnx_file(place / "none.onnx", proto, **null))
+    assert model.window is model.orientation is model.recorded is None
     assert not list(place.glob("*_mask.png"))
 
 

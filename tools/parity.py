@@ -104,6 +104,7 @@ def open_models(path, folder):
     from medseg.predicting.export import FORMATS, available_formats, export, quiet
 
     model = predict.load_model(path, "cpu")
+    model.inference = None  # one pass through the network, which is what is compared
     models = {name: predict.TorchModel(model, "cpu", name) for name in ("fp32", "bf16")}
     for suffix in available_formats():
         file = folder / f"model{suffix}"

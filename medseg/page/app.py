@@ -147,8 +147,9 @@ class Page:
 
         folder: of the session; by default that of all browsers.
         """
-        about = (self.predictor.class_names, self.window, self.predictor.orientation)
-        session = Session(folder or self.folder, *about)
+        predictor = self.predictor
+        about = (predictor.class_names, self.window, predictor.orientation)
+        session = Session(folder or self.folder, *about, predictor.inference.clean)
         session.predict(paths or [], self.probabilities, progress)
         count = len(session.predictions)
         number = session.first(threshold) + 1 if count else 1
@@ -334,8 +335,11 @@ def head_html(title, predictor):
     side, names = predictor.image_size, predictor.class_names
     size = "its own size" if side is None else f"{side}x{side} pixels"
     classes = "one class" if len(names) == 1 else f"{len(names)} classes"
+    extras = predictor.inference.extras()
+    made = f" Masks: {', '.join(extras)}." if extras else ""
     return (
-        f"<h1>{escape(title)}</h1><p>The network takes an image at {size} and marks {classes}. "
+        f"<h1>{escape(title)}</h1><p>The network takes an image at {size} and marks {classes}."
+        f"{escape(made)} "
         "Everything stays on the computer that runs this page. "
         "<strong>Not for clinical use.</strong></p>"
     )

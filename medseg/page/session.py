@@ -24,6 +24,7 @@ from medseg.images import (
     save_overlay,
     save_png,
 )
+from medseg.pieces import clean_labels
 from medseg.predicting.inputs import Frame, expand, open_file
 
 VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
@@ -56,12 +57,13 @@ class Session:
 
     The probabilities are on disk, so that a volume of many slices takes no memory.
     window: (center, width) of DICOM and NIfTI values, or None. orientation: to turn volumes to, or
-    None.
+    None. clean: what is done to the masks, see `medseg.pieces.clean_mask`.
     predictions: [Prediction]; problems: a line on each file that could not be predicted.
     """
 
-    def __init__(self, folder, class_names, window=None, orientation=None):
+    def __init__(self, folder, class_names, window=None, orientation=None, clean="none"):
         self.class_names, self.predictions, self.problems = class_names, [], []
+        self.clean = clean
         self._settings, self._volumes = (window, orientation), {}  # path -> ImageFile
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -116,12 +118,15 @@ class Session:
         """The `View` of one prediction at a threshold."""
         prediction, n_classes = self.predictions[index], len(self.class_names)
         view, probabilities = prediction.read()
-        labels = full_size_labels(probabilities, prediction.size, threshold)
+        labels = self._labels(probabilities, prediction.size, threshold)
         highest = probabilities.max((1, 2))
         line = describe(prediction.frame.title, labels, highest, self.class_names)
         labels = resize_nearest(labels, *view.shape[:2])
         image, mask = Image.fromarray(view), draw_labels(labels, n_classes)
         return View(image, mask, overlay(image, labels, n_classes), line)
+
+    def _labels(self, probabilities, size, threshold):
+        return clean_labels(full_size_labels(probabilities, size, threshold), self.clean)
 
     def save(self, image):
         """Write a PIL image of a `View` as PNG; return its path, which is the same every time."""
@@ -139,7 +144,7 @@ class Session:
         """
         folder, volumes, written = Path(tempfile.mkdtemp(dir=self._folder)), {}, []
         for prediction in self.predictions:
-            labels = full_size_labels(prediction.read()[1], prediction.size, threshold)
+            labels = self._labels(prediction.read()[1], prediction.size, threshold)
             if prediction.frame.path in self._volumes:
                 volumes.setdefault(prediction.frame.path, []).append(labels)
                 continue

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from medseg.inference import PLAIN, combine
 from medseg.predicting.models import Model
 
 # What the members have in common, and what to call it.
@@ -50,18 +51,34 @@ class Ensemble(Model):
         # An ONNX file takes its images from the CPU; weights fetch them.
         self.device = models[0].device if len(devices) == 1 else "cpu"
         super().__init__(models[0], str(self.device).partition(":")[0])
+        self.recorded = combine([model.recorded for model in models])
+        self.inference = self.recorded or PLAIN
         self.batch_size = min(model.batch_size for model in models)
         timed = [model for model in models if model.precision_note]
         self.precision = (timed or models)[0].precision
         self.precision_note = (timed or models)[0].precision_note
+
+    @property
+    def inference(self):
+        """That of every member: each averages over the flips."""
+        return self.models[0].inference
+
+    @inference.setter
+    def inference(self, inference):
+        for model in self.models:
+            model.inference = inference
 
     def probabilities(self, pixels):
         """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
         return sum(model.probabilities(pixels) for model in self.models) / len(self.models)
 
     def run(self, images):
-        """Normalised images (B, n_channels, H, W) -> the same as `probabilities`."""
+        """Normalised images (B, n_channels, H, W) -> probabilities of one pass through each."""
         return sum(model.run(images) for model in self.models) / len(self.models)
+
+    def average(self, images):
+        """Normalised images (B, n_channels, H, W) -> the same as `probabilities`."""
+        return sum(model.average(images) for model in self.models) / len(self.models)
 
 
 def _spell(value):

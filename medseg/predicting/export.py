@@ -35,7 +35,8 @@ def export(model, path):
 
     Any batch, height and width. The file's metadata hold class names, image size, n_channels, the
     mean and deviation of the normalisation (of 0..1) and, of a model trained on DICOM or NIfTI
-    files, their window and orientation. With .pth it is the state dict in half
+    files, their window and orientation; and how masks are made of the probabilities, where that was
+    chosen on valid (`medseg.inference`). With .pth it is the state dict in half
     precision, for predict.py and train.py. A file of that name is replaced, but only once the new
     one has been run and compared with PyTorch on SHAPES.
     Returns the largest difference of the probabilities. Raises ValueError where it is more than
@@ -115,6 +116,7 @@ def metadata_of(model):
         "std": list(std),
         "window": model.window,
         "orientation": model.orientation,
+        "inference": model.inference and model.inference.as_dict(),
     }
     return check_metadata(metadata)
 

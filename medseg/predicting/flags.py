@@ -1,9 +1,12 @@
 """The flags of predict.py."""
 
+import argparse
 from pathlib import Path
 
-from medseg.cli import ArgumentParser, add_device_flags, number
+from medseg.cli import ArgumentParser, add_device_flags, named_values, number
 from medseg.images import FORMAT_NAMES
+from medseg.inference import FLIPS, PLAIN
+from medseg.pieces import CLEANINGS
 
 MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".pt2", ".torchscript")
 
@@ -32,29 +35,7 @@ def make_parser(doc):
         metavar="IMAGE|FOLDER",
         help=f"DICOM, NIfTI, {FORMAT_NAMES}; without one, the tutorial's example image",
     )
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        nargs="+",
-        metavar="FILE",
-        help="weights or an ONNX file; of several, the mean of their probabilities counts; "
-        "default: best_model.pth, and where there is none dataset/tumor.pth, which comes with the "
-        "repository",
-    )
-    add(
-        "--threshold",
-        type=number(0.0, 1.0, float),
-        default=0.5,
-        help="foreground is above this probability",
-    )
-    add_device_flags(add)
-    add(
-        "--export",
-        metavar="FILE",
-        help="write --model to FILE for other programs: .onnx, .pt2 (torch.export) or "
-        ".torchscript (torch.jit, which PyTorch has deprecated); or its weights in half precision "
-        "(float16) to FILE.pth",
-    )
+    _add_model_flags(parser)
     add = parser.add_argument_group("files").add_argument
     add(
         "--output",
@@ -74,3 +55,63 @@ def make_parser(doc):
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
     add("--port", type=number(0, 65535), metavar="N", help="default: 7860 or the next free one")
     return parser
+
+
+def _add_model_flags(parser):
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        nargs="+",
+        metavar="FILE",
+        help="weights or an ONNX file; of several, the mean of their probabilities counts; "
+        "default: best_model.pth, and where there is none dataset/tumor.pth, which comes with the "
+        "repository",
+    )
+    add(
+        "--threshold",
+        type=number(0.0, 1.0, float),
+        help="foreground is above this probability; default: that of the weights, else 0.5",
+    )
+    add(
+        "--tta",
+        action=argparse.BooleanOptionalAction,
+        help="average the probabilities of the image and of its flips, left to right, top to "
+        "bottom and both; default: as chosen on valid for the weights, else off",
+    )
+    add(
+        "--clean",
+        type=named_values(CLEANINGS),
+        metavar="NAME,...",
+        help="what to do to masks. largest: keep the largest piece of each class; none; default: "
+        "as chosen on valid for the weights, else none",
+    )
+    add_device_flags(add)
+    add(
+        "--export",
+        metavar="FILE",
+        help="write --model to FILE for other programs: .onnx, .pt2 (torch.export) or "
+        ".torchscript (torch.jit, which PyTorch has deprecated); or its weights in half precision "
+        "(float16) to FILE.pth",
+    )
+
+
+def choose_inference(args, recorded):
+    """(the `medseg.inference.Inference` to predict with, a line on it or '').
+
+    recorded: that in the weights, or None; a flag that is given wins over it.
+    """
+    inference, given = recorded or PLAIN, []
+    if args.threshold is not None:
+        inference, given = inference._replace(threshold=args.threshold), ["--threshold"]
+    if args.tta is not None:
+        flips = (inference.flips or tuple(FLIPS)) if args.tta else ()
+        inference = inference._replace(flips=flips)
+        given.append("--tta" if args.tta else "--no-tta")
+    if args.clean is not None:
+        inference = inference._replace(clean=args.clean)
+        given.append("--clean")
+    if recorded is None:
+        return inference, ""
+    but = f", but for {' and '.join(given)}" if given else ""
+    files = args.model[0] if len(args.model) == 1 else f"{len(args.model)} files"
+    return inference, f"{inference}: chosen on valid (recorded in {files}){but}"

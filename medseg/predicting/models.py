@@ -9,8 +9,10 @@ import numpy as np
 
 from medseg.cli import one_line
 from medseg.files import available_cores
-from medseg.images import IMAGE_SIZE, preprocess
+from medseg.images import IMAGE_SIZE, full_size_labels, preprocess
+from medseg.inference import PLAIN, average_over_flips, read_inference
 from medseg.normalization import normalize
+from medseg.pieces import clean_labels
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.settings import read_settings
 
@@ -34,14 +36,20 @@ class Model:
     """A network, and what prediction has to know of it.
 
     image_size, n_channels, n_classes, class_names, window, orientation: as of `net.UNet`.
-    batch_size: how many images to predict at a time. run(images): normalised float32
-    (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W).
+    recorded: the `medseg.inference.Inference` in its file, or None; inference: the one to predict
+    with. batch_size: how many images to predict at a time. run(images): normalised float32
+    (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W), of one pass through
+    the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels).
     """
+
+    recorded, inference = None, PLAIN
 
     def __init__(self, network, device_type):
         self.image_size, self.n_channels = network.image_size, network.n_channels
         self.class_names, self.n_classes = tuple(network.class_names), len(network.class_names)
         self.window, self.orientation = network.window, network.orientation
+        self.recorded = getattr(network, "inference", None)  # which only a UNet has
+        self.inference = self.recorded or PLAIN
         self.batch_size = 4 if device_type == "cpu" else 16  # more do not fit a CPU's caches
         if self.image_size is None:  # images keep their own
             self.batch_size = 1
@@ -53,6 +61,21 @@ class Model:
     def predict(self, image):
         """PIL image -> probabilities, float32 (n_classes, S, S)."""
         return self.probabilities(self.prepare(image)[None])[0]
+
+    def probabilities(self, pixels):
+        """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
+        return self.average(self.normalize(pixels))
+
+    def average(self, images):
+        """As `run`, averaged over the flips of `inference`."""
+        return average_over_flips(self.run, images, self.inference.flips)
+
+    def labels(self, probabilities, size, threshold):
+        """float32 (n_classes, S, S) -> class numbers, uint8 (height, width), cleaned up.
+
+        size: (width, height) of the image.
+        """
+        return clean_labels(full_size_labels(probabilities, size, threshold), self.inference.clean)
 
 
 class TorchModel(Model):
@@ -75,11 +98,10 @@ class TorchModel(Model):
         )
         self.autocast = make_autocast(self.precision, self.device)
 
-    def probabilities(self, pixels):
-        """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
+    def normalize(self, pixels):
         import torch
 
-        return self.run(normalize(torch.from_numpy(pixels).to(self.device)))
+        return normalize(torch.from_numpy(pixels).to(self.device))
 
     def run(self, images):
         found = predict_probabilities(self.network, images, self.device, autocast=self.autocast)
@@ -128,7 +150,9 @@ class OnnxModel(Model):
         if precision not in ("auto", "fp32"):
             raise ValueError(f"--precision {precision}: {path} runs in fp32; give the .pth file")
         metadata = read_metadata(path)  # which refuses files that onnxruntime must not see
-        super().__init__(SimpleNamespace(**(metadata | read_settings(metadata))), self.device)
+        settings = read_settings(metadata)
+        settings["inference"] = read_inference(metadata.get("inference"))
+        super().__init__(SimpleNamespace(**(metadata | settings)), self.device)
         self.path = Path(path)
         # In float32, as for the training: the same pixels give the same numbers.
         self.statistics = [np.float32(metadata[key]) * np.float32(255) for key in ("mean", "std")]
@@ -162,9 +186,8 @@ class OnnxModel(Model):
         if signature != expected:
             raise not_ours(self.path, f"its inputs and outputs are {signature!r:.300}")
 
-    def probabilities(self, pixels):
-        """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
-        return self.run(normalize(pixels, self.statistics))
+    def normalize(self, pixels):
+        return normalize(pixels, self.statistics)
 
     def run(self, images):
         """Raises ValueError where the network fails or what it returns are no probabilities."""

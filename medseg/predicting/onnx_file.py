@@ -13,10 +13,12 @@ import os
 
 from medseg.cli import one_line
 from medseg.files import check_regular
+from medseg.inference import read_inference
 from medseg.settings import read_settings
 
 KEYS = ("class_names", "image_size", "n_channels", "mean", "std")  # of the metadata, JSON each
-OPTIONAL_KEYS = ("window", "orientation")  # where DICOM or NIfTI files were trained on
+# Where DICOM or NIfTI files were trained on; where threshold, flips and pieces were chosen.
+OPTIONAL_KEYS = ("window", "orientation", "inference")
 MAX_FIELDS, MAX_TEXT = 1_000_000, 100_000  # of a file's structure; bytes of one metadata value
 
 # The parts of an ONNX file (onnx.proto) in which a tensor can lie: {message: {field: message}}.
@@ -98,7 +100,9 @@ def check_metadata(metadata):
             raise ValueError(f"{key} {values!r:.60}")
     if min(std) < 1e-6:
         raise ValueError(f"std {std!r:.60}")
-    settings = {key: value for key, value in read_settings(metadata).items() if value is not None}
+    read_inference(metadata.get("inference"))
+    settings = read_settings(metadata) | {"inference": metadata.get("inference")}
+    settings = {key: value for key, value in settings.items() if value is not None}
     return {key: metadata[key] for key in KEYS} | settings
 
 

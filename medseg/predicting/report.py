@@ -9,52 +9,30 @@ from tqdm import tqdm
 
 from medseg.files import atomic_write
 from medseg.images import read_image
-from medseg.metrics import bootstrap, class_scores, hausdorff95, image_dice, pooled_scores
+from medseg.metrics import (
+    SWEEP,
+    bootstrap,
+    class_scores,
+    count_image,
+    count_pixels,
+    hausdorff95,
+    image_dice,
+    pooled_scores,
+)
+from medseg.pieces import clean_masks
 from medseg.plots import plot_report
 
-SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w+$", re.IGNORECASE)
-
-
-def count_image(targets, probabilities, thresholds):
-    """Counts of one image: int (T, C, 4) of tp, fp, fn, tn at each threshold.
-
-    targets: bool (C, H, W); probabilities: float32 (C, H, W).
-    """
-    order = np.argsort(-np.asarray(thresholds))
-    falling = np.asarray(thresholds, probabilities.dtype)[order]
-    bins = len(thresholds) + 1
-    counts = np.zeros((len(thresholds), len(targets), 4), np.int64)
-    for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
-        # A pixel of bin k is above falling[k:], and not above falling[:k]; one that is no number
-        # is above none.
-        found = np.searchsorted(-falling, -probability, side="right")
-        histogram = np.bincount((found + bins * target).ravel(), minlength=2 * bins)
-        above = histogram.reshape(2, bins).cumsum(1)  # of background, of foreground
-        negatives, positives = above[:, -1]
-        fp, tp = above[:, :-1]
-        counts[order, channel] = np.stack([tp, fp, positives - tp, negatives - fp], 1)
-    return counts
-
-
-def count_pixels(batches, thresholds):
-    """`count_image` of every image, int (N, T, C, 4).
-
-    batches: iterable of (targets (B, C, H, W), probabilities (B, C, H, W)).
-    """
-    return np.stack(
-        [count_image(*image, thresholds) for batch in batches for image in zip(*batch, strict=True)]
-    )
 
 
 def threshold_sweep(model, batches):
     """The Dice of a split at each threshold of SWEEP, and the threshold of the highest.
 
-    batches: its images and masks as `data.Batches` gives them.
+    batches: its images and masks as `data.Batches` gives them. Flips and clean-up are the model's.
     """
     bar, names = tqdm(batches, "valid", unit=" batches", disable=None), model.class_names
-    predicted = ((masks.cpu().numpy() > 0, model.run(images)) for images, masks in bar)
-    counts = count_pixels(predicted, SWEEP)
+    predicted = ((masks.cpu().numpy() > 0, model.average(images)) for images, masks in bar)
+    counts = count_pixels(predicted, SWEEP, model.inference.clean)
     dice = [class_scores(counts[:, index], names)["dice"] for index in range(len(SWEEP))]
     return {"thresholds": SWEEP, "dice": dice, "chosen_threshold": SWEEP[int(np.argmax(dice))]}
 
@@ -62,11 +40,13 @@ def threshold_sweep(model, batches):
 class FolderScores:
     """The predictions of an annotated folder, compared with its annotations as they are made.
 
-    dataset: the folder as `data.COCOSegmentationDataset`. threshold: that of the predictions.
+    dataset: the folder as `data.COCOSegmentationDataset`. threshold, flips, clean: those of the
+    predictions, see `medseg.inference.Inference`.
     """
 
-    def __init__(self, dataset, threshold):
+    def __init__(self, dataset, threshold, *, flips=(), clean="none"):
         self.dataset, self.thresholds = dataset, [threshold, *SWEEP]
+        self.flips, self.clean = flips, clean
         self._indices = {}  # of a file; several records may name it
         for index in range(len(dataset)):
             self._indices.setdefault(_identity(dataset.path(index)), []).append(index)
@@ -87,8 +67,8 @@ class FolderScores:
         from pycocotools import mask as coco_mask
 
         targets = self.dataset.load_masks(index, size, probabilities.shape[1:]) > 0
-        counts = count_image(targets, probabilities, self.thresholds)
-        preds = probabilities > self.thresholds[0]
+        counts = count_image(targets, probabilities, self.thresholds, self.clean)
+        preds = clean_masks(probabilities > self.thresholds[0], self.clean)
         distances = [hausdorff95(*pair) for pair in zip(preds, targets, strict=True)]
         columns_first = np.asfortranarray(preds.transpose(1, 2, 0), dtype=np.uint8)
         self._images[index] = counts, distances, coco_mask.encode(columns_first)
@@ -145,6 +125,8 @@ def write_report(output, folder, scores, valid, class_names):
         "image_size": dataset.image_size,
         "class_names": list(class_names),
         "threshold": scores.thresholds[0],
+        "flips": list(scores.flips),
+        "clean": scores.clean,
         "scores": class_scores(counts, class_names),
         "confidence_95": bootstrap(counts, class_names),
         "hd95": _summarize_distances(distances),

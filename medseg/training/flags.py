@@ -33,6 +33,7 @@ def make_parser(doc):
     _add_data_flags(parser)
     _add_training_flags(parser)
     _add_recipe_flags(parser)
+    _add_tuning_flags(parser)
     _add_machine_flags(parser)
     _add_file_flags(parser)
     _add_tracking_flags(parser)
@@ -139,6 +140,17 @@ def _add_recipe_flags(parser):
         default="none",
         metavar="NAME=STRENGTH,...",
         help=f"random changes of the training images, as in flip,rotate=30: {augmentations}",
+    )
+
+
+def _add_tuning_flags(parser):
+    add = parser.add_argument_group("after training").add_argument
+    add(
+        "--tune-prediction",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="choose on valid how predict.py makes masks: threshold, averaging over the flips of "
+        "--augment, largest piece",
     )
 
 

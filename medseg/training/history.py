@@ -128,6 +128,23 @@ def print_test(scores, class_names, gpu_gib=None):
         f"{scores['background_acc']:.4f}",
         flush=True,
     )
+    _print_classes(scores, class_names)
+    if gpu_gib is not None:
+        print(f"peak GPU memory {gpu_gib:.2f} GiB", flush=True)
+
+
+def print_chosen_test(scores, inference, class_names):
+    """The scores of the test with masks made as was chosen on valid."""
+    print(
+        f"test with {inference}, as chosen on valid: Dice {scores['dice']:.4f}, "
+        f"IoU {scores['iou']:.4f}, precision {scores['precision']:.4f}, "
+        f"recall {scores['recall']:.4f}, per-image Dice {scores['image_dice']:.4f}",
+        flush=True,
+    )
+    _print_classes(scores, class_names)
+
+
+def _print_classes(scores, class_names):
     for name in class_names if len(class_names) > 1 else ():
         own = {key: scores[f"{key}/{name}"] for key in ("dice", "iou", "precision", "recall")}
         print(
@@ -135,8 +152,6 @@ def print_test(scores, class_names, gpu_gib=None):
             f"precision {own['precision']:.4f}, recall {own['recall']:.4f}",
             flush=True,
         )
-    if gpu_gib is not None:
-        print(f"peak GPU memory {gpu_gib:.2f} GiB", flush=True)
 
 
 def print_run(root, args, loaders, model, machine):

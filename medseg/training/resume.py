@@ -13,6 +13,7 @@ NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
 # result; how far --epochs and --patience may change, `check_can_go_on` says.
 MAY_CHANGE = (
     *(*NOT_RECORDED, "data", "epochs", "patience", "device", "compile", "save_every"),
+    "tune_prediction",  # which is done once the training has ended
     *("swanlab", "project", "experiment_name"),
 )
 
@@ -60,14 +61,15 @@ def check_same_run(args, checkpoint, parser):
 def check_can_go_on(args, checkpoint):
     """ValueError unless the epochs done are the beginning of a run with these flags that goes on.
 
-    The message says which flag to give. A run that was stopped in its test goes on with that, and
-    torchrun may restart one that has ended.
+    The message says which flag to give. A run that was stopped in its test goes on with that, one
+    that has ended goes on with --tune-prediction, and torchrun may restart one.
     """
     path, before = checkpoint["path"], {**vars(args), **checkpoint["flags"]}
     epochs, patience = before["epochs"], before["patience"]
     done, wait = waits(checkpoint)
     same = (args.epochs, args.patience) == (epochs, patience)
-    if same and (restart_count() or not has_ended(path.parent)):
+    tunes = args.tune_prediction and not checkpoint["flags"].get("tune_prediction")
+    if same and (tunes or restart_count() or not has_ended(path.parent)):
         return
     to_test = "to test its weights again, give --test-only in place of --resume"
     if args.schedule != "constant" and done >= epochs:

@@ -1,0 +1,140 @@
+"""After training, on valid: threshold, averaging over flips and largest piece, where they gain."""
+
+import math
+
+import numpy as np
+import torch
+
+from medseg.dist import is_first
+from medseg.inference import FLIPS, PLAIN, average_over_flips
+from medseg.metrics import SWEEP, class_scores, count_pixels, image_dice
+from medseg.training.checkpoint import BEST
+from medseg.weights import save_weights
+
+MIN_GAIN = 0.002  # of the Dice of the split: less is not worth another way to make masks
+MIN_IMAGES = 4  # of valid, to choose a threshold or whether pieces are removed
+
+
+def gains(before, after, *, expected=False):
+    """Whether masks became better by more than noise; counts of the same images, (N, C, 4).
+
+    The Dice of the split must gain MIN_GAIN, which one large image can do alone, and the Dice of
+    the images, on average, more than the standard error of that average, which chance does in one
+    of six cases. So a gain has to be seen in many images. After the one-standard-error rule of
+    Breiman, Friedman, Olshen, Stone: "Classification and Regression Trees", 1984, chapter 3: of
+    models that are no further apart, the simplest. It takes at least two images.
+    expected: of a change that is expected to help whatever valid says, as the mean of several
+    predictions of a network that has learned the flips: then the Dice of the images must not fall.
+    """
+    difference = image_dice(after).mean(1) - image_dice(before).mean(1)  # (N,)
+    noise = 0 if expected else difference.std(ddof=1) / math.sqrt(len(difference))
+    gained = split_dice(after) - split_dice(before)
+    return bool(gained >= MIN_GAIN and difference.mean() > noise)
+
+
+def split_dice(counts):
+    """Dice of the summed pixels of counts (N, C, 4), the mean over the classes."""
+    return class_scores(counts, range(counts.shape[1]))["dice"]
+
+
+def choose(count, flips):
+    """(the Inference that suits a split, a line on each choice that was tried).
+
+    count(inference, thresholds) -> counts (N, T, C, 4) of the split at these thresholds, with the
+    flips and the clean-up of an Inference. flips: names to try.
+    One choice after the other, each beside what was chosen before: threshold, flips (which may need
+    another threshold), largest piece. What does not gain stays as in the tutorial.
+    """
+    chosen, lines = PLAIN, []
+    counts, at = count(chosen, SWEEP), SWEEP.index(PLAIN.threshold)
+    enough = len(counts) >= MIN_IMAGES
+    if not enough:
+        lines.append(f"too few images ({len(counts)}) for a threshold and the largest piece")
+
+    def take(other, after, **expected):
+        before, taken = counts[:, at], gains(counts[:, at], after, **expected)
+        verdict = "chosen" if taken else "not chosen: no clear gain"
+        dice = f"Dice {split_dice(after):.4f} instead of {split_dice(before):.4f}"
+        lines.append(f"{other}: {dice}, {verdict}")
+        return taken
+
+    if enough and (best := better_threshold(counts, at)) != at:
+        other = chosen._replace(threshold=SWEEP[best])
+        if take(other, counts[:, best]):
+            chosen, at = other, best
+    if flips:
+        after = count(chosen._replace(flips=flips), SWEEP)
+        best = better_threshold(after, at) if enough else at
+        other = chosen._replace(threshold=SWEEP[best], flips=flips)
+        if take(other, after[:, best], expected=True):
+            chosen, counts, at = other, after, best
+    if enough:
+        other = chosen._replace(clean="largest")
+        if take(other, count(other, [other.threshold])[:, 0]):
+            chosen = other
+    return chosen, lines
+
+
+def better_threshold(counts, at):
+    """The index in SWEEP of the highest Dice where it gains, else `at`; counts: (N, T, C, 4)."""
+    best = int(np.argmax([split_dice(counts[:, index]) for index in range(len(SWEEP))]))
+    return best if gains(counts[:, at], counts[:, best]) else at
+
+
+def flips_of(strengths):
+    """The flips that a training has seen, as names of FLIPS; strengths: of its augmentations."""
+    if strengths.get("flip"):
+        return tuple(FLIPS)
+    return ("horizontal",) if strengths.get("mirror") else ()
+
+
+def tune_prediction(model, loaders, device, out, autocast):
+    """Choose how the masks of a trained UNet are made, and record it in out/best_model.pth.
+
+    model: with its best weights. loaders: {split: `data.Batches`}, of which valid is predicted
+    some times over. Every process calls it, with its part of the batches.
+    """
+
+    def count(inference, thresholds):
+        predicted = predict(model, loaders["valid"], device, inference.flips, autocast)
+        return count_pixels(predicted, thresholds, inference.clean)
+
+    model.inference, lines = choose(count, flips_of(loaders["train"].strengths))
+    if is_first():
+        save_weights(out / BEST, model.state_dict())
+        for line in lines:
+            print(f"on valid, {line}")
+        print(f"chosen on valid: {model.inference}", flush=True)
+
+
+def predict(model, loader, device, flips, autocast):
+    """Yield (targets, probabilities), bool and float32 arrays (B, C, H, W), of each batch."""
+    model.eval()
+    for images, masks in loader:
+        with torch.inference_mode(), autocast:
+            outputs = average_over_flips(model, images.to(device), flips)
+        yield masks.cpu().numpy() > 0.5, outputs.float().cpu().numpy()
+
+
+class MaskModel(torch.nn.Module):
+    """A UNet that gives its masks, float32 (B, C, H, W) of 0 and 1, as its Inference makes them."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.class_names = network, network.class_names
+
+    def forward(self, images):
+        inference = self.network.inference
+        outputs = average_over_flips(self.network, images, inference.flips)
+        masks = torch.zeros(outputs.shape)  # of several processes, one may have no image
+        for mask, probabilities in zip(masks, outputs.float().cpu().numpy(), strict=True):
+            mask[:] = torch.from_numpy(inference.masks(probabilities))
+        return masks.to(outputs.device)
+
+
+def finished(model):
+    """A MaskModel, or the model itself where nothing but its own 0.5 is chosen.
+
+    What it gives above 0.5 are the masks that predict.py makes.
+    """
+    return model if model.inference in (None, PLAIN) else MaskModel(model)

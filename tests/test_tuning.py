@@ -1,0 +1,712 @@
+"""--tune-prediction: what is chosen on valid, recorded in the weights, and done by predict.py."""
+
+import json
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    SMALL,
+    assert_done,
+    assert_refused,
+    brightness_model,
+    make_dataset,
+    output_of,
+    script_here,
+    skip_pictures,
+    write_nifti,
+)
+from PIL import Image
+
+import predict
+import train
+from data import Batches, load_split
+from medseg.inference import FLIPS, PLAIN, Inference, average_over_flips, combine, read_inference
+from medseg.metrics import SWEEP, count_image
+from medseg.pieces import clean_labels, clean_masks, largest_piece
+from medseg.predicting.models import OnnxModel
+from medseg.training.tuning import choose, finished, flips_of, gains
+from medseg.training.tuning import predict as predict_loader
+from medseg.weights import load_weights
+from net import UNet, load_model
+
+ALL_FLIPS = ("horizontal", "vertical", "both")
+TUNED = Inference(0.35, ("horizontal",), "largest")
+
+
+# ---- pieces ----------------------------------------------------------------------------------
+
+
+def draw(*rows):
+    """Rows of '.' and '#' -> bool array."""
+    return np.array([[letter == "#" for letter in row] for row in rows])
+
+
+def flood(mask):
+    """The pieces of a mask, each a set of pixels, in the order of their first pixels."""
+    left = {tuple(pixel) for pixel in np.argwhere(mask).tolist()}
+    pieces = []
+    for first in np.argwhere(mask).tolist():
+        piece, waiting = set(), [tuple(first)]
+        while waiting:
+            row, column = waiting.pop()
+            if (row, column) in left:
+                left.remove((row, column))
+                piece.add((row, column))
+                waiting += [(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        if piece:
+            pieces.append(piece)
+    return pieces
+
+
+@pytest.mark.parametrize(
+    "mask, kept",
+    [
+        # Pixels that touch at a corner are of one piece: 4 against 3.
+        (("#...##", ".#...#", "..#...", "...#.."), ("#.....", ".#....", "..#...", "...#..")),
+        # Of equal ones the first row by row, which is not the leftmost.
+        (("....##", "......", "##..##"), ("....##", "......", "......")),
+        # An arm of a U comes first, and the U is one piece.
+        (("#.#.#", "#.#.#", "###.#"), ("#.#..", "#.#..", "###..")),
+        (("...", "..."), ("...", "...")),
+        (("##", "##"), ("##", "##")),
+    ],
+)
+def test_the_largest_piece_of_drawn_masks(mask, kept):
+    np.testing.assert_array_equal(largest_piece(draw(*mask)), draw(*kept))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45])
+def test_the_largest_piece_against_a_flood_fill(share):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = rng.random((12, 17)) < share
+        largest = max(flood(mask), key=len, default=set())  # the first of the largest
+        assert {tuple(pixel) for pixel in np.argwhere(largest_piece(mask)).tolist()} == largest
+
+
+def test_each_class_keeps_a_piece_of_its_own():
+    labels = np.array([[1, 0, 2, 2, 0], [0, 0, 0, 0, 7], [1, 1, 0, 2, 0]], np.uint8)
+    cleaned = [[0, 0, 2, 2, 0], [0, 0, 0, 0, 7], [1, 1, 0, 0, 0]]
+    assert clean_labels(labels, "largest").tolist() == cleaned
+    masks = np.stack([labels == number for number in (1, 2, 7)])
+    expected = np.stack([np.array(cleaned) == number for number in (1, 2, 7)])
+    np.testing.assert_array_equal(clean_masks(masks, "largest"), expected)
+    for plain in ("none", "largest=0"):
+        assert clean_labels(labels, plain).tolist() == labels.tolist()
+    assert not clean_labels(np.zeros((3, 4), np.uint8), "largest").any()
+
+
+def test_counts_of_cleaned_masks_by_hand():
+    """At 0.5 a piece of 3 and one of 2 pixels; at 0.8 what is left of the second is larger."""
+    target = np.array([[[1, 1, 1, 0, 0, 0]]], bool)
+    probabilities = np.array([[[0.9, 0.6, 0.6, 0.1, 0.9, 0.9]]], np.float32)
+    assert count_image(target, probabilities, [0.8, 0.5], "largest").tolist() == [
+        [[0, 2, 3, 1]],
+        [[3, 0, 0, 3]],
+    ]
+    assert count_image(target, probabilities, [0.5]).tolist() == [[[3, 2, 0, 1]]]
+
+
+# ---- flips -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def random_model():
+    """A UNet whose probabilities vary and whose flips differ."""
+    torch.manual_seed(1)
+    model = UNet(3, 2, 4, image_size=32, depth=2).eval()
+    for weight in model.parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight)
+    return model
+
+
+@pytest.mark.parametrize("flips", [(), ("horizontal",), ("vertical", "both"), ALL_FLIPS])
+def test_the_average_over_flips_by_numpy(random_model, flips):
+    pixels = np.random.default_rng(2).integers(0, 256, (3, 33, 50, 3), np.uint8)
+    model = predict.TorchModel(random_model, "cpu", "fp32")
+
+    def run(flipped):  # a strided view would do, were it not for torch
+        return model.probabilities(np.ascontiguousarray(flipped))
+
+    plain = run(pixels)
+    expected = plain.astype(float)
+    for name in flips:
+        rows = slice(None, None, -1 if name in ("vertical", "both") else 1)
+        columns = slice(None, None, -1 if name in ("horizontal", "both") else 1)
+        expected += run(pixels[:, rows, columns])[:, :, rows, columns]
+    model.inference = PLAIN._replace(flips=flips)
+    found = model.probabilities(pixels)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected / (1 + len(flips)), atol=1e-6)
+    assert np.abs(found - plain).max() > 0.01 if flips else (found == plain).all()
+
+
+def test_without_flips_nothing_is_averaged():
+    images, runs = torch.rand(1, 3, 4, 4), []
+    assert average_over_flips(lambda one: runs.append(one) or one, images, ()) is images
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    "strengths, expected",
+    [
+        ({"flip": 1.0, "rotate": 30.0}, ALL_FLIPS),
+        ({"mirror": 1.0}, ("horizontal",)),
+        ({"flip": 0.5, "mirror": 1.0}, ALL_FLIPS),
+        ({"flip": 0.0, "turn": 1.0}, ()),
+        ({}, ()),
+    ],
+)
+def test_only_flips_that_were_trained_are_tried(strengths, expected):
+    assert flips_of(strengths) == expected
+
+
+# ---- the choice ------------------------------------------------------------------------------
+
+
+def counts_of(*dice, size=100):
+    """Counts (N, 1, 4) of images with as many true pixels and these Dice."""
+    rows = [
+        [round(size * one), round(size * (1 - one)), round(size * (1 - one)), 9] for one in dice
+    ]
+    return np.array(rows)[:, None]
+
+
+@pytest.mark.parametrize(
+    "before, after, expected",
+    [
+        ((0.5, 0.5, 0.5, 0.5), (0.6, 0.6, 0.6, 0.6), True),
+        ((0.5, 0.5, 0.5, 0.5), (0.6, 0.58, 0.5, 0.55), True),
+        ((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5), False),
+        ((0.5, 0.5, 0.5, 0.5), (0.4, 0.4, 0.4, 0.4), False),
+        # One image alone: the mean is as large as its standard error, and here a bit smaller.
+        ((0.5, 0.5, 0.5, 0.5), (0.9, 0.5, 0.5, 0.49), False),
+        ((0.5, 0.5, 0.5, 0.5), (0.7, 0.3, 0.7, 0.4), False),  # mean 0.025, standard error 0.10
+        ((0.5, 0.5), (0.6, 0.6), True),
+        ((0.5, 0.5), (0.8, 0.49), False),  # mean 0.145, standard error 0.155
+    ],
+)
+def test_a_gain_is_seen_in_many_images(before, after, expected):
+    assert gains(counts_of(*before), counts_of(*after)) is expected
+
+
+def test_a_gain_is_of_the_split_too():
+    before, sizes = [0.5] * 4, (10_000, 100, 100, 100)
+
+    def of(dice):
+        return np.concatenate([counts_of(one, size=s) for one, s in zip(dice, sizes, strict=True)])
+
+    assert not gains(of(before), of((0.48, 0.6, 0.6, 0.6)))  # the large image lost pixels
+    assert gains(of(before), of((0.51, 0.6, 0.6, 0.6)))
+    assert not gains(of(before), of((0.6, 0.4, 0.4, 0.4)), expected=True)  # it alone gained
+    for change, expected in ((0.0019, False), (0.0021, True)):
+        after = [one + change for one in before]
+        assert gains(counts_of(*before, size=10**6), counts_of(*after, size=10**6)) is expected
+
+
+class Split:
+    """Images with a lesion and what a network would give for it; counts as tuning asks for them."""
+
+    def __init__(self, images, probabilities, flipped=None):
+        self.targets, self.asked = images, []
+        self.probabilities = {False: probabilities, True: flipped}
+
+    def count(self, inference, thresholds):
+        self.asked.append(inference)
+        return np.stack(
+            [
+                count_image(target, one, thresholds, inference.clean)
+                for target, one in zip(
+                    self.targets, self.probabilities[bool(inference.flips)], strict=True
+                )
+            ]
+        )
+
+
+def lesions(count=5, *, inside=0.9, halo=0.0, speck=0.0, side=20):
+    """(targets, probabilities): squares of 8 pixels a side with a halo of one, and a speck."""
+    targets = np.zeros((count, 1, side, side), bool)
+    probabilities = np.full((count, 1, side, side), 0.05, np.float32)
+    for number in range(count):
+        top = 2 + number
+        probabilities[number, 0, top - 1 : top + 9, 4:14] = halo
+        probabilities[number, 0, top : top + 8, 5:13] = inside
+        probabilities[number, 0, top : top + 3, 16:19] = speck
+        targets[number, 0, top : top + 8, 5:13] = True
+    return targets, probabilities
+
+
+def test_nothing_gains_on_perfect_masks():
+    split = Split(*lesions())
+    chosen, lines = choose(split.count, ())
+    assert chosen == PLAIN and chosen == Inference(0.5, (), "none") == Inference()
+    assert not any(inference.flips for inference in split.asked)
+    assert all("not chosen" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "drawn, expected",
+    [
+        # By hand: above the halo the square alone is left, and its Dice is 1.
+        ({"inside": 0.9, "halo": 0.62}, Inference(0.65)),
+        ({"inside": 0.32, "halo": 0.12}, Inference(0.15)),
+        ({"speck": 0.95}, Inference(clean="largest")),
+        ({"inside": 0.32, "halo": 0.12, "speck": 0.4}, Inference(0.15, (), "largest")),
+    ],
+)
+def test_threshold_and_pieces_by_hand(drawn, expected):
+    split = Split(*lesions(**drawn))
+    assert choose(split.count, ())[0] == expected
+    # Of three images neither is chosen.
+    few = Split(*lesions(3, **drawn))
+    chosen, (line,) = choose(few.count, ())
+    assert chosen == PLAIN and "too few images (3)" in line
+
+
+def test_the_threshold_of_highest_dice_by_plain_comparison():
+    rng = np.random.default_rng(5)
+    targets = rng.random((6, 2, 30, 30)) > 0.7
+    noise = rng.normal(0, 0.15, targets.shape)
+    probabilities = (0.35 * targets + 0.15 + noise).clip(0, 1).astype(np.float32)
+    dice = []
+    for threshold in SWEEP:
+        preds = probabilities > np.float32(threshold)
+        each = [
+            2 * (preds & targets)[:, c].sum() / (preds[:, c].sum() + targets[:, c].sum())
+            for c in (0, 1)
+        ]
+        dice.append(np.mean(each))
+    chosen, lines = choose(Split(targets, probabilities).count, ())
+    assert chosen.threshold == SWEEP[int(np.argmax(dice))] != 0.5
+    assert f"Dice {max(dice):.4f} instead of {dice[SWEEP.index(0.5)]:.4f}, chosen" in lines[0]
+
+
+def test_flips_are_taken_where_they_gain_also_by_another_threshold():
+    targets, good = lesions()
+    _, bad = lesions(halo=0.9)
+    assert choose(Split(targets, bad, good).count, ALL_FLIPS)[0] == Inference(flips=ALL_FLIPS)
+    assert choose(Split(targets, good, bad).count, ALL_FLIPS)[0] == PLAIN
+    assert choose(Split(targets, good, good).count, ALL_FLIPS)[0] == PLAIN
+    _, faint = lesions(inside=0.4)  # as an average over flips may be
+    assert choose(Split(targets, bad, faint).count, ALL_FLIPS)[0].threshold < 0.4
+    # Few images suffice, for the network has learned them; but not for a threshold.
+    few = Split(targets[:2], bad[:2], good[:2])
+    assert choose(few.count, ("horizontal",))[0] == Inference(flips=("horizontal",))
+    few = Split(targets[:2], bad[:2], faint[:2])
+    assert choose(few.count, ("horizontal",))[0] == PLAIN
+    one = Split(targets[:1], bad[:1], good[:1])
+    assert choose(one.count, ("horizontal",))[0] == Inference(flips=("horizontal",))
+    # Of five images one gains, which is no more than noise, and enough for what is expected.
+    mixed = np.concatenate([good[:1], bad[1:]])
+    assert not gains(*(Split(targets, own).count(PLAIN, [0.5])[:, 0] for own in (bad, mixed)))
+    assert choose(Split(targets, bad, mixed).count, ALL_FLIPS)[0].flips == ALL_FLIPS
+
+
+# ---- in the weights --------------------------------------------------------------------------
+
+WRONG = (
+    *(0.5, "0.5", [], {}, {"threshold": 0.5}, {**TUNED.as_dict(), "turns": []}),
+    *(
+        {**TUNED.as_dict(), **one}
+        for one in (
+            *({"threshold": value} for value in (None, "0.5", True, -0.1, 1.1, 10**400)),
+            *({"threshold": value} for value in (float("nan"), torch.tensor(0.5))),
+            *({"flips": value} for value in ("horizontal", ["up"], ["both", "both"], [1], None)),
+            *({"flips": value} for value in (["both", "horizontal"], [torch.zeros(2)], [[]])),
+            *({"clean": value} for value in (None, 1, "", "smallest", "largest=2", "largest" * 99)),
+        )
+    ),
+)
+
+
+def test_it_is_read_as_it_was_written(tmp_path):
+    model = UNet(n_filters=2, inference=TUNED)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    loaded = load_model(tmp_path / "model.pth")
+    assert loaded.inference == TUNED and type(loaded.inference.flips) is tuple
+    again = UNet.from_state_dict(loaded.state_dict())
+    assert again.inference == TUNED == read_inference(json.loads(json.dumps(TUNED.as_dict())))
+
+
+def test_weights_without_it_say_nothing_of_it():
+    """Whose files are as they were, to the last bit."""
+    assert "inference" not in UNet(n_filters=2).state_dict()._metadata[""]
+    assert UNet.from_state_dict(UNet(n_filters=2).state_dict()).inference is None
+
+
+@pytest.mark.parametrize("value", WRONG, ids=range(len(WRONG)))
+def test_damaged_choices_are_refused(value):
+    state = UNet(n_filters=2).state_dict()
+    state._metadata[""]["inference"] = value
+    with pytest.raises(ValueError, match="not the weights of a UNet.* inference"):
+        UNet.from_state_dict(state)
+
+
+def test_the_choices_of_an_ensemble():
+    """The mean threshold, and what all have chosen."""
+    other = Inference(0.45, ("horizontal",), "none")
+    assert combine([TUNED, other]) == Inference(pytest.approx(0.4), ("horizontal",), "none")
+    assert combine([TUNED, None]) == Inference(pytest.approx(0.425), (), "none")
+    assert combine([TUNED]) == TUNED and combine([None, None]) is None
+
+
+# ---- predict.py ------------------------------------------------------------------------------
+
+
+def lopsided_model():
+    """It marks what lies a pixel right of and below bright ones: each flip has other masks."""
+    model = brightness_model(48)
+    with torch.no_grad():
+        weight = model.down1.conv1.weight
+        weight.copy_(weight.roll((-1, -1), (2, 3)))
+    return model
+
+
+@pytest.fixture
+def place(here):
+    """A folder with weights that were tuned, tuned.pth, and the same without it, plain.pth."""
+    model = lopsided_model()
+    torch.save(model.state_dict(), "plain.pth")
+    model.inference = TUNED
+    torch.save(model.state_dict(), "tuned.pth")
+    return here
+
+
+def blobs(seed=0, size=(48, 48)):
+    """A picture with several bright squares of a brightness of their own; uint8 (H, W)."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full(size, 20, np.uint8)
+    for _ in range(6):
+        row, column = rng.integers(0, np.array(size) - 8)
+        pixels[row : row + rng.integers(2, 8), column : column + 5] = rng.integers(120, 250)
+    return pixels
+
+
+def by_hand(pixels, inference):
+    """The mask of a picture of the network's size, from its probabilities, flips and a fill."""
+    model = predict.TorchModel(lopsided_model(), "cpu", "fp32")
+    colours = np.repeat(pixels[..., None], 3, 2)
+    total = model.probabilities(colours[None])[0, 0].astype(float)
+    if inference.flips:  # those of TUNED: left to right
+        mirrored = np.ascontiguousarray(colours[:, ::-1])
+        total = (total + model.probabilities(mirrored[None])[0, 0, :, ::-1]) / 2
+    mask = total > inference.threshold
+    if inference.clean == "none":
+        return mask
+    kept, pieces = np.zeros_like(mask), flood(mask)
+    for pixel in max(pieces, key=len, default=()):
+        kept[pixel] = True
+    assert len(pieces) > 1  # else there is nothing to see
+    return kept
+
+
+def run(place, *arguments):
+    """What predict.py prints."""
+    flags = ("--device", "cpu", "--precision", "fp32")
+    return assert_done(script_here("predict.py", *arguments, *flags, cwd=place))
+
+
+@pytest.mark.parametrize(
+    "flags, expected, words",
+    [
+        ((), TUNED, None),
+        (("--threshold", 0.6), TUNED._replace(threshold=0.6), "--threshold"),
+        (("--no-tta",), TUNED._replace(flips=()), "--no-tta"),
+        (("--tta",), TUNED, "--tta"),
+        (("--clean", "none"), TUNED._replace(clean="none"), "--clean"),
+        (
+            ("--clean", "none", "--no-tta", "--threshold", 0.5),
+            PLAIN,
+            "--threshold and --no-tta and --clean",
+        ),
+    ],
+)
+def test_what_was_chosen_counts_and_flags_win(place, flags, expected, words):
+    Image.fromarray(blobs()).save("a.png")
+    said = run(place, "a.png", "--model", "tuned.pth", *flags)
+    (line,) = (line for line in said.splitlines() if "chosen on valid" in line)
+    assert line.startswith(f"{expected}: ") and "tuned.pth" in line
+    assert line.endswith(f"but for {words}") if words else "but" not in line
+    mask = np.asarray(Image.open("a_mask.png")) > 0
+    np.testing.assert_array_equal(mask, by_hand(blobs(), expected))
+
+
+def test_how_it_is_spelled():
+    assert str(Inference(0.45, ALL_FLIPS, "largest")) == "threshold 0.45, flips, largest piece"
+    assert str(TUNED) == "threshold 0.35, flips (horizontal), largest piece"
+    assert str(PLAIN) == "threshold 0.5"
+
+
+def test_weights_without_a_choice_predict_as_ever_and_take_flags(place):
+    Image.fromarray(blobs()).save("a.png")
+    assert "chosen" not in run(place, "a.png", "--model", "plain.pth")
+    mask = np.asarray(Image.open("a_mask.png")) > 0
+    np.testing.assert_array_equal(mask, by_hand(blobs(), PLAIN))
+    assert "chosen" not in run(place, "a.png", "--model", "plain.pth", "--clean", "largest")
+    mask = np.asarray(Image.open("a_mask.png")) > 0
+    np.testing.assert_array_equal(mask, by_hand(blobs(), PLAIN._replace(clean="largest")))
+    seen, forward = [], UNet.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet, "forward", lambda net, x: seen.append(x) or forward(net, x))
+        run(place, "a.png", "--model", "plain.pth", "--tta")
+    assert len(seen) == 4
+    for name, image in zip(ALL_FLIPS, seen[1:], strict=True):
+        assert torch.equal(image, seen[0].flip(FLIPS[name]))
+
+
+def test_bad_flags(place, refused):
+    Image.fromarray(blobs()).save("a.png")
+    model = ("a.png", "--model", "plain.pth")
+    refused("predict", *model, "--clean", "larges", words=["--clean", "did you mean largest?"])
+    refused("predict", *model, "--clean", "largest=2", words=["--clean", "from 0 to 1"])
+
+
+def test_every_road_makes_the_same_masks(place):
+    """One image, a folder, slices of a volume, the page and an ONNX file."""
+    from medseg.page.app import Page, head_html
+
+    (place / "scans").mkdir()
+    pictures = [blobs(seed) for seed in range(4)]
+    for number, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(f"scans/{number}.png")
+    expected = [by_hand(pixels, TUNED) for pixels in pictures]
+    run(place, "scans", "--model", "tuned.pth", "--output", "many")
+    masks = [np.asarray(Image.open(f"many/{number}_mask.png")) > 0 for number in range(4)]
+    np.testing.assert_array_equal(masks, expected)
+
+    write_nifti("v.nii.gz", np.stack(pictures, 2), zooms=(1, 1, 5))
+    flags = ("--model", "tuned.pth", "--window", 127.5, 255)
+    run(place, "v.nii.gz", "--output", "m.nii.gz", *flags)
+    volume = np.asarray(nibabel.load("m.nii.gz").dataobj) > 0
+    np.testing.assert_array_equal(volume.transpose(2, 0, 1), expected)
+
+    served = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "medseg.page.app.serve",
+            lambda model, path, **given: served.update(model=model, **given),
+        )
+        said = run(place, "--page", "--model", "tuned.pth")
+    assert "chosen on valid" in said and served["threshold"] == 0.35
+    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda label, **given: given)
+    page = Page(gradio, served["model"], place, served["threshold"], None)
+    session, _, _, _, shown, *_ = page.predict([place / "scans" / "0.png"], 0.35, lambda done: None)
+    np.testing.assert_array_equal(np.asarray(shown) > 0, expected[0])
+    written = np.asarray(Image.open(session.write(0.35))) > 0
+    np.testing.assert_array_equal(written, expected[0])
+    assert "flips (horizontal), largest piece" in head_html("", served["model"])
+    higher = by_hand(pictures[0], TUNED._replace(threshold=0.6))  # the slider moves
+    np.testing.assert_array_equal(np.asarray(session.view(0, 0.6).mask) > 0, higher)
+
+    run(place, "--model", "tuned.pth", "--export", "half.pth")
+    assert load_model("half.pth").inference == TUNED
+    run(place, "--model", "tuned.pth", "--export", "model.onnx")
+    assert OnnxModel("model.onnx").recorded == TUNED
+    result = script_here("predict.py", "scans", "--model", "model.onnx", cwd=place)
+    assert "threshold 0.35, flips (horizontal), largest piece: chosen" in assert_done(result)
+    masks = [np.asarray(Image.open(f"predictions/{number}_mask.png")) > 0 for number in range(4)]
+    np.testing.assert_array_equal(masks, expected)
+
+
+def test_the_report_scores_masks_as_they_are_written(place, dataset):
+    for split in ("valid", "test"):  # more bright pixels than the annotated square
+        for number in range(4):
+            path = dataset / split / f"{number}_{split}.png"
+            pixels = np.asarray(Image.open(path).convert("L"))
+            Image.fromarray(np.maximum(pixels, blobs(number))).save(path)
+    run(place, dataset / "test", "--model", "tuned.pth", "--output", "scored")
+    report = json.loads(Path("scored/report.json").read_text())
+    assert {key: report[key] for key in TUNED.as_dict()} == TUNED.as_dict()
+    rows = load_split(dataset, "test", 48)[..., 3] > 0
+    masks = np.stack(
+        [np.asarray(Image.open(f"scored/{number}_test_mask.png")) > 0 for number in range(4)]
+    )
+    dice = 2 * (masks & rows).sum() / (masks.sum() + rows.sum())
+    assert report["scores"]["dice"] == pytest.approx(dice)
+    # The sweep on valid is of masks made in that way too.
+    valid = load_split(dataset, "valid", 48)
+    for index in (3, 12):
+        cut = TUNED._replace(threshold=SWEEP[index])
+        masks = np.stack([by_hand(row[..., 0], cut) for row in valid])
+        dice = 2 * (masks & (valid[..., 3] > 0)).sum() / (masks.sum() + valid[..., 3].sum())
+        assert report["valid"]["dice"][index] == pytest.approx(dice)
+    run(place, dataset / "test", "--model", "plain.pth", "--output", "plain")
+    plain = json.loads(Path("plain/report.json").read_text())
+    assert (plain["threshold"], plain["flips"], plain["clean"]) == (0.5, [], "none")
+    assert plain["scores"]["dice"] != report["scores"]["dice"]
+
+
+# ---- train.py --------------------------------------------------------------------------------
+
+FLAGS = (*SMALL, "--epochs", 2, "--norm", "batch", "--lr", "1e-2", "--augment", "flip")
+
+
+def scores_in(line):
+    return [float(number) for number in re.findall(r"(?:Dice|IoU|precision|recall) ([\d.]+)", line)]
+
+
+def line_with(said, pattern):
+    (line,) = (line for line in said.splitlines() if re.search(pattern, line))
+    return line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a data set; in tuned/ and plain/ two runs that differ in the flag; {run: said}.
+
+    The masks of the first are not those at 0.5.
+    """
+    place, said = tmp_path_factory.mktemp("trained"), {}
+    make_dataset(place / "dataset")
+    with pytest.MonkeyPatch.context() as patch:
+        skip_pictures(patch)
+        said["plain"] = output_of("train.py", *FLAGS, "--out", "plain", cwd=place)
+        flags = (*FLAGS, "--tune-prediction", "--out", "tuned")
+        said["tuned"] = output_of("train.py", *flags, cwd=place)
+    return place, said
+
+
+def test_a_training_records_its_choice_and_is_else_the_same(trained):
+    place, said = trained
+    tuned, plain = (load_weights(place / run / "best_model.pth") for run in ("tuned", "plain"))
+    assert tuned.keys() == plain.keys()
+    assert all(torch.equal(tuned[name], plain[name]) for name in plain)
+    metadata = dict(tuned._metadata[""])
+    chosen = read_inference(metadata.pop("inference"))
+    assert metadata == plain._metadata[""] and chosen != PLAIN
+    assert line_with(said["tuned"], "^chosen on valid: ") == f"chosen on valid: {chosen}"
+    test = "test with the best weights"
+    assert line_with(said["tuned"], test) == line_with(said["plain"], test)
+    assert "chosen" not in said["plain"]
+    assert (place / "plain" / "metrics.csv").read_text().count("\n") == 3
+
+
+def test_the_choice_is_that_of_valid_counted_by_hand(trained):
+    place, said = trained
+    model = load_model(place / "tuned" / "best_model.pth").eval()
+    assert model.inference.threshold != 0.5
+    batches = Batches(load_split(place / "dataset", "valid", 32), 3)
+    plain = predict.TorchModel(model, "cpu", "fp32")
+    plain.inference = PLAIN
+    dice = []
+    for threshold in SWEEP:
+        overlap = total = 0
+        for images, masks in batches:
+            pred, target = plain.run(images) > np.float32(threshold), masks.numpy() > 0
+            overlap, total = overlap + (pred & target).sum(), total + pred.sum() + target.sum()
+        dice.append(2 * overlap / total)
+    first = line_with(said["tuned"], f"on valid, threshold {SWEEP[int(np.argmax(dice))]:g}: ")
+    assert f"Dice {max(dice):.4f} instead of {dice[SWEEP.index(0.5)]:.4f}, chosen" in first
+    assert "flips" in said["tuned"] and "largest piece" in said["tuned"]  # were tried
+
+
+def test_the_test_with_the_choice_is_that_of_predict_py(trained):
+    place, said = trained
+    line = line_with(said["tuned"], ", as chosen on valid: ")
+    flags = ("--device", "cpu", "--precision", "fp32", "--output", "scored")
+    model = ("--model", "tuned/best_model.pth")
+    assert_done(script_here("predict.py", "dataset/test", *model, *flags, cwd=place))
+    report = json.loads((place / "scored" / "report.json").read_text())
+    names = ("dice", "iou", "precision", "recall", "image_dice")
+    assert scores_in(line) == [round(report["scores"][name], 4) for name in names]
+    plain = scores_in(line_with(said["tuned"], "test with the best weights"))
+    assert plain[0] != scores_in(line)[0]
+
+
+def test_test_only_prints_both_and_draws_the_chosen_masks(trained, monkeypatch):
+    place, said = trained
+    drawn = []
+
+    def record(model, loader, device, **options):
+        drawn.append((model, options["title"]))
+        return options["path"]
+
+    monkeypatch.setattr(train, "visualize_predictions", record)
+    for out, printed in said.items():
+        again = output_of("train.py", "--test-only", "--out", out, "--device", "cpu", cwd=place)
+        for line in printed.splitlines():
+            assert line in again or not line.startswith("test with"), line
+    (model, plain_title), (made, title) = drawn
+    inference = load_model(place / "tuned" / "best_model.pth").inference
+    assert f", {inference}" in title and plain_title.endswith(", threshold 0.5")
+    images, _ = next(iter(Batches(load_split(place / "dataset", "test", 32), 4)))
+    with torch.inference_mode():
+        masks = made.eval()(images).numpy()
+        network = predict.TorchModel(made.network, "cpu", "fp32")
+        probabilities = network.average(images)
+    expected = [inference.masks(one) for one in probabilities]
+    np.testing.assert_array_equal(masks > 0.5, expected)
+    assert set(np.unique(masks)) <= {0, 1} and isinstance(model, UNet)
+
+
+def test_a_run_that_has_ended_can_choose_later(trained, no_pictures):
+    place, said = trained
+    output_of("train.py", *FLAGS, "--out", "later", cwd=place)
+    (place / "later" / "curves.png").touch()  # the last file that a training writes
+    ended = script_here("train.py", "--resume", "--out", "later", cwd=place)
+    assert_refused(ended, "last.pth", "--epochs")
+    tuned = output_of("train.py", "--resume", "--tune-prediction", "--out", "later", cwd=place)
+    for pattern in (", as chosen on valid: ", "^chosen on valid: ", "^test with the best weights"):
+        assert line_with(tuned, pattern) == line_with(said["tuned"], pattern)
+    expected = load_model(place / "tuned" / "best_model.pth").inference
+    assert load_model(place / "later" / "best_model.pth").inference == expected
+    (place / "later" / "curves.png").touch()
+    ended = script_here("train.py", "--resume", "--out", "later", cwd=place)
+    assert_refused(ended, "last.pth", "--epochs")
+    # A run that goes on keeps the flag, and chooses anew at its end.
+    more = output_of("train.py", "--resume", "--epochs", 3, "--out", "later", cwd=place)
+    assert "chosen on valid: " in more
+    assert load_model(place / "later" / "best_model.pth").inference is not None
+
+
+def test_init_takes_no_choice_over(trained, no_pictures):
+    place, _ = trained
+    init = ("--init", "tuned/best_model.pth", "--epochs", 1, "--out", "next")
+    output_of("train.py", *SMALL[4:], *init, cwd=place)
+    assert load_model(place / "next" / "best_model.pth").inference is None
+
+
+def mean_over_mirrored(model, images):
+    """What a network gives, averaged over left to right by numpy; float64 (B, C, H, W)."""
+    mirrored = torch.from_numpy(np.ascontiguousarray(images.numpy()[..., ::-1]))
+    with torch.inference_mode():
+        return (model(images).numpy().astype(float) + model(mirrored).numpy()[..., ::-1]) / 2
+
+
+def test_valid_and_test_are_predicted_with_the_flips(random_model):
+    images, masks = torch.rand(2, 3, 32, 32), (torch.rand(2, 2, 32, 32) > 0.5).float()
+    expected = mean_over_mirrored(random_model, images)
+    ((targets, probabilities),) = predict_loader(
+        random_model, [(images, masks)], "cpu", ("horizontal",), nullcontext()
+    )
+    np.testing.assert_allclose(probabilities, expected, atol=1e-6)
+    np.testing.assert_array_equal(targets, masks.numpy() == 1)
+    random_model.inference, logged = Inference(0.3, ("horizontal",)), {}
+    tracker = SimpleNamespace(log=logged.update)
+    criterion = torch.nn.functional.binary_cross_entropy
+    cpu = torch.device("cpu")
+    train.test(random_model, [(images, masks)], criterion, cpu, nullcontext(), tracker)
+    for words, found, threshold in (
+        ("", random_model(images).detach().numpy(), 0.5),
+        ("chosen_", expected, 0.3),
+    ):
+        pred, target = found > threshold, masks.numpy() == 1
+        dice = [2 * (pred & target)[:, c].sum() / (pred + 0.0 + target)[:, c].sum() for c in (0, 1)]
+        assert logged[f"test/{words}dice"] == pytest.approx(np.mean(dice))
+    assert "test/loss" in logged and "test/chosen_loss" not in logged
+
+
+def test_finished_is_the_model_itself_where_nothing_is_chosen():
+    for inference in (None, PLAIN):
+        model = UNet(n_filters=2, inference=inference)
+        assert finished(model) is model
+    with torch.inference_mode():
+        empty = finished(UNet(n_filters=2, inference=TUNED)).eval()(torch.zeros(0, 3, 8, 8))
+    assert empty.shape == (0, 1, 8, 8)  # of several processes, one may have no image
