@@ -215,7 +215,9 @@ class Batches:
     With shuffle, the order is a function of seed and epoch alone, and so are the crops and, with
     `strengths` ({name: number} of `medseg.augment.AUGMENTATIONS`), what `augment` does to each.
     crop: side of square crops of the images, see `medseg.crop`; each image is drawn as often as
-    they would tile it. RaggedRows without crop come one image at a time, for each process.
+    they would tile it. repeat: how often, times that, an epoch draws each image; of 0.1, a tenth
+    of them, which with shuffle are others in each epoch. RaggedRows without crop come one image at
+    a time, for each process.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
     Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size
     is that over all processes.
@@ -233,6 +235,7 @@ class Batches:
         world=1,
         strengths=None,
         crop=None,
+        repeat=1,
         n_channels=3,
         n_classes=1,
     ):
@@ -242,6 +245,7 @@ class Batches:
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.strengths, self.n_channels, self.n_classes = strengths or {}, n_channels, n_classes
         self.images = self._open_images()
+        self.images_per_epoch = max(round(repeat * len(self.images.numbers)), 1)
         self.one_by_one = type(self.images) is OwnSizes
         self.batch_size = world if self.one_by_one else batch_size
         self.set_epoch(0)
@@ -266,16 +270,15 @@ class Batches:
         return Crops(pixels, rows.starts, rows.sizes, self.crop, window)
 
     def __len__(self):
-        return math.ceil(len(self.images.numbers) / self.batch_size)
+        return math.ceil(self.images_per_epoch / self.batch_size)
 
     def set_epoch(self, epoch, start=0):
         """Choose the order of the next pass, and the batch it begins with (to resume within)."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self):
-        generator, order = self._generator(), self.images.numbers
-        if self.shuffle:
-            order = order[torch.randperm(len(order), generator=generator)]
+        generator = self._generator()
+        order = self._order(generator)
         columns = [count_draws(self.strengths), self.images.n_draws]
         draws = torch.rand(len(order), sum(columns), generator=generator)
         for_augment, for_images = draws.split(columns, 1)
@@ -287,6 +290,19 @@ class Batches:
             if self.strengths and len(images):
                 images, masks = self._augment(images, masks, for_augment[mine], first, end)
             yield images, masks
+
+    def _order(self, generator):
+        """The numbers of the images of an epoch, int64 (images_per_epoch,)."""
+        numbers = self.images.numbers
+        whole, rest = divmod(self.images_per_epoch, len(numbers))
+        order = numbers.repeat(whole)
+        if rest:  # of a part of the images, some others each time
+            if self.shuffle:
+                numbers = numbers[torch.randperm(len(numbers), generator=generator)]
+            order = torch.cat([order, numbers[:rest]])
+        if self.shuffle:
+            order = order[torch.randperm(len(order), generator=generator)]
+        return order
 
     def _to_device(self, pixels):
         if self.device.type == "cuda" and not pixels.is_cuda:
@@ -336,7 +352,8 @@ def make_loaders(args, root, model, device, skipped):
         )
     each = args.classes == "each" or model.n_classes > 1
     classes, n_channels = list(model.class_names) if each else None, model.n_channels
-    changes = {"crop": args.crop, "strengths": parse_named_values(args.augment, AUGMENTATIONS)}
+    changes = {"crop": args.crop, "repeat": args.repeat}
+    changes["strengths"] = parse_named_values(args.augment, AUGMENTATIONS)
     loaders = {}
     with dist.first_on_each_machine():
         for split in ("test",) if args.test_only else SPLITS:

@@ -56,6 +56,7 @@ from medseg.training.checkpoint import (
     Progress,
     RandomState,
     check_same_data,
+    grace_epochs,
     prepare_folder,
     refuse_other_run,
 )
@@ -75,7 +76,7 @@ from medseg.training.history import (
     show_loss,
     write_history,
 )
-from medseg.training.optim import AdamW, GuardedStep, RunningMean, make_schedule
+from medseg.training.optim import AdamW, GuardedStep, RunningMean, fit_to_run, make_schedule
 from medseg.training.precision import settle_precision
 from medseg.training.recipes import LOSSES, architecture_of
 from medseg.training.resume import recorded_flags
@@ -188,6 +189,7 @@ def train_model(
     device,
     *,
     patience=8,
+    grace=0,  # steps before whose end patience does not count
     out=".",
     autocast=nullcontext(),  # for the forward pass
     scaler=None,  # a GradScaler, for fp16
@@ -229,7 +231,8 @@ def train_model(
     with signals.defer():
         if wrapped is not model and not resume:
             checkpointer.save()  # what a restart by torchrun goes on from, not an older run's
-        while progress.epoch < num_epochs and progress.epochs_since_best() < patience:
+        free = grace_epochs(grace, len(train_loader)) if grace else 0
+        while progress.epoch < num_epochs and progress.epochs_waited(free) < patience:
             started, title = time.perf_counter(), f"epoch {progress.epoch + 1}/{num_epochs}"
             train_scores, speed = train_one_epoch(
                 wrapped, train_loader, criterion, state, device, title, autocast=autocast, poll=poll
@@ -352,6 +355,7 @@ def train_and_test(args, checkpoint, signals):
                 if dist.is_first():
                     prepare_folder(out, checkpoint)
                 weights, steps = model.parameters(), args.epochs * len(loaders["train"])
+                warmup, ema = fit_to_run(args.warmup, args.ema, steps)
                 history = train_model(
                     model,
                     loaders["train"],
@@ -361,11 +365,12 @@ def train_and_test(args, checkpoint, signals):
                     args.epochs,
                     device,
                     patience=args.patience,
+                    grace=max(args.min_steps, args.warmup),
                     out=out,
                     autocast=autocast,
                     scaler=make_scaler(precision, device),
-                    schedule=make_schedule(args.schedule, args.warmup, steps),
-                    ema=args.ema,
+                    schedule=make_schedule(args.schedule, warmup, steps),
+                    ema=ema,
                     resume=checkpoint,
                     flags=flags,
                     log=tracker.log,

@@ -16,6 +16,7 @@ AUGMENTATIONS = {
     "contrast": (0.1, 1.0),  # normalised values times a factor as for scale
     "brightness": (0.1, 1.0),  # normalised values plus -strength to strength
     "flip": (1.0, 1.0),  # horizontally and vertically, each with probability strength / 2
+    "mirror": (1.0, 1.0),  # horizontally, with probability strength / 2
     "turn": (1.0, 1.0),  # by 90, 180 or 270 degrees, each with probability strength / 4
     "elastic": (0.05, 0.2),  # no pixel moves by more than so many sides
     "gamma": (0.2, 2.0),  # pixels of 0..1 to a power from 1 / (1 + strength) to 1 + strength
@@ -77,6 +78,10 @@ def augment(images, masks, draws, strengths, *, size=None, noise=None):
             flipped = flips[:, column, None, None, None]
             images = torch.where(flipped, images.flip(dim), images)
             masks = torch.where(flipped, masks.flip(dim), masks)
+    if strengths.get("mirror"):
+        mirrored = (draws.uniform("mirror") < strengths["mirror"] / 2)[..., None, None]
+        images = torch.where(mirrored, images.flip(3), images)
+        masks = torch.where(mirrored, masks.flip(3), masks)
     if strengths.get("turn"):
         quarters = (4 / strengths["turn"] * draws.uniform("turn")).floor()[..., None, None]
         for turns in (1, 2, 3):

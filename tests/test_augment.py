@@ -229,6 +229,13 @@ def test_contrast_and_brightness_by_hand():
 # ---- in batches ------------------------------------------------------------------------------
 
 
+def test_a_mirror_image_is_flipped_horizontally_alone():
+    images, masks = torch.rand(2, 3, 8, 6), (torch.rand(2, 1, 8, 6) > 0.5).float()
+    mirrored, masks_too = augment(images, masks, torch.tensor([[0.4], [0.6]]), {"mirror": 1.0})
+    assert torch.equal(mirrored[0], images[0].flip(2)) and torch.equal(mirrored[1], images[1])
+    assert torch.equal(masks_too[0], masks[0].flip(2)) and torch.equal(masks_too[1], masks[1])
+
+
 @pytest.mark.parametrize("text", [STRONG, "flip,turn,noise", "elastic,gamma,noise=1"])
 def test_a_function_of_seed_epoch_and_place(text):
     rows = np.random.default_rng(0).integers(0, 2, (7, 32, 32, 4), dtype=np.uint8)

@@ -6,6 +6,7 @@ Checked against torchvision, PIL, pycocotools and masks drawn by hand.
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -627,6 +628,27 @@ def test_nothing_is_left_when_building_fails(dataset):
 
 
 # ---- batches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop", [None, 8])
+@pytest.mark.parametrize("repeat, times", [(1, {1}), (3, {3}), (2.5, {2, 3}), (0.5, {0, 1})])
+def test_an_epoch_draws_every_image_as_often_as_it_is_asked_to(repeat, times, crop):
+    rows = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 4), np.uint8)
+    rows[..., 3] = 0
+    batches = Batches(rows, 4, shuffle=True, repeat=repeat, crop=crop)
+    epochs = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        shades = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
+        assert len(shades) == round(10 * repeat) and len(batches) == math.ceil(10 * repeat / 4)
+        epochs.append([int((shades == shade).sum()) for shade in normalize_shades(10)])
+    assert all(set(counts) == times for counts in epochs)
+    assert (epochs[0] != epochs[1]) == (repeat % 1 > 0)  # others each time
+
+
+def normalize_shades(count):
+    pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 1, 3)
+    return data.normalize(pixels)[:, 0, 0, 0]
 
 
 def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():

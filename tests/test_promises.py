@@ -421,7 +421,7 @@ def test_out_of_memory_is_one_line(trained, tmp_path):
     process.join(120)
     process.kill()
     assert process.exitcode == 2
-    summary, line = (tmp_path / "log").read_text().splitlines()
+    summary, *_, line = (tmp_path / "log").read_text().splitlines()
     assert "images at 1024x1024" in summary
     assert "out of memory" in line and "--batch-size 6" in line
 

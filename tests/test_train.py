@@ -40,11 +40,11 @@ from medseg.images import MEAN, STD
 from medseg.metrics import RunningScores, metrics
 from medseg.phantoms import make_phantoms
 from medseg.signals import Signals, Stopped
-from medseg.training import tracking
+from medseg.training import history, tracking
 from medseg.training.checkpoint import Checkpointer, Progress
 from medseg.training.flags import make_parser
 from medseg.training.history import log_values, print_epoch, progress_bar
-from medseg.training.optim import GuardedStep, RunningMean, make_schedule
+from medseg.training.optim import GuardedStep, RunningMean, fit_to_run, make_schedule
 from medseg.training.resume import waits
 from medseg.training.tracking import start_tracker
 from medseg.weights import load_weights
@@ -208,6 +208,55 @@ def test_early_stopping(losses, patience, epochs, best, tmp_path):
     # What --resume reads from it: it stopped for want of patience, or there was enough.
     done, wait = waits({"progress": {"history": history}})
     assert done == epochs and (wait == patience if epochs < len(losses) else wait < patience)
+
+
+@pytest.mark.parametrize("grace, epochs", [(0, 4), (1, 4), (2, 5), (3, 6), (4, 7), (9, 8)])
+def test_patience_does_not_count_within_the_first_steps(grace, epochs, tmp_path):
+    losses = [
+        5,
+        6,
+        6,
+        6,
+        6,
+        6,
+        6,
+        6,
+    ]  # an epoch has one step, and patience would end with the fourth
+    history = train_tiny(losses, tmp_path, patience=3, grace=grace)
+    assert len(history) == epochs
+    # A resumed run counts them alike.
+    checkpoint = {"progress": {"history": history, "step": 0}, "guarded_step": {"steps": epochs}}
+    done, wait = waits(checkpoint, grace)
+    assert done == epochs and wait == max(min(3, epochs - max(grace, 1)), 0)
+
+
+def test_a_short_run_is_not_all_beginning():
+    assert fit_to_run(100, 0.995, 1880) == (100, 0.995)  # strong on the tutorial's data
+    assert fit_to_run(100, 0.995, 50) == (10, 0.9)  # a fifth of the steps, 10
+    assert fit_to_run(100, 0.995, 4) == (0, 0.0)
+
+
+@pytest.mark.usefixtures("no_pictures", "here")
+def test_a_run_of_few_steps_says_so_and_what_to_give(dataset, tmp_path):
+    flags = ("--data", dataset, "--out", "run", "--overwrite", "--lr", 0)
+    text = output_of("train.py", *SMALL, *flags, "--epochs", 1, cwd=tmp_path)
+    assert "3 steps" in text and "too few" in text and "--recipe auto" in text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(history, "FEW_STEPS", 2)
+        text = output_of("train.py", *SMALL, *flags, "--epochs", 2, "--batch-size", 6, cwd=tmp_path)
+    assert "2 in all" in text and "holds all 6 images" in text
+    text = output_of(
+        "train.py", *SMALL, *flags, "--epochs", 2, "--repeat", 50, "--batch-size", 2, cwd=tmp_path
+    )
+    assert "300 in all" in text and "WARNING" not in text.split("epoch 1/")[0]
+
+
+@pytest.mark.usefixtures("no_pictures", "here")
+def test_masks_that_stayed_empty_are_told_after_the_test(dataset, tmp_path):
+    flags = ("--data", dataset, "--out", "run", "--overwrite", "--epochs", 1, "--lr", 0)
+    for prior, told in ((0.001, True), (0.9, False)):
+        result = script_here("train.py", *SMALL, *flags, "--prior", prior, cwd=tmp_path)
+        assert ("nothing was learned: --recipe auto" in result.stderr) == told
 
 
 def test_a_loss_that_is_never_a_number_is_an_error(tmp_path):
@@ -433,7 +482,7 @@ def test_stopped_at_every_step_and_resumed_it_ends_with_the_same_bits(tmp_path, 
 
 # ---- going on with a run that has come to an end ---------------------------------------------
 
-BUMPY = ("--norm", "batch", "--depth", 2, "--ema", 0.5, "--augment", "flip=0.5")
+BUMPY = ("--norm", "batch", "--depth", 2, "--ema", 0.5, "--augment", "flip=0.5", "--min-steps", 0)
 LOSSES = (0.9, 0.5, 0.6, 0.7, 0.8, 0.6, 0.4, 0.4, 0.4)  # on valid, after epochs 1, 2, ...
 
 
@@ -846,14 +895,16 @@ def test_only_training_images_are_shuffled_changed_and_cropped(given):
 
 
 def test_what_the_optimizer_and_the_loop_are_given(given):
-    flags = ("--lr", 0.02, "--weight-decay", 0.3, "--ema", 0.7, "--patience", 3, "--epochs", 5)
+    flags = ("--lr", 0.02, "--weight-decay", 0.3, "--ema", 0.7, "--patience", 3, "--epochs", 7)
     options = given(*flags, "--warmup", 4, "--schedule", "cosine", "--save-every", 9)["model"]
     assert (options["lr"], options["weight_decay"], options["ema"]) == (0.02, 0.3, 0.7)
-    assert (options["patience"], options["epochs"], options["save_every"]) == (3, 5, 9)
-    # Three steps an epoch: it rises over four of fifteen and falls over eleven.
-    factors = [options["schedule"](step) for step in range(16)]
-    falling = [(1 + math.cos(math.pi * step / 11)) / 2 for step in range(12)]
+    assert (options["patience"], options["epochs"], options["save_every"]) == (3, 7, 9)
+    # Three steps an epoch: it rises over four of 21 and falls over seventeen.
+    factors = [options["schedule"](step) for step in range(22)]
+    falling = [(1 + math.cos(math.pi * step / 17)) / 2 for step in range(18)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, *falling])
+    assert options["grace"] == 300 and given("--min-steps", 7)["model"]["grace"] == 7
+    assert given("--min-steps", 7, "--warmup", 9)["model"]["grace"] == 9
     assert given("--seed", 1)["model"]["schedule"] is None
 
 

@@ -88,8 +88,9 @@ class Progress:
         self.best_loss, self.best_epoch, self.best_weights = math.inf, 0, None
         self.history = []  # a dict for each epoch
 
-    def epochs_since_best(self):
-        return self.epoch - self.best_epoch
+    def epochs_waited(self, grace_epochs=0):
+        """Epochs in a row, up to this one, without a lower loss; the first `grace_epochs` free."""
+        return max(self.epoch - max(self.best_epoch, grace_epochs), 0)
 
     def end_epoch(self):
         self.epoch, self.step = self.epoch + 1, 0
@@ -104,6 +105,11 @@ class Progress:
 
     def load_state_dict(self, state):
         vars(self).update(state)
+
+
+def grace_epochs(grace, steps_per_epoch):
+    """How many epochs end within the first `grace` steps."""
+    return int(grace // max(steps_per_epoch, 1))
 
 
 class RandomState:

@@ -68,8 +68,15 @@ def _add_training_flags(parser):
     add("--recipe", choices=RECIPES, default="tutorial", help="; ".join(recipes))
     add("--epochs", type=POSITIVE, default=40, help="most epochs")
     add("--batch-size", type=POSITIVE, default=32, help="over all processes together")
+    add(
+        "--repeat",
+        type=number(0.0001, 1e6, float),
+        default=1.0,
+        help="times that an epoch draws every image; 0.1: a tenth of them",
+    )
     add("--lr", type=REAL, default=1e-4, help="learning rate of Adam")
     add("--patience", type=POSITIVE, default=8, help="epochs without a lower validation loss")
+    add("--min-steps", type=AT_LEAST_0, default=300, help="steps before which patience is endless")
     add("--n-filters", type=number(1, 1024), default=32, help="channels of the first level")
     add("--seed", type=AT_LEAST_0, default=0, help="of weights, order, augmentation and folds")
     add(

@@ -15,6 +15,7 @@ from medseg.dist import is_first, rank_and_world
 from medseg.files import atomic_write
 from medseg.training.recipes import RECIPES
 
+FEW_STEPS = 300  # of a whole run
 ALL_BACKGROUND_LIMIT = 3  # epochs in a row without a pixel of foreground before a warning
 
 
@@ -129,6 +130,13 @@ def print_test(scores, class_names, gpu_gib=None):
         flush=True,
     )
     _print_classes(scores, class_names)
+    if scores["dice"] == 0 and scores["acc"] == scores["background_acc"]:
+        print(
+            "WARNING: the masks are empty, nothing was learned: --recipe auto chooses flags that "
+            "suit the data set",
+            file=sys.stderr,
+            flush=True,
+        )
     if gpu_gib is not None:
         print(f"peak GPU memory {gpu_gib:.2f} GiB", flush=True)
 
@@ -168,11 +176,31 @@ def print_run(root, args, loaders, model, machine):
         f"{processes}{machine}; {weights:,} parameters; writing to {args.out}",
         flush=True,
     )
-    if args.recipe != "tutorial":
+    if not args.test_only:
+        _print_steps(args, loaders["train"])
+    if RECIPES[args.recipe]:
         values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
         print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
     if machine.startswith("cpu") and (hint := busy_hint()):
         print(hint, flush=True)
+
+
+def _print_steps(args, loader):
+    """How many steps there will be; a warning where they are too few to learn from."""
+    steps = args.epochs * len(loader)
+    print(
+        f"{args.epochs} epochs of {len(loader)} steps, {steps} in all, with a batch size of "
+        f"{args.batch_size}",
+        flush=True,
+    )
+    advice = "give --recipe auto, or a smaller --batch-size and a larger --repeat or --epochs"
+    problem = None
+    if steps < FEW_STEPS:
+        problem = f"{steps} steps are too few to learn from at a learning rate of {args.lr:g}"
+    elif len(loader) == 1:
+        problem = f"one batch of {args.batch_size} holds all {loader.images_per_epoch} images"
+    if problem:
+        print(f"WARNING: {problem}: {advice}", flush=True)
 
 
 def print_new_head(model):

@@ -24,6 +24,16 @@ class AdamW(torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
+def fit_to_run(warmup, decay, steps):
+    """Both for a run of so many steps: steps of warm-up, and the decay of a running mean.
+
+    Neither takes more than a fifth of the run, or a short one would end within its beginning; the
+    mean spans 1 / (1 - decay) steps.
+    """
+    longest = steps // 5
+    return min(warmup, longest), min(decay, 1 - 1 / longest) if longest else 0.0
+
+
 def make_schedule(schedule, warmup, steps):
     """The factor of the learning rate as a function of the step; None where it is always 1.
 

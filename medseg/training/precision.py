@@ -11,7 +11,7 @@ def settle_precision(args, device, model, loaders, *, begins):
     """
     images = 0
     if begins and not args.test_only:
-        images = args.epochs * len(loaders["train"].images.numbers)
+        images = args.epochs * loaders["train"].images_per_epoch
     precision, note = find_precision(
         args.precision,
         device,

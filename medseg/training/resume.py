@@ -6,7 +6,14 @@ from pathlib import Path
 
 from medseg.cli import flag_name
 from medseg.dist import restart_count
-from medseg.training.checkpoint import BEST, CURVES, LAST, PREVIOUS, read_checkpoint
+from medseg.training.checkpoint import (
+    BEST,
+    CURVES,
+    LAST,
+    PREVIOUS,
+    grace_epochs,
+    read_checkpoint,
+)
 
 NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
 # The flags that a resumed run need not have in common with its beginning. Any other decides the
@@ -66,7 +73,7 @@ def check_can_go_on(args, checkpoint):
     """
     path, before = checkpoint["path"], {**vars(args), **checkpoint["flags"]}
     epochs, patience = before["epochs"], before["patience"]
-    done, wait = waits(checkpoint)
+    done, wait = waits(checkpoint, max(args.min_steps, args.warmup))
     same = (args.epochs, args.patience) == (epochs, patience)
     tunes = args.tune_prediction and not checkpoint["flags"].get("tune_prediction")
     if same and (tunes or restart_count() or not has_ended(path.parent)):
@@ -95,10 +102,11 @@ def check_can_go_on(args, checkpoint):
         raise ValueError(f"{path}: {state}: give {' and '.join(needed)}; {to_test}")
 
 
-def waits(checkpoint):
+def waits(checkpoint, grace=0):
     """(epochs done, most of them in a row without a lower validation loss) of a checkpoint.
 
-    ValueError where it does not say.
+    Epochs that end within the first `grace` steps are not among the latter. ValueError where the
+    checkpoint does not say.
     """
     progress = checkpoint["progress"]
     history = progress.get("history") if isinstance(progress, dict) else None
@@ -106,9 +114,15 @@ def waits(checkpoint):
     losses = [row.get("val_loss") if isinstance(row, dict) else None for row in rows]
     if not all(isinstance(loss, (int, float)) for loss in losses):
         raise ValueError(f"{checkpoint['path']}: damaged: it has no history of validation losses")
+    free = 0
+    if grace and losses:
+        counts = checkpoint["guarded_step"].get("steps", 0), progress.get("step", 0)
+        if not all(type(count) is int for count in counts):
+            raise ValueError(f"{checkpoint['path']}: damaged: it has no number of steps")
+        free = grace_epochs(grace, (counts[0] - counts[1]) / len(losses))
     lowest, wait, longest = math.inf, 0, 0
-    for loss in losses:
-        wait = 0 if loss < lowest else wait + 1  # NaN is never lower
+    for epoch, loss in enumerate(losses, 1):
+        wait = 0 if loss < lowest or epoch <= free else wait + 1  # NaN is never lower
         lowest, longest = min(lowest, loss), max(longest, wait)
     return len(losses), longest
 
