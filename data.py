@@ -3,6 +3,7 @@
 examples:
   python data.py                             # audit dataset/: counts, problems, a contact sheet
   python data.py dataset/synthetic --out /tmp
+  python data.py own --plan                  # the flags that suit it, and how long they will take
   python data.py --grouped-split grouped     # split anew, neighbouring slices kept together
 
 A data set is a folder with train/, valid/ and test/; each holds images and
@@ -26,7 +27,7 @@ from medseg import dist
 from medseg.audit import audit, require_data_set
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
-from medseg.cli import ArgumentParser, output_folder, parse_named_values, run_main
+from medseg.cli import ArgumentParser, number, output_folder, parse_named_values, run_main
 from medseg.coco import (
     ANNOTATIONS,
     SPLITS,
@@ -39,8 +40,10 @@ from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
 from medseg.images import IMAGE_SIZE, preprocess, read_image
 from medseg.normalization import normalize
+from medseg.planning.plan import planned_flags
 from medseg.run_lengths import unite
 from medseg.splits import grouped_split
+from net import UNet
 
 
 class COCOSegmentationDataset(Dataset):
@@ -391,7 +394,19 @@ def main(argv=None):
         metavar="FOLDER",
         help="write the images to FOLDER instead, split by blocks of neighbouring file numbers",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the flags that `train.py --recipe auto` would choose, and why",
+    )
+    parser.add_argument(
+        "--minutes", type=number(0.0, type=float), default=0.0, help="with --plan: for the training"
+    )
     args = parser.parse_args(argv)
+    if args.plan:
+        require_data_set(Path(args.root))
+        planned_flags(open_split, UNet, {"data": args.root, "minutes": args.minutes})
+        return
     if args.grouped_split:
         target = grouped_split(args.root, args.grouped_split)
         for split in SPLITS:
@@ -409,6 +424,8 @@ def main(argv=None):
             f"{args.root}: {len(problems)} problem(s), listed above: "
             "mend or remove them before training"
         )
+    if root != Path("dataset"):  # that is the tutorial's, whose recipe is the default
+        print(f"next: python train.py --data {shlex.quote(str(root))} --recipe auto")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from medseg.files import file_lock
 from medseg.inference import PLAIN
 from medseg.metrics import RunningScores, dice_score
 from medseg.phantoms import make_phantoms
+from medseg.planning.plan import planned_flags
 from medseg.plots import denormalize, plot_curves, plot_predictions
 from medseg.signals import Signals
 from medseg.training.checkpoint import (
@@ -300,7 +301,9 @@ def visualize_predictions(
 
 
 def main(argv=None):
-    args, checkpoint = parse_arguments(argv, __doc__, load_model)
+    args, checkpoint = parse_arguments(
+        argv, __doc__, load_model, partial(planned_flags, open_split, UNet)
+    )
     out, signals, lock = output_folder(args.out), Signals(), nullcontext()
     writes = os.environ.get("RANK", "0") == "0" and not args.test_only  # the first of the processes
     if writes:

@@ -105,7 +105,7 @@ def _examine_split(dataset, split, problems):
         tile = _tile(image, masks, dataset.n_classes) if index in shown else None
         areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
         area = unite(list(masks.values())).area if masks else 0
-        return image.size, pixel_format(path), area, areas, (path.name, _thumbnail(image)), tile
+        return image.size, pixel_format(path), area, areas, (path.name, thumbnail(image)), tile
 
     results = parallel_map(examine, range(total))
     for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):
@@ -113,7 +113,7 @@ def _examine_split(dataset, split, problems):
             summary.unreadable += 1
             problems.append(str(result))
             continue
-        size, stored_as, area, areas, thumbnail, tile = result
+        size, stored_as, area, areas, small, tile = result
         summary.sizes[size] += 1
         summary.pixel_formats[stored_as] += 1
         summary.pixels += size[0] * size[1]
@@ -122,7 +122,7 @@ def _examine_split(dataset, split, problems):
         for name, pixels in areas.items():
             summary.class_pixels[name] += pixels
             summary.class_images[name] += pixels > 0
-        summary.thumbnails.append(thumbnail)
+        summary.thumbnails.append(small)
         if tile is not None:
             summary.tiles.append(tile)
     return summary
@@ -163,7 +163,7 @@ def _print_split(split, dataset, summary):
     )
 
 
-def _thumbnail(image):
+def thumbnail(image):
     """An image as 16x16 grey values, each less the mean of the nine around it.
 
     So the brightness of large areas, which images of one kind have in common, counts for little.

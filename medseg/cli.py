@@ -55,15 +55,15 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
         return namespace
 
-    def parse_given(self, args, names):
-        """{name: value} of those among the flags `names` that the command line gives.
+    def parse_given(self, args, names=None):
+        """{name: value} of those among the flags `names`, or all, that the command line gives.
 
         Other flags are passed over. --help and errors are answered as by `parse_args`.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.print_help, parser.error = self.print_help, self.error
         for action in self._actions:
-            if action.dest in ("help", *names):
+            if names is None or action.dest in ("help", *names):
                 action = copy.copy(action)
                 action.default = argparse.SUPPRESS  # what is not given is left out
                 parser._add_action(action)

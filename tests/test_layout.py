@@ -11,18 +11,19 @@ from helpers import ROOT
 
 SCRIPTS = {
     "net": {"medseg"},
-    "data": {"medseg"},
+    "data": {"net", "medseg"},
     "train": {"data", "net", "medseg"},
     "predict": {"data", "net", "medseg"},
     "download": {"medseg"},
     "hubconf": {"net", "medseg"},
 }
 # What the files of a folder of medseg may import besides their own: the ground floor, "", is open
-# to all, and the three wings in the middle never import one another.
+# to all, and the wings in the middle never import one another.
 MAY_IMPORT = {
     "": set(),
     "formats": {""},
     "importing": {"", "formats"},
+    "planning": {""},
     "training": {"", "formats"},
     "predicting": {"", "formats"},
     "page": {"", "formats", "predicting"},

@@ -148,4 +148,4 @@ def print_next(root, data_flag):
         if split not in present_splits(root):
             print(f"missing: {split}, which train.py needs: add it with --into {split}")
     name = f" {shlex.quote(str(root))}" if data_flag else ""
-    print(f"next: python data.py{name}, python train.py{data_flag}")
+    print(f"next: python data.py{name}, python train.py{data_flag} --recipe auto")

@@ -65,7 +65,20 @@ def _add_data_flags(parser):
 def _add_training_flags(parser):
     add = parser.add_argument_group("training").add_argument
     recipes = [f"{name}: {spell_flags(flags)}" for name, flags in RECIPES.items() if flags]
-    add("--recipe", choices=RECIPES, default="tutorial", help="; ".join(recipes))
+    add(
+        "--recipe",
+        choices=RECIPES,
+        default="tutorial",
+        help="; ".join(
+            ["auto: flags that suit the data set and the machine, see --plan", *recipes]
+        ),
+    )
+    add(
+        "--minutes",
+        type=REAL,
+        default=0.0,
+        help="with --recipe auto: how long the training may take; 0: as long as it needs",
+    )
     add("--epochs", type=POSITIVE, default=40, help="most epochs")
     add("--batch-size", type=POSITIVE, default=32, help="over all processes together")
     add(
@@ -194,10 +207,11 @@ def _add_tracking_flags(parser):
     add("--experiment-name", metavar="NAME", help="default: by the flags, as in bs32-epoch40")
 
 
-def parse_arguments(argv, doc, read_network):
+def parse_arguments(argv, doc, read_network, make_plan=None):
     """(the command line, the checkpoint to go on from or None).
 
-    read_network(path): the UNet in a file of weights, for --init. Raises ValueError where flags
+    read_network(path): the UNet in a file of weights, for --init. make_plan(given): the flags that
+    --recipe auto chooses beside those that are given, a dict. Raises ValueError where flags
     contradict each other, or a checkpoint is damaged or of other flags; FileNotFoundError where
     there is nothing to resume.
     """
@@ -217,6 +231,9 @@ def parse_arguments(argv, doc, read_network):
             network = network_flags(model, first.init)
             if not first.crop:  # else images keep their own size
                 defaults["image_size"] = model.image_size or IMAGE_SIZE
+        if first.recipe == "auto" and not first.test_only:
+            given = parser.parse_given(argv)
+            defaults |= make_plan({**(defaults if "arch" in given else {}), **network, **given})
         parser.set_defaults(**defaults | network)
     args = parser.parse_args(argv)
     if checkpoint:
@@ -224,6 +241,8 @@ def parse_arguments(argv, doc, read_network):
     check_same_network(args, network)
     if args.crop and args.image_size != IMAGE_SIZE:
         raise ValueError("--crop takes images at their own size: leave --image-size away")
+    if args.minutes and args.recipe != "auto" and not checkpoint:
+        raise ValueError("--minutes is what --recipe auto plans for: give that too")
     if not any(parse_named_values(args.loss, LOSSES).values()):
         raise ValueError(f"--loss {args.loss}: every weight is 0")
     check_folds(args)

@@ -7,6 +7,7 @@ from medseg.layers import ARCHITECTURES, Architecture
 # Named sets of flags; what the command line gives besides wins.
 RECIPES = {
     "tutorial": {},
+    "auto": {},  # what medseg/planning finds for the data set
     "strong": {
         "norm": "batch",
         "prior": 0.04,

@@ -1,0 +1,199 @@
+"""From what a data set looks like to the flags of train.py, each with its reason.
+
+Read top to bottom: input, size, network, batch, augmentation, optimizer, length. A flag that the
+user gives wins, and the rules after it go by it. Dice in the comments is of test images, with one
+seed and equal computing time; docs/results.md says of which data sets.
+"""
+
+import math
+
+from medseg.cli import spell_flags
+
+# Masks that are resized to the training size and back keep this Dice at least: what is lost there
+# no network finds.
+KEPT = 0.97
+# Pixels a side; images that need more are trained on crops of their own size. Retinas of 999x960:
+# 0.783 so, 0.760 whole at 512x512.
+WHOLE_LIMIT, CROP = 384, 128
+CROP_DEPTH = 3  # levels of a network for crops. Membranes: 0.812 with three, 0.809 with five
+# Pixels of an image that is predicted at its own size, at most: each takes some 300 bytes.
+LARGEST = 16_000_000
+BOTTOM = 4  # pixels a side of the deepest level; nnU-Net has 4 to 7
+PIXELS = {"cpu": 8 * 128**2, "cuda": 16 * 256**2}  # of a batch
+BATCHES = (4, 8)  # the smallest that batch normalisation takes well, and the largest
+FILTERS = {"cpu": 16, "cuda": 32}
+# Strengths of the changes that all training images undergo. 24 brain slices: 0.44 with these, 0.38
+# with half of them.
+CHANGES = {"scale": 0.3, "shift": 0.1, "contrast": 0.3, "brightness": 0.3, "gamma": 0.3}
+LEARNING_RATE = {"whole": 1e-3, "crops": 2e-3}
+STEPS, PASSES = 3000, 20  # without --minutes: so many steps, or so many times all images
+MIN_STEPS = 400  # where --minutes allow fewer, the network is made smaller (`shrink`)
+AROUND = 15  # seconds that a run takes besides its steps, and the time to predict valid and test
+TUNING = 5  # so often: once as they are, and over the flips
+EVALUATIONS, EVALUATION_SHARE = 20, 0.15  # of valid: so many, in that part of the time at most
+
+
+class Plan:
+    """Flags of train.py and why they were chosen. given: those of the command line, which win."""
+
+    def __init__(self, given):
+        self.given, self.flags, self.lines = given, {}, []
+
+    def choose(self, reason="", **flags):
+        """Take values for flags that are not given, with one line on why; '' has no line."""
+        own = {name: value for name, value in flags.items() if name not in self.given}
+        self.flags |= {name: self.given.get(name, value) for name, value in flags.items()}
+        if own and reason:
+            self.lines.append(f"{spell_flags(own)}: {reason}")
+
+    def __getattr__(self, name):
+        """The flag of this name."""
+        try:
+            return self.__dict__["flags"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def side(self):
+        """Pixels a side of the squares that the network is trained on."""
+        return self.crop or self.image_size
+
+
+def choose_what_data_decide(plan, look, device_type):
+    """All but the length of the run, for which a step has to be timed.
+
+    look: the Fingerprint of the data set; device_type: 'cpu' or 'cuda'.
+    """
+    choose_input(plan, look)
+    choose_size(plan, look)
+    choose_network(plan, look, device_type)
+    choose_batch(plan, look, device_type)
+    choose_augmentation(plan, look)
+    choose_optimizer(plan)
+
+
+def choose_input(plan, look):
+    if look.grey:
+        plan.choose(f"the channels are equal in all {look.read} images read", n_channels=1)
+    else:
+        plan.choose("there are colours", n_channels=3)
+    if look.n_classes < 2:
+        plan.choose(classes="union")
+    elif look.together:
+        share = f"{look.together:.0%} of the images have several of the {look.n_classes} classes"
+        plan.choose(share, classes="each")
+    else:
+        kinds = f"no image has two of the {look.n_classes} classes, so they are taken for kinds of "
+        plan.choose(f"{kinds}one thing; --classes each keeps them apart", classes="union")
+
+
+def choose_size(plan, look):
+    """Whole images, as small as the masks allow, or crops of the images at their own size."""
+    side = min((side for side, dice in look.kept.items() if dice >= KEPT), default=max(look.kept))
+    can_crop = look.largest**2 <= LARGEST and "image_size" not in plan.given
+    if plan.given.get("crop", side > WHOLE_LIMIT and can_crop):
+        lost = f"at 256x256 the masks alone would lose {1 - look.kept[256]:.2f} Dice"
+        plan.choose(f"the foreground is {look.thickness:.0f} pixels thick, and {lost}", crop=CROP)
+    else:
+        plan.choose(crop=0)
+        kept = f"resized to {side}x{side} and back, the masks keep a Dice of {look.kept[side]:.3f}"
+        plan.choose(kept, image_size=side)
+
+
+def choose_network(plan, look, device_type):
+    if plan.crop:
+        plan.choose(
+            "thin structures are seen from nearby, and the steps are quick", depth=CROP_DEPTH
+        )
+    else:
+        depth = min(max(round(math.log2(plan.side / BOTTOM)), 1), 5)
+        plan.choose(f"{plan.side / 2**depth:.0f} pixels a side at its deepest level", depth=depth)
+    plan.choose(f"what a {device_type.upper()} computes in time", n_filters=FILTERS[device_type])
+    # Lin et al.: "Focal Loss", ICCV 2017, section 4.1.
+    share = sum(look.foreground) / (look.n_classes if plan.classes == "each" else 1)
+    prior = min(max(round(share, 3), 0.001), 0.5)
+    plan.choose("the share of foreground, with which the network begins", prior=prior)
+
+
+def choose_batch(plan, look, device_type):
+    low, high = BATCHES
+    batch = min(max(2 ** round(math.log2(PIXELS[device_type] / plan.side**2)), low), high)
+    reason = f"many small steps, for there are {look.images['train']} training images"
+    plan.choose(reason, batch_size=batch)
+    plan.choose(norm="batch" if plan.batch_size >= low else "group")
+    plan.choose(dropout="none" if plan.crop else "bottleneck")
+
+
+def choose_augmentation(plan, look):
+    """All turns and flips, but for images that have an above and a below, and masks that are boxes.
+
+    Boxes are what some annotators draw around a lesion: turned by 40 degrees, none would. On 80
+    brain slices: 0.589 with quarter turns, 0.579 with turns by any angle.
+    """
+    boxes = look.boxes >= 0.5
+    changes = {"rotate": 10 if boxes else 30, **CHANGES}
+    if not (look.oriented["turn"] or look.oriented["flip"]):
+        changes |= {"flip": 1, "turn": 1} if boxes else {"rotate": 180, "flip": 1}
+        reason = "turned or mirrored, the images look as before"
+    elif not look.oriented["mirror"]:
+        changes["mirror"] = 1
+        reason = "the images have an above and a below, but no left"
+    else:
+        reason = "the images have an above and a below, a left and a right"
+    if boxes:
+        reason += "; the masks are upright boxes"
+    plan.choose(reason, augment=",".join(f"{name}={value:g}" for name, value in changes.items()))
+
+
+def choose_optimizer(plan):
+    """AdamW with a high learning rate, which batch normalisation allows and a cosine takes back."""
+    rate = LEARNING_RATE["crops" if plan.crop else "whole"]
+    reason = "AdamW; the rate falls to 0 at the end of the run"
+    plan.choose(reason, lr=rate, weight_decay=0.01, schedule="cosine")
+    masks = "threshold, flips and largest piece as they suit valid"
+    plan.choose(masks, tune_prediction=True)
+
+
+def choose_length(plan, look, times, minutes):
+    """Steps, cut into epochs: by the time there is, else by the images.
+
+    times: the `Times` of the network that the flags so far make. Returns (steps, their seconds).
+    """
+    tiles = max(round(look.width * look.height / plan.crop**2), 1) if plan.crop else 1
+    pool = look.images["train"] * tiles  # that an epoch draws with --repeat 1
+    evaluation, test = (times.image * look.images[split] * tiles for split in ("valid", "test"))
+    around = AROUND + TUNING * (evaluation + test)
+    if minutes:
+        seconds = max(60 * minutes - around, 1.0)
+        evaluations = min(max(int(EVALUATION_SHARE * seconds / evaluation), 3), EVALUATIONS)
+        steps = (seconds - evaluations * evaluation) / times.step
+        reason = f"in {minutes:g} minutes"
+    else:
+        evaluations, steps = EVALUATIONS, max(STEPS, PASSES * pool / plan.batch_size)
+        reason = f"at least {STEPS} in all, and every image {PASSES} times"
+    per_epoch = max(round(steps / evaluations), 1)
+    plan.choose(repeat=max(float(f"{per_epoch * plan.batch_size / pool:.4g}"), 0.0001))
+    per_epoch = math.ceil(max(round(plan.repeat * pool), 1) / plan.batch_size)
+    plan.choose(f"of {per_epoch} steps, {reason}", epochs=max(round(steps / per_epoch), 1))
+    steps = plan.epochs * per_epoch
+    plan.choose(
+        "of the steps, a twentieth to begin with; a mean over a twentieth; no early stopping",
+        warmup=min(steps // 20, 100),
+        ema=round(max(1 - 20 / steps, 0.0), 4),
+        patience=plan.epochs,
+    )
+    return steps, steps * times.step + plan.epochs * evaluation + around
+
+
+def shrink(plan, sides):
+    """The next flag to make smaller where the time is short, as a dict; {} where there is none.
+
+    The size first, which costs least, then the filters. sides: those that an image may have.
+    """
+    if not plan.crop and "image_size" not in plan.given:
+        smaller = [side for side in sides if side < plan.image_size]
+        if smaller:
+            return {"image_size": max(smaller)}
+    if "n_filters" not in plan.given and plan.n_filters > 8:
+        return {"n_filters": plan.n_filters // 2}
+    return {}

@@ -1,0 +1,58 @@
+"""How long a training step and a prediction take on this machine: a few of them, timed."""
+
+import time
+from collections import namedtuple
+
+import torch
+import torch.nn.functional as F
+
+from medseg.device import find_precision, make_autocast
+
+SECONDS = 2.0  # for each of both, but for the first call
+LONG_RUN = 10**6  # images: long enough for find_precision to time bf16
+OVERHEAD = 1.1  # of a step in a training: loading, augmentation, scores
+
+Times = namedtuple("Times", ["step", "image"])  # seconds: of a training step, to predict an image
+
+
+def time_network(network, device, *, side, batch_size, precision="auto"):
+    """The Times of a UNet on a device.
+
+    side: of its square images, in pixels; precision: as the flag of train.py has it.
+    The step's loss and update are stand-ins: with five levels they are a hundredth of its time.
+    """
+    sizes = {"images": LONG_RUN, "size": side, "batch_size": batch_size, "training": True}
+    precision, _ = find_precision(precision, device, network, **sizes)
+    network = network.to(device, memory_format=torch.channels_last).train()
+    shape = (batch_size, network.n_channels, side, side)
+    images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    masks = torch.zeros(batch_size, network.n_classes, side, side, device=device)
+    autocast = make_autocast(precision, device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        with autocast:
+            outputs = network(images)
+        F.binary_cross_entropy(outputs, masks).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def predict():
+        with torch.inference_mode(), autocast:
+            network(images)
+
+    return Times(OVERHEAD * _seconds(step, device), _seconds(predict, device) / batch_size)
+
+
+def _seconds(function, device):
+    """The shortest time of a call, of those that SECONDS hold but at least three, after a first."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    function()
+    wait()
+    times, until = [], time.perf_counter() + SECONDS
+    while len(times) < 3 or time.perf_counter() < until:
+        started = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,449 @@
+"""--recipe auto: what is measured of a data set, what follows from it, and that it trains."""
+
+import json
+import math
+import shlex
+
+import numpy as np
+import plan as benchmark
+import pytest
+import torch
+from helpers import (
+    SIZE,
+    assert_done,
+    edit_annotations,
+    make_dataset,
+    output_of,
+    script_here,
+    set_classes,
+    square,
+    tree,
+    write_split,
+)
+from PIL import Image
+
+from data import open_split
+from medseg.planning import fingerprint as fingerprints
+from medseg.planning import timing
+from medseg.planning.fingerprint import SIDES, Fingerprint, take_fingerprint
+from medseg.planning.plan import plan_training
+from medseg.planning.rules import Plan, choose_length, choose_what_data_decide
+from medseg.planning.timing import Times
+from medseg.weights import load_weights
+from net import UNet
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.05)
+
+
+PLANNING = {"open_split": open_split, "network": UNet}
+QUICK = ("--device", "cpu", "--swanlab", "disabled")
+
+
+def picture(width, height, value=0, mode="RGB"):
+    return Image.new(mode, (width, height), value if mode == "L" else (value, value, value))
+
+
+def write_set(root, images, annotations, others=None):
+    """A data set whose train split has these images; valid and test one each, or `others`."""
+    write_split(root / "train", images, annotations)
+    for split in ("valid", "test"):
+        write_split(root / split, *(others or ({"v.png": picture(8, 8)}, [(0, square(1, 1, 2))])))
+    return root
+
+
+def look_at(root):
+    return take_fingerprint(root, open_split)
+
+
+# ---- what is measured ------------------------------------------------------------------------
+
+
+def test_the_numbers_of_a_data_set_counted_by_hand(tmp_path):
+    images = {"a.png": picture(40, 20), "b.png": picture(40, 20), "c.png": picture(20, 40)}
+    # 8x8 and 4x4 pixels in the first, which overlap in 2x2; 8x8 in the second; none in the third.
+    annotations = [(0, square(0, 0, 8)), (0, square(6, 6, 4)), (1, square(2, 2, 8))]
+    others = {"wide.png": picture(90, 10)}, [(0, square(1, 1, 2))]
+    root = write_set(tmp_path / "set", images, annotations, others)
+    set_classes(root / "train", ["liver", "tumour"], lambda number: 1 + number % 2)
+    look = look_at(root)
+    assert look.images == {"train": 3, "valid": 1, "test": 1} and look.read == 5
+    assert (look.width, look.height, look.largest) == (40, 20, 90)
+    assert look.class_names == ["liver", "tumour"] and look.n_classes == 2
+    assert look.foreground == pytest.approx([128 / 2400, 16 / 2400])
+    assert look.together == pytest.approx(1 / 3) and look.overlap and look.grey
+    assert look.boxes == 0.5  # the two in the first are no rectangle together
+    assert look.empty == {"train": pytest.approx(1 / 3), "valid": 0, "test": 0}
+
+
+def test_one_colour_pixel_makes_an_image_a_colour_image(tmp_path):
+    image = picture(30, 30, 90)
+    image.putpixel((17, 4), (90, 91, 90))
+    images, annotations = {"a.png": picture(30, 30), "b.png": image}, [(0, square(1, 1, 9))]
+    assert not look_at(write_set(tmp_path / "set", images, annotations)).grey
+
+
+def disc(radius, side):
+    rows, columns = np.mgrid[:side, :side] - side // 2
+    return rows**2 + columns**2 <= radius**2
+
+
+def write_masks(root, masks):
+    """A data set of black images with these masks, as run lengths."""
+    from medseg.run_lengths import encode
+
+    images = {f"{number}.png": picture(*mask.shape[::-1]) for number, mask in enumerate(masks)}
+    outlines = [
+        (number, {"size": list(mask.shape), "counts": encode(mask).counts().tolist()})
+        for number, mask in enumerate(masks)
+    ]
+    return write_set(root, images, outlines)
+
+
+def test_thickness_is_the_width_of_a_stripe_and_the_radius_of_a_disc(tmp_path):
+    look = look_at(write_masks(tmp_path / "disc", [disc(40, 200)]))
+    assert look.thickness == pytest.approx(40, rel=0.03) and look.boxes == 0
+    rows, columns = np.mgrid[:600, :600]
+    slanting = abs(rows - columns) <= 6 * math.sqrt(2)  # 12 pixels across
+    assert look_at(write_masks(tmp_path / "stripe", [slanting])).thickness == pytest.approx(
+        12,
+        rel=0.13,  # slanting edges have more steps than the formula has on average
+    )
+
+
+def test_what_masks_keep_of_themselves_when_they_are_resized(tmp_path):
+    stripes = np.zeros((256, 256), bool)
+    stripes[::8] = True  # a row of eight
+    stripes[1::8] = True
+    look = look_at(write_masks(tmp_path / "set", [stripes]))
+    assert list(look.kept) == list(SIDES)
+    assert look.kept[256] == look.kept[512] == look.kept[1024] == 1
+    # By PyTorch's own resizing: nearest-exact down, bilinear up.
+    target = torch.from_numpy(stripes)[None, None].float()
+    for side in (64, 96, 192):
+        small = torch.nn.functional.interpolate(target, size=side, mode="nearest-exact")
+        back = torch.nn.functional.interpolate(small, size=256, mode="bilinear") > 0.5
+        expected = 2 * (back * target).sum() / (back.sum() + target.sum())
+        assert look.kept[side] == pytest.approx(float(expected), abs=0.01)
+    assert look.kept[64] < 0.7
+
+
+@pytest.mark.parametrize(
+    "layout, expected",
+    [
+        ("noise", {"mirror": False, "flip": False, "turn": False}),
+        ("bright above", {"mirror": False, "flip": True, "turn": True}),
+        ("bright left", {"mirror": True, "flip": False, "turn": True}),
+        ("round", {"mirror": False, "flip": False, "turn": False}),
+        ("hardly bright above", {"mirror": False, "flip": False, "turn": False}),
+    ],
+)
+def test_the_orientation_of_images(layout, expected, tmp_path):
+    rng = np.random.default_rng(0)
+    shades = {
+        "noise": np.zeros((64, 64)),
+        "bright above": np.linspace(200, 0, 64)[:, None] * np.ones(64),
+        "bright left": np.linspace(200, 0, 64) * np.ones((64, 1)),
+        "round": 200.0 * disc(20, 64),
+        "hardly bright above": np.linspace(30, 0, 64)[:, None] * np.ones(64),
+    }
+    images = {}
+    for number in range(12):
+        noise = rng.integers(0, 55, (8, 8)).repeat(8, 0).repeat(8, 1)
+        images[f"{number}.png"] = Image.fromarray((shades[layout] + noise).astype(np.uint8))
+    look = look_at(write_set(tmp_path / "set", images, [(0, square(4, 4, 9))]))
+    assert look.oriented == expected
+
+
+def test_a_data_set_is_looked_at_once(dataset, monkeypatch):
+    first, read = look_at(dataset), []
+    monkeypatch.setattr(fingerprints, "read_image", lambda path: read.append(path))
+    assert look_at(dataset) == first and read == []
+    edit_annotations(dataset / "valid", lambda content: content["annotations"].pop())
+    with pytest.raises(AttributeError):  # the stand-in reads no image
+        look_at(dataset)
+    assert read
+
+
+def test_of_very_many_images_some_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "MAX_READ", 7)
+    look = look_at(make_dataset(tmp_path / "dataset"))
+    assert look.images == {"train": 6, "valid": 4, "test": 4} and look.read == 7
+
+
+# ---- what follows from it --------------------------------------------------------------------
+
+BLOBS = {side: 0.9 + 0.1 * min(side / 256, 1) for side in SIDES}  # 0.96 from 160 on
+LINES = {side: min(side / 1024, 1) for side in SIDES}
+
+
+def look(**changes):
+    """A Fingerprint of 60 grey images of 300x200 pixels with one class."""
+    return Fingerprint(
+        **{
+            "images": {"train": 60, "valid": 20, "test": 20},
+            "read": 100,
+            "width": 300,
+            "height": 200,
+            "largest": 300,
+            "grey": True,
+            "class_names": ["tumour"],
+            "together": 0.0,
+            "overlap": False,
+            "boxes": 0.0,
+            "foreground": [0.05],
+            "empty": {"train": 0.0, "valid": 0.0, "test": 0.0},
+            "thickness": 30.0,
+            "kept": BLOBS,
+            "oriented": {"mirror": False, "flip": True, "turn": True},
+            "duplicates": "",
+            **changes,
+        }
+    )
+
+
+def decide(given=(), device="cpu", **changes):
+    """The flags of a plan for `look(**changes)`, but for the length of the run."""
+    plan = Plan(dict(given))
+    choose_what_data_decide(plan, look(**changes), device)
+    assert all(line.startswith("--") and ": " in line for line in plan.lines)
+    return plan.flags
+
+
+def test_each_rule_follows_what_it_looks_at():
+    usual = decide()
+    assert usual["n_channels"] == 1 and decide(grey=False)["n_channels"] == 3
+    assert usual["crop"] == 0 and BLOBS[usual["image_size"]] >= 0.96
+    thin = decide(kept=LINES, thickness=3.0)
+    assert thin["crop"] and "image_size" not in thin
+    several = {"class_names": ["cup", "disc"], "foreground": [0.1, 0.3]}
+    assert decide(**several, together=0.4)["classes"] == "each"
+    assert decide(**several)["classes"] == usual["classes"] == "union"
+    assert usual["prior"] == 0.05 and decide(foreground=[0.0])["prior"] > 0
+    assert "rotate=180" not in usual["augment"] and "mirror" in usual["augment"]
+    free = {"mirror": False, "flip": False, "turn": False}
+    assert "rotate=180" in decide(oriented=free)["augment"]
+    assert "flip" in decide(oriented=free)["augment"]
+    boxes = names(decide(oriented=free, boxes=0.9)["augment"])
+    assert "turn" in boxes and "rotate=180" not in boxes
+    left_and_right = {"mirror": True, "flip": True, "turn": True}
+    assert not {"mirror", "flip", "turn"} & set(names(decide(oriented=left_and_right)["augment"]))
+    assert usual["norm"] == "batch" and usual["batch_size"] >= 4
+    assert decide(device="cuda")["n_filters"] > usual["n_filters"]
+
+
+def names(augment):
+    return [part.partition("=")[0] for part in augment.split(",")]
+
+
+def test_a_network_goes_down_to_a_few_pixels():
+    for side in SIDES:
+        flags = decide(kept={own: float(own >= side) for own in SIDES}, largest=side)
+        bottom = (flags["crop"] or flags["image_size"]) / 2 ** flags["depth"]
+        assert 2 <= bottom <= 16
+
+
+def test_a_flag_that_is_given_wins_and_the_others_go_by_it():
+    flags = decide({"image_size": 32, "augment": "none", "n_filters": 3})
+    assert (flags["image_size"], flags["augment"], flags["n_filters"]) == (32, "none", 3)
+    assert flags["depth"] == 3 and flags["crop"] == 0
+    assert decide({"crop": 64})["crop"] == 64 and decide({"crop": 64})["depth"] == 3
+    assert decide({"image_size": 512}, kept=LINES)["crop"] == 0
+    assert decide({"crop": 0}, kept=LINES)["image_size"] >= 300
+
+
+@pytest.mark.parametrize("minutes", [1, 5, 60])
+@pytest.mark.parametrize("images", [2, 60, 40_000])
+@pytest.mark.parametrize("crop", [0, 64])
+def test_a_run_takes_the_minutes_that_there_are(minutes, images, crop):
+    counts = {"train": images, "valid": max(images // 10, 1), "test": 20}
+    own, times = look(images=counts), Times(step=0.1, image=0.01)
+    plan = Plan({"crop": crop})
+    choose_what_data_decide(plan, own, "cpu")
+    _, seconds = choose_length(plan, own, times, minutes)
+    flags = plan.flags
+    pool = images * (round(300 * 200 / 64**2) if crop else 1)
+    per_epoch = math.ceil(round(flags["repeat"] * pool) / flags["batch_size"])
+    assert seconds >= flags["epochs"] * per_epoch * times.step
+    evaluation = counts["valid"] * (pool / images) * times.image
+    if evaluation < 10:  # else three of them take longer than a minute
+        assert 0.8 * minutes * 60 < seconds < 1.05 * minutes * 60
+    assert flags["patience"] == flags["epochs"]  # the schedule ends with the run
+    assert flags["warmup"] <= flags["epochs"] * per_epoch / 5
+
+
+# ---- from the command line -------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(dataset, tmp_path, monkeypatch):
+    """A training of --recipe auto of a second or two, in run/: what it printed."""
+    monkeypatch.chdir(tmp_path)
+    flags = ("--recipe", "auto", "--image-size", 32, "--n-filters", 2, "--repeat", 1, "--epochs", 2)
+    return output_of("train.py", *flags, *QUICK, "--out", "run", cwd=tmp_path)
+
+
+def test_a_plan_is_printed_recorded_and_repeated(planned, dataset, tmp_path):
+    lines = planned.splitlines()
+    (command,) = (line.split(": ", 1)[1] for line in lines if "python train.py --" in line)
+    recorded = load_weights(tmp_path / "run" / "last.pth")["flags"]
+    assert recorded["recipe"] == "auto" and recorded["n_filters"] == 2
+    words = shlex.split(command)[2:]
+    assert "--recipe" not in words and "--n-filters" in words
+    repeated = output_of("train.py", *words, "--out", "again", cwd=tmp_path)
+    assert "plan for" not in repeated
+    weights = [load_weights(tmp_path / out / "best_model.pth") for out in ("run", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    own = load_weights(tmp_path / "again" / "last.pth")["flags"]
+    same = own.keys() - {"recipe", "data_fingerprints", "swanlab_run"}
+    assert {name: own[name] for name in same} == {name: recorded[name] for name in same}
+
+
+def test_a_resumed_run_is_not_planned_again(planned, dataset, tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "planned_flags", lambda *_: 1 / 0)
+    (tmp_path / "run" / "curves.png").unlink()  # as if it had been stopped in its test
+    result = script_here("train.py", "--resume", "--out", "run", cwd=tmp_path)
+    assert_done(result)
+    assert "plan for" not in result.stdout
+
+
+def test_data_py_prints_the_same_plan_and_trains_nothing(planned, dataset, tmp_path):
+    before = tree(tmp_path)
+    text = output_of("data.py", dataset, "--plan", cwd=tmp_path)
+    assert tree(tmp_path) == before  # the fingerprint was kept by the training
+    command = shlex.split(text.splitlines()[-1])
+    size = command[command.index("--image-size") + 1]
+    assert size in {str(side) for side in SIDES}
+    assert "minutes" in text or "a minute" in text
+
+
+def test_the_printed_command_holds_names_with_spaces(dataset, tmp_path):
+    dataset = dataset.rename(tmp_path / "my data")
+    text = output_of("data.py", dataset, "--plan", cwd=tmp_path)
+    words = shlex.split(text.splitlines()[-1])
+    assert words[words.index("--data") + 1] == str(dataset) and "--tune-prediction" in words
+
+
+def test_damaged_images_are_left_out_where_that_is_asked_for(dataset, refused):
+    (dataset / "train" / "2_train.png").write_bytes(b"no picture")
+    refused("data", dataset, "--plan", words=["2_train.png"])
+    with pytest.raises(ValueError, match="2_train.png"):
+        plan_training(dataset, {}, **PLANNING)
+    assert take_fingerprint(dataset, open_split, skip_bad=True).read == 13
+    assert plan_training(dataset, {"skip_bad": True, "device": "cpu"}, **PLANNING).flags
+
+
+def test_flags_that_do_not_go_with_a_plan(dataset, refused, monkeypatch):
+    refused("train", "--minutes", 5, words=["--minutes", "--recipe auto"])
+    refused("data", "nowhere", "--plan", words=["nowhere"])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("train", "--recipe", "auto", "--data", dataset, words=["--plan", "torchrun"])
+
+
+# ---- data sets that no rule was made for -------------------------------------------------------
+
+
+def noise(width, height, seed=0):
+    values = np.random.default_rng(seed).integers(0, 255, (height, width), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def absurd_set(root, layout):
+    one, outline = {"a.png": noise(40, 40)}, [(0, square(8, 8, 16))]
+    if layout == "two images":
+        return write_set(root, one, outline, (one, outline))
+    if layout == "one pixel":
+        return write_set(root, one, [(0, square(7, 7, 1))])
+    if layout == "empty valid":
+        return write_set(root, one, outline, (one, []))
+    if layout == "long and thin":
+        return write_set(root, {"a.png": noise(2000, 3)}, [(0, square(8, 0, 3))])
+    if layout == "other sizes":
+        images = {f"{side}.png": noise(side, 2 * side) for side in (3, 30, 300)}
+        return write_set(root, images, [(2, square(20, 20, 90))])
+    root = write_set(root, {"a.png": noise(64, 64)}, [(0, square(n, n, 3)) for n in range(40)])
+    set_classes(root / "train", [f"organ {n}" for n in range(40)], lambda number: number + 1)
+    return root
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["two images", "one pixel", "empty valid", "long and thin", "other sizes", "40 classes"],
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_a_plan_for_an_absurd_data_set_runs(layout, tmp_path):
+    root = absurd_set(tmp_path / "set", layout)
+    short = ("--n-filters", 2, "--repeat", 1, "--batch-size", 2, "--epochs", 1)
+    flags = ("--data", root, "--recipe", "auto", *short, *QUICK, "--out", "run")
+    assert_done(script_here("train.py", *flags, cwd=tmp_path))
+
+
+def test_a_data_set_without_foreground_cannot_be_planned(tmp_path, refused):
+    root = write_set(tmp_path / "set", {"a.png": noise(20, 20)}, [])
+    refused("data", root, "--plan", words=["set/train", "foreground"])
+
+
+# ---- tools/plan.py ---------------------------------------------------------------------------
+
+
+def test_the_benchmark_counts_the_pixels_of_the_masks_that_are_written(
+    dataset, tmp_path, monkeypatch
+):
+    torch.save(UNet(n_filters=2).state_dict(), tmp_path / "w.pth")
+
+    def predict(command):
+        out = command[command.index("--output") + 1]
+        out.mkdir()
+        for number in range(4):  # the upper half of each image
+            mask = np.zeros((SIZE, SIZE), np.uint8)
+            mask[: SIZE // 2] = 255
+            Image.fromarray(mask).save(out / f"{number}_test_mask.png")
+
+    monkeypatch.setattr(benchmark, "run", predict)
+    inside = sum(
+        open_split(dataset, "test", SIZE).load(n)[1][0, : SIZE // 2].sum() for n in range(4)
+    )
+    expected = 2 * inside / (4 * (SIZE * SIZE // 2 + 16 * 16))
+    dice = benchmark.score(dataset, "test", tmp_path / "w.pth", tmp_path / "masks")
+    assert dice == pytest.approx(expected)
+
+
+def test_the_benchmark_gives_every_row_the_same_minutes_once(dataset, tmp_path, monkeypatch):
+    trained = []
+
+    def train(data, out, flags):
+        trained.append(flags)
+        out.mkdir(parents=True, exist_ok=True)
+        return [6.0, 3.0]
+
+    monkeypatch.setattr(benchmark, "train", train)
+    monkeypatch.setattr(benchmark, "score", lambda *_: 0.5 + len(trained) / 100)
+    arguments = (dataset.parent, "--out", tmp_path / "out", "--minutes", 2, "--seeds", 0, 1)
+    flags = ("--sets", "dataset", "--rows", "auto", "strong")
+    for _ in range(2):  # the second time trains nothing
+        benchmark.main([*map(str, (*arguments, *flags))])
+    auto, trial, strong, again = trained
+    assert auto[auto.index("--minutes") + 1] == again[again.index("--minutes") + 1] == 2
+    assert trial[trial.index("--epochs") + 1] == 2
+    assert strong[strong.index("--epochs") + 1] == 40  # of three seconds
+    runs = json.loads((tmp_path / "out" / "plan.json").read_text())["runs"]
+    assert [(run["row"], run["seed"], run["test"]) for run in runs] == [
+        ("auto", 0, 0.51),
+        ("strong", 0, 0.53),
+        ("auto", 1, 0.54),
+    ]
+    text = benchmark.table(runs, ["dataset"])
+    assert "| auto | 0.525 (0.510 to 0.540) |" in text and "| strong | 0.530 |" in text
+
+
+def test_a_short_time_makes_the_network_smaller(dataset):
+    flags = plan_training(dataset, {"device": "cpu"}, **PLANNING).flags
+    short = plan_training(dataset, {"device": "cpu"}, **PLANNING, minutes=0.2).flags
+    assert short["n_filters"] == 8 < flags["n_filters"]
+    wide = {"device": "cpu", "n_filters": 64}
+    assert plan_training(dataset, wide, **PLANNING, minutes=0.2).flags["n_filters"] == 64
