@@ -64,7 +64,8 @@ def plan_training(root, given, *, open_split, network, minutes=0.0):
         smaller |= change
     plan.device = describe_device(device)
     if smaller:
-        plan.lines.append(f"{spell_flags(smaller)}: for {MIN_STEPS} steps in {minutes:g} minutes")
+        reason = f"so that --minutes {minutes:g} holds {MIN_STEPS} steps"
+        plan.lines.append(f"{spell_flags(smaller)}: {reason}")
     if look.empty["valid"] == 1:
         plan.lines.append("note: valid has no foreground: how good the masks are it cannot tell")
     if look.duplicates and not look.duplicates.startswith("0.0%"):

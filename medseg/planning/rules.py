@@ -167,7 +167,7 @@ def choose_length(plan, look, times, minutes):
         seconds = max(60 * minutes - around, 1.0)
         evaluations = min(max(int(EVALUATION_SHARE * seconds / evaluation), 3), EVALUATIONS)
         steps = (seconds - evaluations * evaluation) / times.step
-        reason = f"in {minutes:g} minutes"
+        reason = f"as many as --minutes {minutes:g} allows"
     else:
         evaluations, steps = EVALUATIONS, max(STEPS, PASSES * pool / plan.batch_size)
         reason = f"at least {STEPS} in all, and every image {PASSES} times"
