@@ -22,8 +22,8 @@ BOTTOM = 4  # pixels a side of the deepest level; nnU-Net has 4 to 7
 PIXELS = {"cpu": 8 * 128**2, "cuda": 16 * 256**2}  # of a batch
 BATCHES = (4, 8)  # the smallest that batch normalisation takes well, and the largest
 FILTERS = {"cpu": 16, "cuda": 32}
-# Strengths of the changes that all training images undergo. 24 brain slices: 0.44 with these, 0.38
-# with half of them.
+# Strengths of the changes that all training images undergo, nearly nnU-Net's. Weaker ones were as
+# good: 0.43 and 0.42 with these on 24 brain slices, 0.836 and 0.838 on 72 ultrasound images.
 CHANGES = {"scale": 0.3, "shift": 0.1, "contrast": 0.3, "brightness": 0.3, "gamma": 0.3}
 LEARNING_RATE = {"whole": 1e-3, "crops": 2e-3}
 STEPS, PASSES = 3000, 20  # without --minutes: so many steps, or so many times all images
