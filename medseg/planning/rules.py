@@ -177,7 +177,7 @@ def choose_length(plan, look, times, minutes):
     plan.choose(f"of {per_epoch} steps, {reason}", epochs=max(round(steps / per_epoch), 1))
     steps = plan.epochs * per_epoch
     plan.choose(
-        "of the steps, a twentieth to begin with; a mean over a twentieth; no early stopping",
+        "warm-up and mean of the weights over a twentieth of the steps; no early stopping",
         warmup=min(steps // 20, 100),
         ema=round(max(1 - 20 / steps, 0.0), 4),
         patience=plan.epochs,
