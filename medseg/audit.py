@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,15 +19,13 @@ from medseg.coco import (
     used_categories,
 )
 from medseg.drawing import class_colors, outline, with_legend
+from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import atomic_write, parallel_map
 from medseg.images import SUFFIXES, pixel_format, read_image
 from medseg.run_lengths import unite
-from medseg.splits import slice_number
 
 TILE = 160  # pixels a side of an image in the contact sheet
 TILES = 8  # of each split, and in a row
-THUMBNAIL = 16  # pixels a side
-NEAR_DUPLICATE = 0.9  # correlation of two thumbnails from which on images count as duplicates
 
 
 @dataclass
@@ -161,48 +158,6 @@ def _print_split(split, dataset, summary):
         f"  no lesion    {summary.empty} images; unreadable {summary.unreadable}; "
         f"not listed in {ANNOTATIONS} {unlisted}"
     )
-
-
-def thumbnail(image):
-    """An image as 16x16 grey values, each less the mean of the nine around it.
-
-    So the brightness of large areas, which images of one kind have in common, counts for little.
-    """
-    small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    values = np.asarray(small, np.float32)
-    padded = np.pad(values, 1, mode="edge")
-    nine = sliding_window_view(padded, (3, 3)).mean((2, 3))
-    return (values - nine).ravel()
-
-
-def near_duplicates(some, train):
-    """A line on what a split's images have in common with those of train, '' without images.
-
-    some, train: lists of (file name, thumbnail). The mean thumbnail of train is subtracted from
-    all: what every image of the data set shows makes no duplicate.
-    """
-    if not some or not train:
-        return ""
-    own, others = (np.stack([values for _, values in images]) for images in (some, train))
-    mean = others.mean(0) if len(others) > 1 else 0
-    correlation = (_unit_length(own - mean) @ _unit_length(others - mean).T).max(1)
-    fraction = (correlation >= NEAR_DUPLICATE).mean()
-    text = (
-        f"{fraction:.1%} of the images have a near-duplicate there "
-        f"(correlation of 16x16 grey details from {NEAR_DUPLICATE} on)"
-    )
-    numbers = {slice_number(name) for name, _ in train}
-    own_numbers = [slice_number(name) for name, _ in some]
-    neighbours = [bool({n - 1, n + 1} & numbers) for n in own_numbers if n is not None]
-    if neighbours:
-        text += f", {np.mean(neighbours):.1%} a neighbour by the number in the file name"
-    return text
-
-
-def _unit_length(vectors):
-    """Rows with mean 0 and length 1: the product of two is their correlation."""
-    vectors = vectors - vectors.mean(1, keepdims=True)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
 
 
 def _tile(image, masks, n_classes):

@@ -37,9 +37,10 @@ from pycocotools import mask as coco_mask
 import data
 import download
 from data import Batches, COCOSegmentationDataset, load_split, open_split
-from medseg.audit import audit, near_duplicates
+from medseg.audit import audit
 from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
+from medseg.duplicates import near_duplicates
 from medseg.files import read_json
 from medseg.images import MEAN, STD, pixel_format, read_image, resize_nearest
 from medseg.importing.mask_values import read_mask
@@ -797,7 +798,8 @@ def numbered(tmp_path):
 
     The duplicates are images 3, 6, 9 and 12 of train, as 101 to 104 in valid.
     """
-    pixels = np.random.default_rng(0).integers(0, 255, (61, 24, 24, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 127, (62, 24, 24, 3), dtype=np.uint8)
+    pixels = pixels[1:] + pixels[:-1]  # neighbours look alike: they have half in common
     pictures, splits = list(map(Image.fromarray, pixels)), {split: {} for split in SPLITS}
     for number in range(1, 61):
         splits[SPLITS[number % 3]][f"{number}_x.png"] = pictures[number]
@@ -1027,6 +1029,14 @@ def test_what_all_images_share_makes_no_duplicate():
 def test_neighbours_are_of_the_next_number_and_not_of_the_same():
     flat = np.arange(256.0)
     train = thumbnails(n10_x=flat, n20_x=-flat, n5_x=flat, other=flat)
-    some = thumbnails(n10_y=flat, n11_y=flat, n19_y=flat, n22_y=flat, nameless=flat)
+    some = thumbnails(n10_y=flat, n11_y=flat, n19_y=-flat, n22_y=flat, nameless=flat)
     # 11 and 19 have one; 10 has the same number only, 22 none, and one has no number at all.
     assert "50.0% a neighbour" in near_duplicates(some, train)
+
+
+def test_numbers_of_unrelated_images_are_no_series():
+    values = np.random.default_rng(7).standard_normal((40, 256))
+    train = thumbnails(**{f"n{number}": values[number] for number in range(0, 40, 2)})
+    for weight, told in ((0.0, False), (0.8, True)):  # of what an image has of the one before
+        some = {f"n{n}": (1 - weight) * values[n] + weight * values[n - 1] for n in range(1, 40, 2)}
+        assert ("neighbour" in near_duplicates(thumbnails(**some), train)) == told

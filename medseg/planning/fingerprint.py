@@ -8,14 +8,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.audit import near_duplicates, thumbnail
 from medseg.cache import fingerprint
 from medseg.coco import SPLITS, load_coco, used_categories
+from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import atomic_write, parallel_map, read_json
 from medseg.images import read_image
 from medseg.run_lengths import unite
 
-VERSION = 1  # raise it when the meaning of a field changes
+VERSION = 2  # raise it when the meaning of a field changes
 MAX_READ = 2000  # images of all splits; of more, evenly spaced ones are read
 MAX_MEASURED = 64  # training images whose masks are resized to all SIDES and back
 MAX_SIDE = 2048  # of a mask that is measured; a larger one is reduced to it first
