@@ -9,6 +9,7 @@
     python download.py --labelme folder --data mine         # what LabelMe saved
     python download.py --coco instances.json images --data mine
     python download.py --masks test/images test/masks --into test --data mine  # one split more
+    python download.py --labelme more --into train --add --data mine            # more images in it
 
 Afterwards dataset/ has train/, valid/ and test/, each with its images and one
 _annotations.coco.json. Splits that are already there are replaced only with --force.

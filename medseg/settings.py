@@ -78,3 +78,25 @@ def choose_window(given, trained):
             f"{spell_window(trained)}"
         )
     return given or (trained if isinstance(trained, tuple) else None)
+
+
+def check_window(present, window):
+    """Compare the window of new images with those of the splits that stay.
+
+    present: of `present_settings`. window: as of `medical.read_settings`. Where they differ, a
+    ValueError with the flag to give, if one of them is of numbers, else a warning.
+    """
+    for folder, settings in present:
+        recorded = settings["window"]
+        if recorded == window:
+            continue
+        differ = (
+            f"{folder}: its window is {spell_window(recorded)}, that of the new images "
+            f"{spell_window(window)}"
+        )
+        if None in (recorded, window) or isinstance(recorded, str) and isinstance(window, str):
+            print(f"warning: {differ}")
+        elif isinstance(recorded, str):
+            raise ValueError(f"{differ}: leave --window out")
+        else:
+            raise ValueError(f"{differ}: give --window {spell_window(recorded)}")

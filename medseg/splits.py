@@ -1,6 +1,7 @@
 """The splits of a data set: complete, present, put in place whole or not at all, drawn, linked."""
 
 import contextlib
+import filecmp
 import json
 import os
 import re
@@ -93,6 +94,43 @@ def install(root, write_splits, splits=SPLITS):
             old.rmdir()
             raise
         shutil.rmtree(old)
+
+
+def extend_split(folder, write_more):
+    """Let write_more(new) write images into a new folder, then move them into the split `folder`.
+
+    write_more also writes the annotation file of the split as it will be. That is moved last, in
+    one step: until then the split is as it was, whatever ends this process, and where anything
+    fails the images are moved back. Returns what `write_more` returns, and raises what it raises;
+    ValueError where the folder has a file of the name of a new image, but for what an import that
+    was killed has left.
+    """
+    folder = folder.resolve()  # moving is renaming, also where it is a link to another disk
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        result = write_more(new)
+        annotations, images = new / ANNOTATIONS, []
+        for path in sorted(new.iterdir()):
+            target = folder / path.name
+            if path == annotations:
+                continue
+            if not os.path.lexists(target):
+                images.append(path)
+            elif not target.is_file() or not filecmp.cmp(path, target, shallow=False):
+                raise ValueError(
+                    f"{target}: is there, though {ANNOTATIONS} does not list it: move it elsewhere"
+                )
+        try:
+            for path in images:
+                os.rename(path, folder / path.name)
+            os.replace(annotations, folder / ANNOTATIONS)
+        except BaseException:  # Ctrl-C too
+            if annotations.exists():  # else the split is complete
+                for path in images:
+                    if not path.exists():
+                        os.rename(folder / path.name, path)
+            raise
+    return result
 
 
 # ---- splits drawn of imported images ---------------------------------------------------------

@@ -27,14 +27,14 @@ from medseg.run_lengths import encode, unite
 
 
 def coco_examples(
-    annotations, images, *, classes=None, group=None, skip_unpaired=False, boxes=False
+    annotations, images, *, classes=None, group=None, prefix="", skip_unpaired=False, boxes=False
 ):
     """(examples, class names) of the images that a COCO file lists, below a folder.
 
     Prints what is left out. classes: categories to use, in their order; without it all that have
     an annotation, in the file's. group: a regular expression on the path of the image, see
-    `find_groups`. skip_unpaired: leave out listed images that are not there, else a ValueError.
-    boxes: annotations that have only a box become rectangles, else a ValueError.
+    `find_groups`. prefix: of names. skip_unpaired: leave out listed images that are not there, else
+    a ValueError. boxes: annotations that have only a box become rectangles, else a ValueError.
     Raises ValueError or FileNotFoundError that names the file.
     """
     path, images = Path(annotations), Path(images)
@@ -47,7 +47,7 @@ def coco_examples(
     pairs = _find_images(path, content["images"], images, skip_unpaired)
     wanted = set(chosen)
     relative = [image_path.relative_to(images) for _, image_path in pairs]
-    stems, groups = unique_names(relative), find_groups(relative, group)
+    stems, groups = unique_names(relative, prefix), find_groups(relative, group)
     examples = []
     for stem, own_group, (record, image_path) in zip(stems, groups, pairs, strict=True):
         named = [(names[a["category_id"]], a) for a in of_image.get(record["id"], ())]
@@ -136,10 +136,8 @@ def _choose_classes(path, content, classes):
     known = dict.fromkeys(names.values())
     check_known(classes, list(known), f"{path} has no category")
     chosen = list(classes or [name for name in known if counts[name]])
-    if not chosen:
-        raise ValueError(f"{path}: holds no annotations")
     used = [f"{name} ({counts[name]} annotations)" for name in chosen]
-    print(f"categories: {listed(used, MAX_CLASSES)}")
+    print(f"categories: {listed(used, MAX_CLASSES) or 'none with annotations'}")
     wanted = set(chosen)
     if unused := [f"{name} ({counts[name]})" for name in known if name not in wanted]:
         print(f"left out: categories: {listed(unused, MAX_CLASSES)}")

@@ -89,20 +89,20 @@ def existing_file(path):
     return place if place.is_file() else None
 
 
-def unique_names(paths):
+def unique_names(paths, prefix=""):
     """A file stem for each relative path, unique whatever the case and safe in a file system.
 
-    The path's `base_name` where all differ, else its folders and that name joined by `_`, else
-    that after a number.
+    After the prefix comes the path's `base_name` where all differ, else its folders and that name
+    joined by `_`, else that after a number.
     """
     paths = [PurePath(path) for path in paths]
     short = [base_name(path) for path in paths]
     joined = ["_".join((*path.parent.parts, base_name(path))) for path in paths]
     for names in (short, joined):
-        names = [_safe_name(name) for name in names]
+        names = [_safe_name(prefix + name) for name in names]
         if len({name.casefold() for name in names}) == len(names):
             return names
-    return [f"{number:05}_{_safe_name(name)}" for number, name in enumerate(joined)]
+    return [_safe_name(f"{prefix}{number:05}_{name}") for number, name in enumerate(joined)]
 
 
 def _safe_name(name):

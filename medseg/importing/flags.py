@@ -5,21 +5,20 @@ from pathlib import Path
 
 from medseg.cli import flag_name, number, one_line
 from medseg.coco import SPLITS
+from medseg.importing.adding import add_images
 from medseg.importing.coco_files import coco_examples
 from medseg.importing.collect import same_form
 from medseg.importing.labelme import labelme_examples
 from medseg.importing.mask_folders import mask_examples
-from medseg.importing.writing import (
-    check_free,
-    check_window,
-    present_settings,
-    write_dataset,
-)
-from medseg.settings import window_limits
+from medseg.importing.writing import check_free, present_settings, write_dataset
+from medseg.settings import check_window, window_limits
 from medseg.splits import PERCENTAGES, present_splits, wanted_splits
 
 IMPORTERS = ("masks", "labelme", "coco")
-NEED_AN_IMPORTER = ("split", "into", "group", "classes", "skip_unpaired", "boxes")
+NEED_AN_IMPORTER = (
+    *("split", "into", "add", "duplicates", "prefix", "group", "classes", "skip_unpaired"),
+    "boxes",
+)
 
 
 def _names(text):
@@ -48,6 +47,7 @@ def add_arguments(parser):
         help="percent of the images, drawn by --seed; 0 writes no such split",
     )
     splits.add_argument("--into", choices=SPLITS, help="write this split; the others stay")
+    _add_growing(own)
     own.add_argument(
         "--group",
         metavar="REGEX",
@@ -75,6 +75,23 @@ def add_arguments(parser):
     own.add_argument("--boxes", action="store_true", help="COCO: boxes alone become rectangles")
 
 
+def _add_growing(own):
+    own.add_argument(
+        "--add",
+        action="store_true",
+        help="with --into: put the images beside those of that split, which stay as they are",
+    )
+    own.add_argument(
+        "--duplicates",
+        choices=("skip", "keep"),
+        help="with --add: leave out images that are in any split already, or nearly in another "
+        "one, or add them all the same; default: an error that names them",
+    )
+    own.add_argument(
+        "--prefix", metavar="TEXT", default="", help="begin the names of the stored images with it"
+    )
+
+
 def chosen_importer(args):
     """Which of IMPORTERS the flags ask for, or None."""
     return next((name for name in IMPORTERS if getattr(args, name)), None)
@@ -88,6 +105,12 @@ def check_arguments(parser, args):
     for name in NEED_AN_IMPORTER:
         if not chosen_importer(args) and getattr(args, name) != parser.get_default(name):
             parser.error(f"{flag_name(name)}: goes with --masks, --labelme or --coco")
+    if args.add and args.force:
+        parser.error("--add: keeps what a split holds and --force deletes it: give one of them")
+    if args.add and not args.into:
+        parser.error("--add: say with --into which split is to grow, such as --into train")
+    if args.duplicates and not args.add:
+        parser.error("--duplicates: goes with --add")
     if args.boxes and not args.coco:
         parser.error("--boxes: goes with --coco")
     if args.window and not args.masks:
@@ -107,11 +130,18 @@ def import_data(root, args):
     Raises ValueError, or OSError where a file cannot be read or written; `root` is unchanged then.
     """
     splits = wanted_splits(args.split, args.into)
-    check_free(root, splits, args.force)
-    _check_sources(root, splits, [*(args.masks or ()), *(args.coco or ()), args.labelme])
-    options = {"classes": args.classes, "group": args.group}
+    stay = [split for split in present_splits(root) if args.add or split not in splits]
+    if not args.add:
+        check_free(root, splits, args.force, args.into)
+    elif args.into not in stay:
+        raise ValueError(f"{root / args.into}: no such split to add to: write it without --add")
+    sources = [
+        Path(name) for name in (*(args.masks or ()), *(args.coco or ()), args.labelme) if name
+    ]
+    _check_sources(root, splits, sources, args.add)
+    options = {"classes": args.classes, "group": args.group, "prefix": args.prefix}
     try:
-        present, info = present_settings(root, splits), {}
+        present, info = present_settings(root, stay), {}
         if not args.masks:
             check_window(present, None)
         if args.masks:
@@ -122,19 +152,33 @@ def import_data(root, args):
         else:
             options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
             examples, classes = coco_examples(*args.coco, **options)
-        choice = {"split": args.split, "into": args.into, "seed": args.seed, "force": args.force}
-        write_dataset(root, examples, classes, **choice, info=info)
+        if not classes and not args.add:
+            name = args.masks[1] if args.masks else sources[0]
+            raise ValueError(
+                f"{name}: all masks are empty: --add takes such images, into a split that has "
+                "classes"
+            )
+        # The names of labels and categories do not depend on their order, those of values do.
+        choice = {"into": args.into, "any_order": not (args.masks or args.classes)}
+        if args.add:
+            prefix = f"{args.prefix or sources[0].resolve().stem}_"
+            choice |= {"prefix": prefix, "duplicates": args.duplicates}
+            add_images(root, examples, classes, **choice)
+        else:
+            choice |= {"split": args.split, "seed": args.seed, "force": args.force, "info": info}
+            write_dataset(root, examples, classes, **choice)
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
 
 
-def _check_sources(root, splits, sources):
-    """Raise ValueError where a source lies in a split that is to be replaced, or around `root`."""
-    for name in filter(None, sources):
-        place = Path(name).resolve()
+def _check_sources(root, splits, sources, add):
+    """Raise ValueError where a source lies in a split that is to be written, or around `root`."""
+    for name in sources:
+        place = name.resolve()
         for split in splits:
             if (root / split).resolve() in (place, *place.parents):
-                raise ValueError(f"{name}: lies in {root / split}, which would be replaced")
+                why = "which would be added to itself" if add else "which would be replaced"
+                raise ValueError(f"{name}: lies in {root / split}, {why}")
         if present_splits(root) and place in (root.resolve(), *root.resolve().parents):
             raise ValueError(
                 f"{name}: its images would be read together with those of the data set {root}, "

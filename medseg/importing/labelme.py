@@ -41,11 +41,11 @@ MAX_MEMORY = 2**30  # bytes of its content; several are read at a time
 FAR = 10  # coordinates may lie this many sides outside the image
 
 
-def labelme_examples(folder, *, classes=None, group=None):
+def labelme_examples(folder, *, classes=None, group=None, prefix=""):
     """(examples, class names) of the LabelMe files below a folder.
 
     Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
-    group: a regular expression on the path of the JSON file, see `find_groups`.
+    group: a regular expression on the path of the JSON file, see `find_groups`. prefix: of names.
     Raises ValueError or FileNotFoundError that names the file.
     """
     folder = Path(folder)
@@ -54,14 +54,12 @@ def labelme_examples(folder, *, classes=None, group=None):
         raise ValueError(f"{folder}: holds no LabelMe files (.json)")
     counts, left_out = _count_labels(paths)
     labels = counts.keys() - {BACKGROUND, IGNORED}
-    if not labels:
-        raise ValueError(f"{folder}: the LabelMe files hold no labelled areas")
     check_known(classes, sorted(labels), "no area is labelled")
     names = list(classes or sorted(labels))
     numbers = {BACKGROUND: 0, IGNORED: 0, **{name: n for n, name in enumerate(names, start=1)}}
     _report(folder, paths, counts, left_out, names)
     relative = [path.relative_to(folder) for path in paths]
-    stems, groups = unique_names(relative), find_groups(relative, group)
+    stems, groups = unique_names(relative, prefix), find_groups(relative, group)
     examples = []
     for stem, path, own_group in zip(stems, paths, groups, strict=True):
         read = partial(_read_example, path, folder, names, numbers)
@@ -108,7 +106,7 @@ def _count_labels(paths):
 def _report(folder, paths, counts, left_out, names):
     """Print what the files hold: the areas of each class, and what is left out."""
     areas = [f"{name} ({counts[name]})" for name in names]
-    print(f"{len(paths)} LabelMe files; areas: {listed(areas, MAX_CLASSES)}")
+    print(f"{len(paths)} LabelMe files; areas: {listed(areas, MAX_CLASSES) or 'none'}")
     used = {*names, BACKGROUND, IGNORED}
     unused = {label: n for label, n in counts.items() if label not in used}
     for what, omitted in (("shapes without an area", left_out), ("other labels", unused)):

@@ -20,12 +20,20 @@ from medseg.importing.collect import (
 from medseg.importing.mask_values import find_classes, read_mask
 from medseg.importing.pairing import pair_files
 from medseg.importing.volumes import volume_examples
-from medseg.importing.writing import Example, check_window
-from medseg.settings import OF_FILE, OF_VOLUME
+from medseg.importing.writing import Example
+from medseg.settings import OF_FILE, OF_VOLUME, check_window
 
 
 def mask_examples(
-    images, masks, *, classes=None, group=None, window=None, skip_unpaired=False, present=()
+    images,
+    masks,
+    *,
+    classes=None,
+    group=None,
+    prefix="",
+    window=None,
+    skip_unpaired=False,
+    present=(),
 ):
     """(examples, class names, info) of the images below one folder and the masks below another.
 
@@ -33,7 +41,8 @@ def mask_examples(
     that are pictures; or NIfTI volumes with masks that are volumes, an example for each slice.
     Several masks of one picture (x_mask, x_mask_1) are united, class by class.
     Prints which mask was found for which image and what the values mean. classes: names for the
-    foreground values in ascending order. group: a regular expression, see `find_groups`.
+    foreground values in ascending order. group: a regular expression, see `find_groups`. prefix:
+    of the names that the images get.
     window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out images with no
     mask or with several that may be meant, and masks of no image, else a ValueError. present: of
     `present_settings`, the splits that stay: the window has to be theirs, and volumes are turned to
@@ -47,7 +56,7 @@ def mask_examples(
         raise ValueError(f"{images}: holds no DICOM or NIfTI files, which --window is for")
     root = images if images.is_dir() else images.parent
     relative = [image.relative_to(root) for image, _ in pairs]
-    names, groups = unique_names(relative), find_groups(relative, group)
+    names, groups = unique_names(relative, prefix), find_groups(relative, group)
     info = {"window": _window_of(formats, window)}
     check_window(present, info["window"])
     if "nifti" in formats:

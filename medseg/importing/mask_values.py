@@ -182,7 +182,7 @@ def count_values(values):
 
 
 def classes_of_counts(counted, folder, names=None):
-    """The MaskClasses of values that were counted; see `find_classes`.
+    """The MaskClasses of values that were counted, none where all are 0; see `find_classes`.
 
     counted: iterable of (path, encoding, {value: pixels}) for each mask.
     """
@@ -199,6 +199,8 @@ def classes_of_counts(counted, folder, names=None):
             )
         foreground |= _foreground(encoding, counts, encoding in cut)
         warnings += _warnings(encoding, counts, encoding in cut, total)
+    if not foreground:  # of healthy images
+        return MaskClasses([], {}, {}, cut, warnings)
     one_class = _is_one_class(foreground, folder)
     class_of = {key: "foreground" if one_class else _spell(*key) for key in foreground}
     default_names = list(dict.fromkeys(class_of.values()))
@@ -272,8 +274,6 @@ def _warnings(encoding, counts, cut, total):
 
 def _is_one_class(foreground, folder):
     """Whether each encoding has one foreground value; ValueError where the classes are unclear."""
-    if not foreground:
-        raise ValueError(f"{folder}: the masks are empty: every pixel is 0")
     numbers = Counter(encoding for encoding, _ in foreground)
     one_class = max(numbers.values()) == 1
     if len(numbers) > 1 and not one_class:

@@ -12,24 +12,24 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.coco import (
-    ANNOTATIONS,
-    MAX_CLASSES,
-    listed,
-    read_annotations,
-    recorded_settings,
-)
+from medseg.coco import ANNOTATIONS, MAX_CLASSES, listed, read_annotations, recorded_settings
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, open_image, save_png
 from medseg.phantoms import is_phantom
 from medseg.run_lengths import RunLengths, encode
-from medseg.settings import spell_window
-from medseg.splits import PERCENTAGES, draw_splits, install, present_splits, wanted_splits
+from medseg.splits import (
+    PERCENTAGES,
+    draw_splits,
+    install,
+    present_splits,
+    wanted_splits,
+)
 
 OWN = "own data imported by download.py"  # info.description of every imported split
 
@@ -62,37 +62,43 @@ def holds_own_data(root):
 
 
 def write_dataset(
-    root, examples, classes, *, split=PERCENTAGES, into=None, seed=0, force=False, info=None
+    root,
+    examples,
+    classes,
+    *,
+    split=PERCENTAGES,
+    into=None,
+    seed=0,
+    force=False,
+    info=None,
+    any_order=False,
 ):
     """Write `examples` as splits of `root`, whole or not at all, and print what each split holds.
 
     classes: names, which become categories 1, 2, ... in this order. Splits that stay have to have
-    the same; where they have some more besides, these are added. split: percent of the images in
-    train, valid and test; 0 writes no such split. into: the one split to write instead. Other
-    splits are never touched. info: {name: JSON value} to record with each split.
+    the same; where they have some more besides, these are added. any_order: theirs counts. split:
+    percent of the images in train, valid and test; 0 writes no such split. into: the one split to
+    write instead. Other splits are never touched. info: {name: JSON value} to record with each
+    split.
     Raises ValueError where a split is there already (without `force`), the classes disagree, or
     there are fewer groups than splits; and what an example's read() raises.
     """
-    root, examples = Path(root), sorted(examples, key=lambda example: example.name)
-    splits = wanted_splits(split, into)
-    check_free(root, splits, force)
-    _check_names(classes)
-    classes = _add_present_classes(root, splits, list(classes))
-    if len({example.name.casefold() for example in examples}) < len(examples):
-        raise ValueError(f"{root}: two images would get the same file name")
+    root, splits = Path(root), wanted_splits(split, into)
+    check_free(root, splits, force, into)
+    stay = [name for name in present_splits(root) if name not in splits]
+    classes = check_classes(root, stay, classes, any_order)
+    examples = check_examples(root, examples)
     drawn = {into: examples} if into else draw_splits(examples, split, seed)
-    if not examples:
-        raise ValueError(f"{root}: there are no images to write")
-    counts = {}
+    head, counts = make_head(classes, info), {}
 
     def write_splits(folder):
         with tqdm(desc="importing", total=len(examples), unit="image", disable=None) as bar:
             for name, chosen in drawn.items():
-                counts[name] = _write_split(folder / name, chosen, classes, bar, info or {})
+                counts[name] = write_split(folder / name, chosen, head, bar)
 
     install(root, write_splits, splits)
     for name, chosen in drawn.items():
-        _print_counts(name, chosen, counts[name], classes)
+        print_counts(name, chosen, counts[name], classes)
     if len(classes) > MAX_CLASSES:
         print(
             f"note: {len(classes)} classes are more than the {MAX_CLASSES} that train.py can tell "
@@ -100,68 +106,58 @@ def write_dataset(
         )
 
 
-def check_free(root, splits, force):
-    """Raise ValueError where `root` has one of `splits`, unless `force` says to replace them."""
+def check_free(root, splits, force, into=None):
+    """Raise ValueError where `root` has one of `splits`, unless `force` says to replace them.
+
+    into: the one split that was asked for, to which images can be added.
+    """
     for split in present_splits(root):
         if split in splits and not force:
+            ways = "replace it with --force, add another split with --into"
+            if into:
+                ways = "--add puts the new images beside those that it holds, --force deletes these"
             raise ValueError(
-                f"{Path(root) / split} is there already: replace it with --force, "
-                "add another split with --into, or name another folder with --data"
+                f"{Path(root) / split} is there already: {ways}, or name another folder with --data"
             )
 
 
-def _check_names(classes):
+def check_examples(root, examples):
+    """The Examples by name; ValueError where there are none, or two of one name."""
+    if len({example.name.casefold() for example in examples}) < len(examples):
+        raise ValueError(f"{root}: two images would get the same file name")
+    if not examples:
+        raise ValueError(f"{root}: there are no images to write")
+    return sorted(examples, key=attrgetter("name"))
+
+
+def check_classes(root, stay, classes, any_order=False):
+    """The names in `classes` with those that the splits `stay` have besides.
+
+    Raises ValueError for a name that cannot be one, where a split that stays lacks one of them,
+    and, without any_order, where it has them in another order.
+    """
     counts = Counter(classes)
     for name in classes:
         if not name or not name.isprintable() or counts[name] > 1:
             raise ValueError(f"the class name {name!r:.60} is empty, unprintable or there twice")
-
-
-def _add_present_classes(root, splits, classes):
-    """`classes` with those that the splits which stay have besides; ValueError if they disagree."""
-    for split in present_splits(root):
-        if split in splits:
-            continue
+    for split in stay:
         coco = read_annotations(root / split, skipped=[])
         if is_phantom({split: coco}):
             raise ValueError(f"{root / split} holds phantoms: name another folder with --data")
         present = [str(category.get("name")) for category in coco["categories"]]
-        remaining = iter(present)
-        if not all(name in remaining for name in classes):  # a subsequence: the same order
+        remaining = set(present) if any_order else iter(present)
+        if not all(name in remaining for name in classes):  # of an iterator: in the same order
             raise ValueError(
                 f"{root / split} has the classes {listed(present)}, the new images "
                 f"{listed(classes)}: give the same in the same order with --classes"
             )
         classes = present
-    return classes
+    return list(classes)
 
 
-def present_settings(root, splits):
-    """[(folder, what `recorded_settings` returns)] of the splits that stay beside `splits`."""
-    stay = [root / split for split in present_splits(root) if split not in splits]
-    return [(folder, recorded_settings(folder)) for folder in stay]
-
-
-def check_window(present, window):
-    """Compare the window of new images with those of the splits that stay.
-
-    present: of `present_settings`. window: as of `medical.read_settings`. Where they differ, a
-    ValueError with the flag to give, if one of them is of numbers, else a warning.
-    """
-    for folder, settings in present:
-        recorded = settings["window"]
-        if recorded == window:
-            continue
-        differ = (
-            f"{folder}: its window is {spell_window(recorded)}, that of the new images "
-            f"{spell_window(window)}"
-        )
-        if None in (recorded, window) or isinstance(recorded, str) and isinstance(window, str):
-            print(f"warning: {differ}")
-        elif isinstance(recorded, str):
-            raise ValueError(f"{differ}: leave --window out")
-        else:
-            raise ValueError(f"{differ}: give --window {spell_window(recorded)}")
+def present_settings(root, stay):
+    """[(folder, what `recorded_settings` returns)] of the splits that stay."""
+    return [(root / split, recorded_settings(root / split)) for split in stay]
 
 
 # ---------------------------------------------------------------- one split
@@ -175,17 +171,34 @@ class SplitCounts:
     class_pixels: Counter = field(default_factory=Counter)  # class name -> pixels
     class_images: Counter = field(default_factory=Counter)  # class name -> images that have it
 
+    def add(self, record, annotations, names):
+        """Count an image by its record and annotations. names: {category id: class name}."""
+        self.pixels += record["width"] * record["height"]
+        for annotation in annotations:
+            name = names[annotation["category_id"]]
+            self.class_pixels[name] += annotation["area"]
+            self.class_images[name] += 1
 
-def _write_split(folder, examples, classes, bar, info):
+
+def make_head(classes, info=None):
+    """What the annotation file of a new split begins with; info: as in `write_dataset`."""
+    categories = [
+        {"id": number, "name": name, "supercategory": "none"}
+        for number, name in enumerate(classes, start=1)
+    ]
+    return {"info": {"description": OWN, **(info or {})}, "categories": categories}
+
+
+def write_split(folder, examples, head, bar):
     """Write a split to the new `folder`; returns its SplitCounts.
 
+    head: what its annotation file begins with, "categories" among it; each class has one.
     The annotations go to their file as they come, for they are most of what is to be written.
     """
     folder.mkdir()
     counts, images, separator, number = SplitCounts(), [], "", 0
-    ids = {name: category_id for category_id, name in enumerate(classes, start=1)}
-    categories = [{"id": ids[name], "name": name, "supercategory": "none"} for name in classes]
-    head = {"info": {"description": OWN, **info}, "categories": categories}
+    names = {category["id"]: category["name"] for category in head["categories"]}
+    ids = {name: category_id for category_id, name in names.items()}
     convert = functools.partial(_convert, folder=folder, ids=ids)
     with (
         open(folder / ANNOTATIONS, "w", encoding="ascii") as file,
@@ -195,11 +208,8 @@ def _write_split(folder, examples, classes, bar, info):
         file.write(json.dumps(head)[:-1] + ', "annotations": [')
         for index, (record, annotations) in enumerate(converted):
             images.append(json.dumps({"id": index, **record}))
-            counts.pixels += record["width"] * record["height"]
+            counts.add(record, annotations, names)
             for annotation in annotations:
-                name = classes[annotation["category_id"] - 1]
-                counts.class_pixels[name] += annotation["area"]
-                counts.class_images[name] += 1
                 number += 1
                 file.write(separator + json.dumps({"id": number, "image_id": index, **annotation}))
                 separator = ",\n"
@@ -263,11 +273,15 @@ def _annotate(runs, category_id):
     }
 
 
-def _print_counts(split, examples, counts, classes):
-    """Print the images of a split, and each class's part of the pixels and of the images."""
+def print_counts(split, examples, counts, classes, total=None):
+    """Print the images of a split, and each class's part of the pixels and of the images.
+
+    total: how many images the split holds now, where these were added to others.
+    """
     groups = {example.group for example in examples}
     of_groups = f" of {len(groups)} groups" if groups != {""} else ""
-    print(f"{split}: {len(examples)} images{of_groups}")
+    added = f" added, {total} in all" if total else ""
+    print(f"{split}: {len(examples)} images{of_groups}{added}")
     shown = classes[:MAX_CLASSES]
     width = max(map(len, shown), default=0)
     for name in shown:
