@@ -104,7 +104,6 @@ def test_labelme_classes_are_picked_and_ordered(here):
 
 
 def test_labelme_image_places(here, monkeypatch):
-    data = png(np.asarray(photo(7)))
     areas = [shape("a", box(2, 3, 5))]
     places = {  # imagePath, seed of the picture that is meant
         "inside": ("inside.png", 7),
@@ -114,6 +113,7 @@ def test_labelme_image_places(here, monkeypatch):
         "absolute": (f"{here}/outside/absolute.png", 9),
     }
     for name, (path, _) in places.items():
+        data = png(np.asarray(photo(7))) if name == "inside" else None
         labelme(name, areas, image=False, imagePath=path, imageData=data)
     save(photo(8), "lm/sub/w.png")
     for name in ("up", "climbs", "absolute"):
@@ -126,6 +126,38 @@ def test_labelme_image_places(here, monkeypatch):
     monkeypatch.chdir("lm")
     run_download("--labelme", ".", *ALL)
     assert set(stored()) == set(places)
+
+
+def test_image_data_counts_where_image_path_names_another_picture(here):
+    """LabelMe shows imageData, and its points refer to that; a better copy of it is preferred."""
+    meant, areas = photo(7), [shape("a", box(2, 3, 5))]
+    data = png(np.asarray(meant))
+    pictures = {  # what imagePath leads to; whether it is taken
+        "nothing": (None, False),
+        "smaller": (photo(8, (20, 20)), False),
+        "other": (photo(8), False),
+        "text": (b"none", False),
+        "better": (meant.point(lambda value: value // 2 + 9), True),
+        "copy": (meant, True),
+    }
+    for name, (picture, _) in pictures.items():
+        labelme(name, areas, image=False, imagePath=f"{name}.png", imageData=data)
+        if isinstance(picture, bytes):
+            Path(f"lm/{name}.png").write_bytes(picture)
+        elif picture:
+            save(picture, f"lm/{name}.png")
+    labelme("damaged data", areas, image=False, imagePath="copy.png", imageData="AAAA")
+    thumb = png(np.asarray(meant.resize((8, 6))))
+    labelme("small data", areas, image=False, imagePath="copy.png", imageData=thumb)
+    out = run_download(*LABELME)
+    assert "note: 4 of 8 LabelMe files" in out and "(nothing.json)" in out
+    for name, (picture, taken) in pictures.items():
+        wanted = picture if taken else meant
+        assert_array_equal(read_image(f"dataset/train/{name}.png"), wanted)
+    for name in ("damaged data", "small data"):
+        assert_array_equal(read_image(f"dataset/train/{name}.png"), meant)
+    labelme("smaller", areas, image=False)  # without imageData
+    refuse_download(*LABELME, "--force", words=["lm/smaller.json", "20x20"])
 
 
 def test_labelme_points_refer_to_the_upright_image(here):

@@ -141,14 +141,14 @@ def import_data(root, args):
     _check_sources(root, splits, sources, args.add)
     options = {"classes": args.classes, "group": args.group, "prefix": args.prefix}
     try:
-        present, info = present_settings(root, stay), {}
+        present, info, wrong = present_settings(root, stay), {}, []
         if not args.masks:
             check_window(present, None)
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
             examples, classes, info = mask_examples(*args.masks, **options, present=present)
         elif args.labelme:
-            examples, classes = labelme_examples(args.labelme, **options)
+            examples, classes, wrong = labelme_examples(args.labelme, **options)
         else:
             options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
             examples, classes = coco_examples(*args.coco, **options)
@@ -167,6 +167,11 @@ def import_data(root, args):
         else:
             choice |= {"split": args.split, "seed": args.seed, "force": args.force, "info": info}
             write_dataset(root, examples, classes, **choice)
+        if wrong:
+            print(
+                f"note: {len(wrong)} of {len(examples)} LabelMe files have an imagePath that leads "
+                f"to nothing or to another picture ({min(wrong).name}): their imageData was taken"
+            )
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
 

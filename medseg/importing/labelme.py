@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.coco import MAX_CLASSES, listed
+from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
-from medseg.images import SUFFIXES
+from medseg.images import SUFFIXES, read_image
 from medseg.importing.collect import (
     check_known,
     existing_file,
@@ -42,9 +43,11 @@ FAR = 10  # coordinates may lie this many sides outside the image
 
 
 def labelme_examples(folder, *, classes=None, group=None, prefix=""):
-    """(examples, class names) of the LabelMe files below a folder.
+    """(examples, class names, wrong) of the LabelMe files below a folder.
 
     Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
+    wrong: a list to which the examples, when they are read, add the LabelMe files whose imagePath
+    names another picture than the one in imageData, or none at all; the latter was taken then.
     group: a regular expression on the path of the JSON file, see `find_groups`. prefix: of names.
     Raises ValueError or FileNotFoundError that names the file.
     """
@@ -60,26 +63,26 @@ def labelme_examples(folder, *, classes=None, group=None, prefix=""):
     _report(folder, paths, counts, left_out, names)
     relative = [path.relative_to(folder) for path in paths]
     stems, groups = unique_names(relative, prefix), find_groups(relative, group)
-    examples = []
+    examples, wrong = [], []
     for stem, path, own_group in zip(stems, paths, groups, strict=True):
-        read = partial(_read_example, path, folder, names, numbers)
+        read = partial(_read_example, path, folder, names, numbers, wrong)
         examples.append(Example(stem, own_group, read))
-    return examples, names
+    return examples, names, wrong
 
 
-def _read_example(path, folder, names, numbers):
+def _read_example(path, folder, names, numbers, wrong):
     """What `Example.read` returns, of the LabelMe file at `path`.
 
-    names: of the classes. numbers: {label: number of its class, from 1 on, or 0}.
+    names: of the classes. numbers: {label: number of its class, from 1 on, or 0}. wrong: see
+    `labelme_examples`.
     """
     content = read_labelme(path)
-    upright = _read_picture(path, folder, content)
-    width, height = upright.size
-    recorded = content.get("imageWidth"), content.get("imageHeight")
-    if all(type(side) is int for side in recorded) and recorded != upright.size:
+    upright = _read_picture(path, folder, content, wrong)
+    recorded = recorded_size(content)
+    if recorded and recorded != upright.size:
         raise ValueError(
             f"{path}: was made on an image of {recorded[0]}x{recorded[1]}, "
-            f"but its image is {width}x{height}"
+            f"but its image is {upright.size[0]}x{upright.size[1]}"
         )
     try:
         drawn = draw_shapes(content["shapes"], upright.size, numbers)
@@ -152,24 +155,62 @@ def read_labelme(path):
     return content
 
 
-def _read_picture(path, folder, content):
-    """The Upright picture of a LabelMe file: the image that imagePath names, else imageData."""
-    name = content.get("imagePath")
-    if isinstance(name, str) and (image_path := find_image(path, folder, name)):
-        return read_upright(image_path)
-    data = content.get("imageData")
+def _read_picture(path, folder, content, wrong):
+    """The Upright picture of a LabelMe file: the image that imagePath names, else imageData.
+
+    LabelMe shows imageData, where there is any, whatever imagePath names. The named image, of which
+    that may be a poor copy, is taken where both are alike; `wrong` is added to where not.
+    """
+    name, data = content.get("imagePath"), content.get("imageData")
+    named = find_image(path, folder, name) if isinstance(name, str) else None
     if not isinstance(data, str):
+        if named:
+            return read_upright(named)
         raise ValueError(
             f"{path}: its image {name!r:.120} is not below {folder}, nor is it in imageData"
         )
     try:
-        file = io.BytesIO(base64.b64decode(data))
+        inside = _read_data(data)
     except ValueError as error:
-        raise ValueError(f"{path}: imageData is damaged ({error})") from None
+        if named:
+            return read_upright(named)
+        raise ValueError(f"{path}: imageData: {error}") from None
+    if named:
+        with contextlib.suppress(ValueError):  # what is damaged, or no image, is the wrong one
+            upright, size = read_upright(named), recorded_size(content)
+            others_size = size == upright.size != inside.size
+            if others_size or size in (None, upright.size) and _are_alike(upright, inside):
+                return upright
+    wrong.append(path)
+    return inside
+
+
+def _read_data(text):
+    """The Upright picture in imageData."""
+    try:
+        file = io.BytesIO(base64.b64decode(text))
+    except ValueError as error:
+        raise ValueError(f"damaged ({error})") from None
     try:
         return read_upright(file)
     except ValueError as error:  # its message begins with the name of the file: "<...>: "
-        raise ValueError(f"{path}: imageData: {str(error).partition('>: ')[2]}") from None
+        raise ValueError(str(error).partition(">: ")[2]) from None
+
+
+def recorded_size(content):
+    """(width, height) that a LabelMe file says its image has, or None."""
+    size = content.get("imageWidth"), content.get("imageHeight")
+    return size if all(type(side) is int for side in size) else None
+
+
+def _are_alike(upright, inside):
+    """Whether two Upright images show the same: of the first, its `image` may be a Path."""
+    if upright.size != inside.size:
+        return False
+    image = upright.image
+    one = thumbnail(read_image(image) if isinstance(image, Path) else image)
+    other = thumbnail(inside.image)
+    return is_flat(one) or is_flat(other) or correlate([one], [other])[0, 0] >= NEAR_DUPLICATE
 
 
 def find_image(path, folder, name):
