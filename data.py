@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from medseg import dist
-from medseg.audit import audit, require_data_set
+from medseg.audit import audit, next_training, require_data_set
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
 from medseg.cli import ArgumentParser, number, output_folder, parse_named_values, run_main
@@ -425,7 +425,7 @@ def main(argv=None):
             "mend or remove them before training"
         )
     if root != Path("dataset"):  # that is the tutorial's, whose recipe is the default
-        print(f"next: python train.py --data {shlex.quote(str(root))} --recipe auto")
+        print(f"next: {next_training(root)}")
 
 
 if __name__ == "__main__":

@@ -353,7 +353,7 @@ def main(argv=None):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # succeeds only where the folder is empty
     if own_data.chosen_importer(args):
-        own_data.print_next(root, data_flag)
+        own_data.print_next(root)
     else:
         print_summary(root, data_flag)
 

@@ -62,7 +62,7 @@ from medseg.training.checkpoint import (
     refuse_other_run,
 )
 from medseg.training.cross_validation import cross_validate
-from medseg.training.flags import command, parse_arguments, predict_command
+from medseg.training.flags import command, make_parser, parse_arguments, predict_command
 from medseg.training.history import (
     epoch_row,
     list_skipped,
@@ -73,6 +73,7 @@ from medseg.training.history import (
     print_new_head,
     print_run,
     print_test,
+    print_union,
     progress_bar,
     show_loss,
     write_history,
@@ -304,6 +305,8 @@ def main(argv=None):
     args, checkpoint = parse_arguments(
         argv, __doc__, load_model, partial(planned_flags, open_split, UNet)
     )
+    by_default = "classes" not in make_parser(__doc__).parse_given(argv, ("classes",))
+    unasked = by_default and args.classes == "union" and args.recipe != "auto"  # which tells why
     out, signals, lock = output_folder(args.out), Signals(), nullcontext()
     writes = os.environ.get("RANK", "0") == "0" and not args.test_only  # the first of the processes
     if writes:
@@ -314,6 +317,8 @@ def main(argv=None):
         with signals.installed(), signals.exit_when_stopped(go_on), lock:
             if writes and not (checkpoint or args.overwrite or dist.restart_count()):
                 refuse_other_run(out)
+            if writes and not checkpoint and unasked and not args.synthetic:
+                print_union(Path(args.data))
             if args.folds:
                 cross_validate(args, checkpoint, signals, train_and_test)
             else:

@@ -1,9 +1,11 @@
 """What a data set holds, and what is wrong with it."""
 
+import contextlib
 import math
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -14,6 +16,7 @@ from medseg.coco import (
     LAYOUT,
     MAX_CLASSES,
     SPLITS,
+    image_path,
     listed,
     load_coco,
     used_categories,
@@ -21,11 +24,12 @@ from medseg.coco import (
 from medseg.drawing import class_colors, outline, with_legend
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import atomic_write, parallel_map
-from medseg.images import SUFFIXES, pixel_format, read_image
+from medseg.images import SUFFIXES, is_grey, pixel_format, read_image
 from medseg.run_lengths import unite
 
 TILE = 160  # pixels a side of an image in the contact sheet
 TILES = 8  # of each split, and in a row
+LOOKED_AT = 100  # images of a data set, for their colours
 
 
 @dataclass
@@ -49,6 +53,29 @@ def require_data_set(root):
     if not any((root / split / ANNOTATIONS).is_file() for split in SPLITS):
         what = "no data set in this folder" if root.is_dir() else "no such folder"
         raise FileNotFoundError(f"{root}: {what}; {LAYOUT} (`python download.py` makes dataset/)")
+
+
+def next_training(root):
+    """The command that trains on a data set, with the flags for its classes and colours.
+
+    Of the images, LOOKED_AT are read, evenly spaced.
+    """
+    command = ["python", "train.py"]
+    if root != Path("dataset"):
+        command += ["--data", str(root)]
+    command += ["--recipe", "auto"]  # which would take classes that share no image for kinds of one
+    paths = []
+    for split in SPLITS:
+        coco = load_coco(root / split, skipped=[])
+        paths += [image_path(root / split, own["file_name"]) for own in coco.imgs.values()]
+        if split == "train" and 1 < len(used_categories(coco)) <= MAX_CLASSES:
+            command += ["--classes", "each"]
+    step = math.ceil(len(paths) / LOOKED_AT)
+    looks = parallel_map(lambda path: is_grey(read_image(path)), paths[::step])
+    with contextlib.closing(looks):
+        if all(looks):  # up to the first image that has colours; a damaged one tells nothing
+            command += ["--n-channels", "1"]
+    return shlex.join(command)
 
 
 def audit(root, out, open_split):

@@ -145,6 +145,12 @@ def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
     return resized[..., None] if n_channels == 1 else resized
 
 
+def is_grey(image):
+    """Whether red, green and blue are equal in 64x64 evenly spaced pixels of a PIL RGB image."""
+    samples = np.asarray(image.resize((64, 64), Image.Resampling.NEAREST))
+    return bool((samples == samples[..., :1]).all())
+
+
 def mean_and_std(n_channels):
     """What images of so many channels are normalised by, of values in 0..1."""
     return (GREY_MEAN, GREY_STD) if n_channels == 1 else (MEAN, STD)

@@ -200,6 +200,18 @@ def test_weights_of_other_classes_are_refused_in_a_report(three, tmp_path, refus
     )
 
 
+def test_classes_that_are_taken_together_unasked_are_told(three, tmp_path, no_pictures, capsys):
+    run = [*map(str, SMALL), "--epochs", "1", "--data", str(three), "--overwrite"]
+    for flags, told in (
+        ([], True),
+        (["--classes", "union"], False),
+        (["--classes", "each"], False),
+    ):
+        train.main([*run, *flags, "--out", str(tmp_path / "run")])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "--classes each" in line]
+        assert len(lines) == told and all("core, edema, cyst" in line for line in lines)
+
+
 def test_resuming_wants_the_same_classes(three, tmp_path, refused):
     train.main([*map(str, SMALL), "--epochs", "1", "--data", str(three), "--out", str(tmp_path)])
     refused("train", "--resume", "--out", tmp_path, "--classes", "each", words=["--classes"])

@@ -20,6 +20,7 @@ from helpers import (
     grey,
     labelme,
     labels,
+    output_of,
     photo,
     png,
     polygon,
@@ -57,14 +58,15 @@ def test_two_calls_keep_a_published_split(here):
     save_pairs(20)
     out = run_download(*UNSPLIT, "--split", 80, 20, 0, "--data", "mine")
     assert counts("mine") == {"train": 16, "valid": 4}
-    assert "missing: test" in out and "--into test" in out
-    assert "next: python data.py mine, python train.py --data mine" in out
+    assert "missing: test" in out and "--into test" in out and "train.py --" not in out
     foreground = np.mean([labels(number) == 1 for number in range(20)])
     assert f"class foreground: value 1, {100 * foreground:.2f} % of the pixels" in out
     before = tree("mine")
     into = (*UNSPLIT, "--into", "test", "--data", "mine")
     refuse_download(*into, "--classes", "vessel", words=["foreground", "vessel", "--classes"])
-    assert "missing" not in run_download(*into)
+    out = run_download(*into)
+    assert "missing" not in out
+    assert "next: python data.py mine, python train.py --data mine --recipe auto\n" in out
     assert counts("mine") == {"train": 16, "valid": 4, "test": 20}
     assert before.items() <= tree("mine").items()
     refuse_download(*into, words=["mine/test", "--force"])
@@ -73,6 +75,25 @@ def test_two_calls_keep_a_published_split(here):
         save(photo(number), f"images/{number}.png")
     run_download(*into, "--force", "--skip-unpaired")
     assert counts("mine") == {"train": 16, "valid": 4, "test": 3}
+
+
+def test_the_next_command_suits_the_data(here):
+    for number in range(6):
+        save_pair(f"{number}", grey([0, 1, 2])(labels(number, 2)), seed=number)
+    out = run_download(*UNSPLIT, "--into", "test", "--classes", "cup,disc")
+    assert "missing: train" in out and "missing: valid" in out and "python" not in out
+    out = run_download(*UNSPLIT, "--data", "own", "--classes", "cup,disc")
+    command = "python train.py --data own --recipe auto --classes each"
+    assert out.endswith(f"next: python data.py own, {command}\n")
+    assert output_of("data.py", "own", cwd=here).endswith(f"next: {command}\n")
+    for number in range(6):
+        save(photo(number).convert("L").convert("RGB"), f"images/{number}.png")
+    out = run_download(*UNSPLIT, "--data", "grey", "--classes", "cup,disc")
+    command = "python train.py --data grey --recipe auto --classes each --n-channels 1"
+    assert out.endswith(f"next: python data.py grey, {command}\n")
+    assert output_of("data.py", "grey", cwd=here).endswith(f"next: {command}\n")
+    save(photo(0), next(Path("grey/test").glob("*.png")))  # a single one that has colours
+    assert "--n-channels" not in output_of("data.py", "grey", cwd=here)
 
 
 def test_a_later_split_may_lack_a_class(here):

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from medseg.audit import next_training
 from medseg.cli import flag_name, number, one_line
 from medseg.coco import SPLITS
 from medseg.importing.adding import add_images
@@ -191,10 +192,11 @@ def _check_sources(root, splits, sources, add):
             )
 
 
-def print_next(root, data_flag):
-    """Print which splits are missing, and the commands to run next."""
-    for split in SPLITS:
-        if split not in present_splits(root):
-            print(f"missing: {split}, which train.py needs: add it with --into {split}")
-    name = f" {shlex.quote(str(root))}" if data_flag else ""
-    print(f"next: python data.py{name}, python train.py{data_flag} --recipe auto")
+def print_next(root):
+    """Print which splits are missing, or the commands to run next."""
+    missing = [split for split in SPLITS if split not in present_splits(root)]
+    for split in missing:
+        print(f"missing: {split}, which train.py needs: write it with --into {split}")
+    if not missing:
+        name = "" if root == Path("dataset") else f" {shlex.quote(str(root))}"
+        print(f"next: python data.py{name}, {next_training(root)}")

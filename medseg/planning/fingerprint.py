@@ -12,7 +12,7 @@ from medseg.cache import fingerprint
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import atomic_write, parallel_map, read_json
-from medseg.images import read_image
+from medseg.images import is_grey, read_image
 from medseg.run_lengths import unite
 
 VERSION = 2  # raise it when the meaning of a field changes
@@ -20,7 +20,6 @@ MAX_READ = 2000  # images of all splits; of more, evenly spaced ones are read
 MAX_MEASURED = 64  # training images whose masks are resized to all SIDES and back
 MAX_SIDE = 2048  # of a mask that is measured; a larger one is reduced to it first
 SIDES = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
-GREY_PIXELS = 64  # pixels a side of the samples whose channels are compared
 ORIENTATIONS = {  # what may be done to an image whose orientation means nothing
     "mirror": lambda picture: picture[:, ::-1],
     "flip": lambda picture: picture[::-1],
@@ -153,11 +152,10 @@ def _examine(split, dataset, part, skip_bad):
         image = read_image(path)
         masks = dataset.run_lengths(index, image.size)
         union = unite(list(masks.values())) if masks else None
-        samples = np.asarray(image.resize((GREY_PIXELS, GREY_PIXELS), Image.Resampling.NEAREST))
         return _Seen(
             index,
             image.size,
-            bool((samples == samples[..., :1]).all()),
+            is_grey(image),
             [masks[channel].area if channel in masks else 0 for channel in range(n_classes)],
             union.area if masks else 0,
             masks != {} and _is_box(union),

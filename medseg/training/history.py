@@ -1,5 +1,6 @@
 """What an epoch shows on the screen and leaves behind: bar, line, metrics.csv, tracked values."""
 
+import contextlib
 import csv
 import io
 import sys
@@ -11,6 +12,7 @@ from medseg.threads import busy_hint
 from tqdm import tqdm
 
 from medseg.cli import spell_flags
+from medseg.coco import listed, load_coco, used_categories
 from medseg.dist import is_first, rank_and_world
 from medseg.files import atomic_write
 from medseg.training.recipes import RECIPES
@@ -183,6 +185,18 @@ def print_run(root, args, loaders, model, machine):
         print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
     if machine.startswith("cpu") and (hint := busy_hint()):
         print(hint, flush=True)
+
+
+def print_union(root):
+    """Say that several classes are taken together, where the data set has them."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # which will be told when it is read
+        names = list(used_categories(load_coco(root / "train", skipped=[])))
+        if len(names) > 1:
+            print(
+                f"the classes {listed(names)} are taken together as one foreground: "
+                "--classes each keeps them apart, --classes union is this",
+                flush=True,
+            )
 
 
 def _print_steps(args, loader):
