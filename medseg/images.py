@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif"),
 )
 MAX_FILE_BYTES = 1 << 30  # 89 million pixels of four 16-bit samples are 0.7 GB
+MAX_PAGES, MAX_PAGES_PIXELS = 1000, 1 << 32  # of a TIFF file whose pages become images
 MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
 STRIPE = 64  # columns of a mask that are made at a time: few megabytes
@@ -36,12 +38,48 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
+class Page(NamedTuple):
+    """One of the pages of a TIFF file, which can be read wherever the path of an image can."""
+
+    path: Path
+    number: int  # from 0 on
+
+    def __fspath__(self):
+        return str(self.path)
+
+    def __str__(self):
+        return f"{self.path}, page {self.number + 1}"
+
+
+def count_pages(path):
+    """How many pages a TIFF file has, from its headers; 1 of what is none, by its name.
+
+    Raises ValueError that names the file where they are damaged, more than MAX_PAGES, or together
+    of more than MAX_PAGES_PIXELS.
+    """
+    if not str(path).lower().endswith((".tif", ".tiff")):
+        return 1
+    pages = pixels = 0
+    with image_errors(path, "image"):
+        check_regular(path)
+        with Image.open(path, formats=["TIFF"]) as image, contextlib.suppress(EOFError):
+            while True:
+                image.seek(pages)
+                pages, pixels = pages + 1, pixels + image.width * image.height
+                if pages > MAX_PAGES or pixels > MAX_PAGES_PIXELS:
+                    raise ValueError(
+                        f"has more than {MAX_PAGES} pages, or {MAX_PAGES_PIXELS >> 20} million "
+                        "pixels in them: split it into several files"
+                    )
+    return pages
+
+
 @contextlib.contextmanager
 def open_image(file):
     """The one picture in a path or binary file, a PIL image that is not loaded yet.
 
-    Raises ValueError for several pictures (pages, or the frames of an animation) and for what is
-    no regular file or too large; and what Pillow raises.
+    Raises ValueError for several pictures (pages, of which a Page is one, or the frames of an
+    animation) and for what is no regular file or too large; and what Pillow raises.
     """
     if hasattr(file, "read"):
         size = file.seek(0, os.SEEK_END)
@@ -51,7 +89,11 @@ def open_image(file):
     if size > MAX_FILE_BYTES:
         raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
     with Image.open(file, formats=FORMATS) as image:
-        if getattr(image, "is_animated", False):
+        if isinstance(file, Page):
+            image.seek(file.number)
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # looked at of the first only
+                raise ValueError(f"has {image.width}x{image.height} pixels, more than are read")
+        elif getattr(image, "is_animated", False):
             count = image.n_frames if size <= MAX_COUNTED_BYTES else "several"
             raise ValueError(f"holds {count} pictures: save each in a file of its own")
         yield image

@@ -88,6 +88,8 @@ def _raw_mode(image):
 def _decode(image, file, raw_mode):
     """The pixels of `file`, unpacked as `raw_mode` has it: uint8 (H, W, C)."""
     with Image.open(file, formats=[image.format]) as again:
+        if page := image.tell():
+            again.seek(page)
         tiles = []
         for tile in again.tile:
             args = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])

@@ -42,7 +42,15 @@ from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.duplicates import near_duplicates
 from medseg.files import read_json
-from medseg.images import MEAN, STD, pixel_format, read_image, resize_nearest
+from medseg.images import (
+    MEAN,
+    STD,
+    Page,
+    count_pages,
+    pixel_format,
+    read_image,
+    resize_nearest,
+)
 from medseg.importing.mask_values import read_mask
 from medseg.predicting.report import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
@@ -263,28 +271,33 @@ def lzw(content):
 COMPRESSIONS = {1: bytes, 5: lzw, 8: zlib.compress}  # by TIFF's numbers
 
 
-def tiff(values, order, compression, planar, extra=()):
-    """The bytes of a TIFF of uint16 (H, W, C), a strip for every two rows of each plane."""
+def tiff(values, order, compression, planar, extra=(), start=0):
+    """The bytes of a TIFF of uint16 (H, W, C), a strip for every two rows of each plane.
+
+    start: of the bytes in the file.
+    """
     height, width, channels = values.shape
     planes = values.transpose(2, 0, 1) if planar else [values]
     parts = [plane[top : top + 2] for plane in planes for top in range(0, height, 2)]
     strips = [COMPRESSIONS[compression](part.astype(order + "u2").tobytes()) for part in parts]
     body, offsets = b"", []
     for strip in strips:
-        offsets.append(8 + len(body))
+        offsets.append(start + 8 + len(body))
         body += strip
     tags = {256: [width], 257: [height], 258: [16] * channels, 259: [compression], 262: [2]}
     tags |= {273: offsets, 277: [channels], 278: [2], 279: list(map(len, strips))}
     tags |= {284: [1 + planar]} | ({338: extra} if extra else {})
     directory = struct.pack(order + "H", len(tags))
-    behind = 8 + len(body) + 2 + 12 * len(tags) + 4
+    behind = start + 8 + len(body) + 2 + 12 * len(tags) + 4
     longer = b""
     for tag, own in tags.items():
         packed = struct.pack(f"{order}{len(own)}I", *own)
         place = packed if len(own) == 1 else struct.pack(order + "I", behind + len(longer))
         longer += packed if len(own) > 1 else b""
         directory += struct.pack(order + "HHI", tag, 4, len(own)) + place
-    header = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(body))
+    header = (b"II" if order == "<" else b"MM") + struct.pack(
+        order + "HI", 42, start + 8 + len(body)
+    )
     return header + body + directory + bytes(4) + longer
 
 
@@ -331,6 +344,25 @@ def test_16_bit_colours_are_scaled_as_grey_is(tmp_path, bits):
     np.testing.assert_array_equal(grey, expected[..., 0])
     (tmp_path / "la.png").write_bytes(png(values[..., [0, 3]]))
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "la.png"))[..., 0], grey)
+
+
+def test_pages_of_16_bit_colours(tmp_path):
+    """The directory of the first page leads to that of the second."""
+    values = np.random.default_rng(3).integers(0, 65536, (2, 7, 5, 3), dtype=np.uint16)
+    for order, compression, planar in itertools.product("<>", COMPRESSIONS, (False, True)):
+        first = bytearray(tiff(values[0], order, compression, planar))
+        second = tiff(values[1], order, compression, planar, start=len(first))
+        (directory,) = struct.unpack_from(order + "I", first, 4)
+        (entries,) = struct.unpack_from(order + "H", first, directory)
+        place = directory + 2 + 12 * entries
+        first[place : place + 4] = second[4:8]
+        path = tmp_path / f"{ord(order)}_{compression}_{planar}.tif"
+        path.write_bytes(bytes(first) + second)
+        assert count_pages(path) == 2
+        for number in range(2):
+            expected = (values[number] * (255 / 65535)).round().astype(np.uint8)
+            read = read_image(Page(path, number))
+            np.testing.assert_array_equal(read, expected, err_msg=f"{path.name} {number}")
 
 
 @pytest.mark.parametrize("planar", [False, True])

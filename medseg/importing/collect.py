@@ -12,7 +12,7 @@ from PIL import Image
 
 from medseg.coco import listed
 from medseg.formats.medical import base_name, file_format
-from medseg.images import open_image, read_image
+from medseg.images import Page, count_pages, open_image, read_image
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
@@ -146,6 +146,33 @@ def _make_grouping(regex):
         return captured
 
     return group_of
+
+
+def split_pages(pairs, names, groups):
+    """The pages of TIFF files with several as pairs of their own: (pairs, names, groups).
+
+    pairs: [(image, masks)], paths, with a name and a group each; the names of pages end with their
+    numbers, and a file without a group is one. Prints how many pages there are. Raises ValueError
+    where a mask has other than its image's number of pages, or they are too many.
+    """
+    paged, files = [], 0
+    for (image, masks), name, group in zip(pairs, names, groups, strict=True):
+        counts = {path: count_pages(path) for path in (image, *masks)}
+        for mask in masks:
+            if counts[mask] != counts[image]:
+                raise ValueError(
+                    f"{mask}: has {counts[mask]} pages, but its image {image} has {counts[image]}"
+                )
+        if counts[image] == 1:
+            paged.append(((image, masks), name, group))
+            continue
+        files += 1
+        for number in range(counts[image]):
+            pages = Page(image, number), tuple(Page(mask, number) for mask in masks)
+            paged.append((pages, f"{name}_p{number:03d}", group or name))
+    if files:
+        print(f"pages: {len(paged) - len(pairs) + files} of {files} TIFF files, an image each")
+    return zip(*paged, strict=True)
 
 
 class Upright(NamedTuple):

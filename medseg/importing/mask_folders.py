@@ -14,6 +14,7 @@ from medseg.importing.collect import (
     list_files,
     printable,
     read_upright,
+    split_pages,
     tell_apart,
     unique_names,
 )
@@ -39,7 +40,8 @@ def mask_examples(
 
     Two files are taken too. Images are pictures, DICOM files of one frame among them, with masks
     that are pictures; or NIfTI volumes with masks that are volumes, an example for each slice.
-    Several masks of one picture (x_mask, x_mask_1) are united, class by class.
+    Several masks of one picture (x_mask, x_mask_1) are united, class by class. The pages of a TIFF
+    file are an example each, with those of its mask.
     Prints which mask was found for which image and what the values mean. classes: names for the
     foreground values in ascending order. group: a regular expression, see `find_groups`. prefix:
     of the names that the images get.
@@ -66,6 +68,7 @@ def mask_examples(
             pairs, names, groups, masks, classes, window, present=next(iter(turned_to), None)
         )
     else:
+        pairs, names, groups = split_pages(pairs, names, groups)
         mask_classes = find_classes([mask for _, own in pairs for mask in own], masks, classes)
         examples = []
         for (image, own_masks), name, own_group in zip(pairs, names, groups, strict=True):
