@@ -151,7 +151,10 @@ def leave_out_known(root, split, folder, names, duplicates=None):
         parts.append(f"{_count(there, names)} in {root / split} already ({_first(there)})")
     if leaks:
         others = " and ".join(str(root / own) for own in dict.fromkeys(e.split for e in leaks))
-        nearly = "" if all(entry.same for entry in leaks) else ", or nearly are,"
+        same = {entry.same for entry in leaks}
+        nearly = (
+            "" if same == {True} else " nearly" if same == {False} else ", some of them nearly,"
+        )
         parts.append(
             f"{_count(leaks, names)}{nearly} in {others} ({_first(leaks)}), which would make the "
             "scores too good"
