@@ -61,13 +61,13 @@ def grown(here):
 def test_what_is_there_stays_and_what_is_new_comes(grown):
     def as_others_write_it(content):
         content["categories"] = [{"id": 7, "name": "cup"}, {"id": "z", "name": "disc", "x": 1}]
-        content["images"][0] |= {"id": 40, "licence": 3}
+        content["images"][0] |= {"id": 5, "licence": 3}
         content["images"][1]["id"] = "one"
         content["images"].append({"id": 55, "file_name": None})  # damaged
         for number, annotation in enumerate(content["annotations"]):
             annotation["category_id"] = {1: 7, 2: "z"}[annotation["category_id"]]
-            annotation["image_id"] = [40, "one"][annotation["image_id"]]
-            annotation["id"] = 100 * number
+            annotation["image_id"] = [5, "one"][annotation["image_id"]]
+            annotation["id"] = 3 + number
 
     edit_annotations(Path("dataset/train"), as_others_write_it)
     Path("dataset/train/notes.txt").write_text("mine")

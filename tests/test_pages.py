@@ -90,4 +90,4 @@ def test_bad_pages_are_one_line(here, monkeypatch):
             refuse_download(*FLAGS, *ALL, words=["images/a.tif", "split it"])
     stack("images/a.tif", [page, np.ones((300, 400), np.uint8), page])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
-    refuse_download(*FLAGS, *ALL, words=["images/a.tif, page 2", "400x300"])
+    refuse_download(*FLAGS, *ALL, words=["images/a.tif, page 2", "400x300 pixels"])
