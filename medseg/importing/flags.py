@@ -89,7 +89,7 @@ def _add_growing(own):
         "one, or add them all the same; default: an error that names them",
     )
     own.add_argument(
-        "--prefix", metavar="TEXT", default="", help="begin the names of the stored images with it"
+        "--prefix", metavar="TEXT", help="begin the names of the stored images with it"
     )
 
 
@@ -140,7 +140,7 @@ def import_data(root, args):
         Path(name) for name in (*(args.masks or ()), *(args.coco or ()), args.labelme) if name
     ]
     _check_sources(root, splits, sources, args.add)
-    options = {"classes": args.classes, "group": args.group, "prefix": args.prefix}
+    options = {"classes": args.classes, "group": args.group, "prefix": args.prefix or ""}
     try:
         present, info, wrong = present_settings(root, stay), {}, []
         if not args.masks:
