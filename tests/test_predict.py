@@ -282,7 +282,7 @@ def test_one_image(place):
     scan(200, 120, 60, 40, 40).save(place / "scan.png")
     result = script("predict.py", "scan.png", cwd=place)
     assert result.returncode == 0, result.stderr
-    assert names(place) == {"best_model.pth", "scan.png", "scan_mask.png", "predictions.png"}
+    assert names(place) == {"best_model.pth", "scan.png", "scan_mask.png", "scan_prediction.png"}
     mask = Image.open(place / "scan_mask.png")
     assert mask.size == (200, 120) and mask.mode == "L" and set(np.unique(mask)) == {0, 255}
     foreground = np.asarray(mask) > 0
@@ -291,7 +291,7 @@ def test_one_image(place):
     assert overlap(foreground, expected) > 0.75
     assert f"foreground {100 * foreground.mean():.2f} %" in result.stdout
     assert "highest probability" in result.stdout
-    assert np.asarray(Image.open(place / "predictions.png")).std() > 10
+    assert np.asarray(Image.open(place / "scan_prediction.png")).std() > 10
 
 
 def test_output_names_the_mask_of_one_image(place):
@@ -306,10 +306,10 @@ def test_output_names_the_mask_of_one_image(place):
 def test_output_with_a_dot_is_a_folder_unless_it_names_a_picture(place):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     predict.main(["scan.png", "--output", "folder.v2"])
-    assert names(place / "folder.v2") == {"scan_mask.png", "predictions.png"}
+    assert names(place / "folder.v2") == {"scan_mask.png", "scan_prediction.png"}
     (place / "folder.png").mkdir()
     predict.main(["scan.png", "--output", "folder.png"])
-    assert names(place / "folder.png") == {"scan_mask.png", "predictions.png"}
+    assert names(place / "folder.png") == {"scan_mask.png", "scan_prediction.png"}
 
 
 def test_output_that_does_not_fit_is_refused(place, refused):
@@ -563,7 +563,7 @@ def test_bad_models(place, refused):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     for name in bad_models(place):
         refused("predict", "scan.png", "--model", f"{name}.pth", words=[f"{name}.pth"])
-    assert not names(place) & {"EXECUTED", "predictions.png", "scan_mask.png"}
+    assert not names(place) & {"EXECUTED", "scan_prediction.png", "scan_mask.png"}
 
 
 def test_bad_input(place, refused):

@@ -110,7 +110,7 @@ def test_the_first_commands_train_on_phantoms_and_predict(tmp_path):
 
     command = arguments(first_command("predict.py"), "predict.py")
     assert "dataset/synthetic/test" in assert_done(script("predict.py", *command, cwd=tmp_path))
-    assert (tmp_path / "predictions.png").exists() and list(tmp_path.glob("*_mask.png"))
+    assert list(tmp_path.glob("*_prediction.png")) and list(tmp_path.glob("*_mask.png"))
 
     excerpt = re.search(r"<!-- excerpt -->\n```text\n(.*?)```", text(README), re.DOTALL)[1]
     for line in excerpt.splitlines():  # up to its first number
