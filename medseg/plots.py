@@ -214,22 +214,25 @@ def plot_curves(history, path, *, title=""):
 
 
 def plot_report(report, dice, cases, path):
-    """Scores, histogram, threshold sweep, lesion sizes and eight cases of a scored folder.
+    """Scores, histogram, sweep, calibration, lesion sizes and eight cases of a scored folder.
 
     report: what report.json holds; dice: (N,) of its images; cases: at most eight
     (picture, target, prediction, title).
     """
     rows = math.ceil(len(cases) / 4)  # of four cases, below a row of charts
-    figure = new_figure(18, 5 + 4.5 * rows)
-    axes = figure.subplots(1 + rows, 4, height_ratios=(3, *rows * [4]))
-    table, histogram, sweep, sizes = axes[0]
+    figure = new_figure(20, 5 + 4.9 * rows)
+    above, below = figure.add_gridspec(2, 1, height_ratios=(3, 4 * rows))
+    charts = above.subgridspec(1, 5, width_ratios=(5, 4, 4, 4, 4)).subplots()
+    table, histogram, sweep, calibration, sizes = charts
+    axes = below.subgridspec(rows, 4).subplots(squeeze=False)
     _draw_score_table(table, report)
     histogram.hist(dice, bins=20, range=(0, 1))
     histogram.set(title="Dice of each image", xlabel="Dice", ylabel="images")
     mark_whole_numbers(histogram.yaxis)
     _draw_threshold_sweep(sweep, report["valid"])
     _draw_lesion_sizes(sizes, report["by_lesion_size"])
-    classes = draw_cases(axes[1:], cases)
+    classes = draw_cases(axes, cases)
+    _draw_calibration(calibration, report["calibration"], classes)
     size = report["image_size"]
     scored = f"scored at {size}x{size}" if size else "scored at the size of each image"
     add_legend(figure, f"{report['folder']}, {scored}", report["class_names"], classes)
@@ -260,6 +263,21 @@ def _draw_score_table(axis, report):
     place = {"va": "top", "transform": axis.transAxes, "fontsize": 11, "parse_math": False}
     axis.text(0, 1, "\n".join(lines), **font, **place)
     axis.axis("off")
+
+
+def _draw_calibration(axis, calibration, classes):
+    """The reliability curves of these class indices; large points are of many pixels."""
+    curves = list(calibration["classes"].values())
+    axis.plot([0, 1], [0, 1], color="gray", linestyle="--")
+    for index in classes:
+        curve, color = curves[index], outline_colors(len(curves))[index][1]
+        x, y = curve["mean_probability"], curve["foreground"]
+        size = 6 * np.log10(1 + np.array(curve["pixels"]))
+        axis.plot(x, y, color=color, linewidth=1)
+        axis.scatter(x, y, size, color=[color], clip_on=False, zorder=3)
+    error = calibration["expected_calibration_error"]
+    axis.set(title=f"calibration: expected error {error:.3f}", xlim=(0, 1), ylim=(0, 1))
+    axis.set(xlabel="probability (15 bins of pixels)", ylabel="share of foreground")
 
 
 def _draw_lesion_sizes(axis, groups):
