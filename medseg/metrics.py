@@ -213,6 +213,13 @@ def class_scores(counts, names):
     return mean_over_classes(scores, names)
 
 
+def resamples(size, samples=1000, seed=0):
+    """Yield `samples` arrays of `size` image numbers, drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    for _ in range(samples):
+        yield rng.integers(0, size, size)
+
+
 def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
     """[2.5th, 97.5th percentile] of each of `class_scores` over resampled images.
 
@@ -220,11 +227,9 @@ def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
     owes to the choice of images, not what another training, or another hospital, would give.
     """
     counts = counts.reshape(len(counts), len(names), 4)
-    rng, size = np.random.default_rng(seed), len(counts)
     of_images = np.stack([image_dice(counts[:, index]) for index in range(len(names))])  # (C, N)
     sums, means = [], []  # of each sample
-    for _ in range(samples):
-        drawn = rng.integers(0, size, size)
+    for drawn in resamples(len(counts), samples, seed):
         sums.append(counts[drawn].sum(0))
         means.append(np.take(of_images, drawn, axis=1).mean(1))
     scores = {**metrics(*np.stack(sums, 2).transpose(1, 0, 2)), "image_dice": np.stack(means, 1)}

@@ -16,7 +16,7 @@ each_document = pytest.mark.parametrize(
 )
 LAYOUT, CODE = ROOT / "docs" / "layout.md", [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py")]
 SCRIPTS = ("train.py", "predict.py", "data.py", "download.py")
-TOOLS = ("kill.py", "fuzz.py", "quality.py", "benchmark.py")  # in tools/
+TOOLS = ("kill.py", "fuzz.py", "quality.py", "benchmark.py", "compare.py")  # in tools/
 FLAG = r"(?<![\w-])--[a-z][a-z-]*"
 REMOVED = {"--dice"}  # docs/results.md says so beside the row that was measured with it
 OTHERS = {"--system-site-packages", "--max-restarts", "--id"}  # venv, torchrun, swanlab sync
