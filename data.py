@@ -3,6 +3,7 @@
 examples:
   python data.py                             # audit dataset/: counts, problems, a contact sheet
   python data.py dataset/synthetic --out /tmp
+  python data.py own --show 40               # a contact sheet of 40 images of each split
   python data.py own --plan                  # the flags that suit it, and how long they will take
   python data.py --grouped-split grouped     # split anew, neighbouring slices kept together
 
@@ -24,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 
 from medseg import dist
-from medseg.audit import audit, next_training, require_data_set
+from medseg.audit import SHOWN, audit, next_training, require_data_set
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
 from medseg.cli import ArgumentParser, number, output_folder, parse_named_values, run_main
@@ -36,6 +37,7 @@ from medseg.coco import (
     read_segmentation,
     used_categories,
 )
+from medseg.contact_sheet import MOST
 from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
 from medseg.images import IMAGE_SIZE, preprocess, read_image
@@ -107,6 +109,13 @@ class COCOSegmentationDataset(Dataset):
     def path(self, index):
         """Where the image is. ValueError for a file_name that leads out of image_dir."""
         return image_path(self.image_dir, self.coco.imgs[self.image_ids[index]]["file_name"])
+
+    def names(self, skipped=None):
+        """The paths of the images below image_dir, without those that a line of `skipped` names."""
+        paths = [self.path(index) for index in range(len(self))]
+        for line in skipped or ():  # in which white space may be another
+            paths = [path for path in paths if not line.startswith(" ".join(f"{path}:".split()))]
+        return [path.relative_to(self.image_dir).as_posix() for path in paths]
 
     def load(self, index):
         """Image `index` as stored: PIL RGB image and its masks, uint8 (C, H, W) of 0 and 1."""
@@ -223,7 +232,7 @@ class Batches:
     a time, for each process.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
     Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size
-    is that over all processes.
+    is that over all processes. names: of the images, see `names_in_order`.
     """
 
     def __init__(
@@ -241,12 +250,14 @@ class Batches:
         repeat=1,
         n_channels=3,
         n_classes=1,
+        names=(),
     ):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
         self.rows, self.device, self.crop = rows, torch.device(device), crop
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.strengths, self.n_channels, self.n_classes = strengths or {}, n_channels, n_classes
+        self.names = names
         self.images = self._open_images()
         self.images_per_epoch = max(round(repeat * len(self.images.numbers)), 1)
         self.one_by_one = type(self.images) is OwnSizes
@@ -285,14 +296,28 @@ class Batches:
         columns = [count_draws(self.strengths), self.images.n_draws]
         draws = torch.rand(len(order), sum(columns), generator=generator)
         for_augment, for_images = draws.split(columns, 1)
-        for first in range(self.start * self.batch_size, len(order), self.batch_size):
-            end = min(first + self.batch_size, len(order))
+        for first, end in self._bounds(len(order)):
             mine = slice(first + self.rank, end, self.world)
             pixels = self.images.gather(order[mine], for_images[mine])
             images, masks = split_rows(self._to_device(pixels), self.n_channels, self.n_classes)
             if self.strengths and len(images):
                 images, masks = self._augment(images, masks, for_augment[mine], first, end)
             yield images, masks
+
+    def _bounds(self, count):
+        """(first, end) of each batch of this pass, in the order of `count` images."""
+        for first in range(self.start * self.batch_size, count, self.batch_size):
+            yield first, min(first + self.batch_size, count)
+
+    def names_in_order(self):
+        """The names of the images that this pass yields here, a list; empty where they miss."""
+        if len(self.names) != len(self.rows):
+            return []
+        order = self._order(self._generator()).tolist()
+        mine = (
+            order[first + self.rank : end : self.world] for first, end in self._bounds(len(order))
+        )
+        return [self.names[number] for numbers in mine for number in numbers]
 
     def _order(self, generator):
         """The numbers of the images of an epoch, int64 (images_per_epoch,)."""
@@ -360,7 +385,7 @@ def make_loaders(args, root, model, device, skipped):
     loaders = {}
     with dist.first_on_each_machine():
         for split in ("test",) if args.test_only else SPLITS:
-            rows = load_split(
+            dataset = open_split(
                 root,
                 split,
                 model.image_size,
@@ -368,6 +393,7 @@ def make_loaders(args, root, model, device, skipped):
                 classes=classes,
                 n_channels=n_channels,
             )
+            rows = cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
             train = split == "train"
             loaders[split] = Batches(
                 rows,
@@ -379,6 +405,7 @@ def make_loaders(args, root, model, device, skipped):
                 world=world,
                 n_channels=n_channels,
                 n_classes=model.n_classes,
+                names=dataset.names(skipped) if split == "test" else (),
                 **changes if train else {},
             )
     tune_convolutions(device, one_size=not any(own.one_by_one for own in loaders.values()))
@@ -389,6 +416,13 @@ def main(argv=None):
     parser = ArgumentParser("data.py", __doc__)
     parser.add_argument("root", nargs="?", default="dataset", help="the data set")
     parser.add_argument("--out", default=".", metavar="FOLDER", help="folder for contact_sheet.jpg")
+    parser.add_argument(
+        "--show",
+        type=number(1, MOST),
+        default=SHOWN,
+        metavar="N",
+        help="images of each split in it: those with least and most foreground and evenly between",
+    )
     parser.add_argument(
         "--grouped-split",
         metavar="FOLDER",
@@ -416,7 +450,7 @@ def main(argv=None):
         return
     root = Path(args.root)
     require_data_set(root)
-    problems = audit(root, output_folder(args.out), open_split)
+    problems = audit(root, output_folder(args.out), open_split, args.show)
     for problem in problems:
         print(f"problem: {problem}")
     if problems:

@@ -2,7 +2,7 @@
 
 examples:
   python predict.py                                  # the tutorial's example image
-  python predict.py scan.png                         # predictions.png and scan_mask.png
+  python predict.py scan.png                         # scan_prediction.png and scan_mask.png
   python predict.py scan.png --output mask.png       # only the mask, in that file
   python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.jpg of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
@@ -203,7 +203,7 @@ def predict_one(model, frame, output, threshold):
     ((_, image, probabilities),) = predict_images(model, [frame])
     labels, written = model.labels(probabilities, image.size, threshold), [output]
     if output.is_dir():
-        written = [output / f"{frame.name}_mask.png", output / "predictions.png"]
+        written = [output / f"{frame.name}_{what}.png" for what in ("mask", "prediction")]
         visualize_result(image, labels, path=written[1], class_names=model.class_names)
     save_mask(labels, written[0], model.class_names)
     print(describe(frame.path, labels, probabilities.max((1, 2)), model.class_names))

@@ -265,11 +265,20 @@ def train_model(
 
 
 def visualize_predictions(
-    model, test_loader, device, num_samples=5, threshold=0.5, *, path="predictions.png", title=""
+    model,
+    test_loader,
+    device,
+    num_samples=5,
+    threshold=0.5,
+    *,
+    path="predictions.png",
+    title="",
+    names=(),
 ):
     """Draw samples of the first batches with the outlines of true and predicted mask.
 
-    The samples are spread evenly over as many batches as hold num_samples images. Returns path.
+    The samples are spread evenly over as many batches as hold num_samples images. names: of the
+    images, in the loader's order, to write below the samples. Returns path.
     """
     model.eval()
     samples, titles, cases = [], [], []
@@ -295,6 +304,7 @@ def visualize_predictions(
         path,
         title=title or f"predictions at threshold {threshold:g}",
         class_names=class_names(model),
+        captions=[names[index] for index in chosen] if names else (),
     )
 
 
@@ -471,6 +481,7 @@ def draw(args, root, model, test_loader, device, history, tracker):
         num_samples=10,
         path=out / "predictions.png",
         title=f"{root / 'test'}: {title}, {model.inference or PLAIN}",
+        names=test_loader.names_in_order(),
     )
     tracker.image("predictions", drawn)
     if history:

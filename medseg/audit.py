@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from medseg.coco import (
@@ -21,14 +19,13 @@ from medseg.coco import (
     load_coco,
     used_categories,
 )
-from medseg.drawing import class_colors, outline, with_legend
+from medseg.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
 from medseg.duplicates import near_duplicates, thumbnail
-from medseg.files import atomic_write, parallel_map
+from medseg.files import parallel_map
 from medseg.images import SUFFIXES, is_grey, pixel_format, read_image
 from medseg.run_lengths import unite
 
-TILE = 160  # pixels a side of an image in the contact sheet
-TILES = 8  # of each split, and in a row
+SHOWN = 8  # images of each split in the contact sheet
 LOOKED_AT = 100  # images of a data set, for their colours
 
 
@@ -45,7 +42,7 @@ class SplitSummary:
     empty: int = 0  # images without foreground
     unreadable: int = 0  # images
     thumbnails: list = field(default_factory=list)  # (file name, array)
-    tiles: list = field(default_factory=list)  # for the contact sheet
+    shares: list = field(default_factory=list)  # of foreground, of each image; None: unreadable
 
 
 def require_data_set(root):
@@ -78,13 +75,14 @@ def next_training(root):
     return shlex.join(command)
 
 
-def audit(root, out, open_split):
+def audit(root, out, open_split, n_shown=SHOWN):
     """Print what a data set holds and what is wrong with it; write out/contact_sheet.jpg.
 
     open_split(root, split, classes=names, coco=coco): the COCOSegmentationDataset of a split.
+    n_shown: how many images of each split are in the contact sheet, see `spread_by_foreground`.
     Returns the list of problems, a line each, in the order of the splits.
     """
-    problems, damaged, summaries, cocos, categories = [], {}, {}, {}, {}
+    problems, damaged, summaries, cocos, categories, rows = [], {}, {}, {}, {}, []
     for split in SPLITS:
         try:
             cocos[split] = load_coco(root / split, damaged.setdefault(split, []))
@@ -101,6 +99,7 @@ def audit(root, out, open_split):
             continue
         summaries[split] = _examine_split(dataset, split, problems)
         _print_split(split, dataset, summaries[split])
+        rows.append(_tiles(dataset, summaries[split].shares, n_shown))
         lacking = [name for name in names if name not in categories[split]]
         if lacking:
             shown = listed(lacking, MAX_CLASSES)
@@ -110,34 +109,35 @@ def audit(root, out, open_split):
             overlap = near_duplicates(summaries[split].thumbnails, summaries["train"].thumbnails)
             if overlap:
                 print(f"{split} beside train: {overlap}")
-    tiles = [tile for summary in summaries.values() for tile in summary.tiles]
-    if tiles:
-        shown = names[:MAX_CLASSES]  # a line each below the tiles: a JPEG ends at 65,500 pixels
-        print(f"contact sheet: {_save_contact_sheet(tiles, shown, out / 'contact_sheet.jpg')}")
+    if any(rows):
+        legend = names[:MAX_CLASSES]  # below the images: a JPEG ends at 65,500 pixels
+        print(
+            f"contact sheet: {save_contact_sheet(rows, legend, out / 'contact_sheet.jpg')}, "
+            f"{sum(map(len, rows))} images; in each split from least to most foreground"
+        )
     return problems
 
 
 def _examine_split(dataset, split, problems):
     """Read every image of a split; returns its SplitSummary and adds to `problems`."""
     summary, total = SplitSummary(), len(dataset)
-    shown = set(np.linspace(0, total - 1, TILES).astype(int).tolist())
 
     def examine(index):
         path = dataset.path(index)
         image = read_image(path)
         masks = dataset.run_lengths(index, image.size)
-        tile = _tile(image, masks, dataset.n_classes) if index in shown else None
         areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
         area = unite(list(masks.values())).area if masks else 0
-        return image.size, pixel_format(path), area, areas, (path.name, thumbnail(image)), tile
+        return image.size, pixel_format(path), area, areas, (path.name, thumbnail(image))
 
     results = parallel_map(examine, range(total))
     for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):
         if isinstance(result, Exception):
             summary.unreadable += 1
+            summary.shares.append(None)
             problems.append(str(result))
             continue
-        size, stored_as, area, areas, small, tile = result
+        size, stored_as, area, areas, small = result
         summary.sizes[size] += 1
         summary.pixel_formats[stored_as] += 1
         summary.pixels += size[0] * size[1]
@@ -147,9 +147,25 @@ def _examine_split(dataset, split, problems):
             summary.class_pixels[name] += pixels
             summary.class_images[name] += pixels > 0
         summary.thumbnails.append(small)
-        if tile is not None:
-            summary.tiles.append(tile)
+        summary.shares.append(area / (size[0] * size[1]))
     return summary
+
+
+def _tiles(dataset, shares, n_shown):
+    """Of a split, what `save_contact_sheet` draws: (tile, file name, share of foreground)."""
+
+    def tile(index):
+        path = dataset.path(index)
+        image = read_image(path)
+        masks = dataset.run_lengths(index, image.size)
+        name = path.relative_to(dataset.image_dir.parent).as_posix()
+        percent = 100 * shares[index]
+        about = f"{percent:.2f} % foreground" if percent >= 0.01 else "below 0.01 % foreground"
+        if not percent:
+            about = "no foreground"
+        return draw_tile(image, masks, dataset.n_classes), name, about
+
+    return list(parallel_map(tile, spread_by_foreground(shares, n_shown), catch=()))
 
 
 def _print_split(split, dataset, summary):
@@ -185,24 +201,3 @@ def _print_split(split, dataset, summary):
         f"  no lesion    {summary.empty} images; unreadable {summary.unreadable}; "
         f"not listed in {ANNOTATIONS} {unlisted}"
     )
-
-
-def _tile(image, masks, n_classes):
-    """A TILE x TILE picture of the image with the outlines of its masks in the class colours.
-
-    masks: {channel: RunLengths}.
-    """
-    pixels = np.array(image.resize((TILE, TILE), Image.Resampling.BILINEAR))
-    colors = class_colors(n_classes)
-    for channel, mask in list(masks.items())[:MAX_CLASSES]:
-        pixels[outline(mask.draw(TILE, TILE))] = colors[channel]
-    return Image.fromarray(pixels)
-
-
-def _save_contact_sheet(tiles, class_names, path):
-    sheet = Image.new("RGB", (TILES * TILE, math.ceil(len(tiles) / TILES) * TILE))
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, (number % TILES * TILE, number // TILES * TILE))
-    with atomic_write(path, sync=False) as file:
-        with_legend(sheet, class_names).save(file, "JPEG", quality=90)
-    return path

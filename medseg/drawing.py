@@ -6,6 +6,9 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from medseg.fonts import drawable, fit_lines, pillow_font
+
+LEGEND_LINES = 8  # of a legend, from which on it has several columns
 STRIPE = 64  # rows that are tinted at a time: few megabytes
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
@@ -54,20 +57,26 @@ def overlay(image, labels, n_classes=1):
     return Image.fromarray(drawn)
 
 
-def with_legend(image, class_names):
-    """The PIL image with a line for each class below it; a single class needs none."""
-    if len(class_names) <= 1:
+def with_legend(image, class_names, *, single=False):
+    """The PIL image with the colour of each class below it; a single class needs none.
+
+    More than LEGEND_LINES are put in as many columns as fit. single: of a single class too.
+    """
+    if len(class_names) <= 1 and not (class_names and single):
         return image
-    font, line = ImageFont.load_default(14), 20
-    colors = class_colors(len(class_names))
-    width = max(image.width, 200)
-    taller = Image.new("RGB", (width, image.height + line * len(colors) + 6), (240, 240, 240))
+    colors, (names, path) = class_colors(len(class_names)), drawable(*class_names)
+    font, line, width = pillow_font(path, 14), 20, max(image.width, 200)
+    names = [fit_lines(name, font, width - 34, 1)[0] for name in names]
+    column = math.ceil(max(map(font.getlength, names))) + 44
+    columns = max(min(width // column, math.ceil(len(names) / LEGEND_LINES)), 1)
+    lines = math.ceil(len(names) / columns)
+    taller = Image.new("RGB", (width, image.height + line * lines + 6), (240, 240, 240))
     taller.paste(image)
     draw = ImageDraw.Draw(taller)
-    for row, (name, color) in enumerate(zip(class_names, colors, strict=True)):
-        top = image.height + 4 + row * line
-        draw.rectangle((6, top + 2, 20, top + 16), fill=color)
-        draw.text((28, top + 9), name, fill="black", font=font, anchor="lm")
+    for number, (name, color) in enumerate(zip(names, colors, strict=True)):
+        left, top = number // lines * column, image.height + 4 + number % lines * line
+        draw.rectangle((left + 6, top + 2, left + 20, top + 16), fill=color)
+        draw.text((left + 28, top + 9), name, fill="black", font=font, anchor="lm")
     return taller
 
 

@@ -35,6 +35,12 @@ def shorten(name):
     return f"{encoded[: NAME_BYTES - 9].decode('utf-8', 'ignore')}~{digest}"
 
 
+def escape(text, is_shown=str.isprintable):
+    """Text in one line, characters that are not shown as escapes: '\\n', '\\u4e2d', '\\udcff'."""
+    shown = (c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
 # Bytes that the values in a JSON file take in memory, at most, for each of these characters.
 JSON_COSTS = {"{": 200, "[": 80, ",": 36, '"': 24}
 JSON_MEMORY = 3 * 2**30

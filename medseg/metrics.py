@@ -10,6 +10,7 @@ from medseg.drawing import outline
 from medseg.pieces import clean_masks
 
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
+BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
 
 
 def dice_score(tp, fp, fn):
@@ -212,6 +213,13 @@ def class_scores(counts, names):
     return mean_over_classes(scores, names)
 
 
+def resamples(size, samples=1000, seed=0):
+    """Yield `samples` arrays of `size` image numbers, drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    for _ in range(samples):
+        yield rng.integers(0, size, size)
+
+
 def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
     """[2.5th, 97.5th percentile] of each of `class_scores` over resampled images.
 
@@ -219,11 +227,9 @@ def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
     owes to the choice of images, not what another training, or another hospital, would give.
     """
     counts = counts.reshape(len(counts), len(names), 4)
-    rng, size = np.random.default_rng(seed), len(counts)
     of_images = np.stack([image_dice(counts[:, index]) for index in range(len(names))])  # (C, N)
     sums, means = [], []  # of each sample
-    for _ in range(samples):
-        drawn = rng.integers(0, size, size)
+    for drawn in resamples(len(counts), samples, seed):
         sums.append(counts[drawn].sum(0))
         means.append(np.take(of_images, drawn, axis=1).mean(1))
     scores = {**metrics(*np.stack(sums, 2).transpose(1, 0, 2)), "image_dice": np.stack(means, 1)}
@@ -232,6 +238,34 @@ def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
         name: np.percentile(values, [2.5, 97.5]).tolist()
         for name, values in mean_over_classes(by_class, names).items()
     }
+
+
+def count_calibration(targets, probabilities):
+    """Sums over the pixels of one image by their probability of foreground: float64 (C, BINS, 3).
+
+    The last axis: pixels, pixels of foreground, sum of the probabilities. targets: bool (C, H, W);
+    probabilities: float32 (C, H, W). Bin k, from 0, is of those above k / BINS up to (k + 1) /
+    BINS, the first with 0. What is no number is in none.
+    """
+    edges, sums = np.arange(1, BINS, dtype=np.float32) / BINS, np.zeros((len(targets), BINS, 3))
+    for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
+        known = ~np.isnan(probability)
+        values = probability[known]
+        bins = np.searchsorted(edges, values)
+        for column, weights in enumerate((None, target[known], values)):
+            sums[channel, :, column] = np.bincount(bins, weights, BINS)
+    return sums
+
+
+def calibration_error(sums):
+    """Expected calibration error, 0..1, from sums (BINS, 3) as `count_calibration` gives them.
+
+    The mean, over all pixels, of the distance between the mean probability of their bin and its
+    share of foreground: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
+    equation 3, with the probability of foreground in the place of the confidence.
+    """
+    pixels, foreground, probability = sums.T
+    return float(np.abs(foreground - probability).sum() / max(pixels.sum(), 1))
 
 
 def hausdorff95(pred, target):

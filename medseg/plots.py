@@ -8,6 +8,7 @@ import numpy as np
 
 from medseg.drawing import class_colors
 from medseg.files import atomic_write
+from medseg.fonts import dejavu, drawable, fit_lines, pillow_font
 from medseg.images import mean_and_std
 from medseg.inference import Inference
 
@@ -22,6 +23,7 @@ MAX_SIDE = 1600  # pixels of a picture that are drawn: an outline among 10,000 t
 MAX_DRAWN = 20  # classes that a figure outlines: more can be told apart neither there nor below
 MAX_SCORES = 14  # lines of the table in a report: more would run into the panels below
 TABLE_WIDTH = 47  # characters of its lines
+CAPTION = {"size": 10, "width": 260, "most": 3}  # points of a file name, of its lines; lines
 
 
 def new_figure(width, height):
@@ -43,6 +45,13 @@ def mark_whole_numbers(axis):
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def as_drawn(text, **style):
+    """(text, keywords) for matplotlib: no formula of a $, a font that has its characters."""
+    (shown,), path = drawable(text)
+    font = {"font": Path(path)} if path else {}
+    return shown, {**font, **style, "parse_math": False}
 
 
 def denormalize(images):
@@ -93,7 +102,17 @@ def draw_case(axis, picture, targets, preds, title, classes):
     for index in classes:
         draw_outline(axis, targets[index, ::step, ::step], colors[index][0], "solid")
         draw_outline(axis, preds[index, ::step, ::step], colors[index][1], "dashed")
-    axis.set_title(title, fontsize=12, parse_math=False)  # a file's name may have a $ in it
+    title, style = as_drawn(title, fontsize=12)
+    axis.set_title(title, **style)
+
+
+def captions_of(names):
+    """File names as they are written below pictures: (texts of several lines, path of the font)."""
+    names, path = drawable(*names)
+    path = path or dejavu()
+    font = pillow_font(path, CAPTION["size"])
+    width, most = CAPTION["width"], CAPTION["most"]
+    return ["\n".join(fit_lines(name, font, width, most)) for name in names], Path(path)
 
 
 def draw_cases(axes, cases):
@@ -123,7 +142,8 @@ def add_legend(figure, title, class_names, classes):
         lines += [line(colors[index][0], "solid", class_names[index]) for index in classes]
     if len(colors) > len(classes):
         lines.append(line("none", "solid", f"and {len(colors) - len(classes)} more, not drawn"))
-    figure.suptitle(title, fontsize=13, parse_math=False)
+    title, style = as_drawn(title, fontsize=13)
+    figure.suptitle(title, **style)
     legend = figure.legend(
         lines,
         [line.get_label() for line in lines],
@@ -133,20 +153,29 @@ def add_legend(figure, title, class_names, classes):
         fontsize=12,
     )
     for text in legend.get_texts():
-        text.set_parse_math(False)
+        shown, style = as_drawn(text.get_text(), fontsize=12)
+        text.set(text=shown, **style)
 
 
-def plot_predictions(pictures, targets, preds, titles, path, *, title, class_names):
+def plot_predictions(pictures, targets, preds, titles, path, *, title, class_names, captions=()):
     """Pictures (0..1 or uint8) with both outlines, five in a row; returns `path`.
 
-    targets, preds: bool arrays (C, H, W) for each picture.
+    targets, preds: bool arrays (C, H, W) for each picture. captions: the file name of each, or
+    none.
     """
     columns = min(len(pictures), 5)
     rows = math.ceil(len(pictures) / columns)
-    figure = new_figure(max(4 * columns, 8), 4.2 * rows + 1)  # wide enough for the legend
+    captions, font = captions_of(captions)
+    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
+    height = rows * (4.2 + lines * CAPTION["size"] / 60) + 1
+    figure = new_figure(max(4 * columns, 8), height)  # wide enough for the legend
     axes = figure.subplots(rows, columns, squeeze=False)
     cases = list(zip(pictures, targets, preds, titles, strict=True))
     add_legend(figure, title, class_names, draw_cases(axes, cases))
+    for axis, caption in zip(axes.flat, captions, strict=False):
+        axis.set_axis_on()
+        axis.set(xticks=[], yticks=[], frame_on=False)
+        axis.set_xlabel(caption, font=font, fontsize=CAPTION["size"], parse_math=False)
     return save_figure(figure, path)
 
 
@@ -179,27 +208,31 @@ def plot_curves(history, path, *, title=""):
     axes[2].axhline(background, color="gray", linestyle="--", label="all background (val)")
     for axis in axes:
         axis.legend()
-    figure.suptitle(title, parse_math=False)
+    title, style = as_drawn(title)
+    figure.suptitle(title, **style)
     return save_figure(figure, path)
 
 
 def plot_report(report, dice, cases, path):
-    """Scores, histogram, threshold sweep, lesion sizes and eight cases of a scored folder.
+    """Scores, histogram, sweep, calibration, lesion sizes and eight cases of a scored folder.
 
     report: what report.json holds; dice: (N,) of its images; cases: at most eight
     (picture, target, prediction, title).
     """
     rows = math.ceil(len(cases) / 4)  # of four cases, below a row of charts
-    figure = new_figure(18, 5 + 4.5 * rows)
-    axes = figure.subplots(1 + rows, 4, height_ratios=(3, *rows * [4]))
-    table, histogram, sweep, sizes = axes[0]
+    figure = new_figure(20, 5 + 4.9 * rows)
+    above, below = figure.add_gridspec(2, 1, height_ratios=(3, 4 * rows))
+    charts = above.subgridspec(1, 5, width_ratios=(5, 4, 4, 4, 4)).subplots()
+    table, histogram, sweep, calibration, sizes = charts
+    axes = below.subgridspec(rows, 4).subplots(squeeze=False)
     _draw_score_table(table, report)
     histogram.hist(dice, bins=20, range=(0, 1))
     histogram.set(title="Dice of each image", xlabel="Dice", ylabel="images")
     mark_whole_numbers(histogram.yaxis)
     _draw_threshold_sweep(sweep, report["valid"])
     _draw_lesion_sizes(sizes, report["by_lesion_size"])
-    classes = draw_cases(axes[1:], cases)
+    classes = draw_cases(axes, cases)
+    _draw_calibration(calibration, report["calibration"], classes)
     size = report["image_size"]
     scored = f"scored at {size}x{size}" if size else "scored at the size of each image"
     add_legend(figure, f"{report['folder']}, {scored}", report["class_names"], classes)
@@ -225,10 +258,26 @@ def _draw_score_table(axis, report):
     settings = Inference(report["threshold"], report.get("flips"), report.get("clean", "none"))
     about = textwrap.wrap(f"{settings}, images: {report['images']}", TABLE_WIDTH)
     lines += ["", *about, "95 % intervals: bootstrap over images", hd95]
-    place = {"va": "top", "transform": axis.transAxes}
-    font = {"family": "monospace", "fontsize": 11, "parse_math": False}
-    axis.text(0, 1, "\n".join(lines), **place, **font)
+    lines, path = drawable(*lines)  # class names are among them
+    font = {"family": "monospace"} if path in (None, dejavu()) else {"font": Path(path)}
+    place = {"va": "top", "transform": axis.transAxes, "fontsize": 11, "parse_math": False}
+    axis.text(0, 1, "\n".join(lines), **font, **place)
     axis.axis("off")
+
+
+def _draw_calibration(axis, calibration, classes):
+    """The reliability curves of these class indices; large points are of many pixels."""
+    curves = list(calibration["classes"].values())
+    axis.plot([0, 1], [0, 1], color="gray", linestyle="--")
+    for index in classes:
+        curve, color = curves[index], outline_colors(len(curves))[index][1]
+        x, y = curve["mean_probability"], curve["foreground"]
+        size = 6 * np.log10(1 + np.array(curve["pixels"]))
+        axis.plot(x, y, color=color, linewidth=1)
+        axis.scatter(x, y, size, color=[color], clip_on=False, zorder=3)
+    error = calibration["expected_calibration_error"]
+    axis.set(title=f"calibration: expected error {error:.3f}", xlim=(0, 1), ylim=(0, 1))
+    axis.set(xlabel="probability (15 bins of pixels)", ylabel="share of foreground")
 
 
 def _draw_lesion_sizes(axis, groups):

@@ -404,13 +404,19 @@ def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, mon
         **{"threshold": 0.5, "scores": class_scores(counts, names), "valid": None},
         **{"confidence_95": bootstrap(counts, names, samples=9), "by_lesion_size": []},
         "hd95": {"median": None, "left_out": 1},
+        "calibration": {
+            "expected_calibration_error": 0.25,
+            "classes": dict.fromkeys(
+                names, {"pixels": [4], "mean_probability": [0.5], "foreground": [0.25]}
+            ),
+        },
     }
     mask = squares(n_classes, 0)
     cases = [(np.zeros((64, 64, 3), np.uint8), mask, mask, "title")] * n_cases
     arguments = report, np.full(n_cases, 0.5), cases
     figure = drawn_figure(monkeypatch, tmp_path, plots.plot_report, *arguments)
     (table,) = (text for text in figure.axes[0].texts)
-    panels = figure.axes[4 : 4 + n_cases]
+    panels = figure.axes[5 : 5 + n_cases]
     assert table.get_window_extent().y0 > panels[0].title.get_window_extent().y1
     assert figure.legends[0].get_window_extent().y1 < min(
         panel.get_window_extent().y0 for panel in panels

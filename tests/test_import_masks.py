@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
     ALL,
     MASKS,
     PHOTO,
     annotations,
+    brightness_model,
     grey,
     labels,
     photo,
@@ -18,12 +20,14 @@ from helpers import (
     run_download,
     save,
     save_pair,
+    scan,
     script,
     stored,
 )
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
+import predict
 from medseg.images import read_image
 from medseg.importing import collect
 from medseg.importing.mask_values import classes_of_counts
@@ -613,3 +617,35 @@ def test_turn_agrees_with_pillow():
         image.getexif()[0x0112] = orientation
         wanted = np.asarray(ImageOps.exif_transpose(image))
         assert_array_equal(collect.turn(np.asarray(image), orientation), wanted)
+
+
+# ---------------------------------------------------------------- what predict.py wrote
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_predicted_masks_are_imported_without_the_pictures_beside_them(single, here):
+    """A folder with its masks in another, and single images with all in the folder they are in."""
+    torch.save(brightness_model().state_dict(), "best_model.pth")
+    for number, side in enumerate((20, 30)):
+        save(scan(64, 48, 5, 7, side), f"scans/{number}.png")
+    if single:
+        for number in range(2):
+            predict.main([f"scans/{number}.png", "--output", "scans"])
+    else:
+        predict.main(["scans", "--output", "masks"])
+        save(photo(), "masks/report.png")
+        save(photo(), "masks/predictions.png")
+    masks = Path("scans" if single else "masks")
+    out = run_download("--masks", "scans", masks, *ALL)
+    assert "pairs: 2" in out and f"left aside: {2 if single else 4} pictures" in out
+    for number in range(2):
+        expected = np.asarray(Image.open(masks / f"{number}_mask.png")) > 0
+        assert_array_equal(stored()[str(number)]["foreground"], expected)
+
+
+def test_what_is_called_like_a_drawing_is_a_mask_where_it_stands_alone(here):
+    for stem in "ab":
+        save_pair(stem)
+        Path(f"masks/{stem}.png").rename(f"masks/{stem}_overlay.png")
+    out = run_download(*MASKS)
+    assert "pairs: 2" in out and "left aside" not in out

@@ -46,7 +46,9 @@ from medseg.images import full_size_labels, preprocess
 from medseg.metrics import (
     RunningScores,
     bootstrap,
+    calibration_error,
     class_scores,
+    count_calibration,
     hausdorff95,
     image_dice,
     pooled_scores,
@@ -282,7 +284,7 @@ def test_one_image(place):
     scan(200, 120, 60, 40, 40).save(place / "scan.png")
     result = script("predict.py", "scan.png", cwd=place)
     assert result.returncode == 0, result.stderr
-    assert names(place) == {"best_model.pth", "scan.png", "scan_mask.png", "predictions.png"}
+    assert names(place) == {"best_model.pth", "scan.png", "scan_mask.png", "scan_prediction.png"}
     mask = Image.open(place / "scan_mask.png")
     assert mask.size == (200, 120) and mask.mode == "L" and set(np.unique(mask)) == {0, 255}
     foreground = np.asarray(mask) > 0
@@ -291,7 +293,7 @@ def test_one_image(place):
     assert overlap(foreground, expected) > 0.75
     assert f"foreground {100 * foreground.mean():.2f} %" in result.stdout
     assert "highest probability" in result.stdout
-    assert np.asarray(Image.open(place / "predictions.png")).std() > 10
+    assert np.asarray(Image.open(place / "scan_prediction.png")).std() > 10
 
 
 def test_output_names_the_mask_of_one_image(place):
@@ -306,10 +308,10 @@ def test_output_names_the_mask_of_one_image(place):
 def test_output_with_a_dot_is_a_folder_unless_it_names_a_picture(place):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     predict.main(["scan.png", "--output", "folder.v2"])
-    assert names(place / "folder.v2") == {"scan_mask.png", "predictions.png"}
+    assert names(place / "folder.v2") == {"scan_mask.png", "scan_prediction.png"}
     (place / "folder.png").mkdir()
     predict.main(["scan.png", "--output", "folder.png"])
-    assert names(place / "folder.png") == {"scan_mask.png", "predictions.png"}
+    assert names(place / "folder.png") == {"scan_mask.png", "scan_prediction.png"}
 
 
 def test_output_that_does_not_fit_is_refused(place, refused):
@@ -563,7 +565,7 @@ def test_bad_models(place, refused):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     for name in bad_models(place):
         refused("predict", "scan.png", "--model", f"{name}.pth", words=[f"{name}.pth"])
-    assert not names(place) & {"EXECUTED", "predictions.png", "scan_mask.png"}
+    assert not names(place) & {"EXECUTED", "scan_prediction.png", "scan_mask.png"}
 
 
 def test_bad_input(place, refused):
@@ -993,6 +995,46 @@ def test_a_pixel_at_the_threshold_is_background():
     assert counts.tolist() == [[[4, 0, 0, 0]], [[0, 0, 4, 0]]]
 
 
+def test_calibration_by_hand(graded, tmp_path):
+    """0.62 where there are lesions alone, 0.42 and 0.22 where there is none: three of 15 bins."""
+    report = write_report(tmp_path, "test", graded, None, ["foreground"])["calibration"]
+    total, lesion = 3 * 48**2, sum(side**2 for _, _, side in BOXES)
+    right = sum(4 * side for _, _, side in BOXES)
+    rest = total - lesion - right
+    error = (0.38 * lesion + 0.42 * right + 0.22 * rest) / total
+    assert report["expected_calibration_error"] == pytest.approx(error)
+    curve = report["classes"]["foreground"]
+    assert curve["pixels"] == [rest, right, lesion] and curve["foreground"] == [0, 0, 1]
+    assert curve["mean_probability"] == pytest.approx([0.22, 0.42, 0.62])
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["calibration"] == report
+
+
+def test_calibration_at_the_edges_of_the_bins():
+    """Of 1/15 in the first bin, of what is just above in the second; 0 and 1 in the outer ones."""
+    values = np.array([0, 1 / 15, np.nextafter(np.float32(1 / 15), 1), 1, np.nan], np.float32)
+    sums = count_calibration(np.array([[[0, 1, 1, 1, 1]]], bool), values.reshape(1, 1, 5))[0]
+    assert sums[:, 0].tolist() == [2, 1, *[0] * 12, 1] and sums[:, 1].tolist()[:2] == [1, 1]
+    assert calibration_error(np.zeros((15, 3))) == 0
+
+
+def test_calibration_against_monai():
+    monai_calibration = pytest.importorskip("monai.metrics.calibration")
+    rng = np.random.default_rng(0)
+    probabilities = rng.beta(0.3, 0.5, (2, 3, 40, 50)).astype(np.float32)
+    targets = rng.random(probabilities.shape) < probabilities**2
+    tensors = torch.from_numpy(probabilities), torch.from_numpy(targets).float()
+    means, shares, pixels = monai_calibration.calibration_binning(*tensors, num_bins=15)
+    for image in range(2):
+        sums = count_calibration(targets[image], probabilities[image])
+        np.testing.assert_array_equal(sums[..., 0], pixels[image])
+        np.testing.assert_allclose(sums[..., 2] / sums[..., 0], means[image], rtol=1e-5)
+        gaps = (means - shares)[image].abs() * pixels[image] / (40 * 50)
+        for channel in range(3):
+            error = calibration_error(sums[channel])
+            assert error == pytest.approx(gaps[channel].sum().item(), rel=1e-5) and error > 0.05
+
+
 def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monkeypatch):
     """Six lesions of 10 to 60 pixels, each half found; three images without one."""
     lesions, alarms = [10, 20, 30, 40, 50, 60, 0, 0, 0], [0] * 7 + [5, 7]
@@ -1034,6 +1076,9 @@ def test_outlines_run_around_their_pixels(monkeypatch, tmp_path):
     assert extents[plots.PRED_COLOR.lower()] == (7.5, 11.5, 6.5, 11.5)
 
 
+CURVE = {"pixels": [9, 90], "mean_probability": [0.1, 0.9], "foreground": [0.2, 0.8]}
+
+
 def figure_of(monkeypatch, plot, *arguments, **options):
     """The matplotlib figure that a function of medseg.plots draws; it is written too."""
     figures, save = [], plots.save_figure
@@ -1072,6 +1117,7 @@ def test_a_report_of_two_classes_is_in_words(monkeypatch, tmp_path):
         "hd95": {"median": None, "left_out": 6},
         "valid": None,
         "by_lesion_size": [{"pixels": [15, 15], "images": 3, "image_dice": 0.5}],
+        "calibration": {"expected_calibration_error": 0.25, "classes": dict.fromkeys(names, CURVE)},
     }
     mask = np.zeros((2, 10, 10), bool)
     case = np.zeros((10, 10, 3), np.uint8), mask, mask, odd

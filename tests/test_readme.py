@@ -16,7 +16,7 @@ each_document = pytest.mark.parametrize(
 )
 LAYOUT, CODE = ROOT / "docs" / "layout.md", [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py")]
 SCRIPTS = ("train.py", "predict.py", "data.py", "download.py")
-TOOLS = ("kill.py", "fuzz.py", "quality.py", "benchmark.py")  # in tools/
+TOOLS = ("kill.py", "fuzz.py", "quality.py", "benchmark.py", "compare.py")  # in tools/
 FLAG = r"(?<![\w-])--[a-z][a-z-]*"
 REMOVED = {"--dice"}  # docs/results.md says so beside the row that was measured with it
 OTHERS = {"--system-site-packages", "--max-restarts", "--id"}  # venv, torchrun, swanlab sync
@@ -110,7 +110,7 @@ def test_the_first_commands_train_on_phantoms_and_predict(tmp_path):
 
     command = arguments(first_command("predict.py"), "predict.py")
     assert "dataset/synthetic/test" in assert_done(script("predict.py", *command, cwd=tmp_path))
-    assert (tmp_path / "predictions.png").exists() and list(tmp_path.glob("*_mask.png"))
+    assert list(tmp_path.glob("*_prediction.png")) and list(tmp_path.glob("*_mask.png"))
 
     excerpt = re.search(r"<!-- excerpt -->\n```text\n(.*?)```", text(README), re.DOTALL)[1]
     for line in excerpt.splitlines():  # up to its first number

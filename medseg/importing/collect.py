@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from medseg.coco import listed
+from medseg.files import escape
 from medseg.formats.medical import base_name, file_format
 from medseg.images import Page, count_pages, open_image, read_image
 
@@ -61,8 +62,7 @@ def check_known(classes, known, problem):
 
 def printable(name):
     """A name as it can be printed in one line, what would not be seen as an escape: '\\udcff'."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
-    return "".join(shown)
+    return escape(str(name))
 
 
 def tell_apart(names):

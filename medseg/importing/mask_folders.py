@@ -6,6 +6,7 @@ from pathlib import Path
 from medseg.files import check_regular
 from medseg.formats.dicom import read_any_image
 from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, file_format
+from medseg.formats.results import drawn_beside_masks
 from medseg.images import SUFFIXES
 from medseg.importing.collect import (
     Upright,
@@ -154,9 +155,18 @@ def _report(pairing):
 
 
 def _list_both(images, masks):
-    """The files below the folder of images and those below the folder of masks."""
+    """The files below the folder of images and those below the folder of masks.
+
+    The pictures that predict.py draws beside its masks are left aside, and counted in a line.
+    """
     image_files = list_files(images, SUFFIXES, medical=True)
     mask_files = list_files(masks, (*SUFFIXES, *NIFTI_SUFFIXES))
+    drawn = drawn_beside_masks({*image_files, *mask_files})
+    if drawn:
+        first = printable(min(drawn).name)
+        print(f"left aside: {len(drawn)} pictures that these scripts draw, such as {first}")
+    image_files = [path for path in image_files if path not in drawn]
+    mask_files = [path for path in mask_files if path not in drawn]
     if images == masks:
         image_files = [path for path in image_files if file_format(path) == "dicom"] or image_files
     elif images.resolve() in masks.resolve().parents:

@@ -19,11 +19,10 @@ from medseg.formats.medical import (
     result_name,
 )
 from medseg.formats.nifti import open_nifti
+from medseg.formats.results import is_own
 from medseg.images import SUFFIXES, read_image
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
-OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "contact_sheet.jpg")
-OWN_ENDINGS = ("_mask", "_overlay", "_montage")
 OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
 
@@ -157,7 +156,7 @@ def left_aside(folder):
             counts["folders"] += 1
         elif not path.is_file():
             counts["special files and broken links"] += 1
-        elif _is_own(path):
+        elif is_own(path):
             counts["masks and pictures of these scripts"] += 1
         elif path.name != ANNOTATIONS and not is_input(path):
             counts[path.suffix.lower() or "no suffix"] += 1
@@ -210,13 +209,9 @@ def annotated_folder(inputs):
 
 def is_input(path):
     """Whether a file in a folder is an image or volume, and not one that these scripts wrote."""
-    if _is_own(path) or not path.is_file():
+    if is_own(path) or not path.is_file():
         return False
     return path.suffix.lower() in SUFFIXES or file_format(path) is not None
-
-
-def _is_own(path):
-    return path.name in OWN_PICTURES or base_name(path).endswith(OWN_ENDINGS)
 
 
 def choose_output(given, single, files):

@@ -8,11 +8,14 @@ import numpy as np
 from tqdm import tqdm
 
 from medseg.files import atomic_write
+from medseg.fonts import drawable
 from medseg.images import read_image
 from medseg.metrics import (
     SWEEP,
     bootstrap,
+    calibration_error,
     class_scores,
+    count_calibration,
     count_image,
     count_pixels,
     hausdorff95,
@@ -50,7 +53,8 @@ class FolderScores:
         self._indices = {}  # of a file; several records may name it
         for index in range(len(dataset)):
             self._indices.setdefault(_identity(dataset.path(index)), []).append(index)
-        self._images = {}  # index -> counts (T, C, 4), HD95 (C,), prediction as run lengths
+        # index -> counts (T, C, 4), HD95 (C,), prediction as run lengths, calibration (C, BINS, 3)
+        self._images = {}
 
     def add(self, path, size, probabilities):
         """Compare the probabilities, float32 (C, S, S), of an image with its annotations.
@@ -71,7 +75,9 @@ class FolderScores:
         preds = clean_masks(probabilities > self.thresholds[0], self.clean)
         distances = [hausdorff95(*pair) for pair in zip(preds, targets, strict=True)]
         columns_first = np.asfortranarray(preds.transpose(1, 2, 0), dtype=np.uint8)
-        self._images[index] = counts, distances, coco_mask.encode(columns_first)
+        calibration = count_calibration(targets, probabilities)
+        encoded = coco_mask.encode(columns_first)
+        self._images[index] = counts, distances, encoded, calibration
 
     def missing(self):
         """The indices of the annotated images that have not been compared."""
@@ -89,14 +95,18 @@ class FolderScores:
     def result(self):
         """Counts (N, T, C, 4), at `thresholds`; HD95 (N, C) in pixels. Nothing may be missing."""
         images = [self._images[index] for index in range(len(self.dataset))]
-        counts, distances, _ = zip(*images, strict=True)
+        counts, distances, *_ = zip(*images, strict=True)
         return np.stack(counts), np.array(distances)
+
+    def calibration(self):
+        """`count_calibration`, float64 (C, BINS, 3), of all images: of their probabilities."""
+        return sum(calibration for *_, calibration in self._images.values())
 
     def case(self, index):
         """What to draw of an image: uint8 (S, S, n_channels), target and prediction (C, S, S)."""
         from pycocotools import mask as coco_mask
 
-        _, _, encoded = self._images[index]
+        _, _, encoded, _ = self._images[index]
         return *self.dataset.preprocess(index), coco_mask.decode(encoded).transpose(2, 0, 1)
 
 
@@ -130,6 +140,7 @@ def write_report(output, folder, scores, valid, class_names):
         "scores": class_scores(counts, class_names),
         "confidence_95": bootstrap(counts, class_names),
         "hd95": _summarize_distances(distances),
+        "calibration": _summarize_calibration(scores.calibration(), class_names),
         "valid": valid,
         "by_lesion_size": _scores_by_lesion_size(pooled),
         "no_lesion": _count_false_alarms(pooled),
@@ -181,6 +192,24 @@ def _summarize_distances(distances):
     }
 
 
+def _summarize_calibration(sums, class_names):
+    """Expected calibration error, its mean over the classes, and the reliability curve of each.
+
+    sums: (C, BINS, 3), see `count_calibration`. A curve has a point for each bin with pixels.
+    """
+    classes = {}
+    for name, own in zip(class_names, sums, strict=True):
+        pixels, foreground, probability = own[own[:, 0] > 0].T
+        classes[name] = {
+            "expected_calibration_error": calibration_error(own),
+            "pixels": pixels.astype(int).tolist(),
+            "mean_probability": (probability / pixels).tolist(),
+            "foreground": (foreground / pixels).tolist(),
+        }
+    errors = [own["expected_calibration_error"] for own in classes.values()]
+    return {"expected_calibration_error": float(np.mean(errors)), "classes": classes}
+
+
 def _scores_by_lesion_size(counts):
     """Dice of the images with a lesion in thirds, by their number of lesion pixels."""
     area = counts[:, 0] + counts[:, 2]
@@ -228,7 +257,8 @@ def choose_cases(names, dice, counts):
     for group, indices in {"best": best, "median": median, "worst": worst}.items():
         for index in indices:
             outcome = _describe_outcome(dice[index], *counts[index])
-            title = f"{shorten_name(names[index])}, {outcome}"
+            (name,), _ = drawable(names[index])  # before it is cut: an escape takes six characters
+            title = f"{shorten_name(name)}, {outcome}"
             cases.append((index, f"{group}: {title}" if len(names) > 1 else title))
     return cases
 

@@ -1,0 +1,91 @@
+"""Images of a data set with their masks in one picture, each with its file name below it."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from medseg.coco import MAX_CLASSES
+from medseg.drawing import class_colors, outline, with_legend
+from medseg.files import atomic_write
+from medseg.fonts import drawable, fit_lines, pillow_font
+
+CELL, GAP = 160, 8  # pixels: of an image in the sheet with the gap that it has
+COLUMNS = 8  # at least; more where a sheet would become higher than wide
+NARROWEST = 12  # pixels of the shorter side of an image
+CAPTION_LINES, TEXT, LINE = 4, 11, 14  # of a file name; pixels of its letters and lines
+MOST = 500  # images of each split: a sheet of three times as many has 80 megapixels
+BACKGROUND = (240, 240, 240)
+
+
+def spread_by_foreground(shares, count):
+    """At most `count` indices of images, from the least to the most foreground.
+
+    shares: of each image its share of foreground, or None where it cannot be read. Both extremes
+    are among them, and the others lie evenly between, by rank.
+    """
+    order = sorted((share, index) for index, share in enumerate(shares) if share is not None)
+    places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+    return [order[place][1] for place in places]
+
+
+def draw_tile(image, masks, n_classes):
+    """A PIL image with the outlines of its masks in the class colours, to fit into a cell.
+
+    masks: {channel: RunLengths}. What is too small to be seen at this size is drawn as a dot.
+    """
+    scale = (CELL - GAP) / max(image.size)
+    width, height = (max(round(side * scale), NARROWEST) for side in image.size)
+    pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+    colors = class_colors(n_classes)
+    for channel, mask in list(masks.items())[:MAX_CLASSES]:
+        small = mask.draw(height, width)
+        if mask.area and not small.any():
+            column, row = divmod(int(mask.starts[0]), mask.shape[0])
+            row, column = row * height // mask.shape[0], column * width // mask.shape[1]
+            small[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = 1
+        pixels[outline(small)] = colors[channel]
+    return Image.fromarray(pixels)
+
+
+def save_contact_sheet(rows, class_names, path):
+    """Write a JPEG of tiles with their captions, and the names of the classes. Returns `path`.
+
+    rows: a list for each split of (PIL image from `draw_tile`, file name, second line); each
+    begins a line of its own.
+    """
+    most = max(map(len, rows))
+    columns = max(COLUMNS, math.ceil(math.sqrt(sum(map(len, rows)))))
+    lines = [row[start : start + columns] for row in rows for start in range(0, most, columns)]
+    lines = [line for line in lines if line]
+    names, font_path = drawable(*(name for line in lines for _, name, _ in line))
+    font, names, height = pillow_font(font_path, TEXT), iter(names), 0
+    strips = []
+    for line in lines:
+        captions = [
+            [*fit_lines(next(names), font, CELL - GAP, CAPTION_LINES), about] for *_, about in line
+        ]
+        strips.append(_draw_line(line, captions, font, columns))
+        height += strips[-1].height
+    sheet, top = Image.new("RGB", (columns * CELL, height + GAP), BACKGROUND), 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    with atomic_write(path, sync=False) as file:
+        with_legend(sheet, class_names, single=True).save(file, "JPEG", quality=90)
+    return path
+
+
+def _draw_line(line, captions, font, columns):
+    """A strip of the sheet: tiles beside each other, as high as the highest, captions below."""
+    tallest, most = max(tile.height for tile, *_ in line), max(map(len, captions))
+    strip = Image.new("RGB", (columns * CELL, tallest + most * LINE + 2 * GAP), BACKGROUND)
+    pen = ImageDraw.Draw(strip)
+    for place, ((tile, *_), caption) in enumerate(zip(line, captions, strict=True)):
+        left = place * CELL + GAP // 2
+        strip.paste(tile, (left + (CELL - GAP - tile.width) // 2, GAP + tallest - tile.height))
+        for number, text in enumerate(caption):
+            last = number == len(caption) - 1
+            top = GAP + tallest + 2 + number * LINE
+            pen.text((left, top), text, fill="dimgray" if last else "black", font=font)
+    return strip

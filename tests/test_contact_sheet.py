@@ -1,0 +1,185 @@
+"""Pictures of many images: which are chosen, and the names below them."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from helpers import SIZE, SMALL, edit_annotations, square, write_split
+from PIL import Image
+
+import data
+import train
+from data import Batches, open_split
+from medseg import fonts, plots
+from medseg.audit import audit
+from medseg.contact_sheet import spread_by_foreground
+from medseg.drawing import with_legend
+from medseg.fonts import drawable, fit_lines, pillow_font
+
+ODD = "$\\frac$ 病人_7"  # what matplotlib takes for a formula; characters that few fonts have
+
+
+@pytest.fixture
+def chinese_font(tmp_path, monkeypatch):
+    """The one font of this machine beside DejaVu: all it has are filled boxes, two of Chinese."""
+    pen = TTGlyphPen(None)
+    for point in ((100, 0), (100, 800), (900, 800), (900, 0)):
+        (pen.lineTo if pen.points else pen.moveTo)(point)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "box"])
+    letters = (*map(chr, range(32, 127)), "病", "人")
+    builder.setupCharacterMap({ord(letter): "box" for letter in letters})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "box": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "box": (1000, 100)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Two", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    path = str(tmp_path / "two.ttf")
+    builder.save(path)
+    monkeypatch.setattr(fonts, "_font_files", lambda: [fonts.dejavu(), path])
+    fonts._best_font.cache_clear()
+    yield path
+    fonts._best_font.cache_clear()
+
+
+# ---- names -----------------------------------------------------------------------------------
+
+
+def test_a_name_is_drawn_with_a_font_that_has_its_characters(chinese_font):
+    assert drawable("plain $x^2$") == (["plain $x^2$"], None)
+    assert drawable("naïve") == (["naïve"], fonts.dejavu())
+    assert drawable("a", "病人") == (["a", "病人"], chinese_font)
+    assert drawable("病肿") == (["病\\u80bf"], chinese_font)  # of 肿 there is no glyph
+    assert drawable("a\nb\udcff") == (["a\\nb\\udcff"], None)  # one line, and text that can be
+
+
+def test_without_a_font_the_name_is_escaped(monkeypatch):
+    monkeypatch.setattr(fonts, "_font_files", lambda: [fonts.dejavu()])
+    fonts._best_font.cache_clear()
+    assert drawable("病人_7") == (["\\u75c5\\u4eba_7"], None)
+    fonts._best_font.cache_clear()
+
+
+def test_a_legend_has_the_characters_of_its_classes(chinese_font):
+    """Two filled boxes in black, 0.8 of their height of 14 wide each."""
+    legend = with_legend(Image.new("RGB", (200, 10)), ["病人"], single=True)
+    dark = (np.asarray(legend)[10:, 24:] < 60).all(2)
+    assert dark.sum() == pytest.approx(2 * (0.8 * 14) ** 2, rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["short.png", "a" * 60 + ".png", "b" * 120 + "0123456789" * 8])
+def test_a_name_is_broken_and_cut_in_the_middle(name):
+    font = pillow_font(None, 11)
+    lines = fit_lines(name, font, 152, 4)
+    assert len(lines) <= 4 and all(font.getlength(line) <= 152 for line in lines)
+    start, cut, end = "".join(lines).partition("...")
+    assert name.startswith(start) and name.endswith(end) and (cut or start == name)
+    assert bool(cut) == (font.getlength(name) > 4 * 152)
+    assert not cut or abs(len(start) - len(end)) <= 1
+
+
+# ---- the contact sheet -----------------------------------------------------------------------
+
+
+def test_the_extremes_are_shown_and_others_evenly_between():
+    shares = [0.5, 0.1, None, 0.0, 0.3, 0.2, 0.4]
+    assert spread_by_foreground(shares, 3) == [3, 5, 0]  # 0, 0.2, 0.5 of 0, 0.1, ..., 0.5
+    assert spread_by_foreground(shares, 6) == [3, 1, 5, 4, 6, 0]
+    assert spread_by_foreground(shares, 99) == [3, 1, 5, 4, 6, 0]
+    assert spread_by_foreground(shares, 1) == [3] and spread_by_foreground([None], 2) == []
+
+
+def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeypatch):
+    """Dark images in which squares of 1, 2, 3 times 8 pixels are annotated; file names mixed."""
+    sides, rows = {"c.png": 8, ODD + ".png": 24, "a.png": 16}, []
+    images = {name: Image.new("RGB", (48, 96)) for name in sides}
+    annotations = [(n, square(0, 0, side)) for n, side in enumerate(sides.values())]
+    write_split(tmp_path / "set" / "train", images, annotations)
+    write_split(tmp_path / "set" / "valid", {"empty.png": Image.new("RGB", (9, 9))})
+    monkeypatch.setattr("medseg.audit.save_contact_sheet", lambda given, *_: rows.extend(given))
+    audit(tmp_path / "set", tmp_path, open_split, 2)
+    (small, large), ((_, name, about),) = rows
+    assert [name for _, name, _ in (small, large)] == ["train/c.png", f"train/{ODD}.png"]
+    assert (name, about) == ("valid/empty.png", "no foreground")
+    assert small[2] == f"{100 * 8 * 8 / 48 / 96:.2f} % foreground"
+    for (tile, *_), side in ((small, 8), (large, 24)):
+        assert tile.size == (76, 152)  # in proportion
+        red = np.argwhere((np.asarray(tile) == (255, 0, 0)).all(2))
+        assert red.min() == 0 and red.max() == pytest.approx(side * 152 / 96 - 1, abs=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 40), (10, 2000)])
+def test_images_of_any_shape_and_masks_of_a_pixel_are_seen(size, tmp_path, capsys):
+    write_split(tmp_path / "set" / "train", {f"{ODD}.png": Image.new("RGB", size)}, [(0, [])])
+
+    def one_pixel(content):
+        outline = {"size": [size[1], size[0]], "counts": [size[0] * size[1] - 1, 1]}
+        content["annotations"][0]["segmentation"] = outline
+
+    edit_annotations(tmp_path / "set" / "train", one_pixel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of glyphs that a font has not
+        audit(tmp_path / "set", tmp_path, open_split)
+    assert "1 images" in capsys.readouterr().out
+    tile = np.asarray(Image.open(tmp_path / "contact_sheet.jpg")).astype(int)[:170]
+    assert (tile[..., 0] - tile[..., 1:].max(2) > 60).any()  # red
+
+
+def test_more_images_are_shown_where_they_are_asked_for(dataset, tmp_path, refused):
+    heights = []
+    for flags in ((), ("--show", 1)):
+        data.main([str(dataset), "--out", str(tmp_path), *map(str, flags)])
+        heights.append(Image.open(tmp_path / "contact_sheet.jpg").size)
+    assert heights[0] == heights[1]  # 6, 4 and 4 images, or one each: three rows
+    refused("data", dataset, "--show", 0, words=["--show", "at least 1"])
+
+
+# ---- predictions.png of train.py -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank, world, batch", [(0, 1, 3), (1, 2, 3), (0, 3, 4)])
+def test_names_are_in_the_order_of_the_images(rank, world, batch):
+    rows = np.zeros((7, 4, 4, 4), np.uint8)
+    rows[..., :3] = np.arange(7)[:, None, None, None]
+    options = {"rank": rank, "world": world, "shuffle": True}
+    batches = Batches(rows, batch, names=list("abcdefg"), **options)
+    seen = torch.cat([images[:, 0, 0, 0] for images, _ in batches]).argsort().argsort()
+    names = batches.names_in_order()
+    assert [sorted(names)[place] for place in seen] == names
+    assert Batches(rows, batch, names=["a"], **options).names_in_order() == []
+
+
+def test_predictions_have_the_names_of_their_files(dataset, tmp_path, monkeypatch):
+    """One of the four test images is damaged and left out."""
+    (dataset / "test" / "1_test.png").write_bytes(b"no picture")
+    captions = []
+
+    def keep(*_, **options):
+        captions.extend(options["captions"])
+
+    monkeypatch.setattr(train, "plot_predictions", keep)
+    flags = ("--data", dataset, "--out", tmp_path / "run", "--epochs", 1, "--skip-bad")
+    train.main(list(map(str, (*SMALL, *flags))))
+    assert captions == ["0_test.png", "2_test.png", "3_test.png"]
+
+
+def test_the_names_below_predictions_are_no_formulas(tmp_path, monkeypatch, chinese_font):
+    figures, mask = [], np.ones((1, SIZE, SIZE), bool)
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    pictures, names = [np.zeros((SIZE, SIZE, 3))] * 2, [ODD, "x" * 300]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.plot_predictions(
+            *(pictures, [mask] * 2, [mask] * 2, ["Dice 1.00"] * 2, tmp_path / "predictions.png"),
+            **{"title": ODD, "class_names": [ODD], "captions": names},
+        )
+        figures[0].savefig(tmp_path / "drawn.png")
+    first, second = (axis.xaxis.label for axis in figures[0].axes)
+    assert "病人" in first.get_text() and first.get_fontproperties().get_file() == chinese_font
+    box, axes = (thing.get_window_extent() for thing in (second, figures[0].axes[1]))
+    assert box.width <= axes.width * 1.1 and second.get_text().count("\n") == 2
