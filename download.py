@@ -5,6 +5,8 @@
     python download.py --synthetic          # no account, no network: MRI-like phantoms
 
     python download.py --masks images masks --data mine     # a folder of images, one of masks
+    python download.py --masks 'scans/*.jpg' 'scans/*_1stHO.png' --data mine    # patterns, quoted
+    python download.py --masks 'scans/*.png' axon='m/*_axon.png' myelin='m/*_myelin.png'  # classes
     python download.py --masks scan.nii.gz mask.nii.gz --data mine --into test  # NIfTI, or DICOM
     python download.py --labelme folder --data mine         # what LabelMe saved
     python download.py --coco instances.json images --data mine

@@ -1,5 +1,7 @@
 """The flags of download.py for data of one's own, and the importer behind each."""
 
+import os
+import re
 import shlex
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from medseg.importing.coco_files import coco_examples
 from medseg.importing.collect import same_form
 from medseg.importing.labelme import labelme_examples
 from medseg.importing.mask_folders import mask_examples
+from medseg.importing.patterns import find_sides
 from medseg.importing.writing import (
     check_free,
     check_window,
@@ -18,6 +21,8 @@ from medseg.importing.writing import (
 from medseg.settings import window_limits
 from medseg.splits import PERCENTAGES, present_splits, wanted_splits
 
+CLASS = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
+CLASS_EXAMPLE = "axon='masks/*_axon.png'"
 IMPORTERS = ("masks", "labelme", "coco")
 NEED_AN_IMPORTER = ("split", "into", "group", "classes", "skip_unpaired", "boxes")
 
@@ -30,9 +35,10 @@ def add_arguments(parser):
     own = parser.add_argument_group("your own data, instead of a download")
     own.add_argument(
         "--masks",
-        nargs=2,
+        nargs="+",
         metavar=("IMAGES", "MASKS"),
-        help="a folder of images or NIfTI volumes and one of their masks, or two files",
+        help="a folder of images or NIfTI volumes and one of their masks; two files; or patterns "
+        "in quotes: 'scans/*.jpg' 'scans/*_mask.png'; a class for each by NAME=MASKS NAME=MASKS",
     )
     own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
     own.add_argument(
@@ -97,8 +103,63 @@ def check_arguments(parser, args):
             window_limits(args.window)
         except ValueError as error:
             parser.error(f"--window: {error}")
+    if args.masks:
+        try:
+            args.masks = _split_sides(args.masks)
+        except ValueError as error:
+            parser.error(f"--masks: {error}")
     if sum(args.split) != 100:
         parser.error(f"--split: {' + '.join(map(str, args.split))} is not 100 percent")
+
+
+def _split_sides(values):
+    """(text of the images, {class name or None: text of its masks}) of the arguments."""
+    if len(values) < 2:
+        raise ValueError(
+            f"{values[0]} alone: give images and masks, as two folders or two patterns"
+        )
+    images, *others = values
+    if CLASS.fullmatch(images) and not os.path.lexists(images):
+        raise ValueError(f"{images} comes first, where the images are named, without NAME=")
+    classes, plain = {}, []
+    for text in others:
+        match = None if os.path.lexists(text) else CLASS.fullmatch(text)
+        name = match and same_form(match[1].strip())
+        if not match:
+            plain.append(text)
+        elif name in classes:
+            raise ValueError(
+                f"the class {name!r:.60} is there twice: join its patterns with a comma"
+            )
+        else:
+            classes[name] = match[2]
+    if len(plain) > 1 or (plain and classes):
+        raise ValueError(_describe_many([images, *plain], classes))
+    return images, classes or {None: plain[0]}
+
+
+def _describe_many(names, classes):
+    """What is wrong with more than two names, or with masks of which only some have a class."""
+    files = [name for name in names if os.path.isfile(name)]
+    if len(files) > 1 and len(names) + len(classes) > 2:
+        kinds = (os.path.join(os.path.dirname(n), "*" + Path(n).suffix) for n in files)
+        example = [
+            *(f"'{kind}'" for kind in dict.fromkeys(kinds)),
+            *(n for n in names if n not in files),
+        ]
+        if classes or len(example) != 2:
+            example = ["'scans/*.png'", CLASS_EXAMPLE if classes else "'masks/*_mask.png'"]
+        return (
+            f"{len(names)} names, for the shell writes out a pattern that is not in quotes: "
+            f"quote it, as --masks {' '.join(example)}"
+        )
+    if classes:
+        name = next(iter(classes))
+        return f"{names[1]} has no class, unlike {name}={classes[name]}: name one for all masks"
+    return (
+        f"{len(names)} names, but images and masks are two: join those of one side with a comma, "
+        f"as {names[-2]},{names[-1]}, or name the class of each, as {CLASS_EXAMPLE}"
+    )
 
 
 def import_data(root, args):
@@ -108,15 +169,17 @@ def import_data(root, args):
     """
     splits = wanted_splits(args.split, args.into)
     check_free(root, splits, args.force)
-    _check_sources(root, splits, [*(args.masks or ()), *(args.coco or ()), args.labelme])
     options = {"classes": args.classes, "group": args.group}
     try:
+        images, masks = find_sides(*args.masks) if args.masks else (None, {})
+        places = [place for files in (images, *masks.values()) if files for place in files.places]
+        _check_sources(root, splits, [*places, *(args.coco or ()), args.labelme])
         present, info = present_settings(root, splits), {}
         if not args.masks:
             check_window(present, None)
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
-            examples, classes, info = mask_examples(*args.masks, **options, present=present)
+            examples, classes, info = mask_examples(images, masks, **options, present=present)
         elif args.labelme:
             examples, classes = labelme_examples(args.labelme, **options)
         else:

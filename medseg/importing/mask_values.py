@@ -19,7 +19,7 @@ Masks of several encodings may be mixed where each has one foreground value.
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import ImageOps
@@ -164,12 +164,33 @@ def find_classes(paths, folder, names=None):
     Raises ValueError, or FileNotFoundError, that names the file.
     """
 
+    with contextlib.closing(_count_files(paths)) as counted:
+        return classes_of_counts(counted, folder, names)
+
+
+def _count_files(paths):
+    """Yield (path, encoding, {value: pixels}) of each mask file."""
+
     def count(path):
         encoding, values = read_mask(path)
         return path, encoding, count_values(values)
 
-    with contextlib.closing(parallel_map(count, paths, catch=())) as counted:
-        return classes_of_counts(counted, folder, names)
+    return parallel_map(count, paths, catch=())
+
+
+def find_one_class(paths, folder, name):
+    """The MaskClasses of files in which whatever is foreground is of one class; it may be empty."""
+    with contextlib.closing(_count_files(paths)) as counted:
+        return one_class_of_counts(counted, folder, name)
+
+
+def one_class_of_counts(counted, folder, name):
+    """As `find_one_class`, of values that were counted; see `classes_of_counts`."""
+    counted = list(counted)
+    if not any(value for _, _, counts in counted for value in counts):
+        return MaskClasses([name], {}, {}, set(), [])
+    found = classes_of_counts(counted, folder)
+    return replace(found, names=[name], class_of=dict.fromkeys(found.class_of, name))
 
 
 def count_values(values):
