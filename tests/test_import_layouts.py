@@ -151,12 +151,15 @@ def lesions():
     return wanted
 
 
-def named_as_one():
-    """Parts of a class, counted from 0 in one image and only one in the other."""
+def named_as_one(names="012"):
+    """Parts of a class, three in one image and two in the other."""
     wanted = {}
     for number, stem in enumerate("xy"):
         image(f"cells/{stem}.png")
-        parts = [mask(f"parts/{stem}_{part}.png", 5 * number + part) for part in range(3 - number)]
+        parts = [
+            mask(f"parts/{stem}_{name}.png", 5 * number + part)
+            for part, name in enumerate(names[number:])
+        ]
         wanted[stem] = {"cell": np.any(parts, axis=0)}
     return wanted
 
@@ -201,16 +204,17 @@ LAYOUTS = {  # what is written, the arguments of --masks
     "PH2, the rest": (ph2, "PH2/*/*_Dermoscopic_Image PH2/*/*_lesion"),
     "a reader": (chase, "chase/*.jpg chase/*_1stHO.png"),
     "all but": (chase, "chase/*L.jpg,chase/*R.jpg chase/*_1stHO.png"),
-    "NFD": (decomposed, f"a/{NFC}/*/*.png b/{NFD}/*/{NFD}_*.png"),
+    "NFD": (decomposed, f"a/{NFC}/*/{NFC}*.png b/{NFD}/*/{NFD}_*.png"),
     "NFD by name": (decomposed, f"a/{NFC} b/{NFC}/*/*_m.png"),
     "splits": (splits, "em/{train,val}/images em/{train,val}/masks"),
     "splits in a list": (splits, "em/train/images,em/val/images em/train/masks,em/val/masks"),
     "classes": (axons, "scans/*.png axon=classes/*_axon.png myelin=classes/*_myelin.png"),
     "classes of a folder": (axons, "scans axon=classes/*_axon.png *=classes/*_*.png"),
     "each class": (axons, "scans *=classes/*_*.png"),
+    "each class, any suffix": (axons, "scans/* *=classes/*_*"),
     "IDRiD": (lesions, "fundus *=truth/*"),
     "one class": (named_as_one, "cells cell=parts"),
-    "one class of a pattern": (named_as_one, "cells/*.png cell=parts/*_*.png"),
+    "one class of a pattern": (lambda: named_as_one("qrs"), "cells/*.png cell=parts/*_*.png"),
     "a scan": (lambda: scans(1), "S/s0000/ct.nii.gz *=S/s0000/segmentations/*.nii.gz"),
     "scans": (
         scans,
@@ -308,6 +312,14 @@ def alone():
     mask("classes/3.png", 2)
 
 
+def crowded():
+    """Two images in a folder, of which one cannot tell whose the masks are."""
+    for place, stems in (("1", "ab"), ("2", "c")):
+        for stem in stems:
+            image(f"t/{place}/images/{stem}.png")
+            mask(f"t/{place}/masks/{ord(stem):x}f.png", 1)
+
+
 REFUSED = {  # what is written, the arguments of --masks, what the message names
     "one side": (wbc, "wbc", ["wbc alone"]),
     "nothing": (wbc, "wbc/*.gif wbc/*.png", ["wbc/*.gif", "3 .png, 3 .bmp"]),
@@ -331,6 +343,7 @@ REFUSED = {  # what is written, the arguments of --masks, what the message names
         ["2 of 2", "chase/*1stHO.png", "A='chase/*.png'"],
     ),
     "readers by folder": (readers, "r/*/scan.png r/*/???.png", ["3 of 3", "'r/*/ann.png'"]),
+    "two images in a folder": (crowded, "t/*/images t/*/masks", ["no rule", "3 images"]),
     "organs": (scans, "S/*/ct.nii.gz S/*/segmentations", ["A='S/*/segmentations/liver.nii.gz'"]),
     "a class twice": (axons, "scans a=classes/*_axon.png a=classes/*_myelin.png", ["'a'", "twice"]),
     "twice, by *": (axons, "scans axon=scans/1.png *=classes/*_*.png", ["'axon'", "twice"]),

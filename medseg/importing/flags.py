@@ -38,7 +38,8 @@ def add_arguments(parser):
         nargs="+",
         metavar=("IMAGES", "MASKS"),
         help="a folder of images or NIfTI volumes and one of their masks; two files; or patterns "
-        "in quotes: 'scans/*.jpg' 'scans/*_mask.png'; a class for each by NAME=MASKS NAME=MASKS",
+        "in quotes: 'scans/*.jpg' 'scans/*_mask.png'; a class each by NAME=MASKS NAME=MASKS, or "
+        "by '*=masks/*_*.png' named as the last * matches",
     )
     own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
     own.add_argument(
