@@ -5,6 +5,7 @@ from pathlib import Path
 
 from medseg.files import check_regular
 from medseg.formats.dicom import read_any_image
+from medseg.formats.mask_files import MASK_SUFFIXES
 from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, file_format
 from medseg.images import SUFFIXES
 from medseg.importing.collect import (
@@ -17,7 +18,7 @@ from medseg.importing.collect import (
     tell_apart,
     unique_names,
 )
-from medseg.importing.mask_values import find_classes, read_mask
+from medseg.importing.mask_values import find_classes
 from medseg.importing.pairing import pair_files
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example, check_window
@@ -25,15 +26,23 @@ from medseg.settings import OF_FILE, OF_VOLUME
 
 
 def mask_examples(
-    images, masks, *, classes=None, group=None, window=None, skip_unpaired=False, present=()
+    images,
+    masks,
+    *,
+    classes=None,
+    invert=False,
+    group=None,
+    window=None,
+    skip_unpaired=False,
+    present=(),
 ):
     """(examples, class names, info) of the images below one folder and the masks below another.
 
     Two files are taken too. Images are pictures, DICOM files of one frame among them, with masks
     that are pictures; or NIfTI volumes with masks that are volumes, an example for each slice.
     Several masks of one picture (x_mask, x_mask_1) are united, class by class.
-    Prints which mask was found for which image and what the values mean. classes: names for the
-    foreground values in ascending order. group: a regular expression, see `find_groups`.
+    Prints which mask was found for which image and what the values mean. classes and invert: as
+    `find_classes` has them. group: a regular expression, see `find_groups`.
     window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out images with no
     mask or with several that may be meant, and masks of no image, else a ValueError. present: of
     `present_settings`, the splits that stay: the window has to be theirs, and volumes are turned to
@@ -54,10 +63,18 @@ def mask_examples(
         pairs = [(image, mask) for image, (mask,) in pairs]
         turned_to = [(own["orientation"], folder) for folder, own in present if own["orientation"]]
         examples, mask_classes, info["orientation"] = volume_examples(
-            pairs, names, groups, masks, classes, window, present=next(iter(turned_to), None)
+            pairs,
+            names,
+            groups,
+            masks,
+            classes,
+            window,
+            invert=invert,
+            present=next(iter(turned_to), None),
         )
     else:
-        mask_classes = find_classes([mask for _, own in pairs for mask in own], masks, classes)
+        mask_files = [mask for _, own in pairs for mask in own]
+        mask_classes = find_classes(mask_files, masks, classes, invert=invert)
         examples = []
         for (image, own_masks), name, own_group in zip(pairs, names, groups, strict=True):
             read = partial(_read_example, image, own_masks, mask_classes, window)
@@ -82,7 +99,7 @@ def _read_example(image, masks, mask_classes, window):
         upright = read_upright(image)
     united = {}
     for path in masks:
-        encoding, values = read_mask(path)
+        encoding, values = mask_classes.read(path)
         fitted = fit_mask(values, upright)
         if fitted is None:
             width, height = upright.size
@@ -144,16 +161,20 @@ def _report(pairing):
 def _list_both(images, masks):
     """The files below the folder of images and those below the folder of masks."""
     image_files = list_files(images, SUFFIXES, medical=True)
-    mask_files = list_files(masks, (*SUFFIXES, *NIFTI_SUFFIXES))
+    mask_files = list_files(masks, (*MASK_SUFFIXES, *NIFTI_SUFFIXES))
     if images == masks:
         image_files = [path for path in image_files if file_format(path) == "dicom"] or image_files
     elif images.resolve() in masks.resolve().parents:
         image_files = _outside(image_files, masks)
     elif masks.resolve() in images.resolve().parents:
         mask_files = _outside(mask_files, images)
-    for folder, files, more in ((images, image_files, DICOM_SUFFIXES), (masks, mask_files, ())):
+    image_suffixes = (*SUFFIXES, *DICOM_SUFFIXES)
+    for folder, files, own in (
+        (images, image_files, image_suffixes),
+        (masks, mask_files, MASK_SUFFIXES),
+    ):
         if not files:
-            suffixes = ", ".join((*SUFFIXES, *more, *NIFTI_SUFFIXES))
+            suffixes = ", ".join((*own, *NIFTI_SUFFIXES))
             raise ValueError(f"{folder}: holds no {suffixes} files")
     _check_formats(image_files + mask_files)
     return image_files, mask_files

@@ -12,19 +12,21 @@ from tqdm import tqdm
 
 from medseg.formats.nifti import Volume, open_nifti, read_orientation
 from medseg.importing.mask_values import classes_of_counts, count_values
+from medseg.importing.value_counts import VOLUME
 from medseg.importing.writing import Example
 
-ENCODING = "volume"  # of mask values, beside those of `read_mask`
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
 SAME_PLACE = 0.01  # of a voxel: corners of image and mask this near differ by rounding only
 
 
-def volume_examples(pairs, names, groups, folder, classes=None, window=None, *, present=None):
+def volume_examples(
+    pairs, names, groups, folder, classes=None, window=None, *, invert=False, present=None
+):
     """(examples of all slices, MaskClasses, orientation) of volumes and their masks.
 
     pairs: [(image, mask)], paths. names and groups: of each volume; one without a group is a group
-    of its own, so that its slices stay in one split. folder: of the masks, for messages. classes:
-    names for them, as in `find_classes`. window as in `open_pair`. orientation: that all are
+    of its own, so that its slices stay in one split. folder: of the masks, for messages. classes
+    and invert as in `find_classes`. window as in `open_pair`. orientation: that all are
     turned to, as "RAS": that of the first volume, or `present`, (orientation, where it comes
     from), of the splits that stay; None where the affines tell none.
     Every volume is read once here, and what is wrong with it raises ValueError or
@@ -42,8 +44,8 @@ def volume_examples(pairs, names, groups, folder, classes=None, window=None, *, 
         turned += pair.image.stored_orientation != pair.mask.stored_orientation
         if pair.distance:
             apart.append((pair.distance, spell_distance(pair.distance, pair.image), mask))
-        counted.append((mask, ENCODING, counts))
-    mask_classes = classes_of_counts(counted, folder, classes)
+        counted.append((mask, VOLUME, counts))
+    mask_classes = classes_of_counts(counted, folder, classes, invert=invert)
     _report(lengths, axes, turned, apart)
     examples = []
     for pair, name, group, length in zip(pairs, names, groups, lengths, strict=True):
@@ -96,7 +98,7 @@ def _pair_opener(window, orientation):
 def _read_slice(open_once, image, mask, index, mask_classes):
     """What `Example.read` returns, of a slice of the volumes at two paths."""
     pair = open_once(image, mask)
-    masks = mask_classes.to_masks(ENCODING, pair.class_numbers(index))
+    masks = mask_classes.to_masks(VOLUME, pair.class_numbers(index))
     return Image.fromarray(pair.pictures[index]), masks
 
 
