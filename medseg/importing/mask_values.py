@@ -32,6 +32,7 @@ from medseg.importing.class_names import ClassValues
 from medseg.importing.value_counts import (
     EACH,
     MANY,
+    OBJECT,
     ONE_CLASS,
     STRAY,
     Tally,
@@ -116,8 +117,8 @@ def find_classes(paths, folder, names=None, *, invert=False):
     def count(path):
         encoding, values = read_mask(path, palette_colours)
         counts = count_values(values)
-        may_number = len(counts.keys() - {0}) >= MANY
-        numbers_objects = may_number and are_single_pieces(values)
+        objects = [value for value in counts if value and counts[value] >= OBJECT]
+        numbers_objects = len(objects) >= MANY and are_single_pieces(values)
         stated = read_names(path) if encoding == "palette" else {}
         return path, encoding, counts, numbers_objects, stated
 

@@ -11,7 +11,8 @@ VOLUME = "volume"  # the encoding of the values of volumes, beside those of `rea
 ONE_CLASS = "foreground"
 EACH = "*"  # --classes of masks: a class for each value, unasked
 SMOOTHED = 32  # distinct values, see `is_smoothed`
-MANY = 10  # values of one mask that may be numbers of objects
+# Values of one mask that may be numbers of objects: MANY, of so many pixels each.
+MANY, OBJECT = 10, 5
 # Values with less than STRAY of the pixels each, and STRAYS of them together, may be strays where
 # at most FEW others have more.
 STRAY, STRAYS, FEW = 0.001, 0.01, 8
