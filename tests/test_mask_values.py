@@ -398,7 +398,7 @@ def objects(count, first=1, step=1, size=(80, 60)):
 OBJECTS = {
     "59 in one file": [objects(59)],
     "few and many": [objects(3), objects(12), objects(4)],
-    "spread": [objects(60, 4, 4), objects(50, 4, 4)],  # smoothed masks have as many values
+    "spread": [objects(63, 7, 4), objects(50, 7, 4)],  # smoothed masks have as many values
     "16 bits": [objects(260)],
     "large numbers": [objects(20, 70000), objects(3, 9)],
 }

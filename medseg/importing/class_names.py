@@ -1,5 +1,6 @@
 """What --classes says of masks: names, or which values stand for which class."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -167,7 +168,7 @@ def _split(text):
 def _is_file_name(text):
     if text.lower().endswith(FILES):
         return True
-    if "," not in text and "=" not in text and Path(text).suffix and Path(text).is_file():
+    if "," not in text and "=" not in text and os.path.splitext(text)[1] and os.path.isfile(text):
         raise ValueError(f"--classes: {text} is a file, and one of names is {' or '.join(FILES)}")
     return False
 
