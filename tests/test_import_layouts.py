@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import (
     ALL,
+    PHOTO,
     annotations,
     class_names,
     grey,
@@ -263,6 +264,20 @@ def test_a_class_may_be_empty_in_all_of_its_files(here):
     run_download("--masks", "S/*/ct.nii.gz", "*=S/*/segmentations/*.nii.gz", *ALL)
     assert class_names() == ["aorta", "colon", "liver", "spleen"]
     assert not any("aorta" in masks for masks in stored().values())
+
+
+def test_all_values_of_a_file_are_its_class(here):
+    """Also three hundred numbers of objects, and what is background with --invert."""
+    numbers = np.arange(300, dtype=np.uint16).repeat(4).reshape(PHOTO[::-1])
+    image("scans/1.png")
+    save(grey(range(300), np.uint16)(numbers), "masks/1_cells.png")
+    drawn = mask("masks/1_wall.png", 1)
+    sides = ("scans", "cell=masks/*_cells.png", "wall=masks/*_wall.png")
+    run_download("--masks", *sides, *ALL)
+    assert_array_equal(stored()["1"]["cell"], numbers > 0)
+    run_download("--masks", "scans", sides[2], *ALL, "--force", "--invert")
+    assert_array_equal(stored()["1"]["wall"], ~drawn)
+    refuse_download("--masks", *sides, *ALL, "--force", "--classes", "1=cell", words=["--classes"])
 
 
 def test_subjects_and_groups_of_patterns(here):

@@ -196,8 +196,8 @@ def test_what_counts_as_smoothed(case):
     counts, cut = SMOOTHED[case]
     mask_classes = classes_of_counts([("a.png", "grey", counts)], "masks")
     if cut:
-        assert mask_classes.names == FOREGROUND and mask_classes.class_of == {
-            ("grey", 255): "foreground"
+        assert mask_classes.names == FOREGROUND and mask_classes.names_of == {
+            ("grey", 255): ("foreground",)
         }
     else:
         assert mask_classes.names == [str(value) for value in sorted(counts) if value]

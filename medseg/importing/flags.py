@@ -7,6 +7,7 @@ from pathlib import Path
 
 from medseg.cli import flag_name, number, one_line
 from medseg.coco import SPLITS
+from medseg.importing.class_names import parse_classes, parse_labels
 from medseg.importing.coco_files import coco_examples
 from medseg.importing.collect import same_form
 from medseg.importing.labelme import labelme_examples
@@ -24,11 +25,7 @@ from medseg.splits import PERCENTAGES, present_splits, wanted_splits
 CLASS = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
 CLASS_EXAMPLE = "axon='masks/*_axon.png'"
 IMPORTERS = ("masks", "labelme", "coco")
-NEED_AN_IMPORTER = ("split", "into", "group", "classes", "skip_unpaired", "boxes")
-
-
-def _names(text):
-    return [same_form(name.strip()) for name in text.split(",")]
+NEED_AN_IMPORTER = ("split", "into", "group", "classes", "invert", "skip_unpaired", "boxes")
 
 
 def add_arguments(parser):
@@ -63,9 +60,12 @@ def add_arguments(parser):
     )
     own.add_argument(
         "--classes",
-        type=_names,
         metavar="A,B",
-        help="names for the values of masks, ascending; or the labels or categories to use",
+        help="names for the values of masks, ascending; VALUE=NAME,... with values such as 128, "
+        "1-59, '#ff0000' or '*'; a .txt or .json file of names; or the labels or categories to use",
+    )
+    own.add_argument(
+        "--invert", action="store_true", help="what the masks show as background is the class"
     )
     own.add_argument(
         "--skip-unpaired",
@@ -97,8 +97,9 @@ def check_arguments(parser, args):
             parser.error(f"{flag_name(name)}: goes with --masks, --labelme or --coco")
     if args.boxes and not args.coco:
         parser.error("--boxes: goes with --coco")
-    if args.window and not args.masks:
-        parser.error("--window: goes with --masks")
+    for name in ("window", "invert"):
+        if getattr(args, name) and not args.masks:
+            parser.error(f"{flag_name(name)}: goes with --masks")
     if args.window:
         try:
             window_limits(args.window)
@@ -170,8 +171,10 @@ def import_data(root, args):
     """
     splits = wanted_splits(args.split, args.into)
     check_free(root, splits, args.force)
-    options = {"classes": args.classes, "group": args.group}
     try:
+        parse = parse_classes if args.masks else parse_labels
+        classes = args.classes if args.classes is None else parse(args.classes)
+        options = {"classes": classes, "group": args.group}
         images, masks = find_sides(*args.masks) if args.masks else (None, {})
         places = [place for files in (images, *masks.values()) if files for place in files.places]
         _check_sources(root, splits, [*places, *(args.coco or ()), args.labelme])
@@ -180,6 +183,7 @@ def import_data(root, args):
             check_window(present, None)
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
+            options["invert"] = args.invert
             examples, classes, info = mask_examples(images, masks, **options, present=present)
         elif args.labelme:
             examples, classes = labelme_examples(args.labelme, **options)

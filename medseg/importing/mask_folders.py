@@ -6,7 +6,9 @@ from functools import partial
 from itertools import chain
 
 from medseg.formats.dicom import read_any_image
+from medseg.formats.mask_files import read_mask
 from medseg.formats.medical import file_format
+from medseg.importing.class_names import ClassValues
 from medseg.importing.collect import (
     Upright,
     check_known,
@@ -17,7 +19,7 @@ from medseg.importing.collect import (
     tell_apart,
     unique_names,
 )
-from medseg.importing.mask_values import count_values, find_classes, find_one_class, read_mask
+from medseg.importing.mask_values import count_values, find_classes, find_one_class
 from medseg.importing.pairing import pair_files, stem
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example, check_window
@@ -28,7 +30,15 @@ FEW_VALUES = 64  # that files hold which look like masks
 
 
 def mask_examples(
-    images, masks, *, classes=None, group=None, window=None, skip_unpaired=False, present=()
+    images,
+    masks,
+    *,
+    classes=None,
+    invert=False,
+    group=None,
+    window=None,
+    skip_unpaired=False,
+    present=(),
 ):
     """(examples, class names, info) of images and their masks, as `find_sides` finds them.
 
@@ -37,8 +47,8 @@ def mask_examples(
     (x_mask, x_mask_1) are united, class by class. masks: {None: FileSet}, whose classes are the
     values; or {class name: FileSet}, in which whatever is foreground is of that class. An image
     may lack some of the classes, and they may overlap.
-    Prints which mask was found for which image and what the values mean. classes: names for the
-    foreground values in ascending order; or which of the named classes to use, in which order.
+    Prints which mask was found for which image and what the values mean. classes and invert: as
+    `find_classes` has them; where classes are named by their files, those to use, in their order.
     group: a regular expression, see `find_groups`. window: (center, width) of DICOM and NIfTI
     values. skip_unpaired: leave out images with no mask or with several that may be meant, and
     masks of no image, else a ValueError. present: of `present_settings`, the splits that stay: the
@@ -47,24 +57,25 @@ def mask_examples(
     Raises ValueError or FileNotFoundError that names the file.
     """
     if None not in masks and classes:
-        check_known(classes, list(masks), "there are no masks of")
-        masks, classes = {name: masks[name] for name in classes}, None
+        masks, classes = _choose_classes(masks, classes), None
     pairs = _find_pairs(images, masks, skip_unpaired)
     formats = {file_format(image) for image, _ in pairs}
     if window and formats == {None}:
         raise ValueError(f"{images.text}: holds no DICOM or NIfTI files, which --window is for")
     relative = [images.relative(image) for image, _ in pairs]
     names, groups = unique_names(relative), find_groups(relative, group)
+    places = {name: files.text for name, files in masks.items()}
     info = {"window": _window_of(formats, window)}
     check_window(present, info["window"])
-    places = {name: files.text for name, files in masks.items()}
     if "nifti" in formats:
-        turned_to = [(own["orientation"], folder) for folder, own in present if own["orientation"]]
+        turned_to = ((own["orientation"], folder) for folder, own in present if own["orientation"])
         examples, meanings, info["orientation"] = volume_examples(
-            pairs, names, groups, places, classes, window, present=next(iter(turned_to), None)
+            *(pairs, names, groups, places, classes, window),
+            invert=invert,
+            present=next(turned_to, None),
         )
     else:
-        meanings = _find_meanings(pairs, places, classes)
+        meanings = _find_meanings(pairs, places, classes, invert)
         examples = []
         for (image, own_masks), name, own_group in zip(pairs, names, groups, strict=True):
             read = partial(_read_example, image, own_masks, meanings, window)
@@ -72,19 +83,27 @@ def mask_examples(
     for class_name, meaning in meanings.items():
         if class_name is None or len(meaning.fractions) > 1 or meaning.cut or meaning.warnings:
             meaning.report()  # else a mask of the class has one value, and its name says it all
-    names = [name for meaning in meanings.values() for name in meaning.names]
-    return examples, names, {key: value for key, value in info.items() if value}
+    class_names = chain.from_iterable(meaning.names for meaning in meanings.values())
+    return examples, list(class_names), {key: value for key, value in info.items() if value}
 
 
-def _find_meanings(pairs, places, names):
+def _choose_classes(masks, names):
+    """The {class name: FileSet} of the names that --classes has, in its order."""
+    if isinstance(names, ClassValues):
+        raise ValueError("--classes: the masks have their classes by NAME=MASKS: leave it out")
+    check_known(names, list(masks), "there are no masks of")
+    return {name: masks[name] for name in names}
+
+
+def _find_meanings(pairs, places, names, invert):
     """{class name or None: MaskClasses} of the masks in pairs; places: of them, for messages."""
     meanings = {}
     for class_name, place in places.items():
         paths = [path for _, own in pairs for name, path in own if name == class_name]
         if class_name is None:
-            meanings[None] = find_classes(paths, place, names)
+            meanings[None] = find_classes(paths, place, names, invert=invert)
         else:
-            meanings[class_name] = find_one_class(paths, place, class_name)
+            meanings[class_name] = find_one_class(paths, place, class_name, invert=invert)
     return meanings
 
 
@@ -104,7 +123,7 @@ def _read_example(image, masks, meanings, window):
         upright = read_upright(image)
     united = {}
     for class_name, path in masks:
-        encoding, values = read_mask(path)
+        encoding, values = meanings[class_name].read(path)
         fitted = fit_mask(values, upright)
         if fitted is None:
             width, height = upright.size

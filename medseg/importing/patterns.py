@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from medseg.coco import MAX_CLASSES, listed
 from medseg.files import check_regular
+from medseg.formats.mask_files import MASK_SUFFIXES as PICTURE_SUFFIXES
 from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, file_format
 from medseg.images import SUFFIXES
 from medseg.importing.collect import is_wanted, list_files, named_alike, same_form
 
 IMAGE_SUFFIXES = SUFFIXES
-MASK_SUFFIXES = (*SUFFIXES, *NIFTI_SUFFIXES)
+MASK_SUFFIXES = (*PICTURE_SUFFIXES, *NIFTI_SUFFIXES)
 EACH = "*"  # in place of a class name: a class for each text that the last wildcard matches
 COMMA = re.compile(r",(?![^{}]*\})")  # none of those in {png,jpg}
 WILDCARD = re.compile(r"(\*+)|(\?)|\[([^]]+)\]|\{([^{}]*,[^{}]*)\}|(.)", re.DOTALL)

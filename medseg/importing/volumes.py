@@ -16,22 +16,24 @@ from medseg.importing.mask_values import (
     count_values,
     one_class_of_counts,
 )
+from medseg.importing.value_counts import VOLUME
 from medseg.importing.writing import Example
 
-ENCODING = "volume"  # of mask values, beside those of `read_mask`
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
 SAME_PLACE = 0.01  # of a voxel: corners of image and mask this near differ by rounding only
 
 
-def volume_examples(pairs, names, groups, places, classes=None, window=None, *, present=None):
+def volume_examples(
+    pairs, names, groups, places, classes=None, window=None, *, invert=False, present=None
+):
     """(examples of all slices, {class name or None: MaskClasses}, orientation) of volumes.
 
     pairs: [(image, [(class name or None, mask), ...])], paths. names and groups: of each volume;
     one without a group is a group of its own, so that its slices stay in one split. places: {class
-    name or None: folder or pattern of its masks}, for messages. classes: names for the values of
-    masks without a class, as in `find_classes`. window as in `open_pair`. orientation: that all are
-    turned to, as "RAS": that of the first volume, or `present`, (orientation, where it comes
-    from), of the splits that stay; None where the affines tell none.
+    name or None: folder or pattern of its masks}, for messages. classes, of masks without a class,
+    and invert as in `find_classes`. window as in `open_pair`. orientation: that all are turned to,
+    as "RAS": that of the first volume, or `present`, (orientation, where it comes from), of the
+    splits that stay; None where the affines tell none.
     Every volume is read once here, and what is wrong with it raises ValueError or
     FileNotFoundError; the slices are read again later.
     """
@@ -45,13 +47,13 @@ def volume_examples(pairs, names, groups, places, classes=None, window=None, *, 
             counts = Counter()
             for index in range(len(pair)):
                 counts.update(count_values(mask.class_numbers(index)))
-            counted[name].append((mask.volume.path, ENCODING, counts))
+            counted[name].append((mask.volume.path, VOLUME, counts))
             said = f"{spell_distance(mask.distance, pair.image)} ({mask.volume.path.name})"
             checks.append((mask.distance, said, mask.turned))
     meanings = {
-        name: classes_of_counts(counted[None], place, classes)
+        name: classes_of_counts(counted[None], place, classes, invert=invert)
         if name is None
-        else one_class_of_counts(counted[name], place, name)
+        else one_class_of_counts(counted[name], place, name, invert=invert)
         for name, place in places.items()
     }
     _report(lengths, axes, checks)
@@ -140,7 +142,7 @@ class _MaskSlices(Sequence):
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._mask_classes.to_masks(ENCODING, self._mask.class_numbers(index))
+        return self._mask_classes.to_masks(VOLUME, self._mask.class_numbers(index))
 
 
 def _report(lengths, axes, checks):
