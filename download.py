@@ -5,7 +5,10 @@
     python download.py --synthetic          # no account, no network: MRI-like phantoms
 
     python download.py --masks images masks --data mine     # a folder of images, one of masks
+    python download.py --masks 'scans/*.jpg' 'scans/*_1stHO.png' --data mine    # patterns, quoted
+    python download.py --masks 'scans/*.png' axon='m/*_axon.png' myelin='m/*_myelin.png'  # classes
     python download.py --masks scan.nii.gz mask.nii.gz --data mine --into test  # NIfTI, or DICOM
+    python download.py --masks images masks --data mine --classes 128=cytoplasm,255=nucleus
     python download.py --labelme folder --data mine         # what LabelMe saved
     python download.py --coco instances.json images --data mine
     python download.py --masks test/images test/masks --into test --data mine  # one split more
@@ -28,7 +31,8 @@ from tqdm import tqdm
 from medseg.archive import is_intact, unpack
 from medseg.cli import ArgumentParser, number, one_line, run_main
 from medseg.files import check_regular
-from medseg.importing import flags as own_data
+from medseg.importing.flags import add_arguments, check_arguments, chosen_importer
+from medseg.importing.own_data import import_data, print_next
 from medseg.importing.writing import holds_own_data
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
 from medseg.splits import check_disk_space, install, present_splits, read_splits
@@ -285,11 +289,11 @@ def get_args(argv):
     )
     seed_help = "random seed of the phantoms, and of --split"
     data.add_argument("--seed", type=number(0), default=0, help=seed_help)
-    own_data.add_arguments(parser)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     if args.two_classes and not args.synthetic:
         parser.error("--two-classes: goes with --synthetic")
-    own_data.check_arguments(parser, args)
+    check_arguments(parser, args)
     return args
 
 
@@ -298,8 +302,8 @@ def get_data(root, args):
 
     Raises DownloadError, ValueError or OSError; no split has changed then.
     """
-    if own_data.chosen_importer(args):
-        own_data.import_data(root, args)
+    if chosen_importer(args):
+        import_data(root, args)
         return
     keep = present_splits(root) and not args.force
     try:
@@ -352,8 +356,8 @@ def main(argv=None):
         for folder in [root / ".download"] + [root] * (not existed):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # succeeds only where the folder is empty
-    if own_data.chosen_importer(args):
-        own_data.print_next(root)
+    if chosen_importer(args):
+        print_next(root)
     else:
         print_summary(root, data_flag)
 

@@ -46,3 +46,25 @@ def clean_labels(labels, clean):
     for number in np.flatnonzero(counts[1:]) + 1:
         cleaned[clean_mask(labels == number, clean)] = number
     return cleaned
+
+
+def are_single_pieces(labels, tolerance=0.1):
+    """Whether each value of an integer array (H, W), beside 0, is one connected piece.
+
+    tolerance: the fraction of the values that may be in several. Pieces touch as in
+    `largest_piece`.
+    """
+    from scipy import ndimage
+
+    if labels.dtype not in (np.uint8, np.uint16):  # values up to any number
+        _, numbers = np.unique(labels, return_inverse=True)
+        labels = np.where(labels == 0, 0, numbers.reshape(labels.shape) + 1)
+    boxes = ndimage.find_objects(labels)
+    numbers = [number for number, box in enumerate(boxes, start=1) if box]
+    left = tolerance * len(numbers)
+    for number in numbers:
+        _, count = ndimage.label(labels[boxes[number - 1]] == number, np.ones((3, 3)))
+        left -= count > 1
+        if left < 0:
+            return False
+    return bool(numbers)

@@ -200,8 +200,8 @@ def test_what_counts_as_smoothed(case):
     counts, cut = SMOOTHED[case]
     mask_classes = classes_of_counts([("a.png", "grey", counts)], "masks")
     if cut:
-        assert mask_classes.names == FOREGROUND and mask_classes.class_of == {
-            ("grey", 255): "foreground"
+        assert mask_classes.names == FOREGROUND and mask_classes.names_of == {
+            ("grey", 255): ("foreground",)
         }
     else:
         assert mask_classes.names == [str(value) for value in sorted(counts) if value]
@@ -334,7 +334,11 @@ def paired(images, masks, image_root="i", mask_root="m", surplus=()):
     """
     image_paths = [Path(image_root, name) for name in images]
     mask_paths = [Path(mask_root, name) for name in masks]
-    pairing = pair_files(image_paths, mask_paths, Path(image_root), Path(mask_root))
+    keys = [
+        {path: (*path.relative_to(root).parent.parts, path.stem) for path in paths}
+        for root, paths in ((image_root, image_paths), (mask_root, mask_paths))
+    ]
+    pairing = pair_files(*keys, mask_root)
     short = {Path(image_root, name): name for name in images}
     short |= {Path(mask_root, name): name for name in masks}
     several = {short[image]: [short[m] for m in found] for image, found in pairing.several}

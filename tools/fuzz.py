@@ -396,6 +396,21 @@ def mask_files(folder, suffix, file_format, mode):
     return pair_of(folder, (mask_bytes("PNG"), ".png"), (mask, suffix))
 
 
+def array_files(folder):
+    """(flags, the file to mutate) of masks that NumPy saved."""
+    content = io.BytesIO()
+    np.save(content, np.eye(16, 20, dtype=np.int16))
+    return pair_of(folder, (mask_bytes("PNG"), ".png"), (content.getvalue(), ".npy"))
+
+
+def names_file(folder):
+    """(flags, the file to mutate) of masks with a JSON of label numbers."""
+    flags, _ = mask_files(folder, ".png", "PNG", "L")
+    labels = {"background": 0, "cell": [1, 255], "nucleus": 255, "ignore": 7}
+    (folder / "names.json").write_text(json.dumps({"labels": labels}))
+    return (*flags, "--classes", folder / "names.json"), folder / "names.json"
+
+
 def volume_files(folder, mutated, suffix=".nii"):
     """(flags, the file to mutate) of NIfTI volumes; mutated: "images" or "masks"."""
     import nibabel
@@ -424,6 +439,8 @@ SOURCES = {
     "png": functools.partial(mask_files, suffix=".png", file_format="PNG", mode="P"),
     "gif": functools.partial(mask_files, suffix=".gif", file_format="GIF", mode="L"),
     "tiff": functools.partial(mask_files, suffix=".tif", file_format="TIFF", mode="1"),
+    "array": array_files,
+    "names": names_file,
     "jpeg": functools.partial(mask_files, suffix=".jpg", file_format="JPEG", mode="RGB"),
     "volume": functools.partial(volume_files, mutated="images"),
     "mask volume": functools.partial(volume_files, mutated="masks"),

@@ -4,7 +4,7 @@ import gzip
 import importlib
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +30,21 @@ SAMPLE = 1 << 20  # voxels, at most, that the percentiles of a volume are taken 
 PERCENTILES = (0.5, 99.5)
 
 
-def open_nifti(path, orientation=None):
+def open_nifti(path, orientation=None, *, is_mask=False):
     """The one volume in a NIfTI file, as a `Volume`.
 
-    orientation: to turn it to, as "RAS"; None leaves it as stored. Voxels keep their stored type:
-    a .nii file is mapped into memory, a .nii.gz file decoded once.
+    orientation: to turn it to, as "RAS"; None leaves it as stored. is_mask: its `limits` are not
+    needed, and are not measured here. Voxels keep their stored type: a .nii file is mapped into
+    memory, a .nii.gz file decoded once.
     Raises FileNotFoundError; ValueError for what is not a whole NIfTI file with one volume of
     real numbers, some of them finite, in slices of at most 89 megapixels, and for one that cannot
     be turned because its affine tells no orientation.
     """
     with name_file(path):
-        return Volume(path, orientation)
+        volume = Volume(path, orientation)
+        if not is_mask:
+            _ = volume.limits
+        return volume
 
 
 def read_orientation(path):
@@ -86,7 +90,6 @@ class Volume:
         self._intercept = 0.0 if intercept is None else float(intercept)
         voxels = _read_voxels(self.path, self.header).reshape(shape, order="F")
         self._voxels = self.turn(voxels)
-        self.limits = self._percentiles()
 
     def __len__(self):
         return self.shape[self.axis]
@@ -95,6 +98,12 @@ class Volume:
         values = self._scale(np.moveaxis(self._voxels, self.axis, 0)[index])
         with np.errstate(all="ignore"):
             return values.astype(np.float32)
+
+    def whole_numbers(self, index):
+        """A slice as stored, where it holds whole numbers and they are not scaled; else None."""
+        if self._voxels.dtype.kind == "f" or (self._slope, self._intercept) != (1, 0):
+            return None
+        return np.moveaxis(self._voxels, self.axis, 0)[index]
 
     def slices(self):
         """Yield every slice: float32 (H, W)."""
@@ -118,7 +127,9 @@ class Volume:
             values += self._intercept
         return values
 
-    def _percentiles(self):
+    @cached_property
+    def limits(self):
+        """(low, high) of grey values, measured when first asked for; see the class."""
         step = -(-self._voxels.size // SAMPLE)
         while math.gcd(step, self.shape[0] * self.shape[1]) > 1:  # else it keeps to a few columns
             step += 1

@@ -32,12 +32,13 @@ def list_files(folder, suffixes, *, medical=False):
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if is_wanted(path, suffixes, medical=medical))
 
-    def is_wanted(path):
-        by_suffix = path.name.lower().endswith(suffixes)
-        return by_suffix or (medical and path.is_file() and file_format(path))
 
-    return sorted(filter(is_wanted, paths))
+def is_wanted(path, suffixes, *, medical=False):
+    """Whether `list_files` lists the file at this Path."""
+    by_suffix = path.name.lower().endswith(suffixes)
+    return by_suffix or bool(medical and path.is_file() and file_format(path))
 
 
 def same_form(text):
@@ -71,6 +72,14 @@ def tell_apart(names):
     return [ascii(n)[1:-1] if forms[same_form(n)] > 1 else printable(n) for n in names]
 
 
+def named_alike(folder, name):
+    """The names in a folder that are `name`: itself, or else those in another Unicode form."""
+    if os.path.lexists(folder / name):
+        return [name]
+    present = os.listdir(folder) if folder.is_dir() else ()
+    return [other for other in present if same_form(other) == same_form(name)]
+
+
 def existing_file(path):
     """The Path of the file at `path`, in whichever Unicode form its names are stored, or None."""
     if os.path.isfile(path):
@@ -79,10 +88,7 @@ def existing_file(path):
         return None
     place = Path()
     for part in Path(path).parts:
-        names = [part]
-        if not os.path.lexists(place / part):
-            present = os.listdir(place) if place.is_dir() else ()
-            names = [name for name in present if same_form(name) == same_form(part)]
+        names = named_alike(place, part)
         if not names:
             return None
         place /= names[0]
@@ -151,14 +157,15 @@ def _make_grouping(regex):
 def split_pages(pairs, names, groups):
     """The pages of TIFF files with several as pairs of their own: (pairs, names, groups).
 
-    pairs: [(image, masks)], paths, with a name and a group each; the names of pages end with their
-    numbers, and a file without a group is one. Prints how many pages there are. Raises ValueError
-    where a mask has other than its image's number of pages, or they are too many.
+    pairs: [(image, [(class name or None, mask), ...])], paths, with a name and a group each; the
+    names of pages end with their numbers, and a file without a group is one. Prints how many pages
+    there are. Raises ValueError where a mask has other than its image's number of pages, or they
+    are too many.
     """
     paged, files = [], 0
     for (image, masks), name, group in zip(pairs, names, groups, strict=True):
-        counts = {path: count_pages(path) for path in (image, *masks)}
-        for mask in masks:
+        counts = {path: count_pages(path) for path in (image, *(mask for _, mask in masks))}
+        for _, mask in masks:
             if counts[mask] != counts[image]:
                 raise ValueError(
                     f"{mask}: has {counts[mask]} pages, but its image {image} has {counts[image]}"
@@ -168,8 +175,8 @@ def split_pages(pairs, names, groups):
             continue
         files += 1
         for number in range(counts[image]):
-            pages = Page(image, number), tuple(Page(mask, number) for mask in masks)
-            paged.append((pages, f"{name}_p{number:03d}", group or name))
+            own_masks = [(class_name, Page(mask, number)) for class_name, mask in masks]
+            paged.append(((Page(image, number), own_masks), f"{name}_p{number:03d}", group or name))
     if files:
         print(f"pages: {len(paged) - len(pairs) + files} of {files} TIFF files, an image each")
     return zip(*paged, strict=True)

@@ -1,38 +1,33 @@
-"""The flags of download.py for data of one's own, and the importer behind each."""
+"""The flags of download.py for data of one's own."""
 
-import shlex
+import os
+import re
 from pathlib import Path
 
-from medseg.audit import next_training
-from medseg.cli import flag_name, number, one_line
+from medseg.cli import flag_name, number
 from medseg.coco import SPLITS
-from medseg.importing.adding import add_images
-from medseg.importing.coco_files import coco_examples
 from medseg.importing.collect import same_form
-from medseg.importing.labelme import labelme_examples
-from medseg.importing.mask_folders import mask_examples
-from medseg.importing.writing import check_free, present_settings, write_dataset
-from medseg.settings import check_window, window_limits
-from medseg.splits import PERCENTAGES, present_splits, wanted_splits
+from medseg.settings import window_limits
+from medseg.splits import PERCENTAGES
 
+CLASS = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
+CLASS_EXAMPLE = "axon='masks/*_axon.png'"
 IMPORTERS = ("masks", "labelme", "coco")
 NEED_AN_IMPORTER = (
-    *("split", "into", "add", "duplicates", "prefix", "group", "classes", "skip_unpaired"),
-    "boxes",
+    *("split", "into", "add", "duplicates", "prefix", "group", "classes", "invert"),
+    *("skip_unpaired", "boxes"),
 )
-
-
-def _names(text):
-    return [same_form(name.strip()) for name in text.split(",")]
 
 
 def add_arguments(parser):
     own = parser.add_argument_group("your own data, instead of a download")
     own.add_argument(
         "--masks",
-        nargs=2,
+        nargs="+",
         metavar=("IMAGES", "MASKS"),
-        help="a folder of images or NIfTI volumes and one of their masks, or two files",
+        help="a folder of images or NIfTI volumes and one of their masks; two files; or patterns "
+        "in quotes: 'scans/*.jpg' 'scans/*_mask.png'; a class each by NAME=MASKS NAME=MASKS, or "
+        "by '*=masks/*_*.png' named as the last * matches",
     )
     own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
     own.add_argument(
@@ -57,9 +52,12 @@ def add_arguments(parser):
     )
     own.add_argument(
         "--classes",
-        type=_names,
         metavar="A,B",
-        help="names for the values of masks, ascending; or the labels or categories to use",
+        help="names for the values of masks, ascending; VALUE=NAME,... with values such as 128, "
+        "1-59, '#ff0000' or '*'; a .txt or .json file of names; or the labels or categories to use",
+    )
+    own.add_argument(
+        "--invert", action="store_true", help="what the masks show as background is the class"
     )
     own.add_argument(
         "--skip-unpaired",
@@ -114,89 +112,68 @@ def check_arguments(parser, args):
         parser.error("--duplicates: goes with --add")
     if args.boxes and not args.coco:
         parser.error("--boxes: goes with --coco")
-    if args.window and not args.masks:
-        parser.error("--window: goes with --masks")
+    for name in ("window", "invert"):
+        if getattr(args, name) and not args.masks:
+            parser.error(f"{flag_name(name)}: goes with --masks")
     if args.window:
         try:
             window_limits(args.window)
         except ValueError as error:
             parser.error(f"--window: {error}")
+    if args.masks:
+        try:
+            args.masks = _split_sides(args.masks)
+        except ValueError as error:
+            parser.error(f"--masks: {error}")
     if sum(args.split) != 100:
         parser.error(f"--split: {' + '.join(map(str, args.split))} is not 100 percent")
 
 
-def import_data(root, args):
-    """Write the images and masks that the flags name as splits of `root`.
-
-    Raises ValueError, or OSError where a file cannot be read or written; `root` is unchanged then.
-    """
-    splits = wanted_splits(args.split, args.into)
-    stay = [split for split in present_splits(root) if args.add or split not in splits]
-    if not args.add:
-        check_free(root, splits, args.force, args.into)
-    elif args.into not in stay:
-        raise ValueError(f"{root / args.into}: no such split to add to: write it without --add")
-    sources = [
-        Path(name) for name in (*(args.masks or ()), *(args.coco or ()), args.labelme) if name
-    ]
-    _check_sources(root, splits, sources, args.add)
-    options = {"classes": args.classes, "group": args.group, "prefix": args.prefix or ""}
-    try:
-        present, info, wrong = present_settings(root, stay), {}, []
-        if not args.masks:
-            check_window(present, None)
-        if args.masks:
-            options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
-            examples, classes, info = mask_examples(*args.masks, **options, present=present)
-        elif args.labelme:
-            examples, classes, wrong = labelme_examples(args.labelme, **options)
-        else:
-            options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
-            examples, classes = coco_examples(*args.coco, **options)
-        if not classes and not args.add:
-            name = args.masks[1] if args.masks else sources[0]
+def _split_sides(values):
+    """(text of the images, {class name or None: text of its masks}) of the arguments."""
+    if len(values) < 2:
+        raise ValueError(
+            f"{values[0]} alone: give images and masks, as two folders or two patterns"
+        )
+    images, *others = values
+    if CLASS.fullmatch(images) and not os.path.lexists(images):
+        raise ValueError(f"{images} comes first, where the images are named, without NAME=")
+    classes, plain = {}, []
+    for text in others:
+        match = None if os.path.lexists(text) else CLASS.fullmatch(text)
+        name = match and same_form(match[1].strip())
+        if not match:
+            plain.append(text)
+        elif name in classes:
             raise ValueError(
-                f"{name}: all masks are empty: --add takes such images, into a split that has "
-                "classes"
+                f"the class {name!r:.60} is there twice: join its patterns with a comma"
             )
-        # The names of labels and categories do not depend on their order, those of values do.
-        choice = {"into": args.into, "any_order": not (args.masks or args.classes)}
-        if args.add:
-            prefix = f"{args.prefix or sources[0].resolve().stem}_"
-            choice |= {"prefix": prefix, "duplicates": args.duplicates}
-            add_images(root, examples, classes, **choice)
         else:
-            choice |= {"split": args.split, "seed": args.seed, "force": args.force, "info": info}
-            write_dataset(root, examples, classes, **choice)
-        if wrong:
-            print(
-                f"note: {len(wrong)} of {len(examples)} LabelMe files have an imagePath that leads "
-                f"to nothing or to another picture ({min(wrong).name}): their imageData was taken"
-            )
-    except FileNotFoundError as error:
-        raise ValueError(one_line(error)) from None
+            classes[name] = match[2]
+    if len(plain) > 1 or (plain and classes):
+        raise ValueError(_describe_many([images, *plain], classes))
+    return images, classes or {None: plain[0]}
 
 
-def _check_sources(root, splits, sources, add):
-    """Raise ValueError where a source lies in a split that is to be written, or around `root`."""
-    for name in sources:
-        place = name.resolve()
-        for split in splits:
-            if (root / split).resolve() in (place, *place.parents):
-                why = "which would be added to itself" if add else "which would be replaced"
-                raise ValueError(f"{name}: lies in {root / split}, {why}")
-        if present_splits(root) and place in (root.resolve(), *root.resolve().parents):
-            raise ValueError(
-                f"{name}: its images would be read together with those of the data set {root}, "
-                "which lies in it: name a folder elsewhere with --data"
-            )
-
-
-def print_next(root):
-    """Print which splits are missing, or the commands to run next."""
-    missing = [split for split in SPLITS if split not in present_splits(root)]
-    for split in missing:
-        print(f"missing: {split}, which train.py needs: write it with --into {split}")
-    if not missing:
-        name = "" if root == Path("dataset") else f" {shlex.quote(str(root))}"
-        print(f"next: python data.py{name}, {next_training(root)}")
+def _describe_many(names, classes):
+    """What is wrong with more than two names, or with masks of which only some have a class."""
+    files = [name for name in names if os.path.isfile(name)]
+    if len(files) > 1 and len(names) + len(classes) > 2:
+        kinds = (os.path.join(os.path.dirname(n), "*" + Path(n).suffix) for n in files)
+        example = [
+            *(f"'{kind}'" for kind in dict.fromkeys(kinds)),
+            *(n for n in names if n not in files),
+        ]
+        if classes or len(example) != 2:
+            example = ["'scans/*.png'", CLASS_EXAMPLE if classes else "'masks/*_mask.png'"]
+        return (
+            f"{len(names)} names, for the shell writes out a pattern that is not in quotes: "
+            f"quote it, as --masks {' '.join(example)}"
+        )
+    if classes:
+        name = next(iter(classes))
+        return f"{names[1]} has no class, unlike {name}={classes[name]}: name one for all masks"
+    return (
+        f"{len(names)} names, but images and masks are two: join those of one side with a comma, "
+        f"as {names[-2]},{names[-1]}, or name the class of each, as {CLASS_EXAMPLE}"
+    )

@@ -1,29 +1,33 @@
-"""Images and their masks, two folders or two files -> examples for `write_dataset`."""
+"""Images and their masks, as `--masks` names them -> examples for `write_dataset`."""
 
+import os
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from itertools import chain
 
-from medseg.files import check_regular
 from medseg.formats.dicom import read_any_image
-from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, file_format
-from medseg.formats.results import drawn_beside_masks
-from medseg.images import SUFFIXES
+from medseg.formats.mask_files import read_mask
+from medseg.formats.medical import file_format
+from medseg.importing.class_names import ClassValues
 from medseg.importing.collect import (
     Upright,
+    check_known,
     find_groups,
     fit_mask,
-    list_files,
     printable,
     read_upright,
     split_pages,
     tell_apart,
     unique_names,
 )
-from medseg.importing.mask_values import find_classes, read_mask
-from medseg.importing.pairing import pair_files
+from medseg.importing.mask_values import count_values, find_classes, find_one_class
+from medseg.importing.pairing import pair_files, stem
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example
 from medseg.settings import OF_FILE, OF_VOLUME, check_window
+
+SAMPLED_NAMES = 8  # of which the files of each suffix are looked at
+FEW_VALUES = 64  # that files hold which look like masks
 
 
 def mask_examples(
@@ -31,52 +35,80 @@ def mask_examples(
     masks,
     *,
     classes=None,
+    invert=False,
     group=None,
     prefix="",
     window=None,
     skip_unpaired=False,
     present=(),
 ):
-    """(examples, class names, info) of the images below one folder and the masks below another.
+    """(examples, class names, info) of images and their masks, as `find_sides` finds them.
 
-    Two files are taken too. Images are pictures, DICOM files of one frame among them, with masks
-    that are pictures; or NIfTI volumes with masks that are volumes, an example for each slice.
-    Several masks of one picture (x_mask, x_mask_1) are united, class by class. The pages of a TIFF
-    file are an example each, with those of its mask.
-    Prints which mask was found for which image and what the values mean. classes: names for the
-    foreground values in ascending order. group: a regular expression, see `find_groups`. prefix:
-    of the names that the images get.
-    window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out images with no
-    mask or with several that may be meant, and masks of no image, else a ValueError. present: of
-    `present_settings`, the splits that stay: the window has to be theirs, and volumes are turned to
-    their orientation. info: what to record of window and orientation, as `read_settings` reads it.
+    Images are pictures, DICOM files of one frame among them, with masks that are pictures; or NIfTI
+    volumes with masks that are volumes, an example for each slice. Several masks of one picture
+    (x_mask, x_mask_1) are united, class by class. The pages of a TIFF file are an example each.
+    masks: {None: FileSet}, whose classes are the values; or {class name: FileSet}, in which
+    whatever is foreground is of that class. An image may lack some of the classes, and they may
+    overlap. Prints which mask was found for which image and what the values mean.
+    classes and invert: as `find_classes` has them; where classes are named by their files, those to
+    use, in their order. group: a regular expression, see `find_groups`. prefix: of the names that
+    the images get. window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out
+    images with no mask or with several that may be meant, and masks of no image, else a ValueError.
+    present: of `present_settings`, the splits that stay: the window has to be theirs, and volumes
+    are turned to their orientation. info: what to record of window and orientation, as
+    `read_settings` reads it.
     Raises ValueError or FileNotFoundError that names the file.
     """
-    images, masks = Path(images), Path(masks)
+    if None not in masks and classes:
+        masks, classes = _choose_classes(masks, classes), None
     pairs = _find_pairs(images, masks, skip_unpaired)
     formats = {file_format(image) for image, _ in pairs}
     if window and formats == {None}:
-        raise ValueError(f"{images}: holds no DICOM or NIfTI files, which --window is for")
-    root = images if images.is_dir() else images.parent
-    relative = [image.relative_to(root) for image, _ in pairs]
+        raise ValueError(f"{images.text}: holds no DICOM or NIfTI files, which --window is for")
+    relative = [images.relative(image) for image, _ in pairs]
     names, groups = unique_names(relative, prefix), find_groups(relative, group)
+    places = {name: files.text for name, files in masks.items()}
     info = {"window": _window_of(formats, window)}
     check_window(present, info["window"])
     if "nifti" in formats:
-        pairs = [(image, mask) for image, (mask,) in pairs]
-        turned_to = [(own["orientation"], folder) for folder, own in present if own["orientation"]]
-        examples, mask_classes, info["orientation"] = volume_examples(
-            pairs, names, groups, masks, classes, window, present=next(iter(turned_to), None)
+        turned_to = ((own["orientation"], folder) for folder, own in present if own["orientation"])
+        examples, meanings, info["orientation"] = volume_examples(
+            *(pairs, names, groups, places, classes, window),
+            invert=invert,
+            present=next(turned_to, None),
         )
     else:
         pairs, names, groups = split_pages(pairs, names, groups)
-        mask_classes = find_classes([mask for _, own in pairs for mask in own], masks, classes)
+        meanings = _find_meanings(pairs, places, classes, invert)
         examples = []
         for (image, own_masks), name, own_group in zip(pairs, names, groups, strict=True):
-            read = partial(_read_example, image, own_masks, mask_classes, window)
+            read = partial(_read_example, image, own_masks, meanings, window)
             examples.append(Example(name, own_group, read))
-    mask_classes.report()
-    return examples, mask_classes.names, {key: value for key, value in info.items() if value}
+    for class_name, meaning in meanings.items():
+        if class_name is None or len(meaning.fractions) > 1 or meaning.cut or meaning.warnings:
+            meaning.report()  # else a mask of the class has one value, and its name says it all
+    class_names = chain.from_iterable(meaning.names for meaning in meanings.values())
+    return examples, list(class_names), {key: value for key, value in info.items() if value}
+
+
+def _choose_classes(masks, names):
+    """The {class name: FileSet} of the names that --classes has, in its order."""
+    if isinstance(names, ClassValues):
+        raise ValueError("--classes: the masks have their classes by NAME=MASKS: leave it out")
+    check_known(names, list(masks), "there are no masks of")
+    return {name: masks[name] for name in names}
+
+
+def _find_meanings(pairs, places, names, invert):
+    """{class name or None: MaskClasses} of the masks in pairs; places: of them, for messages."""
+    meanings = {}
+    for class_name, place in places.items():
+        paths = [path for _, own in pairs for name, path in own if name == class_name]
+        if class_name is None:
+            meanings[None] = find_classes(paths, place, names, invert=invert)
+        else:
+            meanings[class_name] = find_one_class(paths, place, class_name, invert=invert)
+    return meanings
 
 
 def _window_of(formats, window):
@@ -86,16 +118,16 @@ def _window_of(formats, window):
     return OF_VOLUME if "nifti" in formats else OF_FILE if "dicom" in formats else None
 
 
-def _read_example(image, masks, mask_classes, window):
-    """What `Example.read` returns, of the paths of a picture and of its masks."""
+def _read_example(image, masks, meanings, window):
+    """What `Example.read` returns, of the path of a picture and [(class name or None, mask)]."""
     if file_format(image) == "dicom":
         picture = read_any_image(image, window)
         upright = Upright(picture, picture.size, 1)
     else:
         upright = read_upright(image)
     united = {}
-    for path in masks:
-        encoding, values = read_mask(path)
+    for class_name, path in masks:
+        encoding, values = meanings[class_name].read(path)
         fitted = fit_mask(values, upright)
         if fitted is None:
             width, height = upright.size
@@ -103,7 +135,7 @@ def _read_example(image, masks, mask_classes, window):
                 f"{path}: is {values.shape[1]}x{values.shape[0]}, but its image "
                 f"{image} is {width}x{height}"
             )
-        for name, runs in mask_classes.to_masks(encoding, fitted).items():
+        for name, runs in meanings[class_name].to_masks(encoding, fitted).items():
             united[name] = united[name] | runs if name in united else runs
     return upright.image, united
 
@@ -112,110 +144,153 @@ def _read_example(image, masks, mask_classes, window):
 
 
 def _find_pairs(images, masks, skip_unpaired):
-    """[(image, its masks)], with what was found printed."""
-    for path, other in ((images, masks), (masks, images)):
-        check_regular(path)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such folder or file")
-        if path.is_file() and other.is_dir():
-            raise ValueError(f"{path} is a file and {other} a folder: name two of a kind")
-    if images.is_file() and masks.is_file():
-        _check_formats([images, masks])
-        print(f"pairs: 1, {images.name} and {masks.name}")
-        return [(images, (masks,))]
-    if images.samefile(masks):
-        masks = images  # spelled in one way, though one may be a link to the other
-    image_files, mask_files = _list_both(images, masks)
-    pairing = pair_files(image_files, mask_files, images, masks)
-    if file_format(image_files[0]) == "nifti":  # mask volumes are not united
+    """[(image, [(class name or None, mask), ...])], with what was found printed."""
+    if [*images.keys.values()] == [()] and all(
+        [*files.keys.values()] == [()] for files in masks.values()
+    ):
+        return _pair_single_files(images, masks)
+    if None in masks and masks[None].keys == images.keys:
+        images, masks = _split_by_suffix(images, masks)
+    pairings = {
+        name: pair_files(images.keys, files.keys, files.text, one_class=name is not None)
+        for name, files in masks.items()
+    }
+    if None in masks and file_format(next(iter(images.keys))) == "nifti":
+        pairing = pairings[None]  # volumes are united only where their class is named
         pairing.several += [pair for pair in pairing.pairs if len(pair[1]) > 1]
         pairing.pairs = [pair for pair in pairing.pairs if len(pair[1]) == 1]
-    # In one folder, every file is listed as an image and as a mask.
-    n_images = len(pairing.pairs) + len(pairing.missing) + len(pairing.several)
-    totals = n_images, len(set(mask_files).difference(image_files))
-    problem = _describe_unpaired(pairing, images, masks, *totals)
-    if problem and not (skip_unpaired and pairing.pairs):
-        raise ValueError(f"{problem}; --skip-unpaired goes on without these files")
-    _report(pairing)
+    pairs, doubtful = {}, set()
+    for name, pairing in pairings.items():
+        doubtful.update(image for image, _ in pairing.several)
+        for image, own in pairing.pairs:
+            pairs.setdefault(image, []).extend((name, mask) for mask in own)
+    sure = pairs.keys() - doubtful
+    pairs = {image: pairs[image] for image in images.keys if image in sure}
+    problem = _describe_unpaired(pairings, images, masks, pairs)
+    if problem and not (skip_unpaired and pairs):
+        advice = "; --skip-unpaired goes on without these files" if pairs else ""
+        raise ValueError(f"{problem}{advice}")
+    _report(pairings, images, masks, pairs)
     if problem:
         print(f"left out: {problem}")
-    return pairing.pairs
+    return list(pairs.items())
 
 
-def _report(pairing):
+def _pair_single_files(images, masks):
+    """As `_find_pairs`, of one image and one mask, or one of each class."""
+    (image,) = images.keys
+    own = [(name, path) for name, files in masks.items() for path in files.keys]
+    print(f"pairs: 1, {printable(image.name)} and {_first([path.name for _, path in own])}")
+    return [(image, own)]
+
+
+def _split_by_suffix(images, masks):
+    """(images, masks) of one folder that holds both under the same names: 001.bmp and 001.png.
+
+    The masks are those of the suffix whose files hold few values. As they came where at least half
+    of the names are there once. Raises ValueError where the values do not tell.
+    """
+    named_alike = {}
+    for path in images.keys:
+        named_alike.setdefault((path.parent, stem(path)), []).append(path)
+    twins = [paths for paths in named_alike.values() if len(paths) > 1]
+    if 2 * len(twins) <= len(named_alike):
+        return images, masks
+    few = {path.suffix.lower(): set() for paths in twins for path in paths}
+    for path in chain.from_iterable(twins[:: -(-len(twins) // SAMPLED_NAMES)]):
+        few[path.suffix.lower()].add(_holds_few_values(path))
+    suffixes = sorted(few, key=lambda suffix: few[suffix] == {True})
+    if [few[suffix] for suffix in suffixes] != [{False}, {True}]:
+        folder = images.text if os.path.isdir(images.text) else os.path.dirname(images.text)
+        nested = any(len(images.relative(path).parts) > 1 for path in images.keys)
+        place = os.path.join(folder, "**" if nested else "")
+        patterns = [f"'{os.path.join(place, '*' + suffix)}'" for suffix in sorted(few)[:2]]
+        raise ValueError(
+            f"{images.text}: {len(twins)} names are there as {' and '.join(sorted(few))}, and the "
+            "values do not tell which are masks: name images, then masks, as --masks "
+            f"{' '.join(patterns)}"
+        )
+    of_masks = {path for path in images.keys if path.suffix.lower() == suffixes[1]}
+    print(f"masks: the {len(of_masks)} {suffixes[1]} files, for they hold few values")
+    of_images = {path: key for path, key in images.keys.items() if path not in of_masks}
+    mask_keys = {path: images.keys[path] for path in images.keys if path in of_masks}
+    return replace(images, keys=of_images), {None: replace(masks[None], keys=mask_keys)}
+
+
+def _holds_few_values(path):
+    """Whether a file looks like a mask; a damaged one does not, and is told of when it is read."""
+    try:
+        return len(count_values(read_mask(path)[1])) <= FEW_VALUES
+    except ValueError:
+        return False
+
+
+def _report(pairings, images, masks, pairs):
     """Print how many pairs were found, by which rule, and how many masks are united."""
-    image, (mask, *_) = pairing.pairs[0]
-    names = f"{printable(image.name)} and {printable(mask.name)}"
-    line = f"pairs: {len(pairing.pairs)} by {pairing.rule}, such as {names}"
-    united = sum(len(masks) > 1 for _, masks in pairing.pairs)
+    n_masks = sum(map(len, pairs.values()))
+    image, own = next(iter(pairs.items()))
+    if None not in masks:
+        names = _first([str(masks[name].relative(mask)) for name, mask in own])
+        n_classes = "1 class" if len(masks) == 1 else f"{len(masks)} classes"
+        print(
+            f"pairs: {len(pairs)} images with {n_masks} masks of {n_classes}, such as "
+            f"{printable(images.relative(image))} with {names}"
+        )
+        return
+    rule, mask = pairings[None].rule, own[0][1]
+    names = printable(image.name), printable(mask.name)
+    if "name" not in rule:
+        names = printable(images.relative(image)), printable(masks[None].relative(mask))
+    line = f"pairs: {len(pairs)} by {rule}, such as {names[0]} and {names[1]}"
+    united = sum(len(own) > 1 for own in pairs.values())
     if united:
         have = "image has" if united == 1 else "images have"
-        line += f"; {united} {have} several masks, united"
+        line += f"; {united} {have} several masks, united ({n_masks} masks)"
     print(line)
 
 
-def _list_both(images, masks):
-    """The files below the folder of images and those below the folder of masks.
-
-    The pictures that predict.py draws beside its masks are left aside, and counted in a line.
-    """
-    image_files = list_files(images, SUFFIXES, medical=True)
-    mask_files = list_files(masks, (*SUFFIXES, *NIFTI_SUFFIXES))
-    drawn = drawn_beside_masks({*image_files, *mask_files})
-    if drawn:
-        first = printable(min(drawn).name)
-        print(f"left aside: {len(drawn)} pictures that these scripts draw, such as {first}")
-    image_files = [path for path in image_files if path not in drawn]
-    mask_files = [path for path in mask_files if path not in drawn]
-    if images == masks:
-        image_files = [path for path in image_files if file_format(path) == "dicom"] or image_files
-    elif images.resolve() in masks.resolve().parents:
-        image_files = _outside(image_files, masks)
-    elif masks.resolve() in images.resolve().parents:
-        mask_files = _outside(mask_files, images)
-    for folder, files, more in ((images, image_files, DICOM_SUFFIXES), (masks, mask_files, ())):
-        if not files:
-            suffixes = ", ".join((*SUFFIXES, *more, *NIFTI_SUFFIXES))
-            raise ValueError(f"{folder}: holds no {suffixes} files")
-    _check_formats(image_files + mask_files)
-    return image_files, mask_files
-
-
-def _check_formats(files):
-    """ValueError where some files are volumes and others are not."""
-    volumes = [path for path in files if file_format(path) == "nifti"]
-    if volumes and len(volumes) < len(files):
-        other = next(path for path in files if file_format(path) != "nifti")
-        raise ValueError(
-            f"{volumes[0]} is a volume and {other} is not: volumes need masks that are volumes, "
-            "and folders of their own"
-        )
-
-
-def _outside(files, folder):
-    folder = folder.resolve()
-    return [path for path in files if folder not in path.resolve().parents]
-
-
-def _describe_unpaired(pairing, images, masks, total, total_masks):
+def _describe_unpaired(pairings, images, masks, pairs):
     """One line on the files that are in no pair, "" where all are."""
+    several = {image: own for pairing in pairings.values() for image, own in pairing.several}
+    missing = set.intersection(*(set(pairing.missing) for pairing in pairings.values()))
+    missing = [image for image in images.keys if image in missing and image not in several]
+    total = len(pairs) + len(missing) + len(several)
     parts = []
-    if pairing.missing:
-        names = _first([str(image.relative_to(images)) for image in pairing.missing])
-        parts.append(f"{len(pairing.missing)} of {total} images have no mask in {masks} ({names})")
-    if pairing.several:
+    if missing:
+        where = f"in {masks[None].text}" if None in masks else "of any class"
+        names = _first([str(images.relative(image)) for image in missing])
+        parts.append(f"{len(missing)} of {total} images have no mask {where} ({names})")
+    if several:
+        files = next(files for name, files in masks.items() if pairings[name].several)
         names = []
-        for image, candidates in pairing.several:
+        for image, candidates in several.items():
             shared = ", as another image" if len(candidates) == 1 else ""
-            listed = _first([str(mask.relative_to(masks)) for mask in candidates])
-            names.append(f"{image.relative_to(images)}: {listed}{shared}")
-        total_several = f"{len(pairing.several)} of {total} images have several candidates"
-        parts.append(f"{total_several} ({_first(names, '; ')})")
-    if pairing.surplus:
-        names = _first([str(mask.relative_to(masks)) for mask in pairing.surplus])
-        n_surplus = f"{len(pairing.surplus)} of {total_masks} masks"
-        parts.append(f"{n_surplus} in {masks} belong to no image ({names})")
-    return f"{images}: {' and '.join(parts)}" if parts else ""
+            listed = _first([str(files.relative(mask)) for mask in candidates])
+            names.append(f"{images.relative(image)}: {listed}{shared}")
+        total_several = f"{len(several)} of {total} images have several candidates"
+        parts.append(f"{total_several} ({_first(names, '; ')}){_advise(several, files)}")
+    for name, pairing in pairings.items():
+        if pairing.surplus:
+            files = masks[name]
+            total_masks = len(files.keys.keys() - (images.keys.keys() if name is None else ()))
+            names = _first([str(files.relative(mask)) for mask in pairing.surplus])
+            n_surplus = f"{len(pairing.surplus)} of {total_masks} masks"
+            parts.append(f"{n_surplus} in {files.text} belong to no image ({names})")
+    return f"{images.text}: {' and '.join(parts)}" if parts else ""
+
+
+def _advise(several, files):
+    """': take ...', what to write where each image has several masks."""
+    names = [mask.name for mask in max(several.values(), key=len)]
+    same = len(os.path.commonprefix(names))
+    if len(names) < 2 or any(name[same:].startswith(".") for name in names):
+        return ""
+    folder = files.text if files.places[0].is_dir() else os.path.dirname(files.text)
+    first, second, *others = (os.path.join(folder, "*" * bool(same) + n[same:]) for n in names)
+    classes = f"A='{first}' B='{second}'{' ...' * bool(others)}"
+    return (
+        f": take one, as '{first}', or each as a class, {classes}, or all as one, A='{files.text}'"
+    )
 
 
 def _first(names, separator=", "):

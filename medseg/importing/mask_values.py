@@ -1,10 +1,11 @@
 """What the values in a folder of masks mean.
 
-No mask says so, and all are looked at first:
+No mask says so, and all are looked at first. Where --classes gives no values:
 
-- 0 and one other value anywhere: one class, foreground.
-- Several values or colours: a class each, named by the value ("85") or colour ("#ff0000"). 0 and
-  black are background.
+- 0 and one other value anywhere: one class, foreground. With --invert it is value 0.
+- Several values or colours: a class each, named by the value ("85") or colour ("#ff0000"), or as
+  the text of the mask names it. 0 and black are background. Values that look like strays, or like
+  numbers of objects, are asked about: see `ask`.
 - JPEG and lossy WebP change values, so such masks are cut at half: above 127 is foreground. The
   same for grey masks whose edges were smoothed: more than SMOOTHED distinct values that reach from
   0 to 255 with none of eight equal ranges empty, while at least half of the pixels are exactly 0
@@ -14,162 +15,127 @@ No mask says so, and all are looked at first:
 - A pixel whose alpha is below half is background.
 - The values of volumes are class numbers: no volume is cut at half.
 
-Masks of several encodings may be mixed where each has one foreground value.
+Masks of several encodings may be mixed where each has one foreground value. Where --classes gives
+values, these count, and all others are background.
 """
 
 import contextlib
-from collections import Counter
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ImageOps
 
-from medseg.coco import MAX_CLASSES
+from medseg.coco import MAX_CLASSES, listed
 from medseg.files import parallel_map
-from medseg.images import image_errors, open_image
-from medseg.run_lengths import encode_labels
-from medseg.samples import LOSSY, lossy_format, stored_samples
+from medseg.formats.mask_files import HALF, read_mask, read_names
+from medseg.importing.class_names import REST, ClassValues, Entry
+from medseg.importing.value_counts import (
+    EACH,
+    MANY,
+    OBJECT,
+    ONE_CLASS,
+    STRAY,
+    Tally,
+    ask,
+    find_strays,
+    ignores_255,
+    is_smoothed,
+    spell,
+    spell_all,
+    spell_choice,
+)
+from medseg.pieces import are_single_pieces
+from medseg.run_lengths import encode_labels, unite
+from medseg.samples import LOSSY
 
-HALF = 127  # the highest grey value that is background where masks are cut at half
-OPAQUE = 32767  # the same of 16 bits, for alpha
-SMOOTHED = 32  # distinct values; see above
-
-
-# ---------------------------------------------------------------- one mask
-
-
-def read_mask(path):
-    """A mask file as (encoding, integer array (H, W) of its stored values).
-
-    encoding: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB), or one of
-    LOSSY (grey values). Raises FileNotFoundError; ValueError for what is not one whole picture,
-    and for colours in a lossy format, which cannot be told apart any more.
-    """
-    with image_errors(path, "mask"), open_image(path) as image:
-        lossy = lossy_format(image, path)
-        samples = stored_samples(image, path)
-        if samples:
-            encoding, values = _values_of_samples(samples[0])
-        else:
-            image.load()  # turns a TIFF
-            encoding, values = _stored_values(ImageOps.exif_transpose(image))
-        if not lossy:
-            return encoding, values
-        if encoding == "colour":
-            rounding = 1 if lossy == "lossy WebP" else 0  # its greys may be 9, 10, 9
-            if not _is_grey(values, rounding).all():
-                raise ValueError(
-                    f"{lossy} has changed the colours of this mask: save masks as PNG before "
-                    f"they are ever {lossy}"
-                )
-            values = (values & 255).astype(np.uint8)
-        return lossy, values
-
-
-def _values_of_samples(samples):
-    """(encoding, integers (H, W)) of what `stored_samples` returns."""
-    if samples.ndim == 2:
-        return "grey", samples
-    if samples.shape[2] == 2:
-        return "grey", np.where(samples[..., 1] > OPAQUE, samples[..., 0], 0)
-    colours, low = samples[..., :3], samples[..., :3] & 255
-    high = colours >> 8
-    if high.any() and low.any() and (high != low).any():  # not 8 bits in either byte, or in both
-        raise ValueError("holds colours of 16 bits: save it with 8 bits a colour")
-    codes = _color_codes(high if high.any() else low)
-    return "colour", np.where(samples[..., 3] > OPAQUE, codes, 0) if samples.shape[2] > 3 else codes
-
-
-def _stored_values(image):
-    """(encoding, integers (H, W)) of a decoded picture."""
-    pixels = np.asarray(image)
-    if image.mode == "1":
-        return "1-bit", pixels.astype(np.uint8)
-    if image.mode == "P":
-        return "palette", pixels
-    if image.mode == "F":
-        if not (pixels == np.round(pixels)).all() or np.abs(pixels).max() > 2**24:
-            raise ValueError("holds fractions: a mask needs whole numbers")
-        return "grey", pixels.astype(np.int32)
-    if image.mode == "L" or image.mode[0] == "I":
-        return "grey", pixels
-    if image.mode == "LA":
-        return "grey", np.where(pixels[..., 1] > HALF, pixels[..., 0], 0)
-    if image.mode in ("RGB", "RGBA"):
-        codes = _color_codes(pixels)
-        return "colour", np.where(pixels[..., 3] > HALF, codes, 0) if image.mode[3:] else codes
-    raise ValueError(f"a picture of mode {image.mode} is no mask: save it as PNG")
-
-
-def _color_codes(pixels):
-    """(H, W, 3 or more) of 0..255 -> uint32 (H, W) of 0xRRGGBB."""
-    red, green, blue = (pixels[..., channel].astype(np.uint32) for channel in range(3))
-    return red << 16 | green << 8 | blue
-
-
-def _is_grey(codes, tolerance=0):
-    red, green, blue = (codes >> shift & 255 for shift in (16, 8, 0))
-    highest, lowest = (np.maximum(red, green), blue), (np.minimum(red, green), blue)
-    return np.maximum(*highest) - np.minimum(*lowest) <= tolerance
-
-
-# ---------------------------------------------------------------- what the values mean
+MAX_VALUES = 2**18  # distinct values where --classes gives values: numbers of objects
 
 
 @dataclass(frozen=True)
 class MaskClasses:
     """The classes that the values of a folder of masks stand for.
 
-    names: in ascending order of the values. class_of: {(encoding, value): name of its class}.
-    fractions: {(encoding, value): fraction of all pixels}. cut: encodings that are cut at HALF.
-    warnings: lines to print.
+    names: in their order. names_of: {(encoding, value): names of its classes}. fractions:
+    {(encoding, value): fraction of all pixels}. cut: encodings that are cut at HALF.
+    grey_colours: whether all colours are greys, and count as these. palette_colours: whether
+    palette masks are read as the colours that they show. warnings: lines to print.
     """
 
     names: list
-    class_of: dict
+    names_of: dict
     fractions: dict
     cut: set
+    grey_colours: bool
+    palette_colours: bool
     warnings: list
+
+    def read(self, path):
+        """(encoding, values) of a mask file, as `to_masks` takes them; see `read_mask`."""
+        return read_mask(path, self.palette_colours)
 
     def to_masks(self, encoding, values):
         """The values of one mask, an integer array (H, W) -> {class name: RunLengths}."""
-        if encoding == "colour" and not any(name == "colour" for name, _ in self.class_of):
-            encoding, values = "grey", values & 255  # all colours are greys, and count as these
+        if encoding == "colour" and self.grey_colours:
+            encoding, values = "grey", values & 255
         if encoding in self.cut:
             values = np.where(values > HALF, 255, 0).astype(np.uint8)
-        masks = {}
+        parts = {}
         for value, runs in encode_labels(values).items():
-            name = self.class_of.get((encoding, value))
-            if name is not None:
-                masks[name] = masks[name] | runs if name in masks else runs
-        return masks
+            for name in self.names_of.get((encoding, value), ()):
+                parts.setdefault(name, []).append(runs)
+        return {name: unite(own) for name, own in parts.items()}
 
     def report(self):
-        """Print the value of each class and its part of the pixels, and the warnings."""
-        several_encodings = len({encoding for encoding, _ in self.class_of}) > 1
-        for (encoding, value), name in self.class_of.items():
+        """Print the values of each class and their part of the pixels, and the warnings."""
+        several_encodings = len({encoding for encoding, _ in self.names_of}) > 1
+        values_of = {}
+        for (encoding, value), names in self.names_of.items():
+            for name in names:
+                values_of.setdefault((name, encoding), []).append(value)
+        for (name, encoding), values in values_of.items():
             of_encoding = f" ({encoding})" if several_encodings else ""
-            shown = f"above {HALF}" if encoding in self.cut else _spell(encoding, value)
-            percent = 100 * self.fractions[encoding, value]
-            value_is = f"class {name}: value {shown}{of_encoding}"
-            print(f"{value_is}, {percent:.2f} % of the pixels of the masks")
+            shown = f"value {spell(encoding, values[0])}"
+            if len(values) > 1:
+                shown = f"values {listed([spell(encoding, value) for value in values])}"
+            elif encoding in self.cut:
+                shown = f"value above {HALF}" if values[0] else f"value up to {HALF}"
+            percent = 100 * sum(self.fractions[encoding, value] for value in values)
+            print(f"class {name}: {shown}{of_encoding}, {percent:.2f} % of the pixels of the masks")
         for line in self.warnings:
             print(f"warning: {line}")
 
 
-def find_classes(paths, folder, names=None):
+def find_classes(paths, folder, names=None, *, invert=False):
     """The MaskClasses of these mask files, of a folder that messages name.
 
-    names: for the classes, in ascending order of their values; default: the values.
+    names: for the classes, in ascending order of their values; or ClassValues; default: the
+    values. invert: the one class of the masks is what they show as background.
     Raises ValueError, or FileNotFoundError, that names the file.
     """
+    palette_colours = isinstance(names, ClassValues) and names.has_colours
+    options = {"invert": invert, "palette_colours": palette_colours}
+    with contextlib.closing(_count_files(paths, palette_colours)) as counted:
+        return classes_of_counts(counted, folder, names, **options)
+
+
+def find_one_class(paths, folder, name, *, invert=False):
+    """The MaskClasses of files in which whatever is foreground is of one class; it may be empty."""
+    with contextlib.closing(_count_files(paths)) as counted:
+        return one_class_of_counts(counted, folder, name, invert=invert)
+
+
+def _count_files(paths, palette_colours=False):
+    """Yield what `Tally.add` takes, of each mask file."""
 
     def count(path):
-        encoding, values = read_mask(path)
-        return path, encoding, count_values(values)
+        encoding, values = read_mask(path, palette_colours)
+        counts = count_values(values)
+        objects = [value for value in counts if value and counts[value] >= OBJECT]
+        numbers_objects = len(objects) >= MANY and are_single_pieces(values)
+        stated = read_names(path) if encoding == "palette" else {}
+        return path, encoding, counts, numbers_objects, stated
 
-    with contextlib.closing(parallel_map(count, paths, catch=())) as counted:
-        return classes_of_counts(counted, folder, names)
+    return parallel_map(count, paths, catch=())
 
 
 def count_values(values):
@@ -181,119 +147,168 @@ def count_values(values):
     return dict(zip(distinct.tolist(), counts.tolist(), strict=True))
 
 
-def classes_of_counts(counted, folder, names=None):
+def classes_of_counts(counted, folder, names=None, *, invert=False, palette_colours=False):
     """The MaskClasses of values that were counted, none where all are 0; see `find_classes`.
 
-    counted: iterable of (path, encoding, {value: pixels}) for each mask.
+    counted: iterable of what `Tally.add` takes, of each mask: (path, encoding, {value: pixels}).
     """
-    counts_of = _count_by_encoding(counted)
-    total = sum(counts.total() for counts in counts_of.values())
-    cut, foreground, warnings = set(), {}, []
-    for encoding, counts in counts_of.items():
-        if encoding in LOSSY or (encoding == "grey" and _is_smoothed(counts)):
-            cut.add(encoding)
-        if encoding in LOSSY and 0 < max(counts) <= HALF:
-            raise ValueError(
-                f"{folder}: the {encoding} masks have no value above {max(counts)}, and "
-                f"{encoding} does not keep small ones: save masks as PNG"
-            )
-        foreground |= _foreground(encoding, counts, encoding in cut)
-        warnings += _warnings(encoding, counts, encoding in cut, total)
-    if not foreground:  # of healthy images
-        return MaskClasses([], {}, {}, cut, warnings)
-    one_class = _is_one_class(foreground, folder)
-    class_of = {key: "foreground" if one_class else _spell(*key) for key in foreground}
-    default_names = list(dict.fromkeys(class_of.values()))
-    if names:
-        renamed = _pair_names(default_names, names)
-        class_of = {key: renamed[name] for key, name in class_of.items()}
-    fractions = {key: pixels / total for key, pixels in foreground.items()}
-    return MaskClasses(names or default_names, class_of, fractions, cut, warnings)
-
-
-def _count_by_encoding(counted):
-    """{encoding: Counter of the pixels of each value} over all masks."""
-    counts_of = {}
-    for path, encoding, counts in counted:
-        if len(counts) > MAX_CLASSES + 1:
-            raise ValueError(
-                f"{path}: holds {len(counts)} different values: is this the folder of masks?"
-            )
-        own = counts_of.setdefault(encoding, Counter())
-        own.update(counts)
-        if len(own) > MAX_CLASSES + 1:
-            raise ValueError(
-                f"{path}: with this one the masks hold more than {MAX_CLASSES} different "
-                "values: is this the folder of masks?"
-            )
-    if "colour" in counts_of and all(map(_is_grey, counts_of["colour"])):
-        grey = counts_of.setdefault("grey", Counter())
-        for code, pixels in counts_of.pop("colour").items():
-            grey[code & 255] += pixels
-    return counts_of
-
-
-def _is_smoothed(counts):
-    """Whether grey masks have edges of in-between values rather than classes."""
-    ranges = {value // 32 for value in counts}
-    return (
-        len(counts) > SMOOTHED
-        and ranges == set(range(8))
-        and counts[0] > 0
-        and counts[255] > 0
-        and 2 * (counts[0] + counts[255]) >= counts.total()
+    chosen = names if isinstance(names, ClassValues) else None
+    if invert and chosen:
+        raise ValueError(
+            f"--invert: not together with the values in {chosen.source}, where 0=NAME makes "
+            "value 0 a class"
+        )
+    tally = Tally(folder, MAX_VALUES if chosen else MAX_CLASSES + 1)
+    for mask in counted:
+        tally.add(*mask)
+    tally.merge_greys()
+    cut = {encoding for encoding in tally.counts_of if _is_cut(encoding, tally, chosen)}
+    warnings = [line for encoding in sorted(cut) for line in tally.cut_at_half(encoding)]
+    named_zero = chosen and chosen.classes_of(chosen.entries_of("grey", 0))
+    if not tally.foreground() and not invert and not named_zero:  # of healthy images
+        return MaskClasses([], {}, {}, cut, tally.grey_colours, palette_colours, warnings)
+    if chosen:
+        chosen = chosen.resolved(tally.stated_names() if chosen.has_names else {})
+        classes, names_of = chosen.names, _chosen_values(tally, chosen, warnings)
+    elif invert:
+        classes, names_of = _invert(tally, names)
+    else:
+        classes, names_of = _default_classes(tally, names, warnings)
+    fractions = {(e, value): tally.counts_of[e][value] / tally.total for e, value in names_of}
+    return MaskClasses(
+        classes, names_of, fractions, cut, tally.grey_colours, palette_colours, warnings
     )
 
 
-def _foreground(encoding, counts, cut):
-    """{(encoding, value): pixels} of what is foreground, in ascending order of the values."""
-    if cut:
-        bright = sum(pixels for value, pixels in counts.items() if value > HALF)
-        return {(encoding, 255): bright} if bright else {}
-    ignored = (0, 255) if _ignores_255(encoding, counts) else (0,)
-    return {(encoding, value): counts[value] for value in sorted(counts) if value not in ignored}
+def one_class_of_counts(counted, folder, name, *, invert=False):
+    """As `find_one_class`, of values that were counted; see `classes_of_counts`."""
+    counted = list(counted)
+    if not invert and not any(value for mask in counted for value in mask[2]):
+        return MaskClasses([name], {}, {}, set(), False, False, [])
+    names = [name] if invert else ClassValues((Entry(REST, REST, 0, 0, name),), source="NAME=MASKS")
+    return classes_of_counts(counted, folder, names, invert=invert)
 
 
-def _ignores_255(encoding, counts):
-    """Whether index 255 of palette masks is background, for there are other classes."""
-    return encoding == "palette" and 255 in counts and len(counts.keys() - {0}) > 1
-
-
-def _warnings(encoding, counts, cut, total):
-    """Yield a line where pixels count for something else than their value."""
-    if cut and counts.keys() - {0, 255}:
-        percent = 100 * sum(counts[value] for value in counts if value not in (0, 255)) / total
-        yield (
-            f"{encoding} masks hold values between 0 and 255 ({percent:.2f} % of the pixels): "
-            f"cut at half, above {HALF} is foreground"
-        )
-    if _ignores_255(encoding, counts):
-        percent = 100 * counts[255] / total
-        yield f"palette index 255 ({percent:.2f} % of the pixels) counts as background"
-
-
-def _is_one_class(foreground, folder):
-    """Whether each encoding has one foreground value; ValueError where the classes are unclear."""
-    numbers = Counter(encoding for encoding, _ in foreground)
-    one_class = max(numbers.values()) == 1
-    if len(numbers) > 1 and not one_class:
-        kinds = ", ".join(f"{encoding} ({number})" for encoding, number in numbers.items())
+def _is_cut(encoding, tally, chosen):
+    """Whether the masks of an encoding are cut at half; ValueError where lossy ones cannot be."""
+    counts = tally.counts_of[encoding]
+    if encoding == "grey" and is_smoothed(counts):
+        # Of 255 objects the last is small, but what a smoothed mask shows is mostly 255.
+        numbers = tally.numbered_mask() and 4 * counts[255] < counts.total() - counts[0]
+        return not numbers and (not chosen or chosen.only_halves)
+    if encoding not in LOSSY or (chosen and chosen.only_ranges):
+        return False
+    if 0 < max(counts) <= HALF:
         raise ValueError(
-            f"{folder}: masks of several kinds with several values beside 0: {kinds}; "
-            "save all in one kind"
+            f"{tally.folder}: the {encoding} masks have no value above {max(counts)}, and "
+            f"{encoding} does not keep small ones: save masks as PNG"
         )
-    return one_class
+    if chosen and not chosen.only_halves:
+        raise ValueError(
+            f"{tally.folder}: {encoding} has changed the values of the masks: in {chosen.source}, "
+            "name ranges around them, such as 118-138=NAME"
+        )
+    return True
 
 
-def _pair_names(default_names, names):
+# ---------------------------------------------------------------- without values in --classes
+
+
+def _default_classes(tally, names, warnings):
+    """(class names, {(encoding, value): its classes}); may add to the warnings.
+
+    names: in ascending order of the values, or None. ValueError where it is not clear what the
+    values mean.
+    """
+    foreground = tally.foreground()
+    one_class = tally.is_one_class()
+    if ignores_255("palette", counts := tally.counts_of.get("palette", {})):
+        warnings.append(f"palette index 255 ({tally.percent(counts[255])}) counts as background")
+    default = {key: ONE_CLASS if one_class else spell(*key) for key in foreground}
+    if names and names != [EACH]:
+        given = _pair_names(tally, foreground, list(dict.fromkeys(default.values())), names)
+        return names, {key: (given[name],) for key, name in default.items()}
+    if not names:
+        warnings += ask(tally, foreground)
+    if one_class and 2 * sum(foreground.values()) > tally.total:
+        warnings.append("most pixels are foreground: --invert takes the others instead")
+    stated = tally.stated_names() if len(tally.counts_of) == 1 else {}
+    default |= {key: stated[key[1]] for key in foreground if key[1] in stated}
+    classes = list(dict.fromkeys([*stated.values(), *default.values()]))
+    return classes, {key: (name,) for key, name in default.items()}
+
+
+def _pair_names(tally, foreground, default_names, names):
     """{default name: name that --classes gives it}; ValueError where their numbers differ."""
-    if len(names) != len(default_names):
+    if len(names) == len(default_names):
+        return dict(zip(default_names, names, strict=True))
+    classes, strays = find_strays(tally, foreground)
+    advice = ""
+    if strays and len(classes) == len(names):
+        advice = f"; {spell_choice(classes, names)} takes the others as background"
+    elif len(names) == 1:
+        everything = shlex.quote(f"*={names[0]}")
+        advice = f"; --classes {everything} takes all as one class"
+    raise ValueError(
+        f"--classes names {len(names)} classes, but the masks hold "
+        f"{len(default_names)} beside background: {listed(default_names, 20)}{advice}"
+    )
+
+
+def _invert(tally, names):
+    """(class names, {(encoding, 0): its class}) of masks whose foreground is 0."""
+    foreground = tally.foreground()
+    if not tally.is_one_class():
         raise ValueError(
-            f"--classes names {len(names)} classes, but the masks hold "
-            f"{len(default_names)} beside background: {', '.join(default_names[:20])}"
+            f"{tally.folder}: --invert takes the one class of masks as background, but these hold "
+            f"{spell_all(list(foreground))}: give the value that is to be foreground a name, as in "
+            "--classes 0=NAME"
         )
-    return dict(zip(default_names, names, strict=True))
+    if not any(counts[0] for counts in tally.counts_of.values()):
+        raise ValueError(f"{tally.folder}: with --invert the masks are empty: no pixel is 0")
+    given = _pair_names(tally, foreground, [ONE_CLASS], names or [ONE_CLASS])
+    classes = list(given.values())
+    return classes, {(encoding, 0): tuple(classes) for encoding in tally.counts_of}
 
 
-def _spell(encoding, value):
-    return f"#{value:06x}" if encoding == "colour" else str(value)
+# ---------------------------------------------------------------- values in --classes
+
+
+def _chosen_values(tally, chosen, warnings):
+    """{(encoding, value): its classes} of ClassValues; adds to the warnings.
+
+    ValueError where no mask has a value that is named, or where one that is written by hand is
+    missing while another is not named: then one of them is probably mistyped.
+    """
+    names_of, unnamed, used = {}, {}, set()
+    for encoding, counts in tally.counts_of.items():
+        ignored = ignores_255(encoding, counts)
+        for value in sorted(counts):
+            entries = chosen.entries_of(encoding, value, rest=not (ignored and value == 255))
+            used.update(entries)
+            if names := chosen.classes_of(entries):
+                names_of[encoding, value] = names
+            elif value and not entries:
+                unnamed[encoding, value] = counts[value]
+    shown = spell_all(sorted(unnamed, key=unnamed.get, reverse=True))
+    if not names_of:
+        raise ValueError(
+            f"{tally.folder}: no mask has a value that {chosen.source} gives to a class; not "
+            f"named there are {shown}"
+        )
+    absent = [entry for entry in chosen.entries if entry.name is not None and entry not in used]
+    large = [key for key, pixels in unnamed.items() if pixels >= STRAY * tally.total]
+    if absent and large and chosen.typed:
+        raise ValueError(
+            f"{chosen.source}: no mask has {absent[0].text} ({absent[0].name}), while "
+            f"{spell_all(large)} is not named: correct the value, or add '*=background'"
+        )
+    warnings += chosen.notes
+    if absent:
+        values = listed([f"{entry.text} ({entry.name})" for entry in absent])
+        warnings.append(f"{chosen.source}: no mask has {values}")
+    if unnamed:
+        count = "1 value" if len(unnamed) == 1 else f"{len(unnamed)} values"
+        share = tally.percent(sum(unnamed.values()))
+        warnings.append(f"not named in {chosen.source}, so background: {shown}; {count}, {share}")
+    return names_of

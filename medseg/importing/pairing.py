@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
+from os.path import commonprefix
 
 from medseg.formats.medical import base_name
 from medseg.importing.collect import same_form
@@ -29,49 +30,83 @@ class Pairing:
     surplus: list = field(default_factory=list)
 
 
-def pair_files(images, masks, image_root, mask_root):
-    """The Pairing of two lists of Paths, each below its root.
+def pair_files(images, masks, place, *, one_class=False):
+    """The Pairing of two {Path: key}, where a key is a tuple of text: see `FileSet`.
 
     Names are compared without case and suffix, in one Unicode form. The rules that are tried: the
-    same path below the roots; the same name; names that share a beginning, where all images go on
-    in one way and all masks in another (x and x_mask, 21_training and 21_manual1), or an end
-    (img_1, mask_1). The rule that finds a mask for most images is taken, of equal ones the first.
-    Where two rules of the last kind find different masks for as many images (x_reader1,
+    same key, which below two folders is the same path; the same name; names that share a beginning,
+    where all images go on in one way and all masks in another (x and x_mask, 21_training and
+    21_manual1), or an end (img_1, mask_1); at last, keys that share a beginning which no other
+    image has, such as a folder. The rule that finds a mask for most images is taken, of equal ones
+    the first. Where two rules of the third kind find different masks for as many images (x_reader1,
     x_reader2), both are candidates. An image's mask and the same name with a number (x_mask,
-    x_mask_1, x_mask_2) are its masks together.
+    x_mask_1, x_mask_2) are its masks together, and so are the masks of a folder, unless their names
+    are those of other images' masks too (reader_a, reader_b).
+    place: of the masks, for messages. one_class: all masks show one class, and those that a rule
+    finds for an image are its masks together. Of rules for as many images, that of most masks is
+    taken then.
     Raises ValueError where no rule finds a mask for half the images.
     """
-    shared = set(images) & set(masks)  # one folder holds both: only names tell them apart
-    roots = image_root, mask_root
-    numbered = _numbered(masks)
-    plain = [mask for mask in masks if mask not in numbered]
-    rule, candidates = _best_rule(images, plain, roots, shared)
+    shared = set(images) & set(masks)  # the same files: only names tell them apart
+    numbered = _numbered(masks, one_class)
+    plain = {mask: key for mask, key in masks.items() if mask not in numbered}
+    rule, candidates = _best_rule(images, plain, shared)
     if numbered:  # the images may be numbered in the same way: a and a_1
-        with_numbers = _best_rule(images, masks, roots, shared)
+        with_numbers = _best_rule(images, masks, shared)
         if _count_images(with_numbers[1]) > _count_images(candidates):
             rule, candidates = with_numbers
     more = _more_masks(candidates, numbered)
-    united = _all_masks(more)
-    n_images, n_masks = len(images) - len(united & shared), len(masks) - len(united)
+    together = one_class
+    enough = _is_enough(candidates, _all_masks(more), images, masks, shared)
+    if not shared and (one_class or not enough):
+        by_folder = _by_folder(images, masks)
+        others = {mask for found in by_folder.values() for mask in found[1:]}
+        better = _count_both(by_folder) > _count_both(candidates, more)
+        if better and _is_enough(by_folder, others, images, masks, shared):
+            rule, candidates, more, enough = "folder", by_folder, {}, True
+            together = one_class or not _names_recur(by_folder)
+    candidates = _to_nearest(candidates, images, masks)
+    if not enough:
+        raise ValueError(_describe_no_rule(images, masks, place, candidates, shared))
+    return _sort_out(rule, images, masks, candidates, more, together)
+
+
+def _is_enough(candidates, others, images, masks, shared):
+    """Whether a rule found a mask for half the images, or for as many as there are masks for.
+
+    others: masks that are united with one that a rule found.
+    """
+    n_images, n_masks = len(images) - len(others & shared), len(masks) - len(others)
     enough = n_images / 4 if shared else min(n_images, n_masks) / 2
-    if not candidates or len(candidates) < enough:
-        used = _all_masks(candidates)
-        mask = next((mask for mask in masks if mask not in used), masks[0])
-        image = next(image for image in images if image not in candidates)
-        raise ValueError(
-            f"{mask_root}: no rule pairs its {len(masks)} masks, such as {mask.name}, with "
-            f"the {len(images)} images, such as {image.name}: give a mask its image's name, "
-            "or that name and an ending"
+    return bool(candidates) and len(candidates) >= enough
+
+
+def _describe_no_rule(images, masks, place, candidates, shared):
+    """The message where no rule found enough."""
+    used = _all_masks(candidates)
+    mask = next((mask for mask in masks if mask not in used), next(iter(masks)))
+    image = next((image for image in images if image not in candidates), next(iter(images)))
+    if len(shared) == len(images) == len(masks):
+        return (
+            f"{place}: no rule tells which of its {len(images)} files, such as {image.name}, are "
+            "masks: name images and masks apart, as in --masks 'scans/*.jpg' 'scans/*_mask.png'"
         )
-    return _sort_out("name" if rule == "path" else rule, images, masks, candidates, more)
+    return (
+        f"{place}: no rule pairs its {len(masks)} masks, such as {mask.name}, with the "
+        f"{len(images)} images, such as {image.name}: give a mask its image's name, or that name "
+        "and an ending, or a folder for each image"
+    )
 
 
-def _best_rule(images, masks, roots, shared):
+def _best_rule(images, masks, shared):
     """(rule, {image: masks}) of the rule that finds a mask for most images."""
     rules = []
     if not shared:
-        rules.append(("path", _by_key(images, masks, *roots)))
-        rules.append(("name", _by_key(images, masks)))
+        by_key = _by_key(images, masks)
+        same_names = all(stem(image) == stem(found[0]) for image, found in by_key.items())
+        rules.append(("name" if same_names else "what * matches", by_key))
+        by_name = ({path: (stem(path),) for path in side} for side in (images, masks))
+        rules.append(("name", _by_key(*by_name)))
     rules.append(("the part that their names share", _by_shared_part(images, masks, shared)))
     return max(rules, key=lambda named: len(named[1]))
 
@@ -86,14 +121,50 @@ def _count_images(candidates):
     return len(candidates.keys() - _all_masks(candidates))
 
 
-def _sort_out(rule, images, masks, candidates, more):
-    """The Pairing of {image: masks that a rule found} and {image: masks to be united with it}."""
+def _count_both(*found):
+    """(images, masks) in dicts of {image: masks}."""
+    return len(set().union(*found)), len(set().union(*map(_all_masks, found)))
+
+
+def _to_nearest(candidates, image_keys, mask_keys):
+    """{image: masks} in which a mask that was found for several images is the nearest one's.
+
+    That is the one whose key begins as the mask's does (p/scan and p/scan_mask, beside q/scan), or
+    whose folders do (train/images/0 and train/masks/0); all where several do equally.
+    """
+
+    keys = {path: tuple(map(_comparable, key)) for path, key in (image_keys | mask_keys).items()}
+
+    def nearness(image, mask):
+        folders = image.parent.parts, mask.parent.parts
+        return len(commonprefix([keys[image], keys[mask]])), len(commonprefix(folders))
+
+    images_of = {}
+    for image, masks in candidates.items():
+        for mask in masks:
+            images_of.setdefault(mask, []).append(image)
+    for mask, images in images_of.items():
+        if len(images) > 1:
+            found = {image: nearness(image, mask) for image in images}
+            most = max(found.values())
+            images_of[mask] = {image for image in images if found[image] == most}
+    kept = {
+        image: [m for m in masks if image in images_of[m]] for image, masks in candidates.items()
+    }
+    return {image: masks for image, masks in kept.items() if masks}
+
+
+def _sort_out(rule, images, masks, candidates, more, together):
+    """The Pairing of {image: masks that a rule found} and {image: masks to be united with it}.
+
+    together: all masks that the rule found for an image are united.
+    """
     pairing = Pairing(rule)
     users = Counter(chain.from_iterable(candidates.values()))
     used = users.keys() | _all_masks(more)
     for image in images:
         own, numbered = candidates.get(image, []), more.get(image, [])
-        if len(own) == 1 and users[own[0]] == 1:
+        if own and (together or len(own) == 1) and all(users[mask] == 1 for mask in own):
             pairing.pairs.append((image, (*own, *numbered)))
         elif own:
             pairing.several.append((image, [*own, *numbered]))
@@ -114,30 +185,30 @@ def _comparable(name):
     return same_form(same_form(name).casefold())
 
 
-def _by_key(images, masks, image_root=None, mask_root=None):
-    """{image: masks} of equal stems; with roots, of equal paths below them too."""
-
-    def key(path, root):
-        folders = path.relative_to(root).parent.parts if root else ()
-        return (*map(_comparable, folders), stem(path))
-
+def _by_key(images, masks):
+    """{image: masks} of equal keys, of two {Path: key}."""
     table = {}
-    for mask in masks:
-        table.setdefault(key(mask, mask_root), []).append(mask)
-    keyed = ((image, key(image, image_root)) for image in images)
-    return {image: table[name] for image, name in keyed if name in table}
+    for mask, key in masks.items():
+        table.setdefault(tuple(map(_comparable, key)), []).append(mask)
+    keyed = ((image, tuple(map(_comparable, key))) for image, key in images.items())
+    return {image: table[key] for image, key in keyed if key in table}
 
 
 # ---------------------------------------------------------------- several masks of one image
 
 
-def _numbered(masks):
-    """{mask: the mask beside it that has its name without the number at the end}."""
+def _numbered(masks, one_class):
+    """{mask: the mask beside it that has its name without the number at the end}.
+
+    one_class: where there is none, as where masks are counted from x_0, the first of the number.
+    """
     by_name = {(mask.parent, stem(mask)): mask for mask in masks}
     plain_of = {}
     for mask in masks:
         name = NUMBERED.fullmatch(stem(mask))
-        if name and (mask.parent, name[1]) in by_name:
+        if name and one_class:
+            by_name.setdefault((mask.parent, name[1]), mask)
+        if name and by_name.get((mask.parent, name[1]), mask) != mask:
             plain_of[mask] = by_name[mask.parent, name[1]]
     return plain_of
 
@@ -163,6 +234,43 @@ def _last_word(path):
     """The last word or number in the name of a file: 'mask' of 'benign (1)_mask.png'."""
     match = LAST_WORD.search(stem(path))
     return match and match[1]
+
+
+# ---------------------------------------------------------------- a folder for each image
+
+
+def _by_folder(images, masks):
+    """{image: masks} of keys that begin alike, in a way that no other image's key begins."""
+    best = {}
+    for length in range(min(map(len, images.values())), 0, -1):
+        image_keys, mask_keys = (
+            {path: key[:length] for path, key in side.items() if len(key) >= length}
+            for side in (images, masks)
+        )
+        owners = Counter(tuple(map(_comparable, key)) for key in image_keys.values())
+        found = {
+            image: own
+            for image, own in _by_key(image_keys, mask_keys).items()
+            if owners[tuple(map(_comparable, image_keys[image]))] == 1
+        }
+        best = max(best, found, key=len)
+    return best
+
+
+def _names_recur(candidates):
+    """Whether names tell the masks of an image apart: classes, or readers, and no mere numbers.
+
+    They do where a name, but for its digits, is there for two images beside another, and where
+    all images have masks of the same names.
+    """
+    words = [{re.sub(r"\d", "", stem(mask)) for mask in own} for own in candidates.values()]
+    counts = Counter(chain.from_iterable(words))
+    for own in words:
+        if len(own) > 1 and (len(words) == 1 or any(counts[word] > 1 for word in own)):
+            return True
+    names = {frozenset(map(stem, own)) for own in candidates.values()}
+    first = next(iter(names))
+    return len(names) == 1 and len(first) > 1 and not all(name.isdigit() for name in first)
 
 
 # ---------------------------------------------------------------- the part that names share

@@ -11,46 +11,59 @@ from PIL import Image
 from tqdm import tqdm
 
 from medseg.formats.nifti import Volume, open_nifti, read_orientation
-from medseg.importing.mask_values import classes_of_counts, count_values
+from medseg.importing.mask_values import (
+    classes_of_counts,
+    count_values,
+    one_class_of_counts,
+)
+from medseg.importing.value_counts import VOLUME
 from medseg.importing.writing import Example
 
-ENCODING = "volume"  # of mask values, beside those of `read_mask`
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
 SAME_PLACE = 0.01  # of a voxel: corners of image and mask this near differ by rounding only
 
 
-def volume_examples(pairs, names, groups, folder, classes=None, window=None, *, present=None):
-    """(examples of all slices, MaskClasses, orientation) of volumes and their masks.
+def volume_examples(
+    pairs, names, groups, places, classes=None, window=None, *, invert=False, present=None
+):
+    """(examples of all slices, {class name or None: MaskClasses}, orientation) of volumes.
 
-    pairs: [(image, mask)], paths. names and groups: of each volume; one without a group is a group
-    of its own, so that its slices stay in one split. folder: of the masks, for messages. classes:
-    names for them, as in `find_classes`. window as in `open_pair`. orientation: that all are
-    turned to, as "RAS": that of the first volume, or `present`, (orientation, where it comes
-    from), of the splits that stay; None where the affines tell none.
+    pairs: [(image, [(class name or None, mask), ...])], paths. names and groups: of each volume;
+    one without a group is a group of its own, so that its slices stay in one split. places: {class
+    name or None: folder or pattern of its masks}, for messages. classes, of masks without a class,
+    and invert as in `find_classes`. window as in `open_pair`. orientation: that all are turned to,
+    as "RAS": that of the first volume, or `present`, (orientation, where it comes from), of the
+    splits that stay; None where the affines tell none.
     Every volume is read once here, and what is wrong with it raises ValueError or
     FileNotFoundError; the slices are read again later.
     """
     orientation = _common_orientation([image for image, _ in pairs], *(present or ()))
-    open_once = _pair_opener(window, orientation)
-    lengths, axes, counted, turned, apart = [], [], [], 0, []
-    for image, mask in tqdm(pairs, "volumes", unit="volume", disable=None):
-        pair, counts = open_once(image, mask), Counter()
-        for index in range(len(pair)):
-            counts.update(count_values(pair.class_numbers(index)))
+    counted, lengths, axes, checks = {name: [] for name in places}, [], [], []
+    for image, own in tqdm(pairs, "volumes", unit="volume", disable=None):
+        pair = open_pair(image, own, window, orientation)
         lengths.append(len(pair))
-        axes.append(pair.mask.axis)
-        turned += pair.image.stored_orientation != pair.mask.stored_orientation
-        if pair.distance:
-            apart.append((pair.distance, spell_distance(pair.distance, pair.image), mask))
-        counted.append((mask, ENCODING, counts))
-    mask_classes = classes_of_counts(counted, folder, classes)
-    _report(lengths, axes, turned, apart)
+        axes.append(pair.image.axis)
+        for name, mask in pair.open_masks():
+            counts = Counter()
+            for index in range(len(pair)):
+                counts.update(count_values(mask.class_numbers(index)))
+            counted[name].append((mask.volume.path, VOLUME, counts))
+            said = f"{spell_distance(mask.distance, pair.image)} ({mask.volume.path.name})"
+            checks.append((mask.distance, said, mask.turned))
+    meanings = {
+        name: classes_of_counts(counted[None], place, classes, invert=invert)
+        if name is None
+        else one_class_of_counts(counted[name], place, name, invert=invert)
+        for name, place in places.items()
+    }
+    _report(lengths, axes, checks)
+    open_once = _pair_opener(window, orientation, meanings)
     examples = []
-    for pair, name, group, length in zip(pairs, names, groups, lengths, strict=True):
+    for (image, own), name, group, length in zip(pairs, names, groups, lengths, strict=True):
         for index in range(length):
-            read = functools.partial(_read_slice, open_once, *pair, index, mask_classes)
+            read = functools.partial(_read_slice, open_once, image, tuple(own), index)
             examples.append(Example(f"{name}_z{index:03d}", group or name, read))
-    return examples, mask_classes, orientation
+    return examples, meanings, orientation
 
 
 def _common_orientation(images, wanted=None, source=None):
@@ -75,36 +88,67 @@ def _common_orientation(images, wanted=None, source=None):
     return wanted
 
 
-def _pair_opener(window, orientation):
-    """`open_pair` of an image and a mask, of which the last OPEN_PAIRS are kept open.
+def _pair_opener(window, orientation, meanings):
+    """(image, masks) -> (its slices as pictures, the masks of each), the last OPEN_PAIRS kept.
 
     Slices are read in the order of their names, on several threads: each pair is opened once.
     """
     lock = threading.Lock()
 
     @functools.lru_cache(OPEN_PAIRS)
-    def open_cached(image, mask):
-        return open_pair(image, mask, window, orientation)
+    def open_cached(image, masks):
+        pair = open_pair(image, masks, window, orientation)
+        return pair.pictures, _united_masks(pair, meanings)
 
-    def open_locked(image, mask):
+    def open_locked(image, masks):
         with lock:  # else two threads would open the same pair
-            return open_cached(image, mask)
+            return open_cached(image, masks)
 
     return open_locked
 
 
-def _read_slice(open_once, image, mask, index, mask_classes):
-    """What `Example.read` returns, of a slice of the volumes at two paths."""
-    pair = open_once(image, mask)
-    masks = mask_classes.to_masks(ENCODING, pair.class_numbers(index))
-    return Image.fromarray(pair.pictures[index]), masks
+def _read_slice(open_once, image, masks, index):
+    """What `Example.read` returns, of a slice of a volume."""
+    pictures, united = open_once(image, masks)
+    return Image.fromarray(pictures[index]), united[index]
 
 
-def _report(lengths, axes, turned, apart):
+def _united_masks(pair, meanings):
+    """A sequence of {class name: RunLengths}, for each slice of a VolumePair.
+
+    One mask is read slice by slice. Of several, each is open for a moment: a hundred would take
+    gigabytes, and their runs take little.
+    """
+    if len(pair.masks) == 1:
+        ((name, mask),) = pair.open_masks()
+        return _MaskSlices(mask, meanings[name])
+    united = [{} for _ in range(len(pair))]
+    for name, mask in pair.open_masks():
+        for own, masks in zip(united, _MaskSlices(mask, meanings[name]), strict=True):
+            for class_name, runs in masks.items():
+                own[class_name] = own[class_name] | runs if class_name in own else runs
+    return united
+
+
+class _MaskSlices(Sequence):
+    """{class name: RunLengths} of each slice of a MaskVolume, read when it is asked for."""
+
+    def __init__(self, mask, mask_classes):
+        self._mask, self._mask_classes = mask, mask_classes
+
+    def __len__(self):
+        return len(self._mask.volume)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._mask_classes.to_masks(VOLUME, self._mask.class_numbers(index))
+
+
+def _report(lengths, axes, checks):
     """Print how many slices there are, across which axis they are cut, and what is doubtful.
 
-    turned: how many masks are stored in another orientation than their image. apart: (distance,
-    the same in words, mask) of those that lie beside their image.
+    checks: of each mask the distance to its image, the same in words, whether it was turned.
     """
     axis, count = Counter(axes).most_common(1)[0]
     total = len(axes)
@@ -114,13 +158,12 @@ def _report(lengths, axes, turned, apart):
             f"warning: {total - count} of {total} volumes have their largest spacing along "
             "another axis: their slices are cut in another direction"
         )
-    if turned:
-        print(f"orientation: {turned} of {total} masks turned to that of their image")
-    if apart:
-        _, distance, mask = max(apart)
+    if turned := sum(turned for _, _, turned in checks):
+        print(f"orientation: {turned} of {len(checks)} masks turned to that of their image")
+    if apart := [(distance, said) for distance, said, _ in checks if distance]:
         print(
-            f"warning: {len(apart)} of {total} masks lie less than a voxel beside their image, "
-            f"at most {distance} ({mask.name}): their affines differ"
+            f"warning: {len(apart)} of {len(checks)} masks lie less than a voxel beside their "
+            f"image, at most {max(apart)[1]}: their affines differ"
         )
 
 
@@ -128,54 +171,87 @@ def _report(lengths, axes, turned, apart):
 
 
 @dataclass(frozen=True)
-class VolumePair:
-    """A volume and its mask, cut across the same axis into `len(pair)` slices.
+class MaskVolume:
+    """A mask volume, cut across the same axis as its image.
 
-    pictures: the slices of the image, uint8 arrays (H, W). distance: that their corners lie apart,
-    in header units, 0 where it is rounding.
+    distance: that their corners lie apart, in header units, 0 where it is rounding. turned: whether
+    it was stored in another orientation than the image.
     """
 
-    image: Volume
-    mask: Volume
-    pictures: Sequence
+    volume: Volume
     distance: float
-
-    def __len__(self):
-        return len(self.pictures)
+    turned: bool
 
     def class_numbers(self, index):
         """The mask of one slice, uint16 array (H, W); ValueError for other than whole numbers."""
-        values = self.mask[index]
-        numbers = np.nan_to_num(values, nan=-1).clip(-1, 65536).astype(np.int32)
+        values = self.volume.whole_numbers(index)
+        numbers = values
+        if values is None:
+            values = self.volume[index]
+            numbers = np.nan_to_num(values, nan=-1).clip(-1, 65536).astype(np.int32)
         if (numbers != values).any() or numbers.min() < 0 or numbers.max() > 65535:
             raise ValueError(
-                f"{self.mask.path}: slice {index} holds something else than class numbers "
+                f"{self.volume.path}: slice {index} holds something else than class numbers "
                 "0, 1, 2, ..."
             )
         return numbers.astype(np.uint16)
 
 
-def open_pair(image_path, mask_path, window=None, orientation=None):
-    """The VolumePair of two NIfTI files.
+@dataclass(frozen=True)
+class VolumePair:
+    """A volume of `len(pair)` slices with its masks.
+
+    pictures: the slices of the image, uint8 arrays (H, W). masks: [(class name or None, path)].
+    orientation: that all are turned to, or None.
+    """
+
+    image: Volume
+    pictures: Sequence
+    masks: Sequence
+    orientation: str | None
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def open_masks(self):
+        """Yield (class name or None, MaskVolume) of each mask, opened one after the other.
+
+        Raises FileNotFoundError; ValueError where a mask lies a voxel or more beside the image.
+        """
+        for name, path in self.masks:
+            yield name, open_mask(path, self.image, self.orientation)
+
+
+def open_pair(image_path, masks, window=None, orientation=None):
+    """The VolumePair of a NIfTI file and [(class name or None, NIfTI file of a mask)].
 
     window as in `Volume.pictures`; orientation as in `open_nifti`: each is turned by its own
-    affine. Raises FileNotFoundError; ValueError where the two lie a voxel apart or more.
+    affine. Raises FileNotFoundError or ValueError.
     """
-    image, mask = (open_nifti(path, orientation) for path in (image_path, mask_path))
+    image = open_nifti(image_path, orientation)
+    return VolumePair(image, image.pictures(window), masks, orientation)
+
+
+def open_mask(path, image, orientation=None):
+    """The MaskVolume in a NIfTI file, of a Volume that was turned to the orientation.
+
+    Raises FileNotFoundError; ValueError where the two lie a voxel apart or more.
+    """
+    mask = open_nifti(path, orientation, is_mask=True)
     if image.shape != mask.shape:
         sizes = [" x ".join(map(str, volume.shape)) for volume in (image, mask)]
-        raise ValueError(f"{mask_path}: {sizes[1]} voxels, but {image_path} has {sizes[0]}")
+        raise ValueError(f"{path}: {sizes[1]} voxels, but {image.path} has {sizes[0]}")
     corners = np.stack([*np.meshgrid(*([0, side - 1] for side in image.shape)), np.ones((2, 2, 2))])
     offsets = (image.affine - mask.affine)[:3] @ corners.reshape(4, -1)
     distance, voxel = float(np.linalg.norm(offsets, axis=0).max()), min(image.spacing)
     if distance and not distance < voxel:
         raise ValueError(
-            f"{mask_path}: lies elsewhere than {image_path}: their affines differ by "
+            f"{path}: lies elsewhere than {image.path}: their affines differ by "
             f"{spell_distance(distance, image)}, and a voxel has {spell_distance(voxel, image)}"
         )
     mask.axis = image.axis  # equal but for rounding
-    distance = distance if distance > SAME_PLACE * voxel else 0.0
-    return VolumePair(image, mask, image.pictures(window), distance)
+    turned = image.stored_orientation != mask.stored_orientation
+    return MaskVolume(mask, distance if distance > SAME_PLACE * voxel else 0.0, turned)
 
 
 def spell_distance(distance, volume):

@@ -1,0 +1,97 @@
+"""An import of own data, from the flags of download.py to the splits of a data set."""
+
+import shlex
+from pathlib import Path
+
+from medseg.audit import next_training
+from medseg.cli import one_line
+from medseg.coco import SPLITS
+from medseg.importing.adding import add_images
+from medseg.importing.class_names import parse_classes, parse_labels
+from medseg.importing.coco_files import coco_examples
+from medseg.importing.labelme import labelme_examples
+from medseg.importing.mask_folders import mask_examples
+from medseg.importing.patterns import find_sides
+from medseg.importing.writing import check_free, present_settings, write_dataset
+from medseg.settings import check_window
+from medseg.splits import present_splits, wanted_splits
+
+
+def import_data(root, args):
+    """Write the images and masks that the flags name as splits of `root`.
+
+    Raises ValueError, or OSError where a file cannot be read or written; `root` is unchanged then.
+    """
+    splits = wanted_splits(args.split, args.into)
+    stay = [split for split in present_splits(root) if args.add or split not in splits]
+    if not args.add:
+        check_free(root, splits, args.force, args.into)
+    elif args.into not in stay:
+        raise ValueError(f"{root / args.into}: no such split to add to: write it without --add")
+    try:
+        images, masks = find_sides(*args.masks) if args.masks else (None, {})
+        sources = [place for files in (images, *masks.values()) if files for place in files.places]
+        sources += [Path(name) for name in (*(args.coco or ()), args.labelme) if name]
+        _check_sources(root, splits, sources, args.add)
+        parse = parse_classes if args.masks else parse_labels
+        classes = args.classes if args.classes is None else parse(args.classes)
+        options = {"classes": classes, "group": args.group, "prefix": args.prefix or ""}
+        present, info, wrong = present_settings(root, stay), {}, []
+        if not args.masks:
+            check_window(present, None)
+        if args.masks:
+            options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
+            options["invert"] = args.invert
+            examples, classes, info = mask_examples(images, masks, **options, present=present)
+        elif args.labelme:
+            examples, classes, wrong = labelme_examples(args.labelme, **options)
+        else:
+            options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
+            examples, classes = coco_examples(*args.coco, **options)
+        if not classes and not args.add:
+            name = masks[None].text if masks else sources[0]
+            raise ValueError(
+                f"{name}: all masks are empty: --add takes such images, into a split that has "
+                "classes"
+            )
+        # The names of labels and categories do not depend on their order, those of values do.
+        choice = {"into": args.into, "any_order": not (None in masks or args.classes)}
+        if args.add:
+            prefix = f"{args.prefix or sources[0].resolve().stem}_"
+            choice |= {"prefix": prefix, "duplicates": args.duplicates}
+            add_images(root, examples, classes, **choice)
+        else:
+            choice |= {"split": args.split, "seed": args.seed, "force": args.force, "info": info}
+            write_dataset(root, examples, classes, **choice)
+        if wrong:
+            print(
+                f"note: {len(wrong)} of {len(examples)} LabelMe files have an imagePath that leads "
+                f"to nothing or to another picture ({min(wrong).name}): their imageData was taken"
+            )
+    except FileNotFoundError as error:
+        raise ValueError(one_line(error)) from None
+
+
+def _check_sources(root, splits, sources, add):
+    """Raise ValueError where a source lies in a split that is to be written, or around `root`."""
+    for name in sources:
+        place = name.resolve()
+        for split in splits:
+            if (root / split).resolve() in (place, *place.parents):
+                why = "which would be added to itself" if add else "which would be replaced"
+                raise ValueError(f"{name}: lies in {root / split}, {why}")
+        if present_splits(root) and place in (root.resolve(), *root.resolve().parents):
+            raise ValueError(
+                f"{name}: its images would be read together with those of the data set {root}, "
+                "which lies in it: name a folder elsewhere with --data"
+            )
+
+
+def print_next(root):
+    """Print which splits are missing, or the commands to run next."""
+    missing = [split for split in SPLITS if split not in present_splits(root)]
+    for split in missing:
+        print(f"missing: {split}, which train.py needs: write it with --into {split}")
+    if not missing:
+        name = "" if root == Path("dataset") else f" {shlex.quote(str(root))}"
+        print(f"next: python data.py{name}, {next_training(root)}")
