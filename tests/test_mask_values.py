@@ -43,6 +43,20 @@ def again(*flags):
     return run_download(*MASKS, "--force", *flags)
 
 
+ANY_COLOURS = np.arange(256 * 3) % 251
+
+
+def palette(indices, colours=ANY_COLOURS):
+    """Label map -> PIL image of these indices of a palette."""
+
+    def make(label_map):
+        image = Image.fromarray(np.array(indices, np.uint8)[label_map])
+        image.putpalette(np.array(colours, np.uint8).tobytes())
+        return image
+
+    return make
+
+
 def assert_stored(label_map, **numbers):
     """The one image in train has the classes NAME of these numbers in the label map, no others."""
     (masks,) = stored().values()
@@ -83,6 +97,15 @@ def test_values_of_classes(here, text):
         assert f"class {name}: value{s} {values}, {percent:.2f} % of the pixels" in out
 
 
+def test_border_of_palette_masks_is_not_among_all_values(here):
+    label_map = labels(1, 3)
+    save_pair("a", palette([0, 1, 2, 255])(label_map))
+    assert "so background: 255" in again("--classes", "*=cell")
+    assert_stored(label_map, cell=[1, 2])
+    again("--classes", "*=cell,255=border")
+    assert_stored(label_map, cell=[1, 2], border=[3])
+
+
 def test_values_that_are_not_named_are_counted(here):
     label_map = labels(1, 3)
     save_pair("a", grey(LEVELS)(label_map))
@@ -108,9 +131,8 @@ def test_colours_of_classes(here):
     """Also of palettes, which may list them in any order."""
     label_map = labels(1, 3)
     for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
-        palette = Image.frombytes("P", PHOTO, np.argsort(order)[label_map].astype(np.uint8))
-        palette.putpalette(COLOURS[order].tobytes())
-        for mask in (palette, Image.fromarray(COLOURS[label_map])):
+        indexed = palette(np.argsort(order), COLOURS[order])(label_map)
+        for mask in (indexed, Image.fromarray(COLOURS[label_map])):
             assert_array_equal(np.asarray(mask.convert("RGB")), COLOURS[label_map])
             save_pair("a", mask)
             again("--classes", "#0000ff=vein,#ff0000=artery,#808080=vein")
@@ -262,7 +284,8 @@ def test_bad_files_of_names_are_one_line(here, name):
     before = os.listdir()
     with pytest.MonkeyPatch.context() as patch:  # a tree with a FIFO or a hole cannot be read
         patch.setattr("helpers.tree", lambda root: os.listdir(root))
-        line = refuse_download(*MASKS, "--classes", name, words=[name])
+        words = [name, "FIFO"] if content == "fifo" else [name]
+        line = refuse_download(*MASKS, "--classes", name, words=words)
     assert "Traceback" not in line and os.listdir() == before
 
 
@@ -478,8 +501,9 @@ def test_inverted_masks_of_several_values(here):
     line = refuse_download(*MASKS, "--invert", words=["masks", "--invert", "128, 255"])
     again(*command_in(line))
     assert_stored(label_map, NAME=[0])
-    palette = Image.frombytes("P", PHOTO, np.array([0, 1, 255], np.uint8)[label_map])
-    save_pair("a", palette)  # 255 is PASCAL VOC's border, which is background either way
+    save_pair(
+        "a", palette([0, 1, 255])(label_map)
+    )  # 255 is PASCAL VOC's border, which is background either way
     again("--invert")
     assert_stored(label_map, foreground=[0])
 
@@ -491,7 +515,7 @@ ARRAYS = {
     "uint8": lambda m: m.astype(np.uint8) * 255,
     "bool": lambda m: m > 0,
     "int64": lambda m: m.astype(np.int64),
-    "big-endian": lambda m: m.astype(">i4") * 70000,
+    "big-endian": lambda m: (m * 70000).astype(">i4"),
     "float": lambda m: m.astype(np.float64),
     "(H, W, 1)": lambda m: m[..., None].astype(np.int16),
     "columns first": lambda m: np.asfortranarray(m.astype(np.uint8)),
@@ -505,7 +529,8 @@ def test_masks_of_numpy(here, case):
     save(photo(), "images/a.jpg")
     Path("masks").mkdir()
     np.save("masks/a_mask.npy", ARRAYS[case](label_map))
-    assert "a.jpg and a_mask.npy" in run_download(*MASKS)
+    out = run_download(*MASKS)
+    assert "a.jpg and a_mask.npy" in out and ("value 70000" in out) == (case == "big-endian")
     assert_stored(label_map, foreground=[1])
     save(photo(), "one/a.jpg")
     Path("masks/a_mask.npy").rename("one/a_mask.npy")
@@ -548,7 +573,7 @@ def test_bad_arrays_are_one_line(here, case):
         Path("masks/a.npy").write_bytes(content)
     else:
         np.save("masks/a.npy", content, allow_pickle=True)
-    refuse_download(*MASKS, words=["masks/a.npy"])
+    refuse_download(*MASKS, words=["masks/a.npy", *["(0, 9)"] * (case == "empty")])
 
 
 def test_arrays_are_measured_before_they_are_read(here):
