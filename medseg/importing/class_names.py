@@ -289,8 +289,6 @@ def _from_json(content, path):
         numbers = entry if isinstance(entry, list) else [entry]
         regions |= isinstance(entry, list)
         for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, str)):
-                number = ""
             if not NUMBER.fullmatch(str(number)):
                 raise ValueError(f"{path}: {key!r:.60} is {entry!r:.60}, not a label number")
             pairs.append((str(number), same_form(key.strip())))
