@@ -6,6 +6,7 @@ examples:
   python predict.py scan.png --output mask.png       # only the mask, in that file
   python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.jpg of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
+  python predict.py scans/ --pixel-size 0.5          # areas in predictions.csv in mm2 too
   python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
   python predict.py --export model.onnx              # the model for other programs
@@ -43,8 +44,8 @@ from medseg.images import (
     read_image,
     resize_nearest,
     save_mask,
-    save_overlay,
     save_png,
+    sum_probabilities,
 )
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
@@ -60,6 +61,7 @@ from medseg.predicting.inputs import (
     sort_files,
 )
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
+from medseg.predicting.results import MAX_LINES, Results, Table
 from medseg.settings import choose_window
 
 # ---- the tutorial's functions ----------------------------------------------------------------
@@ -210,51 +212,66 @@ def predict_one(model, frame, output, threshold):
     print(f"saved {' and '.join(map(str, written))}")
 
 
-def predict_many(model, frames, output, threshold, scores=None):
+def predict_many(model, frames, output, threshold, scores=None, *, results=None, lines=True):
     """Write a mask and an overlay for each image, in threads, a few batches behind at most.
 
-    scores: a FolderScores to tell of each, or None.
+    scores: a FolderScores to tell of each, or None. results: a Results of this folder that is to
+    have their rows. lines: print one on each.
     Returns [(path, why)] of those that could not be predicted.
     """
 
     def write(frame, image, probabilities):
         labels = model.labels(probabilities, image.size, threshold)
-        save_mask(labels, output / f"{frame.name}_mask.png", names)
-        save_overlay(image, labels, output / f"{frame.name}_overlay.jpg", names)
+        results.add(frame, image, labels, probabilities)
         if scores:
             scores.add(frame.path, image.size, probabilities)
-        return describe(frame.path, labels, probabilities.max((1, 2)), names)
+        return describe(frame.path, labels, probabilities.max((1, 2)), model.class_names)
 
-    problems, names, writing = [], model.class_names, deque()
+    def tell(line):
+        if lines:
+            tqdm.write(line)
+
+    problems, writing = [], deque()
+    results = results or Results(output, model.class_names)
     predicted = predict_images(model, frames, problems)
     bar = tqdm(predicted, total=len(frames), unit=" images", disable=None)
     with ThreadPoolExecutor(available_cores()) as pool:
         for frame, image, probabilities in bar:
             writing.append(pool.submit(write, frame, image, probabilities))
             if len(writing) > 2 * model.batch_size:
-                tqdm.write(writing.popleft().result())
+                tell(writing.popleft().result())
         for line in writing:
-            tqdm.write(line.result())
+            tell(line.result())
     if frames:
-        print(f"saved {len(frames) - len(problems)} masks and overlays in {output}")
+        print(f"saved {len(frames) - len(problems)} {results.what()} in {output}")
     return problems
 
 
-def predict_volume(model, file, output, threshold, window):
-    """Write a mask volume and, where `output` is a folder, a montage of slices."""
+def predict_volume(model, file, output, threshold, window, *, results=None, lines=True):
+    """Write a mask volume and, where `output` is a folder, a montage of slices.
+
+    results: a Results of this folder that is to have the rows of the volume. lines: print some.
+    """
     from medseg.formats.nifti import write_prediction
 
     frames, volume = open_file(file, window, model.orientation)
-    masks, highest = np.zeros((len(volume), *volume[0].shape), np.uint8), 0
+    masks, highest, sums = np.zeros((len(volume), *volume[0].shape), np.uint8), 0, 0
     predicted = predict_images(model, frames)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
     for index, (_, image, probabilities) in enumerate(bar):
         masks[index] = model.labels(probabilities, image.size, threshold)
         highest = np.maximum(highest, probabilities.max((1, 2)))
+        if results:
+            sums = sums + sum_probabilities(masks[index], probabilities)
     slices = volume.pictures(window)
     written = write_prediction(output, volume, slices, masks, model.class_names)
-    print(describe(file.path, masks, highest, model.class_names))
-    print(f"saved {' and '.join(map(str, written))}")
+    if results:
+        if volume.stored_spacing is None:
+            print(f"{file.path}: its header gives a voxel no size, so no mm or mL are measured")
+        results.add_volume(file.path, volume, masks, highest, sums)
+    if lines:
+        print(describe(file.path, masks, highest, model.class_names))
+        print(f"saved {' and '.join(map(str, written))}")
 
 
 # ---- a folder with annotations: scores -------------------------------------------------------
@@ -299,8 +316,10 @@ def report(model, folder, scores, output):
     return write_report(output, str(folder), scores, sweep, model.class_names)
 
 
-def predict_annotated(model, folder, frames, output, threshold, problems):
+def predict_annotated(model, folder, frames, output, threshold, problems, **options):
     """`predict_many`, and a report on the folder; what it had to leave out is added to `problems`.
+
+    options: its own.
 
     Returns whether there is a report: not where an annotated image could not be predicted.
     """
@@ -308,7 +327,7 @@ def predict_annotated(model, folder, frames, output, threshold, problems):
 
     inference = {"flips": model.inference.flips, "clean": model.inference.clean}
     scores = open_folder(model, folder, threshold, **inference)
-    problems += predict_many(model, frames, output, threshold, scores)
+    problems += predict_many(model, frames, output, threshold, scores, **options)
     if problems and scores.missing():
         return False
     print_report(folder, output, report(model, folder, scores, output))
@@ -370,32 +389,53 @@ def predict_inputs(args, model, window):
     for folder in filter(Path.is_dir, map(Path, inputs)):
         if rank == 0 and (aside := left_aside(folder)):
             print(f"left aside in {folder}: {aside}")
-    frames, volumes, problems = sort_files(files, window)
+    frames, volumes, problems = sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
-    if len(files) == 1 and not Path(inputs[0]).is_dir():  # one file was named
-        if problems:
-            raise ValueError(problems[0][1])
-        if total == 1:
-            output = choose_output(args.output, True, files)
-            for frame in frames:
-                predict_one(model, frame, output, args.threshold)
-            for file in volumes:
-                predict_volume(model, file, output, args.threshold, window)
-            return
-    output, folder = choose_output(args.output, False, files), annotated_folder(inputs)
-    for file in volumes[rank::world]:
-        try:
-            predict_volume(model, file, output, args.threshold, window)
-        except (FileNotFoundError, ValueError) as error:
-            problems.append((file.path, str(error)))
-    scored = True
-    if folder is None:
-        problems += predict_many(model, frames[rank::world], output, args.threshold)
-    elif rank == 0:  # a report is made of the predictions of one process
-        scored = predict_annotated(model, folder, frames, output, args.threshold, problems)
+    named = len(files) == 1 and not Path(inputs[0]).is_dir()
+    if named and problems:
+        raise ValueError(problems[0][1])
+    single = named and total == 1
+    output = choose_output(args.output, single, files)
+    if single and frames:
+        return predict_one(model, frames[0], output, args.threshold)
+    if single and not output.is_dir():  # the mask alone, in this file
+        return predict_volume(model, volumes[0], output, args.threshold, window)
+    folder, scored = annotated_folder(inputs), True
+    results = Results(output, model.class_names)
+    table, options = Table(results, rank, world), {"results": results, "lines": total <= MAX_LINES}
+    titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
+    try:
+        for file in volumes[rank::world]:
+            try:
+                predict_volume(model, file, output, args.threshold, window, **options)
+            except (FileNotFoundError, ValueError) as error:
+                problems.append((file.path, str(error)))
+        shared = (output, args.threshold)
+        if folder is None:
+            problems += predict_many(model, frames[rank::world], *shared, **options)
+        elif rank == 0:  # a report is made of the predictions of one process
+            scored = predict_annotated(model, folder, frames, *shared, problems, **options)
+    finally:  # what was measured is kept, also where a report fails
+        table.finish(titles, describe_run(args, model, window), args.model, problems)
+    if single and problems:
+        raise ValueError(problems[0][1])
     if problems:
         unscored = "" if scored else f"; {folder} has no report without them"
         raise ValueError(describe_left_out(problems, len(files), total) + unscored)
+
+
+def describe_run(args, model, window):
+    """What the masks depend on beside the weights, as plain values for predictions.json."""
+    return {
+        "class_names": list(model.class_names),
+        **model.inference.as_dict(),
+        "image_size": model.image_size,
+        "n_channels": model.n_channels,
+        "precision": model.precision,
+        "window": window or model.window,
+        "orientation": model.orientation,
+        "pixel_size_mm": args.pixel_size,
+    }
 
 
 def rank_and_world():

@@ -188,6 +188,37 @@ def full_size_labels(probabilities, size, threshold):
     return labels
 
 
+def full_size_stripes(channel, size, columns=None):
+    """Yield (slice of columns, float32 (height, columns)) of probabilities at the size of an image.
+
+    channel: float32 (S, S); size: (width, height). They are resized as `full_size_labels` resizes
+    them, few columns at a time. columns: the slice of those that are needed, or None for all.
+    """
+    (width, height), bilinear = size, Image.Resampling.BILINEAR
+    first, last, _ = (columns or slice(None)).indices(width)
+    wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
+    for start in range(first, last, STRIPE):
+        part = slice(start, min(start + STRIPE, last))
+        stripe = Image.fromarray(np.ascontiguousarray(wide[:, part]))
+        yield part, np.asarray(stripe.resize((stripe.width, height), bilinear))
+
+
+def sum_probabilities(labels, probabilities):
+    """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
+
+    labels: class numbers, uint8 (height, width); probabilities: float32 (C, S, S).
+    """
+    from scipy import ndimage
+
+    sums, size = np.zeros(len(probabilities)), labels.shape[::-1]
+    for index, box in enumerate(ndimage.find_objects(labels)):
+        if box is None:
+            continue
+        for columns, stripe in full_size_stripes(probabilities[index], size, box[1]):
+            sums[index] += stripe[labels[:, columns] == index + 1].sum(dtype=np.float64)
+    return sums
+
+
 def describe(path, labels, highest, class_names):
     """A line on a prediction, or with several classes one for each.
 

@@ -1,4 +1,6 @@
-"""Connected pieces of masks, and masks cleaned of them. No torch."""
+"""Connected pieces of masks: measured, and masks cleaned of them. No torch."""
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,3 +48,80 @@ def clean_labels(labels, clean):
     for number in np.flatnonzero(counts[1:]) + 1:
         cleaned[clean_mask(labels == number, clean)] = number
     return cleaned
+
+
+# ---- measured --------------------------------------------------------------------------------
+
+
+class Pieces(NamedTuple):
+    """The pieces of a mask, and where the largest one lies.
+
+    count: how many there are. largest: the pixels of the largest. center: its centroid, in the
+    order of the array's axes; pixel (0, 0) has its centre at 0, 0. diameter: the longest distance
+    between the centres of two of its pixels, in pixels; diameter_mm: the same in mm, or None.
+    Of an empty mask, center and the diameters are None.
+    """
+
+    count: int = 0
+    largest: int = 0
+    center: tuple | None = None
+    diameter: float | None = None
+    diameter_mm: float | None = None
+
+
+def measure_pieces(mask, spacing=None):
+    """The `Pieces` of a bool array (H, W), or (D, H, W) of a volume.
+
+    Pixels that touch at a side, an edge or a corner are of one piece. spacing: mm of a pixel along
+    each axis, or None where it is unknown.
+    """
+    from scipy import ndimage
+
+    numbers, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
+    if not count:
+        return Pieces()
+    sizes = np.bincount(numbers[mask], minlength=count + 1)
+    largest = int(sizes.argmax())
+    box = ndimage.find_objects(numbers, largest)[-1]
+    piece = numbers[box] == largest
+    center = []
+    for axis, side in enumerate(box):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        counts = piece.sum(others)
+        center.append(float(side.start + counts @ np.arange(len(counts)) / sizes[largest]))
+    ends = _row_ends(piece)
+    in_mm = None if spacing is None else longest_distance(ends * np.asarray(spacing, float))
+    return Pieces(count, int(sizes[largest]), tuple(center), longest_distance(ends), in_mm)
+
+
+def _row_ends(piece):
+    """Where the rows of a bool array (..., W) begin and end, (N, D).
+
+    Any other pixel lies between two of these, so the longest distance is between two of them.
+    """
+    inner = np.zeros_like(piece)
+    inner[..., 1:-1] = piece[..., :-2] & piece[..., 2:]
+    return np.argwhere(piece & ~inner)
+
+
+def longest_distance(points):
+    """The longest distance between two of the points, an array (N, D) of one or more.
+
+    It is that of two corners of their convex hull (Shamos, "Computational Geometry", 1978).
+    """
+    from scipy.spatial import ConvexHull
+    from scipy.spatial.distance import cdist
+
+    points = np.asarray(points, float)
+    points = points - points[0]
+    # In the space that they span: a straight row of pixels has no area, and so no hull in 2-D.
+    _, lengths, axes = np.linalg.svd(points, full_matrices=False)
+    rank = int((lengths > lengths[0] * 1e-9).sum())
+    if not rank:
+        return 0.0
+    points = points @ axes[:rank].T
+    if rank == 1:
+        return float(np.ptp(points))
+    corners = points[ConvexHull(points).vertices]
+    parts = (corners[start : start + 256] for start in range(0, len(corners), 256))
+    return float(max(cdist(part, corners).max() for part in parts))

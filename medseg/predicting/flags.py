@@ -50,11 +50,30 @@ def make_parser(doc):
         help="of DICOM or NIfTI values; default: that of the weights, or the file's own, or 0.5 "
         "to 99.5 %% of a volume",
     )
+    add(
+        "--pixel-size",
+        type=pixel_size,
+        metavar="MM",
+        help="width and height of a pixel in mm, 0.5 or 0.5x0.7, of images whose files do not tell "
+        "it as DICOM and NIfTI do: for areas in predictions.csv",
+    )
     add = parser.add_argument_group("page").add_argument
     add("--page", action="store_true", help="open a page in the browser; needs gradio")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
     add("--port", type=number(0, 65535), metavar="N", help="default: 7860 or the next free one")
     return parser
+
+
+def pixel_size(text):
+    """'0.5' or '0.5x0.7', width and height in mm -> (height, width)."""
+    parts = text.lower().split("x")
+    sizes = [number(0.0, type=float)(part) for part in parts]
+    if not 1 <= len(sizes) <= 2 or min(sizes) <= 0:
+        raise argparse.ArgumentTypeError(f"must be mm above 0, such as 0.5 or 0.5x0.7, not {text}")
+    return sizes[-1], sizes[0]
+
+
+pixel_size.__name__ = "size"  # argparse names it: "invalid size value"
 
 
 def _add_model_flags(parser):
