@@ -47,6 +47,7 @@ from medseg.images import (
     save_png,
     sum_probabilities,
 )
+from medseg.pieces import check_clean
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
@@ -203,7 +204,8 @@ def read_ahead(model, frames, leave_out):
 def predict_one(model, frame, output, threshold):
     """Write the mask of an image and, where `output` is a folder, the tutorial's figure."""
     ((_, image, probabilities),) = predict_images(model, [frame])
-    labels, written = model.labels(probabilities, image.size, threshold), [output]
+    labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+    written = [output]
     if output.is_dir():
         written = [output / f"{frame.name}_mask.png", output / "predictions.png"]
         visualize_result(image, labels, path=written[1], class_names=model.class_names)
@@ -221,7 +223,7 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
     """
 
     def write(frame, image, probabilities):
-        labels = model.labels(probabilities, image.size, threshold)
+        labels = model.labels(probabilities, image.size, threshold, frame.spacing)
         results.add(frame, image, labels, probabilities)
         if scores:
             scores.add(frame.path, image.size, probabilities)
@@ -255,11 +257,12 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     from medseg.formats.nifti import write_prediction
 
     frames, volume = open_file(file, window, model.orientation)
+    check_clean(model.inference.clean, volume.slice_spacing, file.path)
     masks, highest, sums = np.zeros((len(volume), *volume[0].shape), np.uint8), 0, 0
     predicted = predict_images(model, frames)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
-    for index, (_, image, probabilities) in enumerate(bar):
-        masks[index] = model.labels(probabilities, image.size, threshold)
+    for index, (frame, image, probabilities) in enumerate(bar):
+        masks[index] = model.labels(probabilities, image.size, threshold, frame.spacing)
         highest = np.maximum(highest, probabilities.max((1, 2)))
         if results:
             sums = sums + sum_probabilities(masks[index], probabilities)
@@ -280,7 +283,7 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
 def open_folder(model, folder, threshold, **inference):
     """The FolderScores of a folder with annotations, for the predictions of this model.
 
-    inference: flips and clean-up of these, as FolderScores takes them.
+    inference: flips and clean-up of these, and the spacing, as FolderScores takes them.
     Raises ValueError where the annotations are damaged or of other classes.
     """
     from data import open_split
@@ -303,8 +306,8 @@ def report(model, folder, scores, output):
     `valid` beside the folder, never in the folder itself.
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
     """
-    from data import Batches, load_split
-    from medseg.predicting.report import threshold_sweep, write_report
+    from data import Batches, load_split, open_split
+    from medseg.predicting.report import pixel_areas, threshold_sweep, write_report
 
     scores.complete(model)
     valid, sweep = folder.resolve().parent / "valid", None
@@ -312,7 +315,9 @@ def report(model, folder, scores, output):
         content = {"classes": scores.dataset.classes, "n_channels": model.n_channels}
         rows = load_split(valid.parent, valid.name, model.image_size, **content)
         sizes = {"n_channels": model.n_channels, "n_classes": model.n_classes}
-        sweep = threshold_sweep(model, Batches(rows, model.batch_size, model.device, **sizes))
+        batches = Batches(rows, model.batch_size, model.device, **sizes)
+        dataset = open_split(valid.parent, valid.name, model.image_size, **content)
+        sweep = threshold_sweep(model, batches, pixel_areas(dataset, scores.spacing))
     return write_report(output, str(folder), scores, sweep, model.class_names)
 
 
@@ -326,7 +331,8 @@ def predict_annotated(model, folder, frames, output, threshold, problems, **opti
     from medseg.predicting.report import print_report
 
     inference = {"flips": model.inference.flips, "clean": model.inference.clean}
-    scores = open_folder(model, folder, threshold, **inference)
+    spacing = frames[0].spacing if frames else None  # pictures have that of --pixel-size
+    scores = open_folder(model, folder, threshold, spacing=spacing, **inference)
     problems += predict_many(model, frames, output, threshold, scores, **options)
     if problems and scores.missing():
         return False
@@ -357,7 +363,7 @@ def main(argv=None):
     if args.page:
         from medseg.page.app import serve
 
-        options = {"threshold": args.threshold, "window": window}
+        options = {"threshold": args.threshold, "window": window, "pixel_size": args.pixel_size}
         name = paths[0] if len(paths) == 1 else f"{len(paths)} models"
         serve(model, name, host=args.host, port=args.port, **options)
     else:
@@ -394,6 +400,8 @@ def predict_inputs(args, model, window):
     named = len(files) == 1 and not Path(inputs[0]).is_dir()
     if named and problems:
         raise ValueError(problems[0][1])
+    for frame in frames:
+        check_clean(model.inference.clean, frame.spacing, frame.path)
     single = named and total == 1
     output = choose_output(args.output, single, files)
     if single and frames:

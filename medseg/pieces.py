@@ -1,53 +1,157 @@
 """Connected pieces of masks: measured, and masks cleaned of them. No torch."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from medseg.cli import parse_named_values
 
-# What --clean does to a mask: {name: (value where none is given, highest)}, for
-# `medseg.cli.parse_named_values`.
-CLEANINGS = {"largest": (1.0, 1.0)}  # keep the largest piece alone; 0: do not
+# The steps of --clean, in the order in which they are taken: {name: (value where none is given,
+# highest)}, for `medseg.cli.parse_named_values`.
+CLEANINGS = {
+    "min-area": (None, 1e9),  # remove pieces of fewer pixels of the image
+    "min-mm2": (None, 1e9),  # remove pieces of less area
+    "largest": (1.0, 1.0),  # of the pieces that are left, keep the largest; 0: do not
+    "fill": (1.0, 1.0),  # fill the holes of those; 0: do not
+}
 
 
-def largest_piece(mask):
-    """bool (H, W) -> bool (H, W) with its largest piece alone; a mask without one stays empty.
+class PixelArea(NamedTuple):
+    """What a pixel of a mask covers: so many pixels of the image, and mm2 where they are known."""
+
+    pixels: float = 1.0
+    mm2: float | None = None
+
+
+ONE = PixelArea()
+
+
+def pixel_area(spacing, size=None, shape=None):
+    """The PixelArea of a mask of an image.
+
+    spacing: mm of a pixel of the image along each axis, or None. size: (width, height) of the
+    image and shape: (H, W) of the mask, where that is another one.
+    """
+    pixels = math.prod(size) / math.prod(shape) if size else 1.0
+    return PixelArea(pixels, None if spacing is None else pixels * math.prod(spacing))
+
+
+def check_clean(clean, spacing, path):
+    """ValueError that names the image at `path` where --clean counts mm2 and has no `spacing`."""
+    if "min-mm2" in parse_named_values(clean, CLEANINGS) and spacing is None:
+        raise ValueError(
+            f"{path}: does not tell the size of its pixels, which --clean {clean} needs: give it "
+            "with --pixel-size, or use min-area, which counts pixels"
+        )
+
+
+def describe_clean(clean):
+    """What --clean does, in words: ['no piece below 50 pixels', 'largest piece', ...] or []."""
+    steps, words = parse_named_values(clean, CLEANINGS), []
+    for name, unit in (("min-area", "pixels"), ("min-mm2", "mm2")):
+        if steps.get(name):
+            words.append(f"no piece below {steps[name]:g} {unit}")
+    if steps.get("largest"):
+        words.append("largest piece")
+    return [*words, "holes filled"] if steps.get("fill") else words
+
+
+def _keep_pieces(mask, steps, area):
+    """bool (H, W) -> bool (H, W) with the pieces that min-area, min-mm2 and largest leave.
 
     Pixels that touch at a side or a corner are of one piece (8-connectivity). Of pieces of one
     size the first is kept, row by row from the top left.
     """
     from scipy import ndimage  # most predictions do without it
 
-    numbers, count = ndimage.label(mask, np.ones((3, 3)))
-    if count < 2:
-        return mask
+    fewest = steps.get("min-area", 0) / area.pixels
+    if steps.get("min-mm2"):
+        if area.mm2 is None:
+            raise ValueError("min-mm2 needs the size of the pixels in mm")
+        fewest = max(fewest, steps["min-mm2"] / area.mm2)
+    numbers, _ = ndimage.label(mask, np.ones((3, 3)))
     sizes = np.bincount(numbers[mask])  # numbered row by row, from 1
-    return numbers == sizes.argmax()
+    kept = (sizes > 0) & (sizes >= fewest * (1 - 1e-9))  # 0.3 mm2 of 0.1 are 3 pixels
+    if steps.get("largest") and kept.any():
+        kept &= np.arange(len(sizes)) == sizes.argmax()
+    return kept[numbers] if kept.any() else np.zeros_like(mask)
 
 
-def clean_mask(mask, clean):
-    """bool (H, W) -> the same as --clean has it. clean: text such as 'largest', or 'none'."""
+def _find_holes(masks, free):
+    """The class number in whose hole a pixel lies, uint8 (H, W); 0 where it lies in none.
+
+    masks: iterable of (number, box, bool array of that box), of each class. free: bool (H, W),
+    pixels of no class, which alone may be filled. A hole is surrounded by pixels of one class, and
+    nothing leads out of it over their sides (4-connectivity, as scipy's binary_fill_holes has it).
+    A hole in an island in a hole belongs to the island.
+    """
+    from scipy import ndimage
+
+    holes = []
+    for number, box, mask in masks:
+        numbers, _ = ndimage.label(~mask)
+        for index, part in enumerate(ndimage.find_objects(numbers), 1):
+            inside = all(
+                side.start > 0 and side.stop < length
+                for side, length in zip(part, mask.shape, strict=True)
+            )
+            if inside:
+                hole = numbers[part] == index
+                place = (
+                    slice(of.start + at.start, of.start + at.stop)
+                    for of, at in zip(box, part, strict=True)
+                )
+                holes.append((hole.sum(), number, tuple(place), hole))
+    owners = np.zeros(free.shape, np.uint8)
+    for _, number, place, hole in sorted(holes, key=lambda hole: -hole[0]):  # the outer ones first
+        owners[place][hole & free[place]] = number
+    return owners
+
+
+def largest_piece(mask):
+    """bool (H, W) -> bool (H, W) with its largest piece alone; a mask without one stays empty."""
+    return _keep_pieces(mask, {"largest": 1.0}, ONE)
+
+
+def clean_masks(masks, clean, area=ONE):
+    """The masks of each class, bool (C, H, W), as --clean has them.
+
+    clean: text such as 'min-area=50,largest,fill', or 'none'; its steps are taken in the order of
+    CLEANINGS, for each class by itself. Where holes are filled, no other class is overwritten.
+    area: the PixelArea of these masks. Raises ValueError for min-mm2 where that is unknown.
+    """
     steps = parse_named_values(clean, CLEANINGS)
-    return largest_piece(mask) if steps.get("largest") else mask
+    if any(steps.get(name) for name in ("min-area", "min-mm2", "largest")):
+        masks = np.stack([_keep_pieces(mask, steps, area) for mask in masks])
+    if steps.get("fill"):
+        everywhere = tuple(slice(0, side) for side in masks.shape[1:])
+        parts = ((number, everywhere, mask) for number, mask in enumerate(masks, 1))
+        owners = _find_holes(parts, ~masks.any(0))
+        masks = masks | (owners == np.arange(1, len(masks) + 1)[:, None, None])
+    return masks
 
 
-def clean_masks(masks, clean):
-    """`clean_mask` of each class by itself; masks: bool (C, H, W)."""
-    if clean == "none":
-        return masks
-    return np.stack([clean_mask(mask, clean) for mask in masks])
-
-
-def clean_labels(labels, clean):
-    """`clean_mask` of each class of a map of class numbers, uint8 (H, W); 0 is background."""
-    if clean == "none":
+def clean_labels(labels, clean, area=ONE):
+    """`clean_masks` of a map of class numbers, uint8 (H, W); 0 is background."""
+    steps = parse_named_values(clean, CLEANINGS)
+    if not any(steps.values()):
         return labels
-    cleaned = np.zeros_like(labels)
-    counts = sum(np.bincount(row, minlength=256) for row in labels)  # eight bytes a pixel of it
-    for number in np.flatnonzero(counts[1:]) + 1:
-        cleaned[clean_mask(labels == number, clean)] = number
-    return cleaned
+    from scipy import ndimage
+
+    def parts():
+        for number, box in enumerate(ndimage.find_objects(labels), 1):
+            if box is not None:
+                yield number, box, labels[box] == number
+
+    labels = labels.copy()
+    if any(steps.get(name) for name in ("min-area", "min-mm2", "largest")):
+        for _, box, mask in parts():
+            labels[box][mask & ~_keep_pieces(mask, steps, area)] = 0
+    if steps.get("fill"):
+        owners = _find_holes(parts(), labels == 0)
+        np.copyto(labels, owners, where=owners > 0)
+    return labels
 
 
 # ---- measured --------------------------------------------------------------------------------

@@ -101,8 +101,9 @@ def _add_model_flags(parser):
         "--clean",
         type=named_values(CLEANINGS),
         metavar="NAME,...",
-        help="what to do to masks. largest: keep the largest piece of each class; none; default: "
-        "as chosen on valid for the weights, else none",
+        help="what to do to the mask of each class, in this order. min-area=50: remove pieces of "
+        "fewer pixels of the image; min-mm2=5: of less area; largest: keep the largest piece; "
+        "fill: fill holes; none; default: as chosen on valid for the weights, else none",
     )
     add_device_flags(add)
     add(
