@@ -7,6 +7,7 @@ examples:
   python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.jpg of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
   python predict.py scans/ --pixel-size 0.5          # areas in predictions.csv in mm2 too
+  python predict.py scans/ --write labelme --output scans   # to be corrected in LabelMe
   python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
   python predict.py --export model.onnx              # the model for other programs
@@ -40,6 +41,7 @@ from medseg.files import available_cores, parallel_map
 from medseg.images import (
     IMAGE_SIZE,
     describe,
+    full_size_levels,
     preprocess,
     read_image,
     resize_nearest,
@@ -62,7 +64,7 @@ from medseg.predicting.inputs import (
     sort_files,
 )
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
-from medseg.predicting.results import MAX_LINES, Results, Table
+from medseg.predicting.results import DEFAULT, MAX_LINES, Results, Table, describe_run
 from medseg.settings import choose_window
 
 # ---- the tutorial's functions ----------------------------------------------------------------
@@ -201,17 +203,25 @@ def read_ahead(model, frames, leave_out):
             yield result
 
 
-def predict_one(model, frame, output, threshold):
-    """Write the mask of an image and, where `output` is a folder, the tutorial's figure."""
+def predict_one(model, frame, output, threshold, *, results=None):
+    """Write the mask of an image and, where `output` is a folder, the tutorial's figure.
+
+    results: a Results of this folder that says what is written besides.
+    """
     ((_, image, probabilities),) = predict_images(model, [frame])
     labels = model.labels(probabilities, image.size, threshold, frame.spacing)
-    written = [output]
+    written, names = [output], model.class_names
     if output.is_dir():
-        written = [output / f"{frame.name}_mask.png", output / "predictions.png"]
-        visualize_result(image, labels, path=written[1], class_names=model.class_names)
-    save_mask(labels, written[0], model.class_names)
-    print(describe(frame.path, labels, probabilities.max((1, 2)), model.class_names))
-    print(f"saved {' and '.join(map(str, written))}")
+        results = results or Results(output, names)
+        written = results.save(frame, image, labels, probabilities)
+        if "overlay" in results.write:
+            written.append(output / "predictions.png")
+            visualize_result(image, labels, path=written[-1], class_names=names)
+        written += filter(None, [results.write_coco([frame.title], results.records)])
+    else:
+        save_mask(labels, output, names)
+    print(describe(frame.path, labels, probabilities.max((1, 2)), names))
+    print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
 def predict_many(model, frames, output, threshold, scores=None, *, results=None, lines=True):
@@ -245,7 +255,8 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
         for line in writing:
             tell(line.result())
     if frames:
-        print(f"saved {len(frames) - len(problems)} {results.what()} in {output}")
+        count = len(frames) - len(problems)
+        print(f"saved {count} {results.what()} in {output}" if results.what() else f"{count} done")
     return problems
 
 
@@ -254,11 +265,14 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
 
     results: a Results of this folder that is to have the rows of the volume. lines: print some.
     """
-    from medseg.formats.nifti import write_prediction
+    from medseg.formats.nifti import write_mask
 
     frames, volume = open_file(file, window, model.orientation)
     check_clean(model.inference.clean, volume.slice_spacing, file.path)
     masks, highest, sums = np.zeros((len(volume), *volume[0].shape), np.uint8), 0, 0
+    levels = None
+    if results and "probability" in results.write:
+        levels = np.zeros((model.n_classes, *masks.shape), np.uint16)
     predicted = predict_images(model, frames)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
     for index, (frame, image, probabilities) in enumerate(bar):
@@ -266,15 +280,19 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
         highest = np.maximum(highest, probabilities.max((1, 2)))
         if results:
             sums = sums + sum_probabilities(masks[index], probabilities)
-    slices = volume.pictures(window)
-    written = write_prediction(output, volume, slices, masks, model.class_names)
+        if levels is not None:
+            levels[:, index] = [full_size_levels(one, image.size) for one in probabilities]
+    written = [output]
     if results:
+        pictures = volume.pictures(window)
+        written = results.add_volume(volume, pictures, masks, levels, highest, sums)
         if volume.stored_spacing is None:
             print(f"{file.path}: its header gives a voxel no size, so no mm or mL are measured")
-        results.add_volume(file.path, volume, masks, highest, sums)
+    else:
+        write_mask(output, volume, masks)
     if lines:
         print(describe(file.path, masks, highest, model.class_names))
-        print(f"saved {' and '.join(map(str, written))}")
+        print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
 # ---- a folder with annotations: scores -------------------------------------------------------
@@ -404,12 +422,15 @@ def predict_inputs(args, model, window):
         check_clean(model.inference.clean, frame.spacing, frame.path)
     single = named and total == 1
     output = choose_output(args.output, single, files)
+    if not output.is_dir() and args.write != DEFAULT:
+        raise ValueError(f"--output {output}: is one file, of the mask: --write needs a folder")
+    folder, scored = annotated_folder(inputs), True
+    results = Results(output, model.class_names, args.write)
+    results.check(frames[rank::world], volumes)
     if single and frames:
-        return predict_one(model, frames[0], output, args.threshold)
+        return predict_one(model, frames[0], output, args.threshold, results=results)
     if single and not output.is_dir():  # the mask alone, in this file
         return predict_volume(model, volumes[0], output, args.threshold, window)
-    folder, scored = annotated_folder(inputs), True
-    results = Results(output, model.class_names)
     table, options = Table(results, rank, world), {"results": results, "lines": total <= MAX_LINES}
     titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
     try:
@@ -430,20 +451,6 @@ def predict_inputs(args, model, window):
     if problems:
         unscored = "" if scored else f"; {folder} has no report without them"
         raise ValueError(describe_left_out(problems, len(files), total) + unscored)
-
-
-def describe_run(args, model, window):
-    """What the masks depend on beside the weights, as plain values for predictions.json."""
-    return {
-        "class_names": list(model.class_names),
-        **model.inference.as_dict(),
-        "image_size": model.image_size,
-        "n_channels": model.n_channels,
-        "precision": model.precision,
-        "window": window or model.window,
-        "orientation": model.orientation,
-        "pixel_size_mm": args.pixel_size,
-    }
 
 
 def rank_and_world():

@@ -278,23 +278,24 @@ def _read_voxels(path, header):
     return voxels
 
 
-def write_mask(path, volume, slices):
+def write_mask(path, volume, slices, dtype=np.uint8, slope=1):
     """Write the masks of all slices of a `Volume` as a NIfTI file that is whole or absent.
 
     slices: iterable of integer arrays (H, W) of class numbers 0..255, in order. Shape, affine and
     header geometry are those of the volume's file, to whose stored order a volume that was turned
-    is turned back; voxels are uint8. path ends with .nii or .nii.gz.
+    is turned back. path ends with .nii or .nii.gz. dtype: of the voxels, which stand for their
+    values times `slope`.
     """
     path = Path(path)
     if not path.name.lower().endswith(NIFTI_SUFFIXES):
         raise ValueError(f"{path}: a mask volume is written as .nii.gz or .nii")
     try:
-        mask = volume.stored(slices)
+        mask = volume.stored(slices, dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     nibabel = importlib.import_module("nibabel")  # it read the volume
     header = volume.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(dtype)
     header.set_data_offset(0)  # the header's extensions are not copied
     header.set_slope_inter(1, 0)
     header.set_intent("none")
@@ -303,6 +304,8 @@ def write_mask(path, volume, slices):
     make_image = nibabel.Nifti2Image if of_version_2 else nibabel.Nifti1Image
     shape = header.get_data_shape()
     image = make_image(mask.reshape(shape, order="F"), header.get_best_affine(), header)
+    if slope != 1:
+        image.header.set_slope_inter(slope, 0)  # which nibabel takes from its copy alone
     with atomic_write(path) as file:
         if not path.name.lower().endswith(".gz"):
             image.to_stream(file)
@@ -311,17 +314,22 @@ def write_mask(path, volume, slices):
             image.to_stream(compressed)
 
 
-def write_prediction(output, volume, pictures, masks, class_names):
+def write_prediction(output, volume, pictures, masks, class_names, write=("mask", "overlay")):
     """Write the masks of all slices and, where `output` is a folder, a montage of slices.
 
-    pictures: what `volume.pictures` returned; masks: arrays (H, W) of class numbers.
+    pictures: what `volume.pictures` returned; masks: arrays (H, W) of class numbers. write: which
+    of both the folder is to have.
     Returns the paths: NAME_mask.nii or .nii.gz and NAME_montage.png in the folder, or `output`.
     """
-    written = [output]
-    if output.is_dir():
-        name = result_name(volume.path)
-        written = [output / mask_name(volume.path), output / f"{name}_montage.png"]
+    if not output.is_dir():
+        write_mask(output, volume, masks)
+        return [output]
+    written = []
+    if "mask" in write:
+        written.append(output / mask_name(volume.path))
+        write_mask(written[-1], volume, masks)
+    if "overlay" in write:
+        written.append(output / f"{result_name(volume.path)}_montage.png")
         drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(class_names)))
-        save_png(with_legend(drawn, class_names), written[1])
-    write_mask(written[0], volume, masks)
+        save_png(with_legend(drawn, class_names), written[-1])
     return written

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from medseg.cli import ArgumentParser, add_device_flags, named_values, number
+from medseg.cli import ArgumentParser, add_device_flags, named_values, number, parse_named_values
 from medseg.images import FORMAT_NAMES
 from medseg.inference import FLIPS, PLAIN
 from medseg.pieces import CLEANINGS
+from medseg.predicting.results import DEFAULT, WRITTEN
 
 MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".pt2", ".torchscript")
 
@@ -51,6 +52,15 @@ def make_parser(doc):
         "to 99.5 %% of a volume",
     )
     add(
+        "--write",
+        type=written,
+        default=DEFAULT,
+        metavar="NAME,...",
+        help="what to write of each image: mask; overlay; probability, 16 bits, of each class; "
+        "labelme, outlines to be corrected in LabelMe; coco, one file of all; none: the table "
+        "alone; default: mask,overlay",
+    )
+    add(
         "--pixel-size",
         type=pixel_size,
         metavar="MM",
@@ -62,6 +72,14 @@ def make_parser(doc):
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
     add("--port", type=number(0, 65535), metavar="N", help="default: 7860 or the next free one")
     return parser
+
+
+def written(text):
+    """'mask,labelme' -> ('mask', 'labelme'), in the order of WRITTEN; 'none' -> ()."""
+    try:
+        return tuple(parse_named_values(text, dict.fromkeys(WRITTEN, (1.0, 1.0))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def pixel_size(text):

@@ -24,7 +24,7 @@ from medseg.images import SUFFIXES, read_image
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "contact_sheet.jpg")
-OWN_ENDINGS = ("_mask", "_overlay", "_montage")
+OWN_ENDINGS = ("_mask", "_overlay", "_montage", "_probability")
 SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
 OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
