@@ -72,11 +72,11 @@ class Results:
                         "--output"
                     )
 
-    def add(self, frame, image, labels, probabilities):
+    def add(self, frame, image, labels, probabilities, **columns):
         """Write the files of one image, and keep what table and COCO file have of it.
 
         image: PIL RGB image; labels: class numbers, uint8 (height, width); probabilities: float32
-        (C, S, S).
+        (C, S, S); columns: further ones of the table, with their values for this image.
         """
         self.save(frame, image, labels, probabilities)
         if "overlay" in self.write:
@@ -86,7 +86,8 @@ class Results:
         rows = measure(
             *(labels, self.class_names, highest, sums), spacing=frame.spacing, depth=frame.depth
         )
-        self._keep(frame.title, rows, series=frame.place and frame.place[0])
+        series = frame.place[0] if frame.place else None
+        self._keep(frame.title, rows, series=series, **columns)
 
     def save(self, frame, image, labels, probabilities):
         """Write mask, probabilities and LabelMe file as wanted; returns their paths."""
@@ -113,12 +114,12 @@ class Results:
             names = [f"{name}_{number}" for number in range(1, len(self.class_names) + 1)]
         return [self.output / f"{name}_probability{suffix}" for name in names]
 
-    def add_volume(self, volume, pictures, masks, levels, highest, sums):
+    def add_volume(self, volume, pictures, masks, levels, highest, sums, **columns):
         """Write the files of a `medseg.formats.nifti.Volume` and keep its rows.
 
         pictures, masks: of its slices, as `write_prediction` takes them; levels: uint16
         (C, N, H, W), what `full_size_levels` makes of each slice, or None; highest, sums: as
-        `measure` has them, over all slices. Returns the paths of the files.
+        `measure` has them, over all slices; columns: as of `add`. Returns the paths of the files.
         """
         written = write_prediction(
             self.output, volume, pictures, masks, self.class_names, self.write
@@ -130,11 +131,11 @@ class Results:
                 written.append(path)
         voxels, spacing = volume.stored(masks), volume.stored_spacing
         rows = measure(voxels, self.class_names, highest, sums, spacing=spacing)
-        self._keep(volume.path.name, rows)
+        self._keep(volume.path.name, rows, **columns)
         return written
 
-    def _keep(self, title, rows, series=None):
-        self.rows[title] = [{"image": title, **row, "series": series} for row in rows]
+    def _keep(self, title, rows, **columns):
+        self.rows[title] = [{"image": title, **row, **columns} for row in rows]
 
     def what(self):
         """What is written of each image, in words."""
@@ -197,7 +198,7 @@ def summarize(rows):
     lines, classes, series = [], {}, {}
     for row in rows:
         classes.setdefault(row["class"], []).append(row)
-        if row["volume_ml"] is not None and row["series"]:
+        if row["volume_ml"] is not None and row.get("series"):
             volumes = series.setdefault(row["series"], {})
             volumes[row["class"]] = volumes.get(row["class"], 0) + row["volume_ml"]
     if len(rows) == len(classes):  # one image, which has its own lines

@@ -172,7 +172,9 @@ class Parts:
         run = hashlib.sha256(" ".join(run).encode()).hexdigest()[:8]
         self._paths = [folder / f".predictions-{run}-{n}-of-{world}.part" for n in range(world)]
         self._own = self._paths[rank]
-        self._own.unlink(missing_ok=True)  # of a run that was stopped
+        for path in folder.glob(".predictions-*.part"):  # of runs that were stopped
+            if path == self._own or (rank == 0 and path not in self._paths):
+                path.unlink(missing_ok=True)
 
     def put(self, content):
         """Add the plain values of this process. Returns those of all in the last one, else []."""
