@@ -46,6 +46,7 @@ from medseg.images import (
     save_overlay,
     save_png,
 )
+from medseg.predicting.assessment import print_assessments
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
@@ -156,7 +157,7 @@ def open_model(path, device="auto", precision="auto", *, images=0):
 
 
 def predict_images(model, frames, problems=None):
-    """Yield (frame, PIL image, float32 probabilities (C, S, S)) of each `Frame`.
+    """Yield (frame, PIL image, float32 probabilities (C, S, S), `Assessment`) of each `Frame`.
 
     model, here and below: a TorchModel, OnnxModel or Ensemble.
     problems: a list; those that cannot be predicted are left out and each adds (path, why).
@@ -171,13 +172,13 @@ def predict_images(model, frames, problems=None):
     readable = read_ahead(model, frames, leave_out)
     while batch := list(islice(readable, model.batch_size)):
         try:
-            found = model.probabilities(np.stack([pixels for _, _, pixels in batch]))
+            found = model.assess(np.stack([pixels for _, _, pixels in batch]))
         except ValueError as error:  # out of memory
             for frame, _, _ in batch:
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
             continue
-        for (frame, image, _), probabilities in zip(batch, found, strict=True):
-            yield frame, image, probabilities
+        for (frame, image, _), probabilities, assessment in zip(batch, *found, strict=True):
+            yield frame, image, probabilities, assessment
 
 
 def read_ahead(model, frames, leave_out):
@@ -200,13 +201,14 @@ def read_ahead(model, frames, leave_out):
 
 def predict_one(model, frame, output, threshold):
     """Write the mask of an image and, where `output` is a folder, the tutorial's figure."""
-    ((_, image, probabilities),) = predict_images(model, [frame])
+    ((_, image, probabilities, assessment),) = predict_images(model, [frame])
     labels, written = model.labels(probabilities, image.size, threshold), [output]
     if output.is_dir():
         written = [output / f"{frame.name}_mask.png", output / "predictions.png"]
         visualize_result(image, labels, path=written[1], class_names=model.class_names)
     save_mask(labels, written[0], model.class_names)
     print(describe(frame.path, labels, probabilities.max((1, 2)), model.class_names))
+    print_assessments([(frame.path, assessment)])
     print(f"saved {' and '.join(map(str, written))}")
 
 
@@ -225,16 +227,18 @@ def predict_many(model, frames, output, threshold, scores=None):
             scores.add(frame.path, image.size, probabilities)
         return describe(frame.path, labels, probabilities.max((1, 2)), names)
 
-    problems, names, writing = [], model.class_names, deque()
+    problems, names, writing, assessed = [], model.class_names, deque(), []
     predicted = predict_images(model, frames, problems)
     bar = tqdm(predicted, total=len(frames), unit=" images", disable=None)
     with ThreadPoolExecutor(available_cores()) as pool:
-        for frame, image, probabilities in bar:
+        for frame, image, probabilities, assessment in bar:
+            assessed.append((frame.title, assessment))
             writing.append(pool.submit(write, frame, image, probabilities))
             if len(writing) > 2 * model.batch_size:
                 tqdm.write(writing.popleft().result())
         for line in writing:
             tqdm.write(line.result())
+    print_assessments(assessed)
     if frames:
         print(f"saved {len(frames) - len(problems)} masks and overlays in {output}")
     return problems
@@ -245,15 +249,17 @@ def predict_volume(model, file, output, threshold, window):
     from medseg.formats.nifti import write_prediction
 
     frames, volume = open_file(file, window, model.orientation)
-    masks, highest = np.zeros((len(volume), *volume[0].shape), np.uint8), 0
+    masks, highest, assessed = np.zeros((len(volume), *volume[0].shape), np.uint8), 0, []
     predicted = predict_images(model, frames)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
-    for index, (_, image, probabilities) in enumerate(bar):
+    for index, (frame, image, probabilities, assessment) in enumerate(bar):
+        assessed.append((frame.title, assessment))
         masks[index] = model.labels(probabilities, image.size, threshold)
         highest = np.maximum(highest, probabilities.max((1, 2)))
     slices = volume.pictures(window)
     written = write_prediction(output, volume, slices, masks, model.class_names)
     print(describe(file.path, masks, highest, model.class_names))
+    print_assessments(assessed, "slices")
     print(f"saved {' and '.join(map(str, written))}")
 
 
@@ -331,7 +337,7 @@ def main(argv=None):
     if model.precision_note:
         print(f"precision: {model.precision}{model.precision_note}")
     window = choose_window(args.window, model.window)
-    model.inference, note = choose_inference(args, model.recorded)
+    model.inference, note = choose_inference(args, model.recorded, model.trained_flips)
     if note and rank_and_world()[0] == 0:
         print(note)
     args.threshold = model.inference.threshold
