@@ -9,6 +9,7 @@ probabilistic PCA (Tipping, Bishop, JRSS B 1999), which needs few images and few
 
 import base64
 import binascii
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ LEVELS = 2  # of the encoder, from the finest: deeper features tell less, see do
 COMPONENTS = 32  # at most, of the covariance
 MIN_IMAGES = 10  # of the training, to tell from
 FOLDS = 5  # in which the distances of the training images are measured
-QUANTILE, MARGIN = 0.99, 1.1  # of the images that are like the training, and how far beyond
+QUANTILE = 0.99  # of the distances of images that are like the training
 MIN_SCALE = 0.01  # of the largest deviation: a channel that never changes tells nothing finer
 TINY = 1e-6
 
@@ -111,9 +112,9 @@ def fit(features):
 def fit_with_threshold(train, valid):
     """The FeatureStatistics of pooled features of train (N, D), or None where they do not suffice.
 
-    The threshold is MARGIN times the QUANTILE of the distances of valid (M, D) and of the images of
-    train, each measured from statistics of the others: those of images that are among them would
-    be too small.
+    The threshold is the QUANTILE of the distances of valid (M, D) and of the images of train, each
+    measured from statistics of the others: those of images that are among them would be too small.
+    It is raised by a share that falls with their number, for that of few images is uncertain.
     """
     if len(train) < MIN_IMAGES or not (np.isfinite(train).all() and np.isfinite(valid).all()):
         return None
@@ -121,7 +122,8 @@ def fit_with_threshold(train, valid):
     distances = [statistics.distances(valid)]
     for fold in range(FOLDS):
         distances.append(fit(train[number != fold]).distances(train[number == fold]))
-    threshold = MARGIN * np.quantile(np.concatenate(distances), QUANTILE)
+    distances = np.concatenate(distances)
+    threshold = np.quantile(distances, QUANTILE) * (1 + 1 / math.sqrt(len(distances)))
     return statistics._replace(threshold=max(float(threshold), TINY))
 
 

@@ -12,6 +12,7 @@ from scipy.spatial.distance import mahalanobis
 
 import predict
 from data import Batches, load_split
+from medseg.cache import RaggedRows
 from medseg.inference import PLAIN, VIEWS
 from medseg.ood import FeatureRecorder, count_features, fit, fit_with_threshold, read_statistics
 from medseg.predicting.assessment import Agreement, Assessment, assess, print_assessments
@@ -159,6 +160,18 @@ def test_features_are_pooled_of_the_passes_that_are_looked_at(network):
     assert recorder.take() is None
 
 
+def test_whole_images_are_as_prediction_takes_them():
+    """Whatever is cropped, repeated and changed for the training."""
+    own = [np.full((20 + number, 30, 4), number, np.uint8) for number in range(7)]
+    sizes = np.array([one.shape[:2] for one in own])
+    rows = RaggedRows(np.concatenate([one.reshape(-1, 4) for one in own]), sizes)
+    changes = {"crop": 8, "repeat": 3, "strengths": {"flip": 1.0}, "world": 2, "rank": 1}
+    batches = Batches(rows, 4, shuffle=True, **changes)
+    for most, count in ((9, 7), (3, 3)):
+        shapes = [images.shape[2:] for images, _ in batches.whole_images(most)]
+        assert len({*shapes}) == len(shapes) == count and {*shapes} <= {*map(tuple, sizes)}
+
+
 # ---- in the weights --------------------------------------------------------------------------
 
 
@@ -254,6 +267,30 @@ def test_a_batch_is_assessed_in_the_passes_that_predict_it(network, statistics):
         assert [one.agreement for one in assessed] == expected.tolist()
 
 
+def test_parts_of_an_image_are_assessed_together(network, statistics):
+    """As tiles would be: each with all its flips, before the next."""
+    network.feature_statistics = statistics
+    model, images = predict.TorchModel(network, "cpu", "fp32"), torch.randn(1, 3, 32, 96)
+    model.inference = PLAIN._replace(threshold=0.4, flips=("both",))
+    agreement = Agreement(0.4, 2)
+    model.begin(agreement)
+    parts = [part.contiguous() for part in images.split([32, 64], 3)]
+    for part in parts:
+        model.average(part)
+    (unlike,) = model.end()
+    pooled = [pooled_by_hand(network, part)[0] for part in parts]
+    kinds = np.repeat(["mean", "std", "mean", "std"], [4, 4, 8, 8])
+    means = [one[kinds == "mean"] for one in pooled]
+    squares = [one[kinds == "std"] ** 2 + mean**2 for one, mean in zip(pooled, means, strict=True)]
+    together = pooled[0].copy()
+    together[kinds == "mean"] = mean = (means[0] + 2 * means[1]) / 3
+    together[kinds == "std"] = np.sqrt((squares[0] + 2 * squares[1]) / 3 - mean**2)
+    assert unlike == pytest.approx(statistics.ratios(together[None])[0], rel=1e-3)
+    preds = [[model.run(part), model.run(part.flip((2, 3)))[..., ::-1, ::-1]] for part in parts]
+    whole = [np.concatenate(member, 3) for member in zip(*preds, strict=True)]
+    assert agreement.result() == agreement_of(*whole, threshold=0.4)
+
+
 def test_an_ensemble_counts_every_pair(network, statistics):
     other = UNet(n_filters=4, image_size=32, depth=3).eval()
     network.feature_statistics = statistics
@@ -278,7 +315,7 @@ def test_what_is_said(capsys):
     assert "6.png 0.30, 5.png 0.40" in line and "1.png" not in line
     print_assessments([("a.png", Assessment(1.0, 1.0)), ("b.png", Assessment(1.0, 2.34))])
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("b.png: unlike") and "2.3 times" in line
+    assert line.startswith("b.png: unlike") and "distance 2.3" in line
     print_assessments(
         [(f"{number}.png", Assessment(None, number)) for number in range(9)], "slices"
     )

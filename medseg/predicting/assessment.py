@@ -97,7 +97,7 @@ def print_assessments(assessed, what="images"):
     """
     far = sorted((-one.unlike, title) for title, one in assessed if one.is_unlike)
     for ratio, title in far if len(far) <= MAX_LISTED else ():
-        print(f"{title}: {FAR} ({-ratio:.1f} times the usual distance): do not rely on its mask")
+        print(f"{title}: {FAR} (distance {-ratio:.1f}, limit 1): do not rely on its mask")
     if len(far) > MAX_LISTED:
         farthest = ", ".join(str(title) for _, title in far[:MAX_LISTED])
         print(
