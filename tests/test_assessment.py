@@ -97,6 +97,12 @@ def test_the_threshold_leaves_new_images_of_the_same_kind_alone():
     train, valid, test = (rng.normal(size=(count, 20)) @ mix for count in (30, 8, 500))
     found = fit_with_threshold(train, valid)
     assert (found.ratios(test) > 1).mean() < 0.02
+    distances = [*found.distances(valid)]  # 38 images, none of which the statistics have seen
+    for fold in range(5):
+        others = fit(np.delete(train, np.arange(fold, 30, 5), 0))
+        distances += [*others.distances(train[fold::5])]
+    expected = np.quantile(distances, 0.99) * (1 + 38**-0.5)
+    assert found.threshold == pytest.approx(expected)
     assert (found.ratios(test + 16 * mix.std(0)) > 1).all()
     assert fit_with_threshold(train[:9], valid) is None
     assert fit_with_threshold(train * np.inf, valid) is None
