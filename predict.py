@@ -6,6 +6,8 @@ examples:
   python predict.py scan.png --output mask.png       # only the mask, in that file
   python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.jpg of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
+  python predict.py scans/ --pixel-size 0.5          # areas in predictions.csv in mm2 too
+  python predict.py scans/ --write labelme --output scans   # to be corrected in LabelMe
   python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
   python predict.py --export model.onnx              # the model for other programs
@@ -39,14 +41,16 @@ from medseg.files import available_cores, parallel_map
 from medseg.images import (
     IMAGE_SIZE,
     describe,
+    full_size_levels,
     preprocess,
     read_image,
     resize_nearest,
     save_mask,
-    save_overlay,
     save_png,
+    sum_probabilities,
 )
-from medseg.predicting.assessment import print_assessments
+from medseg.pieces import check_clean
+from medseg.predicting.assessment import assess_volume, print_assessments
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
@@ -61,6 +65,7 @@ from medseg.predicting.inputs import (
     sort_files,
 )
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
+from medseg.predicting.results import DEFAULT, MAX_LINES, Results, Table, describe_run
 from medseg.settings import choose_window
 
 # ---- the tutorial's functions ----------------------------------------------------------------
@@ -199,68 +204,102 @@ def read_ahead(model, frames, leave_out):
             yield result
 
 
-def predict_one(model, frame, output, threshold):
-    """Write the mask of an image and, where `output` is a folder, the tutorial's figure."""
+def predict_one(model, frame, output, threshold, *, results=None):
+    """Write the mask of an image and, where `output` is a folder, the tutorial's figure.
+
+    results: a Results of this folder that says what is written besides.
+    """
     ((_, image, probabilities, assessment),) = predict_images(model, [frame])
-    labels, written = model.labels(probabilities, image.size, threshold), [output]
+    labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+    written, names = [output], model.class_names
     if output.is_dir():
-        written = [output / f"{frame.name}_mask.png", output / "predictions.png"]
-        visualize_result(image, labels, path=written[1], class_names=model.class_names)
-    save_mask(labels, written[0], model.class_names)
-    print(describe(frame.path, labels, probabilities.max((1, 2)), model.class_names))
+        results = results or Results(output, names)
+        written = results.save(frame, image, labels, probabilities)
+        if "overlay" in results.write:
+            written.append(output / "predictions.png")
+            visualize_result(image, labels, path=written[-1], class_names=names)
+        written += filter(None, [results.write_coco([frame.title], results.records)])
+    else:
+        save_mask(labels, output, names)
+    print(describe(frame.path, labels, probabilities.max((1, 2)), names))
     print_assessments([(frame.path, assessment)])
-    print(f"saved {' and '.join(map(str, written))}")
+    print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
-def predict_many(model, frames, output, threshold, scores=None):
+def predict_many(model, frames, output, threshold, scores=None, *, results=None, lines=True):
     """Write a mask and an overlay for each image, in threads, a few batches behind at most.
 
-    scores: a FolderScores to tell of each, or None.
+    scores: a FolderScores to tell of each, or None. results: a Results of this folder that is to
+    have their rows. lines: print one on each.
     Returns [(path, why)] of those that could not be predicted.
     """
 
-    def write(frame, image, probabilities):
-        labels = model.labels(probabilities, image.size, threshold)
-        save_mask(labels, output / f"{frame.name}_mask.png", names)
-        save_overlay(image, labels, output / f"{frame.name}_overlay.jpg", names)
+    def write(frame, image, probabilities, assessment):
+        labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+        results.add(frame, image, labels, probabilities, **assessment._asdict())
         if scores:
             scores.add(frame.path, image.size, probabilities)
-        return describe(frame.path, labels, probabilities.max((1, 2)), names)
+        return describe(frame.path, labels, probabilities.max((1, 2)), model.class_names)
 
-    problems, names, writing, assessed = [], model.class_names, deque(), []
+    def tell(line):
+        if lines:
+            tqdm.write(line)
+
+    problems, writing, assessed = [], deque(), []
+    results = results or Results(output, model.class_names)
     predicted = predict_images(model, frames, problems)
     bar = tqdm(predicted, total=len(frames), unit=" images", disable=None)
     with ThreadPoolExecutor(available_cores()) as pool:
         for frame, image, probabilities, assessment in bar:
             assessed.append((frame.title, assessment))
-            writing.append(pool.submit(write, frame, image, probabilities))
+            writing.append(pool.submit(write, frame, image, probabilities, assessment))
             if len(writing) > 2 * model.batch_size:
-                tqdm.write(writing.popleft().result())
+                tell(writing.popleft().result())
         for line in writing:
-            tqdm.write(line.result())
+            tell(line.result())
     print_assessments(assessed)
     if frames:
-        print(f"saved {len(frames) - len(problems)} masks and overlays in {output}")
+        count = len(frames) - len(problems)
+        print(f"saved {count} {results.what()} in {output}" if results.what() else f"{count} done")
     return problems
 
 
-def predict_volume(model, file, output, threshold, window):
-    """Write a mask volume and, where `output` is a folder, a montage of slices."""
-    from medseg.formats.nifti import write_prediction
+def predict_volume(model, file, output, threshold, window, *, results=None, lines=True):
+    """Write a mask volume and, where `output` is a folder, a montage of slices.
+
+    results: a Results of this folder that is to have the rows of the volume. lines: print some.
+    """
+    from medseg.formats.nifti import write_mask
 
     frames, volume = open_file(file, window, model.orientation)
-    masks, highest, assessed = np.zeros((len(volume), *volume[0].shape), np.uint8), 0, []
+    check_clean(model.inference.clean, volume.slice_spacing, file.path)
+    masks, highest, sums = np.zeros((len(volume), *volume[0].shape), np.uint8), 0, 0
+    levels, assessed = None, []
+    if results and "probability" in results.write:
+        levels = np.zeros((model.n_classes, *masks.shape), np.uint16)
     predicted = predict_images(model, frames)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
     for index, (frame, image, probabilities, assessment) in enumerate(bar):
         assessed.append((frame.title, assessment))
-        masks[index] = model.labels(probabilities, image.size, threshold)
+        masks[index] = model.labels(probabilities, image.size, threshold, frame.spacing)
         highest = np.maximum(highest, probabilities.max((1, 2)))
-    slices = volume.pictures(window)
-    written = write_prediction(output, volume, slices, masks, model.class_names)
-    print(describe(file.path, masks, highest, model.class_names))
-    print_assessments(assessed, "slices")
-    print(f"saved {' and '.join(map(str, written))}")
+        if results:
+            sums = sums + sum_probabilities(masks[index], probabilities)
+        if levels is not None:
+            levels[:, index] = [full_size_levels(one, image.size) for one in probabilities]
+    written = [output]
+    if results:
+        pictures = volume.pictures(window)
+        columns = assess_volume([one for _, one in assessed])._asdict()
+        written = results.add_volume(volume, pictures, masks, levels, highest, sums, **columns)
+        if volume.stored_spacing is None:
+            print(f"{file.path}: its header gives a voxel no size, so no mm or mL are measured")
+    else:
+        write_mask(output, volume, masks)
+    if lines:
+        print(describe(file.path, masks, highest, model.class_names))
+        print_assessments(assessed, "slices")
+        print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
 # ---- a folder with annotations: scores -------------------------------------------------------
@@ -269,7 +308,7 @@ def predict_volume(model, file, output, threshold, window):
 def open_folder(model, folder, threshold, **inference):
     """The FolderScores of a folder with annotations, for the predictions of this model.
 
-    inference: flips and clean-up of these, as FolderScores takes them.
+    inference: flips and clean-up of these, and the spacing, as FolderScores takes them.
     Raises ValueError where the annotations are damaged or of other classes.
     """
     from data import open_split
@@ -292,8 +331,8 @@ def report(model, folder, scores, output):
     `valid` beside the folder, never in the folder itself.
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
     """
-    from data import Batches, load_split
-    from medseg.predicting.report import threshold_sweep, write_report
+    from data import Batches, load_split, open_split
+    from medseg.predicting.report import pixel_areas, threshold_sweep, write_report
 
     scores.complete(model)
     valid, sweep = folder.resolve().parent / "valid", None
@@ -301,20 +340,25 @@ def report(model, folder, scores, output):
         content = {"classes": scores.dataset.classes, "n_channels": model.n_channels}
         rows = load_split(valid.parent, valid.name, model.image_size, **content)
         sizes = {"n_channels": model.n_channels, "n_classes": model.n_classes}
-        sweep = threshold_sweep(model, Batches(rows, model.batch_size, model.device, **sizes))
+        batches = Batches(rows, model.batch_size, model.device, **sizes)
+        dataset = open_split(valid.parent, valid.name, model.image_size, **content)
+        sweep = threshold_sweep(model, batches, pixel_areas(dataset, scores.spacing))
     return write_report(output, str(folder), scores, sweep, model.class_names)
 
 
-def predict_annotated(model, folder, frames, output, threshold, problems):
+def predict_annotated(model, folder, frames, output, threshold, problems, **options):
     """`predict_many`, and a report on the folder; what it had to leave out is added to `problems`.
+
+    options: its own.
 
     Returns whether there is a report: not where an annotated image could not be predicted.
     """
     from medseg.predicting.report import print_report
 
     inference = {"flips": model.inference.flips, "clean": model.inference.clean}
-    scores = open_folder(model, folder, threshold, **inference)
-    problems += predict_many(model, frames, output, threshold, scores)
+    spacing = frames[0].spacing if frames else None  # pictures have that of --pixel-size
+    scores = open_folder(model, folder, threshold, spacing=spacing, **inference)
+    problems += predict_many(model, frames, output, threshold, scores, **options)
     if problems and scores.missing():
         return False
     print_report(folder, output, report(model, folder, scores, output))
@@ -344,7 +388,7 @@ def main(argv=None):
     if args.page:
         from medseg.page.app import serve
 
-        options = {"threshold": args.threshold, "window": window}
+        options = {"threshold": args.threshold, "window": window, "pixel_size": args.pixel_size}
         name = paths[0] if len(paths) == 1 else f"{len(paths)} models"
         serve(model, name, host=args.host, port=args.port, **options)
     else:
@@ -376,29 +420,41 @@ def predict_inputs(args, model, window):
     for folder in filter(Path.is_dir, map(Path, inputs)):
         if rank == 0 and (aside := left_aside(folder)):
             print(f"left aside in {folder}: {aside}")
-    frames, volumes, problems = sort_files(files, window)
+    frames, volumes, problems = sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
-    if len(files) == 1 and not Path(inputs[0]).is_dir():  # one file was named
-        if problems:
-            raise ValueError(problems[0][1])
-        if total == 1:
-            output = choose_output(args.output, True, files)
-            for frame in frames:
-                predict_one(model, frame, output, args.threshold)
-            for file in volumes:
-                predict_volume(model, file, output, args.threshold, window)
-            return
-    output, folder = choose_output(args.output, False, files), annotated_folder(inputs)
-    for file in volumes[rank::world]:
-        try:
-            predict_volume(model, file, output, args.threshold, window)
-        except (FileNotFoundError, ValueError) as error:
-            problems.append((file.path, str(error)))
-    scored = True
-    if folder is None:
-        problems += predict_many(model, frames[rank::world], output, args.threshold)
-    elif rank == 0:  # a report is made of the predictions of one process
-        scored = predict_annotated(model, folder, frames, output, args.threshold, problems)
+    named = len(files) == 1 and not Path(inputs[0]).is_dir()
+    if named and problems:
+        raise ValueError(problems[0][1])
+    for frame in frames:
+        check_clean(model.inference.clean, frame.spacing, frame.path)
+    single = named and total == 1
+    output = choose_output(args.output, single, files)
+    if not output.is_dir() and args.write != DEFAULT:
+        raise ValueError(f"--output {output}: is one file, of the mask: --write needs a folder")
+    folder, scored = annotated_folder(inputs), True
+    results = Results(output, model.class_names, args.write)
+    results.check(frames[rank::world], volumes)
+    if single and frames:
+        return predict_one(model, frames[0], output, args.threshold, results=results)
+    if single and not output.is_dir():  # the mask alone, in this file
+        return predict_volume(model, volumes[0], output, args.threshold, window)
+    table, options = Table(results, rank, world), {"results": results, "lines": total <= MAX_LINES}
+    titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
+    try:
+        for file in volumes[rank::world]:
+            try:
+                predict_volume(model, file, output, args.threshold, window, **options)
+            except (FileNotFoundError, ValueError) as error:
+                problems.append((file.path, str(error)))
+        shared = (output, args.threshold)
+        if folder is None:
+            problems += predict_many(model, frames[rank::world], *shared, **options)
+        elif rank == 0:  # a report is made of the predictions of one process
+            scored = predict_annotated(model, folder, frames, *shared, problems, **options)
+    finally:  # what was measured is kept, also where a report fails
+        table.finish(titles, describe_run(args, model, window), args.model, problems)
+    if single and problems:
+        raise ValueError(problems[0][1])
     if problems:
         unscored = "" if scored else f"; {folder} has no report without them"
         raise ValueError(describe_left_out(problems, len(files), total) + unscored)

@@ -149,7 +149,8 @@ def number(low, high=math.inf, type=int):
 def parse_named_values(text, known):
     """'flip,rotate=30' -> {'flip': 1.0, 'rotate': 30.0}, in the order of `known`; 'none' -> {}.
 
-    known: {name: (value where none is given, highest value)}; the lowest is 0. Raises ValueError.
+    known: {name: (value where none is given, highest value)}; the lowest is 0. The first is None
+    of a name that needs a value. Raises ValueError.
     """
     values = {}
     for part in text.split(",") if text != "none" else ():
@@ -161,6 +162,8 @@ def parse_named_values(text, known):
         if name in values:
             raise ValueError(f"{name} is there twice")
         default, highest = known[name]
+        if default is None and not value:
+            raise ValueError(f"{name} needs a value, as in {name}=50")
         try:
             number = float(value) if given else default
         except ValueError:

@@ -10,6 +10,8 @@ from medseg.run_lengths import decode, decompress_counts
 from medseg.settings import read_settings
 
 ANNOTATIONS = "_annotations.coco.json"
+# What predict.py writes beside masks and LabelMe files.
+PREDICTIONS = ("predictions.json", "predictions.coco.json", "report.json")
 SPLITS = ("train", "valid", "test")
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
 MAX_RECORDS = 10_000_000  # images, or annotations, of one file

@@ -27,6 +27,8 @@ SUFFIXES = (
 MAX_FILE_BYTES = 1 << 30  # 89 million pixels of four 16-bit samples are 0.7 GB
 MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
+MAX_LEVEL = 65535  # of a probability as 16 bits: 1.0
 STRIPE = 64  # columns of a mask that are made at a time: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
@@ -93,6 +95,29 @@ def read_image(path):
             return _table_to_8_bits(*samples)
         image.load()
         return _to_8_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
+
+
+def exif_orientation(file):
+    """(EXIF orientation 1 to 8, whether Pillow turns the picture itself when it loads it)."""
+    with open_image(file) as image:
+        try:
+            orientation = image.getexif().get(ORIENTATION, 1)
+        except Exception:  # damaged metadata raises many kinds; the pixels were read
+            orientation = 1
+        return orientation if orientation in range(1, 9) else 1, image.format == "TIFF"
+
+
+def turn(pixels, orientation):
+    """Array (H, W, ...) as stored -> as shown, by its EXIF orientation (1 to 8)."""
+    if orientation in (5, 7):
+        pixels = np.swapaxes(pixels, 0, 1)
+    quarters = {3: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)
+    pixels = np.rot90(pixels, quarters)
+    if orientation == 2:
+        pixels = pixels[:, ::-1]
+    if orientation == 4:
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 PIXEL_FORMATS = {
@@ -186,6 +211,45 @@ def full_size_labels(probabilities, size, threshold):
             own[resized > top] = number
             np.maximum(resized, top, out=top)
     return labels
+
+
+def full_size_stripes(channel, size, columns=None):
+    """Yield (slice of columns, float32 (height, columns)) of probabilities at the size of an image.
+
+    channel: float32 (S, S); size: (width, height). They are resized as `full_size_labels` resizes
+    them, few columns at a time. columns: the slice of those that are needed, or None for all.
+    """
+    (width, height), bilinear = size, Image.Resampling.BILINEAR
+    first, last, _ = (columns or slice(None)).indices(width)
+    wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
+    for start in range(first, last, STRIPE):
+        part = slice(start, min(start + STRIPE, last))
+        stripe = Image.fromarray(np.ascontiguousarray(wide[:, part]))
+        yield part, np.asarray(stripe.resize((stripe.width, height), bilinear))
+
+
+def full_size_levels(channel, size):
+    """float32 (S, S) of 0..1 -> uint16 (height, width) of 0..MAX_LEVEL, at the size of an image."""
+    levels = np.zeros(size[::-1], np.uint16)
+    for columns, stripe in full_size_stripes(channel, size):
+        levels[:, columns] = np.rint(stripe * MAX_LEVEL)
+    return levels
+
+
+def sum_probabilities(labels, probabilities):
+    """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
+
+    labels: class numbers, uint8 (height, width); probabilities: float32 (C, S, S).
+    """
+    from scipy import ndimage
+
+    sums, size = np.zeros(len(probabilities)), labels.shape[::-1]
+    for index, box in enumerate(ndimage.find_objects(labels)):
+        if box is None:
+            continue
+        for columns, stripe in full_size_stripes(probabilities[index], size, box[1]):
+            sums[index] += stripe[labels[:, columns] == index + 1].sum(dtype=np.float64)
+    return sums
 
 
 def describe(path, labels, highest, class_names):

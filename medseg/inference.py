@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medseg.cli import parse_named_values
-from medseg.pieces import CLEANINGS, clean_masks
+from medseg.pieces import CLEANINGS, clean_masks, describe_clean
 
 # {name: axes of (..., H, W) that are reversed}
 FLIPS = {"horizontal": (-1,), "vertical": (-2,), "both": (-2, -1)}
@@ -30,7 +30,7 @@ class Inference(NamedTuple):
     clean: str = "none"
 
     def masks(self, probabilities):
-        """float32 array (C, H, W) -> bool (C, H, W)."""
+        """float32 array (C, H, W) -> bool (C, H, W); min-area counts pixels of this array."""
         return clean_masks(probabilities > self.threshold, self.clean)
 
     def as_dict(self):
@@ -43,9 +43,7 @@ class Inference(NamedTuple):
         if self.flips:
             flips = tuple(self.flips)  # a list, where a report has them
             parts.append(SPELLED.get(flips, f"flips ({', '.join(self.flips)})"))
-        if parse_named_values(self.clean, CLEANINGS).get("largest"):
-            parts.append("largest piece")
-        return parts
+        return [*parts, *describe_clean(self.clean)]
 
     def __str__(self):
         """'threshold 0.45, flips, largest piece'"""

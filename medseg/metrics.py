@@ -1,13 +1,14 @@
 """From masks to scores: pixel counts, running sums, Hausdorff distance, bootstrap."""
 
 import math
+from itertools import repeat
 
 import numpy as np
 import torch
 
 from medseg.dist import all_gather, all_reduce_sum, is_first
 from medseg.drawing import outline
-from medseg.pieces import clean_masks
+from medseg.pieces import ONE, clean_masks
 
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 
@@ -155,14 +156,14 @@ class RunningScores:
 # ---- of a folder: numpy counts, an image a row -----------------------------------------------
 
 
-def count_image(targets, probabilities, thresholds, clean="none"):
+def count_image(targets, probabilities, thresholds, clean="none", area=ONE):
     """Counts of one image: int (T, C, 4) of tp, fp, fn, tn at each threshold.
 
-    targets: bool (C, H, W); probabilities: float32 (C, H, W); clean: what is done to the masks, see
-    `medseg.pieces.clean_mask`.
+    targets: bool (C, H, W); probabilities: float32 (C, H, W); clean: what is done to the masks,
+    whose pixels have this area, see `medseg.pieces.clean_masks`.
     """
     if clean != "none":
-        masks = (clean_masks(probabilities > threshold, clean) for threshold in thresholds)
+        masks = (clean_masks(probabilities > threshold, clean, area) for threshold in thresholds)
         return np.stack([_count_masks(targets, mask) for mask in masks])
     order = np.argsort(-np.asarray(thresholds))
     falling = np.asarray(thresholds, probabilities.dtype)[order]
@@ -186,13 +187,16 @@ def _count_masks(targets, preds):
     return np.stack([case.sum((1, 2)) for case in cases], 1)
 
 
-def count_pixels(batches, thresholds, clean="none"):
+def count_pixels(batches, thresholds, clean="none", areas=None):
     """`count_image` of every image, int (N, T, C, 4), of all processes one after the other.
 
     batches: iterable of (targets (B, C, H, W), probabilities (B, C, H, W)) of this process.
+    areas: the `medseg.pieces.PixelArea` of each image, or None where a pixel is one of the image.
     """
     pairs = (pair for batch in batches for pair in zip(*batch, strict=True))
-    return np.stack(all_gather([count_image(*pair, thresholds, clean) for pair in pairs]))
+    areas = repeat(ONE) if areas is None else iter(areas)
+    counts = [count_image(*pair, thresholds, clean, next(areas)) for pair in pairs]
+    return np.stack(all_gather(counts))
 
 
 def image_dice(counts):

@@ -1,7 +1,9 @@
 """How far to rely on a prediction: members that agree, images unlike those of the training."""
 
 import base64
+import csv
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +17,13 @@ from data import Batches, load_split
 from medseg.cache import RaggedRows
 from medseg.inference import PLAIN, VIEWS
 from medseg.ood import FeatureRecorder, count_features, fit, fit_with_threshold, read_statistics
-from medseg.predicting.assessment import Agreement, Assessment, assess, print_assessments
+from medseg.predicting.assessment import (
+    Agreement,
+    Assessment,
+    assess,
+    assess_volume,
+    print_assessments,
+)
 from medseg.predicting.ensemble import Ensemble
 from medseg.weights import load_weights
 from net import UNet, load_model
@@ -332,6 +340,12 @@ def test_what_is_said(capsys):
     assert assess(None, [None], 2) == [Assessment(), Assessment()]
 
 
+def test_a_volume_from_its_slices():
+    slices = [Assessment(0.5, 0.1), Assessment(0.9, 9.0), Assessment(1.0, 0.2)]
+    assert assess_volume(slices) == (pytest.approx(0.8), 0.2)
+    assert assess_volume([Assessment(), Assessment()]) == Assessment()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a data set of 14 + 5 + 3 images, and weights trained on it with flips."""
@@ -386,3 +400,23 @@ def test_predict_py_tells_unlike_images_and_what_to_check_first(trained):
     torch.save(weights, trained / "before.pth")
     said = output_of("predict.py", "scans", "--model", "before.pth", "--device", "cpu", cwd=trained)
     assert "unlike" not in said
+
+
+def read_table(folder):
+    """The rows of its predictions.csv."""
+    with open(folder / "predictions.csv", encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_both(trained):
+    """A blank image beside one of the test split."""
+    (trained / "table").mkdir()
+    shutil.copy2(trained / "dataset" / "test" / "0.png", trained / "table" / "a.png")
+    Image.new("RGB", (50, 40)).save(trained / "table" / "b.png")
+    flags = ("--model", "run/best_model.pth", "--device", "cpu", "--output", "rows")
+    output_of("predict.py", "table", *flags, "--tta", cwd=trained)
+    like, unlike = read_table(trained / "rows")
+    assert float(like["unlike"]) < 1 < float(unlike["unlike"])
+    assert all(0 <= float(row["agreement"]) <= 1 for row in (like, unlike))
+    output_of("predict.py", "table", *flags, cwd=trained)
+    assert [row["agreement"] for row in read_table(trained / "rows")] == ["", ""]

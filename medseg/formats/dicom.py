@@ -75,6 +75,34 @@ class DicomFrames(Sequence):
     def __iter__(self):
         return self._decode(None if len(self) > 1 else [0], self._picture)
 
+    def spacing(self, index):
+        """mm from row to row and from column to column of a frame, or None where it is not told.
+
+        Of the patient (PixelSpacing), not of a detector behind him.
+        """
+        spacing = self._numbers("PixelMeasuresSequence", index, "PixelSpacing", 2)
+        return spacing if spacing and min(spacing) > 0 else None
+
+    def place(self, index):
+        """(series, mm) of a frame: which series it is of, and where along the axis of its slices.
+
+        None where the file does not tell. The axis is perpendicular to rows and columns.
+        """
+        position = self._numbers("PlanePositionSequence", index, "ImagePositionPatient", 3)
+        axes = self._numbers("PlaneOrientationSequence", index, "ImageOrientationPatient", 6)
+        series = self._header.get("SeriesInstanceUID")
+        if not (position and axes and series):
+            return None
+        return str(series), float(np.cross(axes[:3], axes[3:]) @ position)
+
+    def _numbers(self, sequence, index, keyword, count):
+        """So many finite numbers that a frame has under a keyword, or None for anything else."""
+        try:
+            numbers = tuple(map(float, self._macro(sequence, index).get(keyword)))
+        except Exception:  # pydicom raises many kinds on damaged values, of which none is needed
+            return None
+        return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
+
     def _decode(self, indices, function):
         """Yield function(frame, its index) for the frames at `indices`, or for all."""
         from pydicom.pixels import iter_pixels

@@ -17,7 +17,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medseg.coco import MAX_CLASSES, listed
+from medseg.coco import MAX_CLASSES, PREDICTIONS, listed
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.images import SUFFIXES
 from medseg.importing.collect import (
@@ -49,7 +49,7 @@ def labelme_examples(folder, *, classes=None, group=None):
     Raises ValueError or FileNotFoundError that names the file.
     """
     folder = Path(folder)
-    paths = list_files(folder, (".json",))
+    paths = [path for path in list_files(folder, (".json",)) if path.name not in PREDICTIONS]
     if not paths:
         raise ValueError(f"{folder}: holds no LabelMe files (.json)")
     counts, left_out = _count_labels(paths)

@@ -13,7 +13,7 @@ from medseg.images import IMAGE_SIZE, full_size_labels, preprocess
 from medseg.inference import PLAIN, average_over_flips, read_inference
 from medseg.normalization import normalize
 from medseg.ood import FeatureRecorder
-from medseg.pieces import clean_labels
+from medseg.pieces import clean_labels, pixel_area
 from medseg.predicting.assessment import Agreement, assess
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.settings import read_settings
@@ -112,12 +112,13 @@ class Model:
         pooled = self.recorder.take() if self.recorder else None
         return None if pooled is None else self.statistics.ratios(pooled)
 
-    def labels(self, probabilities, size, threshold):
+    def labels(self, probabilities, size, threshold, spacing=None):
         """float32 (n_classes, S, S) -> class numbers, uint8 (height, width), cleaned up.
 
-        size: (width, height) of the image.
+        size: (width, height) of the image; spacing: mm of its pixels along each axis, or None.
         """
-        return clean_labels(full_size_labels(probabilities, size, threshold), self.inference.clean)
+        labels = full_size_labels(probabilities, size, threshold)
+        return clean_labels(labels, self.inference.clean, pixel_area(spacing))
 
 
 class TorchModel(Model):
