@@ -15,7 +15,13 @@ from data import Batches, load_split
 from medseg.cache import RaggedRows
 from medseg.inference import PLAIN, VIEWS
 from medseg.ood import FeatureRecorder, count_features, fit, fit_with_threshold, read_statistics
-from medseg.predicting.assessment import Agreement, Assessment, assess, print_assessments
+from medseg.predicting.assessment import (
+    Agreement,
+    Assessment,
+    assess,
+    assess_volume,
+    print_assessments,
+)
 from medseg.predicting.ensemble import Ensemble
 from medseg.weights import load_weights
 from net import UNet, load_model
@@ -330,6 +336,12 @@ def test_what_is_said(capsys):
     print_assessments([("a.png", Assessment())])
     assert not capsys.readouterr().out
     assert assess(None, [None], 2) == [Assessment(), Assessment()]
+
+
+def test_a_volume_from_its_slices():
+    slices = [Assessment(0.5, 0.1), Assessment(0.9, 9.0), Assessment(1.0, 0.2)]
+    assert assess_volume(slices) == (pytest.approx(0.8), 0.2)
+    assert assess_volume([Assessment(), Assessment()]) == Assessment()
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,18 @@ def assess(agreements, ratios, count):
     return [Assessment(*values) for values in zip(*columns, strict=True)]
 
 
+def assess_volume(slices):
+    """The Assessment of a volume from those of its slices: mean agreement, median distance."""
+    columns = zip(*slices, strict=True)
+    known = [[value for value in column if value is not None] for column in columns]
+    return Assessment(
+        *(
+            float(of(values)) if values else None
+            for of, values in zip((np.mean, np.median), known, strict=True)
+        )
+    )
+
+
 def print_assessments(assessed, what="images"):
     """Print which images are unlike the training and, of several, which to check first.
 
