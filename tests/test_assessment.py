@@ -263,9 +263,10 @@ def test_a_batch_is_assessed_in_the_passes_that_predict_it(network, statistics):
     pixels = np.random.default_rng(7).integers(0, 256, (3, 32, 32, 3), np.uint8)
     model = predict.TorchModel(network, "cpu", "fp32")
     pooled, seen = pooled_by_hand(network, model.normalize(pixels).contiguous()), []
+    threshold = float(np.median(model.probabilities(pixels)))
     network.register_forward_hook(lambda *call: seen.append(call[2].numpy()))
     for flips in ((), VIEWS):
-        model.inference = PLAIN._replace(threshold=0.4, flips=flips)
+        model.inference = PLAIN._replace(threshold=threshold, flips=flips)
         seen.clear()
         probabilities, assessed = model.assess(pixels)
         assert len(seen) == 1 + len(flips)
@@ -274,19 +275,20 @@ def test_a_batch_is_assessed_in_the_passes_that_predict_it(network, statistics):
         np.testing.assert_allclose(unlike, statistics.ratios(pooled), rtol=1e-3)
     shown = {"horizontal": lambda x: x[..., ::-1], "turn90": lambda x: np.rot90(x, -1, (2, 3))}
     for name, back in shown.items():
-        model.inference = PLAIN._replace(threshold=0.4, flips=(name,))
+        model.inference = PLAIN._replace(threshold=threshold, flips=(name,))
         seen.clear()
         _, assessed = model.assess(pixels)
-        expected = agreement_of(seen[0], back(seen[1]), threshold=0.4)
-        assert [one.agreement for one in assessed] == expected.tolist()
+        expected = agreement_of(seen[0], back(seen[1]), threshold=threshold)
+        assert [one.agreement for one in assessed] == expected.tolist() and expected.max() < 1
 
 
 def test_parts_of_an_image_are_assessed_together(network, statistics):
     """As tiles would be: each with all its flips, before the next."""
     network.feature_statistics = statistics
     model, images = predict.TorchModel(network, "cpu", "fp32"), torch.randn(1, 3, 32, 96)
-    model.inference = PLAIN._replace(threshold=0.4, flips=("both",))
-    agreement = Agreement(0.4, 2)
+    threshold = float(np.median(model.run(images)))
+    model.inference = PLAIN._replace(threshold=threshold, flips=("both",))
+    agreement = Agreement(threshold, 2)
     model.begin(agreement)
     parts = [part.contiguous() for part in images.split([32, 64], 3)]
     for part in parts:
@@ -302,7 +304,7 @@ def test_parts_of_an_image_are_assessed_together(network, statistics):
     assert unlike == pytest.approx(statistics.ratios(together[None])[0], rel=1e-3)
     preds = [[model.run(part), model.run(part.flip((2, 3)))[..., ::-1, ::-1]] for part in parts]
     whole = [np.concatenate(member, 3) for member in zip(*preds, strict=True)]
-    assert agreement.result() == agreement_of(*whole, threshold=0.4)
+    assert agreement.result() == agreement_of(*whole, threshold=threshold) < 1
 
 
 def test_an_ensemble_counts_every_pair(network, statistics):

@@ -5,7 +5,7 @@ import torch
 
 from medseg.dist import is_first
 from medseg.inference import view
-from medseg.ood import FeatureRecorder, fit_with_threshold
+from medseg.ood import MIN_IMAGES, FeatureRecorder, fit_with_threshold
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
 
@@ -19,7 +19,7 @@ def record_statistics(model, loaders, device, out, autocast):
     passed through the network, whole images, and turned as the training has turned them. Only the
     first process does it. Of too few images there are none.
     """
-    if not is_first():
+    if not is_first() or len(loaders["train"].rows) < MIN_IMAGES:
         return
     features = [
         pool_features(model, loaders[split].whole_images(MAX_IMAGES), device, autocast)
