@@ -173,6 +173,8 @@ def test_areas_count_pixels_of_the_image_or_mm2():
     assert (
         clean_labels(labels, "min-mm2=0.3", pixel_area((0.1, 1))) > 0
     ).sum() == 4  # of 3 or more
+    assert 2.1 / 0.7 > 3  # as computers count
+    assert clean_labels(drawing("111"), "min-mm2=2.1", pixel_area((0.7, 1))).all()
     with pytest.raises(ValueError, match="min-mm2"):
         clean_labels(labels, "min-mm2=1")
     target, probabilities = labels[None] > 0, labels[None].astype(np.float32)

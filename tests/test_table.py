@@ -199,14 +199,15 @@ def test_a_dicom_series(place):
 )
 def test_dicom_that_tells_less(place, values):
     Path("ct").mkdir()
-    where = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [0, 0, 5]}
-    for name in "ab":
+    for name, z in {"a": 5, "b": 5, "c": 9}.items():
+        where = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [0, 0, z]}
         pixels = bright_squares(32, 32, (8, 6, 10, 12)).astype(np.uint16)
         write_dicom(Path("ct", f"{name}.dcm"), pixels, **where, **values)
     output_of("predict.py", "ct", cwd=place)
     for row in read_table():
         assert row["volume_ml"] == ""
-        assert bool(row["area_mm2"]) == ("SeriesInstanceUID" in values)
+        known = "SeriesInstanceUID" in values
+        assert bool(row["area_mm2"]) == bool(row["largest_diameter_mm"]) == known
 
 
 @pytest.mark.parametrize("unit, mm", [("mm", 1), ("micron", 1e-3), ("unknown", 1)])

@@ -68,6 +68,19 @@ def test_outlines_give_back_every_pixel(classes, share):
         np.testing.assert_array_equal(drawn(labels), labels)
 
 
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        "2222222 ..21... ..121.. ...1...",  # the second class crosses a ring of the first
+        "1111111 1111111 111..11 11.1.11 11...11 1111111",  # a hole that meets itself at a corner
+    ],
+)
+def test_outlines_of_what_crosses_at_corners(drawing):
+    rows = drawing.replace(".", "0").split()
+    labels = np.array([[int(pixel) for pixel in row] for row in rows], np.uint8)
+    np.testing.assert_array_equal(drawn(labels), labels)
+
+
 def test_outlines_of_a_drawing():
     """A ring with a dot in its hole: four corners, a hole, three points within the one pixel."""
     labels = np.zeros((9, 12), np.uint8)
