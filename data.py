@@ -283,6 +283,22 @@ class Batches:
         window = window_side(self.crop, self.strengths)
         return Crops(pixels, rows.starts, rows.sizes, self.crop, window)
 
+    def whole_images(self, most):
+        """Batches of the images as prediction takes them; of more than `most`, so many at random.
+
+        This process has them all.
+        """
+        return Batches(
+            self.rows,
+            max(self.batch_size // self.world, 1),
+            self.device,
+            shuffle=True,
+            seed=self.seed,
+            repeat=min(1, most / len(self.rows)),
+            n_channels=self.n_channels,
+            n_classes=self.n_classes,
+        )
+
     def __len__(self):
         return math.ceil(self.images_per_epoch / self.batch_size)
 

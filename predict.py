@@ -50,6 +50,7 @@ from medseg.images import (
     sum_probabilities,
 )
 from medseg.pieces import check_clean
+from medseg.predicting.assessment import assess_volume, print_assessments
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
@@ -161,7 +162,7 @@ def open_model(path, device="auto", precision="auto", *, images=0):
 
 
 def predict_images(model, frames, problems=None):
-    """Yield (frame, PIL image, float32 probabilities (C, S, S)) of each `Frame`.
+    """Yield (frame, PIL image, float32 probabilities (C, S, S), `Assessment`) of each `Frame`.
 
     model, here and below: a TorchModel, OnnxModel or Ensemble.
     problems: a list; those that cannot be predicted are left out and each adds (path, why).
@@ -176,13 +177,13 @@ def predict_images(model, frames, problems=None):
     readable = read_ahead(model, frames, leave_out)
     while batch := list(islice(readable, model.batch_size)):
         try:
-            found = model.probabilities(np.stack([pixels for _, _, pixels in batch]))
+            found = model.assess(np.stack([pixels for _, _, pixels in batch]))
         except ValueError as error:  # out of memory
             for frame, _, _ in batch:
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
             continue
-        for (frame, image, _), probabilities in zip(batch, found, strict=True):
-            yield frame, image, probabilities
+        for (frame, image, _), probabilities, assessment in zip(batch, *found, strict=True):
+            yield frame, image, probabilities, assessment
 
 
 def read_ahead(model, frames, leave_out):
@@ -208,7 +209,7 @@ def predict_one(model, frame, output, threshold, *, results=None):
 
     results: a Results of this folder that says what is written besides.
     """
-    ((_, image, probabilities),) = predict_images(model, [frame])
+    ((_, image, probabilities, assessment),) = predict_images(model, [frame])
     labels = model.labels(probabilities, image.size, threshold, frame.spacing)
     written, names = [output], model.class_names
     if output.is_dir():
@@ -221,6 +222,7 @@ def predict_one(model, frame, output, threshold, *, results=None):
     else:
         save_mask(labels, output, names)
     print(describe(frame.path, labels, probabilities.max((1, 2)), names))
+    print_assessments([(frame.path, assessment)])
     print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
@@ -232,9 +234,9 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
     Returns [(path, why)] of those that could not be predicted.
     """
 
-    def write(frame, image, probabilities):
+    def write(frame, image, probabilities, assessment):
         labels = model.labels(probabilities, image.size, threshold, frame.spacing)
-        results.add(frame, image, labels, probabilities)
+        results.add(frame, image, labels, probabilities, **assessment._asdict())
         if scores:
             scores.add(frame.path, image.size, probabilities)
         return describe(frame.path, labels, probabilities.max((1, 2)), model.class_names)
@@ -243,17 +245,19 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
         if lines:
             tqdm.write(line)
 
-    problems, writing = [], deque()
+    problems, writing, assessed = [], deque(), []
     results = results or Results(output, model.class_names)
     predicted = predict_images(model, frames, problems)
     bar = tqdm(predicted, total=len(frames), unit=" images", disable=None)
     with ThreadPoolExecutor(available_cores()) as pool:
-        for frame, image, probabilities in bar:
-            writing.append(pool.submit(write, frame, image, probabilities))
+        for frame, image, probabilities, assessment in bar:
+            assessed.append((frame.title, assessment))
+            writing.append(pool.submit(write, frame, image, probabilities, assessment))
             if len(writing) > 2 * model.batch_size:
                 tell(writing.popleft().result())
         for line in writing:
             tell(line.result())
+    print_assessments(assessed)
     if frames:
         count = len(frames) - len(problems)
         print(f"saved {count} {results.what()} in {output}" if results.what() else f"{count} done")
@@ -270,12 +274,13 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     frames, volume = open_file(file, window, model.orientation)
     check_clean(model.inference.clean, volume.slice_spacing, file.path)
     masks, highest, sums = np.zeros((len(volume), *volume[0].shape), np.uint8), 0, 0
-    levels = None
+    levels, assessed = None, []
     if results and "probability" in results.write:
         levels = np.zeros((model.n_classes, *masks.shape), np.uint16)
     predicted = predict_images(model, frames)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
-    for index, (frame, image, probabilities) in enumerate(bar):
+    for index, (frame, image, probabilities, assessment) in enumerate(bar):
+        assessed.append((frame.title, assessment))
         masks[index] = model.labels(probabilities, image.size, threshold, frame.spacing)
         highest = np.maximum(highest, probabilities.max((1, 2)))
         if results:
@@ -285,13 +290,15 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     written = [output]
     if results:
         pictures = volume.pictures(window)
-        written = results.add_volume(volume, pictures, masks, levels, highest, sums)
+        columns = assess_volume([one for _, one in assessed])._asdict()
+        written = results.add_volume(volume, pictures, masks, levels, highest, sums, **columns)
         if volume.stored_spacing is None:
             print(f"{file.path}: its header gives a voxel no size, so no mm or mL are measured")
     else:
         write_mask(output, volume, masks)
     if lines:
         print(describe(file.path, masks, highest, model.class_names))
+        print_assessments(assessed, "slices")
         print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
@@ -374,7 +381,7 @@ def main(argv=None):
     if model.precision_note:
         print(f"precision: {model.precision}{model.precision_note}")
     window = choose_window(args.window, model.window)
-    model.inference, note = choose_inference(args, model.recorded)
+    model.inference, note = choose_inference(args, model.recorded, model.trained_flips)
     if note and rank_and_world()[0] == 0:
         print(note)
     args.threshold = model.inference.threshold

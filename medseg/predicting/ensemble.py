@@ -53,6 +53,8 @@ class Ensemble(Model):
         super().__init__(models[0], str(self.device).partition(":")[0])
         self.recorded = combine([model.recorded for model in models])
         self.inference = self.recorded or PLAIN
+        flips = {model.trained_flips for model in models}
+        self.trained_flips = flips.pop() if len(flips) == 1 else ()
         self.batch_size = min(model.batch_size for model in models)
         timed = [model for model in models if model.precision_note]
         self.precision = (timed or models)[0].precision
@@ -67,6 +69,10 @@ class Ensemble(Model):
     def inference(self, inference):
         for model in self.models:
             model.inference = inference
+
+    def members(self):
+        """The models that are averaged."""
+        return self.models
 
     def probabilities(self, pixels):
         """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""

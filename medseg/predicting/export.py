@@ -117,6 +117,7 @@ def metadata_of(model):
         "window": model.window,
         "orientation": model.orientation,
         "inference": model.inference and model.inference.as_dict(),
+        "trained_flips": list(model.trained_flips),
     }
     return check_metadata(metadata)
 

@@ -113,7 +113,8 @@ def _add_model_flags(parser):
         "--tta",
         action=argparse.BooleanOptionalAction,
         help="average the probabilities of the image and of its flips, left to right, top to "
-        "bottom and both; default: as chosen on valid for the weights, else off",
+        "bottom and both, or of the flips and quarter turns that the weights were trained with; "
+        "default: as chosen on valid for the weights, else off",
     )
     add(
         "--clean",
@@ -133,16 +134,17 @@ def _add_model_flags(parser):
     )
 
 
-def choose_inference(args, recorded):
+def choose_inference(args, recorded, trained_flips=()):
     """(the `medseg.inference.Inference` to predict with, a line on it or '').
 
-    recorded: that in the weights, or None; a flag that is given wins over it.
+    recorded: that in the weights, or None; a flag that is given wins over it. trained_flips: those
+    that --tta takes where none were chosen; without any, those of FLIPS.
     """
     inference, given = recorded or PLAIN, []
     if args.threshold is not None:
         inference, given = inference._replace(threshold=args.threshold), ["--threshold"]
     if args.tta is not None:
-        flips = (inference.flips or tuple(FLIPS)) if args.tta else ()
+        flips = (inference.flips or trained_flips or tuple(FLIPS)) if args.tta else ()
         inference = inference._replace(flips=flips)
         given.append("--tta" if args.tta else "--no-tta")
     if args.clean is not None:

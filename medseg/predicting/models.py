@@ -12,7 +12,9 @@ from medseg.files import available_cores
 from medseg.images import IMAGE_SIZE, full_size_labels, preprocess
 from medseg.inference import PLAIN, average_over_flips, read_inference
 from medseg.normalization import normalize
+from medseg.ood import FeatureRecorder
 from medseg.pieces import clean_labels, pixel_area
+from medseg.predicting.assessment import Agreement, assess
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.settings import read_settings
 
@@ -39,10 +41,12 @@ class Model:
     recorded: the `medseg.inference.Inference` in its file, or None; inference: the one to predict
     with. batch_size: how many images to predict at a time. run(images): normalised float32
     (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W), of one pass through
-    the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels).
+    the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels). trained_flips:
+    as of `net.UNet`.
     """
 
     recorded, inference = None, PLAIN
+    recorder = agreement = None
 
     def __init__(self, network, device_type):
         self.image_size, self.n_channels = network.image_size, network.n_channels
@@ -50,6 +54,7 @@ class Model:
         self.window, self.orientation = network.window, network.orientation
         self.recorded = getattr(network, "inference", None)  # which only a UNet has
         self.inference = self.recorded or PLAIN
+        self.trained_flips = tuple(getattr(network, "trained_flips", ()))
         self.batch_size = 4 if device_type == "cpu" else 16  # more do not fit a CPU's caches
         if self.image_size is None:  # images keep their own
             self.batch_size = 1
@@ -68,7 +73,44 @@ class Model:
 
     def average(self, images):
         """As `run`, averaged over the flips of `inference`."""
-        return average_over_flips(self.run, images, self.inference.flips)
+        return average_over_flips(self.run, images, self.inference.flips, self.see)
+
+    def members(self):
+        """The models that are averaged: itself."""
+        return [self]
+
+    def assess(self, pixels):
+        """(what `probabilities` gives, an `Assessment` of each image), of the same passes."""
+        models, flips = self.members(), self.inference.flips
+        agreement = Agreement(self.inference.threshold, len(models) * (1 + len(flips)))
+        for model in models:
+            model.begin(agreement)
+        try:
+            probabilities = self.probabilities(pixels)
+        finally:
+            ratios = [model.end() for model in models]
+        return probabilities, assess(agreement.result(), ratios, len(pixels))
+
+    def begin(self, agreement):
+        """From here on tell `agreement` of each pass, and look at the images as they are."""
+        self.agreement, self._passes = agreement, 0
+        if self.recorder:
+            self.recorder.look()
+
+    def see(self, probabilities):
+        """Called with what each pass gives, flipped back."""
+        if self.agreement is None:
+            return
+        self.agreement.add(probabilities)
+        self._passes += 1
+        if self.recorder and self._passes % (1 + len(self.inference.flips)) == 0:
+            self.recorder.look()  # at the next part of the images
+
+    def end(self):
+        """Stop; returns how unlike the training each image is, (B,), or None if that is unknown."""
+        self.agreement = None
+        pooled = self.recorder.take() if self.recorder else None
+        return None if pooled is None else self.statistics.ratios(pooled)
 
     def labels(self, probabilities, size, threshold, spacing=None):
         """float32 (n_classes, S, S) -> class numbers, uint8 (height, width), cleaned up.
@@ -93,6 +135,8 @@ class TorchModel(Model):
 
         self.network, self.device = network, torch.device(device)
         super().__init__(network, self.device.type)
+        self.statistics = getattr(network, "feature_statistics", None)  # which only a UNet has
+        self.recorder = FeatureRecorder(network) if self.statistics else None
         amount = {"images": images, "size": self.image_size or IMAGE_SIZE}
         self.precision, self.precision_note = find_precision(
             precision, self.device, network, batch_size=self.batch_size, **amount

@@ -17,7 +17,7 @@ from medseg.pieces import Pieces, measure_pieces
 COLUMNS = (
     *("image", "class", "pixels", "share", "area_mm2", "volume_ml", "pieces", "largest_pixels"),
     *("largest_x", "largest_y", "largest_diameter", "highest_probability", "mean_probability"),
-    *("largest_diameter_mm", "largest_z", "series"),
+    *("largest_diameter_mm", "largest_z", "series", "agreement", "unlike"),
 )
 # How these files begin: one that begins in another way is somebody else's.
 BEGINNINGS = {".csv": "\ufeffimage,class,pixels,", ".json": '{\n "program": "predict.py",'}

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from medseg.dist import is_first
-from medseg.inference import FLIPS, PLAIN, average_over_flips
+from medseg.inference import PLAIN, average_over_flips
 from medseg.metrics import SWEEP, class_scores, count_pixels, image_dice
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
@@ -81,13 +81,6 @@ def better_threshold(counts, at):
     return best if gains(counts[:, at], counts[:, best]) else at
 
 
-def flips_of(strengths):
-    """The flips that a training has seen, as names of FLIPS; strengths: of its augmentations."""
-    if strengths.get("flip"):
-        return tuple(FLIPS)
-    return ("horizontal",) if strengths.get("mirror") else ()
-
-
 def tune_prediction(model, loaders, device, out, autocast):
     """Choose how the masks of a trained UNet are made, and record it in out/best_model.pth.
 
@@ -99,7 +92,7 @@ def tune_prediction(model, loaders, device, out, autocast):
         predicted = predict(model, loaders["valid"], device, inference.flips, autocast)
         return count_pixels(predicted, thresholds, inference.clean)
 
-    model.inference, lines = choose(count, flips_of(loaders["train"].strengths))
+    model.inference, lines = choose(count, model.trained_flips)
     if is_first():
         save_weights(out / BEST, model.state_dict())
         for line in lines:
