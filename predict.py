@@ -45,6 +45,7 @@ from medseg.images import (
     save_mask,
     save_overlay,
     save_png,
+    set_pixel_limit,
 )
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
@@ -171,7 +172,8 @@ def predict_images(model, frames, problems=None):
     readable = read_ahead(model, frames, leave_out)
     while batch := list(islice(readable, model.batch_size)):
         try:
-            found = model.probabilities(np.stack([pixels for _, _, pixels in batch]))
+            pixels = [one for _, _, one in batch]
+            found = model.probabilities(np.stack(pixels) if len(batch) > 1 else pixels[0][None])
         except ValueError as error:  # out of memory
             for frame, _, _ in batch:
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
@@ -320,6 +322,7 @@ def predict_annotated(model, folder, frames, output, threshold, problems):
 
 def main(argv=None):
     args = parse_arguments(argv, __doc__)
+    set_pixel_limit(args.max_megapixels)
     args.model = paths = args.model or [default_model()]
     if args.export:
         return export_model(args.export, paths, args.inputs)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from medseg.cli import MAX_MEGAPIXELS
 from medseg.drawing import class_colors, overlay, with_legend
 from medseg.files import atomic_write, check_regular
 from medseg.samples import has_16_bits, stored_samples
@@ -24,16 +26,36 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif"),
 )
-MAX_FILE_BYTES = 1 << 30  # 89 million pixels of four 16-bit samples are 0.7 GB
+PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that fill the memory
+BYTES_PER_PIXEL = 12  # of a file, at most: 1 GiB with that limit
 MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
-STRIPE = 64  # columns of a mask that are made at a time: few megabytes
+STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
-# Pillow warns above 89 megapixels and refuses at twice that: refuse at once.
+# Pillow warns above its limit and refuses at twice that: refuse at once.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # Odd metadata: the pixels are what counts, and an error where they are damaged.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+
+
+def set_pixel_limit(megapixels):
+    """Read images of up to so many million pixels in this process: the flag --max-megapixels."""
+    own = megapixels == MAX_MEGAPIXELS
+    Image.MAX_IMAGE_PIXELS = PILLOWS_LIMIT if own else megapixels * 10**6
+
+
+def pixel_limit():
+    """How many pixels an image may have."""
+    return Image.MAX_IMAGE_PIXELS
+
+
+def too_many_pixels(pixels, what):
+    """The ValueError for an image of so many pixels, more than the limit; what: these in words."""
+    return ValueError(
+        f"{what} are more than {pixel_limit() // 10**6} million; if you trust the file: "
+        f"--max-megapixels {-(-pixels // 10**6)}"
+    )
 
 
 @contextlib.contextmanager
@@ -48,9 +70,14 @@ def open_image(file):
     else:
         check_regular(file)
         size = os.stat(file).st_size
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-    with Image.open(file, formats=FORMATS) as image:
+    if size > (most := BYTES_PER_PIXEL * pixel_limit()):
+        raise ValueError(f"larger than {most >> 20} MiB: --max-megapixels allows more")
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        pixels = int(re.search(r"\d+", str(error))[0])  # the first of its numbers
+        raise too_many_pixels(pixels, f"{pixels} pixels") from None
+    with image:
         if getattr(image, "is_animated", False):
             count = image.n_frames if size <= MAX_COUNTED_BYTES else "several"
             raise ValueError(f"holds {count} pictures: save each in a file of its own")
@@ -84,8 +111,8 @@ def read_image(path):
     path: or a binary file. More than 8 bits a sample are scaled linearly to 0..255 from the range
     that holds the largest value: 8, 10, 12 or 16 bits (0..1 for floating point). The values of PGM
     and PPM files are scaled from the range that the file names. Alpha is dropped.
-    Raises FileNotFoundError; ValueError for what is not one whole picture of at most 89
-    megapixels.
+    Raises FileNotFoundError; ValueError for what is not one whole picture of at most
+    `pixel_limit` pixels.
     """
     with image_errors(path, "image"), open_image(path) as image:
         samples = stored_samples(image, path)
@@ -139,9 +166,17 @@ def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
     image_size: None keeps the image's own height and width. n_channels: 3, or 1 for grey.
     The one resizing of the project: training, evaluation and prediction all come through here.
     """
-    image = image.convert("L" if n_channels == 1 else "RGB")
-    size = (image_size, image_size) if image_size else image.size
-    resized = np.array(image.resize(size, Image.Resampling.BILINEAR))  # of its own size: a copy
+    mode = "L" if n_channels == 1 else "RGB"
+    if image_size is None:  # by stripes: of a large image, a second copy would be one too many
+        pixels = np.empty((image.height, image.width, n_channels), np.uint8)
+        for top in range(0, image.height, STRIPE):
+            stripe = image.crop((0, top, image.width, min(top + STRIPE, image.height)))
+            pixels[top : top + STRIPE] = np.asarray(stripe.convert(mode)).reshape(
+                stripe.height, image.width, n_channels
+            )
+        return pixels
+    image = image if image.mode == mode else image.convert(mode)
+    resized = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
     return resized[..., None] if n_channels == 1 else resized
 
 
@@ -170,6 +205,13 @@ def full_size_labels(probabilities, size, threshold):
     """
     (width, height), bilinear = size, Image.Resampling.BILINEAR
     labels = np.zeros((height, width), np.uint8)
+    if probabilities.shape[1:] == labels.shape:
+        for start in range(0, height, STRIPE):
+            part = probabilities[:, start : start + STRIPE]
+            highest = part.argmax(0)  # of equal ones, the first
+            above = part.max(0) > np.float32(threshold)
+            np.multiply(highest + 1, above, out=labels[start : start + STRIPE], casting="unsafe")
+        return labels
     highest = np.full((height, width), threshold, np.float32)
     for number, channel in enumerate(probabilities, 1):
         if channel.max() <= threshold:  # and so is every value between those of its pixels

@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from medseg.cli import ArgumentParser, add_device_flags, named_values, number
+from medseg.cli import (
+    ArgumentParser,
+    add_device_flags,
+    add_pixel_limit,
+    named_values,
+    number,
+)
 from medseg.images import FORMAT_NAMES
 from medseg.inference import FLIPS, PLAIN
 from medseg.pieces import CLEANINGS
@@ -50,6 +56,7 @@ def make_parser(doc):
         help="of DICOM or NIfTI values; default: that of the weights, or the file's own, or 0.5 "
         "to 99.5 %% of a volume",
     )
+    add_pixel_limit(add)
     add = parser.add_argument_group("page").add_argument
     add("--page", action="store_true", help="open a page in the browser; needs gradio")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
