@@ -15,6 +15,7 @@ from medseg.normalization import normalize
 from medseg.pieces import clean_labels
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.settings import read_settings
+from medseg.tiles import apply_network, by_tiles, read_tiling, tiling_of
 
 # Weights that come with the repository, and what they are: docs/pretrained.md.
 PRETRAINED = Path(__file__).parents[2] / "dataset" / "tumor.pth"
@@ -39,10 +40,11 @@ class Model:
     recorded: the `medseg.inference.Inference` in its file, or None; inference: the one to predict
     with. batch_size: how many images to predict at a time. run(images): normalised float32
     (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W), of one pass through
-    the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels).
+    the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels). tiling: how it
+    takes images too large for the memory, a `medseg.tiles.Tiling` or None.
     """
 
-    recorded, inference = None, PLAIN
+    recorded, inference, tiling = None, PLAIN, None
 
     def __init__(self, network, device_type):
         self.image_size, self.n_channels = network.image_size, network.n_channels
@@ -64,11 +66,20 @@ class Model:
 
     def probabilities(self, pixels):
         """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
-        return self.average(self.normalize(pixels))
+        channels_first = np.moveaxis(pixels, -1, 1)
+        return by_tiles(self.predict_part, channels_first, self.tiling, self.device)
+
+    def predict_part(self, pixels):
+        """As `probabilities`, of uint8 (B, n_channels, H, W): images, or tiles of them."""
+        return self.average(self.normalize(np.moveaxis(pixels, 1, -1)))
 
     def average(self, images):
         """As `run`, averaged over the flips of `inference`."""
-        return average_over_flips(self.run, images, self.inference.flips)
+
+        def run(part):
+            return average_over_flips(self.run, part, self.inference.flips)
+
+        return by_tiles(run, images, self.tiling, self.device)
 
     def labels(self, probabilities, size, threshold):
         """float32 (n_classes, S, S) -> class numbers, uint8 (height, width), cleaned up.
@@ -92,6 +103,7 @@ class TorchModel(Model):
 
         self.network, self.device = network, torch.device(device)
         super().__init__(network, self.device.type)
+        self.tiling = tiling_of(network)
         amount = {"images": images, "size": self.image_size or IMAGE_SIZE}
         self.precision, self.precision_note = find_precision(
             precision, self.device, network, batch_size=self.batch_size, **amount
@@ -121,7 +133,7 @@ def predict_probabilities(network, images, device="cuda", *, autocast=nullcontex
     device, (count, _, height, width) = available_device(device), images.shape
     try:
         with torch.inference_mode(), autocast:
-            return network(images.to(device))
+            return apply_network(network, images.to(device))
     except (MemoryError, RuntimeError) as error:
         memory = out_of_memory(error)
         if memory is None:
@@ -153,6 +165,7 @@ class OnnxModel(Model):
         settings = read_settings(metadata)
         settings["inference"] = read_inference(metadata.get("inference"))
         super().__init__(SimpleNamespace(**(metadata | settings)), self.device)
+        self.tiling = read_tiling(metadata.get("tiling"))
         self.path = Path(path)
         # In float32, as for the training: the same pixels give the same numbers.
         self.statistics = [np.float32(metadata[key]) * np.float32(255) for key in ("mean", "std")]
