@@ -23,7 +23,6 @@ import os
 import shlex
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import medseg.threads  # noqa: F401, sets what torch reads when it is loaded
@@ -50,15 +49,18 @@ from medseg.images import (
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
+    AHEAD_PIXELS,
     annotated_folder,
     choose_output,
     count_files,
+    count_pixels,
     describe_left_out,
     example_image,
     expand,
     left_aside,
     open_file,
     sort_files,
+    take_batch,
 )
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
 from medseg.settings import choose_window
@@ -170,16 +172,18 @@ def predict_images(model, frames, problems=None):
         problems.append((frame.path, str(error)))
 
     readable = read_ahead(model, frames, leave_out)
-    while batch := list(islice(readable, model.batch_size)):
+    while batch := take_batch(readable, model.batch_size):
+        frames, images, pixels = zip(*batch, strict=True)
         try:
-            pixels = [one for _, _, one in batch]
             found = model.probabilities(np.stack(pixels) if len(batch) > 1 else pixels[0][None])
         except ValueError as error:  # out of memory
-            for frame, _, _ in batch:
+            for frame in frames:
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
             continue
-        for (frame, image, _), probabilities in zip(batch, found, strict=True):
-            yield frame, image, probabilities
+        ready = list(zip(frames, images, found, strict=True))
+        batch = images = pixels = found = None  # a large image is not kept while the next one is
+        while ready:  # predicted
+            yield ready.pop(0)
 
 
 def read_ahead(model, frames, leave_out):
@@ -193,7 +197,8 @@ def read_ahead(model, frames, leave_out):
         image = frame.read()
         return frame, image, model.prepare(image)
 
-    for frame, result in zip(frames, parallel_map(read, frames), strict=True):
+    ahead = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
+    for frame, result in zip(frames, ahead, strict=True):
         if isinstance(result, Exception):
             leave_out(frame, result)
         else:
@@ -233,7 +238,8 @@ def predict_many(model, frames, output, threshold, scores=None):
     with ThreadPoolExecutor(available_cores()) as pool:
         for frame, image, probabilities in bar:
             writing.append(pool.submit(write, frame, image, probabilities))
-            if len(writing) > 2 * model.batch_size:
+            large = image.width * image.height > AHEAD_PIXELS // (2 * model.batch_size)
+            while len(writing) > (0 if large else 2 * model.batch_size):
                 tqdm.write(writing.popleft().result())
         for line in writing:
             tqdm.write(line.result())

@@ -30,6 +30,7 @@ PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that f
 BYTES_PER_PIXEL = 12  # of a file, at most: 1 GiB with that limit
 MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
+MAX_JPEG_SIDE = 65_500  # pixels that the format has room for
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
@@ -258,6 +259,7 @@ def save_overlay(image, labels, path, class_names):
     As JPEG: it is for eyes, and a PNG file would take longer than all else but the network.
     """
     drawn = with_legend(overlay(image, labels, len(class_names)), class_names)
+    drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))  # which leaves a smaller one as it is
     with atomic_write(Path(path), sync=False) as file:
         drawn.save(file, "JPEG", quality=90, subsampling=0)  # colours at full resolution
 

@@ -1,5 +1,6 @@
 """Large images: predicted by tiles, equal to the whole image; and the limit on pixels."""
 
+import json
 import random
 import time
 from itertools import pairwise
@@ -18,8 +19,11 @@ from medseg.cache import RaggedRows
 from medseg.cli import MAX_MEGAPIXELS
 from medseg.inference import FLIPS, Inference
 from medseg.layers import ARCHITECTURES
+from medseg.predicting import inputs
 from medseg.predicting.ensemble import Ensemble
+from medseg.predicting.export import metadata_of
 from medseg.predicting.models import TorchModel
+from medseg.predicting.onnx_file import check_metadata
 from medseg.tiles import Tiling, make_tiles, tiling_of
 from medseg.training.tuning import MaskModel
 from net import UNet
@@ -182,6 +186,18 @@ def test_what_sees_the_whole_image_keeps_it_where_it_fits(option, small_tiles, m
     assert "tiles" in line and model.tiling.differs in line
 
 
+def test_an_onnx_file_says_how_its_network_may_be_divided():
+    metadata = metadata_of(network(depth=4, norm="group"))
+    found = check_metadata(json.loads(json.dumps(metadata)))["tiling"]
+    assert found == {
+        "stride": 16,
+        "margin": 94,
+        "bytes_per_pixel": 96,
+        "differs": "group normalisation",
+    }
+    assert "tiling" not in metadata_of(UNet(n_filters=2))
+
+
 def test_images_of_one_size_are_never_divided():
     assert tiling_of(UNet(n_filters=2, image_size=64)) is None
     assert tiling_of(torch.nn.Identity()) is None
@@ -220,6 +236,27 @@ def test_on_the_command_line(small_tiles, here):
     expected = np.zeros((150, 1100), np.uint8)
     expected[20:120, 500:600] = 255
     np.testing.assert_array_equal(mask, expected)
+
+
+def test_a_folder_of_large_images_is_taken_one_at_a_time(here, monkeypatch):
+    """Of more pixels than may wait, none is read before the last one is written."""
+    torch.save(brightness_model().state_dict(), "model.pth")
+    (here / "scans").mkdir()
+    for number in range(4):
+        scan(40, 30, 5, 5, 20).save(f"scans/{number}.png")
+    events, read, write = [], inputs.read_image, predict.save_overlay
+    monkeypatch.setattr(inputs, "read_image", lambda path: events.append("read") or read(path))
+    monkeypatch.setattr(
+        predict, "save_overlay", lambda *given: write(*given) or events.append("write")
+    )
+    orders = []
+    for pixels in (1, 1 << 20):
+        for module in (inputs, predict):
+            monkeypatch.setattr(module, "AHEAD_PIXELS", pixels)
+        output_of("predict.py", "scans", "--model", "model.pth", "--device", "cpu", cwd=here)
+        orders.append(list(events))
+        events.clear()
+    assert orders[0] == 4 * ["read", "write"] and orders[1][:4] == 4 * ["read"]
 
 
 # ---- the limit on pixels ---------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What predict.py is to predict, and where it writes: files, folders, frames, volumes."""
 
+import contextlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,12 @@ from medseg.formats.medical import (
     result_name,
 )
 from medseg.formats.nifti import open_nifti
-from medseg.images import SUFFIXES, read_image
+from medseg.images import SUFFIXES, open_image, read_image
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "contact_sheet.jpg")
 OWN_ENDINGS = ("_mask", "_overlay", "_montage")
+AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or written behind it
 OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
 
@@ -66,6 +68,25 @@ def open_file(file, window=None, orientation=None):
         own, title = name if volume else f"{name}_f{number:03d}", f"{path.name}, {what} {number}"
         frames.append(Frame(path, own, title, partial(_read_array, arrays, number)))
     return frames, volume
+
+
+def count_pixels(frame):
+    """How many pixels the image file of a Frame says it has; 0 of a frame of another file."""
+    if file_format(frame.path) is None:
+        with contextlib.suppress(Exception), open_image(frame.path) as image:  # told when read
+            return image.width * image.height
+    return 0
+
+
+def take_batch(readable, size):
+    """The next of what `read_ahead` in predict.py yields: `size`, or fewer large ones, or none."""
+    batch, pixels = [], 0
+    for frame, image, array in readable:
+        batch.append((frame, image, array))
+        pixels += image.width * image.height
+        if len(batch) == size or pixels > AHEAD_PIXELS:
+            break
+    return batch
 
 
 def _read_array(arrays, index):
