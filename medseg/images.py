@@ -1,6 +1,8 @@
 """One picture: reading it, resizing it, writing masks and overlays. No torch."""
 
 import contextlib
+import math
+import mmap
 import os
 import re
 import warnings
@@ -120,6 +122,8 @@ def read_image(path):
         if samples:
             return _table_to_8_bits(*samples)
         image.load()
+        if image.mode == "RGB":  # else a copy
+            return image
         return _to_8_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
 
 
@@ -169,7 +173,7 @@ def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
     """
     mode = "L" if n_channels == 1 else "RGB"
     if image_size is None:  # by stripes: of a large image, a second copy would be one too many
-        pixels = np.empty((image.height, image.width, n_channels), np.uint8)
+        pixels = large_array((image.height, image.width, n_channels), np.uint8)
         for top in range(0, image.height, STRIPE):
             stripe = image.crop((0, top, image.width, min(top + STRIPE, image.height)))
             pixels[top : top + STRIPE] = np.asarray(stripe.convert(mode)).reshape(
@@ -179,6 +183,17 @@ def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
     image = image if image.mode == mode else image.convert(mode)
     resized = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
     return resized[..., None] if n_channels == 1 else resized
+
+
+def large_array(shape, dtype):
+    """An array of zeros, whose memory goes back to the system when it is freed.
+
+    Of the C library the process may have asked to keep it (`medseg.device.keep_freed_memory`),
+    in pieces that the next large array does not fit.
+    """
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def mean_and_std(n_channels):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from medseg.images import large_array
 from medseg.inference import average_over_flips
 
 # Bytes that a pass through the network may take before an image is divided.
@@ -212,15 +213,13 @@ def by_tiles(predict, images, tiling, device="cpu", memory=None):
     for row, column in tqdm(tiles, f"{width}x{height}", unit=" tiles", disable=None, leave=False):
         part = predict(images[..., row.first : row.last, column.first : column.last])
         if result is None:
-            result = _empty(part, (*part.shape[:-2], height, width))
+            shape = (*part.shape[:-2], height, width)
+            tensor = hasattr(part, "new_empty")
+            result = part.new_empty(shape) if tensor else large_array(shape, part.dtype)
         inside = np.s_[..., row.start - row.first :, column.start - column.first :]
         wanted = np.s_[..., row.start : row.end, column.start : column.end]
         result[wanted] = part[inside][..., : row.end - row.start, : column.end - column.start]
     return result
-
-
-def _empty(like, shape):
-    return like.new_empty(shape) if hasattr(like, "new_empty") else np.empty(shape, like.dtype)
 
 
 @functools.cache
