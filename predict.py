@@ -25,7 +25,6 @@ import os
 import shlex
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import medseg.threads  # noqa: F401, sets what torch reads when it is loaded
@@ -47,6 +46,7 @@ from medseg.images import (
     resize_nearest,
     save_mask,
     save_png,
+    set_pixel_limit,
     sum_probabilities,
 )
 from medseg.pieces import check_clean
@@ -54,15 +54,18 @@ from medseg.predicting.assessment import assess_volume, print_assessments
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
+    AHEAD_PIXELS,
     annotated_folder,
     choose_output,
     count_files,
+    count_pixels,
     describe_left_out,
     example_image,
     expand,
     left_aside,
     open_file,
     sort_files,
+    take_batch,
 )
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
 from medseg.predicting.results import DEFAULT, MAX_LINES, Results, Table, describe_run
@@ -175,15 +178,18 @@ def predict_images(model, frames, problems=None):
         problems.append((frame.path, str(error)))
 
     readable = read_ahead(model, frames, leave_out)
-    while batch := list(islice(readable, model.batch_size)):
+    while batch := take_batch(readable, model.batch_size):
+        frames, images, pixels = zip(*batch, strict=True)
         try:
-            found = model.assess(np.stack([pixels for _, _, pixels in batch]))
+            found = model.assess(np.stack(pixels) if len(batch) > 1 else pixels[0][None])
         except ValueError as error:  # out of memory
-            for frame, _, _ in batch:
+            for frame in frames:
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
             continue
-        for (frame, image, _), probabilities, assessment in zip(batch, *found, strict=True):
-            yield frame, image, probabilities, assessment
+        ready = list(zip(frames, images, *found, strict=True))
+        batch = images = pixels = found = None  # a large image is not kept while the next one is
+        while ready:  # predicted
+            yield ready.pop(0)
 
 
 def read_ahead(model, frames, leave_out):
@@ -197,7 +203,8 @@ def read_ahead(model, frames, leave_out):
         image = frame.read()
         return frame, image, model.prepare(image)
 
-    for frame, result in zip(frames, parallel_map(read, frames), strict=True):
+    ahead = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
+    for frame, result in zip(frames, ahead, strict=True):
         if isinstance(result, Exception):
             leave_out(frame, result)
         else:
@@ -253,7 +260,8 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
         for frame, image, probabilities, assessment in bar:
             assessed.append((frame.title, assessment))
             writing.append(pool.submit(write, frame, image, probabilities, assessment))
-            if len(writing) > 2 * model.batch_size:
+            large = image.width * image.height > AHEAD_PIXELS // (2 * model.batch_size)
+            while len(writing) > (0 if large else 2 * model.batch_size):
                 tell(writing.popleft().result())
         for line in writing:
             tell(line.result())
@@ -370,6 +378,7 @@ def predict_annotated(model, folder, frames, output, threshold, problems, **opti
 
 def main(argv=None):
     args = parse_arguments(argv, __doc__)
+    set_pixel_limit(args.max_megapixels)
     args.model = paths = args.model or [default_model()]
     if args.export:
         return export_model(args.export, paths, args.inputs)

@@ -51,6 +51,7 @@ from medseg.phantoms import make_phantoms
 from medseg.planning.plan import planned_flags
 from medseg.plots import denormalize, plot_curves, plot_predictions
 from medseg.signals import Signals
+from medseg.tiles import apply_network
 from medseg.training.checkpoint import (
     BEST,
     CURVES,
@@ -147,7 +148,7 @@ def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=l
         for images, masks in loader:
             images, masks = images.to(device), masks.to(device)
             with autocast:
-                outputs = model(images)
+                outputs = apply_network(model, images)  # large images by tiles
             scores.add(criterion(outputs, masks), outputs, masks)
             poll()
     return scores.result()
@@ -292,7 +293,7 @@ def visualize_predictions(
     for image, mask in (samples[index] for index in chosen):  # their sizes may differ
         target = mask.to(device) > 0.5
         with torch.inference_mode():
-            pred = model(image[None].to(device))[0] > threshold
+            pred = apply_network(model, image[None].to(device))[0] > threshold
         tp, fp, fn = (
             (one & other).sum((1, 2)).double()
             for one, other in ((pred, target), (pred, ~target), (~pred, target))

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+MAX_MEGAPIXELS = 89  # of an image: Pillow's limit
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Keeps the line breaks of the examples and shows the default of every flag that has one."""
@@ -129,6 +131,17 @@ def add_device_flags(add):
         default="auto",
         help="auto: bf16 on a GPU that has it, on a CPU with AMX, and in long runs where a short "
         "timing finds a CPU faster in it; fp16 on other GPUs, else fp32",
+    )
+
+
+def add_pixel_limit(add):
+    """Add --max-megapixels with a parser's or a group's add_argument."""
+    add(
+        "--max-megapixels",
+        type=number(1),
+        default=MAX_MEGAPIXELS,
+        metavar="N",
+        help="refuse larger images, which a small file may hold to fill the memory",
     )
 
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medseg.tiles import WHOLE
+
 LEVELS = 2  # of the encoder, from the finest: deeper features tell less, see docs/unlike.md
 COMPONENTS = 32  # at most, of the covariance
 MIN_IMAGES = 10  # of the training, to tell from
@@ -140,27 +142,32 @@ class FeatureRecorder:
             block.register_forward_hook(partial(self._record, block is blocks[-1]))
             for block in blocks
         ]
-        self._moments, self._parts, self._waiting = [], [], False
+        self._moments, self._parts, self._inside = [], [], None
 
-    def look(self):
-        """Look at the next forward pass."""
-        self._waiting = True
+    def look(self, inside=WHOLE):
+        """Look at the next forward pass, at the pixels `inside` (as of `medseg.tiles.by_tiles`)."""
+        self._inside = inside
 
     def _record(self, is_last, block, inputs, outputs):
-        if not self._waiting:
+        if self._inside is None:
             return
-        features = outputs[1].float()  # before pooling to the next level
+        scale = 2 ** (len(self._moments) // 2)  # pixels of the image in one of this level
+        inside = (
+            slice(side.start and side.start // scale, side.stop and -(-side.stop // scale))
+            for side in self._inside
+        )
+        features = outputs[1][(..., *inside)].float()  # before pooling to the next level
         self._moments += [features.mean((2, 3)), features.square().mean((2, 3))]
         if is_last:
             self._parts.append((features[0, 0].numel(), self._moments))
-            self._moments, self._waiting = [], False
+            self._moments, self._inside = [], None
 
     def take(self):
         """Pooled features, float64 (B, D), of the passes looked at since the last call, or None.
 
         Those of several passes are of parts of the same images, and count by their pixels.
         """
-        parts, self._parts, self._moments, self._waiting = self._parts, [], [], False
+        parts, self._parts, self._moments, self._inside = self._parts, [], [], None
         if not parts:
             return None
         weights = [pixels for pixels, _ in parts]

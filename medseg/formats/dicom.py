@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 
 from medseg.formats.medical import file_format, import_reader, name_file, window_to_uint8
-from medseg.images import read_image
+from medseg.images import pixel_limit, read_image, too_many_pixels
 from medseg.settings import window_limits
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of one frame: 89 million, as for other images
 MAX_INFLATED_BYTES = 512 << 20  # of a deflated file
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
@@ -239,8 +238,8 @@ def _check_dicom_size(header, available):
     if min(rows, columns, frames) < 1 or samples not in (1, 3) or not 1 <= bits <= 64:
         size = f"{frames} frames of {columns}x{rows} pixels, {samples} x {bits} bits each"
         raise ValueError(f"its header claims {size}")
-    if rows * columns > MAX_PIXELS:
-        raise ValueError(f"{columns}x{rows} pixels are more than {MAX_PIXELS / 1e6:.0f} million")
+    if rows * columns > pixel_limit():
+        raise too_many_pixels(rows * columns, f"{columns}x{rows} pixels")
     syntax = header.file_meta.TransferSyntaxUID
     if syntax.is_deflated:
         return  # it is in memory already

@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from medseg.drawing import montage, overlay, with_legend
 from medseg.files import atomic_write
@@ -21,11 +20,10 @@ from medseg.formats.medical import (
     result_name,
     window_to_uint8,
 )
-from medseg.images import save_png
+from medseg.images import pixel_limit, save_png, too_many_pixels
 from medseg.settings import window_limits
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
-MAX_SLICE_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, as for other images
 UNITS = {1: 1e3, 2: 1.0, 3: 1e-3}  # mm of a metre, millimetre, micrometre, by their codes
 SAMPLE = 1 << 20  # voxels, at most, that the percentiles of a volume are taken from
 PERCENTILES = (0.5, 99.5)
@@ -83,9 +81,8 @@ class Volume:
         self.spacing = tuple(spacing.tolist())
         self.axis = int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])
         height, width = (self.shape[axis] for axis in range(3) if axis != self.axis)
-        if height * width > MAX_SLICE_PIXELS:
-            million = MAX_SLICE_PIXELS / 1e6
-            raise ValueError(f"slices of {width}x{height} pixels: more than {million:.0f} million")
+        if height * width > pixel_limit():
+            raise too_many_pixels(height * width, f"slices of {width}x{height} pixels")
         slope, intercept = self.header.get_slope_inter()
         self._slope = 1.0 if slope is None else float(slope)
         self._intercept = 0.0 if intercept is None else float(intercept)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medseg.tiles import WHOLE
+
 MAX_LISTED = 5  # images named on the screen
 CHUNK = 1 << 20  # pixels whose masks are compared at a time
 FAR = "unlike the training images"
@@ -38,12 +40,13 @@ class Agreement:
 
     def __init__(self, threshold, members):
         self.threshold, self.members = threshold, members
+        self.inside = WHOLE  # what of the next part counts, the other pixels being of others too
         self._masks, self._overlaps = [], 0
 
     def add(self, probabilities):
         """Those of one member, (B, C, H, W); all members of a part come before the next part."""
         if self.members > 1:
-            masks = np.asarray(probabilities) > self.threshold
+            masks = np.asarray(probabilities)[(..., *self.inside)] > self.threshold
             self._masks.append(np.packbits(masks.reshape(*masks.shape[:2], -1), axis=-1))
             if len(self._masks) == self.members:
                 self._overlaps = self._overlaps + count_overlaps(np.stack(self._masks))

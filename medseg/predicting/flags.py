@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from medseg.cli import ArgumentParser, add_device_flags, named_values, number, parse_named_values
+from medseg.cli import (
+    ArgumentParser,
+    add_device_flags,
+    add_pixel_limit,
+    named_values,
+    number,
+    parse_named_values,
+)
 from medseg.images import FORMAT_NAMES
 from medseg.inference import FLIPS, PLAIN
 from medseg.pieces import CLEANINGS
@@ -67,6 +74,7 @@ def make_parser(doc):
         help="width and height of a pixel in mm, 0.5 or 0.5x0.7, of images whose files do not tell "
         "it as DICOM and NIfTI do: for areas in predictions.csv",
     )
+    add_pixel_limit(add)
     add = parser.add_argument_group("page").add_argument
     add("--page", action="store_true", help="open a page in the browser; needs gradio")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")

@@ -17,6 +17,7 @@ from medseg.pieces import clean_labels, pixel_area
 from medseg.predicting.assessment import Agreement, assess
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.settings import read_settings
+from medseg.tiles import apply_network, by_tiles, read_tiling, tiling_of
 
 # Weights that come with the repository, and what they are: docs/pretrained.md.
 PRETRAINED = Path(__file__).parents[2] / "dataset" / "tumor.pth"
@@ -42,10 +43,11 @@ class Model:
     with. batch_size: how many images to predict at a time. run(images): normalised float32
     (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W), of one pass through
     the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels). trained_flips:
-    as of `net.UNet`.
+    as of `net.UNet`. tiling: how it takes images too large for the memory, a `medseg.tiles.Tiling`
+    or None.
     """
 
-    recorded, inference = None, PLAIN
+    recorded, inference, tiling = None, PLAIN, None
     recorder = agreement = None
 
     def __init__(self, network, device_type):
@@ -69,11 +71,21 @@ class Model:
 
     def probabilities(self, pixels):
         """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
-        return self.average(self.normalize(pixels))
+        channels_first = np.moveaxis(pixels, -1, 1)
+        given = channels_first, self.tiling, self.device
+        return by_tiles(self.predict_part, *given, enter=self.enter)
+
+    def predict_part(self, pixels):
+        """As `probabilities`, of uint8 (B, n_channels, H, W): images, or tiles of them."""
+        return self.average(self.normalize(np.moveaxis(pixels, 1, -1)))
 
     def average(self, images):
         """As `run`, averaged over the flips of `inference`."""
-        return average_over_flips(self.run, images, self.inference.flips, self.see)
+
+        def run(part):
+            return average_over_flips(self.run, part, self.inference.flips, self.see)
+
+        return by_tiles(run, images, self.tiling, self.device, enter=self.enter)
 
     def members(self):
         """The models that are averaged: itself."""
@@ -84,27 +96,25 @@ class Model:
         models, flips = self.members(), self.inference.flips
         agreement = Agreement(self.inference.threshold, len(models) * (1 + len(flips)))
         for model in models:
-            model.begin(agreement)
+            model.agreement = agreement
         try:
             probabilities = self.probabilities(pixels)
         finally:
             ratios = [model.end() for model in models]
         return probabilities, assess(agreement.result(), ratios, len(pixels))
 
-    def begin(self, agreement):
-        """From here on tell `agreement` of each pass, and look at the images as they are."""
-        self.agreement, self._passes = agreement, 0
-        if self.recorder:
-            self.recorder.look()
+    def enter(self, inside):
+        """Called before images, or tiles of them, are passed, of which `inside` is assessed."""
+        for model in self.members():
+            if model.agreement:
+                model.agreement.inside = inside
+                if model.recorder:
+                    model.recorder.look(inside)  # at the first pass: the images as they are
 
     def see(self, probabilities):
         """Called with what each pass gives, flipped back."""
-        if self.agreement is None:
-            return
-        self.agreement.add(probabilities)
-        self._passes += 1
-        if self.recorder and self._passes % (1 + len(self.inference.flips)) == 0:
-            self.recorder.look()  # at the next part of the images
+        if self.agreement:
+            self.agreement.add(probabilities)
 
     def end(self):
         """Stop; returns how unlike the training each image is, (B,), or None if that is unknown."""
@@ -137,6 +147,7 @@ class TorchModel(Model):
         super().__init__(network, self.device.type)
         self.statistics = getattr(network, "feature_statistics", None)  # which only a UNet has
         self.recorder = FeatureRecorder(network) if self.statistics else None
+        self.tiling = tiling_of(network)
         amount = {"images": images, "size": self.image_size or IMAGE_SIZE}
         self.precision, self.precision_note = find_precision(
             precision, self.device, network, batch_size=self.batch_size, **amount
@@ -166,7 +177,7 @@ def predict_probabilities(network, images, device="cuda", *, autocast=nullcontex
     device, (count, _, height, width) = available_device(device), images.shape
     try:
         with torch.inference_mode(), autocast:
-            return network(images.to(device))
+            return apply_network(network, images.to(device))
     except (MemoryError, RuntimeError) as error:
         memory = out_of_memory(error)
         if memory is None:
@@ -198,6 +209,7 @@ class OnnxModel(Model):
         settings = read_settings(metadata)
         settings["inference"] = read_inference(metadata.get("inference"))
         super().__init__(SimpleNamespace(**(metadata | settings)), self.device)
+        self.tiling = read_tiling(metadata.get("tiling"))
         self.path = Path(path)
         # In float32, as for the training: the same pixels give the same numbers.
         self.statistics = [np.float32(metadata[key]) * np.float32(255) for key in ("mean", "std")]

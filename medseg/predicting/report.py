@@ -1,6 +1,7 @@
 """A folder with annotations, scored: report.json and report.png."""
 
 import json
+import math
 import re
 from contextlib import suppress
 
@@ -24,7 +25,7 @@ from medseg.metrics import (
     pooled_scores,
 )
 from medseg.pieces import clean_masks, pixel_area
-from medseg.plots import plot_report
+from medseg.plots import MAX_SIDE, plot_report
 
 ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w+$", re.IGNORECASE)
 
@@ -117,11 +118,17 @@ class FolderScores:
         return sum(calibration for *_, calibration in self._images.values())
 
     def case(self, index):
-        """What to draw of an image: uint8 (S, S, n_channels), target and prediction (C, S, S)."""
+        """What to draw of an image: uint8 (S, S, n_channels), target and prediction (C, S, S).
+
+        Of a large one, every second pixel, third, ...: as many as a figure draws.
+        """
         from pycocotools import mask as coco_mask
 
-        _, _, encoded, _ = self._images[index]
-        return *self.dataset.preprocess(index), coco_mask.decode(encoded).transpose(2, 0, 1)
+        pixels, target = self.dataset.preprocess(index)
+        pred = coco_mask.decode(self._images[index][2]).transpose(2, 0, 1)
+        step = math.ceil(max(pixels.shape[:2]) / MAX_SIDE)
+        masks = (mask[:, ::step, ::step].copy() for mask in (target, pred))
+        return pixels[::step, ::step].copy(), *masks
 
 
 def _identity(path):

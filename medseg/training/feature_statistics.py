@@ -6,6 +6,7 @@ import torch
 from medseg.dist import is_first
 from medseg.inference import view
 from medseg.ood import MIN_IMAGES, FeatureRecorder, fit_with_threshold
+from medseg.tiles import by_tiles, tiling_of
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
 
@@ -40,9 +41,9 @@ def pool_features(model, batches, device, autocast):
     views = (None, *model.trained_flips)
 
     def look(part):
-        recorder.look()
         with torch.inference_mode(), autocast:
-            model.forward(part)  # not as it is compiled, which would leave the hooks out
+            # Not as it is compiled, which would leave the hooks out.
+            by_tiles(model.forward, part, tiling_of(model), part.device, enter=recorder.look)
 
     try:
         for images, _ in batches:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from medseg.dist import is_first
-from medseg.inference import PLAIN, average_over_flips
+from medseg.inference import PLAIN
 from medseg.metrics import SWEEP, class_scores, count_pixels, image_dice
+from medseg.tiles import apply_network
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
 
@@ -105,7 +106,7 @@ def predict(model, loader, device, flips, autocast):
     model.eval()
     for images, masks in loader:
         with torch.inference_mode(), autocast:
-            outputs = average_over_flips(model, images.to(device), flips)
+            outputs = apply_network(model, images.to(device), flips)
         yield masks.cpu().numpy() > 0.5, outputs.float().cpu().numpy()
 
 
@@ -118,7 +119,7 @@ class MaskModel(torch.nn.Module):
 
     def forward(self, images):
         inference = self.network.inference
-        outputs = average_over_flips(self.network, images, inference.flips)
+        outputs = apply_network(self.network, images, inference.flips)
         masks = torch.zeros(outputs.shape)  # of several processes, one may have no image
         for mask, probabilities in zip(masks, outputs.float().cpu().numpy(), strict=True):
             mask[:] = torch.from_numpy(inference.masks(probabilities))
