@@ -23,6 +23,9 @@ from medseg.inference import average_over_flips
 TILE_MEMORY = 3 << 28
 # Of the memory that is free, for an image whose tiles would differ, or for the tiles on a GPU.
 WHOLE_SHARE, GPU_SHARE = 1 / 2, 1 / 4
+# Of a convolution's input of so many values or fewer, PyTorch's sums on a CPU are made otherwise
+# (`use_mkldnn` in ATen/native/Convolution.cpp) and differ in the last bits.
+SMALL_INPUT = 20480
 UNKNOWN_MEMORY = 4 << 30  # where the system does not tell what is free
 WHOLE = slice(None), slice(None)  # of height and width
 
@@ -32,12 +35,14 @@ class Tiling(NamedTuple):
 
     stride: both sides are halved to this fraction; a power of two. margin: how many pixels from
     a border that is none of the image's the network's answer may change. bytes_per_pixel: of a
-    pass through it. differs: what sees the whole image, so that no margin is enough, or "".
+    pass through it. least_pixels: of a tile; fewer may be rounded otherwise. differs: what sees the
+    whole image, so that no margin is enough, or "".
     """
 
     stride: int
     margin: int
     bytes_per_pixel: int
+    least_pixels: int = 0
     differs: str = ""
 
 
@@ -55,7 +60,9 @@ def tiling_of(network):
     # At the finest level: the two parts of the decoder's input, the two as one, what is made of
     # them, and what convolutions take for themselves. Measured with PyTorch on a CPU.
     values = 8 * network.n_filters + 2 * (network.n_channels + network.n_classes)
-    return Tiling(2**layers.depth, changed_border(layers), 4 * values, differs)
+    # The first convolution below the last halving has the fewest values for its input.
+    least_pixels = SMALL_INPUT * 2 ** (layers.depth + 1) // network.n_filters
+    return Tiling(2**layers.depth, changed_border(layers), 4 * values, least_pixels, differs)
 
 
 def changed_border(layers):
@@ -79,9 +86,9 @@ def combine_tilings(tilings):
     """The Tiling that suits several networks at once; None where one has none."""
     if None in tilings:
         return None
-    strides, margins, sizes, differs = zip(*tilings, strict=True)
+    *numbers, differs = zip(*tilings, strict=True)
     reasons = " and ".join(dict.fromkeys(filter(None, differs)))
-    return Tiling(max(strides), max(margins), max(sizes), reasons)
+    return Tiling(*map(max, numbers), reasons)
 
 
 def read_tiling(value):
@@ -90,13 +97,13 @@ def read_tiling(value):
         return None
     if not isinstance(value, dict) or value.keys() != {*Tiling._fields}:
         raise ValueError(f"tiling {value!r:.60}")
-    stride, margin, size, differs = (value[name] for name in Tiling._fields)
-    numbers = all(type(number) is int for number in (stride, margin, size))
-    if not numbers or stride not in [2**depth for depth in range(1, 9)]:
+    tiling = Tiling(**value)
+    *numbers, differs = tiling
+    possible = all(type(number) is int and 0 <= number <= 1 << 30 for number in numbers)
+    possible = possible and tiling.stride in [2**depth for depth in range(1, 9)]
+    if not possible or not tiling.margin or not isinstance(differs, str):
         raise ValueError(f"tiling {value!r:.60}")
-    if not (0 < margin <= 1 << 16 and 0 < size <= 1 << 20 and isinstance(differs, str)):
-        raise ValueError(f"tiling {value!r:.60}")
-    return Tiling(stride, margin, size, differs[:100])
+    return tiling._replace(differs=differs[:100])
 
 
 # ---- dividing --------------------------------------------------------------------------------
@@ -115,8 +122,8 @@ def make_tiles(height, width, tiling, pixels):
     """[(Part of the height, Part of the width)], for each of which the network sees few pixels.
 
     At most `pixels`, and of all such tiles those with the least to compute. Where that would leave
-    less than half a margin between the margins, the network sees more. It sees as many for all of
-    them: the memory that one has freed is then what the next one takes.
+    less than half a margin between the margins, or be too few, the network sees more. It sees as
+    many for all of them: the memory that one has freed is then what the next one takes.
     """
     stride = tiling.stride
     margins = [sum(_margins(side, tiling)) for side in (height, width)]
@@ -124,7 +131,8 @@ def make_tiles(height, width, tiling, pixels):
     smallest = [
         min(each + inside, side) for each, side in zip(margins, (height, width), strict=True)
     ]
-    pixels = max(pixels, math.prod(smallest))
+    least_pixels = min(tiling.least_pixels, height * width)
+    pixels = max(pixels, math.prod(smallest), 2 * least_pixels)
     best, least = (1, 1), math.inf
     for rows in range(1, max(-(-(height - margins[0]) // stride), 1) + 1):
         tall, columns = _shown(height, rows, tiling), 1
@@ -134,9 +142,9 @@ def make_tiles(height, width, tiling, pixels):
             if inside < stride:
                 continue
             columns = -(-(width - margins[1]) // inside)
-        seen = rows * tall * columns * _shown(width, columns, tiling)
-        if seen < least:
-            best, least = (rows, columns), seen
+        shown = tall * _shown(width, columns, tiling)
+        if shown >= least_pixels and rows * columns * shown < least:
+            best, least = (rows, columns), rows * columns * shown
     rows, columns = (divide(*given, tiling) for given in zip((height, width), best, strict=True))
     return [(row, column) for row in rows for column in columns]
 

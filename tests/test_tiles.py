@@ -34,6 +34,7 @@ from net import UNet
 def small_tiles(monkeypatch):
     """Any image is larger than the memory: tiles are as small as their margins allow."""
     monkeypatch.setattr(tiles, "TILE_MEMORY", 1)
+    monkeypatch.setattr(tiles, "SMALL_INPUT", 0)
     tiles._note_difference.cache_clear()
     yield
     images.set_pixel_limit(MAX_MEGAPIXELS)
@@ -135,13 +136,14 @@ def test_every_tile_has_its_margins():
     draw = random.Random(0)
     for _ in range(300):
         stride = 2 ** draw.randint(1, 6)
-        tiling = Tiling(stride, draw.randint(stride, 8 * stride), 1)
+        tiling = Tiling(stride, draw.randint(stride, 8 * stride), 1, draw.randint(0, 10**5))
         margin, pixels = tiling.margin, draw.choice([1, 40 * tiling.margin**2])
         sides = [draw.randint(1, 12 * margin) for _ in range(2)]
         made = make_tiles(*sides, tiling, pixels)
         shown = {(row.last - row.first, column.last - column.first) for row, column in made}
         assert len(shown) == 1  # equally large
-        assert np.prod(shown.pop()) <= max(pixels, (3 * margin + 6 * stride) ** 2)
+        most = max(pixels, (3 * margin + 6 * stride) ** 2, 2 * tiling.least_pixels)
+        assert min(tiling.least_pixels, np.prod(sides)) <= np.prod(shown.pop()) <= most
         for side, parts in zip(sides, zip(*made, strict=True), strict=True):
             parts = sorted(set(parts))
             assert (parts[0].start, parts[-1].end) == (0, side)
@@ -214,12 +216,8 @@ def test_what_sees_the_whole_image_keeps_it_where_it_fits(option, small_tiles, m
 def test_an_onnx_file_says_how_its_network_may_be_divided():
     metadata = metadata_of(network(depth=4, norm="group"))
     found = check_metadata(json.loads(json.dumps(metadata)))["tiling"]
-    assert found == {
-        "stride": 16,
-        "margin": 94,
-        "bytes_per_pixel": 96,
-        "differs": "group normalisation",
-    }
+    numbers = {"stride": 16, "margin": 94, "bytes_per_pixel": 96, "least_pixels": 20480 * 32 // 2}
+    assert found == {**numbers, "differs": "group normalisation"}
     assert "tiling" not in metadata_of(UNet(n_filters=2))
 
 
@@ -234,19 +232,30 @@ def test_the_evaluation_of_a_training_takes_tiles(small_tiles, monkeypatch):
     model.inference = Inference(0.5, tuple(FLIPS))
     row = np.concatenate([noise(51, 223), noise(51, 223, 1)[..., :1] > 127], 2).astype(np.uint8)
     loader = Batches(RaggedRows.of_array(row[None]), 1)
-    seen = []
+    seen, widths = [], []
     model.register_forward_hook(lambda module, given, found: seen.append(found.shape[-1]))
     for network_or_masks in (model, MaskModel(model)):
         scores = []
         for memory in (1 << 60, 1):
             monkeypatch.setattr(tiles, "TILE_MEMORY", memory)
             scores.append(train.evaluate(network_or_masks, loader, train.combined_loss, "cpu"))
+            widths.append(max(seen))
+            seen.clear()
         assert scores[0] == pytest.approx(scores[1], rel=1e-5)
         assert scores[0]["dice"] == scores[1]["dice"] > 0.1
-    assert 223 in seen and min(seen) < 223
+    assert widths[0] == widths[2] == 223 > max(widths[1], widths[3])
     ((image, _),) = loader
     mask = predict.predict_mask(model, image, "cpu")
-    assert min(seen[-2:]) < 223 and mask.shape == (1, 1, 51, 223)
+    assert max(seen) < 223 and mask.shape == (1, 1, 51, 223)
+
+
+def test_labels_at_the_size_of_the_image():
+    """The most probable class above the threshold; of equal ones, the first."""
+    probabilities = np.random.default_rng(0).integers(0, 9, (3, 70, 50)).astype(np.float32) / 8
+    labels = images.full_size_labels(probabilities, (50, 70), 0.5)
+    for (row, column), label in np.ndenumerate(labels):
+        values = probabilities[:, row, column].tolist()
+        assert label == (1 + values.index(max(values)) if max(values) > 0.5 else 0)
 
 
 def test_on_the_command_line(small_tiles, here):
@@ -302,6 +311,13 @@ def test_a_bomb_is_refused_at_once_and_named_the_flag(bomb, refused):
     )
     assert time.monotonic() - started < 5
     refused("predict", "bomb.png", "--model", "model.pth", "--max-megapixels", 143, words=["144"])
+    Image.new("1", (1100, 1000)).save("small.png")
+    words = ["small.png", "--max-megapixels 2"]
+    refused("predict", "small.png", "--model", "model.pth", "--max-megapixels", 1, words=words)
+    images.set_pixel_limit(144)
+    with images.open_image("bomb.png") as image:
+        assert image.size == (12000, 12000)
+    images.set_pixel_limit(MAX_MEGAPIXELS)
     for value in (0, -5, "many", "nan"):
         words = ["--max-megapixels", value]
         refused("predict", "bomb.png", f"--max-megapixels={value}", words=words)
