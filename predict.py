@@ -22,7 +22,6 @@ trained on crops takes each image at its own size.
 """
 
 import os
-import shlex
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,39 +35,36 @@ from tqdm import tqdm
 from medseg.cli import run_main
 from medseg.coco import ANNOTATIONS, check_classes
 from medseg.drawing import draw_labels, draw_panels, overlay, with_legend
-from medseg.files import available_cores, parallel_map
+from medseg.files import available_cores
 from medseg.images import (
     IMAGE_SIZE,
     describe,
-    full_size_levels,
     preprocess,
     read_image,
     resize_nearest,
     save_mask,
     save_png,
     set_pixel_limit,
-    sum_probabilities,
 )
 from medseg.pieces import check_clean
 from medseg.predicting.assessment import assess_volume, print_assessments
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
-    AHEAD_PIXELS,
     annotated_folder,
     choose_output,
     count_files,
-    count_pixels,
     describe_left_out,
     example_image,
     expand,
     left_aside,
     open_file,
     sort_files,
-    take_batch,
 )
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
-from medseg.predicting.results import DEFAULT, MAX_LINES, Results, Table, describe_run
+from medseg.predicting.reading import AHEAD_PIXELS, read_ahead, take_batch
+from medseg.results.folder import MAX_LINES, Results, Table, describe_run
+from medseg.results.volume import VolumeMasks
 from medseg.settings import choose_window
 
 # ---- the tutorial's functions ----------------------------------------------------------------
@@ -192,25 +188,6 @@ def predict_images(model, frames, problems=None):
             yield ready.pop(0)
 
 
-def read_ahead(model, frames, leave_out):
-    """Yield (frame, PIL image, uint8 pixels (S, S, n_channels)) of those that can be read.
-
-    A few are read ahead, in threads. These leave PyTorch alone, whose own threads would compete
-    with the network's. leave_out(frame, error) is told of the others.
-    """
-
-    def read(frame):
-        image = frame.read()
-        return frame, image, model.prepare(image)
-
-    ahead = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
-    for frame, result in zip(frames, ahead, strict=True):
-        if isinstance(result, Exception):
-            leave_out(frame, result)
-        else:
-            yield result
-
-
 def predict_one(model, frame, output, threshold, *, results=None):
     """Write the mask of an image and, where `output` is a folder, the tutorial's figure.
 
@@ -281,31 +258,20 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
 
     frames, volume = open_file(file, window, model.orientation)
     check_clean(model.inference.clean, volume.slice_spacing, file.path)
-    masks, highest, sums = np.zeros((len(volume), *volume[0].shape), np.uint8), 0, 0
-    levels, assessed = None, []
-    if results and "probability" in results.write:
-        levels = np.zeros((model.n_classes, *masks.shape), np.uint16)
-    predicted = predict_images(model, frames)
+    found = VolumeMasks(volume, model.n_classes, results.write if results else ())
+    predicted, assessed, written = predict_images(model, frames), [], [output]
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
-    for index, (frame, image, probabilities, assessment) in enumerate(bar):
+    for frame, image, probabilities, assessment in bar:
+        labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+        found.add(labels, probabilities)
         assessed.append((frame.title, assessment))
-        masks[index] = model.labels(probabilities, image.size, threshold, frame.spacing)
-        highest = np.maximum(highest, probabilities.max((1, 2)))
-        if results:
-            sums = sums + sum_probabilities(masks[index], probabilities)
-        if levels is not None:
-            levels[:, index] = [full_size_levels(one, image.size) for one in probabilities]
-    written = [output]
     if results:
-        pictures = volume.pictures(window)
         columns = assess_volume([one for _, one in assessed])._asdict()
-        written = results.add_volume(volume, pictures, masks, levels, highest, sums, **columns)
-        if volume.stored_spacing is None:
-            print(f"{file.path}: its header gives a voxel no size, so no mm or mL are measured")
+        written = results.add_volume(found, window, **columns)
     else:
-        write_mask(output, volume, masks)
+        write_mask(output, volume, found.masks)
     if lines:
-        print(describe(file.path, masks, highest, model.class_names))
+        print(describe(file.path, found.masks, found.highest, model.class_names))
         print_assessments(assessed, "slices")
         print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
@@ -357,9 +323,7 @@ def report(model, folder, scores, output):
 def predict_annotated(model, folder, frames, output, threshold, problems, **options):
     """`predict_many`, and a report on the folder; what it had to leave out is added to `problems`.
 
-    options: its own.
-
-    Returns whether there is a report: not where an annotated image could not be predicted.
+    options: its own. Returns whether there is a report: not where an image could not be predicted.
     """
     from medseg.predicting.report import print_report
 
@@ -381,7 +345,10 @@ def main(argv=None):
     set_pixel_limit(args.max_megapixels)
     args.model = paths = args.model or [default_model()]
     if args.export:
-        return export_model(args.export, paths, args.inputs)
+        import net
+        from medseg.predicting.export import export_model
+
+        return export_model(args.export, paths, args.inputs, net.load_model)
     if args.page and (args.inputs or args.output):
         raise ValueError("--page takes no images and no --output: drop images on the page")
     # Processes of torchrun would not measure alike, and their masks could differ.
@@ -404,24 +371,6 @@ def main(argv=None):
         predict_inputs(args, model, window)
 
 
-def export_model(target, paths, inputs):
-    """Write the weights in a file to `target`, in the format of its suffix; paths: that one."""
-    import net
-    from medseg.predicting.export import SHAPES, check_export, export
-
-    path, *others = paths
-    if others:
-        raise ValueError(f"--export {target}: takes one --model, not {len(paths)}: export each")
-    if inputs:
-        raise ValueError(f"--export {target}: takes no image; predict afterwards, with --model")
-    check_export(target, path)
-    difference = export(net.load_model(path), target)
-    sizes = ", ".join("x".join(map(str, shape)) for shape in SHAPES)
-    print(f"saved {target}; largest difference from PyTorch {difference:.1e} (BxHxW {sizes})")
-    if target.lower().endswith(".onnx"):
-        print(f"next: python predict.py IMAGE --model {shlex.quote(target)}")
-
-
 def predict_inputs(args, model, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
     inputs = args.inputs or [example_image()]
@@ -438,8 +387,6 @@ def predict_inputs(args, model, window):
         check_clean(model.inference.clean, frame.spacing, frame.path)
     single = named and total == 1
     output = choose_output(args.output, single, files)
-    if not output.is_dir() and args.write != DEFAULT:
-        raise ValueError(f"--output {output}: is one file, of the mask: --write needs a folder")
     folder, scored = annotated_folder(inputs), True
     results = Results(output, model.class_names, args.write)
     results.check(frames[rank::world], volumes)

@@ -210,6 +210,9 @@ def by_tiles(predict, images, tiling, device="cpu", memory=None, *, enter=lambda
     """
     if _is_part.get():
         return predict(images)
+    if tiling is None:
+        enter(WHOLE)
+        return predict(images)
     token = _is_part.set(True)
     try:
         return _by_tiles(predict, images, tiling, device, memory, enter)
@@ -222,7 +225,7 @@ _is_part = ContextVar("is_part", default=False)
 
 def _by_tiles(predict, images, tiling, device, memory, enter):
     count, _, height, width = images.shape
-    needed = count * height * width * (tiling.bytes_per_pixel if tiling else 0)
+    needed = count * height * width * tiling.bytes_per_pixel
     if needed <= (memory or TILE_MEMORY):
         enter(WHOLE)
         return predict(images)

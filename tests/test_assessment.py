@@ -289,7 +289,7 @@ def test_parts_of_an_image_are_assessed_together(network, statistics):
     threshold = float(np.median(model.run(images)))
     model.inference = PLAIN._replace(threshold=threshold, flips=("both",))
     agreement = Agreement(threshold, 2)
-    model.begin(agreement)
+    model.agreement = agreement
     parts = [part.contiguous() for part in images.split([32, 64], 3)]
     for part in parts:
         model.average(part)

@@ -26,7 +26,7 @@ from scipy.spatial.distance import pdist
 import predict
 from medseg.images import full_size_stripes, sum_probabilities
 from medseg.pieces import measure_pieces
-from medseg.predicting.table import COLUMNS, Parts, measure, table_text
+from medseg.results.table import COLUMNS, Parts, measure, table_text
 
 
 @pytest.fixture

@@ -20,11 +20,12 @@ from medseg.cli import MAX_MEGAPIXELS
 from medseg.inference import FLIPS, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
 from medseg.ood import FeatureRecorder, count_features, fit
-from medseg.predicting import inputs, results
+from medseg.predicting import inputs, reading
 from medseg.predicting.ensemble import Ensemble
 from medseg.predicting.export import metadata_of
 from medseg.predicting.models import TorchModel
 from medseg.predicting.onnx_file import check_metadata
+from medseg.results import folder
 from medseg.tiles import Tiling, make_tiles, tiling_of
 from medseg.training.tuning import MaskModel
 from net import UNet
@@ -278,14 +279,14 @@ def test_a_folder_of_large_images_is_taken_one_at_a_time(here, monkeypatch):
     (here / "scans").mkdir()
     for number in range(4):
         scan(40, 30, 5, 5, 20).save(f"scans/{number}.png")
-    events, read, write = [], inputs.read_image, results.save_overlay
+    events, read, write = [], inputs.read_image, folder.save_overlay
     monkeypatch.setattr(inputs, "read_image", lambda path: events.append("read") or read(path))
     monkeypatch.setattr(
-        results, "save_overlay", lambda *given: write(*given) or events.append("write")
+        folder, "save_overlay", lambda *given: write(*given) or events.append("write")
     )
     orders = []
     for pixels in (1, 1 << 20):
-        for module in (inputs, predict):
+        for module in (reading, predict):
             monkeypatch.setattr(module, "AHEAD_PIXELS", pixels)
         output_of("predict.py", "scans", "--model", "model.pth", "--device", "cpu", cwd=here)
         orders.append(list(events))

@@ -23,9 +23,9 @@ from scipy import ndimage
 
 import predict
 from medseg.images import full_size_labels
-from medseg.predicting.annotations import as_shown, coco_record
 from medseg.predicting.inputs import Frame
-from medseg.predicting.outlines import trace_labels
+from medseg.results.annotations import as_shown, coco_record
+from medseg.results.outlines import trace_labels
 from net import UNet
 
 

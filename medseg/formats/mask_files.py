@@ -120,7 +120,7 @@ def _read_array(path):
     if array.ndim != 2 or not array.size or array.dtype.kind not in "buif":
         raise ValueError(f"an array {shape} of {array.dtype}: a mask has whole numbers (H, W)")
     if array.size > pixel_limit():
-        raise too_many_pixels(array.size, f"{array.size} values")
+        raise too_many_pixels(array.size, f"{array.size} pixels")
     values = array.astype(array.dtype.newbyteorder("="))
     if values.dtype == bool:
         return "1-bit", values.astype(np.uint8)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shlex
 import warnings
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,24 @@ def export(model, path):
                 f"{path}: not written, for it differs from PyTorch by {difference:.1e}; {reason}"
             )
     return difference
+
+
+def export_model(target, paths, inputs, load_model):
+    """--export: write the weights in a file to `target`, in the format of its suffix.
+
+    paths: of the one file; inputs: none; load_model: of net.py. Raises ValueError as `export` does.
+    """
+    path, *others = paths
+    if others:
+        raise ValueError(f"--export {target}: takes one --model, not {len(paths)}: export each")
+    if inputs:
+        raise ValueError(f"--export {target}: takes no image; predict afterwards, with --model")
+    check_export(target, path)
+    difference = export(load_model(path), target)
+    sizes = ", ".join("x".join(map(str, shape)) for shape in SHAPES)
+    print(f"saved {target}; largest difference from PyTorch {difference:.1e} (BxHxW {sizes})")
+    if target.lower().endswith(".onnx"):
+        print(f"next: python predict.py IMAGE --model {shlex.quote(target)}")
 
 
 def check_target(path):

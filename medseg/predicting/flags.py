@@ -14,7 +14,7 @@ from medseg.cli import (
 from medseg.images import FORMAT_NAMES
 from medseg.inference import FLIPS, PLAIN
 from medseg.pieces import CLEANINGS
-from medseg.predicting.results import DEFAULT, WRITTEN
+from medseg.results.folder import DEFAULT, WRITTEN
 
 MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".pt2", ".torchscript")
 

@@ -1,6 +1,5 @@
 """What predict.py is to predict, and where it writes: files, folders, frames, volumes."""
 
-import contextlib
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,10 @@ from medseg.formats.medical import (
 )
 from medseg.formats.nifti import open_nifti
 from medseg.formats.results import is_own
-from medseg.images import SUFFIXES, open_image, read_image
+from medseg.images import SUFFIXES, read_image
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
-AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or written behind it
 OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
 
@@ -79,25 +77,6 @@ def open_file(file, window=None, orientation=None, pixel_size=None):
             frame = frame._replace(spacing=spacing, place=arrays.place(number))
         frames.append(frame)
     return frames, volume
-
-
-def count_pixels(frame):
-    """How many pixels the image file of a Frame says it has; 0 of a frame of another file."""
-    if file_format(frame.path) is None:
-        with contextlib.suppress(Exception), open_image(frame.path) as image:  # told when read
-            return image.width * image.height
-    return 0
-
-
-def take_batch(readable, size):
-    """The next of what `read_ahead` in predict.py yields: `size`, or fewer large ones, or none."""
-    batch, pixels = [], 0
-    for frame, image, array in readable:
-        batch.append((frame, image, array))
-        pixels += image.width * image.height
-        if len(batch) == size or pixels > AHEAD_PIXELS:
-            break
-    return batch
 
 
 def _read_array(arrays, index):

@@ -14,8 +14,8 @@ from medseg.images import (
     save_png,
     sum_probabilities,
 )
-from medseg.predicting.annotations import coco_record, coco_text, labelme_files, write_labelme
-from medseg.predicting.table import (
+from medseg.results.annotations import coco_record, coco_text, labelme_files, write_labelme
+from medseg.results.table import (
     Parts,
     check_free,
     file_sha256,
@@ -50,10 +50,14 @@ class Results:
         self.rows, self.records = {}, {}  # of the table, of the COCO file; {title: ...}
 
     def check(self, frames, volumes):
-        """ValueError where a file that may hold a user's work has the name of one of these.
+        """ValueError where --write needs a folder, or would overwrite what may be a user's work.
 
         frames: [Frame]; volumes: [ImageFile], for which no annotations are written.
         """
+        if not self.output.is_dir() and self.write != DEFAULT:
+            raise ValueError(
+                f"--output {self.output}: is one file, of the mask: --write needs a folder"
+            )
         wanted = [name for name in ("labelme", "coco") if name in self.write]
         if wanted and volumes:
             raise ValueError(
@@ -112,24 +116,25 @@ class Results:
             names = [f"{name}_{number}" for number in range(1, len(self.class_names) + 1)]
         return [self.output / f"{name}_probability{suffix}" for name in names]
 
-    def add_volume(self, volume, pictures, masks, levels, highest, sums, **columns):
-        """Write the files of a `medseg.formats.nifti.Volume` and keep its rows.
+    def add_volume(self, found, window, **columns):
+        """Write the files of a `medseg.results.volume.VolumeMasks` and keep its rows.
 
-        pictures, masks: of its slices, as `write_prediction` takes them; levels: uint16
-        (C, N, H, W), what `full_size_levels` makes of each slice, or None; highest, sums: as
-        `measure` has them, over all slices; columns: as of `add`. Returns the paths of the files.
+        window: (center, width) of its pictures, or None; columns: as of `add`. Returns the paths of
+        the files.
         """
-        written = write_prediction(
-            self.output, volume, pictures, masks, self.class_names, self.write
-        )
-        if levels is not None:
+        volume, spacing, names = found.volume, found.volume.stored_spacing, self.class_names
+        pictures = volume.pictures(window)
+        written = write_prediction(self.output, volume, pictures, found.masks, names, self.write)
+        if found.levels is not None:
             paths = self._paths(result_name(volume.path), ".nii.gz")
-            for path, of_class in zip(paths, levels, strict=True):
-                write_mask(path, volume, of_class, np.uint16, 1 / MAX_LEVEL)
+            for path, levels in zip(paths, found.levels, strict=True):
+                write_mask(path, volume, levels, np.uint16, 1 / MAX_LEVEL)
                 written.append(path)
-        voxels, spacing = volume.stored(masks), volume.stored_spacing
-        rows = measure(voxels, self.class_names, highest, sums, spacing=spacing)
+        voxels = volume.stored(found.masks)
+        rows = measure(voxels, names, found.highest, found.sums, spacing=spacing)
         self._keep(volume.path.name, rows, **columns)
+        if spacing is None:
+            print(f"{volume.path}: its header gives a voxel no size, so no mm or mL are measured")
         return written
 
     def _keep(self, title, rows, **columns):

@@ -9,8 +9,8 @@ import numpy as np
 from medseg.files import atomic_write
 from medseg.formats.medical import file_format
 from medseg.images import exif_orientation, save_png, turn
-from medseg.predicting.outlines import trace_labels
-from medseg.predicting.table import settings_text
+from medseg.results.outlines import trace_labels
+from medseg.results.table import settings_text
 from medseg.run_lengths import encode_labels
 
 LABELME_VERSION = "5.5.0"  # of the format: versions 4 to 7 read it
