@@ -19,7 +19,7 @@ from medseg.cache import RaggedRows
 from medseg.cli import MAX_MEGAPIXELS
 from medseg.inference import FLIPS, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
-from medseg.ood import FeatureRecorder, count_features, fit
+from medseg.ood import count_features, fit
 from medseg.predicting import inputs, reading
 from medseg.predicting.ensemble import Ensemble
 from medseg.predicting.export import metadata_of
@@ -176,28 +176,26 @@ def test_an_ensemble_has_the_tiles_of_its_deepest_member(small_tiles, monkeypatc
     assert_same_masks(whole, tiled)
 
 
-def test_tiles_are_assessed_as_the_whole_image(small_tiles, monkeypatch):
-    """Agreement of all views of two models, and the distance from training images."""
-    members = [
-        TorchModel(network(seed, depth=depth), "cpu", "fp32") for seed, depth in ((1, 2), (2, 3))
-    ]
-    draw = np.random.default_rng(0)
-    for model in members:
-        features = draw.normal(size=(20, count_features(2, 3)))
-        model.statistics = fit(features)._replace(threshold=1.0)
-        model.recorder = FeatureRecorder(model.network)
+@pytest.mark.parametrize("depths", [(3,), (2, 3)], ids=str)
+def test_tiles_are_assessed_as_the_whole_image(depths, small_tiles, monkeypatch):
+    """Agreement of all views, of two models too, and the distance from training images."""
+    draw, members = np.random.default_rng(0), []
+    for seed, depth in enumerate(depths, 1):
+        trained = network(seed, depth=depth)
+        features = draw.normal(size=(20, count_features(2, depth)))
+        trained.feature_statistics = fit(features)._replace(threshold=1.0)
+        members.append(TorchModel(trained, "cpu", "fp32"))
+    model = Ensemble(members, "ab") if len(members) > 1 else members[0]
+    model.inference = Inference(threshold=0.6, flips=VIEWS)
     pixels = noise(231, 121)[None]
     pixels[:, :50] //= 8  # so that parts of the image differ
-    for model in (members[1], Ensemble(members, ["a.pth", "b.pth"])):
-        model.inference = Inference(threshold=0.6, flips=VIEWS)
-        with monkeypatch.context() as patch:
-            patch.setattr(tiles, "TILE_MEMORY", 1 << 60)
-            _, (whole,) = model.assess(pixels)
-        _, (tiled,) = model.assess(pixels)
-        assert 0 < whole.agreement < 1 and tiled.agreement == pytest.approx(
-            whole.agreement, abs=1e-5
-        )
-        assert tiled.unlike == pytest.approx(whole.unlike, rel=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "TILE_MEMORY", 1 << 60)
+        _, (whole,) = model.assess(pixels)
+    _, (tiled,) = model.assess(pixels)
+    assert 0 < whole.agreement < 1
+    assert tiled.agreement == pytest.approx(whole.agreement, abs=1e-5)
+    assert tiled.unlike == pytest.approx(whole.unlike, rel=1e-4)
 
 
 @pytest.mark.parametrize("option", [{"norm": "group"}, {"up": "bilinear"}], ids=str)
