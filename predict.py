@@ -21,7 +21,6 @@ numbers. The architecture and the size the model was trained at are read from th
 trained on crops takes each image at its own size.
 """
 
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,8 +56,9 @@ from medseg.predicting.inputs import (
     describe_left_out,
     example_image,
     expand,
-    left_aside,
     open_file,
+    print_left_aside,
+    rank_and_world,
     sort_files,
 )
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
@@ -143,7 +143,6 @@ def open_model(path, device="auto", precision="auto", *, images=0):
     """The TorchModel or OnnxModel in a file, by its suffix.
 
     device, precision: as the flags; images: how many are to be predicted, see TorchModel.
-
     Raises FileNotFoundError; ValueError where it holds no model that can be run here.
     """
     suffix = Path(path).suffix.lower()
@@ -375,9 +374,8 @@ def predict_inputs(args, model, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
     inputs = args.inputs or [example_image()]
     files, (rank, world) = expand(inputs), rank_and_world()
-    for folder in filter(Path.is_dir, map(Path, inputs)):
-        if rank == 0 and (aside := left_aside(folder)):
-            print(f"left aside in {folder}: {aside}")
+    if rank == 0:
+        print_left_aside(inputs)
     frames, volumes, problems = sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
     named = len(files) == 1 and not Path(inputs[0]).is_dir()
@@ -414,13 +412,6 @@ def predict_inputs(args, model, window):
     if problems:
         unscored = "" if scored else f"; {folder} has no report without them"
         raise ValueError(describe_left_out(problems, len(files), total) + unscored)
-
-
-def rank_and_world():
-    """The number of this process and of all of them: those of torchrun, else 0 and 1."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What predict.py is to predict, and where it writes: files, folders, frames, volumes."""
 
+import os
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,13 @@ def expand(inputs):
     return [ImageFile(path, name, formats[path]) for path, name in names.items()]
 
 
+def rank_and_world():
+    """The number of this process and of all of them: those of torchrun, else 0 and 1."""
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 def count_files(inputs):
     """How many files are named, or lie in the folders that are."""
     folders = [folder for folder in map(Path, inputs) if folder.is_dir()]
@@ -195,6 +203,13 @@ def left_aside(folder):
         elif path.name != ANNOTATIONS and not is_input(path):
             counts[path.suffix.lower() or "no suffix"] += 1
     return ", ".join(f"{what} ({count})" for what, count in sorted(counts.items()))
+
+
+def print_left_aside(inputs):
+    """A line on each folder among the inputs that holds more than is predicted."""
+    for folder in filter(Path.is_dir, map(Path, inputs)):
+        if aside := left_aside(folder):
+            print(f"left aside in {folder}: {aside}")
 
 
 def describe_left_out(problems, files, frames):
