@@ -28,7 +28,14 @@ from medseg import dist
 from medseg.audit import SHOWN, audit, next_training, require_data_set
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
-from medseg.cli import ArgumentParser, number, output_folder, parse_named_values, run_main
+from medseg.cli import (
+    ArgumentParser,
+    add_pixel_limit,
+    number,
+    output_folder,
+    parse_named_values,
+    run_main,
+)
 from medseg.coco import (
     ANNOTATIONS,
     SPLITS,
@@ -40,7 +47,7 @@ from medseg.coco import (
 from medseg.contact_sheet import MOST
 from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
-from medseg.images import IMAGE_SIZE, preprocess, read_image
+from medseg.images import IMAGE_SIZE, preprocess, read_image, set_pixel_limit
 from medseg.normalization import normalize
 from medseg.planning.plan import planned_flags
 from medseg.run_lengths import unite
@@ -283,6 +290,22 @@ class Batches:
         window = window_side(self.crop, self.strengths)
         return Crops(pixels, rows.starts, rows.sizes, self.crop, window)
 
+    def whole_images(self, most):
+        """Batches of the images as prediction takes them; of more than `most`, so many at random.
+
+        This process has them all.
+        """
+        return Batches(
+            self.rows,
+            max(self.batch_size // self.world, 1),
+            self.device,
+            shuffle=True,
+            seed=self.seed,
+            repeat=min(1, most / len(self.rows)),
+            n_channels=self.n_channels,
+            n_classes=self.n_classes,
+        )
+
     def __len__(self):
         return math.ceil(self.images_per_epoch / self.batch_size)
 
@@ -436,7 +459,9 @@ def main(argv=None):
     parser.add_argument(
         "--minutes", type=number(0.0, type=float), default=0.0, help="with --plan: for the training"
     )
+    add_pixel_limit(parser.add_argument)
     args = parser.parse_args(argv)
+    set_pixel_limit(args.max_megapixels)
     if args.plan:
         require_data_set(Path(args.root))
         planned_flags(open_split, UNet, {"data": args.root, "minutes": args.minutes})

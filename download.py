@@ -30,8 +30,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from medseg.archive import is_intact, unpack
-from medseg.cli import ArgumentParser, number, one_line, run_main
+from medseg.cli import ArgumentParser, add_pixel_limit, number, one_line, run_main
 from medseg.files import check_regular
+from medseg.images import set_pixel_limit
 from medseg.importing.flags import add_arguments, check_arguments, chosen_importer
 from medseg.importing.own_data import import_data, print_next
 from medseg.importing.writing import holds_own_data
@@ -291,7 +292,9 @@ def get_args(argv):
     seed_help = "random seed of the phantoms, and of --split"
     data.add_argument("--seed", type=number(0), default=0, help=seed_help)
     add_arguments(parser)
+    add_pixel_limit(data.add_argument)
     args = parser.parse_args(argv)
+    set_pixel_limit(args.max_megapixels)
     if args.two_classes and not args.synthetic:
         parser.error("--two-classes: goes with --synthetic")
     check_arguments(parser, args)

@@ -16,8 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from medseg.images import IMAGE_SIZE
-from medseg.inference import read_inference
+from medseg.inference import read_flips, read_inference
 from medseg.layers import Architecture
+from medseg.ood import count_features, read_statistics
 from medseg.settings import read_settings
 from medseg.weights import load_weights
 
@@ -89,8 +90,9 @@ class UNet(nn.Module):
     "foreground". `window` and `orientation`: what was done to the grey values and the axes of
     DICOM and NIfTI files at their import, which prediction repeats; see
     `medseg.settings.read_settings`. `inference`: how masks are made of the probabilities, a
-    `medseg.inference.Inference`, where that was chosen on valid. All of it travels in the state
-    dict's metadata.
+    `medseg.inference.Inference`, where that was chosen on valid. `trained_flips`: names of
+    `medseg.inference.VIEWS` that the training has shown; `feature_statistics`: what its images look
+    like, a `medseg.ood.FeatureStatistics`. All of it travels in the state dict's metadata.
     """
 
     def __init__(
@@ -104,12 +106,15 @@ class UNet(nn.Module):
         window=None,
         orientation=None,
         inference=None,
+        trained_flips=(),
+        feature_statistics=None,
         **architecture,
     ):
         super().__init__()
         settings = read_settings({"window": window, "orientation": orientation})
         self.window, self.orientation = settings["window"], settings["orientation"]
-        self.inference = inference
+        self.inference, self.trained_flips = inference, tuple(trained_flips)
+        self.feature_statistics = feature_statistics
         self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
         self.n_filters, self.architecture = n_filters, Architecture(**architecture)
         self.class_names = tuple(class_names or default_class_names(n_classes))
@@ -247,18 +252,25 @@ def _read_arguments(state):
     try:
         settings = read_settings(metadata)
         settings["inference"] = read_inference(metadata.get("inference"))
+        settings["trained_flips"] = read_flips(metadata.get("trained_flips", []))
     except ValueError as error:
         raise ValueError(f"not the weights of a UNet: {error}?") from None
     try:
         architecture = Architecture(**architecture).as_dict()
     except (TypeError, ValueError) as error:
         raise ValueError(f"not the weights of a UNet: its architecture: {error}") from None
+    try:
+        n_features = count_features(n_filters, architecture["depth"])
+        statistics = read_statistics(metadata.get("feature_statistics"), n_features)
+    except ValueError as error:
+        raise ValueError(f"not the weights of a UNet: {error}?") from None
     return {
         "n_channels": n_channels,
         "n_classes": n_classes,
         "n_filters": n_filters,
         "image_size": image_size,
         "class_names": names,
+        "feature_statistics": statistics,
         **settings,
         **architecture,
     }
@@ -310,3 +322,7 @@ def _record_metadata(model, state, prefix, metadata):
     metadata["window"], metadata["orientation"] = model.window, model.orientation
     if model.inference is not None:
         metadata["inference"] = model.inference.as_dict()
+    if model.trained_flips:
+        metadata["trained_flips"] = list(model.trained_flips)
+    if model.feature_statistics is not None:
+        metadata["feature_statistics"] = model.feature_statistics.as_dict()

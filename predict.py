@@ -6,6 +6,8 @@ examples:
   python predict.py scan.png --output mask.png       # only the mask, in that file
   python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.jpg of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
+  python predict.py scans/ --pixel-size 0.5          # areas in predictions.csv in mm2 too
+  python predict.py scans/ --write labelme --output scans   # to be corrected in LabelMe
   python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
   python predict.py --export model.onnx              # the model for other programs
@@ -19,11 +21,8 @@ numbers. The architecture and the size the model was trained at are read from th
 trained on crops takes each image at its own size.
 """
 
-import os
-import shlex
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import medseg.threads  # noqa: F401, sets what torch reads when it is loaded
@@ -35,7 +34,7 @@ from tqdm import tqdm
 from medseg.cli import run_main
 from medseg.coco import ANNOTATIONS, check_classes
 from medseg.drawing import draw_labels, draw_panels, overlay, with_legend
-from medseg.files import available_cores, parallel_map
+from medseg.files import available_cores
 from medseg.images import (
     IMAGE_SIZE,
     describe,
@@ -43,9 +42,11 @@ from medseg.images import (
     read_image,
     resize_nearest,
     save_mask,
-    save_overlay,
     save_png,
+    set_pixel_limit,
 )
+from medseg.pieces import check_clean
+from medseg.predicting.assessment import assess_volume, print_assessments
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.inputs import (
@@ -55,11 +56,15 @@ from medseg.predicting.inputs import (
     describe_left_out,
     example_image,
     expand,
-    left_aside,
     open_file,
+    print_left_aside,
+    rank_and_world,
     sort_files,
 )
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
+from medseg.predicting.reading import AHEAD_PIXELS, read_ahead, take_batch
+from medseg.results.folder import MAX_LINES, Results, Table, describe_run
+from medseg.results.volume import VolumeMasks
 from medseg.settings import choose_window
 
 # ---- the tutorial's functions ----------------------------------------------------------------
@@ -138,7 +143,6 @@ def open_model(path, device="auto", precision="auto", *, images=0):
     """The TorchModel or OnnxModel in a file, by its suffix.
 
     device, precision: as the flags; images: how many are to be predicted, see TorchModel.
-
     Raises FileNotFoundError; ValueError where it holds no model that can be run here.
     """
     suffix = Path(path).suffix.lower()
@@ -156,7 +160,7 @@ def open_model(path, device="auto", precision="auto", *, images=0):
 
 
 def predict_images(model, frames, problems=None):
-    """Yield (frame, PIL image, float32 probabilities (C, S, S)) of each `Frame`.
+    """Yield (frame, PIL image, float32 probabilities (C, S, S), `Assessment`) of each `Frame`.
 
     model, here and below: a TorchModel, OnnxModel or Ensemble.
     problems: a list; those that cannot be predicted are left out and each adds (path, why).
@@ -169,92 +173,106 @@ def predict_images(model, frames, problems=None):
         problems.append((frame.path, str(error)))
 
     readable = read_ahead(model, frames, leave_out)
-    while batch := list(islice(readable, model.batch_size)):
+    while batch := take_batch(readable, model.batch_size):
+        frames, images, pixels = zip(*batch, strict=True)
         try:
-            found = model.probabilities(np.stack([pixels for _, _, pixels in batch]))
+            found = model.assess(np.stack(pixels) if len(batch) > 1 else pixels[0][None])
         except ValueError as error:  # out of memory
-            for frame, _, _ in batch:
+            for frame in frames:
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
             continue
-        for (frame, image, _), probabilities in zip(batch, found, strict=True):
-            yield frame, image, probabilities
+        ready = list(zip(frames, images, *found, strict=True))
+        batch = images = pixels = found = None  # a large image is not kept while the next one is
+        while ready:  # predicted
+            yield ready.pop(0)
 
 
-def read_ahead(model, frames, leave_out):
-    """Yield (frame, PIL image, uint8 pixels (S, S, n_channels)) of those that can be read.
+def predict_one(model, frame, output, threshold, *, results=None):
+    """Write the mask of an image and, where `output` is a folder, the tutorial's figure.
 
-    A few are read ahead, in threads. These leave PyTorch alone, whose own threads would compete
-    with the network's. leave_out(frame, error) is told of the others.
+    results: a Results of this folder that says what is written besides.
     """
-
-    def read(frame):
-        image = frame.read()
-        return frame, image, model.prepare(image)
-
-    for frame, result in zip(frames, parallel_map(read, frames), strict=True):
-        if isinstance(result, Exception):
-            leave_out(frame, result)
-        else:
-            yield result
-
-
-def predict_one(model, frame, output, threshold):
-    """Write the mask of an image and, where `output` is a folder, the tutorial's figure."""
-    ((_, image, probabilities),) = predict_images(model, [frame])
-    labels, written = model.labels(probabilities, image.size, threshold), [output]
+    ((_, image, probabilities, assessment),) = predict_images(model, [frame])
+    labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+    written, names = [output], model.class_names
     if output.is_dir():
-        written = [output / f"{frame.name}_{what}.png" for what in ("mask", "prediction")]
-        visualize_result(image, labels, path=written[1], class_names=model.class_names)
-    save_mask(labels, written[0], model.class_names)
-    print(describe(frame.path, labels, probabilities.max((1, 2)), model.class_names))
-    print(f"saved {' and '.join(map(str, written))}")
+        results = results or Results(output, names)
+        written = results.save(frame, image, labels, probabilities)
+        if "overlay" in results.write:
+            written.append(output / f"{frame.name}_prediction.png")
+            visualize_result(image, labels, path=written[-1], class_names=names)
+        written += filter(None, [results.write_coco([frame.title], results.records)])
+    else:
+        save_mask(labels, output, names)
+    print(describe(frame.path, labels, probabilities.max((1, 2)), names))
+    print_assessments([(frame.path, assessment)])
+    print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
-def predict_many(model, frames, output, threshold, scores=None):
+def predict_many(model, frames, output, threshold, scores=None, *, results=None, lines=True):
     """Write a mask and an overlay for each image, in threads, a few batches behind at most.
 
-    scores: a FolderScores to tell of each, or None.
+    scores: a FolderScores to tell of each, or None. results: a Results of this folder that is to
+    have their rows. lines: print one on each.
     Returns [(path, why)] of those that could not be predicted.
     """
 
-    def write(frame, image, probabilities):
-        labels = model.labels(probabilities, image.size, threshold)
-        save_mask(labels, output / f"{frame.name}_mask.png", names)
-        save_overlay(image, labels, output / f"{frame.name}_overlay.jpg", names)
+    def write(frame, image, probabilities, assessment):
+        labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+        results.add(frame, image, labels, probabilities, **assessment._asdict())
         if scores:
             scores.add(frame.path, image.size, probabilities)
-        return describe(frame.path, labels, probabilities.max((1, 2)), names)
+        return describe(frame.path, labels, probabilities.max((1, 2)), model.class_names)
 
-    problems, names, writing = [], model.class_names, deque()
+    def tell(line):
+        if lines:
+            tqdm.write(line)
+
+    problems, writing, assessed = [], deque(), []
+    results = results or Results(output, model.class_names)
     predicted = predict_images(model, frames, problems)
     bar = tqdm(predicted, total=len(frames), unit=" images", disable=None)
     with ThreadPoolExecutor(available_cores()) as pool:
-        for frame, image, probabilities in bar:
-            writing.append(pool.submit(write, frame, image, probabilities))
-            if len(writing) > 2 * model.batch_size:
-                tqdm.write(writing.popleft().result())
+        for frame, image, probabilities, assessment in bar:
+            assessed.append((frame.title, assessment))
+            writing.append(pool.submit(write, frame, image, probabilities, assessment))
+            large = image.width * image.height > AHEAD_PIXELS // (2 * model.batch_size)
+            while len(writing) > (0 if large else 2 * model.batch_size):
+                tell(writing.popleft().result())
         for line in writing:
-            tqdm.write(line.result())
+            tell(line.result())
+    print_assessments(assessed)
     if frames:
-        print(f"saved {len(frames) - len(problems)} masks and overlays in {output}")
+        count = len(frames) - len(problems)
+        print(f"saved {count} {results.what()} in {output}" if results.what() else f"{count} done")
     return problems
 
 
-def predict_volume(model, file, output, threshold, window):
-    """Write a mask volume and, where `output` is a folder, a montage of slices."""
-    from medseg.formats.nifti import write_prediction
+def predict_volume(model, file, output, threshold, window, *, results=None, lines=True):
+    """Write a mask volume and, where `output` is a folder, a montage of slices.
+
+    results: a Results of this folder that is to have the rows of the volume. lines: print some.
+    """
+    from medseg.formats.nifti import write_mask
 
     frames, volume = open_file(file, window, model.orientation)
-    masks, highest = np.zeros((len(volume), *volume[0].shape), np.uint8), 0
-    predicted = predict_images(model, frames)
+    check_clean(model.inference.clean, volume.slice_spacing, file.path)
+    found = VolumeMasks(volume, model.n_classes, results.write if results else ())
+    predicted, assessed, written = predict_images(model, frames), [], [output]
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
-    for index, (_, image, probabilities) in enumerate(bar):
-        masks[index] = model.labels(probabilities, image.size, threshold)
-        highest = np.maximum(highest, probabilities.max((1, 2)))
-    slices = volume.pictures(window)
-    written = write_prediction(output, volume, slices, masks, model.class_names)
-    print(describe(file.path, masks, highest, model.class_names))
-    print(f"saved {' and '.join(map(str, written))}")
+    for frame, image, probabilities, assessment in bar:
+        labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+        found.add(labels, probabilities)
+        assessed.append((frame.title, assessment))
+    if results:
+        columns = assess_volume([one for _, one in assessed])._asdict()
+        written = results.add_volume(found, window, **columns)
+    else:
+        write_mask(output, volume, found.masks)
+    if lines:
+        print(describe(file.path, found.masks, found.highest, model.class_names))
+        print_assessments(assessed, "slices")
+        print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
 # ---- a folder with annotations: scores -------------------------------------------------------
@@ -263,7 +281,7 @@ def predict_volume(model, file, output, threshold, window):
 def open_folder(model, folder, threshold, **inference):
     """The FolderScores of a folder with annotations, for the predictions of this model.
 
-    inference: flips and clean-up of these, as FolderScores takes them.
+    inference: flips and clean-up of these, and the spacing, as FolderScores takes them.
     Raises ValueError where the annotations are damaged or of other classes.
     """
     from data import open_split
@@ -286,8 +304,8 @@ def report(model, folder, scores, output):
     `valid` beside the folder, never in the folder itself.
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
     """
-    from data import Batches, load_split
-    from medseg.predicting.report import threshold_sweep, write_report
+    from data import Batches, load_split, open_split
+    from medseg.predicting.report import pixel_areas, threshold_sweep, write_report
 
     scores.complete(model)
     valid, sweep = folder.resolve().parent / "valid", None
@@ -295,20 +313,23 @@ def report(model, folder, scores, output):
         content = {"classes": scores.dataset.classes, "n_channels": model.n_channels}
         rows = load_split(valid.parent, valid.name, model.image_size, **content)
         sizes = {"n_channels": model.n_channels, "n_classes": model.n_classes}
-        sweep = threshold_sweep(model, Batches(rows, model.batch_size, model.device, **sizes))
+        batches = Batches(rows, model.batch_size, model.device, **sizes)
+        dataset = open_split(valid.parent, valid.name, model.image_size, **content)
+        sweep = threshold_sweep(model, batches, pixel_areas(dataset, scores.spacing))
     return write_report(output, str(folder), scores, sweep, model.class_names)
 
 
-def predict_annotated(model, folder, frames, output, threshold, problems):
+def predict_annotated(model, folder, frames, output, threshold, problems, **options):
     """`predict_many`, and a report on the folder; what it had to leave out is added to `problems`.
 
-    Returns whether there is a report: not where an annotated image could not be predicted.
+    options: its own. Returns whether there is a report: not where an image could not be predicted.
     """
     from medseg.predicting.report import print_report
 
     inference = {"flips": model.inference.flips, "clean": model.inference.clean}
-    scores = open_folder(model, folder, threshold, **inference)
-    problems += predict_many(model, frames, output, threshold, scores)
+    spacing = frames[0].spacing if frames else None  # pictures have that of --pixel-size
+    scores = open_folder(model, folder, threshold, spacing=spacing, **inference)
+    problems += predict_many(model, frames, output, threshold, scores, **options)
     if problems and scores.missing():
         return False
     print_report(folder, output, report(model, folder, scores, output))
@@ -320,9 +341,13 @@ def predict_annotated(model, folder, frames, output, threshold, problems):
 
 def main(argv=None):
     args = parse_arguments(argv, __doc__)
+    set_pixel_limit(args.max_megapixels)
     args.model = paths = args.model or [default_model()]
     if args.export:
-        return export_model(args.export, paths, args.inputs)
+        import net
+        from medseg.predicting.export import export_model
+
+        return export_model(args.export, paths, args.inputs, net.load_model)
     if args.page and (args.inputs or args.output):
         raise ValueError("--page takes no images and no --output: drop images on the page")
     # Processes of torchrun would not measure alike, and their masks could differ.
@@ -331,78 +356,62 @@ def main(argv=None):
     if model.precision_note:
         print(f"precision: {model.precision}{model.precision_note}")
     window = choose_window(args.window, model.window)
-    model.inference, note = choose_inference(args, model.recorded)
+    model.inference, note = choose_inference(args, model.recorded, model.trained_flips)
     if note and rank_and_world()[0] == 0:
         print(note)
     args.threshold = model.inference.threshold
     if args.page:
         from medseg.page.app import serve
 
-        options = {"threshold": args.threshold, "window": window}
+        options = {"threshold": args.threshold, "window": window, "pixel_size": args.pixel_size}
         name = paths[0] if len(paths) == 1 else f"{len(paths)} models"
         serve(model, name, host=args.host, port=args.port, **options)
     else:
         predict_inputs(args, model, window)
 
 
-def export_model(target, paths, inputs):
-    """Write the weights in a file to `target`, in the format of its suffix; paths: that one."""
-    import net
-    from medseg.predicting.export import SHAPES, check_export, export
-
-    path, *others = paths
-    if others:
-        raise ValueError(f"--export {target}: takes one --model, not {len(paths)}: export each")
-    if inputs:
-        raise ValueError(f"--export {target}: takes no image; predict afterwards, with --model")
-    check_export(target, path)
-    difference = export(net.load_model(path), target)
-    sizes = ", ".join("x".join(map(str, shape)) for shape in SHAPES)
-    print(f"saved {target}; largest difference from PyTorch {difference:.1e} (BxHxW {sizes})")
-    if target.lower().endswith(".onnx"):
-        print(f"next: python predict.py IMAGE --model {shlex.quote(target)}")
-
-
 def predict_inputs(args, model, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
     inputs = args.inputs or [example_image()]
     files, (rank, world) = expand(inputs), rank_and_world()
-    for folder in filter(Path.is_dir, map(Path, inputs)):
-        if rank == 0 and (aside := left_aside(folder)):
-            print(f"left aside in {folder}: {aside}")
-    frames, volumes, problems = sort_files(files, window)
+    if rank == 0:
+        print_left_aside(inputs)
+    frames, volumes, problems = sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
-    if len(files) == 1 and not Path(inputs[0]).is_dir():  # one file was named
-        if problems:
-            raise ValueError(problems[0][1])
-        if total == 1:
-            output = choose_output(args.output, True, files)
-            for frame in frames:
-                predict_one(model, frame, output, args.threshold)
-            for file in volumes:
-                predict_volume(model, file, output, args.threshold, window)
-            return
-    output, folder = choose_output(args.output, False, files), annotated_folder(inputs)
-    for file in volumes[rank::world]:
-        try:
-            predict_volume(model, file, output, args.threshold, window)
-        except (FileNotFoundError, ValueError) as error:
-            problems.append((file.path, str(error)))
-    scored = True
-    if folder is None:
-        problems += predict_many(model, frames[rank::world], output, args.threshold)
-    elif rank == 0:  # a report is made of the predictions of one process
-        scored = predict_annotated(model, folder, frames, output, args.threshold, problems)
+    named = len(files) == 1 and not Path(inputs[0]).is_dir()
+    if named and problems:
+        raise ValueError(problems[0][1])
+    for frame in frames:
+        check_clean(model.inference.clean, frame.spacing, frame.path)
+    single = named and total == 1
+    output = choose_output(args.output, single, files)
+    folder, scored = annotated_folder(inputs), True
+    results = Results(output, model.class_names, args.write)
+    results.check(frames[rank::world], volumes)
+    if single and frames:
+        return predict_one(model, frames[0], output, args.threshold, results=results)
+    if single and not output.is_dir():  # the mask alone, in this file
+        return predict_volume(model, volumes[0], output, args.threshold, window)
+    table, options = Table(results, rank, world), {"results": results, "lines": total <= MAX_LINES}
+    titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
+    try:
+        for file in volumes[rank::world]:
+            try:
+                predict_volume(model, file, output, args.threshold, window, **options)
+            except (FileNotFoundError, ValueError) as error:
+                problems.append((file.path, str(error)))
+        shared = (output, args.threshold)
+        if folder is None:
+            problems += predict_many(model, frames[rank::world], *shared, **options)
+        elif rank == 0:  # a report is made of the predictions of one process
+            scored = predict_annotated(model, folder, frames, *shared, problems, **options)
+    finally:  # what was measured is kept, also where a report fails
+        table.finish(titles, describe_run(args, model, window), args.model, problems)
+    if single and problems:
+        raise ValueError(problems[0][1])
     if problems:
         unscored = "" if scored else f"; {folder} has no report without them"
         raise ValueError(describe_left_out(problems, len(files), total) + unscored)
-
-
-def rank_and_world():
-    """The number of this process and of all of them: those of torchrun, else 0 and 1."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 if __name__ == "__main__":

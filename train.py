@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from data import make_loaders, open_split
 from medseg import dist
+from medseg.augment import AUGMENTATIONS
 from medseg.cli import output_folder, parse_named_values, run_main
 from medseg.coco import load_coco, recorded_settings, used_categories
 from medseg.device import (
@@ -44,12 +45,13 @@ from medseg.device import (
     pick_device,
 )
 from medseg.files import file_lock
-from medseg.inference import PLAIN
+from medseg.inference import PLAIN, learned_flips
 from medseg.metrics import RunningScores, dice_score
 from medseg.phantoms import make_phantoms
 from medseg.planning.plan import planned_flags
 from medseg.plots import denormalize, plot_curves, plot_predictions
 from medseg.signals import Signals
+from medseg.tiles import apply_network
 from medseg.training.checkpoint import (
     BEST,
     CURVES,
@@ -62,6 +64,7 @@ from medseg.training.checkpoint import (
     refuse_other_run,
 )
 from medseg.training.cross_validation import cross_validate
+from medseg.training.feature_statistics import record_statistics
 from medseg.training.flags import command, make_parser, parse_arguments, predict_command
 from medseg.training.history import (
     epoch_row,
@@ -145,7 +148,7 @@ def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=l
         for images, masks in loader:
             images, masks = images.to(device), masks.to(device)
             with autocast:
-                outputs = model(images)
+                outputs = apply_network(model, images)  # large images by tiles
             scores.add(criterion(outputs, masks), outputs, masks)
             poll()
     return scores.result()
@@ -290,7 +293,7 @@ def visualize_predictions(
     for image, mask in (samples[index] for index in chosen):  # their sizes may differ
         target = mask.to(device) > 0.5
         with torch.inference_mode():
-            pred = model(image[None].to(device))[0] > threshold
+            pred = apply_network(model, image[None].to(device))[0] > threshold
         tp, fp, fn = (
             (one & other).sum((1, 2)).double()
             for one, other in ((pred, target), (pred, ~target), (~pred, target))
@@ -395,6 +398,7 @@ def train_and_test(args, checkpoint, signals):
                     signals=signals,
                     save_every=args.save_every,
                 )
+                record_statistics(model, loaders, device, out, autocast)
                 if args.tune_prediction:
                     tune_prediction(model, loaders, device, out, autocast)
             test(model, loaders["test"], criterion, device, autocast, tracker)
@@ -461,6 +465,7 @@ def new_model(args, root):
         args.n_filters,
         image_size=None if args.crop else args.image_size,
         class_names=names,
+        trained_flips=learned_flips(parse_named_values(args.augment, AUGMENTATIONS)),
         **recorded_settings(root / "train"),
         **architecture_of(args).as_dict(),
     )

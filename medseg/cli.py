@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+MAX_MEGAPIXELS = 89  # of an image: Pillow's limit
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Keeps the line breaks of the examples and shows the default of every flag that has one."""
@@ -132,6 +134,17 @@ def add_device_flags(add):
     )
 
 
+def add_pixel_limit(add):
+    """Add --max-megapixels with a parser's or a group's add_argument."""
+    add(
+        "--max-megapixels",
+        type=number(1),
+        default=MAX_MEGAPIXELS,
+        metavar="N",
+        help="refuse larger images, which a small file may hold to fill the memory",
+    )
+
+
 def number(low, high=math.inf, type=int):
     """An argparse type: a finite number of `type` (int or float) from `low` to `high`."""
 
@@ -149,7 +162,8 @@ def number(low, high=math.inf, type=int):
 def parse_named_values(text, known):
     """'flip,rotate=30' -> {'flip': 1.0, 'rotate': 30.0}, in the order of `known`; 'none' -> {}.
 
-    known: {name: (value where none is given, highest value)}; the lowest is 0. Raises ValueError.
+    known: {name: (value where none is given, highest value)}; the lowest is 0. The first is None
+    of a name that needs a value. Raises ValueError.
     """
     values = {}
     for part in text.split(",") if text != "none" else ():
@@ -161,6 +175,8 @@ def parse_named_values(text, known):
         if name in values:
             raise ValueError(f"{name} is there twice")
         default, highest = known[name]
+        if default is None and not value:
+            raise ValueError(f"{name} needs a value, as in {name}=50")
         try:
             number = float(value) if given else default
         except ValueError:

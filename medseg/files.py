@@ -141,10 +141,13 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def parallel_map(function, items, *, catch=(FileNotFoundError, ValueError)):
+def parallel_map(
+    function, items, *, catch=(FileNotFoundError, ValueError), cost=lambda item: 0, limit=0
+):
     """Yield function(item), or the error of the classes `catch` that it raised, in order.
 
     On all cores, a few items ahead and no more, so that memory does not grow with their number.
+    cost(item): such that those ahead may cost `limit` together; one that costs more is alone.
     Threads, not processes: decoding and resizing release the interpreter's lock, and nothing is
     copied.
     """
@@ -157,11 +160,17 @@ def parallel_map(function, items, *, catch=(FileNotFoundError, ValueError)):
 
     cores = available_cores()
     with ThreadPoolExecutor(cores) as pool:
-        pending = deque()
+        pending, costs = deque(), deque()
         try:
             for item in items:
+                own = cost(item)
+                while pending and sum(costs) + own > limit:
+                    costs.popleft()
+                    yield pending.popleft().result()
                 pending.append(pool.submit(attempt, item))
+                costs.append(own)
                 if len(pending) > 4 * cores:
+                    costs.popleft()
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -1,7 +1,10 @@
 """One picture: reading it, resizing it, writing masks and overlays. No torch."""
 
 import contextlib
+import math
+import mmap
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from medseg.cli import MAX_MEGAPIXELS
 from medseg.drawing import class_colors, overlay, with_legend
 from medseg.files import atomic_write, check_regular
 from medseg.samples import has_16_bits, stored_samples
@@ -25,17 +29,46 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif"),
 )
-MAX_FILE_BYTES = 1 << 30  # 89 million pixels of four 16-bit samples are 0.7 GB
+PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that fill the memory
+BYTES_PER_PIXEL = 12  # of a file, at most: 1 GiB with that limit
 MAX_PAGES, MAX_PAGES_PIXELS = 1000, 1 << 32  # of a TIFF file whose pages become images
 MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
-STRIPE = 64  # columns of a mask that are made at a time: few megabytes
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
+MAX_LEVEL = 65535  # of a probability as 16 bits: 1.0
+MAX_JPEG_SIDE = 65_500  # pixels that the format has room for
+STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
-# Pillow warns above 89 megapixels and refuses at twice that: refuse at once.
+# Pillow warns above its limit and refuses at twice that: refuse at once.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # Odd metadata: the pixels are what counts, and an error where they are damaged.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+
+
+def set_pixel_limit(megapixels):
+    """Read images of up to so many million pixels in this process: the flag --max-megapixels."""
+    own = megapixels == MAX_MEGAPIXELS
+    Image.MAX_IMAGE_PIXELS = PILLOWS_LIMIT if own else megapixels * 10**6
+
+
+def pixel_limit():
+    """How many pixels an image may have."""
+    return Image.MAX_IMAGE_PIXELS
+
+
+def too_many_pixels(pixels, what):
+    """The ValueError for an image of so many pixels, more than the limit; what: these in words."""
+    return ValueError(
+        f"{what} are more than {pixel_limit() // 10**6} million; if you trust the file: "
+        f"--max-megapixels {-(-pixels // 10**6)}"
+    )
+
+
+def check_file_size(size):
+    """ValueError where a file of so many bytes is larger than any image within the limit."""
+    if size > (most := BYTES_PER_PIXEL * pixel_limit()):
+        raise ValueError(f"larger than {most >> 20} MiB: --max-megapixels allows more")
 
 
 class Page(NamedTuple):
@@ -62,7 +95,7 @@ def count_pages(path):
     pages = pixels = 0
     with image_errors(path, "image"):
         check_regular(path)
-        with Image.open(path, formats=["TIFF"]) as image, contextlib.suppress(EOFError):
+        with _open_picture(path, ["TIFF"]) as image, contextlib.suppress(EOFError):
             while True:
                 image.seek(pages)
                 pages, pixels = pages + 1, pixels + image.width * image.height
@@ -72,6 +105,18 @@ def count_pages(path):
                         "pixels in them: split it into several files"
                     )
     return pages
+
+
+@contextlib.contextmanager
+def _open_picture(file, formats):
+    """Pillow's image of a file; ValueError where its first picture is larger than the limit."""
+    try:
+        image = Image.open(file, formats=formats)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        pixels = int(re.search(r"\d+", str(error))[0])  # the first of its numbers
+        raise too_many_pixels(pixels, f"{pixels} pixels") from None
+    with image:
+        yield image
 
 
 @contextlib.contextmanager
@@ -86,13 +131,13 @@ def open_image(file):
     else:
         check_regular(file)
         size = os.stat(file).st_size
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-    with Image.open(file, formats=FORMATS) as image:
+    check_file_size(size)
+    with _open_picture(file, FORMATS) as image:
         if isinstance(file, Page):
             image.seek(file.number)
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # looked at of the first only
-                raise ValueError(f"has {image.width}x{image.height} pixels, more than are read")
+            width, height = image.size
+            if width * height > pixel_limit():  # Pillow looked at the first page only
+                raise too_many_pixels(width * height, f"{width}x{height} pixels")
         elif getattr(image, "is_animated", False):
             count = image.n_frames if size <= MAX_COUNTED_BYTES else "several"
             raise ValueError(f"holds {count} pictures: save each in a file of its own")
@@ -126,15 +171,40 @@ def read_image(path):
     path: or a binary file. More than 8 bits a sample are scaled linearly to 0..255 from the range
     that holds the largest value: 8, 10, 12 or 16 bits (0..1 for floating point). The values of PGM
     and PPM files are scaled from the range that the file names. Alpha is dropped.
-    Raises FileNotFoundError; ValueError for what is not one whole picture of at most 89
-    megapixels.
+    Raises FileNotFoundError; ValueError for what is not one whole picture of at most
+    `pixel_limit` pixels.
     """
     with image_errors(path, "image"), open_image(path) as image:
         samples = stored_samples(image, path)
         if samples:
             return _table_to_8_bits(*samples)
         image.load()
+        if image.mode == "RGB":  # else a copy
+            return image
         return _to_8_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
+
+
+def exif_orientation(file):
+    """(EXIF orientation 1 to 8, whether Pillow turns the picture itself when it loads it)."""
+    with open_image(file) as image:
+        try:
+            orientation = image.getexif().get(ORIENTATION, 1)
+        except Exception:  # damaged metadata raises many kinds; the pixels were read
+            orientation = 1
+        return orientation if orientation in range(1, 9) else 1, image.format == "TIFF"
+
+
+def turn(pixels, orientation):
+    """Array (H, W, ...) as stored -> as shown, by its EXIF orientation (1 to 8)."""
+    if orientation in (5, 7):
+        pixels = np.swapaxes(pixels, 0, 1)
+    quarters = {3: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)
+    pixels = np.rot90(pixels, quarters)
+    if orientation == 2:
+        pixels = pixels[:, ::-1]
+    if orientation == 4:
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 PIXEL_FORMATS = {
@@ -181,9 +251,17 @@ def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
     image_size: None keeps the image's own height and width. n_channels: 3, or 1 for grey.
     The one resizing of the project: training, evaluation and prediction all come through here.
     """
-    image = image.convert("L" if n_channels == 1 else "RGB")
-    size = (image_size, image_size) if image_size else image.size
-    resized = np.array(image.resize(size, Image.Resampling.BILINEAR))  # of its own size: a copy
+    mode = "L" if n_channels == 1 else "RGB"
+    if image_size is None:  # by stripes: of a large image, a second copy would be one too many
+        pixels = large_array((image.height, image.width, n_channels), np.uint8)
+        for top in range(0, image.height, STRIPE):
+            stripe = image.crop((0, top, image.width, min(top + STRIPE, image.height)))
+            pixels[top : top + STRIPE] = np.asarray(stripe.convert(mode)).reshape(
+                stripe.height, image.width, n_channels
+            )
+        return pixels
+    image = image if image.mode == mode else image.convert(mode)
+    resized = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
     return resized[..., None] if n_channels == 1 else resized
 
 
@@ -191,6 +269,17 @@ def is_grey(image):
     """Whether red, green and blue are equal in 64x64 evenly spaced pixels of a PIL RGB image."""
     samples = np.asarray(image.resize((64, 64), Image.Resampling.NEAREST))
     return bool((samples == samples[..., :1]).all())
+
+
+def large_array(shape, dtype):
+    """An array of zeros, whose memory goes back to the system when it is freed.
+
+    Of the C library the process may have asked to keep it (`medseg.device.keep_freed_memory`),
+    in pieces that the next large array does not fit.
+    """
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def mean_and_std(n_channels):
@@ -218,6 +307,13 @@ def full_size_labels(probabilities, size, threshold):
     """
     (width, height), bilinear = size, Image.Resampling.BILINEAR
     labels = np.zeros((height, width), np.uint8)
+    if probabilities.shape[1:] == labels.shape:
+        for start in range(0, height, STRIPE):
+            part = probabilities[:, start : start + STRIPE]
+            highest = part.argmax(0)  # of equal ones, the first
+            above = part.max(0) > np.float32(threshold)
+            np.multiply(highest + 1, above, out=labels[start : start + STRIPE], casting="unsafe")
+        return labels
     highest = np.full((height, width), threshold, np.float32)
     for number, channel in enumerate(probabilities, 1):
         if channel.max() <= threshold:  # and so is every value between those of its pixels
@@ -234,6 +330,50 @@ def full_size_labels(probabilities, size, threshold):
             own[resized > top] = number
             np.maximum(resized, top, out=top)
     return labels
+
+
+def full_size_stripes(channel, size, columns=None):
+    """Yield (slice of columns, float32 (height, columns)) of probabilities at the size of an image.
+
+    channel: float32 (S, S); size: (width, height). They are resized as `full_size_labels` resizes
+    them, few columns at a time. columns: the slice of those that are needed, or None for all.
+    """
+    (width, height), bilinear = size, Image.Resampling.BILINEAR
+    first, last, _ = (columns or slice(None)).indices(width)
+    if channel.shape == (height, width):
+        for start in range(first, last, STRIPE):
+            part = slice(start, min(start + STRIPE, last))
+            yield part, channel[:, part]
+        return
+    wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
+    for start in range(first, last, STRIPE):
+        part = slice(start, min(start + STRIPE, last))
+        stripe = Image.fromarray(np.ascontiguousarray(wide[:, part]))
+        yield part, np.asarray(stripe.resize((stripe.width, height), bilinear))
+
+
+def full_size_levels(channel, size):
+    """float32 (S, S) of 0..1 -> uint16 (height, width) of 0..MAX_LEVEL, at the size of an image."""
+    levels = np.zeros(size[::-1], np.uint16)
+    for columns, stripe in full_size_stripes(channel, size):
+        levels[:, columns] = np.rint(stripe * MAX_LEVEL)
+    return levels
+
+
+def sum_probabilities(labels, probabilities):
+    """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
+
+    labels: class numbers, uint8 (height, width); probabilities: float32 (C, S, S).
+    """
+    from scipy import ndimage
+
+    sums, size = np.zeros(len(probabilities)), labels.shape[::-1]
+    for index, box in enumerate(ndimage.find_objects(labels)):
+        if box is None:
+            continue
+        for columns, stripe in full_size_stripes(probabilities[index], size, box[1]):
+            sums[index] += stripe[labels[:, columns] == index + 1].sum(dtype=np.float64)
+    return sums
 
 
 def describe(path, labels, highest, class_names):
@@ -264,6 +404,7 @@ def save_overlay(image, labels, path, class_names):
     As JPEG: it is for eyes, and a PNG file would take longer than all else but the network.
     """
     drawn = with_legend(overlay(image, labels, len(class_names)), class_names)
+    drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))  # which leaves a smaller one as it is
     with atomic_write(Path(path), sync=False) as file:
         drawn.save(file, "JPEG", quality=90, subsampling=0)  # colours at full resolution
 

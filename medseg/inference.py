@@ -8,17 +8,20 @@ from typing import NamedTuple
 import numpy as np
 
 from medseg.cli import parse_named_values
-from medseg.pieces import CLEANINGS, clean_masks
+from medseg.pieces import CLEANINGS, clean_masks, describe_clean
 
 # {name: axes of (..., H, W) that are reversed}
 FLIPS = {"horizontal": (-1,), "vertical": (-2,), "both": (-2, -1)}
+# The same after H and W have changed places; the degrees are counterclockwise.
+TURNS = {"transpose": (), "turn90": (-2,), "turn270": (-1,), "antitranspose": (-2, -1)}
+VIEWS = (*FLIPS, *TURNS)  # with the image as it is, all symmetries of a square
 MAX_TEXT = 200  # characters of a clean-up
 
 
 class Inference(NamedTuple):
     """What turns a network into masks; by default, the tutorial's threshold and nothing else.
 
-    threshold: foreground is above this probability. flips: names of FLIPS, over which and the image
+    threshold: foreground is above this probability. flips: names of VIEWS, over which and the image
     as it is the probabilities are averaged. clean: as --clean, see `medseg.pieces`.
     """
 
@@ -27,7 +30,7 @@ class Inference(NamedTuple):
     clean: str = "none"
 
     def masks(self, probabilities):
-        """float32 array (C, H, W) -> bool (C, H, W)."""
+        """float32 array (C, H, W) -> bool (C, H, W); min-area counts pixels of this array."""
         return clean_masks(probabilities > self.threshold, self.clean)
 
     def as_dict(self):
@@ -38,11 +41,9 @@ class Inference(NamedTuple):
         """What is done beside the threshold, in words: ['flips', 'largest piece'], or less."""
         parts = []
         if self.flips:
-            every = len(self.flips) == len(FLIPS)
-            parts.append("flips" if every else f"flips ({', '.join(self.flips)})")
-        if parse_named_values(self.clean, CLEANINGS).get("largest"):
-            parts.append("largest piece")
-        return parts
+            flips = tuple(self.flips)  # a list, where a report has them
+            parts.append(SPELLED.get(flips, f"flips ({', '.join(self.flips)})"))
+        return [*parts, *describe_clean(self.clean)]
 
     def __str__(self):
         """'threshold 0.45, flips, largest piece'"""
@@ -50,6 +51,8 @@ class Inference(NamedTuple):
 
 
 PLAIN = Inference()
+LEARNED_TURNS = ("both", "turn90", "turn270")
+SPELLED = {tuple(FLIPS): "flips", VIEWS: "flips and turns", LEARNED_TURNS: "turns"}
 
 
 def read_inference(value):
@@ -65,16 +68,32 @@ def read_inference(value):
     threshold, flips, clean = (value[name] for name in Inference._fields)
     if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
         raise ValueError(f"inference at threshold {threshold!r:.20}")
-    known = isinstance(flips, list) and len(flips) <= len(FLIPS)
-    if not known or [name for name in FLIPS if name in flips] != flips:
-        raise ValueError(f"inference with flips {flips!r:.60}")
+    flips = read_flips(flips, "inference with flips")
     if not isinstance(clean, str) or len(clean) > MAX_TEXT:
         raise ValueError(f"inference with clean-up {clean!r:.60}")
     try:
         parse_named_values(clean, CLEANINGS)
     except ValueError as error:
         raise ValueError(f"inference with clean-up {clean!r:.60}: {error}") from None
-    return Inference(float(threshold), tuple(flips), clean)
+    return Inference(float(threshold), flips, clean)
+
+
+def read_flips(value, what="trained flips"):
+    """The names of VIEWS that metadata hold as a list, as a tuple. ValueError for anything else."""
+    known = isinstance(value, list) and len(value) <= len(VIEWS)
+    if not known or [name for name in VIEWS if name in value] != value:
+        raise ValueError(f"{what} {value!r:.60}")
+    return tuple(value)
+
+
+def learned_flips(strengths):
+    """The names of VIEWS that a training has shown; strengths: of its augmentations."""
+    flips = bool(strengths.get("flip") or strengths.get("mirror"))
+    if strengths.get("turn"):
+        return VIEWS if flips else LEARNED_TURNS
+    if strengths.get("flip"):
+        return tuple(FLIPS)
+    return ("horizontal",) if flips else ()
 
 
 def combine(inferences):
@@ -93,18 +112,37 @@ def combine(inferences):
     )
 
 
-def average_over_flips(run, images, flips):
+def average_over_flips(run, images, flips, see=lambda probabilities: None):
     """Mean of what run() gives for images (B, C, H, W) as they are and for each of their flips.
 
     run(images) -> probabilities (B, C, H, W), which are flipped back; tensors or arrays. Without
-    flips it is run(images), to the last bit.
+    flips it is run(images), to the last bit. flips: names of VIEWS. see(probabilities): called with
+    those of each, flipped back.
     """
     total = run(images)
+    see(total)
     for name in flips:
-        total = total + flip(run(flip(images, FLIPS[name])), FLIPS[name])
+        one = undo_view(run(view(images, name)), name)
+        see(one)
+        total = total + one
     return total / (1 + len(flips)) if flips else total
 
 
-def flip(images, axes):
-    """A tensor or an array with these axes reversed."""
+def view(images, name):
+    """A tensor or an array (..., H, W) as one of VIEWS; None is the image as it is."""
+    if name in TURNS:
+        return _reverse(images.swapaxes(-1, -2), TURNS[name])
+    return _reverse(images, FLIPS.get(name, ()))
+
+
+def undo_view(images, name):
+    """What `view` has made into these."""
+    if name in TURNS:
+        return _reverse(images, TURNS[name]).swapaxes(-1, -2)
+    return _reverse(images, FLIPS[name])
+
+
+def _reverse(images, axes):
+    if not axes:
+        return images
     return images.flip(axes) if hasattr(images, "flip") else np.flip(images, axes)

@@ -1,14 +1,16 @@
 """From masks to scores: pixel counts, running sums, Hausdorff distance, bootstrap."""
 
 import math
+from itertools import repeat
 
 import numpy as np
 import torch
 
 from medseg.dist import all_gather, all_reduce_sum, is_first
 from medseg.drawing import outline
-from medseg.pieces import clean_masks
+from medseg.pieces import ONE, clean_masks
 
+COUNTED_PIXELS = 1 << 20  # that are counted at a time
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
 
@@ -156,14 +158,14 @@ class RunningScores:
 # ---- of a folder: numpy counts, an image a row -----------------------------------------------
 
 
-def count_image(targets, probabilities, thresholds, clean="none"):
+def count_image(targets, probabilities, thresholds, clean="none", area=ONE):
     """Counts of one image: int (T, C, 4) of tp, fp, fn, tn at each threshold.
 
-    targets: bool (C, H, W); probabilities: float32 (C, H, W); clean: what is done to the masks, see
-    `medseg.pieces.clean_mask`.
+    targets: bool (C, H, W); probabilities: float32 (C, H, W); clean: what is done to the masks,
+    whose pixels have this area, see `medseg.pieces.clean_masks`.
     """
     if clean != "none":
-        masks = (clean_masks(probabilities > threshold, clean) for threshold in thresholds)
+        masks = (clean_masks(probabilities > threshold, clean, area) for threshold in thresholds)
         return np.stack([_count_masks(targets, mask) for mask in masks])
     order = np.argsort(-np.asarray(thresholds))
     falling = np.asarray(thresholds, probabilities.dtype)[order]
@@ -172,13 +174,21 @@ def count_image(targets, probabilities, thresholds, clean="none"):
     for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
         # A pixel of bin k is above falling[k:], and not above falling[:k]; one that is no number
         # is above none.
-        found = np.searchsorted(-falling, -probability, side="right")
-        histogram = np.bincount((found + bins * target).ravel(), minlength=2 * bins)
+        histogram = 0
+        for rows in _rows_at_a_time(target):
+            found = np.searchsorted(-falling, -probability[rows], side="right")
+            histogram += np.bincount((found + bins * target[rows]).ravel(), minlength=2 * bins)
         above = histogram.reshape(2, bins).cumsum(1)  # of background, of foreground
         negatives, positives = above[:, -1]
         fp, tp = above[:, :-1]
         counts[order, channel] = np.stack([tp, fp, positives - tp, negatives - fp], 1)
     return counts
+
+
+def _rows_at_a_time(mask):
+    """Yield slices of the rows of an array (H, W), for a pixel takes 24 bytes to be counted."""
+    rows = max(COUNTED_PIXELS // mask.shape[1], 1)
+    return (slice(start, start + rows) for start in range(0, len(mask), rows))
 
 
 def _count_masks(targets, preds):
@@ -187,13 +197,16 @@ def _count_masks(targets, preds):
     return np.stack([case.sum((1, 2)) for case in cases], 1)
 
 
-def count_pixels(batches, thresholds, clean="none"):
+def count_pixels(batches, thresholds, clean="none", areas=None):
     """`count_image` of every image, int (N, T, C, 4), of all processes one after the other.
 
     batches: iterable of (targets (B, C, H, W), probabilities (B, C, H, W)) of this process.
+    areas: the `medseg.pieces.PixelArea` of each image, or None where a pixel is one of the image.
     """
     pairs = (pair for batch in batches for pair in zip(*batch, strict=True))
-    return np.stack(all_gather([count_image(*pair, thresholds, clean) for pair in pairs]))
+    areas = repeat(ONE) if areas is None else iter(areas)
+    counts = [count_image(*pair, thresholds, clean, next(areas)) for pair in pairs]
+    return np.stack(all_gather(counts))
 
 
 def image_dice(counts):
@@ -249,11 +262,12 @@ def count_calibration(targets, probabilities):
     """
     edges, sums = np.arange(1, BINS, dtype=np.float32) / BINS, np.zeros((len(targets), BINS, 3))
     for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
-        known = ~np.isnan(probability)
-        values = probability[known]
-        bins = np.searchsorted(edges, values)
-        for column, weights in enumerate((None, target[known], values)):
-            sums[channel, :, column] = np.bincount(bins, weights, BINS)
+        for rows in _rows_at_a_time(target):
+            known = ~np.isnan(probability[rows])
+            values = probability[rows][known]
+            bins = np.searchsorted(edges, values)
+            for column, weights in enumerate((None, target[rows][known], values)):
+                sums[channel, :, column] += np.bincount(bins, weights, BINS)
     return sums
 
 
@@ -274,13 +288,11 @@ def hausdorff95(pred, target):
     The larger of the two directed ones, between the pixels of the outlines: Taha, Hanbury,
     "Metrics for evaluating 3D medical image segmentation", BMC Medical Imaging 2015.
     """
-    from scipy import ndimage  # a training does without it
+    from scipy.spatial import KDTree  # a training does without it
 
     if not pred.any() or not target.any():
         return math.nan
-    rows, columns = (np.flatnonzero((pred | target).any(axis)) for axis in (1, 0))
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # saves time
-    pred, target = outline(pred)[box], outline(target)[box]
-    distances = (ndimage.distance_transform_edt(~other) for other in (pred, target))
-    directed = (own[mask] for own, mask in zip(distances, (target, pred), strict=True))
+    # Of the outlines alone: distances of every pixel would take 50 bytes each.
+    pred, target = (np.argwhere(outline(mask)) for mask in (pred, target))
+    directed = (KDTree(other).query(own)[0] for own, other in ((pred, target), (target, pred)))
     return max(float(np.percentile(own, 95)) for own in directed)

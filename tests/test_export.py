@@ -20,11 +20,13 @@ from PIL import Image
 from torch.torch_version import TorchVersion
 
 import predict
+from medseg import tiles
 from medseg.layers import ARCHITECTURES
 from medseg.predicting import export
 from medseg.predicting.ensemble import open_models
 from medseg.predicting.models import INPUT, OUTPUT, OnnxModel, available_threads
 from medseg.predicting.onnx_file import read_metadata
+from medseg.tiles import Tiling
 from net import UNet
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # where a test imports onnxruntime before the scripts do
@@ -281,9 +283,11 @@ def test_masks_without_pytorch_are_those_with_it(exported, tmp_path):
     assert 0.02 < share < 0.98
 
 
-def test_images_of_their_own_sizes_are_predicted_together(tmp_path):
+@pytest.mark.parametrize("tiling", [None, Tiling(8, 4, 10)], ids=["whole", "tiles"])
+def test_images_of_their_own_sizes_are_predicted_together(tiling, tmp_path, monkeypatch):
     """The network is the logistic function, so that a mask is what is above the mean of grey."""
-    network = other_network(image_size=None)
+    monkeypatch.setattr(tiles, "TILE_MEMORY", 1)
+    network = other_network(image_size=None, tiling=tiling and tiling._asdict())
     (tmp_path / "m.onnx").write_bytes(network.SerializeToString())
     (tmp_path / "scans").mkdir()
     rng, pictures = np.random.default_rng(0), {}
@@ -430,6 +434,13 @@ LIES = {
     "std": ["[0]", "[NaN]", "[-1]", "not json"],
     "window": ["[40, 0]", "[40]", '"all"', "[NaN, 1]", "not json"],
     "orientation": ['"RAR"', "[1, 2, 3]"],
+    "tiling": [
+        *("8", "{}", '{"stride": 8}'),
+        *(
+            json.dumps(lie._asdict())
+            for lie in (Tiling(7, 4, 9), Tiling(8, -1, 9), Tiling(8, 4, 9.5))
+        ),
+    ],
     "inference": [
         *("0.5", "[]", "{}", '{"threshold": 0.5}', "[" * 90_000),
         *(
@@ -450,7 +461,7 @@ def test_metadata_that_lie(exported, place, refused):
         refused("predict", "scan.png", "--model", name, words=["lie.onnx"])
     no_size = onnx_file(place / "none.onnx", proto, image_size="null")
     assert OnnxModel(no_size).image_size is None
-    null = dict.fromkeys(("window", "orientation", "inference"), "null")
+    null = dict.fromkeys(("window", "orientation", "inference", "tiling"), "null")
     model = OnnxModel(onnx_file(place / "none.onnx", proto, **null))
     assert model.window is model.orientation is model.recorded is None
     assert not list(place.glob("*_mask.png"))

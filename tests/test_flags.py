@@ -116,7 +116,7 @@ def test_values_that_are_refused(flags, words, refused):
 
 # ---- on --resume -----------------------------------------------------------------------------
 
-NOT_OF_A_RUN = {"help", "out", "resume", "test_only", "overwrite"}
+NOT_OF_A_RUN = {"help", "out", "resume", "test_only", "overwrite", "max_megapixels"}
 ABOUT_THE_RUN = {  # what it is called, where it runs and how long, which may be another thing later
     *("data", "device", "compile", "save_every", "swanlab", "project", "experiment_name"),
     *("epochs", "patience"),

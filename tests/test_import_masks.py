@@ -28,6 +28,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 import predict
+from medseg.formats.results import drawn_beside_masks
 from medseg.images import read_image
 from medseg.importing import collect
 from medseg.importing.mask_values import classes_of_counts
@@ -626,6 +627,9 @@ def test_turn_agrees_with_pillow():
 # ---------------------------------------------------------------- what predict.py wrote
 
 
+WRITE = ("--write", "mask,overlay,probability")
+
+
 @pytest.mark.parametrize("single", [False, True])
 def test_predicted_masks_are_imported_without_the_pictures_beside_them(single, here):
     """A folder with its masks in another, and single images with all in the folder they are in."""
@@ -634,17 +638,22 @@ def test_predicted_masks_are_imported_without_the_pictures_beside_them(single, h
         save(scan(64, 48, 5, 7, side), f"scans/{number}.png")
     if single:
         for number in range(2):
-            predict.main([f"scans/{number}.png", "--output", "scans"])
+            predict.main([f"scans/{number}.png", "--output", "scans", *WRITE])
     else:
-        predict.main(["scans", "--output", "masks"])
+        predict.main(["scans", "--output", "masks", *WRITE])
         save(photo(), "masks/report.png")
         save(photo(), "masks/predictions.png")
     masks = Path("scans" if single else "masks")
     out = run_download("--masks", "scans", masks, *ALL)
-    assert "pairs: 2" in out and f"left aside: {2 if single else 4} pictures" in out
+    assert "pairs: 2" in out and f"left aside: {4 if single else 6} pictures" in out
     for number in range(2):
         expected = np.asarray(Image.open(masks / f"{number}_mask.png")) > 0
         assert_array_equal(stored()[str(number)]["foreground"], expected)
+
+
+def test_the_probabilities_of_a_class_lie_beside_the_mask_of_their_image():
+    beside, alone = Path("x_2_probability.png"), Path("y_2_probability.png")
+    assert drawn_beside_masks([Path("x_mask.png"), beside, alone]) == {beside}
 
 
 def test_what_is_called_like_a_drawing_is_a_mask_where_it_stands_alone(here):

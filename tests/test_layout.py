@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "importing": {"", "formats"},
     "planning": {""},
     "training": {"", "formats"},
-    "predicting": {"", "formats"},
-    "page": {"", "formats", "predicting"},
+    "results": {"", "formats"},
+    "predicting": {"", "formats", "results"},
+    "page": {"", "formats", "results", "predicting"},
 }
 PACKAGE = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -10,6 +10,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from medseg import images
+from medseg.cli import MAX_MEGAPIXELS
 from medseg.images import read_image
 
 FLAGS = ("--masks", "images", "masks")
@@ -88,6 +89,8 @@ def test_bad_pages_are_one_line(here, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(images, limit, value)
             refuse_download(*FLAGS, *ALL, words=["images/a.tif", "split it"])
-    stack("images/a.tif", [page, np.ones((300, 400), np.uint8), page])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
-    refuse_download(*FLAGS, *ALL, words=["images/a.tif, page 2", "400x300 pixels"])
+    stack("images/a.tif", [page, np.ones((1000, 1200), np.uint8), page])
+    limit = ("--max-megapixels", "1")
+    refused = ["images/a.tif, page 2", "1200x1000 pixels", "--max-megapixels 2"]
+    refuse_download(*FLAGS, *ALL, *limit, words=refused)
+    images.set_pixel_limit(MAX_MEGAPIXELS)

@@ -87,6 +87,11 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
+def pictures(folder):
+    """The names of what is in a folder, but for the table."""
+    return names(folder) - {"predictions.csv", "predictions.json"}
+
+
 def predict_here(place, *arguments):
     """What predict.py prints; it has to succeed."""
     result = script_here("predict.py", *arguments, cwd=place)
@@ -362,9 +367,9 @@ def test_many_are_predicted_as_one_is(place):
         scan(40 + number, 50, number % 20, number % 15, 20).save(folder / f"{number:03}.png")
     result = script("predict.py", "scans", "--output", "all", cwd=place)
     assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if "foreground" in line]
-    predicted = [line.split(":")[0] for line in lines]
-    assert predicted == [f"scans/{number:03}.png" for number in range(53)]
+    table = (place / "all" / "predictions.csv").read_text(encoding="utf-8-sig").splitlines()
+    predicted = [row.split(",")[0] for row in table[1:]]
+    assert predicted == [f"{number:03}.png" for number in range(53)]
     model = predict.open_model(place / "best_model.pth", "cpu")
     for number in (0, 17, 52):
         (picture,), _ = open_file(*expand([folder / f"{number:03}.png"]))
@@ -385,7 +390,7 @@ def test_processes_share_a_folder(place):
         outputs = list(pool.map(start, (0, 1)))
     predicted = []
     for output in outputs:
-        lines = [line for line in output.splitlines() if "foreground" in line]
+        lines = [line for line in output.splitlines() if "highest probability" in line]
         predicted.append(sorted(line.removeprefix("scans/")[0] for line in lines))
     assert predicted == [["a", "c", "e"], ["b", "d"]]
     assert len(list((place / "predictions").glob("*_mask.png"))) == 5
@@ -397,7 +402,7 @@ def test_a_damaged_image_among_many_is_named_and_the_others_predicted(place, ref
     damaged.write_bytes(damaged.read_bytes()[:60])
     refused("predict", "scans", words=["1 of 3", "b.png"])
     written = {"a_mask.png", "a_overlay.jpg", "c_mask.png", "c_overlay.jpg"}
-    assert names(place / "predictions") == written
+    assert pictures(place / "predictions") == written
 
 
 def test_what_a_folder_holds_besides_is_counted_in_one_line(place, capsys, refused):
@@ -412,7 +417,7 @@ def test_what_a_folder_holds_besides_is_counted_in_one_line(place, capsys, refus
     for part in (".mat (2)", ".txt (1)", ".old (1)", "no suffix (1)", "folders (1)", "special"):
         assert part in line
     assert "scripts (2)" in line and "scans" in line  # b_mask.png and contact_sheet.jpg
-    assert names(place / "predictions") == {"a_mask.png", "a_overlay.jpg"}
+    assert pictures(place / "predictions") == {"a_mask.png", "a_overlay.jpg"}
     write_scans(place / "plain", "ab")
     (place / "plain" / "_annotations.coco.json").write_text("{}")
     assert left_aside(place / "plain") == ""  # the annotations belong to a data set
@@ -461,7 +466,7 @@ def test_long_and_odd_names_lose_nothing(place):
     environment = {"PYTHONIOENCODING": "utf-8:strict", "LC_ALL": "C.UTF-8"}
     result = script("predict.py", "scans", cwd=place, **environment)
     assert result.returncode == 0, result.stderr
-    written = names(place / "predictions")
+    written = pictures(place / "predictions")
     assert len(written) == 2 * 6 and not any(name.endswith(".tmp") for name in written)
     assert "saved 5 masks and overlays in predictions" in result.stdout
     assert {"b_mask.png", f"{odd[:-4]}_mask.png"} < written
@@ -801,7 +806,7 @@ def test_a_damaged_image_has_no_report(place, dataset, refused):
         *("predict", folder, "--output", "scored"),
         words=["1 of 4 left out", "1_test.png: not a JPEG", f"{folder} has no report"],
     )
-    assert names(place / "scored") == {
+    assert pictures(place / "scored") == {
         f"{number}_test_{what}" for number in (0, 2, 3) for what in ("mask.png", "overlay.jpg")
     }
     (folder / "1_test.png").unlink()  # then no image is damaged, but a record has none

@@ -26,11 +26,20 @@ from PIL import Image
 import predict
 import train
 from data import Batches, load_split
-from medseg.inference import FLIPS, PLAIN, Inference, average_over_flips, combine, read_inference
+from medseg.inference import (
+    FLIPS,
+    PLAIN,
+    VIEWS,
+    Inference,
+    average_over_flips,
+    combine,
+    learned_flips,
+    read_inference,
+)
 from medseg.metrics import SWEEP, count_image
 from medseg.pieces import clean_labels, clean_masks, largest_piece
 from medseg.predicting.models import OnnxModel
-from medseg.training.tuning import choose, finished, flips_of, gains
+from medseg.training.tuning import choose, finished, gains
 from medseg.training.tuning import predict as predict_loader
 from medseg.weights import load_weights
 from net import UNet, load_model
@@ -127,8 +136,22 @@ def random_model():
     return model
 
 
-@pytest.mark.parametrize("flips", [(), ("horizontal",), ("vertical", "both"), ALL_FLIPS])
+BY_NUMPY = {  # of (B, H, W, C), there and back
+    "horizontal": (lambda x: x[:, :, ::-1],) * 2,
+    "vertical": (lambda x: x[:, ::-1],) * 2,
+    "both": (lambda x: x[:, ::-1, ::-1],) * 2,
+    "transpose": (lambda x: np.swapaxes(x, 1, 2),) * 2,
+    "turn90": (lambda x: np.rot90(x, 1, (1, 2)), lambda x: np.rot90(x, -1, (1, 2))),
+    "turn270": (lambda x: np.rot90(x, -1, (1, 2)), lambda x: np.rot90(x, 1, (1, 2))),
+    "antitranspose": (lambda x: np.swapaxes(x[:, ::-1, ::-1], 1, 2),) * 2,
+}
+
+
+@pytest.mark.parametrize(
+    "flips", [(), ("horizontal",), ("vertical", "both"), ALL_FLIPS, *((one,) for one in VIEWS[3:])]
+)
 def test_the_average_over_flips_by_numpy(random_model, flips):
+    """Of images that are not square, too."""
     pixels = np.random.default_rng(2).integers(0, 256, (3, 33, 50, 3), np.uint8)
     model = predict.TorchModel(random_model, "cpu", "fp32")
 
@@ -138,9 +161,8 @@ def test_the_average_over_flips_by_numpy(random_model, flips):
     plain = run(pixels)
     expected = plain.astype(float)
     for name in flips:
-        rows = slice(None, None, -1 if name in ("vertical", "both") else 1)
-        columns = slice(None, None, -1 if name in ("horizontal", "both") else 1)
-        expected += run(pixels[:, rows, columns])[:, :, rows, columns]
+        there, back = BY_NUMPY[name]
+        expected += np.moveaxis(back(np.moveaxis(run(there(pixels)), 1, -1)), -1, 1)
     model.inference = PLAIN._replace(flips=flips)
     found = model.probabilities(pixels)
     assert found.dtype == np.float32
@@ -160,12 +182,14 @@ def test_without_flips_nothing_is_averaged():
         ({"flip": 1.0, "rotate": 30.0}, ALL_FLIPS),
         ({"mirror": 1.0}, ("horizontal",)),
         ({"flip": 0.5, "mirror": 1.0}, ALL_FLIPS),
-        ({"flip": 0.0, "turn": 1.0}, ()),
+        ({"flip": 0.0, "turn": 1.0}, ("both", "turn90", "turn270")),
+        ({"flip": 1.0, "turn": 1.0}, VIEWS),
+        ({"mirror": 1.0, "turn": 1.0}, VIEWS),
         ({}, ()),
     ],
 )
 def test_only_flips_that_were_trained_are_tried(strengths, expected):
-    assert flips_of(strengths) == expected
+    assert learned_flips(strengths) == expected
 
 
 # ---- the choice ------------------------------------------------------------------------------

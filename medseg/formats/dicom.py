@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 
 from medseg.formats.medical import file_format, import_reader, name_file, window_to_uint8
-from medseg.images import read_image
+from medseg.images import pixel_limit, read_image, too_many_pixels
 from medseg.settings import window_limits
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of one frame: 89 million, as for other images
 MAX_INFLATED_BYTES = 512 << 20  # of a deflated file
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
@@ -74,6 +73,34 @@ class DicomFrames(Sequence):
 
     def __iter__(self):
         return self._decode(None if len(self) > 1 else [0], self._picture)
+
+    def spacing(self, index):
+        """mm from row to row and from column to column of a frame, or None where it is not told.
+
+        Of the patient (PixelSpacing), not of a detector behind him.
+        """
+        spacing = self._numbers("PixelMeasuresSequence", index, "PixelSpacing", 2)
+        return spacing if spacing and min(spacing) > 0 else None
+
+    def place(self, index):
+        """(series, mm) of a frame: which series it is of, and where along the axis of its slices.
+
+        None where the file does not tell. The axis is perpendicular to rows and columns.
+        """
+        position = self._numbers("PlanePositionSequence", index, "ImagePositionPatient", 3)
+        axes = self._numbers("PlaneOrientationSequence", index, "ImageOrientationPatient", 6)
+        series = self._header.get("SeriesInstanceUID")
+        if not (position and axes and series):
+            return None
+        return str(series), float(np.cross(axes[:3], axes[3:]) @ position)
+
+    def _numbers(self, sequence, index, keyword, count):
+        """So many finite numbers that a frame has under a keyword, or None for anything else."""
+        try:
+            numbers = tuple(map(float, self._macro(sequence, index).get(keyword)))
+        except Exception:  # pydicom raises many kinds on damaged values, of which none is needed
+            return None
+        return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
 
     def _decode(self, indices, function):
         """Yield function(frame, its index) for the frames at `indices`, or for all."""
@@ -211,8 +238,8 @@ def _check_dicom_size(header, available):
     if min(rows, columns, frames) < 1 or samples not in (1, 3) or not 1 <= bits <= 64:
         size = f"{frames} frames of {columns}x{rows} pixels, {samples} x {bits} bits each"
         raise ValueError(f"its header claims {size}")
-    if rows * columns > MAX_PIXELS:
-        raise ValueError(f"{columns}x{rows} pixels are more than {MAX_PIXELS / 1e6:.0f} million")
+    if rows * columns > pixel_limit():
+        raise too_many_pixels(rows * columns, f"{columns}x{rows} pixels")
     syntax = header.file_meta.TransferSyntaxUID
     if syntax.is_deflated:
         return  # it is in memory already

@@ -4,10 +4,17 @@ import os
 import re
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from medseg.files import check_regular
-from medseg.images import MAX_FILE_BYTES, SUFFIXES, image_errors, open_image
+from medseg.images import (
+    SUFFIXES,
+    check_file_size,
+    image_errors,
+    open_image,
+    pixel_limit,
+    too_many_pixels,
+)
 from medseg.samples import lossy_format, stored_samples
 
 ARRAY = ".npy"
@@ -102,8 +109,7 @@ def is_grey(codes, tolerance=0):
 def _read_array(path):
     """`read_mask` of a file that numpy.save wrote; nothing of it is read before its header is."""
     check_regular(path)
-    if os.stat(path).st_size > MAX_FILE_BYTES:
-        raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    check_file_size(os.stat(path).st_size)
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # which takes no pickled objects
     except (ValueError, SyntaxError, TypeError, OverflowError) as error:
@@ -113,8 +119,8 @@ def _read_array(path):
         array = array[..., 0]
     if array.ndim != 2 or not array.size or array.dtype.kind not in "buif":
         raise ValueError(f"an array {shape} of {array.dtype}: a mask has whole numbers (H, W)")
-    if array.size > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"has {array.size} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+    if array.size > pixel_limit():
+        raise too_many_pixels(array.size, f"{array.size} pixels")
     values = array.astype(array.dtype.newbyteorder("="))
     if values.dtype == bool:
         return "1-bit", values.astype(np.uint8)

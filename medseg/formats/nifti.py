@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from medseg.drawing import montage, overlay, with_legend
 from medseg.files import atomic_write
@@ -21,11 +20,11 @@ from medseg.formats.medical import (
     result_name,
     window_to_uint8,
 )
-from medseg.images import save_png
+from medseg.images import pixel_limit, save_png, too_many_pixels
 from medseg.settings import window_limits
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
-MAX_SLICE_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, as for other images
+UNITS = {1: 1e3, 2: 1.0, 3: 1e-3}  # mm of a metre, millimetre, micrometre, by their codes
 SAMPLE = 1 << 20  # voxels, at most, that the percentiles of a volume are taken from
 PERCENTILES = (0.5, 99.5)
 
@@ -82,9 +81,8 @@ class Volume:
         self.spacing = tuple(spacing.tolist())
         self.axis = int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])
         height, width = (self.shape[axis] for axis in range(3) if axis != self.axis)
-        if height * width > MAX_SLICE_PIXELS:
-            million = MAX_SLICE_PIXELS / 1e6
-            raise ValueError(f"slices of {width}x{height} pixels: more than {million:.0f} million")
+        if height * width > pixel_limit():
+            raise too_many_pixels(height * width, f"slices of {width}x{height} pixels")
         slope, intercept = self.header.get_slope_inter()
         self._slope = 1.0 if slope is None else float(slope)
         self._intercept = 0.0 if intercept is None else float(intercept)
@@ -119,6 +117,40 @@ class Volume:
     def turn(self, stored):
         """A view of an array of three axes in stored order, turned as the volume is."""
         return _orientations().apply_orientation(stored, self._turn)
+
+    @cached_property
+    def stored_spacing(self):
+        """mm of a voxel along the three axes as they are stored; None where one of them has none.
+
+        A header without a unit means mm, as the format's own transforms do.
+        """
+        # As the file has it: nibabel makes 1 of 0.
+        told = np.abs(_read_head(self.path, check=False)["pixdim"][1:4])
+        unit = UNITS.get(int(self.header["xyzt_units"]) & 7, 1.0)
+        spacing = [abs(float(zoom)) * unit for zoom in [*self.header.get_zooms(), 1, 1][:3]]
+        known = np.isfinite(spacing).all() and min(spacing) > 0 and (told > 0).all()
+        return tuple(spacing) if known else None
+
+    @property
+    def slice_spacing(self):
+        """mm from row to row and from column to column of a slice, or None."""
+        if self.stored_spacing is None:
+            return None
+        turned = [self.stored_spacing[axis] for axis in np.argsort(self._turn[:, 0]).astype(int)]
+        return tuple(mm for axis, mm in enumerate(turned) if axis != self.axis)
+
+    def stored(self, slices, dtype=np.uint8):
+        """Arrays (H, W), one for each slice -> array of three axes in stored order.
+
+        Raises ValueError for a slice of another shape, and for more or fewer slices.
+        """
+        voxels = np.zeros((*self.header.get_data_shape(), 1, 1)[:3], dtype, order="F")
+        across = np.moveaxis(self.turn(voxels), self.axis, 0)
+        for target, values in zip(across, slices, strict=True):
+            if np.shape(values) != target.shape:
+                raise ValueError(f"a slice of {np.shape(values)} in a mask of {target.shape}")
+            target[...] = values
+        return voxels
 
     def _scale(self, voxels):
         values = voxels.astype(np.float64)
@@ -201,8 +233,8 @@ def _open_binary(path):
     return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
-def _read_nifti_header(path):
-    """nibabel's header of a NIfTI file that holds one volume of real numbers."""
+def _read_head(path, **options):
+    """nibabel's header of a NIfTI file, made with its options."""
     nibabel = import_reader("nibabel", "NIfTI")
     nibabel.imageglobals.logger.disabled = True  # it writes on stderr what it mends in a header
     with _open_binary(path) as file:
@@ -211,9 +243,13 @@ def _read_nifti_header(path):
     if version is None:
         raise ValueError("not a NIfTI file (.nii or .nii.gz, header and voxels in one)")
     if version == 1:
-        header = nibabel.Nifti1Header(head[:348])
-    else:
-        header = nibabel.Nifti2Header(head)
+        return nibabel.Nifti1Header(head[:348], **options)
+    return nibabel.Nifti2Header(head, **options)
+
+
+def _read_nifti_header(path):
+    """nibabel's header of a NIfTI file that holds one volume of real numbers."""
+    header = _read_head(path)
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     said = " x ".join(map(str, shape))
     if len(shape) < 2 or min(shape) < 1:
@@ -250,33 +286,34 @@ def _read_voxels(path, header):
     return voxels
 
 
-def write_mask(path, volume, slices):
+def write_mask(path, volume, slices, dtype=np.uint8, slope=1):
     """Write the masks of all slices of a `Volume` as a NIfTI file that is whole or absent.
 
     slices: iterable of integer arrays (H, W) of class numbers 0..255, in order. Shape, affine and
     header geometry are those of the volume's file, to whose stored order a volume that was turned
-    is turned back; voxels are uint8. path ends with .nii or .nii.gz.
+    is turned back. path ends with .nii or .nii.gz. dtype: of the voxels, which stand for their
+    values times `slope`.
     """
     path = Path(path)
     if not path.name.lower().endswith(NIFTI_SUFFIXES):
         raise ValueError(f"{path}: a mask volume is written as .nii.gz or .nii")
-    shape = volume.header.get_data_shape()
-    mask = np.zeros((*shape, 1, 1)[:3], np.uint8, order="F")
-    across = np.moveaxis(volume.turn(mask), volume.axis, 0)
-    for target, values in zip(across, slices, strict=True):
-        if np.shape(values) != target.shape:
-            raise ValueError(f"{path}: a slice of {np.shape(values)} in a mask of {target.shape}")
-        target[...] = values
+    try:
+        mask = volume.stored(slices, dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     nibabel = importlib.import_module("nibabel")  # it read the volume
     header = volume.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(dtype)
     header.set_data_offset(0)  # the header's extensions are not copied
     header.set_slope_inter(1, 0)
     header.set_intent("none")
     header["cal_min"] = header["cal_max"] = 0
     of_version_2 = isinstance(header, nibabel.Nifti2Header)
     make_image = nibabel.Nifti2Image if of_version_2 else nibabel.Nifti1Image
+    shape = header.get_data_shape()
     image = make_image(mask.reshape(shape, order="F"), header.get_best_affine(), header)
+    if slope != 1:
+        image.header.set_slope_inter(slope, 0)  # which nibabel takes from its copy alone
     with atomic_write(path) as file:
         if not path.name.lower().endswith(".gz"):
             image.to_stream(file)
@@ -285,17 +322,22 @@ def write_mask(path, volume, slices):
             image.to_stream(compressed)
 
 
-def write_prediction(output, volume, pictures, masks, class_names):
+def write_prediction(output, volume, pictures, masks, class_names, write=("mask", "overlay")):
     """Write the masks of all slices and, where `output` is a folder, a montage of slices.
 
-    pictures: what `volume.pictures` returned; masks: arrays (H, W) of class numbers.
+    pictures: what `volume.pictures` returned; masks: arrays (H, W) of class numbers. write: which
+    of both the folder is to have.
     Returns the paths: NAME_mask.nii or .nii.gz and NAME_montage.png in the folder, or `output`.
     """
-    written = [output]
-    if output.is_dir():
-        name = result_name(volume.path)
-        written = [output / mask_name(volume.path), output / f"{name}_montage.png"]
+    if not output.is_dir():
+        write_mask(output, volume, masks)
+        return [output]
+    written = []
+    if "mask" in write:
+        written.append(output / mask_name(volume.path))
+        write_mask(written[-1], volume, masks)
+    if "overlay" in write:
+        written.append(output / f"{result_name(volume.path)}_montage.png")
         drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(class_names)))
-        save_png(with_legend(drawn, class_names), written[1])
-    write_mask(written[0], volume, masks)
+        save_png(with_legend(drawn, class_names), written[-1])
     return written

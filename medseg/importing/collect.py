@@ -13,10 +13,9 @@ from PIL import Image
 from medseg.coco import listed
 from medseg.files import escape
 from medseg.formats.medical import base_name, file_format
-from medseg.images import Page, count_pages, open_image, read_image
+from medseg.images import Page, count_pages, exif_orientation, read_image, turn
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
 
 
 def list_files(folder, suffixes, *, medical=False):
@@ -198,35 +197,12 @@ def read_upright(file):
     Raises as `read_image` does.
     """
     picture = read_image(file)
-    orientation, turned_by_pillow = _orientation(file)
+    orientation, turned_by_pillow = exif_orientation(file)
     if orientation != 1 and not turned_by_pillow:
         picture = Image.fromarray(turn(np.asarray(picture), orientation))
     elif isinstance(file, Path):
         return Upright(file, picture.size, orientation)
     return Upright(picture, picture.size, orientation)
-
-
-def _orientation(file):
-    """(EXIF orientation 1 to 8, whether Pillow turns the picture itself when it loads it)."""
-    with open_image(file) as image:
-        try:
-            orientation = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # damaged metadata raises many kinds; the pixels were read
-            orientation = 1
-        return orientation if orientation in range(1, 9) else 1, image.format == "TIFF"
-
-
-def turn(pixels, orientation):
-    """Array (H, W, ...) as stored -> as shown, by its EXIF orientation (1 to 8)."""
-    if orientation in (5, 7):
-        pixels = np.swapaxes(pixels, 0, 1)
-    quarters = {3: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)
-    pixels = np.rot90(pixels, quarters)
-    if orientation == 2:
-        pixels = pixels[:, ::-1]
-    if orientation == 4:
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def fit_mask(mask, upright):

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from medseg.coco import MAX_CLASSES, listed
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
+from medseg.formats.results import OWN_JSON
 from medseg.images import SUFFIXES, read_image
 from medseg.importing.collect import (
     check_known,
@@ -52,7 +53,7 @@ def labelme_examples(folder, *, classes=None, group=None, prefix=""):
     Raises ValueError or FileNotFoundError that names the file.
     """
     folder = Path(folder)
-    paths = list_files(folder, (".json",))
+    paths = [path for path in list_files(folder, (".json",)) if path.name not in OWN_JSON]
     if not paths:
         raise ValueError(f"{folder}: holds no LabelMe files (.json)")
     counts, left_out = _count_labels(paths)

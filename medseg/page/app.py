@@ -56,7 +56,16 @@ START_DOWNLOAD = """(file) => {
 }"""
 
 
-def serve(predictor, model_path, *, host="127.0.0.1", port=None, threshold=0.5, window=None):
+def serve(
+    predictor,
+    model_path,
+    *,
+    host="127.0.0.1",
+    port=None,
+    threshold=0.5,
+    window=None,
+    pixel_size=None,
+):
     """Serve the page until Ctrl-C, SIGTERM or a closed terminal; then remove what was uploaded.
 
     port: None for 7860 or the next free one, 0 for any free one. threshold: where the slider
@@ -73,7 +82,7 @@ def serve(predictor, model_path, *, host="127.0.0.1", port=None, threshold=0.5, 
         ):
             gradio = import_gradio(folder)
             uploads = folder / UPLOADS
-            page = Page(gradio, predictor, uploads, threshold, window)
+            page = Page(gradio, predictor, uploads, threshold, window, pixel_size)
             blocks = layout(page, f"Segmentation with {model_path}", example_images(folder))
             server.run(Gate(make_app(gradio, blocks), uploads), listening, host)
     except Stopped as stop:
@@ -131,9 +140,9 @@ def make_app(gradio, blocks):
 class Page:
     """What the controls do. The layout is below."""
 
-    def __init__(self, gradio, predictor, folder, threshold, window):
+    def __init__(self, gradio, predictor, folder, threshold, window, pixel_size=None):
         self.gradio, self.predictor, self.folder = gradio, predictor, folder
-        self.threshold, self.window = threshold, window
+        self.threshold, self.window, self.pixel_size = threshold, window, pixel_size
         self._lock = threading.Lock()  # browsers are served in threads; the network takes turns
 
     def probabilities(self, image):
@@ -149,7 +158,7 @@ class Page:
         """
         predictor = self.predictor
         about = (predictor.class_names, self.window, predictor.orientation)
-        session = Session(folder or self.folder, *about, predictor.inference.clean)
+        session = Session(folder or self.folder, *about, predictor.inference.clean, self.pixel_size)
         session.predict(paths or [], self.probabilities, progress)
         count = len(session.predictions)
         number = session.first(threshold) + 1 if count else 1

@@ -24,7 +24,7 @@ from medseg.images import (
     save_overlay,
     save_png,
 )
-from medseg.pieces import clean_labels
+from medseg.pieces import check_clean, clean_labels, pixel_area
 from medseg.predicting.inputs import Frame, expand, open_file
 
 VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
@@ -57,14 +57,18 @@ class Session:
 
     The probabilities are on disk, so that a volume of many slices takes no memory.
     window: (center, width) of DICOM and NIfTI values, or None. orientation: to turn volumes to, or
-    None. clean: what is done to the masks, see `medseg.pieces.clean_mask`.
+    None. clean: what is done to the masks, see `medseg.pieces.clean_masks`. pixel_size: as of
+    `medseg.predicting.inputs.open_file`.
     predictions: [Prediction]; problems: a line on each file that could not be predicted.
     """
 
-    def __init__(self, folder, class_names, window=None, orientation=None, clean="none"):
+    def __init__(
+        self, folder, class_names, window=None, orientation=None, clean="none", pixel_size=None
+    ):
         self.class_names, self.predictions, self.problems = class_names, [], []
         self.clean = clean
-        self._settings, self._volumes = (window, orientation), {}  # path -> ImageFile
+        self._settings = window, orientation, pixel_size
+        self._volumes = {}  # path -> ImageFile
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -87,6 +91,7 @@ class Session:
                             self._add(frame, probabilities)
 
     def _add(self, frame, probabilities):
+        check_clean(self.clean, frame.spacing, frame.path)
         image = frame.read()
         file = self._folder / f"{len(self.predictions)}.npz"
         view = image.copy()
@@ -118,15 +123,16 @@ class Session:
         """The `View` of one prediction at a threshold."""
         prediction, n_classes = self.predictions[index], len(self.class_names)
         view, probabilities = prediction.read()
-        labels = self._labels(probabilities, prediction.size, threshold)
+        labels = self._labels(prediction, probabilities, threshold)
         highest = probabilities.max((1, 2))
         line = describe(prediction.frame.title, labels, highest, self.class_names)
         labels = resize_nearest(labels, *view.shape[:2])
         image, mask = Image.fromarray(view), draw_labels(labels, n_classes)
         return View(image, mask, overlay(image, labels, n_classes), line)
 
-    def _labels(self, probabilities, size, threshold):
-        return clean_labels(full_size_labels(probabilities, size, threshold), self.clean)
+    def _labels(self, prediction, probabilities, threshold):
+        labels = full_size_labels(probabilities, prediction.size, threshold)
+        return clean_labels(labels, self.clean, pixel_area(prediction.frame.spacing))
 
     def save(self, image):
         """Write a PIL image of a `View` as PNG; return its path, which is the same every time."""
@@ -144,7 +150,7 @@ class Session:
         """
         folder, volumes, written = Path(tempfile.mkdtemp(dir=self._folder)), {}, []
         for prediction in self.predictions:
-            labels = self._labels(prediction.read()[1], prediction.size, threshold)
+            labels = self._labels(prediction, prediction.read()[1], threshold)
             if prediction.frame.path in self._volumes:
                 volumes.setdefault(prediction.frame.path, []).append(labels)
                 continue

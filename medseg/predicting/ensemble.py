@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from medseg.inference import PLAIN, combine
 from medseg.predicting.models import Model
+from medseg.tiles import combine_tilings
 
 # What the members have in common, and what to call it.
 COMMON = {
@@ -53,6 +56,11 @@ class Ensemble(Model):
         super().__init__(models[0], str(self.device).partition(":")[0])
         self.recorded = combine([model.recorded for model in models])
         self.inference = self.recorded or PLAIN
+        flips = {model.trained_flips for model in models}
+        self.trained_flips = flips.pop() if len(flips) == 1 else ()
+        self.tiling = combine_tilings([model.tiling for model in models])
+        for model in models:
+            model.tiling = None  # each gets the tiles of all
         self.batch_size = min(model.batch_size for model in models)
         timed = [model for model in models if model.precision_note]
         self.precision = (timed or models)[0].precision
@@ -68,17 +76,18 @@ class Ensemble(Model):
         for model in self.models:
             model.inference = inference
 
-    def probabilities(self, pixels):
-        """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
+    def members(self):
+        """The models that are averaged."""
+        return self.models
+
+    def predict_part(self, pixels):
+        """uint8 (B, n_channels, H, W) -> float32 (B, n_classes, H, W), values 0..1."""
+        pixels = np.moveaxis(pixels, 1, -1)
         return sum(model.probabilities(pixels) for model in self.models) / len(self.models)
 
     def run(self, images):
         """Normalised images (B, n_channels, H, W) -> probabilities of one pass through each."""
         return sum(model.run(images) for model in self.models) / len(self.models)
-
-    def average(self, images):
-        """Normalised images (B, n_channels, H, W) -> the same as `probabilities`."""
-        return sum(model.average(images) for model in self.models) / len(self.models)
 
 
 def _spell(value):

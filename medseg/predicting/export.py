@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shlex
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from medseg.files import atomic_write
 from medseg.images import mean_and_std
 from medseg.predicting.models import INPUT, OUTPUT, OnnxModel
 from medseg.predicting.onnx_file import check_metadata, import_onnx_library
+from medseg.tiles import tiling_of
 from medseg.weights import load_weights
 
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
@@ -36,7 +38,8 @@ def export(model, path):
     Any batch, height and width. The file's metadata hold class names, image size, n_channels, the
     mean and deviation of the normalisation (of 0..1) and, of a model trained on DICOM or NIfTI
     files, their window and orientation; and how masks are made of the probabilities, where that was
-    chosen on valid (`medseg.inference`). With .pth it is the state dict in half
+    chosen on valid (`medseg.inference`), and how images are divided into tiles, where they keep
+    their own size (`medseg.tiles`). With .pth it is the state dict in half
     precision, for predict.py and train.py. A file of that name is replaced, but only once the new
     one has been run and compared with PyTorch on SHAPES.
     Returns the largest difference of the probabilities. Raises ValueError where it is more than
@@ -67,6 +70,24 @@ def export(model, path):
                 f"{path}: not written, for it differs from PyTorch by {difference:.1e}; {reason}"
             )
     return difference
+
+
+def export_model(target, paths, inputs, load_model):
+    """--export: write the weights in a file to `target`, in the format of its suffix.
+
+    paths: of the one file; inputs: none; load_model: of net.py. Raises ValueError as `export` does.
+    """
+    path, *others = paths
+    if others:
+        raise ValueError(f"--export {target}: takes one --model, not {len(paths)}: export each")
+    if inputs:
+        raise ValueError(f"--export {target}: takes no image; predict afterwards, with --model")
+    check_export(target, path)
+    difference = export(load_model(path), target)
+    sizes = ", ".join("x".join(map(str, shape)) for shape in SHAPES)
+    print(f"saved {target}; largest difference from PyTorch {difference:.1e} (BxHxW {sizes})")
+    if target.lower().endswith(".onnx"):
+        print(f"next: python predict.py IMAGE --model {shlex.quote(target)}")
 
 
 def check_target(path):
@@ -108,6 +129,7 @@ def available_formats():
 def metadata_of(model):
     """What a program needs to know of a UNet, JSON values. ValueError for 2 or 4 channels."""
     mean, std = mean_and_std(model.n_channels)
+    tiling = tiling_of(model)
     metadata = {
         "class_names": list(model.class_names),
         "image_size": model.image_size,
@@ -117,6 +139,8 @@ def metadata_of(model):
         "window": model.window,
         "orientation": model.orientation,
         "inference": model.inference and model.inference.as_dict(),
+        "trained_flips": list(model.trained_flips),
+        "tiling": tiling and tiling._asdict(),
     }
     return check_metadata(metadata)
 

@@ -3,10 +3,18 @@
 import argparse
 from pathlib import Path
 
-from medseg.cli import ArgumentParser, add_device_flags, named_values, number
+from medseg.cli import (
+    ArgumentParser,
+    add_device_flags,
+    add_pixel_limit,
+    named_values,
+    number,
+    parse_named_values,
+)
 from medseg.images import FORMAT_NAMES
 from medseg.inference import FLIPS, PLAIN
 from medseg.pieces import CLEANINGS
+from medseg.results.folder import DEFAULT, WRITTEN
 
 MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".pt2", ".torchscript")
 
@@ -50,11 +58,48 @@ def make_parser(doc):
         help="of DICOM or NIfTI values; default: that of the weights, or the file's own, or 0.5 "
         "to 99.5 %% of a volume",
     )
+    add(
+        "--write",
+        type=written,
+        default=DEFAULT,
+        metavar="NAME,...",
+        help="what to write of each image: mask; overlay; probability, 16 bits, of each class; "
+        "labelme, outlines to be corrected in LabelMe; coco, one file of all; none: the table "
+        "alone; default: mask,overlay",
+    )
+    add(
+        "--pixel-size",
+        type=pixel_size,
+        metavar="MM",
+        help="width and height of a pixel in mm, 0.5 or 0.5x0.7, of images whose files do not tell "
+        "it as DICOM and NIfTI do: for areas in predictions.csv",
+    )
+    add_pixel_limit(add)
     add = parser.add_argument_group("page").add_argument
     add("--page", action="store_true", help="open a page in the browser; needs gradio")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
     add("--port", type=number(0, 65535), metavar="N", help="default: 7860 or the next free one")
     return parser
+
+
+def written(text):
+    """'mask,labelme' -> ('mask', 'labelme'), in the order of WRITTEN; 'none' -> ()."""
+    try:
+        return tuple(parse_named_values(text, dict.fromkeys(WRITTEN, (1.0, 1.0))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def pixel_size(text):
+    """'0.5' or '0.5x0.7', width and height in mm -> (height, width)."""
+    parts = text.lower().split("x")
+    sizes = [number(0.0, type=float)(part) for part in parts]
+    if not 1 <= len(sizes) <= 2 or min(sizes) <= 0:
+        raise argparse.ArgumentTypeError(f"must be mm above 0, such as 0.5 or 0.5x0.7, not {text}")
+    return sizes[-1], sizes[0]
+
+
+pixel_size.__name__ = "size"  # argparse names it: "invalid size value"
 
 
 def _add_model_flags(parser):
@@ -76,14 +121,16 @@ def _add_model_flags(parser):
         "--tta",
         action=argparse.BooleanOptionalAction,
         help="average the probabilities of the image and of its flips, left to right, top to "
-        "bottom and both; default: as chosen on valid for the weights, else off",
+        "bottom and both, or of the flips and quarter turns that the weights were trained with; "
+        "default: as chosen on valid for the weights, else off",
     )
     add(
         "--clean",
         type=named_values(CLEANINGS),
         metavar="NAME,...",
-        help="what to do to masks. largest: keep the largest piece of each class; none; default: "
-        "as chosen on valid for the weights, else none",
+        help="what to do to the mask of each class, in this order. min-area=50: remove pieces of "
+        "fewer pixels of the image; min-mm2=5: of less area; largest: keep the largest piece; "
+        "fill: fill holes; none; default: as chosen on valid for the weights, else none",
     )
     add_device_flags(add)
     add(
@@ -95,16 +142,17 @@ def _add_model_flags(parser):
     )
 
 
-def choose_inference(args, recorded):
+def choose_inference(args, recorded, trained_flips=()):
     """(the `medseg.inference.Inference` to predict with, a line on it or '').
 
-    recorded: that in the weights, or None; a flag that is given wins over it.
+    recorded: that in the weights, or None; a flag that is given wins over it. trained_flips: those
+    that --tta takes where none were chosen; without any, those of FLIPS.
     """
     inference, given = recorded or PLAIN, []
     if args.threshold is not None:
         inference, given = inference._replace(threshold=args.threshold), ["--threshold"]
     if args.tta is not None:
-        flips = (inference.flips or tuple(FLIPS)) if args.tta else ()
+        flips = (inference.flips or trained_flips or tuple(FLIPS)) if args.tta else ()
         inference = inference._replace(flips=flips)
         given.append("--tta" if args.tta else "--no-tta")
     if args.clean is not None:

@@ -1,10 +1,12 @@
 """What predict.py is to predict, and where it writes: files, folders, frames, volumes."""
 
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from medseg.cli import output_folder
@@ -23,6 +25,7 @@ from medseg.formats.results import is_own
 from medseg.images import SUFFIXES, read_image
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
+SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
 OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
 
@@ -41,29 +44,39 @@ class Frame(NamedTuple):
     name: str  # what its mask is called, without the ending; of a slice, the volume's
     title: str  # the file's name, with the number of the frame or slice
     read: object  # read() -> PIL image, or ValueError naming the file
+    spacing: tuple | None = None  # mm from row to row and from column to column, where known
+    place: tuple | None = None  # (series, mm along the axis of its slices) of DICOM, where known
+    depth: float | None = None  # mm that a slice of a DICOM series stands for, where known
 
 
-def open_file(file, window=None, orientation=None):
+def open_file(file, window=None, orientation=None, pixel_size=None):
     """([Frame], volume) in an ImageFile; volume: a `medseg.formats.nifti.Volume`, or None.
 
     window: (center, width) of DICOM and NIfTI values, or None for the file's own limits;
-    orientation: to turn a volume to, or None. Here alone a file is opened by its format.
+    orientation: to turn a volume to, or None; pixel_size: (height, width) in mm of the pixels of
+    files that do not tell it, or None. Here alone a file is opened by its format.
     Raises FileNotFoundError; ValueError where the file cannot be read.
     """
     path, name, volume = file.path, file.name, None
     if file.format is None:
-        return [Frame(path, name, path.name, partial(read_image, path))], None
+        return [Frame(path, name, path.name, partial(read_image, path), pixel_size)], None
     if file.format == "nifti":
         volume = open_nifti(path, orientation)
         arrays, what = volume.pictures(window), "slice"
     else:
         arrays, what = read_dicom(path, window), "frame"
-    if len(arrays) == 1:
-        return [Frame(path, name, path.name, partial(_read_array, arrays, 0))], volume
     frames = []
     for number in range(len(arrays)):
-        own, title = name if volume else f"{name}_f{number:03d}", f"{path.name}, {what} {number}"
-        frames.append(Frame(path, own, title, partial(_read_array, arrays, number)))
+        own, title = name, path.name
+        if len(arrays) > 1:
+            own, title = name if volume else f"{name}_f{number:03d}", f"{title}, {what} {number}"
+        frame = Frame(path, own, title, partial(_read_array, arrays, number))
+        if volume:
+            frame = frame._replace(spacing=volume.slice_spacing)
+        else:
+            spacing = arrays.spacing(number) or pixel_size
+            frame = frame._replace(spacing=spacing, place=arrays.place(number))
+        frames.append(frame)
     return frames, volume
 
 
@@ -71,7 +84,7 @@ def _read_array(arrays, index):
     return Image.fromarray(arrays[index]).convert("RGB")
 
 
-def sort_files(files, window):
+def sort_files(files, window, pixel_size=None):
     """[ImageFile] -> ([Frame], [ImageFile of a volume], [(path, why it cannot be read)]).
 
     Volumes are left to be opened one at a time, for one may fill the memory.
@@ -82,11 +95,33 @@ def sort_files(files, window):
             volumes.append(file)
             continue
         try:
-            frames += open_file(file, window)[0]
+            frames += open_file(file, window, pixel_size=pixel_size)[0]
         except (FileNotFoundError, ValueError) as error:
             problems.append((file.path, str(error)))
     _check_names([(frame.name, frame.path) for frame in frames])
-    return frames, volumes, problems
+    return add_depths(frames), volumes, problems
+
+
+def add_depths(frames):
+    """The [Frame] with the depth of those that are slices of a DICOM series.
+
+    A slice reaches halfway to its neighbours; the first and the last as far outwards as inwards.
+    Of a single slice, and where two lie in one place, no depth is known.
+    """
+    series = defaultdict(list)
+    for frame in frames:
+        if frame.place:
+            series[frame.place[0]].append(frame.place[1])
+    depths = {}
+    for name, places in series.items():
+        places = np.sort(places)
+        gaps = np.diff(places)
+        if not gaps.size or gaps.min() < SAME_PLACE:
+            continue
+        gaps = np.concatenate([gaps[:1], gaps, gaps[-1:]])
+        for place, depth in zip(places, (gaps[:-1] + gaps[1:]) / 2, strict=True):
+            depths[name, place] = float(depth)
+    return [frame._replace(depth=depths.get(frame.place)) for frame in frames]
 
 
 def expand(inputs):
@@ -119,6 +154,13 @@ def expand(inputs):
                 names[path] = _name_with_suffix(path)
     _check_names([(name, path) for path, name in names.items()])
     return [ImageFile(path, name, formats[path]) for path, name in names.items()]
+
+
+def rank_and_world():
+    """The number of this process and of all of them: those of torchrun, else 0 and 1."""
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def count_files(inputs):
@@ -157,10 +199,17 @@ def left_aside(folder):
         elif not path.is_file():
             counts["special files and broken links"] += 1
         elif is_own(path):
-            counts["masks and pictures of these scripts"] += 1
+            counts["files of these scripts"] += 1
         elif path.name != ANNOTATIONS and not is_input(path):
             counts[path.suffix.lower() or "no suffix"] += 1
     return ", ".join(f"{what} ({count})" for what, count in sorted(counts.items()))
+
+
+def print_left_aside(inputs):
+    """A line on each folder among the inputs that holds more than is predicted."""
+    for folder in filter(Path.is_dir, map(Path, inputs)):
+        if aside := left_aside(folder):
+            print(f"left aside in {folder}: {aside}")
 
 
 def describe_left_out(problems, files, frames):

@@ -12,9 +12,12 @@ from medseg.files import available_cores
 from medseg.images import IMAGE_SIZE, full_size_labels, preprocess
 from medseg.inference import PLAIN, average_over_flips, read_inference
 from medseg.normalization import normalize
-from medseg.pieces import clean_labels
+from medseg.ood import FeatureRecorder
+from medseg.pieces import clean_labels, pixel_area
+from medseg.predicting.assessment import Agreement, assess
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.settings import read_settings
+from medseg.tiles import apply_network, by_tiles, read_tiling, tiling_of
 
 # Weights that come with the repository, and what they are: docs/pretrained.md.
 PRETRAINED = Path(__file__).parents[2] / "dataset" / "tumor.pth"
@@ -39,10 +42,13 @@ class Model:
     recorded: the `medseg.inference.Inference` in its file, or None; inference: the one to predict
     with. batch_size: how many images to predict at a time. run(images): normalised float32
     (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W), of one pass through
-    the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels).
+    the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels). trained_flips:
+    as of `net.UNet`. tiling: how it takes images too large for the memory, a `medseg.tiles.Tiling`
+    or None.
     """
 
-    recorded, inference = None, PLAIN
+    recorded, inference, tiling = None, PLAIN, None
+    recorder = agreement = None
 
     def __init__(self, network, device_type):
         self.image_size, self.n_channels = network.image_size, network.n_channels
@@ -50,6 +56,7 @@ class Model:
         self.window, self.orientation = network.window, network.orientation
         self.recorded = getattr(network, "inference", None)  # which only a UNet has
         self.inference = self.recorded or PLAIN
+        self.trained_flips = tuple(getattr(network, "trained_flips", ()))
         self.batch_size = 4 if device_type == "cpu" else 16  # more do not fit a CPU's caches
         if self.image_size is None:  # images keep their own
             self.batch_size = 1
@@ -64,18 +71,64 @@ class Model:
 
     def probabilities(self, pixels):
         """uint8 (B, S, S, n_channels) -> float32 (B, n_classes, S, S), values 0..1."""
-        return self.average(self.normalize(pixels))
+        channels_first = np.moveaxis(pixels, -1, 1)
+        given = channels_first, self.tiling, self.device
+        return by_tiles(self.predict_part, *given, enter=self.enter)
+
+    def predict_part(self, pixels):
+        """As `probabilities`, of uint8 (B, n_channels, H, W): images, or tiles of them."""
+        return self.average(self.normalize(np.moveaxis(pixels, 1, -1)))
 
     def average(self, images):
         """As `run`, averaged over the flips of `inference`."""
-        return average_over_flips(self.run, images, self.inference.flips)
 
-    def labels(self, probabilities, size, threshold):
+        def run(part):
+            return average_over_flips(self.run, part, self.inference.flips, self.see)
+
+        return by_tiles(run, images, self.tiling, self.device, enter=self.enter)
+
+    def members(self):
+        """The models that are averaged: itself."""
+        return [self]
+
+    def assess(self, pixels):
+        """(what `probabilities` gives, an `Assessment` of each image), of the same passes."""
+        models, flips = self.members(), self.inference.flips
+        agreement = Agreement(self.inference.threshold, len(models) * (1 + len(flips)))
+        for model in models:
+            model.agreement = agreement
+        try:
+            probabilities = self.probabilities(pixels)
+        finally:
+            ratios = [model.end() for model in models]
+        return probabilities, assess(agreement.result(), ratios, len(pixels))
+
+    def enter(self, inside):
+        """Called before images, or tiles of them, are passed, of which `inside` is assessed."""
+        for model in self.members():
+            if model.agreement:
+                model.agreement.inside = inside
+                if model.recorder:
+                    model.recorder.look(inside)  # at the first pass: the images as they are
+
+    def see(self, probabilities):
+        """Called with what each pass gives, flipped back."""
+        if self.agreement:
+            self.agreement.add(probabilities)
+
+    def end(self):
+        """Stop; returns how unlike the training each image is, (B,), or None if that is unknown."""
+        self.agreement = None
+        pooled = self.recorder.take() if self.recorder else None
+        return None if pooled is None else self.statistics.ratios(pooled)
+
+    def labels(self, probabilities, size, threshold, spacing=None):
         """float32 (n_classes, S, S) -> class numbers, uint8 (height, width), cleaned up.
 
-        size: (width, height) of the image.
+        size: (width, height) of the image; spacing: mm of its pixels along each axis, or None.
         """
-        return clean_labels(full_size_labels(probabilities, size, threshold), self.inference.clean)
+        labels = full_size_labels(probabilities, size, threshold)
+        return clean_labels(labels, self.inference.clean, pixel_area(spacing))
 
 
 class TorchModel(Model):
@@ -92,6 +145,9 @@ class TorchModel(Model):
 
         self.network, self.device = network, torch.device(device)
         super().__init__(network, self.device.type)
+        self.statistics = getattr(network, "feature_statistics", None)  # which only a UNet has
+        self.recorder = FeatureRecorder(network) if self.statistics else None
+        self.tiling = tiling_of(network)
         amount = {"images": images, "size": self.image_size or IMAGE_SIZE}
         self.precision, self.precision_note = find_precision(
             precision, self.device, network, batch_size=self.batch_size, **amount
@@ -121,7 +177,7 @@ def predict_probabilities(network, images, device="cuda", *, autocast=nullcontex
     device, (count, _, height, width) = available_device(device), images.shape
     try:
         with torch.inference_mode(), autocast:
-            return network(images.to(device))
+            return apply_network(network, images.to(device))
     except (MemoryError, RuntimeError) as error:
         memory = out_of_memory(error)
         if memory is None:
@@ -153,6 +209,7 @@ class OnnxModel(Model):
         settings = read_settings(metadata)
         settings["inference"] = read_inference(metadata.get("inference"))
         super().__init__(SimpleNamespace(**(metadata | settings)), self.device)
+        self.tiling = read_tiling(metadata.get("tiling"))
         self.path = Path(path)
         # In float32, as for the training: the same pixels give the same numbers.
         self.statistics = [np.float32(metadata[key]) * np.float32(255) for key in ("mean", "std")]

@@ -13,12 +13,14 @@ import os
 
 from medseg.cli import one_line
 from medseg.files import check_regular
-from medseg.inference import read_inference
+from medseg.inference import read_flips, read_inference
 from medseg.settings import read_settings
+from medseg.tiles import read_tiling
 
 KEYS = ("class_names", "image_size", "n_channels", "mean", "std")  # of the metadata, JSON each
-# Where DICOM or NIfTI files were trained on; where threshold, flips and pieces were chosen.
-OPTIONAL_KEYS = ("window", "orientation", "inference")
+# Where DICOM or NIfTI files were trained on; where threshold, flips and pieces were chosen; where
+# flips were trained. And how images of their own size may be divided into tiles.
+OPTIONAL_KEYS = ("window", "orientation", "inference", "trained_flips", "tiling")
 MAX_FIELDS, MAX_TEXT = 1_000_000, 100_000  # of a file's structure; bytes of one metadata value
 
 # The parts of an ONNX file (onnx.proto) in which a tensor can lie: {message: {field: message}}.
@@ -101,7 +103,11 @@ def check_metadata(metadata):
     if min(std) < 1e-6:
         raise ValueError(f"std {std!r:.60}")
     read_inference(metadata.get("inference"))
-    settings = read_settings(metadata) | {"inference": metadata.get("inference")}
+    flips = metadata.get("trained_flips")
+    read_flips(flips or [])
+    read_tiling(metadata.get("tiling"))
+    settings = read_settings(metadata) | {key: metadata.get(key) for key in ("inference", "tiling")}
+    settings["trained_flips"] = flips or None
     settings = {key: value for key, value in settings.items() if value is not None}
     return {key: metadata[key] for key in KEYS} | settings
 

@@ -1,6 +1,7 @@
 """A folder with annotations, scored: report.json and report.png."""
 
 import json
+import math
 import re
 from contextlib import suppress
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from medseg.files import atomic_write
 from medseg.fonts import drawable
+from medseg.formats.results import REPORT
 from medseg.images import read_image
 from medseg.metrics import (
     SWEEP,
@@ -22,34 +24,46 @@ from medseg.metrics import (
     image_dice,
     pooled_scores,
 )
-from medseg.pieces import clean_masks
-from medseg.plots import plot_report
+from medseg.pieces import clean_masks, pixel_area
+from medseg.plots import MAX_SIDE, plot_report
 
 ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w+$", re.IGNORECASE)
 
 
-def threshold_sweep(model, batches):
+def threshold_sweep(model, batches, areas=None):
     """The Dice of a split at each threshold of SWEEP, and the threshold of the highest.
 
-    batches: its images and masks as `data.Batches` gives them. Flips and clean-up are the model's.
+    batches: its images and masks as `data.Batches` gives them; areas: their `pixel_areas`. Flips
+    and clean-up are the model's.
     """
     bar, names = tqdm(batches, "valid", unit=" batches", disable=None), model.class_names
     predicted = ((masks.cpu().numpy() > 0, model.average(images)) for images, masks in bar)
-    counts = count_pixels(predicted, SWEEP, model.inference.clean)
+    counts = count_pixels(predicted, SWEEP, model.inference.clean, areas)
     dice = [class_scores(counts[:, index], names)["dice"] for index in range(len(SWEEP))]
     return {"thresholds": SWEEP, "dice": dice, "chosen_threshold": SWEEP[int(np.argmax(dice))]}
+
+
+def pixel_areas(dataset, spacing):
+    """The `medseg.pieces.PixelArea` of the masks of each image of a COCOSegmentationDataset.
+
+    spacing: mm of a pixel of the images along each axis, or None.
+    """
+    records = (dataset.coco.imgs[number] for number in dataset.image_ids)
+    sizes = [(record["width"], record["height"]) for record in records]
+    side = dataset.image_size
+    return [pixel_area(spacing, size, (side, side) if side else size) for size in sizes]
 
 
 class FolderScores:
     """The predictions of an annotated folder, compared with its annotations as they are made.
 
     dataset: the folder as `data.COCOSegmentationDataset`. threshold, flips, clean: those of the
-    predictions, see `medseg.inference.Inference`.
+    predictions, see `medseg.inference.Inference`. spacing: mm of a pixel along each axis, or None.
     """
 
-    def __init__(self, dataset, threshold, *, flips=(), clean="none"):
+    def __init__(self, dataset, threshold, *, flips=(), clean="none", spacing=None):
         self.dataset, self.thresholds = dataset, [threshold, *SWEEP]
-        self.flips, self.clean = flips, clean
+        self.flips, self.clean, self.spacing = flips, clean, spacing
         self._indices = {}  # of a file; several records may name it
         for index in range(len(dataset)):
             self._indices.setdefault(_identity(dataset.path(index)), []).append(index)
@@ -71,8 +85,9 @@ class FolderScores:
         from pycocotools import mask as coco_mask
 
         targets = self.dataset.load_masks(index, size, probabilities.shape[1:]) > 0
-        counts = count_image(targets, probabilities, self.thresholds, self.clean)
-        preds = clean_masks(probabilities > self.thresholds[0], self.clean)
+        area = pixel_area(self.spacing, size, probabilities.shape[1:])
+        counts = count_image(targets, probabilities, self.thresholds, self.clean, area)
+        preds = clean_masks(probabilities > self.thresholds[0], self.clean, area)
         distances = [hausdorff95(*pair) for pair in zip(preds, targets, strict=True)]
         columns_first = np.asfortranarray(preds.transpose(1, 2, 0), dtype=np.uint8)
         calibration = count_calibration(targets, probabilities)
@@ -103,11 +118,17 @@ class FolderScores:
         return sum(calibration for *_, calibration in self._images.values())
 
     def case(self, index):
-        """What to draw of an image: uint8 (S, S, n_channels), target and prediction (C, S, S)."""
+        """What to draw of an image: uint8 (S, S, n_channels), target and prediction (C, S, S).
+
+        Of a large one, every second pixel, third, ...: as many as a figure draws.
+        """
         from pycocotools import mask as coco_mask
 
-        _, _, encoded, _ = self._images[index]
-        return *self.dataset.preprocess(index), coco_mask.decode(encoded).transpose(2, 0, 1)
+        pixels, target = self.dataset.preprocess(index)
+        pred = coco_mask.decode(self._images[index][2]).transpose(2, 0, 1)
+        step = math.ceil(max(pixels.shape[:2]) / MAX_SIDE)
+        masks = (mask[:, ::step, ::step].copy() for mask in (target, pred))
+        return pixels[::step, ::step].copy(), *masks
 
 
 def _identity(path):
@@ -151,7 +172,7 @@ def write_report(output, folder, scores, valid, class_names):
             name: _summarize_distances(distances[:, index])
             for index, name in enumerate(class_names)
         }
-    with atomic_write(output / "report.json") as file:
+    with atomic_write(output / REPORT) as file:
         file.write(json.dumps(report, indent=1).encode())
     cases = [(*scores.case(index), title) for index, title in choose_cases(names, dice, pooled)]
     plot_report(report, dice, cases, output / "report.png")
@@ -177,7 +198,7 @@ def print_report(folder, output, written):
     print(
         f"{folder}: Dice {said['dice']}, per-image Dice {said['image_dice']}, IoU {said['iou']}, "
         f"accuracy {said['acc']} (background everywhere: {scores['background_acc']:.4f}); "
-        f"saved {output / 'report.json'} and {output / 'report.png'}"
+        f"saved {output / REPORT} and {output / 'report.png'}"
     )
     for name in by_class:
         print(f"  {name.removeprefix('dice/')}: Dice {said[name]}")

@@ -8,13 +8,14 @@ from medseg.augment import AUGMENTATIONS
 from medseg.cli import (
     ArgumentParser,
     add_device_flags,
+    add_pixel_limit,
     flag_name,
     named_values,
     number,
     parse_named_values,
     spell_flags,
 )
-from medseg.images import IMAGE_SIZE
+from medseg.images import IMAGE_SIZE, set_pixel_limit
 from medseg.layers import ARCHITECTURES, CHOICES
 from medseg.training.checkpoint import BEST
 from medseg.training.cross_validation import check_folds, read_folds
@@ -22,8 +23,8 @@ from medseg.training.precision import keep_precision
 from medseg.training.recipes import LOSSES, RECIPES, arch_flags, network_flags
 from medseg.training.resume import NOT_RECORDED, check_can_go_on, check_same_run, find_checkpoint
 
-# The flags on which the defaults of others depend.
-FIRST = ("recipe", "arch", "init", "crop", "resume", "test_only", "out")
+# The flags on which the defaults of others depend, and what --recipe auto may read.
+FIRST = ("recipe", "arch", "init", "crop", "resume", "test_only", "out", "max_megapixels")
 POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, type=float)  # types of flags
 
 
@@ -60,6 +61,7 @@ def _add_data_flags(parser):
     )
     add("--n-channels", type=int, choices=(1, 3), default=3, help="3, or 1 for grey images")
     add("--skip-bad", action="store_true", help="omit damaged images, list them in skipped.txt")
+    add_pixel_limit(add)
 
 
 def _add_training_flags(parser):
@@ -217,6 +219,7 @@ def parse_arguments(argv, doc, read_network, make_plan=None):
     """
     parser = make_parser(doc)
     first = _parse_first(parser, argv)
+    set_pixel_limit(first.max_megapixels)
     if first.resume and first.test_only:
         raise ValueError("--resume trains and --test-only does not: give one of them")
     checkpoint, network = read_folds(first) or find_checkpoint(first), {}

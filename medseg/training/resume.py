@@ -15,7 +15,7 @@ from medseg.training.checkpoint import (
     read_checkpoint,
 )
 
-NOT_RECORDED = ("out", "resume", "test_only", "overwrite")  # in last.pth
+NOT_RECORDED = ("out", "resume", "test_only", "overwrite", "max_megapixels")  # in last.pth
 # The flags that a resumed run need not have in common with its beginning. Any other decides the
 # result; how far --epochs and --patience may change, `check_can_go_on` says.
 MAY_CHANGE = (

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from medseg.dist import is_first
-from medseg.inference import FLIPS, PLAIN, average_over_flips
+from medseg.inference import PLAIN
 from medseg.metrics import SWEEP, class_scores, count_pixels, image_dice
+from medseg.tiles import apply_network
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
 
@@ -81,13 +82,6 @@ def better_threshold(counts, at):
     return best if gains(counts[:, at], counts[:, best]) else at
 
 
-def flips_of(strengths):
-    """The flips that a training has seen, as names of FLIPS; strengths: of its augmentations."""
-    if strengths.get("flip"):
-        return tuple(FLIPS)
-    return ("horizontal",) if strengths.get("mirror") else ()
-
-
 def tune_prediction(model, loaders, device, out, autocast):
     """Choose how the masks of a trained UNet are made, and record it in out/best_model.pth.
 
@@ -99,7 +93,7 @@ def tune_prediction(model, loaders, device, out, autocast):
         predicted = predict(model, loaders["valid"], device, inference.flips, autocast)
         return count_pixels(predicted, thresholds, inference.clean)
 
-    model.inference, lines = choose(count, flips_of(loaders["train"].strengths))
+    model.inference, lines = choose(count, model.trained_flips)
     if is_first():
         save_weights(out / BEST, model.state_dict())
         for line in lines:
@@ -112,7 +106,7 @@ def predict(model, loader, device, flips, autocast):
     model.eval()
     for images, masks in loader:
         with torch.inference_mode(), autocast:
-            outputs = average_over_flips(model, images.to(device), flips)
+            outputs = apply_network(model, images.to(device), flips)
         yield masks.cpu().numpy() > 0.5, outputs.float().cpu().numpy()
 
 
@@ -125,7 +119,7 @@ class MaskModel(torch.nn.Module):
 
     def forward(self, images):
         inference = self.network.inference
-        outputs = average_over_flips(self.network, images, inference.flips)
+        outputs = apply_network(self.network, images, inference.flips)
         masks = torch.zeros(outputs.shape)  # of several processes, one may have no image
         for mask, probabilities in zip(masks, outputs.float().cpu().numpy(), strict=True):
             mask[:] = torch.from_numpy(inference.masks(probabilities))

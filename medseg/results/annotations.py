@@ -1,0 +1,122 @@
+"""Predictions as annotations: LabelMe files to be corrected, one COCO file for other programs."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from medseg.files import atomic_write
+from medseg.formats.medical import file_format
+from medseg.images import exif_orientation, save_png, turn
+from medseg.results.outlines import trace_labels
+from medseg.results.table import settings_text
+from medseg.run_lengths import encode_labels
+
+LABELME_VERSION = "5.5.0"  # of the format: versions 4 to 7 read it
+BACKGROUND = "_background_"  # LabelMe's label of what cuts a hole
+
+
+def as_shown(frame, labels):
+    """Class numbers (H, W) as they lie on the picture that annotation tools show.
+
+    These turn a picture by its EXIF orientation, as the import does; prediction does not.
+    """
+    if file_format(frame.path) is not None:
+        return labels
+    orientation, turned_by_pillow = exif_orientation(frame.path)
+    return labels if turned_by_pillow else turn(labels, orientation)
+
+
+# ---- LabelMe ---------------------------------------------------------------------------------
+
+
+def labelme_files(frame, folder):
+    """(path of the LabelMe file of a frame, path of the picture to write beside it, or None).
+
+    LabelMe does not open DICOM, whose frames are written as pictures.
+    """
+    picture = folder / f"{frame.name}.png" if file_format(frame.path) else None
+    return folder / f"{frame.name}.json", picture
+
+
+def write_labelme(frame, image, labels, folder, class_names):
+    """Write the outlines of one prediction as a LabelMe file.
+
+    image: PIL RGB image; labels: class numbers, uint8 (height, width). The file names its image by
+    the way that leads there from `folder`.
+    """
+    path, picture = labelme_files(frame, folder)
+    if picture:
+        save_png(image, picture)
+    labels = as_shown(frame, labels)
+    names, shapes = (BACKGROUND, *class_names), []
+    for outline in trace_labels(labels):
+        shape = {"label": names[outline.number], "points": outline.points, "group_id": None}
+        shapes.append({**shape, "description": "", "shape_type": "polygon", "flags": {}})
+    content = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes}
+    content |= {"imagePath": _way(picture or frame.path, folder), "imageData": None}
+    content |= {"imageHeight": labels.shape[0], "imageWidth": labels.shape[1]}
+    with atomic_write(path, sync=False) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
+def _way(path, folder):
+    """How a file is named from a folder, with / in it; from the top on another drive."""
+    path = path.parent.resolve() / path.name
+    try:
+        path = Path(os.path.relpath(path, folder.resolve()))
+    except ValueError:  # Windows has no way from one drive to another
+        pass
+    return path.as_posix()
+
+
+# ---- COCO ------------------------------------------------------------------------------------
+
+
+def coco_record(frame, labels):
+    """What the COCO file has of one prediction: plain values for `coco_text`.
+
+    labels: class numbers, uint8 (height, width). Each piece is an annotation, as run lengths.
+    """
+    from pycocotools import mask as coco_mask
+    from scipy import ndimage
+
+    labels, annotations = as_shown(frame, labels), []
+    height, width = labels.shape
+    for number in np.setdiff1d(labels, [0]):
+        pieces, _ = ndimage.label(labels == number, np.ones((3, 3)))
+        boxes = ndimage.find_objects(pieces)
+        for index, runs in sorted(encode_labels(pieces).items()):
+            if index == 0:
+                continue
+            rows, columns = boxes[index - 1]
+            plain = {"size": [height, width], "counts": runs.counts().tolist()}
+            encoded = coco_mask.frPyObjects(plain, height, width)
+            box = [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
+            annotations.append(
+                {
+                    "category_id": int(number),
+                    "segmentation": {**plain, "counts": encoded["counts"].decode()},
+                    "area": runs.area,
+                    "bbox": box,
+                    "iscrowd": 0,
+                }
+            )
+    image = {"file_name": frame.title, "width": width, "height": height}
+    return {"image": image, "annotations": annotations}
+
+
+def coco_text(records, class_names):
+    """The text of a COCO file of [what `coco_record` returns]; categories are numbered from 1."""
+    images, annotations = [], []
+    for image_id, record in enumerate(records, 1):
+        images.append({"id": image_id, **record["image"]})
+        for annotation in record["annotations"]:
+            ids = {"id": len(annotations) + 1, "image_id": image_id}
+            annotations.append({**ids, **annotation})
+    categories = [
+        {"id": number, "name": name, "supercategory": ""}
+        for number, name in enumerate(class_names, 1)
+    ]
+    return settings_text({"images": images, "categories": categories, "annotations": annotations})

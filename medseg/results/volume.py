@@ -1,0 +1,34 @@
+"""The masks of a volume, slice by slice."""
+
+import numpy as np
+
+from medseg.images import full_size_levels, sum_probabilities
+
+
+class VolumeMasks:
+    """What is kept of the predictions of the slices of a `medseg.formats.nifti.Volume`.
+
+    write: names of `medseg.results.folder.WRITTEN`. masks: class numbers, uint8 (N, H, W). highest:
+    the highest probability of each class, (C,); sums: what `sum_probabilities` gives, (C,), both
+    over all slices. levels: uint16 (C, N, H, W), what `full_size_levels` makes of each slice, where
+    `write` has the probabilities, else None.
+    """
+
+    def __init__(self, volume, n_classes, write=()):
+        self.volume = volume
+        self.masks = np.zeros((len(volume), *volume[0].shape), np.uint8)
+        self.highest, self.sums = np.zeros(n_classes), np.zeros(n_classes)
+        self.levels = None
+        if "probability" in write:
+            self.levels = np.zeros((n_classes, *self.masks.shape), np.uint16)
+        self._count = 0
+
+    def add(self, labels, probabilities):
+        """Keep those of the next slice: uint8 (H, W); float32 (C, S, S)."""
+        self.masks[self._count] = labels
+        self.highest = np.maximum(self.highest, probabilities.max((1, 2)))
+        self.sums = self.sums + sum_probabilities(labels, probabilities)
+        if self.levels is not None:
+            size = labels.shape[::-1]
+            self.levels[:, self._count] = [full_size_levels(one, size) for one in probabilities]
+        self._count += 1

@@ -1,0 +1,285 @@
+"""--clean: what it does to masks, one class or forty, and that everything goes by it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import brightness_model, output_of, write_dicom, write_split
+from PIL import Image
+from scipy import ndimage
+
+import predict
+from medseg.inference import Inference, combine, read_inference
+from medseg.metrics import count_image, count_pixels
+from medseg.page.session import Session
+from medseg.pieces import PixelArea, clean_labels, clean_masks, pixel_area
+from medseg.predicting.models import full_size_labels
+
+
+def drawing(text):
+    """Lines of digits and dots -> class numbers, uint8 (H, W)."""
+    rows = [[0 if pixel == "." else int(pixel) for pixel in row] for row in text.split()]
+    return np.array(rows, np.uint8)
+
+
+def cleaned(text, clean):
+    labels = drawing(text)
+    result = clean_labels(labels, clean)
+    # Masks of classes that do not overlap are cleaned as the map of their numbers is.
+    numbers = range(1, labels.max() + 1)
+    masks = clean_masks(np.stack([labels == number for number in numbers]), clean)
+    np.testing.assert_array_equal(masks, np.stack([result == number for number in numbers]))
+    np.testing.assert_array_equal(labels, drawing(text))  # left as it was
+    return "\n".join("".join(map(str, row)) for row in result).replace("0", ".")
+
+
+def lines(text):
+    return "\n".join(text.split())
+
+
+SPECKS = """
+    11111..1...
+    1...1...1..
+    1.1.1......
+    1...1.222..
+    11111.2.2.1
+    ......222..
+"""
+
+
+@pytest.mark.parametrize(
+    "clean, expected",
+    [
+        ("none", SPECKS),
+        ("largest=0,fill=0", SPECKS),
+        (  # two that touch at a corner are one piece
+            "min-area=2",
+            """
+            11111..1...
+            1...1...1..
+            1...1......
+            1...1.222..
+            11111.2.2..
+            ......222..
+            """,
+        ),
+        (
+            "largest",
+            """
+            11111......
+            1...1......
+            1...1......
+            1...1.222..
+            11111.2.2..
+            ......222..
+            """,
+        ),
+        (
+            "fill",
+            """
+            11111..1...
+            11111...1..
+            11111......
+            11111.222..
+            11111.222.1
+            ......222..
+            """,
+        ),
+        (  # whatever the order in which they are written
+            "fill,largest,min-area=9",
+            """
+            11111......
+            11111......
+            11111......
+            11111......
+            11111......
+            ...........
+            """,
+        ),
+    ],
+)
+def test_a_drawing_cleaned(clean, expected):
+    assert cleaned(SPECKS, clean) == lines(expected)
+
+
+def test_a_hole_is_no_reason_to_overwrite_another_class():
+    text = """
+        1111111.
+        1.....1.
+        1.222.1.
+        1.2.2.1.
+        1.222.1.
+        1.....1.
+        1111111.
+        3333....
+    """
+    expected = """
+        1111111.
+        1111111.
+        1122211.
+        1122211.
+        1122211.
+        1111111.
+        1111111.
+        3333....
+    """
+    assert cleaned(text, "fill") == lines(expected)
+    # A hole between two classes is one of neither, nor is one that leads out of the image.
+    for text in ("1112 1..2 1112", "1111 1... 1111", "1.1 1.1 111"):
+        assert cleaned(text, "fill") == lines(text)
+    # An island that is removed is a hole like any other.
+    assert cleaned("1111 1.21 1111", "min-area=2,fill") == lines("1111 1111 1111")
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
+def test_one_class_against_scipy(share):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = rng.random((20, 31)) < share
+        expected = ndimage.binary_fill_holes(mask)
+        np.testing.assert_array_equal(clean_labels(mask.astype(np.uint8), "fill") > 0, expected)
+
+
+def test_forty_classes_against_each_by_itself():
+    rng = np.random.default_rng(0)
+    labels = np.kron(rng.integers(0, 41, (30, 30)), np.ones((3, 3))).astype(np.uint8)
+    labels[rng.random(labels.shape) < 0.2] = 0
+    expected = np.zeros_like(labels)
+    for number in range(1, 41):
+        numbers, _ = ndimage.label(labels == number, np.ones((3, 3)))
+        for index in range(1, numbers.max() + 1):
+            if (numbers == index).sum() >= 7:
+                expected[numbers == index] = number
+    np.testing.assert_array_equal(clean_labels(labels, "min-area=7"), expected)
+    filled = expected.copy()
+    for number in range(1, 41):
+        holes = ndimage.binary_fill_holes(expected == number) & (expected == 0)
+        filled[holes] = number
+    assert (filled != expected).any()
+    np.testing.assert_array_equal(clean_labels(labels, "min-area=7,fill"), filled)
+
+
+def test_areas_count_pixels_of_the_image_or_mm2():
+    labels = drawing("11.1 11.. ...1")
+    assert (clean_labels(labels, "min-area=2") > 0).sum() == 4
+    quarter = pixel_area((0.5, 0.2), (8, 6), (3, 4))  # the image has four times the pixels
+    assert quarter == PixelArea(4, pytest.approx(0.4))
+    assert (clean_labels(labels, "min-area=4", quarter) > 0).sum() == 6
+    assert (clean_labels(labels, "min-area=5", quarter) > 0).sum() == 4
+    assert (clean_labels(labels, "min-mm2=0.4", quarter) > 0).sum() == 6
+    assert (clean_labels(labels, "min-mm2=1.6", quarter) > 0).sum() == 4
+    assert (
+        clean_labels(labels, "min-mm2=0.3", pixel_area((0.1, 1))) > 0
+    ).sum() == 4  # of 3 or more
+    assert 2.1 / 0.7 > 3  # as computers count
+    assert clean_labels(drawing("111"), "min-mm2=2.1", pixel_area((0.7, 1))).all()
+    with pytest.raises(ValueError, match="min-mm2"):
+        clean_labels(labels, "min-mm2=1")
+    target, probabilities = labels[None] > 0, labels[None].astype(np.float32)
+    ((counts,),) = count_image(target, probabilities, [0.5], "min-area=5", quarter)
+    assert counts.tolist() == [4, 0, 2, 6]
+    batches = [(np.stack([target] * 2), np.stack([probabilities] * 2))]
+    counts = count_pixels(batches, [0.5], "min-area=2", [PixelArea(), PixelArea(2)])
+    assert counts[:, 0, 0, 0].tolist() == [4, 6]
+
+
+def test_it_is_recorded_and_told():
+    inference = Inference(0.4, clean="largest,min-area=50,fill,min-mm2=0.5")
+    assert read_inference(json.loads(json.dumps(inference.as_dict()))) == inference
+    told = "threshold 0.4, no piece below 50 pixels, no piece below 0.5 mm2, largest piece, "
+    assert str(inference) == told + "holes filled"
+    assert combine([inference, inference]).clean == inference.clean
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(here):
+    """best_model.pth, which marks bright pixels, and scans/ with a ring, a speck and a dot."""
+    torch.save(brightness_model(None).state_dict(), "best_model.pth")
+    pixels = np.full((48, 64), 20, np.uint8)
+    pixels[5:35, 5:35], pixels[15:25, 15:25] = 235, 20
+    pixels[40:46, 40:46], pixels[5:8, 50:53] = 235, 235
+    write_split(here / "scans", {"a.png": Image.fromarray(pixels)})
+    (here / "scans" / "_annotations.coco.json").unlink()
+    return here
+
+
+def mask_of(*flags, output):
+    output_of("predict.py", "scans", "--output", output, *flags, cwd=Path.cwd())
+    return np.asarray(Image.open(Path(output, "a_mask.png"))) > 0
+
+
+def test_predictions_are_cleaned_and_say_so(place):
+    plain = mask_of(output="plain")
+    numbers, count = ndimage.label(plain, np.ones((3, 3)))
+    assert count == 3 and not plain[20, 20]
+    sizes = np.bincount(numbers[plain])[1:]
+    limit = int(np.median(sizes))  # the dot goes, the speck of this size stays
+    two = mask_of("--clean", f"fill,min-area={limit}", output="two")
+    expected = ndimage.binary_fill_holes(np.isin(numbers, np.flatnonzero(sizes >= limit) + 1))
+    np.testing.assert_array_equal(two, expected)
+    area = ["--clean", f"min-mm2={limit * 0.08},fill", "--pixel-size", "0.4x0.2"]
+    np.testing.assert_array_equal(mask_of(*area, output="mm"), expected)
+    recorded = json.loads(Path("mm/predictions.json").read_text())
+    assert recorded["clean"] == area[1]
+    predict.main(["--export", "model.onnx"])
+    onnx = mask_of(*area, "--model", "model.onnx", output="onnx")
+    np.testing.assert_array_equal(onnx, expected)
+    session = Session(place, ("foreground",), clean=area[1], pixel_size=(0.2, 0.4))
+    model = predict.open_model("best_model.pth", "cpu")
+    session.predict([place / "scans" / "a.png"], model.predict)
+    written = np.asarray(Image.open(session.write(0.5))) > 0
+    np.testing.assert_array_equal(written, expected)
+    session = Session(place, ("foreground",), clean=area[1])
+    session.predict([place / "scans" / "a.png"], model.predict)
+    assert "a.png: does not tell" in session.problems[0]
+    labels = full_size_labels(model.predict(Image.open("scans/a.png")), (64, 48), 0.5)
+    np.testing.assert_array_equal(labels > 0, plain)
+
+
+def test_dicom_files_tell_the_size_of_their_pixels(place):
+    pixels = np.asarray(Image.open("scans/a.png")).astype(np.uint16)
+    Path("scans/a.png").unlink()
+    window = {"WindowCenter": 128, "WindowWidth": 256}
+    write_dicom("scans/a.dcm", pixels, PixelSpacing=[0.2, 0.4], **window)
+    mask = mask_of("--clean", "min-mm2=20", output="out")
+    assert ndimage.label(mask)[1] == 1
+
+
+def test_a_report_is_of_cleaned_masks(place, dataset):
+    """At 24x24 pixels, a piece of the image's 256 pixels has 64."""
+    torch.save(brightness_model(24).state_dict(), "best_model.pth")
+    test = dataset / "test"
+
+    def score(*flags):
+        output_of("predict.py", test, "--output", "out", *flags, cwd=place)
+        report = json.loads(Path("out/report.json").read_text())
+        return report["scores"]["dice"], report["valid"]["dice"][9]
+
+    assert min(score()) > 0.8
+    assert min(score("--clean", "min-area=150")) > 0.8
+    assert score("--clean", "min-area=500") == (0, 0)
+    flags = ("--clean", "min-mm2=150", "--pixel-size")
+    assert min(score(*flags, 1)) > 0.8 and score(*flags, 0.5) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "clean, words",
+    [
+        ("larges", ["did you mean largest?"]),
+        ("min-aera=5", ["did you mean min-area?"]),
+        ("min-area", ["min-area needs a value"]),
+        ("min-area=", ["min-area needs a value"]),
+        ("min-area=-1", ["min-area=-1"]),
+        ("min-area=many", ["min-area=many"]),
+        ("fill,fill", ["twice"]),
+        ("min-mm2=4", ["scans/a.png", "--pixel-size"]),
+    ],
+)
+def test_clean_ups_that_are_refused(place, refused, clean, words):
+    refused("predict", "scans", "--clean", clean, words=["--clean", *words])
+    assert not Path("predictions").exists()

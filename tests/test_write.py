@@ -1,0 +1,325 @@
+"""--write: probabilities, LabelMe and COCO files, and the way back by download.py."""
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    brightness_model,
+    output_of,
+    run_download,
+    scan,
+    script_here,
+    stored,
+    write_dicom,
+    write_nifti,
+)
+from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
+from scipy import ndimage
+
+import predict
+from medseg.images import full_size_labels
+from medseg.predicting.inputs import Frame
+from medseg.results.annotations import as_shown, coco_record
+from medseg.results.outlines import trace_labels
+from net import UNet
+
+
+def draw_as_labelme(shapes, size):
+    """{label: bool array}, as LabelMe's own shape_to_mask draws polygons, later over earlier."""
+    masks = {}
+    for shape in shapes:
+        canvas = Image.new("1", size)
+        points = [tuple(point) for point in shape["points"]]
+        assert len(points) > 2 and points[0] not in points[1:]  # which LabelMe takes for the end
+        ImageDraw.Draw(canvas).polygon(points, outline=1, fill=1)
+        for mask in masks.values():
+            mask &= ~np.asarray(canvas)
+        masks.setdefault(shape["label"], np.zeros(size[::-1], bool))
+        masks[shape["label"]] |= np.asarray(canvas)
+    return masks
+
+
+def drawn(labels):
+    """Class numbers as the outlines of `trace_labels` give them back."""
+    shapes = [
+        {"label": outline.number, "points": outline.points} for outline in trace_labels(labels)
+    ]
+    result = np.zeros_like(labels)
+    for number, mask in draw_as_labelme(shapes, labels.shape[::-1]).items():
+        result[mask] = number
+    return result
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_outlines_give_back_every_pixel(classes, share):
+    """Noise has it all: dots, lines, holes, pieces in holes, classes that cross at corners."""
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        labels = rng.integers(1, classes + 1, rng.integers(1, 16, 2)).astype(np.uint8)
+        labels[rng.random(labels.shape) > share] = 0
+        if trial % 2:
+            labels = np.kron(labels, np.ones((3, 2), np.uint8))
+        np.testing.assert_array_equal(drawn(labels), labels)
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        "2222222 ..21... ..121.. ...1...",  # the second class crosses a ring of the first
+        "1111111 1111111 111..11 11.1.11 11...11 1111111",  # a hole that meets itself at a corner
+    ],
+)
+def test_outlines_of_what_crosses_at_corners(drawing):
+    rows = drawing.replace(".", "0").split()
+    labels = np.array([[int(pixel) for pixel in row] for row in rows], np.uint8)
+    np.testing.assert_array_equal(drawn(labels), labels)
+
+
+def test_outlines_of_a_drawing():
+    """A ring with a dot in its hole: four corners, a hole, three points within the one pixel."""
+    labels = np.zeros((9, 12), np.uint8)
+    labels[1:8, 2:10], labels[3:6, 4:8], labels[4, 5] = 1, 0, 1
+    ring, hole, dot = trace_labels(labels)
+    assert (ring.number, hole.number, dot.number) == (1, 0, 1)
+    assert sorted(ring.points) == [(2.5, 1.5), (2.5, 7.5), (9.5, 1.5), (9.5, 7.5)]
+    assert sorted(hole.points) == [(4.5, 3.5), (4.5, 5.5), (7.5, 3.5), (7.5, 5.5)]
+    assert all((int(x), int(y)) == (5, 4) for x, y in dot.points) and len(dot.points) == 3
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+def bright(height, width, *boxes):
+    pixels = np.full((height, width), 20, np.uint8)
+    for x, y, box_width, box_height, value in boxes:
+        pixels[y : y + box_height, x : x + box_width] = value
+    return pixels
+
+
+RING = ((4, 4, 30, 30, 235), (14, 14, 10, 10, 20), (18, 18, 3, 3, 235), (50, 10, 6, 30, 235))
+
+
+@pytest.fixture
+def place(here):
+    """best_model.pth, which marks bright pixels, and scans/ with a ring and a picture turned."""
+    torch.save(brightness_model(None).state_dict(), "best_model.pth")
+    Path("scans").mkdir()
+    Image.fromarray(bright(48, 64, *RING)).save("scans/a.png")
+    turned = Image.fromarray(bright(40, 64, *RING))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save("scans/b.jpg", exif=exif, quality=95)
+    return here
+
+
+def two_classes():
+    """Weights of two classes: bright pixels are both, the second is less probable."""
+    model = UNet(n_filters=2, image_size=None, n_classes=2)
+    one = brightness_model(None).state_dict()
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            values.copy_(one[name] if values.shape == one[name].shape else own[name])
+        model.outc.weight.zero_()
+        model.outc.weight[:, 0] = 8
+        model.outc.bias[:] = torch.tensor([-4.0, -5.0])
+    model.class_names = ("cell", "nucleus")
+    torch.save(model.state_dict(), "best_model.pth")
+
+
+def test_labelme_files_are_read_back_bit_for_bit(place):
+    predict.main(["scans", "--write", "labelme,mask", "--output", "scans"])
+    assert not list(Path("scans").glob("*overlay*"))
+    content = json.loads(Path("scans/a.json").read_text())
+    assert {"version", "flags", "shapes", "imagePath", "imageData"} <= content.keys()
+    assert (content["imagePath"], content["imageData"]) == ("a.png", None)
+    assert (content["imageHeight"], content["imageWidth"]) == (48, 64)
+    for shape in content["shapes"]:
+        assert shape["shape_type"] == "polygon" and shape["flags"] == {}
+    mask = np.asarray(Image.open("scans/a_mask.png")) > 0
+    assert not mask[15, 15] and mask[19, 19]  # a hole, and a piece in it
+    masks = draw_as_labelme(content["shapes"], (64, 48))
+    np.testing.assert_array_equal(masks["foreground"], mask)
+    for path in Path("scans").glob("*_mask.png"):
+        path.rename(path.name)
+    printed = run_download("--labelme", "scans", "--split", 100, 0, 0)
+    assert "2 LabelMe files" in printed  # predictions.json is none
+    imported = stored()
+    np.testing.assert_array_equal(imported["a"]["foreground"], mask)
+    turned = np.rot90(np.asarray(Image.open("b_mask.png")) > 0, 3)
+    np.testing.assert_array_equal(imported["b"]["foreground"], turned)
+
+
+def test_labelme_files_name_images_elsewhere(place):
+    predict.main(["scans", "--write", "labelme", "--output", "out/deeper"])
+    content = json.loads(Path("out/deeper/a.json").read_text())
+    assert content["imagePath"] == "../../scans/a.png"
+    assert {path.name for path in Path("out/deeper").iterdir()} == {
+        *("a.json", "b.json", "predictions.csv", "predictions.json")
+    }
+
+
+def test_corrections_are_not_overwritten(place, refused):
+    predict.main(["scans", "--write", "labelme"])
+    path = Path("predictions/b.json")
+    path.write_text("corrected")
+    refused("predict", "scans", "--write", "labelme", words=["predictions/a.json", "corrections"])
+    Path("predictions/a.json").unlink()
+    refused("predict", "scans/b.jpg", "--output", "predictions", "--write", "labelme", words=[path])
+    assert path.read_text() == "corrected" and not Path("predictions/a.json").exists()
+
+
+def test_dicom_frames_become_pictures_for_labelme(place, refused):
+    window = {"WindowCenter": 128, "WindowWidth": 256}
+    Path("ct").mkdir()
+    write_dicom("ct/a.dcm", bright(48, 64, *RING).astype(np.uint16), **window)
+    predict.main(["ct", "--write", "labelme,mask", "--output", "out"])
+    content = json.loads(Path("out/a.json").read_text())
+    assert content["imagePath"] == "a.png" and Image.open("out/a.png").size == (64, 48)
+    mask = np.asarray(Image.open("out/a_mask.png")) > 0
+    np.testing.assert_array_equal(draw_as_labelme(content["shapes"], (64, 48))["foreground"], mask)
+    Path("out/a.json").unlink()
+    refused("predict", "ct", "--write", "labelme", "--output", "out", words=["out/a.png"])
+
+
+def test_a_coco_file_is_read_by_pycocotools_and_read_back(place):
+    predict.main(["scans", "--write", "coco,mask"])
+    coco = COCO("predictions/predictions.coco.json")
+    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == ["foreground"]
+    record, turned = coco.loadImgs([1, 2])
+    assert record == {"id": 1, "file_name": "a.png", "width": 64, "height": 48}
+    assert (turned["width"], turned["height"]) == (40, 64)  # as it is shown
+    mask = np.asarray(Image.open("predictions/a_mask.png")) > 0
+    outlines = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
+    assert len(outlines) == ndimage.label(mask, np.ones((3, 3)))[1] == 3
+    union = np.zeros_like(mask)
+    for outline in outlines:
+        piece = coco.annToMask(outline) > 0
+        assert outline["area"] == piece.sum() and not (union & piece).any()
+        rows, columns = np.nonzero(piece.any(1))[0], np.nonzero(piece.any(0))[0]
+        size = [np.ptp(columns) + 1, np.ptp(rows) + 1]
+        assert outline["bbox"] == [columns[0], rows[0], *size]
+        union |= piece
+    np.testing.assert_array_equal(union, mask)
+    run_download(*("--coco", "predictions/predictions.coco.json", "scans", "--split", 100, 0, 0))
+    imported = stored()
+    np.testing.assert_array_equal(imported["a"]["foreground"], mask)
+    other = np.rot90(np.asarray(Image.open("predictions/b_mask.png")) > 0, 3)
+    np.testing.assert_array_equal(imported["b"]["foreground"], other)
+
+
+def test_several_classes(place):
+    two_classes()
+    predict.main(["scans/a.png", "--write", "probability,labelme,coco,mask", "--output", "out"])
+    names = {path.name for path in Path("out").iterdir()}
+    assert names == {
+        *("a_mask.png", "a_1_probability.png", "a_2_probability.png", "a.json"),
+        "predictions.coco.json",
+    }
+    labels = np.asarray(Image.open("out/a_mask.png"))
+    shapes = json.loads(Path("out/a.json").read_text())["shapes"]
+    assert {shape["label"] for shape in shapes} == {"cell", "_background_"}
+    masks = draw_as_labelme(shapes, (64, 48))
+    np.testing.assert_array_equal(masks["cell"], labels == 1)
+    content = json.loads(Path("out/predictions.coco.json").read_text())
+    assert [category["name"] for category in content["categories"]] == ["cell", "nucleus"]
+    first, second = (np.asarray(Image.open(f"out/a_{n}_probability.png")) for n in (1, 2))
+    assert first.dtype == np.uint16 and (first[labels == 1] > second[labels == 1]).all()
+    numbers = np.array([[0, 2, 2], [1, 0, 0]], np.uint8)
+    Image.new("L", (3, 2)).save("tiny.png")
+    record = coco_record(Frame(Path("tiny.png"), "tiny", "tiny.png", None), numbers)
+    found = [(one["category_id"], one["area"], one["bbox"]) for one in record["annotations"]]
+    assert found == [(1, 1, [0, 1, 1, 1]), (2, 2, [1, 0, 2, 1])]
+
+
+def test_probabilities_of_16_bits(place, refused):
+    torch.save(brightness_model(32).state_dict(), "best_model.pth")
+    predict.main(["scans", "--write", "probability,mask"])
+    path = Path("predictions/a_probability.png")
+    levels = np.asarray(Image.open(path))
+    assert levels.dtype == np.uint16 and levels.shape == (48, 64)
+    model = predict.open_model("best_model.pth", "cpu")
+    probabilities = model.predict(Image.open("scans/a.png"))
+    resized = Image.fromarray(probabilities[0]).resize((64, 48), Image.Resampling.BILINEAR)
+    assert np.abs(levels / 65535 - np.asarray(resized)).max() < 0.51 / 65535
+    labels = full_size_labels(probabilities, (64, 48), 0.5)
+    np.testing.assert_array_equal(levels > 0.5 * 65535, labels > 0)
+    refused("predict", "predictions", "--output", "twice", words=["no images"])
+
+
+def test_probabilities_of_a_volume(place):
+    voxels = np.full((40, 36, 3), 20, np.uint8)
+    voxels[5:25, 4:20, 1] = 235
+    write_nifti("v.nii.gz", voxels, np.diag([-1, 1, 4, 1]))
+    predict.main(["v.nii.gz", "--write", "probability,mask", "--output", "out"])
+    names = {path.name for path in Path("out").iterdir()}
+    assert names == {
+        *("v_mask.nii.gz", "v_probability.nii.gz", "predictions.csv", "predictions.json")
+    }
+    mask = np.asarray(nibabel.load("out/v_mask.nii.gz").dataobj)
+    image = nibabel.load("out/v_probability.nii.gz")
+    assert image.get_data_dtype() == np.uint16 and (image.affine == np.diag([-1, 1, 4, 1])).all()
+    probabilities = image.get_fdata()
+    assert 0 <= probabilities.min() < 0.5 < probabilities.max() <= 1
+    np.testing.assert_array_equal(probabilities > 0.5, mask > 0)
+
+
+def test_nothing_but_the_table(place):
+    printed = output_of("predict.py", "scans", "--write", "none", cwd=place)
+    names = {path.name for path in Path("predictions").iterdir()}
+    assert names == {"predictions.csv", "predictions.json"} and "measured:" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("scans", "--write", "masks"), ["--write", "did you mean mask?"]),
+        (("scans", "--write", "mask,mask"), ["--write", "twice"]),
+        (("scans/a.png", "--write", "coco", "--output", "a.png"), ["--write", "a.png"]),
+        (("v.nii", "--write", "labelme"), ["v.nii", "--write labelme", "3D Slicer"]),
+        (("scans", "v.nii", "--write", "coco"), ["v.nii", "--write coco"]),
+    ],
+)
+def test_what_cannot_be_written(place, refused, arguments, words):
+    write_nifti("v.nii", np.zeros((20, 20, 2), np.uint8))
+    refused("predict", *arguments, words=words)
+    assert not list(Path("predictions").glob("*"))
+    assert not Path("v_mask.nii.gz").exists()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_annotations_lie_on_the_picture_as_it_is_shown(here, orientation, suffix):
+    """Pillow's exif_transpose, which LabelMe uses, is the judge; TIFF is turned when it is read."""
+    from PIL import ImageOps
+
+    shown = np.zeros((24, 40), np.uint8)
+    shown[2:9, 3:30] = 200
+    image = Image.fromarray(shown)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(f"a{suffix}", exif=exif)
+    read = np.asarray(predict.read_image(f"a{suffix}"))[..., 0] > 100
+    with Image.open(f"a{suffix}") as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened)) > 100
+    frame = Frame(Path(f"a{suffix}"), "a", f"a{suffix}", None)
+    np.testing.assert_array_equal(as_shown(frame, read.astype(np.uint8)) > 0, expected)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_write_one_coco_file(place, monkeypatch, rank):
+    scan(40, 40, 5, 5, 20).save("scans/c.png")
+    for own in (rank, str(1 - int(rank))):
+        for key, value in {"RANK": own, "WORLD_SIZE": "2", "LOCAL_RANK": own}.items():
+            monkeypatch.setenv(key, value)
+        result = script_here("predict.py", "scans", "--write", "coco", cwd=place)
+        assert result.returncode == 0, result.stderr
+    content = json.loads(Path("predictions/predictions.coco.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "c.png"]
+    assert {a["image_id"] for a in content["annotations"]} == {1, 2, 3}
