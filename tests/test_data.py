@@ -51,9 +51,9 @@ from medseg.images import (
     read_image,
     resize_nearest,
 )
-from medseg.importing.mask_values import read_mask
 from medseg.predicting.report import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
+from medseg.sources.mask_values import read_mask
 from medseg.splits import grouped_split, slice_number
 
 GREY = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))

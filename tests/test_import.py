@@ -36,8 +36,9 @@ from helpers import (
 from PIL import Image
 
 from medseg import phantoms
-from medseg.importing import collect, writing
+from medseg.importing import writing
 from medseg.importing.writing import Example, write_dataset
+from medseg.sources import collect
 from medseg.splits import draw_splits
 
 THIRDS = ("--split", 34, 33, 33)

@@ -32,8 +32,8 @@ from PIL import Image, ImageDraw
 
 from data import load_split
 from medseg.images import read_image
-from medseg.importing.collect import existing_file
 from medseg.importing.labelme import draw_shapes
+from medseg.sources.collect import existing_file
 
 LABELME = ("--labelme", "lm", *ALL)
 

@@ -28,11 +28,11 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 import predict
-from medseg.formats.results import drawn_beside_masks
+from medseg.formats.own_files import drawn_beside_masks
 from medseg.images import read_image
-from medseg.importing import collect
-from medseg.importing.mask_values import classes_of_counts
-from medseg.importing.pairing import pair_files
+from medseg.sources import collect
+from medseg.sources.mask_values import classes_of_counts
+from medseg.sources.pairing import pair_files
 
 # ---------------------------------------------------------------- encodings of masks
 

@@ -22,7 +22,8 @@ SCRIPTS = {
 MAY_IMPORT = {
     "": set(),
     "formats": {""},
-    "importing": {"", "formats"},
+    "sources": {"", "formats"},
+    "importing": {"", "formats", "sources"},
     "planning": {""},
     "training": {"", "formats"},
     "results": {"", "formats"},

@@ -32,8 +32,8 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from medseg.images import save_mask
-from medseg.importing import class_names as spelled
-from medseg.importing.mask_values import classes_of_counts
+from medseg.sources import class_names as spelled
+from medseg.sources.mask_values import classes_of_counts
 
 LEVELS = np.array([0, 85, 128, 255], np.uint8)
 COLOURS = np.array([(0, 0, 0), (0, 0, 255), (255, 0, 0), (128, 128, 128)], np.uint8)

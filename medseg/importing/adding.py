@@ -9,7 +9,6 @@ from tqdm import tqdm
 from medseg.coco import ANNOTATIONS, listed, read_annotations
 from medseg.duplicates import find_known
 from medseg.files import atomic_write, file_lock, read_json
-from medseg.importing.collect import same_form
 from medseg.importing.writing import (
     SplitCounts,
     check_classes,
@@ -17,6 +16,7 @@ from medseg.importing.writing import (
     print_counts,
     write_split,
 )
+from medseg.sources.collect import same_form
 from medseg.splits import extend_split, present_splits
 
 

@@ -12,7 +12,9 @@ from pathlib import Path, PureWindowsPath
 from medseg.coco import MAX_CLASSES, listed, read_coco, read_segmentation
 from medseg.files import check_regular
 from medseg.images import SUFFIXES
-from medseg.importing.collect import (
+from medseg.importing.writing import Example
+from medseg.run_lengths import encode, unite
+from medseg.sources.collect import (
     check_known,
     find_groups,
     fit_mask,
@@ -22,8 +24,6 @@ from medseg.importing.collect import (
     same_form,
     unique_names,
 )
-from medseg.importing.writing import Example
-from medseg.run_lengths import encode, unite
 
 
 def coco_examples(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from medseg.cli import flag_name, number
 from medseg.coco import SPLITS
-from medseg.importing.collect import same_form
 from medseg.settings import window_limits
+from medseg.sources.collect import same_form
 from medseg.splits import PERCENTAGES
 
 CLASS = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)

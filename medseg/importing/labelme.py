@@ -20,9 +20,11 @@ from PIL import Image, ImageDraw
 from medseg.coco import MAX_CLASSES, listed
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
-from medseg.formats.results import OWN_JSON
+from medseg.formats.own_files import OWN_JSON
 from medseg.images import SUFFIXES, read_image
-from medseg.importing.collect import (
+from medseg.importing.writing import Example
+from medseg.run_lengths import encode_labels
+from medseg.sources.collect import (
     check_known,
     existing_file,
     find_groups,
@@ -32,8 +34,6 @@ from medseg.importing.collect import (
     same_form,
     unique_names,
 )
-from medseg.importing.writing import Example
-from medseg.run_lengths import encode_labels
 
 BACKGROUND, IGNORED = "_background_", "__ignore__"
 POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}  # a polygon: 3 or more

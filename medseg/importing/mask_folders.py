@@ -8,8 +8,11 @@ from itertools import chain
 from medseg.formats.dicom import read_any_image
 from medseg.formats.mask_files import read_mask
 from medseg.formats.medical import file_format
-from medseg.importing.class_names import ClassValues
-from medseg.importing.collect import (
+from medseg.importing.volumes import volume_examples
+from medseg.importing.writing import Example
+from medseg.settings import OF_FILE, OF_VOLUME, check_window
+from medseg.sources.class_names import ClassValues
+from medseg.sources.collect import (
     Upright,
     check_known,
     find_groups,
@@ -20,11 +23,8 @@ from medseg.importing.collect import (
     tell_apart,
     unique_names,
 )
-from medseg.importing.mask_values import count_values, find_classes, find_one_class
-from medseg.importing.pairing import pair_files, stem
-from medseg.importing.volumes import volume_examples
-from medseg.importing.writing import Example
-from medseg.settings import OF_FILE, OF_VOLUME, check_window
+from medseg.sources.mask_values import count_values, find_classes, find_one_class
+from medseg.sources.pairing import pair_files, stem
 
 SAMPLED_NAMES = 8  # of which the files of each suffix are looked at
 FEW_VALUES = 64  # that files hold which look like masks

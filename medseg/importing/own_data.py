@@ -7,13 +7,13 @@ from medseg.audit import next_training
 from medseg.cli import one_line
 from medseg.coco import SPLITS
 from medseg.importing.adding import add_images
-from medseg.importing.class_names import parse_classes, parse_labels
 from medseg.importing.coco_files import coco_examples
 from medseg.importing.labelme import labelme_examples
 from medseg.importing.mask_folders import mask_examples
-from medseg.importing.patterns import find_sides
 from medseg.importing.writing import check_free, present_settings, write_dataset
 from medseg.settings import check_window
+from medseg.sources.class_names import parse_classes, parse_labels
+from medseg.sources.patterns import find_sides
 from medseg.splits import present_splits, wanted_splits
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from medseg.formats.nifti import Volume, open_nifti, read_orientation
-from medseg.importing.mask_values import (
+from medseg.importing.writing import Example
+from medseg.sources.mask_values import (
     classes_of_counts,
     count_values,
     one_class_of_counts,
 )
-from medseg.importing.value_counts import VOLUME
-from medseg.importing.writing import Example
+from medseg.sources.value_counts import VOLUME
 
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
 SAME_PLACE = 0.01  # of a voxel: corners of image and mask this near differ by rounding only

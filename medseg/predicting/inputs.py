@@ -21,7 +21,7 @@ from medseg.formats.medical import (
     result_name,
 )
 from medseg.formats.nifti import open_nifti
-from medseg.formats.results import is_own
+from medseg.formats.own_files import is_own
 from medseg.images import SUFFIXES, read_image
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's

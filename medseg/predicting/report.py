@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from medseg.files import atomic_write
 from medseg.fonts import drawable
-from medseg.formats.results import REPORT
+from medseg.formats.own_files import REPORT
 from medseg.images import read_image
 from medseg.metrics import (
     SWEEP,

@@ -5,7 +5,7 @@ from PIL import Image
 
 from medseg.formats.medical import result_name
 from medseg.formats.nifti import write_mask, write_prediction
-from medseg.formats.results import COCO, SETTINGS, TABLE
+from medseg.formats.own_files import COCO, SETTINGS, TABLE
 from medseg.images import (
     MAX_LEVEL,
     full_size_levels,

@@ -28,8 +28,11 @@ import numpy as np
 from medseg.coco import MAX_CLASSES, listed
 from medseg.files import parallel_map
 from medseg.formats.mask_files import HALF, read_mask, read_names
-from medseg.importing.class_names import REST, ClassValues, Entry
-from medseg.importing.value_counts import (
+from medseg.pieces import are_single_pieces
+from medseg.run_lengths import encode_labels, unite
+from medseg.samples import LOSSY
+from medseg.sources.class_names import REST, ClassValues, Entry
+from medseg.sources.value_counts import (
     EACH,
     MANY,
     OBJECT,
@@ -44,9 +47,6 @@ from medseg.importing.value_counts import (
     spell_all,
     spell_choice,
 )
-from medseg.pieces import are_single_pieces
-from medseg.run_lengths import encode_labels, unite
-from medseg.samples import LOSSY
 
 MAX_VALUES = 2**18  # distinct values where --classes gives values: numbers of objects
 

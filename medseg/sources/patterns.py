@@ -11,9 +11,9 @@ from medseg.coco import MAX_CLASSES, listed
 from medseg.files import check_regular
 from medseg.formats.mask_files import MASK_SUFFIXES as PICTURE_SUFFIXES
 from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, file_format
-from medseg.formats.results import drawn_beside_masks
+from medseg.formats.own_files import drawn_beside_masks
 from medseg.images import SUFFIXES
-from medseg.importing.collect import is_wanted, list_files, named_alike, printable, same_form
+from medseg.sources.collect import is_wanted, list_files, named_alike, printable, same_form
 
 IMAGE_SUFFIXES = SUFFIXES
 MASK_SUFFIXES = (*PICTURE_SUFFIXES, *NIFTI_SUFFIXES)

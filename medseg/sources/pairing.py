@@ -7,7 +7,7 @@ from itertools import chain
 from os.path import commonprefix
 
 from medseg.formats.medical import base_name
-from medseg.importing.collect import same_form
+from medseg.sources.collect import same_form
 
 COMMONEST = 12  # ends (or beginnings) of names that are tried, of images and of masks each
 NUMBERED = re.compile(r"(.+?)[\W_]+\d+\)?")  # x_mask_1, x_mask-2, x_mask (3)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from medseg.coco import listed
 from medseg.files import check_regular, read_json
-from medseg.importing.collect import same_form
 from medseg.samples import LOSSY
+from medseg.sources.collect import same_form
 
 FILES = (".txt", ".json")
 MAX_BYTES = 2**20  # of a file of names
