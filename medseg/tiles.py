@@ -131,8 +131,8 @@ def make_tiles(height, width, tiling, pixels):
     smallest = [
         min(each + inside, side) for each, side in zip(margins, (height, width), strict=True)
     ]
-    least_pixels = min(tiling.least_pixels, height * width)
-    pixels = max(pixels, math.prod(smallest), 2 * least_pixels)
+    # Twice, as parts that are made equal may turn out half as large.
+    pixels = max(pixels, math.prod(smallest), 2 * tiling.least_pixels)
     best, least = (1, 1), math.inf
     for rows in range(1, max(-(-(height - margins[0]) // stride), 1) + 1):
         tall, columns = _shown(height, rows, tiling), 1
@@ -142,9 +142,9 @@ def make_tiles(height, width, tiling, pixels):
             if inside < stride:
                 continue
             columns = -(-(width - margins[1]) // inside)
-        shown = tall * _shown(width, columns, tiling)
-        if shown >= least_pixels and rows * columns * shown < least:
-            best, least = (rows, columns), rows * columns * shown
+        seen = rows * tall * columns * _shown(width, columns, tiling)
+        if seen < least:
+            best, least = (rows, columns), seen
     rows, columns = (divide(*given, tiling) for given in zip((height, width), best, strict=True))
     return [(row, column) for row in rows for column in columns]
 

@@ -292,6 +292,11 @@ def test_a_folder_of_large_images_is_taken_one_at_a_time(here, monkeypatch):
     assert orders[0] == 4 * ["read", "write"] and orders[1][:4] == 4 * ["read"]
 
 
+def test_an_overlay_fits_its_format(here):
+    images.save_overlay(Image.new("RGB", (70_000, 4)), np.zeros((4, 70_000)), "o.jpg", ["one"])
+    assert Image.open("o.jpg").size == (65_500, 4)
+
+
 # ---- the limit on pixels ---------------------------------------------------------------------
 
 
