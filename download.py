@@ -15,7 +15,8 @@
     python download.py --labelme more --into train --add --data mine            # more images in it
 
 Afterwards dataset/ has train/, valid/ and test/, each with its images and one
-_annotations.coco.json. Splits that are already there are replaced only with --force.
+_annotations.coco.json. Splits that are already there are replaced only with --force, and
+extended only with --add.
 """
 
 import contextlib

@@ -47,9 +47,9 @@ def test_images_are_paired_by_their_names_and_the_interval_is_scipys(two):
     assert found.mean == pytest.approx(expected.mean())
     options = {"n_resamples": 20_000, "method": "percentile", "random_state": 1}
     interval = stats.bootstrap((expected,), np.mean, **options).confidence_interval
-    tenth = 0.1 * (interval.high - interval.low)
-    assert found.low == pytest.approx(interval.low, abs=tenth)
-    assert found.high == pytest.approx(interval.high, abs=tenth)
+    little = 0.05 * (interval.high - interval.low)
+    assert found.low == pytest.approx(interval.low, abs=little)
+    assert found.high == pytest.approx(interval.high, abs=little)
     # Unpaired, the interval of two such runs is several times as wide.
     both = (second.dice, first.dice)
     alone = stats.bootstrap(both, lambda a, b, axis: a.mean(axis) - b.mean(axis), **options)
