@@ -309,10 +309,11 @@ def full_size_labels(probabilities, size, threshold):
     labels = np.zeros((height, width), np.uint8)
     if probabilities.shape[1:] == labels.shape:
         for start in range(0, height, STRIPE):
-            part = probabilities[:, start : start + STRIPE]
-            highest = part.argmax(0)  # of equal ones, the first
-            above = part.max(0) > np.float32(threshold)
-            np.multiply(highest + 1, above, out=labels[start : start + STRIPE], casting="unsafe")
+            own, parts = labels[start : start + STRIPE], probabilities[:, start : start + STRIPE]
+            highest = np.full(own.shape, threshold, np.float32)
+            for number, part in enumerate(parts, 1):
+                own[part > highest] = number
+                np.maximum(part, highest, out=highest)
         return labels
     highest = np.full((height, width), threshold, np.float32)
     for number, channel in enumerate(probabilities, 1):

@@ -8,9 +8,8 @@ import torch
 
 from medseg.dist import all_gather, all_reduce_sum, is_first
 from medseg.drawing import outline
-from medseg.pieces import ONE, clean_masks
+from medseg.pieces import COUNTED_PIXELS, ONE, clean_masks
 
-COUNTED_PIXELS = 1 << 20  # that are counted at a time
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
 
