@@ -19,7 +19,8 @@ from medseg import plots
 from medseg.audit import audit
 from medseg.coco import SPLITS, used_categories
 from medseg.drawing import class_colors, overlay
-from medseg.images import describe, full_size_labels, save_mask
+from medseg.full_size import full_size_labels
+from medseg.images import describe, save_mask
 from medseg.metrics import RunningScores, bootstrap, class_scores
 from medseg.phantoms import make_phantoms
 from medseg.predicting.report import count_image

@@ -7,7 +7,7 @@ from drive import measure, roc_auc, scores_at
 from PIL import Image
 
 import predict
-from medseg.images import full_size_labels
+from medseg.full_size import full_size_labels
 from net import UNet
 
 

@@ -46,7 +46,8 @@ from helpers import (
 )
 from PIL import Image
 
-from medseg.images import full_size_labels, save_mask
+from medseg.full_size import full_size_labels
+from medseg.images import save_mask
 from medseg.page import gate, server
 from medseg.page.app import Page, example_images, import_gradio, layout, make_app, text_html
 from medseg.page.session import Session

@@ -42,7 +42,8 @@ from medseg import device, plots
 from medseg.cli import ArgumentParser
 from medseg.drawing import class_colors, overlay
 from medseg.files import atomic_write
-from medseg.images import full_size_labels, preprocess
+from medseg.full_size import full_size_labels
+from medseg.images import preprocess
 from medseg.metrics import (
     RunningScores,
     bootstrap,

@@ -24,7 +24,7 @@ from scipy import ndimage
 from scipy.spatial.distance import pdist
 
 import predict
-from medseg.images import full_size_stripes, sum_probabilities
+from medseg.full_size import full_size_stripes, sum_probabilities
 from medseg.pieces import measure_pieces
 from medseg.results.table import COLUMNS, Parts, measure, table_text
 

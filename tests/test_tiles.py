@@ -17,6 +17,7 @@ from data import Batches
 from medseg import images, tiles
 from medseg.cache import RaggedRows
 from medseg.cli import MAX_MEGAPIXELS
+from medseg.full_size import full_size_labels
 from medseg.inference import FLIPS, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
 from medseg.ood import count_features, fit
@@ -251,7 +252,7 @@ def test_the_evaluation_of_a_training_takes_tiles(small_tiles, monkeypatch):
 def test_labels_at_the_size_of_the_image():
     """The most probable class above the threshold; of equal ones, the first."""
     probabilities = np.random.default_rng(0).integers(0, 9, (3, 70, 50)).astype(np.float32) / 8
-    labels = images.full_size_labels(probabilities, (50, 70), 0.5)
+    labels = full_size_labels(probabilities, (50, 70), 0.5)
     for (row, column), label in np.ndenumerate(labels):
         values = probabilities[:, row, column].tolist()
         assert label == (1 + values.index(max(values)) if max(values) > 0.5 else 0)

@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from scipy import ndimage
 
 import predict
-from medseg.images import full_size_labels
+from medseg.full_size import full_size_labels
 from medseg.predicting.inputs import Frame
 from medseg.results.annotations import as_shown, coco_record
 from medseg.results.outlines import trace_labels

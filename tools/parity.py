@@ -71,7 +71,8 @@ def compare_networks(models, folder):
 def compare_masks(path, images, folder):
     """Print a row for each format and for bf16: mask pixels that differ from fp32, and Dice."""
     import predict
-    from medseg.images import full_size_labels, preprocess
+    from medseg.full_size import full_size_labels
+    from medseg.images import preprocess
     from medseg.metrics import class_scores
 
     models = open_models(path, folder)

@@ -16,14 +16,8 @@ from PIL import Image
 from medseg.cli import one_line
 from medseg.drawing import draw_labels, overlay
 from medseg.formats.nifti import write_prediction
-from medseg.images import (
-    describe,
-    full_size_labels,
-    resize_nearest,
-    save_mask,
-    save_overlay,
-    save_png,
-)
+from medseg.full_size import full_size_labels
+from medseg.images import describe, resize_nearest, save_mask, save_overlay, save_png
 from medseg.pieces import check_clean, clean_labels, pixel_area
 from medseg.predicting.inputs import Frame, expand, open_file
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from medseg.cli import one_line
 from medseg.files import available_cores
-from medseg.images import IMAGE_SIZE, full_size_labels, preprocess
+from medseg.full_size import full_size_labels
+from medseg.images import IMAGE_SIZE, preprocess
 from medseg.inference import PLAIN, average_over_flips, read_inference
 from medseg.normalization import normalize
 from medseg.ood import FeatureRecorder

@@ -6,14 +6,8 @@ from PIL import Image
 from medseg.formats.medical import result_name
 from medseg.formats.nifti import write_mask, write_prediction
 from medseg.formats.own_files import COCO, SETTINGS, TABLE
-from medseg.images import (
-    MAX_LEVEL,
-    full_size_levels,
-    save_mask,
-    save_overlay,
-    save_png,
-    sum_probabilities,
-)
+from medseg.full_size import MAX_LEVEL, full_size_levels, sum_probabilities
+from medseg.images import save_mask, save_overlay, save_png
 from medseg.results.annotations import coco_record, coco_text, labelme_files, write_labelme
 from medseg.results.table import (
     Parts,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from medseg.images import full_size_levels, sum_probabilities
+from medseg.full_size import full_size_levels, sum_probabilities
 
 
 class VolumeMasks:

@@ -1,0 +1,88 @@
+"""Probabilities of a network at the size of the image: labels, 16-bit levels, sums. No torch.
+
+A few rows or columns at a time, so that a large image needs few megabytes besides its labels.
+"""
+
+import numpy as np
+from PIL import Image
+
+from medseg.images import STRIPE
+
+MAX_LEVEL = 65535  # of a probability as 16 bits: 1.0
+
+
+def full_size_labels(probabilities, size, threshold):
+    """float32 array (C, S, S) of 0..1 -> class numbers, uint8 (height, width), 0 for background.
+
+    size: (width, height). Where classes overlap, the most probable one is taken.
+    """
+    (width, height), bilinear = size, Image.Resampling.BILINEAR
+    labels = np.zeros((height, width), np.uint8)
+    if probabilities.shape[1:] == labels.shape:
+        for start in range(0, height, STRIPE):
+            own, parts = labels[start : start + STRIPE], probabilities[:, start : start + STRIPE]
+            highest = np.full(own.shape, threshold, np.float32)
+            for number, part in enumerate(parts, 1):
+                own[part > highest] = number
+                np.maximum(part, highest, out=highest)
+        return labels
+    highest = np.full((height, width), threshold, np.float32)
+    for number, channel in enumerate(probabilities, 1):
+        if channel.max() <= threshold:  # and so is every value between those of its pixels
+            continue
+        # Along the rows, then the columns, as Pillow does it, but not where no pixel can win.
+        wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
+        for start in range(0, width, STRIPE):
+            columns = np.s_[:, start : start + STRIPE]
+            part, own, top = wide[columns], labels[columns], highest[columns]
+            if part.max() <= top.min():
+                continue
+            resized = Image.fromarray(part).resize((part.shape[1], height), bilinear)
+            resized = np.asarray(resized)
+            own[resized > top] = number
+            np.maximum(resized, top, out=top)
+    return labels
+
+
+def full_size_stripes(channel, size, columns=None):
+    """Yield (slice of columns, float32 (height, columns)) of probabilities at the size of an image.
+
+    channel: float32 (S, S); size: (width, height). They are resized as `full_size_labels` resizes
+    them, few columns at a time. columns: the slice of those that are needed, or None for all.
+    """
+    (width, height), bilinear = size, Image.Resampling.BILINEAR
+    first, last, _ = (columns or slice(None)).indices(width)
+    if channel.shape == (height, width):
+        for start in range(first, last, STRIPE):
+            part = slice(start, min(start + STRIPE, last))
+            yield part, channel[:, part]
+        return
+    wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
+    for start in range(first, last, STRIPE):
+        part = slice(start, min(start + STRIPE, last))
+        stripe = Image.fromarray(np.ascontiguousarray(wide[:, part]))
+        yield part, np.asarray(stripe.resize((stripe.width, height), bilinear))
+
+
+def full_size_levels(channel, size):
+    """float32 (S, S) of 0..1 -> uint16 (height, width) of 0..MAX_LEVEL, at the size of an image."""
+    levels = np.zeros(size[::-1], np.uint16)
+    for columns, stripe in full_size_stripes(channel, size):
+        levels[:, columns] = np.rint(stripe * MAX_LEVEL)
+    return levels
+
+
+def sum_probabilities(labels, probabilities):
+    """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
+
+    labels: class numbers, uint8 (height, width); probabilities: float32 (C, S, S).
+    """
+    from scipy import ndimage
+
+    sums, size = np.zeros(len(probabilities)), labels.shape[::-1]
+    for index, box in enumerate(ndimage.find_objects(labels)):
+        if box is None:
+            continue
+        for columns, stripe in full_size_stripes(probabilities[index], size, box[1]):
+            sums[index] += stripe[labels[:, columns] == index + 1].sum(dtype=np.float64)
+    return sums
