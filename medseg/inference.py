@@ -96,6 +96,14 @@ def learned_flips(strengths):
     return ("horizontal",) if flips else ()
 
 
+def flips_to_average(recorded, trained_flips=()):
+    """The names of VIEWS that --tta takes: those chosen on valid, else those of the training.
+
+    recorded: the Inference in the weights, or None. Where neither is known, those of FLIPS.
+    """
+    return (recorded or PLAIN).flips or trained_flips or tuple(FLIPS)
+
+
 def combine(inferences):
     """The Inference of several models whose probabilities are averaged.
 

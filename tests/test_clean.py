@@ -15,6 +15,7 @@ from medseg.inference import Inference, combine, read_inference
 from medseg.metrics import count_image, count_pixels
 from medseg.page.session import Session
 from medseg.pieces import PixelArea, clean_labels, clean_masks, pixel_area
+from medseg.predicting.assessment import Assessment
 from medseg.predicting.models import full_size_labels
 
 
@@ -229,14 +230,19 @@ def test_predictions_are_cleaned_and_say_so(place):
     predict.main(["--export", "model.onnx"])
     onnx = mask_of(*area, "--model", "model.onnx", output="onnx")
     np.testing.assert_array_equal(onnx, expected)
-    session = Session(place, ("foreground",), clean=area[1], pixel_size=(0.2, 0.4))
+    session = Session(place, ("foreground",), pixel_size=(0.2, 0.4))
     model = predict.open_model("best_model.pth", "cpu")
-    session.predict([place / "scans" / "a.png"], model.predict)
-    written = np.asarray(Image.open(session.write(0.5))) > 0
+
+    def assess(image):
+        return model.predict(image), Assessment()
+
+    session.predict([place / "scans" / "a.png"], assess)
+    written = np.asarray(Image.open(session.write(0.5, area[1]))) > 0
     np.testing.assert_array_equal(written, expected)
-    session = Session(place, ("foreground",), clean=area[1])
-    session.predict([place / "scans" / "a.png"], model.predict)
-    assert "a.png: does not tell" in session.problems[0]
+    session = Session(place, ("foreground",))
+    session.predict([place / "scans" / "a.png"], assess)
+    with pytest.raises(ValueError, match="a.png: does not tell"):
+        session.view(0, 0.5, area[1])
     labels = full_size_labels(model.predict(Image.open("scans/a.png")), (64, 48), 0.5)
     np.testing.assert_array_equal(labels > 0, plain)
 

@@ -6,6 +6,7 @@ the other is a process of its own, which notes every connection it makes.
 
 import asyncio
 import contextlib
+import csv
 import functools
 import http.client
 import importlib.util
@@ -52,6 +53,7 @@ from medseg.page import gate, server
 from medseg.page.app import Page, example_images, import_gradio, layout, make_app, text_html
 from medseg.page.session import Session
 from medseg.predicting import models
+from medseg.predicting.assessment import Assessment
 
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -194,10 +196,7 @@ class Tab:
         return self.text()
 
     def _wait(self, condition):
-        deadline = time.monotonic() + SECONDS
-        while not condition(self.text()):
-            assert time.monotonic() < deadline, self.text()
-            self.page.wait_for_timeout(20)
+        self.wait_for(lambda: condition(self.text()))
 
     def predict(self, *paths, words=None):
         """Upload files; return the text once it has the words, by default the first's name."""
@@ -209,10 +208,28 @@ class Tab:
         self.page.locator("#threshold input[type=range]").fill(str(value))
         self._wait(lambda text: text != before)
 
-    def download(self):
+    def clean(self, text):
+        """Type a clean-up."""
+        before = self.table()
+        self.page.locator("#clean textarea, #clean input").fill(text)
+        self.page.keyboard.press("Enter")
+        self.wait_for(lambda: self.table() != before)
+
+    def table(self):
+        """{name of a column: its text} of the first class of the picture that is shown."""
+        cells = [self.page.locator(f"#table {kind}").all_inner_texts() for kind in ("th", "td")]
+        return dict(zip(*cells, strict=False))
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, self.text()
+            self.page.wait_for_timeout(20)
+
+    def download(self, button="download"):
         """(name, bytes)"""
         with self.page.expect_download() as started:
-            self.page.click("#download")
+            self.page.click(f"#{button}")
         return started.value.suggested_filename, Path(started.value.path()).read_bytes()
 
 
@@ -382,6 +399,60 @@ def test_volumes_and_frames(tab, place):
     assert unzip(tab.download()[1]) == written_files(place / "volume-masks")
 
 
+def assert_same_table(content, expected):
+    """The bytes of two CSV files; a network rounds in another way where images come in batches."""
+    rows, others = (
+        list(csv.DictReader(text.decode().splitlines())) for text in (content, expected)
+    )
+    assert len(rows) == len(others) > 0
+    for row, other in zip(rows, others, strict=True):
+        for key in ("mean_probability", "highest_probability"):
+            assert float(row.pop(key)) == pytest.approx(float(other.pop(key)), rel=1e-6)
+        assert row == other
+
+
+def test_table_switches_and_labelme_are_those_of_the_command_line(tab, place, tmp_path):
+    folder, pixels = tmp_path / "scans", np.asarray(scan(96, 64, 40, 20, 30)).copy()
+    folder.mkdir()
+    pixels[2:11, 2:11] = 255  # a speck beside the square
+    pixels[30:36, 50:56] = 20  # a hole in it
+    Image.fromarray(pixels).save(folder / "one.png")
+    Image.fromarray(pixels[:, ::-1].copy()).save(folder / "two.png")
+    before = runs(place)
+    tab.predict(*sorted(folder.iterdir()))
+    assert tab.table()["pieces"] == "2"
+
+    def expect(*flags):
+        command_line(place, folder, "--output", tmp_path / "out", *flags)
+        expected = written_files(tmp_path / "out")
+        name, content = tab.download("csv")
+        assert name == "predictions.csv"
+        assert_same_table(content, (tmp_path / "out" / name).read_bytes())
+        masks = unzip(tab.download()[1])
+        assert masks == {name: expected[name] for name in masks} and len(masks) == 4
+
+    expect("--no-tta")
+    tab.clean("largest,fill")
+    assert tab.table()["pieces"] == "1" and "agreement" not in tab.table()
+    expect("--no-tta", "--clean", "largest,fill")
+    assert runs(place) == before + 2
+    tab.page.locator("#tta input").check()
+    tab.wait_for(lambda: "agreement" in tab.table())
+    assert runs(place) == before + 2 + 2 * 4  # each image as it is and three flips
+    expect("--tta", "--clean", "largest,fill")
+    command_line(
+        place, folder, "--tta", "--clean=largest,fill", "--write=labelme", "--output", folder
+    )
+    name, content = tab.download("labelme")
+    expected = {path.name: path.read_bytes() for path in folder.glob("o*.json")}
+    expected |= {path.name: path.read_bytes() for path in folder.glob("t*.json")}
+    assert (name, unzip(content)) == ("labelme.zip", expected)
+    assert json.loads(expected["one.json"])["imagePath"] == "one.png"
+    tab.clean("largst")
+    assert "Clean-up" in tab.text() and "did you mean largest" in tab.text()
+    assert tab.page.locator("#overlay img").count() == 0
+
+
 # ---- the server ------------------------------------------------------------------------------
 
 
@@ -501,12 +572,13 @@ class Visitor:
         }
 
     def handler(self, trigger):
-        (number,) = (number for number, (_, name) in self.handlers().items() if name == trigger)
-        return number
+        """The first that is triggered so: the click is that on the masks."""
+        return next(number for number, (_, name) in self.handlers().items() if name == trigger)
 
     def event(self, number, session="tab", event_data=None, **values):
         """Send one. values: of inputs, by type. Returns (status, answer)."""
-        usual = {"slider": 0.5, "state": None, "file": None, **values}
+        usual = {"slider": 0.5, "state": None, "file": None, "checkbox": False, "textbox": "none"}
+        usual |= values
         data = [usual[name] for name in self.handlers()[number][0]]
         event = {"data": data, "fn_index": number, "session_hash": session}
         return self.post("/gradio_api/queue/join", {**event, "event_data": event_data})[:2]
@@ -562,7 +634,7 @@ def secret_paths(place, visitor):
 def test_no_handler_reads_a_file_of_the_server(visitor, place):
     (own,) = visitor.upload("own.png", (place / "best_model.pth").read_bytes())[1]
     handlers = visitor.handlers()
-    assert len(handlers) == 4
+    assert len(handlers) == 7
     answers = set()
     for path in secret_paths(place, visitor):
         for number, (inputs, _) in handlers.items():
@@ -598,7 +670,8 @@ def test_no_other_address_gives_a_file_away(visitor, place):
         for path in (place / "secret.png", place / "missing.png"):
             method, address = route.replace("PATH", str(path)).split(" ")
             address = address if address.startswith("/") else f"/gradio_api/{address}"
-            event = {"data": [[file_data(path)], 0.5], "fn_index": number, "session_hash": "tab"}
+            given = [[file_data(path)], 0.5, False, "none"]
+            event = {"data": given, "fn_index": number, "session_hash": "tab"}
             event.update(component_id=1, fn_name="x", api_name="predict")
             body = None if method in ("GET", "HEAD") else json.dumps(event)
             status, content, _ = visitor.ask(method, address, body, **JSON)
@@ -654,9 +727,10 @@ def test_events_with_values_that_no_page_sends(visitor, place):
         assert not visitor.result()["success"], index
     assert visitor.event(select, event_data={"index": 1, "value": None})[0] == 200
     assert "phantom_2.png: foreground" in str(visitor.result()["output"]["data"])
-    assert len(visitor.config["dependencies"][change]["inputs"]) == 3
+    assert len(visitor.config["dependencies"][change]["inputs"]) == 4
     for picture in (1, 2):  # the slider of the pictures goes to 2 where there is one
-        event = {"data": ["forged", picture, 0.5], "fn_index": change, "session_hash": "tab"}
+        given = ["forged", picture, 0.5, "none"]
+        event = {"data": given, "fn_index": change, "session_hash": "tab"}
         assert visitor.post("/gradio_api/queue/join", event)[0] == 200
         assert "phantom_2.png: foreground" in str(visitor.result()["output"]["data"])
     for body in (b"", b"[]", b"{", b"[" * 100_000, b'{"data": []}', b"\xff"):
@@ -836,7 +910,7 @@ class TwoClasses(models.Model):
     """A predictor whose probabilities are the red and the green of the image."""
 
     image_size, n_channels, orientation = None, 3, None
-    class_names = "red <b>", "green"
+    class_names, trained_flips = ("red <b>", "green"), ()
 
     def __init__(self):
         pass
@@ -850,10 +924,10 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     pixels = np.zeros((30, 50, 3), np.uint8)
     pixels[:, 10:30, 0], pixels[:, 20:40, 1] = 180, 200
     Image.fromarray(pixels).save(tmp_path / "rgb.png")
-    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda label, **given: given)
+    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
     page = Page(gradio, TwoClasses(), tmp_path, 0.5, None)
-    session, number, button, image, mask, tinted, text = page.predict(
-        [tmp_path / "rgb.png"], 0.5, lambda done: None
+    session, number, *buttons, image, mask, tinted, text, table = page.predict(
+        [tmp_path / "rgb.png"], 0.5, False, "none", lambda done, title: None
     )
     probabilities = np.moveaxis(pixels[..., :2] / np.float32(255), 2, 0)
     labels = full_size_labels(probabilities, (50, 30), 0.5)
@@ -864,7 +938,8 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     assert "red &lt;b&gt; 20.00 %, highest probability 0.706" in text
     assert text.count("<i style=") == 2 and "rgb(230, 159, 0)" in text
     assert np.asarray(mask)[0, 15].tolist() == [230, 159, 0]  # as in the legend
-    assert not number["visible"] and button["interactive"]
+    assert "red &lt;b&gt;</td><td>300</td><td>0.2</td>" in table
+    assert not number["visible"] and all(button["interactive"] for button in buttons)
 
 
 @pytest.mark.parametrize("threshold, first", [(0.2, 1), (0.5, 1), (0.8, 2)])
@@ -880,12 +955,12 @@ def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, firs
     Image.fromarray(pixels).save(tmp_path / "large.png")
     expected = sum(count for value, count in counts.items() if value / 255 > threshold)
 
-    def probabilities(image):
-        return np.asarray(image.convert("L"), np.float32)[None] / 255
+    def assess(image):
+        return np.asarray(image.convert("L"), np.float32)[None] / 255, Assessment()
 
     def predict(*names):
         session = Session(tmp_path, ("foreground",), (127.5, 255))
-        session.predict([tmp_path / name for name in names], probabilities)
+        session.predict([tmp_path / name for name in names], assess)
         assert session.problems == []
         return session
 
@@ -923,7 +998,8 @@ def test_behind_the_gate_gradio_reads_uploads_only(tmp_path, monkeypatch):
         for number, path in enumerate((uploads / "x" / "own.png", tmp_path / "secret.png")):
             scan(50, 50, 10, 10, 20).save(path)
             session = f"{number:032x}tab"
-            event = {"data": [[file_data(path)], 0.5], "fn_index": 0, "session_hash": session}
+            given = [[file_data(path)], 0.5, False, "none"]
+            event = {"data": given, "fn_index": 0, "session_hash": session}
             assert client.post("/gradio_api/queue/join", json=event).status_code == 200
             answers.append(client.get(f"/gradio_api/queue/data?session_hash={session}").text)
     share = "red &lt;b&gt; 16.00 %"

@@ -43,7 +43,6 @@ from medseg.cli import ArgumentParser
 from medseg.drawing import class_colors, overlay
 from medseg.files import atomic_write
 from medseg.full_size import full_size_labels
-from medseg.images import preprocess
 from medseg.metrics import (
     RunningScores,
     bootstrap,
@@ -275,7 +274,7 @@ def test_an_image_of_one_pixel_in_a_side(place, size, image_size):
     session = Session(place, model.class_names)
     session.predict(
         [place / "scans" / "a.png"],
-        lambda image: predictor.probabilities(preprocess(image, image_size)[None])[0],
+        lambda image: [found[0] for found in predictor.assess(predictor.prepare(image)[None])],
     )
     assert session.problems == [] and session.view(0, 0.5).mask.size == size
     np.testing.assert_array_equal(np.asarray(Image.open(session.write(0.5))), mask)

@@ -494,7 +494,7 @@ def test_bad_flags(place, refused):
 
 def test_every_road_makes_the_same_masks(place):
     """One image, a folder, slices of a volume, the page and an ONNX file."""
-    from medseg.page.app import Page, head_html
+    from medseg.page.app import Page
 
     (place / "scans").mkdir()
     pictures = [blobs(seed) for seed in range(4)]
@@ -519,15 +519,15 @@ def test_every_road_makes_the_same_masks(place):
         )
         said = run(place, "--page", "--model", "tuned.pth")
     assert "chosen on valid" in said and served["threshold"] == 0.35
-    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda label, **given: given)
+    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
     page = Page(gradio, served["model"], place, served["threshold"], None)
-    session, _, _, _, shown, *_ = page.predict([place / "scans" / "0.png"], 0.35, lambda done: None)
+    given = 0.35, True, "largest", lambda done, title: None
+    session, _, _, _, _, _, shown, *_ = page.predict([place / "scans" / "0.png"], *given)
     np.testing.assert_array_equal(np.asarray(shown) > 0, expected[0])
-    written = np.asarray(Image.open(session.write(0.35))) > 0
+    written = np.asarray(Image.open(session.write(0.35, "largest"))) > 0
     np.testing.assert_array_equal(written, expected[0])
-    assert "flips (horizontal), largest piece" in head_html("", served["model"])
     higher = by_hand(pictures[0], TUNED._replace(threshold=0.6))  # the slider moves
-    np.testing.assert_array_equal(np.asarray(session.view(0, 0.6).mask) > 0, higher)
+    np.testing.assert_array_equal(np.asarray(session.view(0, 0.6, "largest").mask) > 0, higher)
 
     run(place, "--model", "tuned.pth", "--export", "half.pth")
     assert load_model("half.pth").inference == TUNED

@@ -842,9 +842,10 @@ def test_the_page_takes_window_and_orientation_of_the_weights(here, monkeypatch)
         page, "serve", lambda model, path, **given: served.update(model=model, **given)
     )
     predict.main(["--page", "--device", "cpu"])
-    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda label, **given: given)
+    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
     shown = page.Page(gradio, served["model"], here, served["threshold"], served["window"])
-    session, *_ = shown.predict([here / "v.nii.gz"], 0.5, lambda done: None)
+    given = 0.5, False, "none", lambda done, title: None
+    session, *_ = shown.predict([here / "v.nii.gz"], *given)
     predict.main(["v.nii.gz", "--device", "cpu", "--output", "masks"])
     with zipfile.ZipFile(session.write(0.5)) as archive:
         for name in ("v_mask.nii.gz", "v_montage.png"):

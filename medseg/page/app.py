@@ -3,57 +3,30 @@
 What it predicts with, here called the predictor, is a `medseg.predicting.models.Model`.
 """
 
-import html
 import os
 import signal
 import sys
 import threading
+from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 from PIL import Image
 
-from medseg.drawing import class_colors
-from medseg.images import FORMAT_NAMES, read_image, save_png
+from medseg.cli import parse_named_values
+from medseg.images import FORMAT_NAMES
+from medseg.inference import MAX_TEXT, PLAIN, flips_to_average
 from medseg.page import server
+from medseg.page.examples import example_images, write_thumbnails
 from medseg.page.gate import MAX_UPLOAD, SHARED, Gate, browser_folder
 from medseg.page.session import Session
-from medseg.phantoms import draw_phantom
-from medseg.predicting.inputs import data_set_images
+from medseg.page.text import CSS, START_DOWNLOAD, head_html, table_html, text_html
+from medseg.pieces import CLEANINGS
 from medseg.signals import Signals, Stopped
 
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
-EXAMPLES, THUMBNAIL = 4, 160  # how many, and pixels a side
 UPLOADS = "uploads"  # the folder of what browsers send and get
-MAX_PROBLEMS = 5  # lines shown
 TAKES = f"Images: DICOM, NIfTI, {FORMAT_NAMES}; one or several"
 WAITING = "Drop an image above, or choose an example."
-CSS = """
-.gradio-container > main { max-width: 1100px !important; padding: 1.2rem !important; }
-#head h1 { margin: 0; font-size: 1.35rem; font-weight: 600; overflow-wrap: anywhere; }
-#head p { margin: 0.2rem 0 0; color: var(--neutral-600); }
-.dark #head p { color: var(--neutral-300); }
-#head strong { color: #b45309; font-weight: 600; }
-.dark #head strong { color: #fbbf24; }
-#examples .grid-wrap { padding-top: 2.2rem; }
-#examples .thumbnail-lg { background: #000; }
-#image, #mask, #overlay { background: #14171c; }
-#text p { margin: 0.1rem 0; font-size: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-#text .problem { color: #b91c1c; }
-.dark #text .problem { color: #fca5a5; }
-#text .legend span { margin-right: 1.2rem; }
-#text .legend i { display: inline-block; width: 0.9em; height: 0.9em; margin-right: 0.4em;
-  border-radius: 2px; vertical-align: -0.1em; }
-#download { align-self: stretch; font-size: 1rem; }
-"""
-# Under the name the file has on the server, as soon as it is written.
-START_DOWNLOAD = """(file) => {
-  if (!file) return;
-  const link = document.createElement("a");
-  link.href = file.url;
-  link.download = file.orig_name;
-  link.click();
-}"""
 
 
 def serve(
@@ -145,41 +118,77 @@ class Page:
         self.threshold, self.window, self.pixel_size = threshold, window, pixel_size
         self._lock = threading.Lock()  # browsers are served in threads; the network takes turns
 
-    def probabilities(self, image):
-        """PIL image -> float32 array (C, S, S) of 0..1."""
-        pixels = self.predictor.prepare(image)
-        with self._lock:
-            return self.predictor.probabilities(pixels[None])[0]
-
-    def predict(self, paths, threshold, progress, folder=None):
-        """Predict files -> session, number and button as they are then, and what `show` returns.
-
-        folder: of the session; by default that of all browsers.
-        """
+    def assess(self, image, threshold, tta):
+        """PIL image -> (probabilities, float32 array (C, S, S) of 0..1; Assessment)."""
         predictor = self.predictor
-        about = (predictor.class_names, self.window, predictor.orientation)
-        session = Session(folder or self.folder, *about, predictor.inference.clean, self.pixel_size)
-        session.predict(paths or [], self.probabilities, progress)
+        pixels, flips = predictor.prepare(image), ()
+        if tta:
+            flips = flips_to_average(predictor.recorded, predictor.trained_flips)
+        with self._lock:
+            predictor.inference = predictor.inference._replace(threshold=threshold, flips=flips)
+            (probabilities,), (assessment,) = predictor.assess(pixels[None])
+        return probabilities, assessment
+
+    def predict(self, paths, threshold, tta, clean, progress, folder=None):
+        """Predict files -> session, number and buttons as they are then, and what `show` returns.
+
+        tta: whether to average over flips; clean: as --clean; progress: as `Session.predict` has
+        it; folder: of the session, by default that of all browsers.
+        """
+        predictor, gr = self.predictor, self.gradio
+        about = (predictor.class_names, self.window, predictor.orientation, self.pixel_size)
+        session = Session(folder or self.folder, *about)
+
+        def assess(image):
+            return self.assess(image, threshold, tta)
+
+        session.predict(paths or [], assess, progress, threshold)
         count = len(session.predictions)
         number = session.first(threshold) + 1 if count else 1
         label = "Download mask" if count < 2 else f"Download {count} masks"
         return (
             session,
-            self.gradio.Slider(maximum=max(count, 2), value=number, visible=count > 1),
-            self.gradio.Button(label, interactive=count > 0),
-            *self.show(session, number, threshold),
+            gr.Slider(maximum=max(count, 2), value=number, visible=count > 1),
+            gr.Button(label, interactive=count > 0),
+            gr.Button(interactive=count > 0),
+            gr.Button(interactive=session.has_pictures()),
+            *self.show(session, number, threshold, clean),
         )
 
-    def show(self, session, number, threshold):
-        """Image, mask, overlay and the text on them. The network does not run."""
+    def show(self, session, number, threshold, clean):
+        """Image, mask, overlay, the text on them and the table. The network does not run."""
+        nothing = None, None, None
         if session is None or not (session.predictions or session.problems):
-            return None, None, None, text_html([WAITING])
+            return *nothing, text_html([WAITING]), table_html([])
         if not session.predictions:
-            return None, None, None, text_html([], session.problems)
+            return *nothing, text_html([], session.problems), table_html([])
         last = len(session.predictions)  # less than the number, where pictures were just removed
-        view = session.view(min(max(int(number), 1), last) - 1, threshold)
-        text = text_html([view.line], session.problems, self.predictor.class_names)
-        return view.image, view.mask, view.overlay, text
+        try:
+            view = session.view(min(max(int(number), 1), last) - 1, threshold, check(clean))
+        except ValueError as error:
+            return *nothing, text_html([], [str(error)]), table_html([])
+        problems = [*session.unlike(), *session.problems]
+        text = text_html([view.line], problems, self.predictor.class_names)
+        return view.image, view.mask, view.overlay, text, table_html(view.rows)
+
+    def write(self, what, session, threshold, clean):
+        """The path of a download; what: a method of `Session`. gradio.Error where it is none."""
+        try:
+            return session and str(what(session, threshold, check(clean)))
+        except ValueError as error:
+            raise self.gradio.Error(str(error), print_exception=False) from None
+
+
+def check(clean):
+    """What a browser gives as clean-up, as --clean has it. ValueError that names the control."""
+    clean = (clean or "").strip() or "none"
+    try:
+        if len(clean) > MAX_TEXT:
+            raise ValueError(f"more than {MAX_TEXT} characters")
+        parse_named_values(clean, CLEANINGS)
+    except ValueError as error:
+        raise ValueError(f"Clean-up: {error}") from None
+    return clean
 
 
 def layout(page, title, examples):
@@ -232,16 +241,49 @@ def layout(page, title, examples):
             parts.download = gr.Button(
                 "Download mask", variant="primary", interactive=False, elem_id="download"
             )
+        add_switches(page, parts)
+        add_table(gr, parts)
         parts.written = gr.File(visible=False)
         connect(page, parts, examples)
     return blocks
 
 
+def add_switches(page, parts):
+    """Those of the command line: flips and clean-up, as the weights or flags have them."""
+    gr, predictor = page.gradio, page.predictor
+    flips = flips_to_average(predictor.recorded, predictor.trained_flips)
+    (average,) = PLAIN._replace(flips=flips).extras()
+    with gr.Row(equal_height=True):
+        parts.clean = gr.Textbox(
+            predictor.inference.clean,
+            label="Clean-up, then Enter: none, or of min-area=50, min-mm2=5, largest, fill",
+            max_length=MAX_TEXT,
+            elem_id="clean",
+            scale=3,
+            min_width=300,
+        )
+        parts.tta = gr.Checkbox(
+            bool(predictor.inference.flips), label=f"Average over {average}", elem_id="tta"
+        )
+
+
+def add_table(gr, parts):
+    """The measurements of the picture that is shown, and the downloads below them."""
+    parts.table = gr.HTML(table_html([]), elem_id="table")
+    with gr.Row():
+        for name, label in (("csv", "Download table"), ("labelme", "Download LabelMe")):
+            button = gr.Button(label, size="sm", interactive=False, elem_id=name)
+            setattr(parts, name, button)
+
+
 def connect(page, parts, examples):
     """What happens on which event."""
     gr = page.gradio
-    shown = [*parts.views, parts.text]
-    predicted = [parts.session, parts.number, parts.download, *shown]
+    shown = [*parts.views, parts.text, parts.table]
+    buttons = [parts.download, parts.csv, parts.labelme]
+    predicted = [parts.session, parts.number, *buttons, *shown]
+    switches = [parts.threshold, parts.tta, parts.clean]
+    predicts = {"show_progress_on": parts.text, "api_visibility": "private"}
     private = {"api_visibility": "private"}
 
     def predict_in_folder(request, *given):
@@ -252,120 +294,60 @@ def connect(page, parts, examples):
 
     report = gr.Progress()  # gradio looks for it among the defaults
 
-    def predict(paths, threshold, request: gr.Request, progress=report):
-        return predict_in_folder(request, paths, threshold, progress)
+    def predict(paths, threshold, tta, clean, request: gr.Request, progress=report):
+        return predict_in_folder(request, paths, threshold, tta, clean, progress)
 
-    def predict_example(threshold, request: gr.Request, event: gr.SelectData):
+    def predict_again(session, threshold, tta, clean, request: gr.Request, progress=report):
+        paths = session and session.paths
+        return predict_in_folder(request, paths, threshold, tta, clean, progress)
+
+    def predict_example(threshold, tta, clean, request: gr.Request, event: gr.SelectData):
         if type(event.index) is not int or not 0 <= event.index < len(examples):
             raise gr.Error("no such example", print_exception=False)
         chosen = [examples[event.index]]
-        return None, *predict_in_folder(request, chosen, threshold, lambda done: None)
+        given = threshold, tta, clean, lambda done, title: None
+        return None, *predict_in_folder(request, chosen, *given)
 
-    def show(session, number, threshold):
-        return as_files(session, page.show(session, number, threshold))
-
-    def write(session, threshold):
-        return session and str(session.write(threshold))
+    def show(session, *given):
+        return as_files(session, page.show(session, *given))
 
     gr.on(
         [parts.files.upload, parts.files.delete, parts.files.clear],
         predict,
-        [parts.files, parts.threshold],
+        [parts.files, *switches],
         predicted,
-        show_progress_on=parts.text,
-        **private,
+        **predicts,
     )
     parts.examples.select(
         predict_example,
-        parts.threshold,
+        switches,
         [parts.files, *predicted],
-        show_progress_on=parts.text,
-        **private,
+        **predicts,
     )
+    parts.tta.input(predict_again, [parts.session, *switches], predicted, **predicts)
     gr.on(
-        [parts.threshold.change, parts.number.input],
+        [parts.threshold.change, parts.number.input, parts.clean.submit, parts.clean.blur],
         show,
-        [parts.session, parts.number, parts.threshold],
+        [parts.session, parts.number, parts.threshold, parts.clean],
         shown,
         show_progress="hidden",
         trigger_mode="always_last",
         **private,
     )
-    parts.download.click(write, [parts.session, parts.threshold], parts.written, **private).then(
-        None, parts.written, None, js=START_DOWNLOAD
-    )
+    connect_downloads(page, parts, buttons)
 
 
-# ---- examples and text -----------------------------------------------------------------------
-
-
-def example_images(folder):
-    """Paths of a few images of the data set; without one, of phantoms drawn into `folder`."""
-    images = data_set_images()
-    if images:
-        return images[:: -(-len(images) // EXAMPLES)]
-    paths = [folder / f"phantom_{number}.png" for number in range(1, EXAMPLES + 1)]
-    for seed, path in enumerate(paths):
-        pixels, _ = draw_phantom(np.random.default_rng(seed), 256)
-        Image.fromarray(pixels).save(path)
-    return paths
+def connect_downloads(page, parts, buttons):
+    """buttons: of the masks, the table and the LabelMe files."""
+    downloads = Session.write, Session.table, Session.labelme
+    for button, what in zip(buttons, downloads, strict=True):
+        given = [parts.session, parts.threshold, parts.clean]
+        write = partial(page.write, what)
+        button.click(write, given, parts.written, api_visibility="private").then(
+            None, parts.written, None, js=START_DOWNLOAD
+        )
 
 
 def as_files(session, values):
     """`values` with paths in the session's folder for images: gradio's own folder is everyone's."""
     return [session.save(one) if isinstance(one, Image.Image) else one for one in values]
-
-
-def write_thumbnails(paths, folder):
-    """Write the `thumbnail` of each image to a folder; return their paths."""
-    folder.mkdir(parents=True)
-    written = [folder / f"{number}.png" for number in range(len(paths))]
-    for path, target in zip(paths, written, strict=True):
-        save_png(thumbnail(path), target)
-    return written
-
-
-def thumbnail(path):
-    """A small PIL image; grey where the file is damaged, as the page says once it is clicked."""
-    try:
-        image = read_image(path)
-    except ValueError:
-        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "grey")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
-
-
-def escape(text):
-    """Text for HTML that gradio also takes for a template."""
-    return html.escape(str(text)).replace("{", "&#123;").replace("$", "&#36;")
-
-
-def head_html(title, predictor):
-    side, names = predictor.image_size, predictor.class_names
-    size = "its own size" if side is None else f"{side}x{side} pixels"
-    classes = "one class" if len(names) == 1 else f"{len(names)} classes"
-    extras = predictor.inference.extras()
-    made = f" Masks: {', '.join(extras)}." if extras else ""
-    return (
-        f"<h1>{escape(title)}</h1><p>The network takes an image at {size} and marks {classes}."
-        f"{escape(made)} "
-        "Everything stays on the computer that runs this page. "
-        "<strong>Not for clinical use.</strong></p>"
-    )
-
-
-def text_html(lines, problems=(), class_names=()):
-    """Lines on a prediction, what could not be predicted, and with several classes the legend."""
-    parts = [f"<p>{escape(line)}</p>" for line in lines]
-    if len(class_names) > 1:
-        colors = zip(class_names, class_colors(len(class_names)), strict=True)
-        spans = [
-            f'<span><i style="background: rgb{color}"></i>{escape(name)}</span>'
-            for name, color in colors
-        ]
-        parts.append(f'<p class="legend">{"".join(spans)}</p>')
-    said = list(problems[:MAX_PROBLEMS])
-    if len(problems) > MAX_PROBLEMS:
-        said.append(f"and {len(problems) - MAX_PROBLEMS} more")
-    parts += [f'<p class="problem">{escape(line)}</p>' for line in said]
-    return "".join(parts)

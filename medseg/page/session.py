@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import weakref
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +16,16 @@ from PIL import Image
 
 from medseg.cli import one_line
 from medseg.drawing import draw_labels, overlay
-from medseg.formats.nifti import write_prediction
-from medseg.full_size import full_size_labels
-from medseg.images import describe, resize_nearest, save_mask, save_overlay, save_png
+from medseg.formats.own_files import TABLE
+from medseg.full_size import full_size_labels, sum_probabilities
+from medseg.images import describe, resize_nearest, save_png
 from medseg.pieces import check_clean, clean_labels, pixel_area
-from medseg.predicting.inputs import Frame, expand, open_file
+from medseg.predicting.assessment import Assessment, assess_volume, describe_unlike
+from medseg.predicting.inputs import Frame, add_depths, expand, open_file
+from medseg.results.annotations import write_labelme
+from medseg.results.folder import Results
+from medseg.results.table import measure, table_text, write_text
+from medseg.results.volume import VolumeMasks
 
 VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
 
@@ -30,6 +36,7 @@ class Prediction(NamedTuple):
     frame: Frame
     size: tuple  # (width, height) of the picture
     file: Path  # .npz with `view`, the picture as it is shown, and `probabilities` (C, S, S)
+    assessment: Assessment
 
     def read(self):
         """(picture as it is shown, uint8 (H, W, 3); probabilities, float32 (C, S, S))."""
@@ -38,12 +45,13 @@ class Prediction(NamedTuple):
 
 
 class View(NamedTuple):
-    """One prediction at one threshold: PIL images of at most VIEW_SIDE, and the line on it."""
+    """One prediction at one threshold: PIL images of at most VIEW_SIDE, and what is said of it."""
 
     image: Image.Image
     mask: Image.Image
     overlay: Image.Image
     line: str
+    rows: list  # of measurements, one for each class, as `medseg.results.table.measure` has them
 
 
 class Session:
@@ -51,27 +59,29 @@ class Session:
 
     The probabilities are on disk, so that a volume of many slices takes no memory.
     window: (center, width) of DICOM and NIfTI values, or None. orientation: to turn volumes to, or
-    None. clean: what is done to the masks, see `medseg.pieces.clean_masks`. pixel_size: as of
-    `medseg.predicting.inputs.open_file`.
-    predictions: [Prediction]; problems: a line on each file that could not be predicted.
+    None. pixel_size: as of `medseg.predicting.inputs.open_file`.
+    paths: of the files given; predictions: [Prediction]; problems: a line on each file that could
+    not be predicted.
+
+    clean, of the methods: what is done to the masks, see `medseg.pieces.clean_masks`.
     """
 
-    def __init__(
-        self, folder, class_names, window=None, orientation=None, clean="none", pixel_size=None
-    ):
+    def __init__(self, folder, class_names, window=None, orientation=None, pixel_size=None):
         self.class_names, self.predictions, self.problems = class_names, [], []
-        self.clean = clean
+        self.paths, self.threshold = [], None
         self._settings = window, orientation, pixel_size
         self._volumes = {}  # path -> ImageFile
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
-    def predict(self, paths, probabilities, progress=lambda done: None):
+    def predict(self, paths, assess, progress=lambda done, title: None, threshold=None):
         """Add the images in image, DICOM and NIfTI files.
 
-        probabilities(PIL image) -> float32 array (C, S, S) of 0..1.
-        progress(done): called with 0..1 before each image.
+        assess(PIL image) -> (float32 array (C, S, S) of 0..1, its Assessment).
+        progress(done, title): called before each image; done is 0..1. threshold: that of which the
+        agreement is.
         """
+        self.paths, self.threshold = list(paths), threshold
         with self._noting_problems(paths):
             files = expand(paths)
             for number, file in enumerate(files):
@@ -80,20 +90,20 @@ class Session:
                     if volume:
                         self._volumes[file.path] = file
                     for index, frame in enumerate(frames):
-                        progress((number + index / len(frames)) / len(files))
+                        progress((number + index / len(frames)) / len(files), frame.title)
                         with self._noting_problems(paths):
-                            self._add(frame, probabilities)
+                            self._add(frame, assess)
 
-    def _add(self, frame, probabilities):
-        check_clean(self.clean, frame.spacing, frame.path)
+    def _add(self, frame, assess):
         image = frame.read()
         file = self._folder / f"{len(self.predictions)}.npz"
         view = image.copy()
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
-        np.savez(file, view=np.asarray(view), probabilities=probabilities(image))
+        probabilities, assessment = assess(image)
+        np.savez(file, view=np.asarray(view), probabilities=probabilities)
         if frame.path in self._volumes:
             frame = frame._replace(read=None)  # which keeps the whole volume in memory
-        self.predictions.append(Prediction(frame, image.size, file))
+        self.predictions.append(Prediction(frame, image.size, file, assessment))
 
     @contextlib.contextmanager
     def _noting_problems(self, paths):
@@ -113,20 +123,36 @@ class Session:
         sums = [(prediction.read()[1] > threshold).sum() for prediction in self.predictions]
         return int(np.argmax(sums))
 
-    def view(self, index, threshold):
-        """The `View` of one prediction at a threshold."""
-        prediction, n_classes = self.predictions[index], len(self.class_names)
-        view, probabilities = prediction.read()
-        labels = self._labels(prediction, probabilities, threshold)
-        highest = probabilities.max((1, 2))
-        line = describe(prediction.frame.title, labels, highest, self.class_names)
-        labels = resize_nearest(labels, *view.shape[:2])
-        image, mask = Image.fromarray(view), draw_labels(labels, n_classes)
-        return View(image, mask, overlay(image, labels, n_classes), line)
+    def unlike(self):
+        """Lines on the pictures that are unlike the training images."""
+        assessed = [(one.frame.title, one.assessment) for one in self.predictions]
+        return describe_unlike(assessed, "pictures")
 
-    def _labels(self, prediction, probabilities, threshold):
+    def view(self, index, threshold, clean="none"):
+        """The `View` of one prediction at a threshold. ValueError where it cannot be cleaned up."""
+        prediction, names = self.predictions[index], self.class_names
+        view, probabilities = prediction.read()
+        labels = self._labels(prediction, probabilities, threshold, clean)
+        highest, frame = probabilities.max((1, 2)), prediction.frame
+        line = describe(frame.title, labels, highest, names)
+        sums = sum_probabilities(labels, probabilities)
+        rows = measure(labels, names, highest, sums, spacing=frame.spacing)
+        rows = [{**row, **self._assessed(prediction, threshold)._asdict()} for row in rows]
+        labels = resize_nearest(labels, *view.shape[:2])
+        image, mask = Image.fromarray(view), draw_labels(labels, len(names))
+        return View(image, mask, overlay(image, labels, len(names)), line, rows)
+
+    def _labels(self, prediction, probabilities, threshold, clean):
+        frame = prediction.frame
+        check_clean(clean, frame.spacing, frame.path.name)
         labels = full_size_labels(probabilities, prediction.size, threshold)
-        return clean_labels(labels, self.clean, pixel_area(prediction.frame.spacing))
+        return clean_labels(labels, clean, pixel_area(frame.spacing))
+
+    def _assessed(self, prediction, threshold):
+        """Its Assessment. The agreement is that of masks at the threshold of the prediction."""
+        if threshold == self.threshold:
+            return prediction.assessment
+        return prediction.assessment._replace(agreement=None)
 
     def save(self, image):
         """Write a PIL image of a `View` as PNG; return its path, which is the same every time."""
@@ -136,31 +162,73 @@ class Session:
             save_png(image, path, compress_level=1)
         return str(path)
 
-    def write(self, threshold):
+    # ---- downloads: the bytes are those that predict.py writes --------------------------------
+
+    def write(self, threshold, clean="none"):
         """Write the mask of the one image, or several in a zip; return the path.
 
-        The bytes are those that predict.py writes. The zip also holds the overlays and, of a
-        volume, the montage of its slices.
+        The zip also holds the overlays and, of a volume, the montage of its slices.
         """
-        folder, volumes, written = Path(tempfile.mkdtemp(dir=self._folder)), {}, []
+        folder = self._new_folder()
+        self._results(folder, threshold, clean, drawn=len(self.predictions) > 1 or self._volumes)
+        return self._pack(folder, "masks.zip")
+
+    def table(self, threshold, clean="none"):
+        """Write predictions.csv: a row for each image or volume, and class; return the path."""
+        folder = self._new_folder()
+        found = self._results(folder, threshold, clean, masks=False).rows.values()
+        write_text(folder / TABLE, table_text([row for rows in found for row in rows]))
+        return folder / TABLE
+
+    def has_pictures(self):
+        """Whether there are images that LabelMe can show, which are those of no volume."""
+        return any(one.frame.path not in self._volumes for one in self.predictions)
+
+    def labelme(self, threshold, clean="none"):
+        """Write the LabelMe file of the one image, or several in a zip; return the path.
+
+        DICOM frames come with the pictures that LabelMe opens. Volumes are left out.
+        """
+        folder = self._new_folder()
         for prediction in self.predictions:
-            labels = self._labels(prediction, prediction.read()[1], threshold)
-            if prediction.frame.path in self._volumes:
-                volumes.setdefault(prediction.frame.path, []).append(labels)
+            if (frame := prediction.frame).path not in self._volumes:
+                labels = self._labels(prediction, prediction.read()[1], threshold, clean)
+                write_labelme(frame, frame.read(), labels, folder, self.class_names, beside=True)
+        return self._pack(folder, "labelme.zip")
+
+    def _results(self, folder, threshold, clean, *, masks=True, drawn=False):
+        """The Results of all predictions, which have written masks, and overlays if `drawn`."""
+        wanted = ("mask", *(("overlay",) if drawn else ())) if masks else ()
+        results, volumes = Results(folder, self.class_names, wanted), defaultdict(list)
+        frames = add_depths([prediction.frame for prediction in self.predictions])
+        for prediction, frame in zip(self.predictions, frames, strict=True):
+            if frame.path in self._volumes:
+                volumes[frame.path].append(prediction)
                 continue
-            written.append(folder / f"{prediction.frame.name}_mask.png")
-            save_mask(labels, written[-1], self.class_names)
-            if len(self.predictions) > 1:
-                written.append(folder / f"{prediction.frame.name}_overlay.jpg")
-                image = prediction.frame.read()
-                save_overlay(image, labels, written[-1], self.class_names)
-        for path, masks in volumes.items():
+            probabilities = prediction.read()[1]
+            labels = self._labels(prediction, probabilities, threshold, clean)
+            image, columns = frame.read() if drawn else None, self._assessed(prediction, threshold)
+            results.add(frame, image, labels, probabilities, **columns._asdict())
+        for path, slices in volumes.items():
             _, volume = open_file(self._volumes[path], *self._settings)
-            pictures = volume.pictures(self._settings[0])
-            written += write_prediction(folder, volume, pictures, masks, self.class_names)
+            found = VolumeMasks(volume, len(self.class_names))
+            for prediction in slices:
+                probabilities = prediction.read()[1]
+                labels = self._labels(prediction, probabilities, threshold, clean)
+                found.add(labels, probabilities)
+            columns = assess_volume([self._assessed(one, threshold) for one in slices])
+            results.add_volume(found, self._settings[0], **columns._asdict())
+        return results
+
+    def _new_folder(self):
+        return Path(tempfile.mkdtemp(dir=self._folder))
+
+    def _pack(self, folder, name):
+        """The one file in a folder, or a zip of several."""
+        written = sorted(folder.iterdir())
         if len(written) == 1:
             return written[0]
-        archive = folder / "masks.zip"
+        archive = folder / name
         with zipfile.ZipFile(archive, "w") as file:  # not compressed: its files are
             for path in written:
                 file.write(path, path.name)

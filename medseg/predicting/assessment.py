@@ -105,20 +105,31 @@ def assess_volume(slices):
     )
 
 
+def describe_unlike(assessed, what="images"):
+    """Lines on the images that are unlike the training.
+
+    assessed: [(title, Assessment)]; what: they are.
+    """
+    far = sorted((-one.unlike, title) for title, one in assessed if one.is_unlike)
+    if len(far) <= MAX_LISTED:
+        return [
+            f"{title}: {FAR} (distance {-ratio:.1f}, limit 1): do not rely on its mask"
+            for ratio, title in far
+        ]
+    farthest = ", ".join(str(title) for _, title in far[:MAX_LISTED])
+    return [
+        f"{len(far)} of {len(assessed)} {what} are {FAR}: do not rely on their masks; "
+        f"the farthest: {farthest}"
+    ]
+
+
 def print_assessments(assessed, what="images"):
     """Print which images are unlike the training and, of several, which to check first.
 
     assessed: [(title, Assessment)]; what: they are.
     """
-    far = sorted((-one.unlike, title) for title, one in assessed if one.is_unlike)
-    for ratio, title in far if len(far) <= MAX_LISTED else ():
-        print(f"{title}: {FAR} (distance {-ratio:.1f}, limit 1): do not rely on its mask")
-    if len(far) > MAX_LISTED:
-        farthest = ", ".join(str(title) for _, title in far[:MAX_LISTED])
-        print(
-            f"{len(far)} of {len(assessed)} {what} are {FAR}: do not rely on their masks; "
-            f"the farthest: {farthest}"
-        )
+    for line in describe_unlike(assessed, what):
+        print(line)
     known = [(one.agreement, title) for title, one in assessed if one.agreement is not None]
     if len(known) == 1:
         print(f"agreement {known[0][0]:.2f}: the mean Dice between members")

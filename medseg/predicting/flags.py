@@ -12,7 +12,7 @@ from medseg.cli import (
     parse_named_values,
 )
 from medseg.images import FORMAT_NAMES
-from medseg.inference import FLIPS, PLAIN
+from medseg.inference import PLAIN, flips_to_average
 from medseg.pieces import CLEANINGS
 from medseg.results.folder import DEFAULT, WRITTEN
 
@@ -146,13 +146,13 @@ def choose_inference(args, recorded, trained_flips=()):
     """(the `medseg.inference.Inference` to predict with, a line on it or '').
 
     recorded: that in the weights, or None; a flag that is given wins over it. trained_flips: those
-    that --tta takes where none were chosen; without any, those of FLIPS.
+    that --tta takes where none were chosen.
     """
     inference, given = recorded or PLAIN, []
     if args.threshold is not None:
         inference, given = inference._replace(threshold=args.threshold), ["--threshold"]
     if args.tta is not None:
-        flips = (inference.flips or trained_flips or tuple(FLIPS)) if args.tta else ()
+        flips = flips_to_average(recorded, trained_flips) if args.tta else ()
         inference = inference._replace(flips=flips)
         given.append("--tta" if args.tta else "--no-tta")
     if args.clean is not None:

@@ -40,11 +40,11 @@ def labelme_files(frame, folder):
     return folder / f"{frame.name}.json", picture
 
 
-def write_labelme(frame, image, labels, folder, class_names):
+def write_labelme(frame, image, labels, folder, class_names, *, beside=False):
     """Write the outlines of one prediction as a LabelMe file.
 
     image: PIL RGB image; labels: class numbers, uint8 (height, width). The file names its image by
-    the way that leads there from `folder`.
+    the way that leads there from `folder`, or with `beside` as one in the same folder.
     """
     path, picture = labelme_files(frame, folder)
     if picture:
@@ -55,7 +55,8 @@ def write_labelme(frame, image, labels, folder, class_names):
         shape = {"label": names[outline.number], "points": outline.points, "group_id": None}
         shapes.append({**shape, "description": "", "shape_type": "polygon", "flags": {}})
     content = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes}
-    content |= {"imagePath": _way(picture or frame.path, folder), "imageData": None}
+    named = picture or frame.path
+    content |= {"imagePath": named.name if beside else _way(named, folder), "imageData": None}
     content |= {"imageHeight": labels.shape[0], "imageWidth": labels.shape[1]}
     with atomic_write(path, sync=False) as file:
         file.write(json.dumps(content, indent=1).encode())
