@@ -355,6 +355,12 @@ def written_files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def written_pictures(folder):
+    """Masks and what is drawn: all but the table and predictions.json."""
+    files = written_files(folder)
+    return {name: files[name] for name in files if not name.startswith("predictions.")}
+
+
 def test_several_files_come_back_as_a_zip(tab, place):
     folder, bad = place / "scans", place / "bad.png"
     folder.mkdir()
@@ -369,7 +375,7 @@ def test_several_files_come_back_as_a_zip(tab, place):
     tab.wait_for_text("2.tif: foreground ")
     name, content = tab.download()
     command_line(place, folder, "--output", place / "masks")
-    assert name == "masks.zip" and unzip(content) == written_files(place / "masks")
+    assert name == "masks.zip" and unzip(content) == written_pictures(place / "masks")
     before = runs(place)
     tab.page.locator("#files button[aria-label='Remove this file']").last.click()
     assert tab.wait_for_text("0.png: foreground ").count("\n") == 0
@@ -388,12 +394,14 @@ def test_volumes_and_frames(tab, place):
     said = tab.predict(paths[0])
     assert said.startswith("brain.nii.gz, slice 3: foreground ")  # the one with something in it
     command_line(place, paths[0], "--output", place / "volume-masks")
-    assert unzip(tab.download()[1]) == written_files(place / "volume-masks")
+    assert unzip(tab.download()[1]) == written_pictures(place / "volume-masks")
     tab.clear()
     tab.predict(*paths, words="slice 0")
     assert tab.page.inner_text("#download") == "Download 8 masks"
     command_line(place, inputs, "--output", place / "volume-masks")
-    assert unzip(tab.download()[1]) == written_files(place / "volume-masks")
+    assert unzip(tab.download()[1]) == written_pictures(place / "volume-masks")
+    table = (place / "volume-masks" / "predictions.csv").read_bytes()
+    assert_same_table(tab.download("csv")[1], table)
 
 
 def assert_same_table(content, expected):
