@@ -397,6 +397,8 @@ def test_volumes_and_frames(tab, place):
     assert tab.page.inner_text("#download") == "Download 8 masks"
     command_line(place, inputs, "--output", place / "volume-masks")
     assert unzip(tab.download()[1]) == written_files(place / "volume-masks")
+    table = (place / "volume-masks" / "predictions.csv").read_bytes()
+    assert_same_table(tab.download("csv")[1], table)
 
 
 def assert_same_table(content, expected):
