@@ -4,6 +4,7 @@ import base64
 import csv
 import itertools
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from data import Batches, load_split
 from medseg.cache import RaggedRows
 from medseg.inference import PLAIN, VIEWS
 from medseg.ood import FeatureRecorder, count_features, fit, fit_with_threshold, read_statistics
+from medseg.page.app import Page
 from medseg.predicting.assessment import (
     Agreement,
     Assessment,
@@ -422,3 +424,16 @@ def test_the_table_has_both(trained):
     assert all(0 <= float(row["agreement"]) <= 1 for row in (like, unlike))
     output_of("predict.py", "table", *flags, cwd=trained)
     assert [row["agreement"] for row in read_table(trained / "rows")] == ["", ""]
+
+
+def test_the_page_warns_of_unlike_images(trained):
+    (trained / "page").mkdir()
+    model = predict.open_model(trained / "run" / "best_model.pth", "cpu")
+    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
+    page = Page(gradio, model, trained / "page", 0.5, None)
+    Image.new("RGB", (50, 40)).save(trained / "page" / "blank.png")
+    paths = [trained / "dataset" / "test" / "0.png", trained / "page" / "blank.png"]
+    session, *_ = page.predict(paths, 0.5, False, "none", lambda done, title: None)
+    (line,) = session.unlike()
+    assert line.startswith("blank.png: unlike the training images")
+    assert "blank.png: unlike" in " ".join(map(str, page.show(session, 1, 0.5, "none")))

@@ -1,5 +1,6 @@
 """--tune-prediction: what is chosen on valid, recorded in the weights, and done by predict.py."""
 
+import contextlib
 import json
 import re
 from contextlib import nullcontext
@@ -494,7 +495,7 @@ def test_bad_flags(place, refused):
 
 def test_every_road_makes_the_same_masks(place):
     """One image, a folder, slices of a volume, the page and an ONNX file."""
-    from medseg.page.app import Page
+    from medseg.page.app import Page, add_switches
 
     (place / "scans").mkdir()
     pictures = [blobs(seed) for seed in range(4)]
@@ -521,6 +522,10 @@ def test_every_road_makes_the_same_masks(place):
     assert "chosen on valid" in said and served["threshold"] == 0.35
     gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
     page = Page(gradio, served["model"], place, served["threshold"], None)
+    gradio.Row, parts = lambda **given: contextlib.nullcontext(), SimpleNamespace()
+    gradio.Textbox = gradio.Checkbox = lambda value, **given: value
+    add_switches(page, parts)
+    assert (parts.clean, parts.tta) == ("largest", True)  # as is recorded
     given = 0.35, True, "largest", lambda done, title: None
     session, _, _, _, _, _, shown, *_ = page.predict([place / "scans" / "0.png"], *given)
     np.testing.assert_array_equal(np.asarray(shown) > 0, expected[0])
