@@ -51,7 +51,7 @@ def read_mask(path, palette_colours=False):
             return encoding, values
         if encoding == "colour":
             rounding = 1 if lossy == "lossy WebP" else 0  # its greys may be 9, 10, 9
-            if not is_grey(values, rounding).all():
+            if not is_grey_code(values, rounding).all():
                 raise ValueError(
                     f"{lossy} has changed the colours of this mask: save masks as PNG before "
                     f"they are ever {lossy}"
@@ -99,7 +99,7 @@ def _color_codes(pixels):
     return red << 16 | green << 8 | blue
 
 
-def is_grey(codes, tolerance=0):
+def is_grey_code(codes, tolerance=0):
     """Whether 0xRRGGBB, or each of an array of them, is grey, up to a difference of its samples."""
     red, green, blue = (codes >> shift & 255 for shift in (16, 8, 0))
     highest, lowest = (np.maximum(red, green), blue), (np.minimum(red, green), blue)

@@ -5,7 +5,7 @@ from collections import Counter
 from string import ascii_uppercase
 
 from medseg.coco import MAX_CLASSES, listed
-from medseg.formats.mask_files import HALF, is_grey
+from medseg.formats.mask_files import HALF, is_grey_code
 
 VOLUME = "volume"  # the encoding of the values of volumes, beside those of `read_mask`
 ONE_CLASS = "foreground"
@@ -66,7 +66,7 @@ class Tally:
 
     def merge_greys(self):
         """Count colours as greys where all are."""
-        if "colour" in self.counts_of and all(map(is_grey, self.counts_of["colour"])):
+        if "colour" in self.counts_of and all(map(is_grey_code, self.counts_of["colour"])):
             self.grey_colours = True
             grey = self.counts_of.setdefault("grey", Counter())
             for code, pixels in self.counts_of.pop("colour").items():
