@@ -321,15 +321,17 @@ def save_png(image, path, **options):
         image.save(file, "PNG", **options)
 
 
-def save_overlay(image, labels, path, class_names):
-    """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend.
+def save_jpeg(image, path):
+    """Write a PIL RGB image for eyes: a PNG file would take longer than all but the network."""
+    with atomic_write(Path(path), sync=False) as file:
+        image.save(file, "JPEG", quality=90, subsampling=0)  # colours at full resolution
 
-    As JPEG: it is for eyes, and a PNG file would take longer than all else but the network.
-    """
+
+def save_overlay(image, labels, path, class_names):
+    """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend."""
     drawn = with_legend(overlay(image, labels, len(class_names)), class_names)
     drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))  # which leaves a smaller one as it is
-    with atomic_write(Path(path), sync=False) as file:
-        drawn.save(file, "JPEG", quality=90, subsampling=0)  # colours at full resolution
+    save_jpeg(drawn, path)
 
 
 def save_mask(labels, path, class_names=("foreground",)):

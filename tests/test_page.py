@@ -51,7 +51,7 @@ from medseg.full_size import full_size_labels
 from medseg.images import save_mask
 from medseg.page import gate, server
 from medseg.page.app import Page, example_images, import_gradio, layout, make_app, text_html
-from medseg.page.session import Session
+from medseg.page.session import VIEW_SIDE, Session
 from medseg.predicting import models
 from medseg.predicting.assessment import Assessment
 
@@ -220,6 +220,11 @@ class Tab:
         cells = [self.page.locator(f"#table {kind}").all_inner_texts() for kind in ("th", "td")]
         return dict(zip(*cells, strict=False))
 
+    def widths(self):
+        """Pixels of the image, the mask and the two of the overlay, as the browser has them."""
+        drawn = self.page.locator("#image img, #mask img, #overlay img")
+        return drawn.evaluate_all("images => images.map(image => image.naturalWidth)")
+
     def wait_for(self, condition):
         deadline = time.monotonic() + SECONDS
         while not condition():
@@ -288,8 +293,21 @@ def test_an_image_gets_its_mask_and_the_threshold_moves_without_the_network(tab,
     assert Image.open(io.BytesIO(content)).size == (100, 80)
     assert shares[1] < shares[0] < shares[2]
     assert runs(place) == before + 1
-    for name in ("image", "mask", "overlay"):
-        assert tab.page.locator(f"#{name} img").evaluate("image => image.naturalWidth") == 100
+    assert tab.widths() == [100, 100, 100, 100]
+
+
+def test_the_overlay_lies_on_the_image_and_the_wheel_zooms_into_both(tab, place):
+    path = place / "zoomed.png"
+    scan(100, 80, 20, 15, 30).save(path)
+    tab.predict(path)
+    below, above = tab.page.locator("#overlay img").all()
+    image = tab.page.locator("#image img").get_attribute("src")
+    assert below.get_attribute("src") == image != above.get_attribute("src")
+    whole = below.bounding_box()
+    above.hover()
+    tab.page.mouse.wheel(0, -500)
+    tab.wait_for(lambda: below.bounding_box()["width"] > 1.04 * whole["width"])
+    tab.wait_for(lambda: below.bounding_box() == pytest.approx(above.bounding_box(), abs=0.5))
 
 
 def test_an_example_is_one_click(tab, place):
@@ -309,6 +327,7 @@ def test_16_bits_and_a_photograph_of_12_megapixels(tab, place):
         line, mask = expected_mask(place, path)
         assert tab.predict(path) == line
         assert tab.download() == (f"{path.stem}_mask.png", mask)
+        assert tab.widths() == 4 * [min(Image.open(path).width, VIEW_SIDE)]
         tab.clear()
 
 
@@ -696,7 +715,7 @@ def test_without_the_cookie_there_is_nothing(visitor, place):
 def test_a_browser_gets_nothing_of_another(visitor, servers, place):
     scan(50, 50, 10, 10, 20).save(place / "secret.png")
     there, said = visitor.predict(place / "secret.png")
-    files = [part["path"] for part in said if isinstance(part, dict) and part.get("path")]
+    files = list(set(re.findall(r'"path": ?"([^"]+)"', json.dumps(said))))
     assert visitor.event(visitor.handler("click"))[0] == 200
     files.append(visitor.result()["output"]["data"][0]["path"])
     other = Visitor(servers.address)
@@ -928,7 +947,7 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "rgb.png")
     gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
     page = Page(gradio, TwoClasses(), tmp_path, 0.5, None)
-    session, number, *buttons, image, mask, tinted, text, table = page.predict(
+    session, number, *buttons, image, mask, pair, text, table = page.predict(
         [tmp_path / "rgb.png"], 0.5, False, "none", lambda done, title: None
     )
     probabilities = np.moveaxis(pixels[..., :2] / np.float32(255), 2, 0)
@@ -936,7 +955,7 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     assert [(labels == number).sum() for number in (1, 2)] == [300, 600]
     save_mask(labels, tmp_path / "expected.png", TwoClasses.class_names)
     assert session.write(0.5).read_bytes() == (tmp_path / "expected.png").read_bytes()
-    assert image.size == mask.size == tinted.size == (50, 30)
+    assert [one.size for one in (image, mask, *pair)] == 4 * [(50, 30)] and pair[0] is image
     assert "red &lt;b&gt; 20.00 %, highest probability 0.706" in text
     assert text.count("<i style=") == 2 and "rgb(230, 159, 0)" in text
     assert np.asarray(mask)[0, 15].tolist() == [230, 159, 0]  # as in the legend
@@ -951,7 +970,7 @@ def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, firs
     voxels = np.full((8, 6, 4), 10, np.int16)
     voxels[:6, :1, 0], voxels[:6, :4, 1], voxels[:6, :2, 2] = 100, 160, 240
     write_nifti(tmp_path / "v.nii.gz", voxels, zooms=(1, 1, 5))
-    pixels = np.full((600, 800), 10, np.uint8)
+    pixels = np.full((1500, 2400), 10, np.uint8)
     for row, (value, count) in enumerate(counts.items()):
         pixels[100 * row, :count] = value
     Image.fromarray(pixels).save(tmp_path / "large.png")
@@ -974,14 +993,14 @@ def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, firs
         assert np.asarray(session.view(index, threshold).mask).mean() == 255 * above
     both = predict("v.nii.gz", "large.png")
     assert both.first(threshold) == 0
-    assert both.view(4, threshold).image.size == (640, 480)
+    assert both.view(4, threshold).image.size == (VIEW_SIDE, 1280)
     for one in (session, both):
         with zipfile.ZipFile(one.write(threshold)) as archive:
             archive.extractall(tmp_path / "written")
         mask = np.asarray(nibabel.load(tmp_path / "written" / "v_mask.nii.gz").dataobj)
         assert mask.shape == (8, 6, 4) and np.count_nonzero(mask) == expected
     mask = np.asarray(Image.open(tmp_path / "written" / "large_mask.png"))
-    assert mask.shape == (600, 800) and np.count_nonzero(mask) == expected
+    assert mask.shape == (1500, 2400) and np.count_nonzero(mask) == expected
     drawn = np.asarray(Image.open(tmp_path / "written" / "large_overlay.jpg")).astype(int)
     assert np.count_nonzero(np.ptp(drawn, 2) > 40) == expected  # the rest stays grey
 

@@ -26,6 +26,8 @@ from medseg.signals import Signals, Stopped
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
 UPLOADS = "uploads"  # the folder of what browsers send and get
 TAKES = f"Images: DICOM, NIfTI, {FORMAT_NAMES}; one or several"
+VIEW_HEIGHT = 330  # of the three pictures, in pixels of the browser
+ZOOMS = "Overlay: turn the wheel to zoom"
 WAITING = "Drop an image above, or choose an example."
 
 
@@ -156,7 +158,10 @@ class Page:
         )
 
     def show(self, session, number, threshold, clean):
-        """Image, mask, overlay, the text on them and the table. The network does not run."""
+        """Image, mask, image and overlay as a pair, the text on them and the table.
+
+        The network does not run.
+        """
         nothing = None, None, None
         if session is None or not (session.predictions or session.problems):
             return *nothing, text_html([WAITING]), table_html([])
@@ -169,7 +174,8 @@ class Page:
             return *nothing, text_html([], [str(error)]), table_html([])
         problems = [*session.unlike(), *session.problems]
         text = text_html([view.line], problems, self.predictor.class_names)
-        return view.image, view.mask, view.overlay, text, table_html(view.rows)
+        pair = view.image, view.overlay
+        return view.image, view.mask, pair, text, table_html(view.rows)
 
     def write(self, what, session, threshold, clean):
         """The path of a download; what: a method of `Session`. gradio.Error where it is none."""
@@ -215,17 +221,12 @@ def layout(page, title, examples):
                 elem_id="examples",
             )
         with gr.Row():
+            looks = {"height": VIEW_HEIGHT, "min_width": 240, "buttons": ["fullscreen"]}
+            zoomed = {"slider_position": 0, "max_height": VIEW_HEIGHT, **looks}
             parts.views = [
-                gr.Image(
-                    label=name.capitalize(),
-                    format="png",
-                    height=330,
-                    min_width=240,
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    elem_id=name,
-                )
-                for name in ("image", "mask", "overlay")
+                gr.Image(label="Image", interactive=False, elem_id="image", **looks),
+                gr.Image(label="Mask", interactive=False, elem_id="mask", **looks),
+                gr.ImageSlider(label=ZOOMS, interactive=False, elem_id="overlay", **zoomed),
             ]
         parts.text = gr.HTML(text_html([WAITING]), elem_id="text")
         parts.number = gr.Slider(1, 2, 1, step=1, label="Picture", visible=False, elem_id="number")
@@ -348,6 +349,10 @@ def connect_downloads(page, parts, buttons):
         )
 
 
-def as_files(session, values):
-    """`values` with paths in the session's folder for images: gradio's own folder is everyone's."""
-    return [session.save(one) if isinstance(one, Image.Image) else one for one in values]
+def as_files(session, value):
+    """`value` with paths in the session's folder for images: gradio's own folder is everyone's."""
+    if isinstance(value, Image.Image):
+        return session.save(value)
+    if isinstance(value, list | tuple):
+        return [as_files(session, one) for one in value]
+    return value

@@ -18,7 +18,7 @@ from medseg.cli import one_line
 from medseg.drawing import draw_labels, overlay
 from medseg.formats.own_files import TABLE
 from medseg.full_size import full_size_labels, sum_probabilities
-from medseg.images import describe, resize_nearest, save_png
+from medseg.images import describe, resize_nearest, save_jpeg, save_png
 from medseg.pieces import check_clean, clean_labels, pixel_area
 from medseg.predicting.assessment import Assessment, assess_volume, describe_unlike
 from medseg.predicting.inputs import Frame, add_depths, expand, open_file
@@ -27,7 +27,8 @@ from medseg.results.folder import Results
 from medseg.results.table import measure, table_text, write_text
 from medseg.results.volume import VolumeMasks
 
-VIEW_SIDE = 640  # pixels, at most, of the longer side of what the browser shows
+VIEW_SIDE = 2048  # pixels, at most, of the longer side of what the browser shows and zooms into
+EXACT_SIDE = 640  # up to here as PNG; a larger one would take a second at every move of the slider
 
 
 class Prediction(NamedTuple):
@@ -155,11 +156,15 @@ class Session:
         return prediction.assessment._replace(agreement=None)
 
     def save(self, image):
-        """Write a PIL image of a `View` as PNG; return its path, which is the same every time."""
+        """Write a PIL image of a `View`; return its path, which is the same every time."""
         pixels = f"{image.mode} {image.size} ".encode() + image.tobytes()
-        path = self._folder / f"{hashlib.sha256(pixels).hexdigest()}.png"
-        if not path.exists():
+        exact = max(image.size) <= EXACT_SIDE or image.getcolors() is not None  # as masks have few
+        name = hashlib.sha256(pixels).hexdigest()
+        path = self._folder / f"{name}.{'png' if exact else 'jpg'}"
+        if not path.exists() and exact:
             save_png(image, path, compress_level=1)
+        elif not path.exists():
+            save_jpeg(image, path)
         return str(path)
 
     # ---- downloads: the bytes are those that predict.py writes --------------------------------

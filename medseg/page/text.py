@@ -15,8 +15,9 @@ CSS = """
 #head strong { color: #b45309; font-weight: 600; }
 .dark #head strong { color: #fbbf24; }
 #examples .grid-wrap { padding-top: 2.2rem; }
-#examples .thumbnail-lg { background: #000; }
+#examples .thumbnail-lg { background: #000; aspect-ratio: 1.15; }
 #image, #mask, #overlay { background: #14171c; }
+#overlay img { background: #14171c !important; }
 #text p { margin: 0.1rem 0; font-size: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 #text .problem { color: #b91c1c; }
 .dark #text .problem { color: #fca5a5; }
@@ -24,7 +25,8 @@ CSS = """
 #text .legend i { display: inline-block; width: 0.9em; height: 0.9em; margin-right: 0.4em;
   border-radius: 2px; vertical-align: -0.1em; }
 #table table { border-collapse: collapse; font-size: 0.9rem; }
-#table th, #table td { padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap; }
+#table th, #table td { padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap;
+  border: 1px solid var(--border-color-primary); }
 #table th:first-child, #table td:first-child { text-align: left; }
 #table th { color: var(--neutral-600); font-weight: 600; }
 .dark #table th { color: var(--neutral-300); }
