@@ -52,7 +52,7 @@ from medseg.normalization import normalize
 from medseg.planning.plan import planned_flags
 from medseg.run_lengths import unite
 from medseg.splits import grouped_split
-from net import UNet
+from net import UNet, load_model
 
 
 class COCOSegmentationDataset(Dataset):
@@ -464,7 +464,8 @@ def main(argv=None):
     set_pixel_limit(args.max_megapixels)
     if args.plan:
         require_data_set(Path(args.root))
-        planned_flags(open_split, UNet, {"data": args.root, "minutes": args.minutes})
+        given = {"data": args.root, "minutes": args.minutes}
+        planned_flags(open_split, UNet, load_model, given)
         return
     if args.grouped_split:
         target = grouped_split(args.root, args.grouped_split)

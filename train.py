@@ -46,6 +46,7 @@ from medseg.device import (
 )
 from medseg.files import file_lock
 from medseg.inference import PLAIN, learned_flips
+from medseg.layers import architecture_of
 from medseg.metrics import RunningScores, dice_score
 from medseg.phantoms import make_phantoms
 from medseg.planning.plan import planned_flags
@@ -83,7 +84,7 @@ from medseg.training.history import (
 )
 from medseg.training.optim import AdamW, GuardedStep, RunningMean, fit_to_run, make_schedule
 from medseg.training.precision import settle_precision
-from medseg.training.recipes import LOSSES, architecture_of
+from medseg.training.recipes import LOSSES
 from medseg.training.resume import recorded_flags
 from medseg.training.tracking import start_tracker
 from medseg.training.tuning import finished, tune_prediction
@@ -316,7 +317,7 @@ def visualize_predictions(
 
 def main(argv=None):
     args, checkpoint = parse_arguments(
-        argv, __doc__, load_model, partial(planned_flags, open_split, UNet)
+        argv, __doc__, load_model, partial(planned_flags, open_split, UNet, load_model)
     )
     by_default = "classes" not in make_parser(__doc__).parse_given(argv, ("classes",))
     unasked = by_default and args.classes == "union" and args.recipe != "auto"  # which tells why

@@ -1,5 +1,6 @@
-"""What a UNet is built of: the settings that choose its layers, and named sets of them."""
+"""What a UNet is built of: the settings that choose its layers, named sets of them, their flags."""
 
+import argparse
 import math
 from dataclasses import asdict, dataclass
 
@@ -119,3 +120,35 @@ ARCHITECTURES = {
         "dropout": "channels",
     },
 }
+N_FILTERS = {"tutorial": 32, "drive": 64, "study": 64}  # of the first level, as published
+
+
+def arch_flags(arch):
+    """The flags that --arch sets besides, as a dict."""
+    return {**_layer_flags(Architecture(**ARCHITECTURES[arch])), "n_filters": N_FILTERS[arch]}
+
+
+def _layer_flags(architecture):
+    """What of an `Architecture` has a flag of its own."""
+    norm = architecture.norm or "none"
+    return {"depth": architecture.depth, "norm": norm, "dropout": architecture.dropout}
+
+
+def architecture_of(args):
+    """The `Architecture` that --arch and the flags beside it give."""
+    norm = None if args.norm == "none" else args.norm
+    own = {"depth": args.depth, "norm": norm, "dropout": args.dropout}
+    settings = {**ARCHITECTURES[args.arch], **own}
+    if norm is None:
+        settings.pop("bias", None)  # left out only where a normalisation has one
+    return Architecture(**settings)
+
+
+def network_flags(model, path):
+    """The flags that make the UNet in the file `path`, as a dict. ValueError where none do."""
+    flags = _layer_flags(model.architecture)
+    for arch in ARCHITECTURES:
+        if architecture_of(argparse.Namespace(arch=arch, **flags)) == model.architecture:
+            flags = {"arch": arch, **flags, "n_filters": model.n_filters}
+            return {**flags, "n_channels": model.n_channels}
+    raise ValueError(f"{path}: its network is none that --arch has a name for")

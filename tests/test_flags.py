@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from medseg.cli import ArgumentParser
-from medseg.layers import Architecture
+from medseg.layers import Architecture, architecture_of
 from medseg.training.checkpoint import KEYS
 from medseg.training.flags import make_parser, parse_arguments
-from medseg.training.recipes import architecture_of
 from medseg.training.resume import recorded_flags
 from net import UNet
 

@@ -7,7 +7,7 @@ import torch
 from helpers import make_dataset, set_classes
 
 import train
-from medseg.predicting.models import PRETRAINED
+from medseg.pretrained import PRETRAINED
 from medseg.weights import load_weights
 from net import UNet, load_model
 

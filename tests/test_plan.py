@@ -11,9 +11,11 @@ import torch
 from helpers import (
     SIZE,
     assert_done,
+    brightness_model,
     edit_annotations,
     make_dataset,
     output_of,
+    scan,
     script_here,
     set_classes,
     square,
@@ -27,10 +29,10 @@ from medseg.planning import fingerprint as fingerprints
 from medseg.planning import timing
 from medseg.planning.fingerprint import SIDES, Fingerprint, take_fingerprint
 from medseg.planning.plan import plan_training
-from medseg.planning.rules import Plan, choose_length, choose_what_data_decide
+from medseg.planning.rules import Plan, choose_length, choose_what_data_decide, may_start
 from medseg.planning.timing import Times
 from medseg.weights import load_weights
-from net import UNet
+from net import UNet, load_model
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,7 @@ def short_timing(monkeypatch):
     monkeypatch.setattr(timing, "SECONDS", 0.05)
 
 
-PLANNING = {"open_split": open_split, "network": UNet}
+PLANNING = {"open_split": open_split, "network": UNet, "read_network": load_model}
 QUICK = ("--device", "cpu", "--swanlab", "disabled")
 
 
@@ -252,6 +254,28 @@ def test_a_flag_that_is_given_wins_and_the_others_go_by_it():
     assert decide({"crop": 64})["crop"] == 64 and decide({"crop": 64})["depth"] == 3
     assert decide({"image_size": 512}, kept=LINES)["crop"] == 0
     assert decide({"crop": 0}, kept=LINES)["image_size"] >= 300
+
+
+@pytest.mark.parametrize("astray", [1, 3])
+def test_weights_that_find_the_masks_are_a_start(astray, tmp_path, monkeypatch):
+    """They mark the bright square of each of four images; of some, the mask is another square."""
+    path = tmp_path / "known.pth"
+    torch.save(brightness_model().state_dict(), path)
+    monkeypatch.setattr("medseg.pretrained.PRETRAINED", path)
+    images = {f"{number}.png": scan(32, 32, 4, 4, 8) for number in range(4)}
+    squares = [square(4, 4, 8)] * (4 - astray) + [square(20, 20, 8)] * astray
+    root = write_set(tmp_path / "set", images, list(enumerate(squares)))
+    plan = plan_training(root, {"device": "cpu"}, **PLANNING)
+    if astray == 3:  # Dice 1 / 4
+        assert "init" not in plan.flags and plan.flags["n_filters"] > 2
+        return
+    assert "Dice of 0.75" in plan.lines[0] and f"--init {path}" in plan.lines[0]
+    chosen = {"n_filters": 2, "n_channels": 3, "image_size": 32, "norm": "none", "depth": 5}
+    assert chosen.items() <= plan.flags.items() and "prior" not in plan.flags
+    for given in ({"n_filters": 4}, {"init": "other.pth"}, {"crop": 16}):
+        assert not may_start(look(), given)
+    assert may_start(look(), {"lr": 0.1})
+    assert not may_start(look(images={"train": 1000, "valid": 9, "test": 9}), {})
 
 
 @pytest.mark.parametrize("minutes", [1, 5, 60])

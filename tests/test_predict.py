@@ -56,7 +56,7 @@ from medseg.metrics import (
 from medseg.page.session import Session
 from medseg.phantoms import draw_phantom
 from medseg.predicting.inputs import EXAMPLE, describe_left_out, expand, left_aside, open_file
-from medseg.predicting.models import ABOUT_PRETRAINED, PRETRAINED
+from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
 from medseg.predicting.report import (
     SWEEP,
     FolderScores,
@@ -126,7 +126,7 @@ def test_before_any_training_the_repositorys_weights_are_used(tmp_path, monkeypa
 
 
 def test_without_any_weights_the_next_command_is_named(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("medseg.predicting.models.PRETRAINED", tmp_path / "none.pth")
+    monkeypatch.setattr("medseg.pretrained.PRETRAINED", tmp_path / "none.pth")
     scan(40, 40, 5, 5, 20).save(tmp_path / "scan.png")
     refused("predict", "scan.png", words=["best_model.pth", "python train.py"])
 

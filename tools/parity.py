@@ -23,8 +23,7 @@ def networks(n_filters=None):
 
     n_filters: instead of those that --arch has.
     """
-    from medseg.layers import ARCHITECTURES
-    from medseg.training.recipes import N_FILTERS
+    from medseg.layers import ARCHITECTURES, N_FILTERS
     from net import UNet
 
     normalised = {f"--norm {norm}": {"norm": norm} for norm in ("batch", "group")}

@@ -13,19 +13,22 @@ from medseg.planning.rules import (
     MIN_STEPS,
     Plan,
     choose_length,
+    choose_start,
     choose_what_data_decide,
+    may_start,
     shrink,
 )
+from medseg.planning.start import try_pretrained
 from medseg.planning.timing import time_network
 
 NOT_REPEATED = ("recipe", "minutes", "out", "overwrite")  # in the command that a plan prints
 
 
-def planned_flags(open_split, network, given):
+def planned_flags(open_split, network, read_network, given):
     """The flags that --recipe auto adds to those that are given, printed with their reasons.
 
-    open_split, network, given, and what is raised: as of `plan_training`; here `given` also holds
-    data, synthetic, minutes and folds, of which each gets its part of the minutes.
+    What is taken and raised is as of `plan_training`; here `given` also holds data, synthetic,
+    minutes and folds, of which each gets its part of the minutes.
     """
     if started_by_torchrun():
         raise ValueError(
@@ -36,25 +39,31 @@ def planned_flags(open_split, network, given):
     if given.get("synthetic"):
         root = make_phantoms(root / "synthetic")
     minutes = given.get("minutes", 0.0) / max(folds, 1)
-    plan = plan_training(root, given, open_split=open_split, network=network, minutes=minutes)
+    programs = {"open_split": open_split, "network": network, "read_network": read_network}
+    plan = plan_training(root, given, minutes=minutes, **programs)
     print_plan(plan, root, folds)
     return plan.flags
 
 
-def plan_training(root, given, *, open_split, network, minutes=0.0):
+def plan_training(root, given, *, open_split, network, read_network, minutes=0.0):
     """The Plan of a training on the data set in `root`: its flags, reasons and seconds.
 
     given: {name: value} of flags that the user gives, which win. open_split: that of data.py;
-    network: the class UNet. minutes: how long the training may take, 0: as long as the rules say.
+    network, read_network: UNet and load_model of net.py. minutes: how long the training may take,
+    0: as long as the rules say.
     Raises FileNotFoundError or ValueError where the data set is damaged or has no foreground.
     """
     look = take_fingerprint(root, open_split, skip_bad=given.get("skip_bad", False))
     device = pick_device(given.get("device", "auto"))
     if not any(look.foreground):
         raise ValueError(f"{root / 'train'}: none of its masks has foreground: nothing to learn")
-    smaller = {}
+    smaller, start = {}, None
+    if may_start(look, given):
+        start = try_pretrained(root, open_split, read_network)
     while True:
         plan = Plan({**smaller, **given})
+        if start:
+            choose_start(plan, start)
         choose_what_data_decide(plan, look, "cuda" if device.type == "cuda" else "cpu")
         times = time_plan(plan, look, device, network)
         steps, plan.seconds = choose_length(plan, look, times, minutes)

@@ -17,21 +17,18 @@ from medseg.ood import FeatureRecorder
 from medseg.pieces import clean_labels, pixel_area
 from medseg.predicting.assessment import Agreement, assess
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
+from medseg.pretrained import ABOUT_PRETRAINED, pretrained_path
 from medseg.settings import read_settings
 from medseg.tiles import apply_network, by_tiles, read_tiling, tiling_of
 
-# Weights that come with the repository, and what they are: docs/pretrained.md.
-PRETRAINED = Path(__file__).parents[2] / "dataset" / "tumor.pth"
-ABOUT_PRETRAINED = "brain tumours in MRI slices, test Dice 0.77"
 INPUT, OUTPUT = "images", "probabilities"  # of an ONNX file
 
 
 def default_model():
     """The weights to use where none are named: best_model.pth, else PRETRAINED, and says so."""
-    own, here = Path("best_model.pth"), Path.cwd()
-    if own.exists() or not PRETRAINED.exists():
+    own, path = Path("best_model.pth"), pretrained_path()
+    if own.exists() or path is None:
         return str(own)
-    path = PRETRAINED.relative_to(here) if PRETRAINED.is_relative_to(here) else PRETRAINED
     print(f"no {own} here: taking {path} ({ABOUT_PRETRAINED}; see docs/pretrained.md)")
     return str(path)
 

@@ -16,11 +16,11 @@ from medseg.cli import (
     spell_flags,
 )
 from medseg.images import IMAGE_SIZE, set_pixel_limit
-from medseg.layers import ARCHITECTURES, CHOICES
+from medseg.layers import ARCHITECTURES, CHOICES, arch_flags, network_flags
 from medseg.training.checkpoint import BEST
 from medseg.training.cross_validation import check_folds, read_folds
 from medseg.training.precision import keep_precision
-from medseg.training.recipes import LOSSES, RECIPES, arch_flags, network_flags
+from medseg.training.recipes import LOSSES, RECIPES
 from medseg.training.resume import NOT_RECORDED, check_can_go_on, check_same_run, find_checkpoint
 
 # The flags on which the defaults of others depend, and what --recipe auto may read.

@@ -1,8 +1,4 @@
-"""Named sets of flags: recipes, and what --arch and --loss stand for."""
-
-import argparse
-
-from medseg.layers import ARCHITECTURES, Architecture
+"""Named sets of flags, the recipes, and what --loss takes."""
 
 # Named sets of flags; what the command line gives besides wins.
 RECIPES = {
@@ -35,35 +31,3 @@ RECIPES = {
 }
 # {name: (weight where none is given, highest)}, for `medseg.cli.parse_named_values`.
 LOSSES = {"dice": (1.0, 100.0), "bce": (1.0, 100.0), "focal": (1.0, 100.0)}
-N_FILTERS = {"tutorial": 32, "drive": 64, "study": 64}  # of the first level, as published
-
-
-def arch_flags(arch):
-    """The flags that --arch sets besides, as a dict."""
-    return {**_layer_flags(Architecture(**ARCHITECTURES[arch])), "n_filters": N_FILTERS[arch]}
-
-
-def _layer_flags(architecture):
-    """What of an `Architecture` has a flag of its own."""
-    norm = architecture.norm or "none"
-    return {"depth": architecture.depth, "norm": norm, "dropout": architecture.dropout}
-
-
-def architecture_of(args):
-    """The `Architecture` that --arch and the flags beside it give."""
-    norm = None if args.norm == "none" else args.norm
-    own = {"depth": args.depth, "norm": norm, "dropout": args.dropout}
-    settings = {**ARCHITECTURES[args.arch], **own}
-    if norm is None:
-        settings.pop("bias", None)  # left out only where a normalisation has one
-    return Architecture(**settings)
-
-
-def network_flags(model, path):
-    """The flags that make the UNet in the file `path`, as a dict. ValueError where none do."""
-    flags = _layer_flags(model.architecture)
-    for arch in ARCHITECTURES:
-        if architecture_of(argparse.Namespace(arch=arch, **flags)) == model.architecture:
-            flags = {"arch": arch, **flags, "n_filters": model.n_filters}
-            return {**flags, "n_channels": model.n_channels}
-    raise ValueError(f"{path}: its network is none that --arch has a name for")

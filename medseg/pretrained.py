@@ -1,0 +1,14 @@
+"""The weights that come with the repository; docs/pretrained.md tells how they were made."""
+
+from pathlib import Path
+
+PRETRAINED = Path(__file__).parents[1] / "dataset" / "tumor.pth"
+ABOUT_PRETRAINED = "brain tumours in MRI slices, test Dice 0.77"
+
+
+def pretrained_path():
+    """PRETRAINED as it is seen from the current folder, or None where it was removed."""
+    if not PRETRAINED.exists():
+        return None
+    here = Path.cwd()
+    return PRETRAINED.relative_to(here) if PRETRAINED.is_relative_to(here) else PRETRAINED
