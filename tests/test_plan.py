@@ -26,6 +26,7 @@ from PIL import Image
 
 from data import open_split
 from medseg.planning import fingerprint as fingerprints
+from medseg.planning import plan as plans
 from medseg.planning import timing
 from medseg.planning.fingerprint import SIDES, Fingerprint, take_fingerprint
 from medseg.planning.plan import plan_training
@@ -471,3 +472,48 @@ def test_a_short_time_makes_the_network_smaller(dataset):
     assert short["n_filters"] == 8 < flags["n_filters"]
     wide = {"device": "cpu", "n_filters": 64}
     assert plan_training(dataset, wide, **PLANNING, minutes=0.2).flags["n_filters"] == 64
+
+
+def test_size_then_filters_then_crops_give_way_to_a_short_time(monkeypatch):
+    """A step takes 40 ms at 64x64 with 8 filters, and 400 of them are wanted."""
+
+    def time_plan(plan, *_):
+        work = (plan.side / 64) ** 2 * plan.n_filters / 8
+        return Times(step=0.04 * work, image=0.001 * work)
+
+    def flags_for(given=(), **changes):
+        monkeypatch.setattr(plans, "take_fingerprint", lambda *_, **__: look(**changes))
+        plan = plan_training(".", {"device": "cpu", **dict(given)}, **PLANNING, minutes=0.7)
+        return {name: plan.flags.get(name) for name in ("crop", "image_size", "n_filters")}
+
+    monkeypatch.setattr(plans, "time_plan", time_plan)
+    many = {"train": 500, "valid": 2, "test": 2}
+    small = {"crop": 0, "image_size": 64, "n_filters": 8}
+    assert flags_for(images=many) == small
+    assert flags_for({"image_size": 96}, images=many) == {**small, "image_size": 96}
+    huge = {"kept": LINES, "largest": 5000, "width": 5000, "height": 4000}
+    assert flags_for(images=many, **huge) == small
+    assert flags_for({"crop": 128}, images=many, **huge)["crop"] == 128
+    assert decide(**{**huge, "largest": 7000})["crop"] == 0 < decide(**huge)["crop"]
+
+
+def test_a_large_image_is_timed_by_a_smaller_one(monkeypatch):
+    sides = []
+
+    class Network(UNet):
+        def forward(self, images):
+            sides.append(images.shape[-1])
+            return super().forward(images)
+
+    def seconds(function, device):
+        function()
+        return 1.0
+
+    monkeypatch.setattr(timing, "_seconds", seconds)
+    network = Network(1, 1, 2, depth=1)
+    given = {"device": torch.device("cpu"), "batch_size": 2, "precision": "fp32"}
+    usual, large = (timing.time_network(network, side=side, **given) for side in (64, 512))
+    assert set(sides) == {64, 256}
+    assert usual == (pytest.approx(1.15), 0.5)
+    # Twice the side has four times the pixels, each of which takes 1.46 times as long.
+    assert large.step / usual.step == large.image / usual.image == pytest.approx(4 * 1.46, rel=0.05)

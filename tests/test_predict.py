@@ -56,7 +56,6 @@ from medseg.metrics import (
 from medseg.page.session import Session
 from medseg.phantoms import draw_phantom
 from medseg.predicting.inputs import EXAMPLE, describe_left_out, expand, left_aside, open_file
-from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
 from medseg.predicting.report import (
     SWEEP,
     FolderScores,
@@ -66,6 +65,7 @@ from medseg.predicting.report import (
     shorten_name,
     write_report,
 )
+from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
 from medseg.training.checkpoint import history_row
 
 

@@ -67,7 +67,7 @@ def plan_training(root, given, *, open_split, network, read_network, minutes=0.0
         choose_what_data_decide(plan, look, "cuda" if device.type == "cuda" else "cpu")
         times = time_plan(plan, look, device, network)
         steps, plan.seconds = choose_length(plan, look, times, minutes)
-        change = shrink(plan, SIDES) if minutes and steps < MIN_STEPS else {}
+        change = shrink(plan, given, SIDES) if minutes and steps < MIN_STEPS else {}
         if not change:
             break
         smaller |= change

@@ -31,8 +31,9 @@ KEPT = 0.97
 # 0.783 so, 0.760 whole at 512x512.
 WHOLE_LIMIT, CROP = 384, 128
 CROP_DEPTH = 3  # levels of a network for crops. Membranes: 0.812 with three, 0.809 with five
-# Pixels of an image that is predicted at its own size, at most: each takes some 300 bytes.
-LARGEST = 16_000_000
+# Side of a square image that is predicted at its own size, at most: by tiles, which take little
+# memory, but the images themselves are decoded, and five of them drawn at the end.
+LARGEST = 6000
 BOTTOM = 4  # pixels a side of the deepest level; nnU-Net has 4 to 7
 PIXELS = {"cpu": 8 * 128**2, "cuda": 16 * 256**2}  # of a batch
 BATCHES = (4, 8)  # the smallest that batch normalisation takes well, and the largest
@@ -120,7 +121,7 @@ def choose_input(plan, look):
 def choose_size(plan, look):
     """Whole images, as small as the masks allow, or crops of the images at their own size."""
     side = min((side for side, dice in look.kept.items() if dice >= KEPT), default=max(look.kept))
-    can_crop = look.largest**2 <= LARGEST and "image_size" not in plan.given
+    can_crop = look.largest <= LARGEST and "image_size" not in plan.given
     if plan.given.get("crop", side > WHOLE_LIMIT and can_crop):
         lost = f"at 256x256 the masks alone would lose {1 - look.kept[256]:.2f} Dice"
         plan.choose(f"the foreground is {look.thickness:.0f} pixels thick, and {lost}", crop=CROP)
@@ -217,15 +218,20 @@ def choose_length(plan, look, times, minutes):
     return steps, steps * times.step + plan.epochs * evaluation + around
 
 
-def shrink(plan, sides):
+def shrink(plan, given, sides):
     """The next flag to make smaller where the time is short, as a dict; {} where there is none.
 
-    The size first, which costs least, then the filters. sides: those that an image may have.
+    The size first, which costs least, then the filters; whole images in place of crops where these
+    are so large that predicting valid and test takes all the time. given: flags that stay; sides:
+    those that an image may have.
     """
-    if not plan.crop and "image_size" not in plan.given:
+    if not plan.crop and "image_size" not in given:
         smaller = [side for side in sides if side < plan.image_size]
         if smaller:
             return {"image_size": max(smaller)}
-    if "n_filters" not in plan.given and plan.n_filters > 8:
+    fixed = "n_filters" in given or "init" in plan.flags
+    if not fixed and plan.n_filters > 8:
         return {"n_filters": plan.n_filters // 2}
+    if plan.crop and "crop" not in given:
+        return {"crop": 0}
     return {}
