@@ -299,6 +299,13 @@ def test_a_run_takes_the_minutes_that_there_are(minutes, images, crop):
     assert flags["warmup"] <= flags["epochs"] * per_epoch / 5
 
 
+def test_the_time_of_planning_is_part_of_the_minutes():
+    own, times, plan = look(), Times(step=0.1, image=0.01), Plan({})
+    choose_what_data_decide(plan, own, "cpu")
+    at_once, later = (choose_length(plan, own, times, 5, spent)[1] for spent in (0, 60))
+    assert at_once - later == pytest.approx(60, abs=6)
+
+
 # ---- from the command line -------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """A plan for a data set: looked at, timed on this machine, printed, and handed over as flags."""
 
 import shlex
+import time
 from pathlib import Path
 
 from medseg.cli import flag_name, spell_flags
@@ -53,6 +54,7 @@ def plan_training(root, given, *, open_split, network, read_network, minutes=0.0
     0: as long as the rules say.
     Raises FileNotFoundError or ValueError where the data set is damaged or has no foreground.
     """
+    started = time.perf_counter()
     look = take_fingerprint(root, open_split, skip_bad=given.get("skip_bad", False))
     device = pick_device(given.get("device", "auto"))
     if not any(look.foreground):
@@ -66,7 +68,8 @@ def plan_training(root, given, *, open_split, network, read_network, minutes=0.0
             choose_start(plan, start)
         choose_what_data_decide(plan, look, "cuda" if device.type == "cuda" else "cpu")
         times = time_plan(plan, look, device, network)
-        steps, plan.seconds = choose_length(plan, look, times, minutes)
+        spent = time.perf_counter() - started
+        steps, plan.seconds = choose_length(plan, look, times, minutes, spent)
         change = shrink(plan, given, SIDES) if minutes and steps < MIN_STEPS else {}
         if not change:
             break

@@ -187,17 +187,18 @@ def choose_optimizer(plan):
     plan.choose(masks, tune_prediction=True)
 
 
-def choose_length(plan, look, times, minutes):
+def choose_length(plan, look, times, minutes, spent=0.0):
     """Steps, cut into epochs: by the time there is, else by the images.
 
-    times: the `Times` of the network that the flags so far make. Returns (steps, their seconds).
+    times: the `Times` of the network that the flags so far make; spent: seconds of the minutes that
+    planning took. Returns (steps, the seconds of the run).
     """
     tiles = max(round(look.width * look.height / plan.crop**2), 1) if plan.crop else 1
     pool = look.images["train"] * tiles  # that an epoch draws with --repeat 1
     evaluation, test = (times.image * look.images[split] * tiles for split in ("valid", "test"))
     around = AROUND + TUNING * (evaluation + test)
     if minutes:
-        seconds = max(60 * minutes - around, 1.0)
+        seconds = max(60 * minutes - spent - around, 1.0)
         evaluations = min(max(int(EVALUATION_SHARE * seconds / evaluation), 3), EVALUATIONS)
         steps = (seconds - evaluations * evaluation) / times.step
         reason = f"as many as --minutes {minutes:g} allows"
