@@ -273,6 +273,8 @@ def test_weights_that_find_the_masks_are_a_start(astray, tmp_path, monkeypatch):
     assert "Dice of 0.75" in plan.lines[0] and f"--init {path}" in plan.lines[0]
     chosen = {"n_filters": 2, "n_channels": 3, "image_size": 32, "norm": "none", "depth": 5}
     assert chosen.items() <= plan.flags.items() and "prior" not in plan.flags
+    short = plan_training(root, {"device": "cpu"}, **PLANNING, minutes=0.01)
+    assert chosen.items() <= short.flags.items()
     for given in ({"n_filters": 4}, {"init": "other.pth"}, {"crop": 16}):
         assert not may_start(look(), given)
     assert may_start(look(), {"lr": 0.1})
@@ -322,6 +324,7 @@ def test_a_plan_is_printed_recorded_and_repeated(planned, dataset, tmp_path):
     (command,) = (line.split(": ", 1)[1] for line in lines if "python train.py --" in line)
     recorded = load_weights(tmp_path / "run" / "last.pth")["flags"]
     assert recorded["recipe"] == "auto" and recorded["n_filters"] == 2
+    assert "too few to learn" in planned and "give more --minutes" in planned
     words = shlex.split(command)[2:]
     assert "--recipe" not in words and "--n-filters" in words
     repeated = output_of("train.py", *words, "--out", "again", cwd=tmp_path)

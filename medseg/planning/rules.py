@@ -223,15 +223,16 @@ def shrink(plan, given, sides):
     """The next flag to make smaller where the time is short, as a dict; {} where there is none.
 
     The size first, which costs least, then the filters; whole images in place of crops where these
-    are so large that predicting valid and test takes all the time. given: flags that stay; sides:
-    those that an image may have.
+    are so large that predicting valid and test takes all the time. Weights to start from keep their
+    network and its size. given: flags that stay; sides: those that an image may have.
     """
+    if "init" in plan.flags:
+        return {}
     if not plan.crop and "image_size" not in given:
         smaller = [side for side in sides if side < plan.image_size]
         if smaller:
             return {"image_size": max(smaller)}
-    fixed = "n_filters" in given or "init" in plan.flags
-    if not fixed and plan.n_filters > 8:
+    if "n_filters" not in given and plan.n_filters > 8:
         return {"n_filters": plan.n_filters // 2}
     if plan.crop and "crop" not in given:
         return {"crop": 0}

@@ -207,11 +207,13 @@ def _print_steps(args, loader):
         f"{args.batch_size}",
         flush=True,
     )
+    planned, problem = args.recipe == "auto", None
     advice = "give --recipe auto, or a smaller --batch-size and a larger --repeat or --epochs"
-    problem = None
+    if planned:
+        advice = "give more --minutes, or --epochs"
     if steps < FEW_STEPS:
         problem = f"{steps} steps are too few to learn from at a learning rate of {args.lr:g}"
-    elif len(loader) == 1:
+    elif len(loader) == 1 and not planned:
         problem = f"one batch of {args.batch_size} holds all {loader.images_per_epoch} images"
     if problem:
         print(f"WARNING: {problem}: {advice}", flush=True)
