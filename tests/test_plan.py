@@ -501,8 +501,12 @@ def test_size_then_filters_then_crops_give_way_to_a_short_time(monkeypatch):
     small = {"crop": 0, "image_size": 64, "n_filters": 8}
     assert flags_for(images=many) == small
     assert flags_for({"image_size": 96}, images=many) == {**small, "image_size": 96}
+    coarse = {side: dice - (side < 128) / 5 for side, dice in BLOBS.items()}
+    assert flags_for(images=many, kept=coarse) == {**small, "image_size": 128}
+    wide = {"kept": LINES, "width": 900, "height": 900}
+    assert flags_for(images=many, **wide) == {"crop": 128, "image_size": None, "n_filters": 8}
     huge = {"kept": LINES, "largest": 5000, "width": 5000, "height": 4000}
-    assert flags_for(images=many, **huge) == small
+    assert flags_for(images=many, **huge) == {"crop": 0, "image_size": 256, "n_filters": 8}
     assert flags_for({"crop": 128}, images=many, **huge)["crop"] == 128
     assert decide(**{**huge, "largest": 7000})["crop"] == 0 < decide(**huge)["crop"]
 

@@ -9,7 +9,7 @@ from medseg.device import describe_device, pick_device
 from medseg.dist import started_by_torchrun
 from medseg.layers import ARCHITECTURES
 from medseg.phantoms import make_phantoms
-from medseg.planning.fingerprint import SIDES, take_fingerprint
+from medseg.planning.fingerprint import take_fingerprint
 from medseg.planning.rules import (
     MIN_STEPS,
     Plan,
@@ -70,7 +70,7 @@ def plan_training(root, given, *, open_split, network, read_network, minutes=0.0
         times = time_plan(plan, look, device, network)
         spent = time.perf_counter() - started
         steps, plan.seconds = choose_length(plan, look, times, minutes, spent)
-        change = shrink(plan, given, SIDES) if minutes and steps < MIN_STEPS else {}
+        change = shrink(plan, look, given, steps) if minutes and steps < MIN_STEPS else {}
         if not change:
             break
         smaller |= change

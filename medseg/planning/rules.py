@@ -44,6 +44,8 @@ CHANGES = {"scale": 0.3, "shift": 0.1, "contrast": 0.3, "brightness": 0.3, "gamm
 LEARNING_RATE = {"whole": 1e-3, "crops": 2e-3}
 STEPS, PASSES = 3000, 20  # without --minutes: so many steps, or so many times all images
 MIN_STEPS = 400  # where --minutes allow fewer, the network is made smaller (`shrink`)
+NO_STEPS = 40  # fewer teach nothing
+WORTH = 0.9  # of the Dice that masks keep at the largest size: a smaller size is worth no less
 AROUND = 15  # seconds that a run takes besides its steps, and the time to predict valid and test
 TUNING = 5  # so often: once as they are, and over the flips
 EVALUATIONS, EVALUATION_SHARE = 20, 0.15  # of valid: so many, in that part of the time at most
@@ -219,21 +221,22 @@ def choose_length(plan, look, times, minutes, spent=0.0):
     return steps, steps * times.step + plan.epochs * evaluation + around
 
 
-def shrink(plan, given, sides):
+def shrink(plan, look, given, steps):
     """The next flag to make smaller where the time is short, as a dict; {} where there is none.
 
-    The size first, which costs least, then the filters; whole images in place of crops where these
-    are so large that predicting valid and test takes all the time. Weights to start from keep their
-    network and its size. given: flags that stay; sides: those that an image may have.
+    The size first, which costs least, then the filters; whole images in place of crops only where
+    these are so large that predicting valid and test takes nearly all the time. Weights to start
+    from keep their network and its size. given: flags that stay; steps: that the time holds so far.
     """
     if "init" in plan.flags:
         return {}
     if not plan.crop and "image_size" not in given:
-        smaller = [side for side in sides if side < plan.image_size]
-        if smaller:
+        least = WORTH * max(look.kept.values()) if steps >= NO_STEPS else 0
+        sides = [side for side, dice in look.kept.items() if dice >= least]
+        if smaller := [side for side in sides if side < plan.image_size]:
             return {"image_size": max(smaller)}
     if "n_filters" not in given and plan.n_filters > 8:
         return {"n_filters": plan.n_filters // 2}
-    if plan.crop and "crop" not in given:
+    if plan.crop and "crop" not in given and steps < NO_STEPS:
         return {"crop": 0}
     return {}
