@@ -13,17 +13,7 @@ from medseg.cli import spell_flags
 # are marked by them with a Dice of KNOWN. dataset/tumor.pth: 0.80 on tumours, 0.62 on drawn ones,
 # 0.18 on blood cells, 0.11 on ultrasound images, 0.05 on retinas, 0.04 on membranes.
 FEW, KNOWN = 300, 0.4
-NETWORK = {
-    "init",
-    "arch",
-    "depth",
-    "norm",
-    "dropout",
-    "n_filters",
-    "n_channels",
-    "crop",
-    "image_size",
-}
+NETWORK = {"init", "arch", "depth", "norm", "dropout", "n_filters", "n_channels"}
 # Masks that are resized to the training size and back keep this Dice at least: what is lost there
 # no network finds.
 KEPT = 0.97
@@ -79,7 +69,7 @@ class Plan:
 
 def may_start(look, given):
     """Whether weights that are there already may be a start: not where a network is asked for."""
-    return look.images["train"] < FEW and not NETWORK & given.keys()
+    return look.images["train"] < FEW and not (NETWORK | {"crop", "image_size"}) & given.keys()
 
 
 def choose_start(plan, start):

@@ -15,9 +15,10 @@ Start = namedtuple("Start", ["flags", "dice"])
 
 
 def try_pretrained(root, open_split, read_network):
-    """The Start from the weights that come with the repository, or None where they were removed.
+    """The Start from the weights that come with the repository, or None.
 
-    The Dice is that of evenly spaced training images of the data set in `root`, their pixels
+    None where they were removed, or others put there that mark several classes or take images at
+    their own size. The Dice is that of evenly spaced training images of the data set in `root`, their pixels
     counted together, all annotations as one class. Damaged images are passed over.
     open_split, read_network: those of data.py and net.py.
     """
@@ -25,6 +26,8 @@ def try_pretrained(root, open_split, read_network):
     if path is None:
         return None
     model = read_network(path).eval()
+    if model.n_classes > 1 or model.image_size is None:
+        return None
     flags = {"init": str(path), "image_size": model.image_size, **network_flags(model, path)}
     dataset = open_split(root, "train", model.image_size, n_channels=model.n_channels, skipped=[])
     both = marked = 0
