@@ -182,8 +182,8 @@ def predict_images(model, frames, problems=None):
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
             continue
         ready = list(zip(frames, images, *found, strict=True))
-        batch = images = pixels = found = None  # a large image is not kept while the next one is
-        while ready:  # predicted
+        batch = images = pixels = found = None  # large ones are gone when the next come
+        while ready:
             yield ready.pop(0)
 
 
@@ -237,6 +237,7 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
             assessed.append((frame.title, assessment))
             writing.append(pool.submit(write, frame, image, probabilities, assessment))
             large = image.width * image.height > AHEAD_PIXELS // (2 * model.batch_size)
+            image = probabilities = None  # as large
             while len(writing) > (0 if large else 2 * model.batch_size):
                 tell(writing.popleft().result())
         for line in writing:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import time
+import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,8 +21,9 @@ from medseg.cache import RaggedRows
 from medseg.cli import parse_named_values
 from medseg.coco import SPLITS
 from medseg.crop import copy_window, place_crops
-from medseg.images import MEAN, STD
+from medseg.images import MEAN, STD, read_image
 from medseg.metrics import RunningScores
+from medseg.predicting import reading
 from medseg.predicting.inputs import expand, sort_files
 from net import UNet
 
@@ -412,6 +416,26 @@ def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path
     assert len(list(tmp_path.glob("*_mask.png"))) == 3  # the others are predicted
     with pytest.raises(ValueError, match=r"2\.png.*out of memory"):
         predict.predict_one(predict.TorchModel(Greedy(), "cpu"), pictures[2], tmp_path, 0.5)
+
+
+def test_a_large_image_is_gone_when_the_next_one_is_read(own_sizes, tmp_path, monkeypatch):
+    for module in (predict, reading):
+        monkeypatch.setattr(module, "AHEAD_PIXELS", 1)  # then all images are large
+    seen, alive = [], []
+
+    def read(path):
+        until = time.monotonic() + 1  # a thread may still be about to let go of one
+        while any(one() for one in seen) and time.monotonic() < until:
+            time.sleep(0.01)
+        alive.append(sum(one() is not None for one in seen))
+        image = read_image(path)
+        seen.append(weakref.ref(image))
+        return image
+
+    pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
+    frames = [frame._replace(read=partial(read, frame.path)) for frame in pictures]
+    predict.predict_many(predict.TorchModel(Threshold(), "cpu"), frames, tmp_path, 0.5)
+    assert alive == [0, 0, 0, 0]
 
 
 # ---- end to end ------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ def try_pretrained(root, open_split, read_network):
     """The Start from the weights that come with the repository, or None.
 
     None where they were removed, or others put there that mark several classes or take images at
-    their own size. The Dice is that of evenly spaced training images of the data set in `root`, their pixels
-    counted together, all annotations as one class. Damaged images are passed over.
+    their own size. The Dice is that of evenly spaced training images of the data set in `root`,
+    their pixels counted together, all annotations as one class. Damaged images are passed over.
     open_split, read_network: those of data.py and net.py.
     """
     path = pretrained_path()

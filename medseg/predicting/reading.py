@@ -21,11 +21,13 @@ def read_ahead(model, frames, leave_out):
         return frame, image, model.prepare(image)
 
     ahead = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
-    for frame, result in zip(frames, ahead, strict=True):
+    for frame in frames:
+        result = next(ahead)
         if isinstance(result, Exception):
             leave_out(frame, result)
         else:
             yield result
+            result = None  # a large image is not kept while the next one is read, as by zip
 
 
 def take_batch(readable, size):
