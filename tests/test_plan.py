@@ -30,7 +30,13 @@ from medseg.planning import plan as plans
 from medseg.planning import timing
 from medseg.planning.fingerprint import SIDES, Fingerprint, take_fingerprint
 from medseg.planning.plan import plan_training
-from medseg.planning.rules import Plan, choose_length, choose_what_data_decide, may_start
+from medseg.planning.rules import (
+    Plan,
+    choose_augmentation,
+    choose_length,
+    choose_what_data_decide,
+    may_start,
+)
 from medseg.planning.timing import Times
 from medseg.weights import load_weights
 from net import UNet, load_model
@@ -179,6 +185,7 @@ def test_of_very_many_images_some_are_read(tmp_path, monkeypatch):
 # ---- what follows from it --------------------------------------------------------------------
 
 BLOBS = {side: 0.9 + 0.1 * min(side / 256, 1) for side in SIDES}  # 0.96 from 160 on
+SLIGHT = "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1"  # as of --recipe strong
 LINES = {side: min(side / 1024, 1) for side in SIDES}
 
 
@@ -207,10 +214,11 @@ def look(**changes):
     )
 
 
-def decide(given=(), device="cpu", **changes):
+def decide(given=(), device="cpu", passes=20, **changes):
     """The flags of a plan for `look(**changes)`, but for the length of the run."""
     plan = Plan(dict(given))
     choose_what_data_decide(plan, look(**changes), device)
+    choose_augmentation(plan, look(**changes), passes)
     assert all(line.startswith("--") and ": " in line for line in plan.lines)
     return plan.flags
 
@@ -231,6 +239,8 @@ def test_each_rule_follows_what_it_looks_at():
     assert "flip" in decide(oriented=free)["augment"]
     boxes = names(decide(oriented=free, boxes=0.9)["augment"])
     assert "turn" in boxes and "rotate=180" not in boxes
+    assert names(decide(oriented=free, passes=2)["augment"]) == names(SLIGHT)
+    assert "flip" in names(decide({"crop": 64}, oriented=free, passes=2)["augment"])
     left_and_right = {"mirror": True, "flip": True, "turn": True}
     assert not {"mirror", "flip", "turn"} & set(names(decide(oriented=left_and_right)["augment"]))
     assert usual["norm"] == "batch" and usual["batch_size"] >= 4

@@ -13,6 +13,7 @@ from medseg.planning.fingerprint import take_fingerprint
 from medseg.planning.rules import (
     MIN_STEPS,
     Plan,
+    choose_augmentation,
     choose_length,
     choose_start,
     choose_what_data_decide,
@@ -74,6 +75,7 @@ def plan_training(root, given, *, open_split, network, read_network, minutes=0.0
         if not change:
             break
         smaller |= change
+    choose_augmentation(plan, look, plan.epochs * plan.repeat)
     plan.device = describe_device(device)
     if smaller:
         reason = f"so that --minutes {minutes:g} holds {MIN_STEPS} steps"
