@@ -231,9 +231,10 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
     problems, writing, assessed = [], deque(), []
     results = results or Results(output, model.class_names)
     predicted = predict_images(model, frames, problems)
-    bar = tqdm(predicted, total=len(frames), unit=" images", disable=None)
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for frame, image, probabilities, assessment in bar:
+    bar = tqdm(total=len(frames), unit=" images", disable=None)  # which would keep what it is given
+    with bar, ThreadPoolExecutor(available_cores()) as pool:
+        for frame, image, probabilities, assessment in predicted:
+            bar.update()
             assessed.append((frame.title, assessment))
             writing.append(pool.submit(write, frame, image, probabilities, assessment))
             large = image.width * image.height > AHEAD_PIXELS // (2 * model.batch_size)
