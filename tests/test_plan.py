@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import time
 
 import numpy as np
 import plan as benchmark
@@ -316,6 +317,23 @@ def test_the_time_of_planning_is_part_of_the_minutes():
     choose_what_data_decide(plan, own, "cpu")
     at_once, later = (choose_length(plan, own, times, 5, spent)[1] for spent in (0, 60))
     assert at_once - later == pytest.approx(60, abs=6)
+
+
+def test_looking_at_the_data_counts_as_planning(monkeypatch):
+    def take_slowly(*_, **__):
+        time.sleep(0.1)
+        return look()
+
+    def note(*given):
+        spent.append(given[-1])
+        return choose_length(*given)
+
+    spent = []
+    monkeypatch.setattr(plans, "take_fingerprint", take_slowly)
+    monkeypatch.setattr(plans, "time_plan", lambda *_: Times(step=0.01, image=0.001))
+    monkeypatch.setattr(plans, "choose_length", note)
+    plan_training(".", {"device": "cpu", "n_filters": 2}, **PLANNING, minutes=5)
+    assert spent[0] >= 0.1
 
 
 # ---- from the command line -------------------------------------------------------------------

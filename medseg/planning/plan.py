@@ -3,11 +3,12 @@
 import shlex
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from medseg.cli import flag_name, spell_flags
 from medseg.device import describe_device, pick_device
 from medseg.dist import started_by_torchrun
-from medseg.layers import ARCHITECTURES
+from medseg.layers import architecture_of
 from medseg.phantoms import make_phantoms
 from medseg.planning.fingerprint import take_fingerprint
 from medseg.planning.rules import (
@@ -89,9 +90,8 @@ def plan_training(root, given, *, open_split, network, read_network, minutes=0.0
 
 def time_plan(plan, look, device, network):
     """The `Times` of the network that the flags of a plan make."""
-    norm = None if plan.norm == "none" else plan.norm
-    own = {"depth": plan.depth, "norm": norm, "dropout": plan.dropout}
-    layers = {**ARCHITECTURES[plan.given.get("arch", "tutorial")], **own}
+    flags = {"arch": plan.given.get("arch", "tutorial"), **plan.flags}
+    layers = architecture_of(SimpleNamespace(**flags)).as_dict()
     n_classes = look.n_classes if plan.classes == "each" else 1
     return time_network(
         network(plan.n_channels, n_classes, plan.n_filters, **layers),

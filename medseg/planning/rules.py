@@ -13,7 +13,8 @@ from medseg.cli import spell_flags
 # are marked by them with a Dice of KNOWN. dataset/tumor.pth: 0.80 on tumours, 0.62 on drawn ones,
 # 0.18 on blood cells, 0.11 on ultrasound images, 0.05 on retinas, 0.04 on membranes.
 FEW, KNOWN = 300, 0.4
-NETWORK = {"init", "arch", "depth", "norm", "dropout", "n_filters", "n_channels"}
+NETWORK = {"init", "arch", "depth", "norm", "dropout", "n_filters", "n_channels"}  # flags of one
+SIZE = {"image_size", "crop"}
 # Masks that are resized to the training size and back keep this Dice at least: what is lost there
 # no network finds.
 KEPT = 0.97
@@ -40,7 +41,7 @@ LEARNING_RATE = {"whole": 1e-3, "crops": 2e-3}
 STEPS, PASSES = 3000, 20  # without --minutes: so many steps, or so many times all images
 MIN_STEPS = 400  # where --minutes allow fewer, the network is made smaller (`shrink`)
 NO_STEPS = 40  # fewer teach nothing
-WORTH = 0.9  # of the Dice that masks keep at the largest size: a smaller size is worth no less
+WORTH = 0.9  # no size is taken at which masks keep less than this part of the largest size's Dice
 AROUND = 15  # seconds that a run takes besides its steps, and the time to predict valid and test
 TUNING = 5  # so often: once as they are, and over the flips
 EVALUATIONS, EVALUATION_SHARE = 20, 0.15  # of valid: so many, in that part of the time at most
@@ -74,7 +75,7 @@ class Plan:
 
 def may_start(look, given):
     """Whether weights that are there already may be a start: not where a network is asked for."""
-    return look.images["train"] < FEW and not (NETWORK | {"crop", "image_size"}) & given.keys()
+    return look.images["train"] < FEW and not (NETWORK | SIZE) & given.keys()
 
 
 def choose_start(plan, start):
