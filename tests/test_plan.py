@@ -37,6 +37,7 @@ from medseg.planning.rules import (
     choose_length,
     choose_what_data_decide,
     may_start,
+    shrink,
 )
 from medseg.planning.timing import Times
 from medseg.weights import load_weights
@@ -215,7 +216,7 @@ def look(**changes):
     )
 
 
-def decide(given=(), device="cpu", passes=20, **changes):
+def decide(given=(), device="cpu", passes=100, **changes):
     """The flags of a plan for `look(**changes)`, but for the length of the run."""
     plan = Plan(dict(given))
     choose_what_data_decide(plan, look(**changes), device)
@@ -537,6 +538,33 @@ def test_size_then_filters_then_crops_give_way_to_a_short_time(monkeypatch):
     assert flags_for(images=many, **huge) == {"crop": 0, "image_size": 256, "n_filters": 8}
     assert flags_for({"crop": 128}, images=many, **huge)["crop"] == 128
     assert decide(**{**huge, "largest": 7000})["crop"] == 0 < decide(**huge)["crop"]
+
+
+def test_sizes_at_which_masks_stay_as_they_are_give_way_before_the_filters():
+    own = look(kept={**BLOBS, 64: 0.95, 96: 0.965, 128: 0.98})
+    given, changes = {"image_size": 128}, []
+    while True:
+        plan = Plan(given)
+        choose_what_data_decide(plan, own, "cpu")
+        if not (change := shrink(plan, own, {}, steps=100)):
+            break
+        changes.append(change)
+        given |= change
+    assert changes == [{"image_size": 96}, {"n_filters": 8}, {"image_size": 64}]
+
+
+def test_many_images_take_more_steps_and_so_a_smaller_network(monkeypatch):
+    """The time holds 940 steps of 8 images: 125 passes over 60 images, 3 over 2,400."""
+    monkeypatch.setattr(plans, "time_plan", lambda *_: Times(step=0.3, image=0.001))
+    filters = {}
+    for images in (60, 2400, 100_000):
+        counts = {"train": images, "valid": 20, "test": 20}
+        monkeypatch.setattr(plans, "take_fingerprint", lambda *_, c=counts, **__: look(images=c))
+        plan = plan_training(".", {"device": "cpu", "image_size": 96}, **PLANNING, minutes=5)
+        filters[images] = plan.flags["n_filters"]
+        smaller = [line for line in plan.lines if "--n-filters 8: if larger" in line]
+        assert ("fewer than 4000 steps" in smaller[0]) if images > 60 else not smaller
+    assert filters == {60: 16, 2400: 8, 100_000: 8}
 
 
 def test_a_large_image_is_timed_by_a_smaller_one(monkeypatch):

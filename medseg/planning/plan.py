@@ -12,7 +12,6 @@ from medseg.layers import architecture_of
 from medseg.phantoms import make_phantoms
 from medseg.planning.fingerprint import take_fingerprint
 from medseg.planning.rules import (
-    MIN_STEPS,
     Plan,
     choose_augmentation,
     choose_length,
@@ -20,6 +19,7 @@ from medseg.planning.rules import (
     choose_what_data_decide,
     may_start,
     shrink,
+    wanted_steps,
 )
 from medseg.planning.start import try_pretrained
 from medseg.planning.timing import time_network
@@ -72,14 +72,15 @@ def plan_training(root, given, *, open_split, network, read_network, minutes=0.0
         times = time_plan(plan, look, device, network)
         spent = time.perf_counter() - started
         steps, plan.seconds = choose_length(plan, look, times, minutes, spent)
-        change = shrink(plan, look, given, steps) if minutes and steps < MIN_STEPS else {}
+        wanted = wanted_steps(plan, look)
+        change = shrink(plan, look, given, steps) if minutes and steps < wanted else {}
         if not change:
             break
         smaller |= change
     choose_augmentation(plan, look, plan.epochs * plan.repeat)
     plan.device = describe_device(device)
     if smaller:
-        reason = f"so that --minutes {minutes:g} holds {MIN_STEPS} steps"
+        reason = f"if larger, --minutes {minutes:g} would hold fewer than {wanted} steps"
         plan.lines.append(f"{spell_flags(smaller)}: {reason}")
     if look.empty["valid"] == 1:
         plan.lines.append("note: valid has no foreground: how good the masks are it cannot tell")
