@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import plan as benchmark
@@ -565,6 +566,18 @@ def test_many_images_take_more_steps_and_so_a_smaller_network(monkeypatch):
         smaller = [line for line in plan.lines if "--n-filters 8: if larger" in line]
         assert ("fewer than 4000 steps" in smaller[0]) if images > 60 else not smaller
     assert filters == {60: 16, 2400: 8, 100_000: 8}
+
+
+def test_a_step_takes_what_most_of_the_steps_take(monkeypatch):
+    """Of calls that take 9, 1, 3, 3, 3 and 5 s the first is left out, and the median is 3 s."""
+    durations, clock = [9, 1, 3, 3, 3, 5], [0]
+
+    def call():
+        clock[0] += durations.pop(0)
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(timing, "SECONDS", 15)
+    assert timing._seconds(call, torch.device("cpu")) == 3 and not durations
 
 
 def test_a_large_image_is_timed_by_a_smaller_one(monkeypatch):
