@@ -242,7 +242,8 @@ def test_each_rule_follows_what_it_looks_at():
     assert "flip" in decide(oriented=free)["augment"]
     boxes = names(decide(oriented=free, boxes=0.9)["augment"])
     assert "turn" in boxes and "rotate=180" not in boxes
-    assert names(decide(oriented=free, passes=2)["augment"]) == names(SLIGHT)
+    for passes in (2, 30):
+        assert names(decide(oriented=free, passes=passes)["augment"]) == names(SLIGHT)
     assert "flip" in names(decide({"crop": 64}, oriented=free, passes=2)["augment"])
     left_and_right = {"mirror": True, "flip": True, "turn": True}
     assert not {"mirror", "flip", "turn"} & set(names(decide(oriented=left_and_right)["augment"]))
