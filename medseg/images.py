@@ -1,6 +1,7 @@
 """One picture: reading it, resizing it, writing masks and overlays. No torch."""
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -279,6 +280,12 @@ def large_array(shape, dtype):
     count = math.prod(shape)
     memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))
     return np.frombuffer(memory, dtype, count).reshape(shape)
+
+
+def give_memory_back():
+    """Hand freed memory, which `medseg.device.keep_freed_memory` has glibc keep, to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def mean_and_std(n_channels):

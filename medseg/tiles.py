@@ -5,8 +5,6 @@ the grid on which the network halves the sides, and a margin beyond which nothin
 pixels. What is at the border of the image is at the border of its tiles.
 """
 
-import contextlib
-import ctypes
 import functools
 import math
 import os
@@ -18,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from medseg.images import large_array
+from medseg.images import give_memory_back, large_array
 from medseg.inference import average_over_flips
 
 # Bytes that a pass through the network may take before an image is divided.
@@ -252,14 +250,8 @@ def _by_tiles(predict, images, tiling, device, memory, enter):
             result = part.new_empty(shape) if tensor else large_array(shape, part.dtype)
         wanted = np.s_[..., row.start : row.end, column.start : column.end]
         result[wanted] = part[(..., *inside)]
-    _give_memory_back()  # what follows has large arrays of other sizes
+    give_memory_back()  # what follows has large arrays of other sizes
     return result
-
-
-def _give_memory_back():
-    """Hand freed memory, which `medseg.device.keep_freed_memory` has glibc keep, to the system."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _inside(part):

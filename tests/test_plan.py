@@ -188,7 +188,7 @@ def test_of_very_many_images_some_are_read(tmp_path, monkeypatch):
 # ---- what follows from it --------------------------------------------------------------------
 
 BLOBS = {side: 0.9 + 0.1 * min(side / 256, 1) for side in SIDES}  # 0.96 from 160 on
-SLIGHT = "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1"  # as of --recipe strong
+SLIGHT = "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1"
 LINES = {side: min(side / 1024, 1) for side in SIDES}
 
 

@@ -1,6 +1,7 @@
 """Large images: predicted by tiles, equal to the whole image; and the limit on pixels."""
 
 import json
+import platform
 import random
 import time
 from itertools import pairwise
@@ -8,7 +9,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, brightness_model, output_of, scan, script_here
+from helpers import (
+    ROOT,
+    assert_refused,
+    brightness_model,
+    output_of,
+    run_python,
+    scan,
+    script_here,
+)
 from PIL import Image
 
 import predict
@@ -296,6 +305,30 @@ def test_a_folder_of_large_images_is_taken_one_at_a_time(here, monkeypatch):
 def test_an_overlay_fits_its_format(here):
     images.save_overlay(Image.new("RGB", (70_000, 4)), np.zeros((4, 70_000)), "o.jpg", ["one"])
     assert Image.open("o.jpg").size == (65_500, 4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep nothing")
+def test_the_memory_that_tiles_took_is_given_back():
+    """A mask of 16 MB by tiles of up to 300 MB, where freed memory is kept for the next tensors."""
+    code = """
+import torch
+from medseg.device import keep_freed_memory
+from medseg.tiles import by_tiles, tiling_of
+from net import UNet
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) >> 10
+keep_freed_memory()
+network, images = UNet(1, 1, 8, depth=3).eval(), torch.zeros(1, 1, 2000, 2000)
+network.image_size = None
+before = resident()
+with torch.inference_mode():
+    masks = by_tiles(network, images, tiling_of(network), memory=300 << 20)
+print(resident() - before)
+"""
+    result = run_python("-c", code, cwd=ROOT)
+    grown = int(result.stdout)  # 36 MiB; 392 where it is kept
+    assert grown < 150, f"{grown} MiB"
 
 
 # ---- the limit on pixels ---------------------------------------------------------------------

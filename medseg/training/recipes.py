@@ -1,5 +1,7 @@
 """Named sets of flags, the recipes, and what --loss takes."""
 
+from medseg.augment import SLIGHT
+
 # Named sets of flags; what the command line gives besides wins.
 RECIPES = {
     "tutorial": {},
@@ -11,7 +13,7 @@ RECIPES = {
         "weight_decay": 0.01,
         "warmup": 100,
         "ema": 0.995,
-        "augment": "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1",
+        "augment": SLIGHT,
     },
     "vessels": {
         "crop": 128,
