@@ -54,11 +54,31 @@ def metrics(tp, fp, fn, tn):
 SCORE_NAMES = (*metrics(1, 0, 0, 0), "image_dice")  # of one class
 
 
+def split_scores(tp, fp, fn, tn, image_dice):
+    """`metrics` of a class in a split and image_dice; NaN where no image of the split has it.
+
+    As many scores as arrays have numbers; of Python numbers one each.
+    """
+    lacks = np.asarray(tp + fn) == 0
+    scores = {**metrics(tp, fp, fn, tn), "image_dice": image_dice}
+    scores = {name: np.where(lacks, math.nan, value) for name, value in scores.items()}
+    return scores if lacks.ndim else {name: value.item() for name, value in scores.items()}
+
+
 def mean_over_classes(scores, names):
-    """[dict of scores of each class] -> their means and, of several classes, NAME/CLASS of each."""
+    """[dict of scores of each class] -> their means and, of several classes, NAME/CLASS of each.
+
+    A class without a score, NaN, is left out of the mean.
+    """
     if len(names) == 1:
         return dict(scores[0])
-    result = {key: sum(own[key] for own in scores) / len(scores) for key in scores[0]}
+    result = {}
+    for key in scores[0]:
+        values = np.array([own[key] for own in scores])
+        total, known = np.nansum(values, 0), (~np.isnan(values)).sum(0)
+        result[key] = np.where(known > 0, total / np.maximum(known, 1), math.nan)
+        if not result[key].ndim:
+            result[key] = result[key].item()
     for name, own in zip(names, scores, strict=True):
         result.update({f"{key}/{name}": value for key, value in own.items()})
     return result
@@ -117,6 +137,7 @@ class RunningScores:
         """dict of floats: loss, those of `metrics`, and image_dice, the mean Dice of the images.
 
         With several classes each is the mean over them, and dice/NAME and so on are of each.
+        A class of which no image has a pixel has NaN for its scores and is left out of the means.
         All are NaN where nothing was counted.
         """
         state = self.state_dict()
@@ -124,7 +145,7 @@ class RunningScores:
         if not images:  # every step of the epoch was skipped
             return dict.fromkeys(self.keys(), math.nan)
         scores = [
-            {**metrics(*counts), "image_dice": dice / images}
+            split_scores(*counts, dice / images)
             for counts, dice in zip(state["counts"].tolist(), image_dice, strict=True)
         ]
         return {"loss": loss / images, **mean_over_classes(scores, self.names)}
@@ -215,8 +236,24 @@ def image_dice(counts):
 
 
 def pooled_scores(counts):
-    """(N, 4) -> `metrics` of the summed pixels, and image_dice, the mean of the images'."""
-    return {**metrics(*counts.sum(0).tolist()), "image_dice": image_dice(counts).mean()}
+    """(N, 4) -> `split_scores` of the summed pixels and of the mean Dice of the images."""
+    return split_scores(*counts.sum(0).tolist(), image_dice(counts).mean())
+
+
+def present_classes(counts):
+    """bool (C,): which classes the images with these counts, (N, C, 4), have; of none, all."""
+    present = counts[..., [0, 2]].sum((0, 2)) > 0
+    return present if present.any() else ~present
+
+
+def mean_image_dice(counts):
+    """(N, C, 4) -> (N,) Dice of each image, the mean over the classes that the split has."""
+    return image_dice(counts[:, present_classes(counts)]).mean(1)
+
+
+def without_nan(scores):
+    """The same with None for what is no score, or an interval of one, as JSON has it."""
+    return {name: None if np.isnan(value).any() else value for name, value in scores.items()}
 
 
 def class_scores(counts, names):
@@ -235,6 +272,7 @@ def resamples(size, samples=1000, seed=0):
 def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
     """[2.5th, 97.5th percentile] of each of `class_scores` over resampled images.
 
+    Samples in which no image has the class are left out; NaN where all are.
     counts: (N, C, 4), or (N, 4) of one class. Efron's percentile method. It says how much a score
     owes to the choice of images, not what another training, or another hospital, would give.
     """
@@ -244,12 +282,14 @@ def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
     for drawn in resamples(len(counts), samples, seed):
         sums.append(counts[drawn].sum(0))
         means.append(np.take(of_images, drawn, axis=1).mean(1))
-    scores = {**metrics(*np.stack(sums, 2).transpose(1, 0, 2)), "image_dice": np.stack(means, 1)}
+    scores = split_scores(*np.stack(sums, 2).transpose(1, 0, 2), np.stack(means, 1))
     by_class = [{key: own[index] for key, own in scores.items()} for index in range(len(names))]
-    return {
-        name: np.percentile(values, [2.5, 97.5]).tolist()
-        for name, values in mean_over_classes(by_class, names).items()
-    }
+    intervals = {}
+    for name, values in mean_over_classes(by_class, names).items():
+        known = values[~np.isnan(values)]
+        limits = np.percentile(known, [2.5, 97.5]) if len(known) else np.full(2, math.nan)
+        intervals[name] = limits.tolist()
+    return intervals
 
 
 def count_calibration(targets, probabilities):

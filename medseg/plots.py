@@ -244,10 +244,12 @@ def _draw_score_table(axis, report):
     for name, value in report["scores"].items():
         if "/" in name and not name.startswith("dice/"):
             continue  # of a class: report.json has them all
-        low, high = report["confidence_95"][name]
         score, _, class_name = name.partition("/")
         label = f"{SCORE_LABELS.get(score, score)} {class_name}"
-        lines.append(f"{label:<23.23} {value:.3f}  [{low:.3f}, {high:.3f}]")
+        shown = "none"
+        if value is not None:
+            shown = "{:.3f}  [{:.3f}, {:.3f}]".format(value, *report["confidence_95"][name])
+        lines.append(f"{label:<23.23} {shown}")
     if len(lines) > MAX_SCORES:
         more = len(lines) - MAX_SCORES + 1
         lines = [*lines[: MAX_SCORES - 1], f"and {more} more: report.json has them"]
@@ -299,13 +301,15 @@ def _draw_lesion_sizes(axis, groups):
 def _draw_threshold_sweep(axis, valid):
     if valid is None:
         axis.axis("off")
-        axis.text(0.5, 0.5, "no other split valid:\nthreshold as given", ha="center")
+        reason = "no other split valid\nwith foreground:\nthreshold as given"
+        axis.text(0.5, 0.5, reason, ha="center")
         return
     chosen, dice = valid["chosen_threshold"], valid["scores_with_it"]["dice"]
+    shown = "none" if dice is None else f"{dice:.3f}"
     axis.plot(valid["thresholds"], valid["dice"], marker=".")
     axis.axvline(chosen, color="gray", linestyle="--")
     axis.set(
-        title=f"on valid: best at {chosen:g}; with it here Dice {dice:.3f}",
+        title=f"on valid: best at {chosen:g}; with it here Dice {shown}",
         xlabel="threshold",
         ylabel="Dice",
         ylim=(0, 1),

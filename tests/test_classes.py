@@ -1,5 +1,6 @@
 """Several classes: masks, scores, files and weights, against hand-drawn masks and MONAI."""
 
+import csv
 import json
 import tracemalloc
 import warnings
@@ -21,9 +22,11 @@ from medseg.coco import SPLITS, used_categories
 from medseg.drawing import class_colors, overlay
 from medseg.full_size import full_size_labels
 from medseg.images import describe, save_mask
-from medseg.metrics import RunningScores, bootstrap, class_scores
+from medseg.inference import PLAIN
+from medseg.metrics import SCORE_NAMES, RunningScores, bootstrap, class_scores
 from medseg.phantoms import make_phantoms
 from medseg.predicting.report import count_image
+from medseg.training.history import print_test
 from net import UNet, load_model
 
 NAMES = ("core", "edema", "cyst")
@@ -110,13 +113,14 @@ def test_scores_of_each_class_against_monai():
         assert result[f"iou/{name}"] == pytest.approx(compute_iou(*pooled).item(), abs=1e-6)
         mean = per_image[:, index].mean().item()
         assert result[f"image_dice/{name}"] == pytest.approx(mean, abs=1e-6)
-    assert result["dice/cyst"] == 1  # empty prediction on empty truth
-    mean = (result["dice/core"] + result["dice/edema"] + 1) / 3
-    assert result["dice"] == pytest.approx(mean)
+    assert all(np.isnan(result[f"{score}/cyst"]) for score in SCORE_NAMES)
+    for score in SCORE_NAMES:
+        mean = (result[f"{score}/core"] + result[f"{score}/edema"]) / 2
+        assert result[score] == pytest.approx(mean)
     # MONAI's order is tp, fp, tn, fn.
     counts = get_confusion_matrix(pred, target).numpy()[..., [0, 1, 3, 2]].astype(int)
     own = class_scores(counts, NAMES)
-    assert own == pytest.approx({key: result[key] for key in own})
+    assert own == pytest.approx({key: result[key] for key in own}, nan_ok=True)
 
 
 def test_labels_at_the_threshold_and_of_equal_probability():
@@ -161,14 +165,25 @@ def test_names_travel_with_the_weights(tmp_path):
 def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, capsys):
     """A class that valid lacks, one that the test split lacks, one channel in."""
     monkeypatch.chdir(tmp_path)
-    edit_annotations(three / "valid", lambda content: content["annotations"].pop(2))
+
+    def without_cyst(content):
+        kept = [own for own in content["annotations"] if own["category_id"] != 3]
+        content["annotations"] = kept
+
+    edit_annotations(three / "valid", without_cyst)
     set_classes(three / "test", NAMES, lambda number: 2)
     flags = [*map(str, SMALL), "--classes", "each", "--n-channels", "1", "--epochs", "2"]
     train.main([*flags, "--data", str(three), "--out", "run"])
     said = capsys.readouterr().out
-    assert all(f"  {name}: Dice" in said for name in NAMES)
-    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {f"val_dice/{name}" for name in NAMES} <= set(header)
+    assert said.count("  edema: Dice") == 1
+    assert all(f"  {name}: no image of it in test" in said for name in ("core", "cyst"))
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {f"val_dice/{name}" for name in NAMES} <= set(rows[0])
+    for row in rows:
+        assert row["val_dice/cyst"] == "" and "nan" not in row.values()
+        mean = (float(row["val_dice/core"]) + float(row["val_dice/edema"])) / 2
+        assert float(row["val_dice"]) == pytest.approx(mean)
     assert load_model("run/best_model.pth").class_names == NAMES
     train.main(["--resume", "--out", "run", "--epochs", "3"])
     said = capsys.readouterr().out
@@ -179,15 +194,47 @@ def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, cap
 
     predict.main([str(three / "test"), "--model", "run/best_model.pth", "--output", "masks"])
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said and f"  {name}: Dice" in said for name in NAMES)
-    report = json.loads((tmp_path / "masks" / "report.json").read_text())
+    assert all(f"  {name} " in said for name in NAMES)
+    text = (tmp_path / "masks" / "report.json").read_text()
+    report = json.loads(text)
+    assert "NaN" not in text
     assert report["class_names"] == list(NAMES) and set(report["hd95_by_class"]) == set(NAMES)
-    mean = np.mean([report["scores"][f"dice/{name}"] for name in NAMES])
-    assert report["scores"]["dice"] == pytest.approx(mean)
+    for part in ("scores", "confidence_95"):
+        for score in SCORE_NAMES:
+            values = [report[part][f"{score}/{name}"] for name in NAMES]
+            assert values[0] is values[2] is None and values[1] == report[part][score] is not None
     assert Image.open("masks/0_mask.png").mode == "P"
     assert Image.open("masks/0_overlay.jpg").height > 48  # with a legend below
     predict.main([str(three / "test" / "1.png"), "--model", "run/best_model.pth", "--output", "."])
     assert Image.open("1_mask.png").size == (48, 48)
+
+
+def test_a_split_without_foreground_has_no_score(three, tmp_path, monkeypatch, capsys):
+    """Answering nothing there is no 1.0000, and no threshold can be chosen on it."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("valid", "test"):
+        edit_annotations(three / split, lambda content: content["annotations"].clear())
+    flags = [*map(str, SMALL), "--epochs", "1", "--data", str(three), "--tune-prediction"]
+    train.main([*flags, "--out", "run"])
+    said = capsys.readouterr()
+    assert "1.0000" not in said.out and "nan" not in said.out and not said.err.count("WARNING")
+    assert load_model("run/best_model.pth").inference == PLAIN
+    predict.main([str(three / "test"), "--model", "run/best_model.pth", "--output", "masks"])
+    report = json.loads((tmp_path / "masks" / "report.json").read_text())
+    assert not any(report["scores"].values()) and not any(report["confidence_95"].values())
+    assert report["valid"] is None and set(report["per_image"].values()) <= {0, 1}
+    assert report["no_lesion"]["images"] == len(report["per_image"])
+
+
+def test_empty_masks_are_told_also_where_the_split_lacks_a_class(capsys):
+    scores = RunningScores("cpu", NAMES[:2])
+    pred, target = torch.zeros(1, 2, 10, 10), torch.zeros(1, 2, 10, 10)
+    target[0, 0, :3, :3] = 1
+    scores.add(torch.tensor(1.0), pred, target)
+    result = scores.result()
+    assert (result["dice"], result["acc"], result["background_acc"]) == (0, 0.91, 0.91)
+    print_test(result, NAMES[:2])
+    assert "nothing was learned" in capsys.readouterr().err
 
 
 def test_weights_of_other_classes_are_refused_in_a_report(three, tmp_path, refused):
@@ -317,7 +364,8 @@ def test_the_bootstrap_of_all_classes_is_that_of_each(n_classes):
     found = bootstrap(counts, names, samples=50)
     assert list(found) == list(samples[0])
     for name, interval in found.items():
-        expected = np.percentile([sample[name] for sample in samples], [2.5, 97.5])
+        # A sample without the class has no score.
+        expected = np.nanpercentile([sample[name] for sample in samples], [2.5, 97.5])
         assert interval == pytest.approx(expected.tolist(), rel=1e-12, abs=1e-12), name
 
 

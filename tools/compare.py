@@ -111,8 +111,11 @@ def print_table(runs, differences):
     for run, difference in zip(runs, [None, *differences], strict=True):
         report, cells = run.report, []
         for score in ("dice", "image_dice"):
-            low, high = report["confidence_95"][score]
-            cells.append(f"{report['scores'][score]:.4f} [{low:.4f}, {high:.4f}]")
+            values = report["scores"][score], report["confidence_95"][score]
+            if values[0] is None:  # no foreground
+                cells.append("none")
+            else:
+                cells.append("{:.4f} [{:.4f}, {:.4f}]".format(values[0], *values[1]))
         error = report.get("calibration", {}).get("expected_calibration_error")
         cells.append("" if error is None else f"{error:.4f}")
         if difference:
@@ -145,7 +148,8 @@ def draw(runs, differences, path):
     intervals = [run.report["confidence_95"]["image_dice"] for run in runs]
     rows = zip(places, [run.dice.mean() for run in runs], intervals, colors, strict=True)
     for place, mean, interval, color in rows:
-        scores.plot(interval, [place, place], color=color)
+        if interval:
+            scores.plot(interval, [place, place], color=color)
         scores.plot(mean, place, "o", color=color)
     for place, difference, color in zip(places[1:], differences, colors[1:], strict=True):
         gaps.plot([difference.low, difference.high], [place, place], color=color)

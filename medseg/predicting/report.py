@@ -21,8 +21,9 @@ from medseg.metrics import (
     count_image,
     count_pixels,
     hausdorff95,
-    image_dice,
+    mean_image_dice,
     pooled_scores,
+    without_nan,
 )
 from medseg.pieces import clean_masks, pixel_area
 from medseg.plots import MAX_SIDE, plot_report
@@ -33,6 +34,7 @@ ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w
 def threshold_sweep(model, batches, areas=None):
     """The Dice of a split at each threshold of SWEEP, and the threshold of the highest.
 
+    None where no image of the split has foreground.
     batches: its images and masks as `data.Batches` gives them; areas: their `pixel_areas`. Flips
     and clean-up are the model's.
     """
@@ -40,6 +42,8 @@ def threshold_sweep(model, batches, areas=None):
     predicted = ((masks.cpu().numpy() > 0, model.average(images)) for images, masks in bar)
     counts = count_pixels(predicted, SWEEP, model.inference.clean, areas)
     dice = [class_scores(counts[:, index], names)["dice"] for index in range(len(SWEEP))]
+    if math.isnan(dice[0]):
+        return None
     return {"thresholds": SWEEP, "dice": dice, "chosen_threshold": SWEEP[int(np.argmax(dice))]}
 
 
@@ -142,13 +146,14 @@ def write_report(output, folder, scores, valid, class_names):
     folder: what it is called; scores: its FolderScores; valid: the `threshold_sweep` of the split
     in which the threshold that suits the model is sought, or None: it is never sought in the
     folder itself. With several classes a score is the mean over them, and SCORE/CLASS is of each.
+    A class of which no image has a pixel has None for its scores and is left out of the means.
     """
     dataset, (counts, distances) = scores.dataset, scores.result()
     if valid:
         chosen = 1 + SWEEP.index(valid["chosen_threshold"])
-        valid["scores_with_it"] = class_scores(counts[:, chosen], class_names)
+        valid["scores_with_it"] = without_nan(class_scores(counts[:, chosen], class_names))
     counts, names = counts[:, 0], image_names(dataset)
-    dice = np.stack([image_dice(counts[:, index]) for index in range(len(class_names))]).mean(0)
+    dice = mean_image_dice(counts)
     pooled = counts.sum(1)  # of all classes
     report = {
         "folder": folder,
@@ -158,8 +163,8 @@ def write_report(output, folder, scores, valid, class_names):
         "threshold": scores.thresholds[0],
         "flips": list(scores.flips),
         "clean": scores.clean,
-        "scores": class_scores(counts, class_names),
-        "confidence_95": bootstrap(counts, class_names),
+        "scores": without_nan(class_scores(counts, class_names)),
+        "confidence_95": without_nan(bootstrap(counts, class_names)),
         "hd95": _summarize_distances(distances),
         "calibration": _summarize_calibration(scores.calibration(), class_names),
         "valid": valid,
@@ -193,15 +198,18 @@ def print_report(folder, output, written):
     scores, intervals = written["scores"], written["confidence_95"]
     said, by_class = {}, [name for name in scores if name.startswith("dice/")]
     for name, value in scores.items():
-        low, high = intervals[name]
-        said[name] = f"{value:.4f} [{low:.4f}, {high:.4f}]"
-    print(
-        f"{folder}: Dice {said['dice']}, per-image Dice {said['image_dice']}, IoU {said['iou']}, "
-        f"accuracy {said['acc']} (background everywhere: {scores['background_acc']:.4f}); "
-        f"saved {output / REPORT} and {output / 'report.png'}"
-    )
+        if value is not None:
+            said[name] = "{:.4f} [{:.4f}, {:.4f}]".format(value, *intervals[name])
+    summary = "no foreground in its annotations"
+    if said:
+        summary = (
+            f"Dice {said['dice']}, per-image Dice {said['image_dice']}, IoU {said['iou']}, "
+            f"accuracy {said['acc']} (background everywhere: {scores['background_acc']:.4f})"
+        )
+    print(f"{folder}: {summary}; saved {output / REPORT} and {output / 'report.png'}")
     for name in by_class:
-        print(f"  {name.removeprefix('dice/')}: Dice {said[name]}")
+        own = f"Dice {said[name]}" if name in said else f"no image of it in {folder}"
+        print(f"  {name.removeprefix('dice/')}: {own}")
 
 
 def _summarize_distances(distances):

@@ -14,7 +14,13 @@ from medseg.cli import output_folder
 from medseg.coco import load_coco
 from medseg.dist import started_by_torchrun
 from medseg.files import atomic_write, file_lock, read_json
-from medseg.metrics import bootstrap, class_scores, confusion_counts, image_dice
+from medseg.metrics import (
+    bootstrap,
+    class_scores,
+    confusion_counts,
+    mean_image_dice,
+    without_nan,
+)
 from medseg.phantoms import make_phantoms
 from medseg.signals import Stopped
 from medseg.training.checkpoint import (
@@ -165,7 +171,7 @@ def _run_fold(args, number, signals, train_and_test):
         "fold": number,
         "images": len(counts),
         "class_names": list(names),
-        "scores": class_scores(counts, names),
+        "scores": without_nan(class_scores(counts, names)),
         "per_image": _dice_by_name(counts, Path(own.data) / "valid"),
         "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
     }
@@ -199,8 +205,7 @@ def _dice_by_name(counts, folder):
     names = [coco.imgs[number]["file_name"] for number in coco.getImgIds()]
     if len(names) != len(counts):
         return {}
-    dice = np.stack([image_dice(counts[:, index]) for index in range(counts.shape[1])]).mean(0)
-    return dict(zip(names, dice.round(4).tolist(), strict=True))
+    return dict(zip(names, mean_image_dice(counts).round(4).tolist(), strict=True))
 
 
 def _pool(folds):
@@ -211,8 +216,8 @@ def _pool(folds):
         "class_names": names,
         "threshold": THRESHOLD,
         "images": len(counts),
-        "scores": class_scores(counts, names),
-        "confidence_95": bootstrap(counts, names),
+        "scores": without_nan(class_scores(counts, names)),
+        "confidence_95": without_nan(bootstrap(counts, names)),
     }
 
 
@@ -228,12 +233,19 @@ def _print_table(folds, pooled):
     rows = [(fold["fold"], fold["images"], fold["scores"]) for fold in folds]
     rows.append(("pooled", pooled["images"], pooled["scores"]))
     for end, title in enumerate(("95 % from", "95 % to")):
-        limits = {name: interval[end] for name, interval in pooled["confidence_95"].items()}
+        intervals = pooled["confidence_95"].items()
+        limits = {name: interval and interval[end] for name, interval in intervals}
         rows.append((title, "", limits))
     print(f"{'fold':>9}{'images':>8}   " + "   ".join(COLUMNS))
     for title, images, scores in rows:
-        values = (f"{scores[name]:{len(head)}.4f}" for head, name in COLUMNS.items())
+        values = (
+            f"{'none':>{len(head)}}" if scores[name] is None else f"{scores[name]:{len(head)}.4f}"
+            for head, name in COLUMNS.items()
+        )
         print(f"{title:>9}{images:>8}   " + "   ".join(values))
     for name in pooled["class_names"] if len(pooled["class_names"]) > 1 else ():
-        dice, (low, high) = (pooled[key][f"dice/{name}"] for key in ("scores", "confidence_95"))
-        print(f"  {name}: pooled Dice {dice:.4f} [{low:.4f}, {high:.4f}]")
+        dice, interval = (pooled[key][f"dice/{name}"] for key in ("scores", "confidence_95"))
+        said = "no image of it in train and valid"
+        if dice is not None:
+            said = "pooled Dice {:.4f} [{:.4f}, {:.4f}]".format(dice, *interval)
+        print(f"  {name}: {said}")

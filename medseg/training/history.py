@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import math
 import sys
 import time
 from datetime import timedelta
@@ -19,6 +20,10 @@ from medseg.training.recipes import RECIPES
 
 FEW_STEPS = 300  # of a whole run
 ALL_BACKGROUND_LIMIT = 3  # epochs in a row without a pixel of foreground before a warning
+SPELLED = {
+    **{"dice": "Dice", "iou": "IoU", "miou": "mIoU", "precision": "precision"},
+    **{"recall": "recall", "image_dice": "per-image Dice"},
+}
 
 
 def progress_bar(batches, loader, done, title):
@@ -59,7 +64,8 @@ def write_history(history, path):
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, history[0])
     writer.writeheader()
-    writer.writerows(history)
+    for row in history:  # a class that no image has is without a score
+        writer.writerow({name: value if value == value else "" for name, value in row.items()})
     with atomic_write(path) as file:
         file.write(table.getvalue().encode())
 
@@ -69,12 +75,15 @@ def print_epoch(history, num_epochs, better):
     row, width = history[-1], len(str(num_epochs))
     elapsed = sum(epoch["seconds"] for epoch in history)
     left = min(elapsed / len(history) * (num_epochs - len(history)), 1e9)  # else no timedelta
+    validated = "no foreground in valid"
+    if not math.isnan(row["val_dice"]):
+        scores = ("acc", "dice", "iou")
+        validated = " ".join(f"{name} {row[f'val_{name}']:.4f}" for name in scores)
     parts = [
         f"epoch {row['epoch']:>{width}}/{num_epochs}",
         f"train loss {row['train_loss']:.4f} acc {row['train_acc']:.4f} "
         f"dice {row['train_dice']:.4f}",
-        f"val loss {row['val_loss']:.4f} acc {row['val_acc']:.4f} dice {row['val_dice']:.4f} "
-        f"iou {row['val_iou']:.4f}",
+        f"val loss {row['val_loss']:.4f} {validated}",
         f"{row['images_per_second']:.0f} images/s",
         f"{timedelta(seconds=round(elapsed))} elapsed, {timedelta(seconds=round(left))} left",
     ]
@@ -86,7 +95,7 @@ def print_epoch(history, num_epochs, better):
 
     all_background = 0  # epochs in a row, up to this one
     for epoch in reversed(history):
-        if epoch["val_dice"] > 0 or epoch["val_acc"] != epoch["val_background_acc"]:
+        if epoch["val_dice"] != 0 or epoch["val_acc"] != epoch["val_background_acc"]:
             break
         all_background += 1
     if all_background == ALL_BACKGROUND_LIMIT:
@@ -123,14 +132,16 @@ def log_values(row):
 def print_test(scores, class_names, gpu_gib=None):
     """The scores of the test; gpu_gib: the GPU memory that the run took, if it ran on one."""
     print(
-        f"test with the best weights: loss {scores['loss']:.4f}, Dice {scores['dice']:.4f}, "
-        f"IoU {scores['iou']:.4f}, mIoU {scores['miou']:.4f}, "
-        f"precision {scores['precision']:.4f}, recall {scores['recall']:.4f}, "
-        f"per-image Dice {scores['image_dice']:.4f}\n"
-        f"test accuracy {scores['acc']:.4f}; answering background everywhere scores "
-        f"{scores['background_acc']:.4f}",
+        f"test with the best weights: loss {scores['loss']:.4f}, "
+        f"{_spell(scores, 'dice', 'iou', 'miou', 'precision', 'recall', 'image_dice')}",
         flush=True,
     )
+    if not math.isnan(scores["acc"]):
+        print(
+            f"test accuracy {scores['acc']:.4f}; answering background everywhere scores "
+            f"{scores['background_acc']:.4f}",
+            flush=True,
+        )
     _print_classes(scores, class_names)
     if scores["dice"] == 0 and scores["acc"] == scores["background_acc"]:
         print(
@@ -146,9 +157,8 @@ def print_test(scores, class_names, gpu_gib=None):
 def print_chosen_test(scores, inference, class_names):
     """The scores of the test with masks made as was chosen on valid."""
     print(
-        f"test with {inference}, as chosen on valid: Dice {scores['dice']:.4f}, "
-        f"IoU {scores['iou']:.4f}, precision {scores['precision']:.4f}, "
-        f"recall {scores['recall']:.4f}, per-image Dice {scores['image_dice']:.4f}",
+        f"test with {inference}, as chosen on valid: "
+        f"{_spell(scores, 'dice', 'iou', 'precision', 'recall', 'image_dice')}",
         flush=True,
     )
     _print_classes(scores, class_names)
@@ -157,11 +167,14 @@ def print_chosen_test(scores, inference, class_names):
 def _print_classes(scores, class_names):
     for name in class_names if len(class_names) > 1 else ():
         own = {key: scores[f"{key}/{name}"] for key in ("dice", "iou", "precision", "recall")}
-        print(
-            f"  {name}: Dice {own['dice']:.4f}, IoU {own['iou']:.4f}, "
-            f"precision {own['precision']:.4f}, recall {own['recall']:.4f}",
-            flush=True,
-        )
+        print(f"  {name}: {_spell(own, *own, lacking='no image of it in test')}", flush=True)
+
+
+def _spell(scores, *names, lacking="no foreground in test"):
+    """'Dice 0.8000, IoU 0.6667', or what to say where there is no score."""
+    if math.isnan(scores["dice"]):
+        return lacking
+    return ", ".join(f"{SPELLED[name]} {scores[name]:.4f}" for name in names)
 
 
 def print_run(root, args, loaders, model, machine):

@@ -96,9 +96,12 @@ class SwanLab:
         return self.run is not None
 
     def log(self, values, step=None):
-        """Log a dict of numbers at `step`; SwanLab keeps the first value of a key at a step."""
+        """Log a dict of numbers at `step`; SwanLab keeps the first value of a key at a step.
+
+        What has no value, NaN, is left out.
+        """
         # swanlab reads tensors later, on another thread, and drops a step that is no Python int.
-        numbers = {key: float(value) for key, value in values.items()}
+        numbers = {key: float(value) for key, value in values.items() if value == value}
         self._try(lambda: self.run.log(numbers, step=None if step is None else int(step)))
 
     def image(self, key, path):

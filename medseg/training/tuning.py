@@ -7,7 +7,13 @@ import torch
 
 from medseg.dist import is_first
 from medseg.inference import PLAIN
-from medseg.metrics import SWEEP, class_scores, count_pixels, image_dice
+from medseg.metrics import (
+    SWEEP,
+    class_scores,
+    count_pixels,
+    image_dice,
+    present_classes,
+)
 from medseg.tiles import apply_network
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
@@ -27,14 +33,15 @@ def gains(before, after, *, expected=False):
     expected: of a change that is expected to help whatever valid says, as the mean of several
     predictions of a network that has learned the flips: then the Dice of the images must not fall.
     """
-    difference = image_dice(after).mean(1) - image_dice(before).mean(1)  # (N,)
+    present = present_classes(before)
+    difference = (image_dice(after) - image_dice(before))[:, present].mean(1)  # (N,)
     noise = 0 if expected else difference.std(ddof=1) / math.sqrt(len(difference))
     gained = split_dice(after) - split_dice(before)
     return bool(gained >= MIN_GAIN and difference.mean() > noise)
 
 
 def split_dice(counts):
-    """Dice of the summed pixels of counts (N, C, 4), the mean over the classes."""
+    """Dice of the summed pixels of counts (N, C, 4), the mean over the classes that are there."""
     return class_scores(counts, range(counts.shape[1]))["dice"]
 
 
@@ -48,6 +55,8 @@ def choose(count, flips):
     """
     chosen, lines = PLAIN, []
     counts, at = count(chosen, SWEEP), SWEEP.index(PLAIN.threshold)
+    if math.isnan(split_dice(counts[:, at])):
+        return chosen, ["no image has foreground, so that nothing can be chosen"]
     enough = len(counts) >= MIN_IMAGES
     if not enough:
         lines.append(f"too few images ({len(counts)}) for a threshold and the largest piece")
