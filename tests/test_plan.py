@@ -40,6 +40,7 @@ from medseg.planning.rules import (
     may_start,
     shrink,
 )
+from medseg.planning.start import try_pretrained
 from medseg.planning.timing import Times
 from medseg.weights import load_weights
 from net import UNet, load_model
@@ -125,6 +126,15 @@ def test_thickness_is_the_width_of_a_stripe_and_the_radius_of_a_disc(tmp_path):
     )
 
 
+def test_large_masks_are_measured_in_pixels_of_the_image(tmp_path):
+    """A disc in an image of 4,300 pixels, of which every second or third is looked at."""
+    masks = [np.pad(disc(40, 100), ((0, 0), (0, 4200)))]
+    measured = look_at(write_masks(tmp_path / "set", masks))
+    assert measured.thickness == pytest.approx(40, rel=0.05)
+    assert (measured.width, measured.height, measured.largest) == (4300, 100, 4300)
+    assert measured.foreground == [pytest.approx(masks[0].mean())]
+
+
 def test_what_masks_keep_of_themselves_when_they_are_resized(tmp_path):
     stripes = np.zeros((256, 256), bool)
     stripes[::8] = True  # a row of eight
@@ -183,6 +193,18 @@ def test_of_very_many_images_some_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "MAX_READ", 7)
     look = look_at(make_dataset(tmp_path / "dataset"))
     assert look.images == {"train": 6, "valid": 4, "test": 4} and look.read == 7
+
+
+def test_images_from_first_to_last_are_read_and_measured(tmp_path, monkeypatch):
+    """Of eight images the first four have thin masks and are grey, the others neither."""
+    monkeypatch.setattr(fingerprints, "MAX_READ", 5)
+    monkeypatch.setattr(fingerprints, "MAX_MEASURED", 2)
+    images = {f"{n}.png": Image.new("RGB", (64, 64), (9, 9, 9 + n // 4)) for n in range(8)}
+    outlines = [(n, square(2, 2, 8 if n < 4 else 40)) for n in range(8)]
+    measured = look_at(write_set(tmp_path / "set", images, outlines))
+    assert not measured.grey
+    assert measured.foreground == [pytest.approx((8**2 + 40**2) / (2 * 64**2))]
+    assert measured.thickness == pytest.approx((8 + 40) / 2 / (math.pi / 2), rel=0.01)
 
 
 # ---- what follows from it --------------------------------------------------------------------
@@ -295,6 +317,17 @@ def test_weights_that_find_the_masks_are_a_start(astray, tmp_path, monkeypatch):
     assert not may_start(look(images={"train": 1000, "valid": 9, "test": 9}), {})
 
 
+def test_images_from_first_to_last_decide_on_a_start(tmp_path, monkeypatch):
+    """The weights mark the squares of the first 32 of 64 images, and not those of the others."""
+    path = tmp_path / "known.pth"
+    torch.save(brightness_model().state_dict(), path)
+    monkeypatch.setattr("medseg.pretrained.PRETRAINED", path)
+    images = {f"{number}.png": scan(32, 32, 4, 4, 8) for number in range(64)}
+    outlines = [(n, square(4, 4, 8) if n < 32 else square(20, 20, 8)) for n in range(64)]
+    root = write_set(tmp_path / "set", images, outlines)
+    assert try_pretrained(root, open_split, load_model).dice == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize("minutes", [1, 5, 60])
 @pytest.mark.parametrize("images", [2, 60, 40_000])
 @pytest.mark.parametrize("crop", [0, 64])
@@ -320,6 +353,22 @@ def test_the_time_of_planning_is_part_of_the_minutes():
     choose_what_data_decide(plan, own, "cpu")
     at_once, later = (choose_length(plan, own, times, 5, spent)[1] for spent in (0, 60))
     assert at_once - later == pytest.approx(60, abs=6)
+
+
+@pytest.mark.parametrize("folds, each", [(0, 20), (5, 4)])
+def test_folds_share_the_minutes(folds, each, monkeypatch, capsys):
+    """A plan of 5 folds is that of one training in a fifth of the time, and says so."""
+
+    def note(root, given, *, minutes, **_):
+        taken.append(minutes)
+        return SimpleNamespace(flags={}, lines=[], given={}, seconds=60 * minutes, device="cpu")
+
+    taken = []
+    monkeypatch.setattr(plans, "plan_training", note)
+    plans.planned_flags(*PLANNING.values(), {"folds": folds, "minutes": 20.0})
+    printed = capsys.readouterr().out
+    assert taken == [each] and f"{each} minutes" in printed
+    assert ("5 folds" in printed) == bool(folds)
 
 
 def test_looking_at_the_data_counts_as_planning(monkeypatch):
