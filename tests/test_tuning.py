@@ -313,6 +313,42 @@ def test_the_threshold_of_highest_dice_by_plain_comparison():
     assert f"Dice {max(dice):.4f} instead of {dice[SWEEP.index(0.5)]:.4f}, chosen" in lines[0]
 
 
+@pytest.mark.parametrize(
+    "background, inside, expected",
+    [
+        (0.17, 0.18, 0.5),  # up to 0.15 all is marked, and then nothing
+        (0.01, 0.08, 0.5),  # perfect at 0.05 alone: a lower one may be better
+        (0.93, 0.97, 0.5),  # perfect at 0.95 alone
+        (0.01, 0.32, 0.1),  # 0.05 is no better than those beside it
+        (0.12, 0.17, 0.15),  # 0.1 marks everything, 0.15 the lesions
+        (0.12, 0.4, 0.15),
+    ],
+)
+def test_no_threshold_at_the_edge_or_that_marks_everything(background, inside, expected):
+    targets, probabilities = lesions()
+    probabilities = np.where(targets, inside, background).astype(np.float32)
+    chosen, lines = choose(Split(targets, probabilities).count, ())
+    assert chosen.threshold == expected
+    assert ("0.5 stays" in lines[0]) == (expected == 0.5)
+
+
+def test_no_threshold_that_marks_nearly_nothing():
+    """Up to 0.6 all is marked, then 4 of the 64 pixels of each lesion."""
+    targets, probabilities = lesions(side=60)
+    probabilities[:] = 0.62
+    for number, one in enumerate(probabilities):
+        one[0, 2 + number : 4 + number, 5:7] = 0.72
+    assert choose(Split(targets, probabilities).count, ())[0] == PLAIN
+
+
+def test_a_class_that_is_missed_everywhere_refuses_no_threshold():
+    """Of two classes one is marked at 0.15 to 0.3, the other never."""
+    targets, probabilities = lesions(inside=0.32, halo=0.12)
+    both = np.concatenate([targets, targets[:, :, ::-1]], 1)
+    missed = np.concatenate([probabilities, np.zeros_like(probabilities)], 1)
+    assert choose(Split(both, missed).count, ())[0].threshold == 0.15
+
+
 def test_flips_are_taken_where_they_gain_also_by_another_threshold():
     targets, good = lesions()
     _, bad = lesions(halo=0.9)
@@ -574,7 +610,7 @@ def test_the_report_scores_masks_as_they_are_written(place, dataset):
 
 # ---- train.py --------------------------------------------------------------------------------
 
-FLAGS = (*SMALL, "--epochs", 2, "--norm", "batch", "--lr", "1e-2", "--augment", "flip")
+FLAGS = (*SMALL, "--epochs", 3, "--norm", "batch", "--lr", "1e-2", "--augment", "flip")
 
 
 def scores_in(line):
@@ -614,7 +650,7 @@ def test_a_training_records_its_choice_and_is_else_the_same(trained):
     test = "test with the best weights"
     assert line_with(said["tuned"], test) == line_with(said["plain"], test)
     assert "chosen" not in said["plain"]
-    assert (place / "plain" / "metrics.csv").read_text().count("\n") == 3
+    assert (place / "plain" / "metrics.csv").read_text().count("\n") == 4
 
 
 def test_the_choice_is_that_of_valid_counted_by_hand(trained):
@@ -690,7 +726,7 @@ def test_a_run_that_has_ended_can_choose_later(trained, no_pictures):
     ended = script_here("train.py", "--resume", "--out", "later", cwd=place)
     assert_refused(ended, "last.pth", "--epochs")
     # A run that goes on keeps the flag, and chooses anew at its end.
-    more = output_of("train.py", "--resume", "--epochs", 3, "--out", "later", cwd=place)
+    more = output_of("train.py", "--resume", "--epochs", 4, "--out", "later", cwd=place)
     assert "chosen on valid: " in more
     assert load_model(place / "later" / "best_model.pth").inference is not None
 

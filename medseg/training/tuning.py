@@ -68,13 +68,13 @@ def choose(count, flips):
         lines.append(f"{other}: {dice}, {verdict}")
         return taken
 
-    if enough and (best := better_threshold(counts, at)) != at:
+    if enough and (best := better_threshold(counts, at, lines)) != at:
         other = chosen._replace(threshold=SWEEP[best])
         if take(other, counts[:, best]):
             chosen, at = other, best
     if flips:
         after = count(chosen._replace(flips=flips), SWEEP)
-        best = better_threshold(after, at) if enough else at
+        best = better_threshold(after, at, lines) if enough else at
         other = chosen._replace(threshold=SWEEP[best], flips=flips)
         if take(other, after[:, best], expected=True):
             chosen, counts, at = other, after, best
@@ -85,10 +85,39 @@ def choose(count, flips):
     return chosen, lines
 
 
-def better_threshold(counts, at):
-    """The index in SWEEP of the highest Dice where it gains, else `at`; counts: (N, T, C, 4)."""
-    best = int(np.argmax([split_dice(counts[:, index]) for index in range(len(SWEEP))]))
+def better_threshold(counts, at, lines):
+    """The index in SWEEP of the highest Dice where it gains, else `at`; counts: (N, T, C, 4).
+
+    Where only a threshold that `usable_thresholds` refuses has that Dice, `at` stays as well, and
+    `lines` gets a line that says so.
+    """
+    dice = np.array([split_dice(counts[:, index]) for index in range(len(SWEEP))])
+    usable = usable_thresholds(counts)
+    best = int(np.argmax(dice))
+    if not usable[best] and gains(counts[:, at], counts[:, best]):
+        others = np.flatnonzero(usable & (dice > dice[best] - MIN_GAIN))
+        if not len(others):
+            why = "is at the edge of those tried, or marks nearly all or nothing"
+            line = f"threshold {SWEEP[best]:g} {why}: not chosen, {SWEEP[at]:g} stays"
+            lines += [line] if line not in lines else []  # with and without flips alike
+            return at
+        best = int(others[np.argmax(dice[others])])
     return best if gains(counts[:, at], counts[:, best]) else at
+
+
+def usable_thresholds(counts):
+    """bool (T,): the thresholds of SWEEP that may be chosen; counts: (N, T, C, 4).
+
+    Not the lowest and the highest, beyond which the best may lie, nor those that mark nearly all or
+    nothing of each class: that leave less than a tenth of the background's area unmarked, or mark
+    less than a tenth of the foreground's.
+    """
+    tp, fp, fn, tn = np.moveaxis(counts.sum(0), -1, 0)  # (T, C) each
+    nearly_all = tn + fn <= 0.1 * (tn + fp)
+    nearly_nothing = tp + fp <= 0.1 * (tp + fn)
+    usable = ~(nearly_all | nearly_nothing).all(1)
+    usable[[0, -1]] = False
+    return usable
 
 
 def tune_prediction(model, loaders, device, out, autocast):
