@@ -101,6 +101,9 @@ def test_labelme_classes_are_picked_and_ordered(here):
     assert class_names() == ["c", "a"]
     assert stored()["x"]["a"].sum() == 100  # b, left out, does not cover it
     assert stored()["y"] == {}
+    labelme("w", [shape("c", box(20, 3, 4))])  # the first of the files
+    run_download(*LABELME, "--force")
+    assert class_names() == ["a", "b", "c"]
 
 
 def test_labelme_image_places(here, monkeypatch):

@@ -259,6 +259,14 @@ def test_classes_are_those_of_the_file_names(here):
     )
 
 
+def test_classes_are_numbered_by_name_whichever_file_comes_first(here):
+    for number, name in enumerate(("disc", "cup", "artery")):
+        image(f"fundus/{number}.png", number)
+        mask(f"truth/{number}_{name}.png", number)
+    run_download("--masks", "fundus", "*=truth/*_*.png", *ALL)
+    assert class_names() == ["artery", "cup", "disc"]
+
+
 def test_a_class_may_be_empty_in_all_of_its_files(here):
     scans(2, ("liver", "spleen", "colon", "aorta"))  # the last is
     run_download("--masks", "S/*/ct.nii.gz", "*=S/*/segmentations/*.nii.gz", *ALL)

@@ -25,7 +25,9 @@ from scipy.spatial.distance import pdist
 
 import predict
 from medseg.full_size import full_size_stripes, sum_probabilities
+from medseg.page.session import Session
 from medseg.pieces import measure_pieces
+from medseg.predicting.assessment import Assessment
 from medseg.results.table import COLUMNS, Parts, measure, table_text
 
 
@@ -52,6 +54,13 @@ def own_size():
 def read_table(folder="predictions"):
     with open(Path(folder, "predictions.csv"), encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def table_of_page(place, folder):
+    """The table that the page gives for the files in a folder."""
+    session, model = Session(place, ("foreground",)), predict.open_model("best_model.pth", "cpu")
+    session.predict([folder], lambda image: (model.predict(image), Assessment()))
+    return session.table(0.5).read_text()
 
 
 # ---- pieces ----------------------------------------------------------------------------------
@@ -187,6 +196,33 @@ def test_a_dicom_series(place):
         assert float(row["volume_ml"]) == pytest.approx(pixels * 0.4 * depth / 1000)
         assert row["series"] == "1.2.9"
     assert f"series 1.2.9: foreground {pixels * 0.4 * 11 / 1000:.4g} mL" in printed
+    assert table_of_page(place, "ct") == Path("predictions/predictions.csv").read_text()
+
+
+def test_pixel_size_is_that_of_files_that_tell_none(place):
+    own_size()
+    Path("scans").mkdir()
+    pixels = bright_squares(32, 32, (8, 6, 10, 12))
+    Image.fromarray(pixels).save("scans/a.png")
+    write_dicom("scans/b.dcm", pixels.astype(np.uint16))
+    write_dicom("scans/c.dcm", pixels.astype(np.uint16), PixelSpacing=[0.5, 0.8])
+    voxels = np.repeat(pixels.T[..., None], 3, 2)
+    write_nifti("scans/d.nii.gz", voxels, zooms=(0.5, 0.8, 3))
+    output_of("predict.py", "scans", "--pixel-size", "0.3", cwd=place)
+    rows = {row["image"]: row for row in read_table()}
+    for name, area in {"a.png": 0.09, "b.dcm": 0.09, "c.dcm": 0.4}.items():
+        own = float(rows[name]["area_mm2"])
+        assert own == pytest.approx(int(rows[name]["pixels"]) * area), name
+    volume = rows["d.nii.gz"]
+    assert float(volume["volume_ml"]) == pytest.approx(int(volume["pixels"]) * 0.0012)
+    session = Session(place, ("foreground",), pixel_size=(0.3, 0.3))
+    model = predict.open_model("best_model.pth", "cpu")
+    session.predict(
+        sorted(Path("scans").iterdir()), lambda image: (model.predict(image), Assessment())
+    )
+    shown = [session.view(index, 0.5).rows[0] for index in range(4)]
+    areas = [row["area_mm2"] / row["pixels"] for row in shown]
+    assert areas == pytest.approx([0.09, 0.09, 0.4, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -234,6 +270,7 @@ def test_a_volume(place, unit, mm):
     expected = [pdist(largest * scale).max() for scale in (1, zooms)]
     found = [float(row["largest_diameter"]), float(row["largest_diameter_mm"])]
     assert found == pytest.approx(expected)
+    assert table_of_page(place, "brain.nii.gz") == Path("out/predictions.csv").read_text()
 
 
 def test_a_volume_whose_voxels_have_no_size(place):
@@ -319,16 +356,25 @@ def test_pixel_sizes_that_are_refused(place, refused, size):
 # ---- many, and several processes -------------------------------------------------------------
 
 
-def test_failed_images_have_no_row(place):
+@pytest.mark.parametrize("other, write", [("d.dcm", "coco"), ("e.nii.gz", "mask")])
+def test_failed_images_have_no_row_and_do_not_count(place, other, write):
     Path("scans").mkdir()
     for name in "abc":
         scan(40, 40, 5, 5, 20).save(f"scans/{name}.png")
-    Path("scans/b.png").write_bytes(b"damaged")
-    result = script_here("predict.py", "scans", cwd=place)
-    assert result.returncode == 2 and "1 of 3" in result.stderr
+    for name in ("b.png", other):
+        Path("scans", name).write_bytes(b"damaged")
+    result = script_here("predict.py", "scans", "--write", write, cwd=place)
+    assert result.returncode == 2 and "2 of 4" in result.stderr
+    assert "in 2 of 2 images" in result.stdout
     assert [row["image"] for row in read_table()] == ["a.png", "c.png"]
-    (left_out,) = json.loads(Path("predictions/predictions.json").read_text())["left_out"]
-    assert left_out["file"] == "scans/b.png" and "b.png" in left_out["why"]
+    settings = json.loads(Path("predictions/predictions.json").read_text())
+    assert settings["images"] == 2
+    left_out = {one["file"]: one["why"] for one in settings["left_out"]}
+    assert sorted(left_out) == ["scans/b.png", f"scans/{other}"]
+    assert all(name in why for name, why in left_out.items())
+    for path in Path("predictions").glob("*.coco.json"):
+        records = json.loads(path.read_text())["images"]
+        assert [record["file_name"] for record in records] == ["a.png", "c.png"]
 
 
 def test_up_to_twenty_images_have_a_line_each(place):

@@ -24,7 +24,7 @@ from scipy import ndimage
 import predict
 from medseg.full_size import full_size_labels
 from medseg.predicting.inputs import Frame
-from medseg.results.annotations import as_shown, coco_record
+from medseg.results.annotations import as_shown, coco_record, write_labelme
 from medseg.results.outlines import trace_labels
 from net import UNet
 
@@ -154,6 +154,20 @@ def test_labelme_files_are_read_back_bit_for_bit(place):
     np.testing.assert_array_equal(imported["a"]["foreground"], mask)
     turned = np.rot90(np.asarray(Image.open("b_mask.png")) > 0, 3)
     np.testing.assert_array_equal(imported["b"]["foreground"], turned)
+
+
+def test_pieces_that_touch_at_a_corner_are_one(place):
+    """Two boxes, and of a second class a line of dots from corner to corner."""
+    numbers = np.zeros((48, 64), np.uint8)
+    numbers[2:5, 2:6] = numbers[5:9, 6:9] = 1
+    numbers[range(20, 24), range(30, 34)] = 2
+    frame = Frame(Path("scans/a.png"), "a", "a.png", None)
+    records = coco_record(frame, numbers)["annotations"]
+    found = [(one["category_id"], one["area"], one["bbox"]) for one in records]
+    assert found == [(1, 24, [2, 2, 7, 7]), (2, 4, [30, 20, 4, 4])]
+    write_labelme(frame, None, numbers, Path("."), ("cell", "nucleus"))
+    shapes = json.loads(Path("a.json").read_text())["shapes"]
+    assert [shape["label"] for shape in shapes] == ["cell", "nucleus"]
 
 
 def test_labelme_files_name_images_elsewhere(place):
