@@ -1,0 +1,618 @@
+"""What the scripts make of small inputs, end to end, held to the values in expected.json.
+
+    python -m pytest tests/golden                        # compare
+    python tests/golden/cases.py                         # print what differs, change nothing
+    python tests/golden/cases.py --record -k import_coco   # write the values of this case
+
+A case is the inputs that it makes, the commands that it runs and what is measured of their files.
+The values are those of the code before anything was rebuilt: a change of one is either a mistake or
+is recorded again, by the name of its case, with the reason in the message of the commit. Numbers
+agree to 1e-4 (of 1, or of the value where that is larger), those after a training to 2e-3. Two sets
+of instructions of one processor (ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41, and its own)
+differ by less than a tenth of that.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+import nibabel
+import numpy as np
+import torch
+from helpers import (
+    assert_done,
+    box,
+    fork_script,
+    labelme,
+    polygon,
+    script_here,
+    shape,
+    skip_pictures,
+    wait_until,
+    write_dicom,
+    write_nifti,
+)
+from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
+
+from medseg.phantoms import make_phantoms
+from net import UNet
+
+EXPECTED = Path(__file__).with_name("expected.json")
+TUMOR = Path(__file__).parents[2] / "dataset" / "tumor.pth"
+SIZE = 40, 30  # width, height
+
+# ---- inputs ----------------------------------------------------------------------------------
+
+
+def picture(seed, size=SIZE):
+    """Colours that differ from pixel to pixel, and from corner to corner."""
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    return np.stack([x * 5, y * 7, (x + 2 * y + 30 * seed) % 200], axis=-1).astype(np.uint8)
+
+
+def label_map(seed, classes=2, size=SIZE):
+    """Class numbers: a rectangle of each class, without symmetry."""
+    labels = np.zeros(size[::-1], np.uint8)
+    for number in range(1, classes + 1):
+        labels[3 + seed % 5 : 9 + 3 * number, 9 * number : 9 * number + 6 + seed % 4] = number
+    return labels
+
+
+def save(pixels, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def pairs(count=10, values=(0, 255), images="images", first=0):
+    """images/p0.png and masks/p0_mask.png, and so on; values: those of background and classes."""
+    for seed in range(first, first + count):
+        labels = label_map(seed, len(values) - 1)
+        save(picture(seed), f"{images}/p{seed}.png")
+        masks = images.replace("image", "mask")
+        save(np.array(values, np.uint8)[labels], f"{masks}/p{seed}_mask.png")
+
+
+def class_files():
+    """A mask file for each class, and of one class several for each image."""
+    for seed in range(3):
+        save(picture(seed), f"images/p{seed}.png")
+        for number, name in enumerate(("axon", "myelin", "cell_1", "cell_2"), 1):
+            save(np.uint8(255) * (label_map(seed, 4) == number), f"masks/p{seed}_{name}.png")
+
+
+def outlines():
+    """LabelMe files of every kind of shape."""
+    labelme("a", [shape("cat", box(3, 4, 9)), shape("dog", [[20, 5], [38, 9], [25, 27]])])
+    labelme("b", [shape("dog", [[5, 6], [17, 15]], "rectangle"), shape("ear", [[2, 2]], "point")])
+    circle = shape("cat", [[20, 15], [26, 15]], "circle")
+    labelme("c", [circle, shape("dog", [[1, 1], [30, 25]], "line")])
+    labelme("d", [])
+
+
+def coco():
+    names = {3: "dog", 1: "cat"}
+    counts = np.diff(np.flatnonzero(np.diff(label_map(2, 1).ravel("F"), prepend=2, append=2)))
+    fields = {
+        (1, 1): polygon(3, 4, 9),
+        (1, 3): {"segmentation": [[20, 5, 38, 9, 25, 27]]},
+        (2, 3): {"segmentation": {"size": [30, 40], "counts": counts.tolist()}, "iscrowd": 1},
+        (2, 1): {"segmentation": [], "bbox": [10, 20, 7, 6]},
+    }
+    images = [{"id": n, "file_name": f"p{n}.png", "width": 40, "height": 30} for n in (1, 2, 3)]
+    for image in images:
+        save(picture(image["id"]), f"images/{image['file_name']}")
+    content = {
+        "images": images,
+        "categories": [{"id": number, "name": name} for number, name in names.items()],
+        "annotations": [
+            {"id": n, "image_id": image, "category_id": category, **more}
+            for n, ((image, category), more) in enumerate(fields.items())
+        ],
+    }
+    Path("c.json").write_text(json.dumps(content))
+
+
+def voxels(seed=0):
+    """A volume (12, 10, 5), and class numbers in it."""
+    x, y, z = np.meshgrid(*map(np.arange, (12, 10, 5)), indexing="ij")
+    labels = np.zeros(x.shape, np.uint8)
+    labels[2 : 5 + seed, 3:9, 1:4], labels[7:11, 1:4, 2:5] = 1, 2
+    return (x * 40 + y * 11 + z * 97 + 300 * labels.astype(int)).astype(np.int16), labels
+
+
+def volumes():
+    """Two volumes, stored in different orders of their axes, with masks of two classes."""
+    turned = np.array([[0, 0, 2, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+    affines = np.diag([-0.5, 0.5, 2, 1]), turned
+    for folder in ("scans", "labels"):
+        Path(folder).mkdir()
+    for seed, affine in enumerate(affines):
+        values, labels = voxels(seed)
+        write_nifti(f"scans/v{seed}.nii.gz", values, affine)
+        write_nifti(f"labels/v{seed}.nii.gz", labels, affine)
+
+
+def dicom_series(folder="ct", masks=False):
+    """Slices 2, 2 and 4 mm apart, in no order; with a mask picture of each where wanted."""
+    Path(folder).mkdir()
+    for name, z in {"a": 4, "b": 0, "c": 8, "d": 2}.items():
+        pixels = np.zeros((64, 64), np.uint16)
+        pixels[10 : 20 + z, 30:50] = 900
+        fields = {"ImagePositionPatient": [5, 70, z], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        fields |= {"WindowCenter": 500, "WindowWidth": 1000, "PixelSpacing": [0.5, 0.8]}
+        write_dicom(f"{folder}/{name}.dcm", pixels, SeriesInstanceUID="1.2.9", **fields)
+        if masks:
+            save(np.uint8(255) * (pixels > 0), f"masks/{name}.png")
+
+
+def phantoms(two_classes=False, counts=(8, 4, 4), size=64):
+    make_phantoms("data", counts, size, two_classes=two_classes)
+
+
+def scans():
+    """Phantoms without annotations, one of them not square."""
+    make_phantoms("data", (1, 1, 3), 128, seed=5)
+    for number, path in enumerate(sorted(Path("data/test").glob("*.jpg"))):
+        image = Image.open(path)
+        Path("scans").mkdir(exist_ok=True)
+        image.crop((0, 0, 128, 128 - 20 * number)).save(f"scans/s{number}.png")
+
+
+def squares(size=None, classes=1):
+    """bright.png, squares on black with a speck and a hole, and weights that mark what is bright.
+
+    The weights are set by hand: what they mark can be told, and no value is near the threshold.
+    size: that of the weights; None takes images at their own size.
+    """
+    model = UNet(n_filters=2, n_classes=classes, image_size=size)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        model.down1.conv1.weight[0, :, 1, 1] = 1 / 3  # channel 0: mean of red, green, blue
+        model.down1.conv2.weight[0, 0, 1, 1] = 1
+        model.up5.conv1.weight[0, 2, 1, 1] = 1  # 0 and 1 come from below, 2 from the skip
+        model.up5.conv2.weight[0, 0, 1, 1] = 1
+        model.outc.weight[:, 0, 0, 0] = torch.tensor([8.0, 6.0])[:classes]
+        model.outc.bias[:] = torch.tensor([-8.0, -4.0])[:classes]
+    torch.save(model.state_dict(), "model.pth")
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    drawn = (10, 8, 30, 255), (50, 30, 20, 255), (80, 5, 3, 255), (72, 50, 12, 190)
+    for x, y, side, value in drawn:
+        pixels[y : y + side, x : x + side] = value
+    pixels[15:20, 20:24] = 0  # the hole
+    save(pixels, "bright.png")
+
+
+# ---- measures --------------------------------------------------------------------------------
+
+
+def digest(array):
+    return hashlib.sha1(np.ascontiguousarray(array)).hexdigest()[:8]
+
+
+def place(weights):
+    """Sum of an array as a share of its elements, and its centre as a share of each axis."""
+    total, shares = float(weights.sum()), []
+    for axis, side in enumerate(weights.shape):
+        along = weights.sum(axis=tuple(other for other in range(weights.ndim) if other != axis))
+        shares.append(float(along @ (np.arange(side) + 0.5)) / side / total if total else 0.0)
+    return [total / weights.size, *shares]
+
+
+def read_array(path):
+    """The stored array of a picture or volume."""
+    if path.endswith(".nii.gz"):
+        return np.asarray(nibabel.load(path).dataobj)
+    return np.asarray(Image.open(path))
+
+
+def exact(path):
+    """Shape, pixels of each value and digest of a mask: no number of it may change."""
+    array = read_array(path)
+    values, counts = np.unique(array, return_counts=True)
+    pixels = " ".join(f"{value}:{count}" for value, count in zip(values, counts, strict=True))
+    return {"": f"{'x'.join(map(str, array.shape))} {pixels} {digest(array)}"}
+
+
+def near(path):
+    """Shape of a mask or picture, and where its values lie."""
+    array, result = read_array(path), {"shape": list(read_array(path).shape)}
+    if array.dtype.itemsize > 1 or len(np.unique(array)) > 9:
+        return {**result, "light": place(array / np.float64(np.iinfo(array.dtype).max))}
+    return result | {f"{value}": place(array == value) for value in np.unique(array) if value}
+
+
+def geometry(path):
+    """The affine of a volume."""
+    return {"affine": nibabel.load(path).affine.ravel().tolist()}
+
+
+def quiet_coco(file):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(file)
+
+
+def dataset(root):
+    """Splits of a data set, as pycocotools reads them: names, classes, masks and light."""
+    result = {}
+    for file in sorted(Path(root).glob("*/_annotations.coco.json")):
+        split, read = file.parent.name, quiet_coco(file)
+        result[f"{split}.classes"] = " ".join(cat["name"] for cat in read.cats.values())
+        for image in read.imgs.values():
+            key, masks = f"{split}/{Path(image['file_name']).stem}", {}
+            for entry in read.imgToAnns[image["id"]]:
+                name, mask = read.cats[entry["category_id"]]["name"], read.annToMask(entry)
+                masks[name] = masks.get(name, 0) | mask
+            parts = [f"{name} {mask.sum()} {digest(mask)}" for name, mask in sorted(masks.items())]
+            result[key] = ", ".join([f"{image['width']}x{image['height']}", *parts])
+            pixels = np.asarray(Image.open(file.parent / image["file_name"]).convert("RGB"))
+            result[f"{key}.light"] = place(pixels / 255)
+    return result
+
+
+def table(path):
+    """The numbers of predictions.csv, by image and class."""
+    with open(path, encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    result = {}
+    for row in rows:
+        key = f"{row.pop('image')} {row.pop('class')}"
+        del row["share"], row["largest_pixels"]
+        numbers = {name: number(text) for name, text in row.items() if text}
+        result |= {f"{key}.{name}": value for name, value in numbers.items()}
+    return result
+
+
+def number(text):
+    try:
+        return float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        return text
+
+
+def metrics(path):
+    """Rows of metrics.csv, and the last one but for what the machine decides."""
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    kept = re.compile(r"(train|val)_(loss|acc|dice|image_dice)(/.*)?|lr|epoch")
+    return {name: number(text) for name, text in rows[-1].items() if kept.fullmatch(name)}
+
+
+def flat(value, key=""):
+    """{key.key: number or text} of nested dicts and lists."""
+    if not isinstance(value, dict | list):
+        return {key: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    result = {}
+    for name, part in parts:
+        result |= flat(part, f"{key}.{name}" if key else str(name))
+    return result
+
+
+LEFT_OUT = re.compile(
+    r"confidence|valid\.(dice|threshold)|lesion|calibration|counts|miou|acc|flags|folder|scores_with"
+)
+
+
+def report(path):
+    """The scores of a report.json or folds.json, but for intervals, curves and counts."""
+    values = flat(json.loads(Path(path).read_text()))
+    return {key: value for key, value in values.items() if not LEFT_OUT.search(key)}
+
+
+def labelme_file(path):
+    """Shapes of a LabelMe file: of each the label, and pixels and centre of what it covers."""
+    content, result = json.loads(Path(path).read_text()), {}
+    size = content["imageWidth"], content["imageHeight"]
+    for index, one in enumerate(sorted(content["shapes"], key=lambda one: one["label"])):
+        drawn = Image.new("1", size)
+        ImageDraw.Draw(drawn).polygon([tuple(point) for point in one["points"]], fill=1)
+        result[f"{index}.{one['label']}"] = place(np.asarray(drawn))
+    return result | {"size": list(size)}
+
+
+def onnx(path):
+    """Inputs and outputs of an exported file, and what onnxruntime makes of a ramp."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    first = session.get_inputs()[0]
+    shape = [side if isinstance(side, int) else 64 for side in first.shape[1:]]
+    ramp = np.linspace(-2, 2, int(np.prod(shape)), dtype=np.float32).reshape(1, *shape)
+    answer = session.run(None, {first.name: ramp})[0]
+    return {"shape": list(answer.shape), "light": place(answer.astype(np.float64))}
+
+
+def scores(out):
+    """The scores of the test split that train.py prints."""
+    lines = [line for line in out.splitlines() if line.startswith("test ")]
+    return {
+        f"{row}.{name}": float(value)
+        for row, line in enumerate(lines)
+        for name, value in re.findall(r"((?:per-image )?[A-Za-z]+) (\d\.\d{4})\b", line)
+    }
+
+
+def flags(out):
+    """The flags of the command that a plan prints."""
+    command = next(line for line in out.splitlines() if "train.py --" in line).split("train.py ")[1]
+    words = shlex.split(command)
+    return {
+        word: "" if after.startswith("--") else after
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+        if word.startswith("--") and word not in ("--init", "--data")  # folders of this machine
+    }
+
+
+PRINTED = {"scores": scores, "flags": flags}  # of the last command
+
+# ---- cases -----------------------------------------------------------------------------------
+
+CPU = "--precision fp32 --device cpu"
+TRAIN = f"train.py --data data --out run --n-filters 4 --batch-size 4 --swanlab disabled {CPU}"
+SMALL = f"{TRAIN} --image-size 32"
+PREDICT = f"predict.py {CPU}"
+FASTER = "--lr 0.01 --repeat 6 --ema 0.6"  # two epochs that learn something
+TRAINED = "metrics run/metrics.csv; scores -"
+IMPORT = "download.py --data own"
+
+# name: inputs; commands, one a line; measures, each a function and the file that it measures.
+CASES = {
+    "import_mask_folders": (pairs, f"{IMPORT} --masks images masks", "dataset own"),
+    "import_mask_values": (
+        lambda: pairs(3, (0, 128, 255)),
+        f"{IMPORT} --masks images masks --classes 255=nucleus,128=cytoplasm --split 100 0 0",
+        "dataset own",
+    ),
+    "import_class_files": (
+        class_files,
+        f"{IMPORT} --masks images axon='masks/*_axon.png' myelin='masks/*_myelin.png' "
+        "cell='masks/*_cell_*.png' --into test",
+        "dataset own",
+    ),
+    "import_invert": (
+        lambda: pairs(2),
+        f"{IMPORT} --masks images masks --invert --into valid",
+        "dataset own",
+    ),
+    "import_labelme": (outlines, f"{IMPORT} --labelme lm --split 50 25 25", "dataset own"),
+    "import_coco": (coco, f"{IMPORT} --coco c.json images --boxes --into train", "dataset own"),
+    "import_volumes": (volumes, f"{IMPORT} --masks scans labels --split 50 50 0", "dataset own"),
+    "import_window": (
+        volumes,
+        f"{IMPORT} --masks scans/v0.nii.gz labels/v0.nii.gz --window 400 300 --classes 1=a "
+        "--into test",
+        "dataset own",
+    ),
+    "import_dicom": (
+        lambda: dicom_series(masks=True),
+        f"{IMPORT} --masks ct masks --into train",
+        "dataset own",
+    ),
+    "import_add": (
+        lambda: (pairs(4), pairs(3, images="more_images", first=3)),
+        f"{IMPORT} --masks images masks --split 50 25 25\n"
+        f"{IMPORT} --masks more_images more_masks --into train --add --duplicates skip "
+        "--prefix new_",
+        "dataset own",
+    ),
+    "plan": (phantoms, "data.py data --plan", "flags -"),
+    "train_tutorial": (phantoms, f"{SMALL} --epochs 2", TRAINED),
+    "train_strong": (phantoms, f"{SMALL} --recipe strong --epochs 2 {FASTER}", TRAINED),
+    "train_vessels": (
+        phantoms,
+        f"{TRAIN} --recipe vessels --crop 32 --epochs 2 --lr 0.01 --repeat 4",
+        TRAINED,
+    ),
+    "train_auto": (phantoms, f"{SMALL} --recipe auto --epochs 2 {FASTER}", TRAINED),
+    "train_classes": (
+        lambda: phantoms(two_classes=True),
+        f"{SMALL} --classes each --recipe strong --epochs 4 {FASTER}\n"
+        f"{PREDICT} data/test --model run/best_model.pth --output out",
+        f"{TRAINED}; report out/report.json",
+    ),
+    "train_resume": (
+        phantoms,
+        f"kill {SMALL} --recipe strong --epochs 12 --save-every 0 {FASTER}\n"
+        "train.py --resume --out run",
+        "metrics run/metrics.csv; scores -",
+    ),
+    "train_folds": (
+        phantoms,
+        f"{SMALL} --recipe strong --epochs 2 --folds 3 {FASTER}",
+        "report run/folds.json",
+    ),
+    "train_augment": (
+        phantoms,
+        f"{SMALL} --augment rotate=30,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1,flip=1,"
+        "turn=1,elastic=0.05,gamma=0.2,noise=0.05 --epochs 2 --n-channels 1 --schedule cosine "
+        f"--loss focal=1 --norm group {FASTER}",
+        TRAINED,
+    ),
+    "predict_image": (scans, f"{PREDICT} scans/s1.png", "near s1_mask.png"),
+    "predict_folder": (
+        scans,
+        f"{PREDICT} scans --output out --write mask,probability --pixel-size 0.5x0.7",
+        "table out/predictions.csv; near out/s2_mask.png; near out/s2_probability.png",
+    ),
+    "predict_flips": (
+        scans,
+        f"{PREDICT} scans --output out --tta",
+        "table out/predictions.csv; near out/s2_mask.png",
+    ),
+    "predict_threshold": (
+        scans,
+        f"{PREDICT} scans --output out --threshold 0.2 --clean largest,fill",
+        "table out/predictions.csv",
+    ),
+    "predict_annotated": (
+        lambda: phantoms(size=128),
+        f"{PREDICT} data/test --output out",
+        "report out/report.json; table out/predictions.csv",
+    ),
+    "predict_exact": (squares, f"{PREDICT} bright.png --model model.pth", "exact bright_mask.png"),
+    "predict_clean": (
+        squares,
+        f"{PREDICT} bright.png --model model.pth --clean min-area=20,fill",
+        "exact bright_mask.png",
+    ),
+    "predict_largest": (
+        squares,
+        f"{PREDICT} bright.png --model model.pth --clean largest --output m.png",
+        "exact m.png",
+    ),
+    "predict_classes": (
+        lambda: squares(classes=2),
+        f"{PREDICT} bright.png --model model.pth",
+        "exact bright_mask.png",
+    ),
+    "predict_resized": (
+        lambda: squares(size=32),
+        f"{PREDICT} bright.png --model model.pth",
+        "near bright_mask.png",
+    ),
+    "predict_volume": (
+        lambda: (volumes(), squares(classes=2)),
+        f"{PREDICT} scans --model model.pth --output out",
+        "exact out/v0_mask.nii.gz; exact out/v1_mask.nii.gz; geometry out/v1_mask.nii.gz; "
+        "table out/predictions.csv",
+    ),
+    "predict_dicom": (
+        lambda: (dicom_series(), squares()),
+        f"{PREDICT} ct --model model.pth --output out",
+        "table out/predictions.csv; exact out/a_mask.png",
+    ),
+    "predict_ensemble": (
+        lambda: (scans(), squares(size=128)),
+        f"{PREDICT} scans --model {TUMOR} model.pth --output out",
+        "table out/predictions.csv",
+    ),
+    "labelme_there_and_back": (
+        lambda: squares(classes=2),
+        f"{PREDICT} bright.png --model model.pth --write labelme --output .\n"
+        f"{IMPORT} --labelme . --into test",
+        "labelme_file bright.json; dataset own",
+    ),
+    "coco_there_and_back": (
+        lambda: (scans(), squares(size=64)),
+        f"{PREDICT} scans --model model.pth --write coco --output out\n"
+        f"{IMPORT} --coco out/predictions.coco.json scans --into test",
+        "dataset own",
+    ),
+    "export_onnx": (
+        scans,
+        f"predict.py --model {TUMOR} --export model.onnx\n"
+        f"{PREDICT} scans --model model.onnx --output out",
+        "table out/predictions.csv; onnx model.onnx",
+    ),
+}
+
+
+@contextlib.contextmanager
+def working_directory(folder):
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def run_case(name):
+    """Run a case in a folder of its own; returns {key: value}."""
+    make, commands, measures = CASES[name]
+    with tempfile.TemporaryDirectory() as folder, working_directory(folder):
+        make()
+        for line in commands.splitlines():
+            first, *words = shlex.split(line)
+            if first == "kill":
+                kill(words)
+            else:
+                out = assert_done(script_here(first, *words, cwd=folder))
+        result = {}
+        for measure in measures.split("; "):
+            kind, path = measure.split(" ")
+            values = PRINTED[kind](out) if kind in PRINTED else globals()[kind](path)
+            where = "printed" if path == "-" else path
+            result |= {f"{where} {key}".rstrip(): value for key, value in values.items()}
+    return json.loads(json.dumps(result))
+
+
+def kill(words):
+    """Start a training and kill it when it has written some epochs."""
+    process, path = fork_script(*words, log="log", prepare=skip_pictures), Path("run/metrics.csv")
+    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) > 3)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9  # it had not come to its end
+
+
+def differences(name, values):
+    """Lines that say what is not as expected."""
+    expected = read_expected().get(name, {})
+    tolerance = 2e-3 if name.startswith("train_") else 1e-4
+    return [
+        f"{name}: {key}: expected {expected.get(key)}, got {values.get(key)}"
+        for key in sorted({*expected, *values})
+        if not agree(expected.get(key), values.get(key), tolerance)
+    ]
+
+
+def agree(expected, value, tolerance):
+    if isinstance(expected, list) and isinstance(value, list) and len(expected) == len(value):
+        return all(agree(*both, tolerance) for both in zip(expected, value, strict=True))
+    if isinstance(expected, float) and isinstance(value, float | int):
+        return abs(expected - value) <= tolerance * max(1, abs(expected))
+    return type(expected) is type(value) and expected == value
+
+
+def read_expected():
+    return json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+
+
+def write_expected(content):
+    """A value a line, sorted, so that a value that changes is a line of the difference."""
+    cases = []
+    for name, values in sorted(content.items()):
+        lines = []
+        for key in sorted(values):
+            lines.append(f"  {json.dumps(key)}: {json.dumps(rounded(values[key]))}")
+        cases.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    EXPECTED.write_text("{\n" + ",\n".join(cases) + "\n}\n")
+
+
+def rounded(value):
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-k", default="", metavar="NAME", help="cases whose name contains it")
+    parser.add_argument("--record", action="store_true", help="write their values")
+    args = parser.parse_args()
+    content = read_expected()
+    for name in filter(lambda name: args.k in name, CASES):
+        values = run_case(name)
+        print("\n".join(differences(name, values)) or f"{name}: as expected", flush=True)
+        content[name] = values
+    if args.record:
+        write_expected({name: content[name] for name in CASES if name in content})
+
+
+if __name__ == "__main__":
+    main()
