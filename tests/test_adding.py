@@ -178,6 +178,22 @@ def test_images_of_other_splits_are_told(grown):
     assert "other" in stored() and "again" not in stored()
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_an_image_near_train_and_another_split_is_told(grown, split):
+    """The one in train is more alike: that of the other split counts all the same."""
+    (stem, *_) = stored(split)
+    pixels = np.asarray(Image.open(f"dataset/{split}/{stem}.png")) // 2
+    for name, level in (("first", 9), ("second", 10)):
+        save(Image.fromarray(pixels + np.uint8(level)), f"{name}/{name}.png")
+        labelme(name, [shape("cup", box(2, 3, 5))], name, image=False)
+    add = ("--into", "train", "--add", "--duplicates")
+    run_download("--labelme", "first", *add, "keep")
+    words = [f"dataset/{split}", f"second.png as {stem}.png"]
+    refuse_download("--labelme", "second", *add[:3], words=words)
+    refuse_download("--labelme", "second", *add, "skip", words=words)
+    assert len(stored()) == 3
+
+
 def test_names_of_any_split_are_taken(grown):
     for seed, split in ((77, "train"), (78, "test")):
         name = annotations(split)["images"][0]["file_name"].upper()

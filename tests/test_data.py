@@ -490,6 +490,18 @@ def test_lossy_webp_masks_are_cut_at_half_as_jpeg_is(tmp_path, refused, alpha):
     refused("download", *command, words=["a.webp"])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("profile", [b"", b"odd", b"even"])
+def test_lossy_webp_is_told_by_whatever_chunks_it_has(tmp_path, mode, profile):
+    """A profile lies before the pixels, and a chunk of odd length has a byte of padding."""
+    mask = Image.fromarray(np.eye(40, dtype=np.uint8) * 255).convert(mode)
+    for name, lossless in (("lossy", False), ("lossless", True)):
+        path = tmp_path / f"{name}.webp"
+        mask.save(path, lossless=lossless, icc_profile=profile)
+        assert (b"ICCP" in path.read_bytes()) == bool(profile)
+        assert read_mask(path)[0] == ("colour" if lossless else "lossy WebP")
+
+
 def test_a_data_set_of_new_formats_trains_and_predicts(tmp_path, no_pictures):
     rng = np.random.default_rng(0)
     saved = {".ppm": {}, ".webp": {"lossless": True}, ".gif": {}, ".pgm": {}}

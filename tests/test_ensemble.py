@@ -13,6 +13,7 @@ from helpers import (
     brightness_model,
     make_dataset,
     output_of,
+    photo,
     scan,
     tree,
     write_nifti,
@@ -21,9 +22,10 @@ from PIL import Image
 
 import predict
 from medseg.images import preprocess
+from medseg.inference import FLIPS, Inference
 from medseg.predicting.ensemble import Ensemble, open_models
 from medseg.predicting.models import Model
-from net import UNet
+from net import UNet, load_model
 
 
 def constant_model(probability, **options):
@@ -132,6 +134,38 @@ def test_a_volume(place):
     models = ("--model", "often.pth", "seldom.pth")
     said = output_of("predict.py", "brain.nii.gz", *models, cwd=place)
     assert "highest probability 0.550" in said and Path("brain_mask.nii.gz").exists()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_member_averages_over_the_flips(place, first):
+    torch.manual_seed(0)
+    paths, alone = ["a.pth", "b.pth"], []
+    image = photo(0, (32, 32))
+    for path in paths:
+        network = UNet(n_filters=2, image_size=32)
+        network.inference = Inference(flips=tuple(FLIPS))
+        alone.append(predict.open_model(save(network, path), "cpu", "fp32").predict(image))
+    both = open_models(predict.open_model, paths[:: 1 - 2 * first], "cpu", "fp32", 0)
+    np.testing.assert_allclose(both.predict(image), np.mean(alone, 0), atol=1e-6)
+    both.inference = Inference()
+    assert abs(both.predict(image) - np.mean(alone, 0)).max() > 1e-3
+
+
+@pytest.mark.parametrize("thresholds, marked", [((0.2, 0.8), True), ((0.4, 0.8), False)])
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_threshold_is_the_mean_of_those_of_all(place, thresholds, marked, order):
+    """The mean probability is 0.55."""
+    for path, threshold in zip(("often.pth", "seldom.pth"), thresholds, strict=True):
+        network = load_model(path)
+        network.inference = Inference(threshold, clean=("largest" if threshold == 0.8 else "none"))
+        save(network, path)
+    shutil.copy2("scan.png", "other.png")
+    models = ("--model", *["often.pth", "seldom.pth"][::order], "--output", "out")
+    output_of("predict.py", "scan.png", "other.png", *models, cwd=place)
+    assert np.asarray(Image.open("out/scan_mask.png")).any() == marked
+    settings = json.loads(Path("out/predictions.json").read_text())
+    assert settings["threshold"] == pytest.approx(sum(thresholds) / 2)
+    assert settings["clean"] == "none"  # as not all chose one
 
 
 # ---- which go together -----------------------------------------------------------------------

@@ -222,6 +222,27 @@ def test_what_sees_the_whole_image_keeps_it_where_it_fits(option, small_tiles, m
     assert "tiles" in line and model.tiling.differs in line
 
 
+@pytest.mark.parametrize(
+    "most, used, free",
+    [
+        ("4096", 3072, 1024),  # what is in use in a container is not free
+        ("4096", 5000, 0),
+        ("max", 3072, 2048),
+        ("9216", 3072, 2048),  # the machine has less
+        (None, None, 2048),  # no container
+    ],
+)
+def test_memory_in_use_is_not_free(most, used, free, here, monkeypatch):
+    monkeypatch.setattr(tiles, "Path", lambda path: here / path.lstrip("/"))
+    for place in ("proc", "sys/fs/cgroup"):
+        (here / place).mkdir(parents=True)
+    (here / "proc/meminfo").write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 2 kB\n")
+    if most:
+        (here / "sys/fs/cgroup/memory.max").write_text(f"{most}\n")
+        (here / "sys/fs/cgroup/memory.current").write_text(f"{used}\n")
+    assert tiles.available_memory() == free
+
+
 def test_an_onnx_file_says_how_its_network_may_be_divided():
     metadata = metadata_of(network(depth=4, norm="group"))
     found = check_metadata(json.loads(json.dumps(metadata)))["tiling"]

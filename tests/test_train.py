@@ -963,8 +963,13 @@ def test_the_running_loss_of_nothing_is_no_error():
 
 def test_predictions_are_drawn_over_their_own_image(monkeypatch):
     """A bright left half is predicted; the masks are rows, one more for each image."""
-    drawn = []
-    monkeypatch.setattr(train, "plot_predictions", lambda *arguments, **_: drawn.append(arguments))
+    drawn, captions = [], []
+
+    def record(*arguments, **options):
+        drawn.append(arguments)
+        captions.append(options["captions"])
+
+    monkeypatch.setattr(train, "plot_predictions", record)
     images, masks = torch.full((4, 3, 8, 8), -1.0), torch.zeros(4, 1, 8, 8)
     for index in range(4):
         images[index, :, :, :4], masks[index, :, : index + 1] = 0.5 * index, 1
@@ -972,8 +977,9 @@ def test_predictions_are_drawn_over_their_own_image(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid()).requires_grad_(False)
     model[0].weight.fill_(1)  # the probability is over 0.5 where the sum of the channels is over 0
     model[0].bias.zero_()
-    train.visualize_predictions(model, [(images, masks)], "cpu", num_samples=2)
+    train.visualize_predictions(model, [(images, masks)], "cpu", num_samples=2, names="abcd")
     ((pictures, targets, preds, titles, _),) = drawn
+    assert captions == [["a", "d"]]
     for panel, index in enumerate((0, 3)):  # spread over the four
         grey = images[index, :, 0, 0].numpy() * STD + MEAN
         np.testing.assert_allclose(pictures[panel][0, 0], grey.clip(0, 1), atol=1e-6)
