@@ -36,6 +36,11 @@ MAX_PAGES, MAX_PAGES_PIXELS = 1000, 1 << 32  # of a TIFF file whose pages become
 MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
+TURNS = {
+    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180},
+    **{4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE},
+    **{6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90},
+}
 MAX_JPEG_SIDE = 65_500  # pixels that the format has room for
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
@@ -141,6 +146,8 @@ def open_image(file):
         elif getattr(image, "is_animated", False):
             count = image.n_frames if size <= MAX_COUNTED_BYTES else "several"
             raise ValueError(f"holds {count} pictures: save each in a file of its own")
+        if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) in range(5, 9):
+            image.filename = ""  # Pillow would map a grey file with width and height exchanged
         yield image
 
 
@@ -166,32 +173,58 @@ def image_errors(path, what):
 
 
 def read_image(path):
-    """The picture in a file of one of FORMATS as a PIL image of mode RGB, its size kept.
+    """The picture in a file of one of FORMATS as it is shown: a PIL image of mode RGB.
 
-    path: or a binary file. More than 8 bits a sample are scaled linearly to 0..255 from the range
-    that holds the largest value: 8, 10, 12 or 16 bits (0..1 for floating point). The values of PGM
-    and PPM files are scaled from the range that the file names. Alpha is dropped.
+    path: or a binary file. A picture that is stored turned or mirrored (EXIF) is turned upright;
+    its size is kept otherwise. More than 8 bits a sample are scaled linearly to 0..255 from the
+    range that holds the largest value: 8, 10, 12 or 16 bits (0..1 for floating point). The values
+    of PGM and PPM files are scaled from the range that the file names. Alpha is dropped.
     Raises FileNotFoundError; ValueError for what is not one whole picture of at most
     `pixel_limit` pixels.
     """
+    return read_oriented(path)[0]
+
+
+def read_oriented(path):
+    """(what `read_image` returns, the EXIF orientation, 1 to 8, by which it was turned)."""
     with image_errors(path, "image"), open_image(path) as image:
         samples = stored_samples(image, path)
+        orientation, left = exif_orientation(image)
         if samples:
-            return _table_to_8_bits(*samples)
+            picture = _table_to_8_bits(*samples)
+        else:
+            image.load()
+            picture = image
+            if image.mode[0] in "IF":
+                picture = _to_8_bits(image)
+            elif image.mode != "RGB":  # else a copy
+                picture = image.convert("RGB")
+        if left > 1:
+            picture = picture.transpose(TURNS[left])
+            picture.info.clear()  # a file written with its EXIF would be turned again
+        return picture, orientation
+
+
+def exif_orientation(image):
+    """(EXIF orientation of an opened PIL image, what is left of it once Pillow has loaded it).
+
+    Both are 1 to 8. Pillow itself turns a TIFF, which must not be loaded yet.
+    """
+    if image.format == "PNG":  # its EXIF may lie behind the pixels
         image.load()
-        if image.mode == "RGB":  # else a copy
-            return image
-        return _to_8_bits(image) if image.mode[0] in "IF" else image.convert("RGB")
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged metadata raises many kinds; the pixels are what counts
+        orientation = 1
+    if orientation not in range(1, 9):
+        orientation = 1
+    return orientation, 1 if image.format == "TIFF" else orientation
 
 
-def exif_orientation(file):
-    """(EXIF orientation 1 to 8, whether Pillow turns the picture itself when it loads it)."""
-    with open_image(file) as image:
-        try:
-            orientation = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # damaged metadata raises many kinds; the pixels were read
-            orientation = 1
-        return orientation if orientation in range(1, 9) else 1, image.format == "TIFF"
+def stored_orientation(path):
+    """What `exif_orientation` returns of an image file. Raises as `read_image` does."""
+    with image_errors(path, "image"), open_image(path) as image:
+        return exif_orientation(image)
 
 
 def turn(pixels, orientation):

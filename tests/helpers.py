@@ -260,6 +260,26 @@ def scan(width, height, x, y, side):
     return Image.fromarray(pixels)
 
 
+STORED_TURNED = {  # EXIF orientation -> how an array (H, W, ...) is stored that is to be shown
+    1: lambda shown: shown,
+    2: lambda shown: np.flip(shown, 1),
+    3: lambda shown: np.rot90(shown, 2),
+    4: lambda shown: np.flip(shown, 0),
+    5: lambda shown: np.swapaxes(shown, 0, 1),
+    6: lambda shown: np.rot90(shown),  # which a quarter clockwise undoes
+    7: lambda shown: np.swapaxes(np.rot90(shown, 2), 0, 1),
+    8: lambda shown: np.rot90(shown, -1),
+}
+
+
+def save_turned(shown, path, orientation, **options):
+    """Save the array of a picture so that its EXIF orientation turns it to what is `shown`."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(STORED_TURNED[orientation](np.asarray(shown)))
+    Image.fromarray(stored).save(path, exif=exif, **options)
+
+
 NIBABEL_DATA = Path(nibabel.__file__).parent / "tests" / "data"
 IMPLICIT, EXPLICIT = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
 BIG_ENDIAN = pydicom.uid.ExplicitVRBigEndian

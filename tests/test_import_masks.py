@@ -29,8 +29,7 @@ from PIL import Image, ImageOps
 
 import predict
 from medseg.formats.own_files import drawn_beside_masks
-from medseg.images import read_image
-from medseg.sources import collect
+from medseg.images import read_image, turn
 from medseg.sources.mask_values import classes_of_counts
 from medseg.sources.pairing import pair_files
 
@@ -588,7 +587,7 @@ def test_two_spellings_of_one_folder(here):
 # ---------------------------------------------------------------- EXIF
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_stored_upright(here, suffix, orientation):
     exif = Image.Exif()
@@ -621,7 +620,7 @@ def test_turn_agrees_with_pillow():
     for orientation in range(1, 9):
         image.getexif()[0x0112] = orientation
         wanted = np.asarray(ImageOps.exif_transpose(image))
-        assert_array_equal(collect.turn(np.asarray(image), orientation), wanted)
+        assert_array_equal(turn(np.asarray(image), orientation), wanted)
 
 
 # ---------------------------------------------------------------- what predict.py wrote

@@ -38,6 +38,7 @@ from helpers import (
     brightness_model,
     fork_script,
     run_python,
+    save_turned,
     scan,
     script_here,
     start_python,
@@ -961,6 +962,24 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     assert np.asarray(mask)[0, 15].tolist() == [230, 159, 0]  # as in the legend
     assert "red &lt;b&gt;</td><td>300</td><td>0.2</td>" in table
     assert not number["visible"] and all(button["interactive"] for button in buttons)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_session_shows_and_writes_photographs_as_they_are_shown(tmp_path, orientation):
+    shown = np.array(scan(64, 40, 3, 5, 12))
+    save_turned(shown, tmp_path / "a.jpg", orientation, quality=100)
+    session = Session(tmp_path, ("foreground",))
+    session.predict(
+        [tmp_path / "a.jpg"],
+        lambda image: (np.asarray(image.convert("L"), np.float32)[None] / 255, Assessment()),
+    )
+    view, mask = session.view(0, 0.5), np.asarray(Image.open(session.write(0.5)))
+    for picture in (view.image.convert("L"), view.mask.convert("L"), mask):
+        np.testing.assert_array_equal(np.asarray(picture) > 100, shown > 100)
+    labelme = json.loads(session.labelme(0.5).read_text())
+    assert (labelme["imageWidth"], labelme["imageHeight"]) == (64, 40)
+    points = np.array(labelme["shapes"][0]["points"]).round()
+    assert (abs(points - (9, 11)) <= 6).all() and session.problems == []
 
 
 @pytest.mark.parametrize("threshold, first", [(0.2, 1), (0.5, 1), (0.8, 2)])

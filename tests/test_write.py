@@ -11,20 +11,21 @@ from helpers import (
     brightness_model,
     output_of,
     run_download,
+    save_turned,
     scan,
     script_here,
     stored,
     write_dicom,
     write_nifti,
 )
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from pycocotools.coco import COCO
 from scipy import ndimage
 
 import predict
 from medseg.full_size import full_size_labels
 from medseg.predicting.inputs import Frame
-from medseg.results.annotations import as_shown, coco_record, write_labelme
+from medseg.results.annotations import coco_record, write_labelme
 from medseg.results.outlines import trace_labels
 from net import UNet
 
@@ -152,7 +153,8 @@ def test_labelme_files_are_read_back_bit_for_bit(place):
     assert "2 LabelMe files" in printed  # predictions.json is none
     imported = stored()
     np.testing.assert_array_equal(imported["a"]["foreground"], mask)
-    turned = np.rot90(np.asarray(Image.open("b_mask.png")) > 0, 3)
+    turned = np.asarray(Image.open("b_mask.png")) > 0
+    assert turned.shape == (64, 40)  # as it is shown
     np.testing.assert_array_equal(imported["b"]["foreground"], turned)
 
 
@@ -224,7 +226,8 @@ def test_a_coco_file_is_read_by_pycocotools_and_read_back(place):
     run_download(*("--coco", "predictions/predictions.coco.json", "scans", "--split", 100, 0, 0))
     imported = stored()
     np.testing.assert_array_equal(imported["a"]["foreground"], mask)
-    other = np.rot90(np.asarray(Image.open("predictions/b_mask.png")) > 0, 3)
+    other = np.asarray(Image.open("predictions/b_mask.png")) > 0
+    assert other.shape == (64, 40)
     np.testing.assert_array_equal(imported["b"]["foreground"], other)
 
 
@@ -308,22 +311,34 @@ def test_what_cannot_be_written(place, refused, arguments, words):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
-def test_annotations_lie_on_the_picture_as_it_is_shown(here, orientation, suffix):
-    """Pillow's exif_transpose, which LabelMe uses, is the judge; TIFF is turned when it is read."""
-    from PIL import ImageOps
-
-    shown = np.zeros((24, 40), np.uint8)
-    shown[2:9, 3:30] = 200
-    image = Image.fromarray(shown)
-    exif = image.getexif()
-    exif[0x0112] = orientation
-    image.save(f"a{suffix}", exif=exif)
-    read = np.asarray(predict.read_image(f"a{suffix}"))[..., 0] > 100
-    with Image.open(f"a{suffix}") as opened:
-        expected = np.asarray(ImageOps.exif_transpose(opened)) > 100
-    frame = Frame(Path(f"a{suffix}"), "a", f"a{suffix}", None)
-    np.testing.assert_array_equal(as_shown(frame, read.astype(np.uint8)) > 0, expected)
+def test_what_is_stored_turned_is_predicted_as_it_is_shown(place, orientation):
+    """Every file of a picture, in four formats, is that of its upright copy, in numbers too."""
+    shown = bright(40, 64, *RING, (60, 2, 3, 2, 255))
+    Path("plain").mkdir(), Path("turned").mkdir()
+    for suffix in (".jpg", ".png", ".webp", ".tif"):
+        options = {".jpg": {"quality": 95}, ".webp": {"lossless": True}}.get(suffix, {})
+        save_turned(shown, f"turned/{suffix[1:]}{suffix}", orientation, **options)
+        upright = Image.fromarray(shown)
+        if suffix == ".jpg":  # whose values are others
+            upright = ImageOps.exif_transpose(Image.open("turned/jpg.jpg"))
+        upright.save(f"plain/{suffix[1:]}.png")
+    wanted = ("--write", "mask,overlay,probability,labelme,coco")
+    for folder in ("plain", "turned"):
+        predict.main([folder, *wanted, "--output", f"{folder}_out"])
+    for path in sorted(Path("plain_out").glob("*.[pj][np]g")):
+        own = np.asarray(Image.open(Path("turned_out") / path.name))
+        np.testing.assert_array_equal(own, np.asarray(Image.open(path)), err_msg=path.name)
+    mask = np.asarray(Image.open("turned_out/png_mask.png")) > 0
+    np.testing.assert_array_equal(mask, shown > 100)
+    for name in ("jpg", "png", "webp", "tif"):
+        own, other = (
+            json.loads(Path(f"{folder}_out/{name}.json").read_text())
+            for folder in ("turned", "plain")
+        )
+        assert own["shapes"] == other["shapes"]
+        assert (own["imageHeight"], own["imageWidth"]) == (40, 64)
+    records = json.loads(Path("turned_out/predictions.coco.json").read_text())["images"]
+    assert {(record["width"], record["height"]) for record in records} == {(64, 40)}
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -4,16 +4,17 @@ import os
 import re
 
 import numpy as np
-from PIL import ImageOps
 
 from medseg.files import check_regular
 from medseg.images import (
     SUFFIXES,
     check_file_size,
+    exif_orientation,
     image_errors,
     open_image,
     pixel_limit,
     too_many_pixels,
+    turn,
 )
 from medseg.samples import lossy_format, stored_samples
 
@@ -25,7 +26,7 @@ MAX_WHOLE = 2**24  # up to which 32-bit floating point has all whole numbers
 
 
 def read_mask(path, palette_colours=False):
-    """A mask file as (encoding, integer array (H, W) of its stored values).
+    """A mask file as (encoding, integer array (H, W) of its stored values), turned by its EXIF.
 
     encoding: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB), or one of
     `medseg.samples.LOSSY` (grey values). palette_colours: read a palette picture as the colours
@@ -39,14 +40,15 @@ def read_mask(path, palette_colours=False):
     with image_errors(path, "mask"), open_image(path) as image:
         lossy = lossy_format(image, path)
         samples = stored_samples(image, path)
+        _, left = exif_orientation(image)
         if samples:
             encoding, values = _values_of_samples(samples[0])
         else:
             image.load()  # turns a TIFF
-            image = ImageOps.exif_transpose(image)
             if palette_colours and image.mode == "P":
                 image = image.convert("RGBA" if "transparency" in image.info else "RGB")
             encoding, values = _stored_values(image)
+        values = turn(values, left)
         if not lossy:
             return encoding, values
         if encoding == "colour":

@@ -8,24 +8,13 @@ import numpy as np
 
 from medseg.files import atomic_write
 from medseg.formats.medical import file_format
-from medseg.images import exif_orientation, save_png, turn
+from medseg.images import save_png
 from medseg.results.outlines import trace_labels
 from medseg.results.table import settings_text
 from medseg.run_lengths import encode_labels
 
 LABELME_VERSION = "5.5.0"  # of the format: versions 4 to 7 read it
 BACKGROUND = "_background_"  # LabelMe's label of what cuts a hole
-
-
-def as_shown(frame, labels):
-    """Class numbers (H, W) as they lie on the picture that annotation tools show.
-
-    These turn a picture by its EXIF orientation, as the import does; prediction does not.
-    """
-    if file_format(frame.path) is not None:
-        return labels
-    orientation, turned_by_pillow = exif_orientation(frame.path)
-    return labels if turned_by_pillow else turn(labels, orientation)
 
 
 # ---- LabelMe ---------------------------------------------------------------------------------
@@ -49,7 +38,6 @@ def write_labelme(frame, image, labels, folder, class_names, *, beside=False):
     path, picture = labelme_files(frame, folder)
     if picture:
         save_png(image, picture)
-    labels = as_shown(frame, labels)
     names, shapes = (BACKGROUND, *class_names), []
     for outline in trace_labels(labels):
         shape = {"label": names[outline.number], "points": outline.points, "group_id": None}
@@ -83,7 +71,7 @@ def coco_record(frame, labels):
     from pycocotools import mask as coco_mask
     from scipy import ndimage
 
-    labels, annotations = as_shown(frame, labels), []
+    annotations = []
     height, width = labels.shape
     for number in np.setdiff1d(labels, [0]):
         pieces, _ = ndimage.label(labels == number, np.ones((3, 3)))

@@ -7,13 +7,10 @@ from collections import Counter
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from medseg.coco import listed
 from medseg.files import escape
 from medseg.formats.medical import base_name, file_format
-from medseg.images import Page, count_pages, exif_orientation, read_image, turn
+from medseg.images import Page, count_pages, read_oriented, stored_orientation, turn
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 
@@ -190,19 +187,17 @@ class Upright(NamedTuple):
 
 
 def read_upright(file):
-    """Read an image as `read_image` does, and turn it by its EXIF orientation.
+    """Read an image as `read_image` does, into an Upright.
 
-    file: a Path, which is the `image` where it is upright as `read_image` reads it; or a binary
+    file: a Path, which is the `image` where it is upright once Pillow has loaded it; or a binary
     file, which becomes a PIL image. What is turned is 8-bit RGB, as training reads it.
     Raises as `read_image` does.
     """
-    picture = read_image(file)
-    orientation, turned_by_pillow = exif_orientation(file)
-    if orientation != 1 and not turned_by_pillow:
-        picture = Image.fromarray(turn(np.asarray(picture), orientation))
-    elif isinstance(file, Path):
-        return Upright(file, picture.size, orientation)
-    return Upright(picture, picture.size, orientation)
+    picture, orientation = read_oriented(file)
+    stays = isinstance(file, Path)
+    if stays and orientation != 1:
+        stays = stored_orientation(file)[1] == 1  # a TIFF
+    return Upright(file if stays else picture, picture.size, orientation)
 
 
 def fit_mask(mask, upright):
