@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 
 from medseg import dist
-from medseg.audit import SHOWN, audit, next_training, require_data_set
+from medseg.audit import SHOWN, audit, describe_turned, next_training, require_data_set
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
 from medseg.cli import (
@@ -47,10 +47,18 @@ from medseg.coco import (
 from medseg.contact_sheet import MOST
 from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
-from medseg.images import IMAGE_SIZE, preprocess, read_image, set_pixel_limit
+from medseg.images import (
+    IMAGE_SIZE,
+    preprocess,
+    read_image,
+    read_oriented,
+    set_pixel_limit,
+    stored_orientation,
+    turn,
+)
 from medseg.normalization import normalize
 from medseg.planning.plan import planned_flags
-from medseg.run_lengths import unite
+from medseg.run_lengths import encode, unite
 from medseg.splits import grouped_split
 from net import UNet, load_model
 
@@ -74,6 +82,7 @@ class COCOSegmentationDataset(Dataset):
     ):
         self.coco, self.image_dir, self.transform = coco, Path(image_dir), transform
         self.image_size, self.n_channels, self.classes = image_size, n_channels, classes
+        self.turned = set()  # indices of the images that `row` has read and turned (EXIF)
         self.channel_of = None  # {category id: channel of the mask}
         if classes is not None:
             channels = {name: channel for channel, name in enumerate(classes)}
@@ -125,7 +134,7 @@ class COCOSegmentationDataset(Dataset):
         return [path.relative_to(self.image_dir).as_posix() for path in paths]
 
     def load(self, index):
-        """Image `index` as stored: PIL RGB image and its masks, uint8 (C, H, W) of 0 and 1."""
+        """Image `index` as shown: PIL RGB image and its masks, uint8 (C, H, W) of 0 and 1."""
         image = read_image(self.path(index))
         return image, self.load_masks(index, image.size)
 
@@ -142,12 +151,19 @@ class COCOSegmentationDataset(Dataset):
         return masks
 
     def run_lengths(self, index, size):
-        """{channel: RunLengths} of the classes that image `index`, of (width, height), has."""
+        """{channel: RunLengths} of the classes that image `index`, of (width, height), has.
+
+        Outlines are of the image as it is shown; where the record has the size before turning
+        (EXIF), if that is another, they are of the stored image and are turned along.
+        """
         record, path = self.coco.imgs[self.image_ids[index]], self.path(index)
-        width, height = size
-        if (width, height) != (record["width"], record["height"]):
-            recorded = f"{record['width']}x{record['height']}"
-            raise ValueError(f"{path}: is {width}x{height}, but its record says {recorded}")
+        width, height, orientation = record["width"], record["height"], 1
+        if (width, height) != tuple(size):
+            if (height, width) == tuple(size):
+                orientation, _ = stored_orientation(path)
+            if orientation < 5:
+                actual, recorded = f"{size[0]}x{size[1]}", f"{width}x{height}"
+                raise ValueError(f"{path}: is {actual}, but its record says {recorded}")
         outlines = {}
         for annotation in self.coco.imgToAnns.get(record["id"], ()):
             channel = 0
@@ -160,7 +176,11 @@ class COCOSegmentationDataset(Dataset):
             except ValueError as error:
                 raise ValueError(f"{path}: annotation {annotation.get('id')}: {error}") from None
             outlines.setdefault(channel, []).append(outline)
-        return {channel: unite(parts) for channel, parts in sorted(outlines.items())}
+        masks = {channel: unite(parts) for channel, parts in sorted(outlines.items())}
+        if orientation == 1:
+            return masks
+        drawn = {channel: mask.draw() > 0 for channel, mask in masks.items()}
+        return {channel: encode(turn(mask, orientation)) for channel, mask in drawn.items()}
 
     def preprocess(self, index):
         """Image `index` at training size, uint8 (S, S, n_channels), and its masks (C, S, S)."""
@@ -173,7 +193,9 @@ class COCOSegmentationDataset(Dataset):
 
         The mask of class k is bit k % 8 of the byte k // 8.
         """
-        image = read_image(self.path(index))
+        image, orientation = read_oriented(self.path(index))
+        if orientation > 1:
+            self.turned.add(index)
         pixels = preprocess(image, self.image_size, self.n_channels)
         height, width = pixels.shape[:2]
         row = np.zeros((height, width, self.row_shape[-1]), np.uint8)
@@ -417,6 +439,8 @@ def make_loaders(args, root, model, device, skipped):
                 n_channels=n_channels,
             )
             rows = cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
+            if dataset.turned:  # once, when the cache is made
+                print(f"{split}: {describe_turned(len(dataset.turned), len(dataset))}")
             train = split == "train"
             loaders[split] = Batches(
                 rows,

@@ -22,7 +22,7 @@ from medseg.coco import (
 from medseg.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, is_grey, pixel_format, read_image
+from medseg.images import SUFFIXES, is_grey, pixel_format, read_image, read_oriented
 from medseg.run_lengths import unite
 
 SHOWN = 8  # images of each split in the contact sheet
@@ -39,6 +39,7 @@ class SplitSummary:
     foreground: int = 0  # pixels of any class
     class_pixels: Counter = field(default_factory=Counter)  # name -> pixels
     class_images: Counter = field(default_factory=Counter)  # name -> images that have it
+    turned: int = 0  # images that are stored turned or mirrored (EXIF)
     empty: int = 0  # images without foreground
     unreadable: int = 0  # images
     thumbnails: list = field(default_factory=list)  # (file name, array)
@@ -73,6 +74,14 @@ def next_training(root):
         if all(looks):  # up to the first image that has colours; a damaged one tells nothing
             command += ["--n-channels", "1"]
     return shlex.join(command)
+
+
+def describe_turned(count, total):
+    """What to say where `count` images of a split of `total` are stored turned."""
+    return (
+        f"{count} of {total} images are stored turned (EXIF): they are read as they are shown, "
+        "and so are their outlines, unless a record has the stored size"
+    )
 
 
 def audit(root, out, open_split, n_shown=SHOWN):
@@ -124,11 +133,12 @@ def _examine_split(dataset, split, problems):
 
     def examine(index):
         path = dataset.path(index)
-        image = read_image(path)
+        image, orientation = read_oriented(path)
         masks = dataset.run_lengths(index, image.size)
         areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
         area = unite(list(masks.values())).area if masks else 0
-        return image.size, pixel_format(path), area, areas, (path.name, thumbnail(image))
+        small = path.name, thumbnail(image)
+        return image.size, pixel_format(path), orientation > 1, area, areas, small
 
     results = parallel_map(examine, range(total))
     for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):
@@ -137,9 +147,10 @@ def _examine_split(dataset, split, problems):
             summary.shares.append(None)
             problems.append(str(result))
             continue
-        size, stored_as, area, areas, small = result
+        size, stored_as, turned, area, areas, small = result
         summary.sizes[size] += 1
         summary.pixel_formats[stored_as] += 1
+        summary.turned += turned
         summary.pixels += size[0] * size[1]
         summary.foreground += area
         summary.empty += area == 0
@@ -182,6 +193,8 @@ def _print_split(split, dataset, summary):
     print(f"{split}: {len(dataset)} images, {len(dataset.coco.anns)} annotations")
     print(f"  sizes        {', '.join(sizes)}{more}")
     print(f"  pixels       {', '.join(formats)}")
+    if summary.turned:
+        print(f"  turned       {describe_turned(summary.turned, len(dataset))}")
     print(
         f"  foreground   {percent:.2f} % of the pixels "
         f"(answering background everywhere is {100 - percent:.2f} % accurate)"

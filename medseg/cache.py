@@ -12,7 +12,7 @@ from tqdm import tqdm
 from medseg.coco import ANNOTATIONS
 from medseg.files import atomic_write, file_lock, parallel_map
 
-CACHE_VERSION = 2  # raise it when the pixels of a cached row change
+CACHE_VERSION = 3  # raise it when the pixels of a cached row change
 
 
 class RaggedRows(Sequence):
@@ -65,8 +65,9 @@ def cached_rows(dataset, folder, split, *, skipped=None):
     skipped: a list; damaged images are left out and each adds a line to it. Without it they are
     a ValueError that counts them and names the first.
     """
-    prefix = f"{split}-{dataset.image_size or 'full'}{dataset.variant}-{CACHE_VERSION}"
-    path = folder / f"{prefix}{fingerprint(dataset, 'st_size', 'st_mtime_ns')}.npy"
+    prefix = f"{split}-{dataset.image_size or 'full'}{dataset.variant}-"
+    key = f"{CACHE_VERSION}{fingerprint(dataset, 'st_size', 'st_mtime_ns')}"
+    path = folder / f"{prefix}{key}.npy"
     cached = _read(path, dataset, skipped)
     if cached is None:
         try:
@@ -78,7 +79,7 @@ def cached_rows(dataset, folder, split, *, skipped=None):
                     _write(path, dataset, split, skipped)
                     cached = _read(path, dataset, skipped)
                     if locked:
-                        _remove_stale(path, f"{prefix}*")
+                        _remove_stale(path, f"{prefix}{'?' * len(key)}.*")  # of any version
         except OSError as error:
             print(f"{folder}: {error.strerror}; keeping {split} in memory instead", file=sys.stderr)
     if cached is None:

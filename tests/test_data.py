@@ -22,10 +22,14 @@ import torch.nn.functional as F
 from helpers import (
     SIZE,
     SMALL,
+    STORED_TURNED,
     assert_done,
+    brightness_model,
     edit_annotations,
     fork_script,
+    output_of,
     rasterize,
+    save_turned,
     script,
     script_here,
     square,
@@ -470,6 +474,137 @@ def test_masks_of_every_format_keep_their_values(tmp_path):
         read_mask(tmp_path / "d.tif")
 
 
+# ---- pictures that are stored turned (EXIF) --------------------------------------------------
+
+
+def with_exif(content, orientation):
+    """The bytes of a PNG with an eXIf chunk behind its pixels, where the format allows it too."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    chunk = b"eXIf" + exif.tobytes(8)[6:]
+    packed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content[:-12] + packed + content[-12:]  # 12: IEND
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
+    shown = np.random.default_rng(orientation).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    for suffix in (".png", ".webp", ".tif"):
+        path = tmp_path / f"a{suffix}"
+        options = {"lossless": True} if suffix == ".webp" else {}
+        save_turned(shown[..., 0], path, orientation, **options)
+        np.testing.assert_array_equal(np.asarray(read_image(path))[..., 1], shown[..., 0])
+        np.testing.assert_array_equal(read_mask(path)[1] & 255, shown[..., 0])
+        save_turned(shown, path, orientation, **options)
+        np.testing.assert_array_equal(read_image(path), shown, err_msg=suffix)
+        encoding, codes = read_mask(path)
+        assert encoding == "colour"
+        np.testing.assert_array_equal(codes, shown.astype(int) @ (65536, 256, 1), err_msg=suffix)
+    save_turned(shown, tmp_path / "a.jpg", orientation, quality=95)
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)  # turns a picture back
+    expected = STORED_TURNED[inverse](np.asarray(Image.open(tmp_path / "a.jpg")))  # of the file
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), expected)
+    grey = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 60
+    for name, values in {"grey": grey[..., None], "rgb": np.stack([grey] * 3, 2)}.items():
+        path, stored = tmp_path / f"{name}.png", STORED_TURNED[orientation](values)
+        path.write_bytes(with_exif(png(stored), orientation))
+        pixels = np.asarray(read_image(path))[..., 0]
+        np.testing.assert_array_equal(pixels, (grey * (255 / 65535)).round())
+    with pytest.raises(ValueError, match="a.png"):  # damaged, which its EXIF does not hide
+        (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
+        read_image(tmp_path / "a.png")
+
+
+def test_pages_of_a_tiff_have_their_own_orientation(tmp_path):
+    shown = np.random.default_rng(0).integers(0, 256, (3, 9, 14), dtype=np.uint8)
+    pages = []
+    for orientation, page in zip((6, 1, 3), shown, strict=True):
+        stored = Image.fromarray(np.ascontiguousarray(STORED_TURNED[orientation](page)))
+        stored.encoderinfo = {"tiffinfo": {274: orientation}}
+        pages.append(stored)
+    options = {"save_all": True, "append_images": pages[1:], "tiffinfo": {274: 6}}
+    pages[0].save(tmp_path / "a.tif", **options)
+    for number, expected in enumerate(shown):
+        read = read_image(Page(tmp_path / "a.tif", number))
+        np.testing.assert_array_equal(np.asarray(read)[..., 0], expected)
+
+
+def turned_data_set(root, size, orientation, *, recorded_as_stored=False):
+    """A data set of three pictures a split with a disc, stored turned, outlined as it is shown.
+
+    size: (height, width) of the shown pictures. recorded_as_stored: the outlines, and the sizes in
+    the records, are of the pictures before turning instead.
+    """
+    height, width = size
+    shown = np.full((height, width, 3), 60, np.uint8)
+    shown[8:20, 4:16] = 160
+    box = STORED_TURNED[orientation](shown) if recorded_as_stored else shown
+    rows, columns = np.nonzero(box[..., 0] > 100)
+    outline = square(int(columns.min()), int(rows.min()), 12)
+    for split in SPLITS:
+        names = {f"{split}{number}.jpg": Image.fromarray(box) for number in range(3)}
+        write_split(root / split, names, [(number, outline) for number in range(3)])
+        for name in names:
+            save_turned(shown, root / split / name, orientation, quality=100)
+    return root
+
+
+TURNED_SETS = {
+    "square": ((48, 48), 6, False),
+    "upside down": ((48, 64), 3, False),
+    "mirrored": ((48, 64), 2, False),
+    "recorded as shown": ((48, 64), 8, False),
+    "recorded as stored": ((48, 64), 6, True),
+    "recorded as stored, mirrored": ((48, 64), 7, True),
+}
+
+
+@pytest.mark.parametrize("case", TURNED_SETS)
+def test_outlines_lie_on_pictures_that_are_stored_turned(tmp_path, case):
+    """By the grey values under the masks: 160, and 60 elsewhere."""
+    size, orientation, as_stored = TURNED_SETS[case]
+    root = turned_data_set(tmp_path / "set", size, orientation, recorded_as_stored=as_stored)
+    dataset = open_split(root, "train", None)
+    picture, (mask,) = dataset.load(0)
+    for row in [np.dstack([picture, mask]), dataset.row(0), *load_split(root, "valid", None)]:
+        assert row.shape == (*size, 4)
+        assert np.ptp(row[8:20, 4:16, 3]) == 0 and row[..., 3].sum() == 144
+        assert row[row[..., 3] > 0][:, 0].mean() > 158 and row[row[..., 3] == 0][:, 0].mean() < 63
+    out = output_of("data.py", root, "--out", tmp_path, cwd=tmp_path)
+    assert out.count("3 of 3 images are stored turned") == 3 and "problem" not in out
+
+
+def test_ordinary_pictures_are_not_said_to_be_turned(dataset, tmp_path):
+    assert "turned" not in output_of("data.py", dataset, "--out", tmp_path, cwd=tmp_path)
+
+
+def test_a_record_of_neither_size_is_a_problem(tmp_path):
+    root = turned_data_set(tmp_path / "set", (48, 64), 3)
+    edit_annotations(root / "train", lambda own: own["images"][0].update(width=48, height=64))
+    with pytest.raises(ValueError, match="train0.jpg: is 64x48.*48x64"):
+        open_split(root, "train").row(0)
+
+
+def test_turned_pictures_train_and_are_scored_as_they_are_shown(tmp_path, no_pictures):
+    """The line comes when the cache is made, and the weights' Dice is that of upright pictures."""
+    torch.save(brightness_model(None).state_dict(), tmp_path / "best_model.pth")
+    for case, (size, orientation, as_stored) in TURNED_SETS.items():
+        root = turned_data_set(tmp_path / case, size, orientation, recorded_as_stored=as_stored)
+        options = ("--output", tmp_path / f"out {case}", "--device", "cpu", "--threshold", 0.5)
+        output_of("predict.py", root / "test", *options, cwd=tmp_path)
+        report = json.loads((tmp_path / f"out {case}" / "report.json").read_text())
+        assert report["scores"]["dice"] > 0.99, case
+        mask = np.asarray(Image.open(tmp_path / f"out {case}" / "test0_mask.png")) > 0
+        assert mask.shape == size and mask[8:20, 4:16].all() and mask.sum() == 144
+    command = ("--data", tmp_path / "square", "--epochs", 1, *SMALL)
+    for told in (3, 0):
+        out = output_of("train.py", *command, "--out", tmp_path / f"run{told}", cwd=tmp_path)
+        assert out.count("3 of 3 images are stored turned") == told
+
+
+# ---- masks, and data sets of other formats ---------------------------------------------------
+
+
 @pytest.mark.parametrize("alpha", [False, True])
 def test_lossy_webp_masks_are_cut_at_half_as_jpeg_is(tmp_path, refused, alpha):
     """By the file's chunks: values alone do not tell, and a lossless WebP is as good as a PNG."""
@@ -621,7 +756,7 @@ def test_cache_is_made_once_and_read_from_disk(dataset, monkeypatch):
     first = load_split(dataset, "train", 32)
     assert isinstance(first, np.memmap) and first.shape == (6, 32, 32, 4)
     assert len(cached(dataset)) == 1
-    monkeypatch.setattr(data, "read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "read_oriented", lambda *_: pytest.fail("decoded again"))
     np.testing.assert_array_equal(load_split(dataset, "train", 32), first)
     moved = dataset.parent / "elsewhere"
     shutil.move(dataset, moved)  # the cache does not depend on where the data set is
@@ -655,6 +790,7 @@ def test_a_cache_that_is_not_what_it_should_be_is_made_again(dataset):
     path.unlink()
     np.save(path.with_name(f"{name}-{size}-1{version[1:]}"), np.zeros_like(rows))
     np.testing.assert_array_equal(load_split(dataset, "train", 32), rows)
+    assert cached(dataset) == [path.name]
 
 
 def test_memory_where_the_folder_cannot_be_written(dataset, capsys):

@@ -15,7 +15,7 @@ from medseg.files import atomic_write, parallel_map, read_json
 from medseg.images import is_grey, read_image
 from medseg.run_lengths import unite
 
-VERSION = 2  # raise it when the meaning of a field changes
+VERSION = 3  # raise it when the meaning of a field, or the pixels of an image, change
 MAX_READ = 2000  # images of all splits; of more, evenly spaced ones are read
 MAX_MEASURED = 64  # training images whose masks are resized to all SIDES and back
 MAX_SIDE = 2048  # of a mask that is measured; a larger one is reduced to it first
