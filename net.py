@@ -9,12 +9,13 @@ MICCAI 2015, https://arxiv.org/abs/1505.04597. Unlike the paper's, these convolu
 so the output is as large as the input.
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from medseg.cli import one_line
 from medseg.images import IMAGE_SIZE
 from medseg.inference import read_flips, read_inference
 from medseg.layers import Architecture
@@ -23,6 +24,17 @@ from medseg.settings import read_settings
 from medseg.weights import load_weights
 
 TUTORIAL = Architecture()
+
+
+@contextmanager
+def _refuse_other_weights():
+    """Turn whatever goes wrong with the weights of something else into one line."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # of many kinds
+        raise ValueError(f"not the weights of a UNet: {one_line(error)}") from None
 
 
 class DownBlock(nn.Module):
@@ -181,6 +193,7 @@ class UNet(nn.Module):
         return strides * stride - side
 
     @classmethod
+    @_refuse_other_weights()
     def from_state_dict(cls, state):
         """The UNet that these weights belong to, read off their shapes and metadata.
 
@@ -195,8 +208,7 @@ class UNet(nn.Module):
         complete = getattr(largest, "shape", None) == (width, width, 3, 3)
         if not complete or largest.untyped_storage().nbytes() < largest.numel():
             raise ValueError(
-                f"not the weights of a UNet of {n_filters} filters and {depth} levels: "
-                "bottleneck.conv2.weight does not fit"
+                f"bottleneck.conv2.weight does not fit {n_filters} filters and {depth} levels"
             )
         with torch.device("meta"):  # random weights, to be replaced at once, would cost time
             model = cls(**arguments)
@@ -206,8 +218,8 @@ class UNet(nn.Module):
         for name in sorted(expected.keys() | shapes.keys()):
             if expected.get(name) != shapes.get(name):
                 raise ValueError(
-                    f"not the weights of a UNet of {n_filters} filters: {name} has shape "
-                    f"{shapes.get(name)}, expected {expected.get(name)}"
+                    f"{name} has shape {shapes.get(name)}, but with {n_filters} filters it has "
+                    f"{expected.get(name)}"
                 )
         copies = {name: state[name].to("cpu", own[name].dtype, copy=True) for name in own}
         model.load_state_dict(copies, assign=True)
@@ -227,51 +239,33 @@ def _read_arguments(state):
     Weights of the tutorial have no metadata; those of an earlier version name no architecture, and
     of what it can be they had a normalisation only.
     """
-    try:
-        if not isinstance(state, dict):
-            raise TypeError
-        n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
-        n_classes = state["outc.weight"].shape[0]
-        metadata = getattr(state, "_metadata", {}).get("", {})
-        image_size = metadata.get("image_size", IMAGE_SIZE)
-        class_names = metadata.get("class_names", default_class_names(n_classes))
-        architecture = metadata.get("architecture")
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError):
-        raise ValueError(
-            "not the weights of a UNet: no down1.conv1.weight and outc.weight in it"
-        ) from None
-    known_size = image_size is None or type(image_size) is int and 1 <= image_size <= 8192
-    if not known_size:
-        raise ValueError(f"not the weights of a UNet: trained at image size {image_size!r:.20}?")
-    names = class_names if isinstance(class_names, (list, tuple)) else ()
+    if not isinstance(state, dict) or not {"down1.conv1.weight", "outc.weight"} <= state.keys():
+        raise ValueError("no down1.conv1.weight and outc.weight in it")
+    n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
+    n_classes = state["outc.weight"].shape[0]
+    metadata = getattr(state, "_metadata", {}).get("", {})
+    image_size = metadata.get("image_size", IMAGE_SIZE)
+    if image_size is not None and not (type(image_size) is int and 1 <= image_size <= 8192):
+        raise ValueError(f"trained at image size {image_size!r:.20}?")
+    names = metadata.get("class_names", default_class_names(n_classes))
     if len(names) != n_classes or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"not the weights of a UNet: class names {class_names!r:.80}?")
+        raise ValueError(f"class names {names!r:.80}?")
+    architecture = metadata.get("architecture")
     if architecture is None:
         norm = "batch" if "down1.norm1.running_mean" in state else "group"
         architecture = {"norm": norm if "down1.norm1.weight" in state else None}
-    try:
-        settings = read_settings(metadata)
-        settings["inference"] = read_inference(metadata.get("inference"))
-        settings["trained_flips"] = read_flips(metadata.get("trained_flips", []))
-    except ValueError as error:
-        raise ValueError(f"not the weights of a UNet: {error}?") from None
-    try:
-        architecture = Architecture(**architecture).as_dict()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"not the weights of a UNet: its architecture: {error}") from None
-    try:
-        n_features = count_features(n_filters, architecture["depth"])
-        statistics = read_statistics(metadata.get("feature_statistics"), n_features)
-    except ValueError as error:
-        raise ValueError(f"not the weights of a UNet: {error}?") from None
+    architecture = Architecture(**architecture).as_dict()
+    n_features = count_features(n_filters, architecture["depth"])
     return {
         "n_channels": n_channels,
         "n_classes": n_classes,
         "n_filters": n_filters,
         "image_size": image_size,
         "class_names": names,
-        "feature_statistics": statistics,
-        **settings,
+        "inference": read_inference(metadata.get("inference")),
+        "trained_flips": read_flips(metadata.get("trained_flips", [])),
+        "feature_statistics": read_statistics(metadata.get("feature_statistics"), n_features),
+        **read_settings(metadata),
         **architecture,
     }
 

@@ -24,7 +24,9 @@ def load_weights(path):
                 with zipfile.ZipFile(path) as archive:
                     if (part := archive.testzip()) is not None:
                         raise ValueError(f"wrong checksum of {part}")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(content)
+        return content
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; `python train.py` writes it") from None
     except Exception as error:  # RuntimeError, EOFError, UnpicklingError, ...
@@ -32,6 +34,19 @@ def load_weights(path):
         raise ValueError(
             f"{path}: not saved by PyTorch, damaged, or more than weights ({reason})"
         ) from None
+
+
+def check_tensors(content):
+    """ValueError where a tensor in nested dicts and lists is more, or less, than an array."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, (list, tuple)):
+        for part in content:
+            check_tensors(part)
+    elif isinstance(content, torch.Tensor):
+        dense = content.layout == torch.strided and content.device.type == "cpu"
+        if not dense or content.is_quantized or content.is_nested or content.is_complex():
+            raise ValueError("a tensor is sparse, quantised, nested, complex or without its data")
 
 
 def save_weights(path, state, *, previous=None):
