@@ -372,6 +372,30 @@ def test_damaged_images_are_left_out(copied):
 # ---- wrong use -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wrong", [None, "x", -1, 1e308, [1], {"a": None}])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("flags",),
+        ("flags", "folds"),
+        ("folds",),
+        ("folds", 0),
+        ("folds", 0, "class_names"),
+        ("folds", 0, "counts"),
+        ("folds", 0, "counts", 0, 0, 0),
+    ],
+)
+def test_a_damaged_record_is_one_line(path, wrong, copied, refused):
+    content = json.loads(Path("run/folds.json").read_text())
+    *keys, last = path
+    part = content
+    for key in keys:
+        part = part[key]
+    part[last] = wrong
+    Path("run/folds.json").write_text(json.dumps(content))
+    refused("train", "--resume", "--out", "run", words=["run/folds.json"])
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from medseg.device import pick_device
 from net import DownBlock, UNet, UpBlock, load_model
@@ -190,6 +191,28 @@ def test_other_weights_are_refused(spoil, word):
 def test_what_is_no_state_dict_is_refused(thing):
     with pytest.raises(ValueError, match="not the weights of a UNet"):
         UNet.from_state_dict(thing)
+
+
+ODD_TENSORS = {
+    "sparse": lambda weight: weight.to_sparse(),
+    "rows": lambda weight: weight.flatten(1).to_sparse_csr(),
+    "no data": lambda weight: weight.to("meta"),
+    "quantised": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.quint8),
+    "nested": lambda weight: torch.nested.nested_tensor([weight]),
+    "complex": lambda weight: weight.to(torch.complex64),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["down1.conv1.weight", "bottleneck.conv2.weight", "up5.up.weight"])
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_tensors_that_are_no_arrays_are_refused(kind, name, tmp_path, refused):
+    state = UNet(n_filters=2).state_dict()
+    state[name] = ODD_TENSORS[kind](state[name])
+    torch.save(state, tmp_path / "odd.pth")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    command = (tmp_path / "a.png", "--model", tmp_path / "odd.pth", "--output", tmp_path)
+    refused("predict", *command, words=["odd.pth"])
 
 
 def test_devices(refused):

@@ -5,6 +5,8 @@ Processes are killed, disks are full, folders are gone, data are damaged.
 
 import ast
 import contextlib
+import copy as copylib
+import itertools
 import json
 import math
 import os
@@ -131,6 +133,86 @@ def test_resuming_wants_the_same_flags_but_takes_more_epochs(copy, refused):
         refused("train", *flags(copy, "run", "--resume", *change), words=change[:1])
     main_here(*flags(copy, "run", "--resume", "--epochs", 3))
     assert len((copy / "run" / "metrics.csv").read_text().splitlines()) == 4
+
+
+def replaced(value, path, new):
+    """Nested dicts and lists with `new` at one path of keys; what is beside it is shared."""
+    if not path:
+        return new
+    changed = copylib.copy(value)
+    changed[path[0]] = replaced(value[path[0]], path[1:], new)
+    return changed
+
+
+def paths_in(value, path=()):
+    """The paths of keys to everything in nested dicts and lists, of many tensors to the first."""
+    keys = ()
+    if isinstance(value, (dict, list)):
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        if keys and isinstance(value[keys[0]], torch.Tensor):
+            keys = keys[:1]
+    for key in keys:
+        yield (*path, key)
+        yield from paths_in(value[key], (*path, key))
+
+
+def check_damaged_checkpoint(copy, state):
+    """train.py --resume on a last.pth with this state: it ends, in one line where it refuses."""
+    out = copy / "damaged"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    torch.save(state, out / "last.pth")
+    command = flags(copy, "damaged", "--resume", "--epochs", 3)
+    result = script_here("train.py", *command, cwd=copy)
+    if result.returncode:
+        assert_refused(result, out / "last.pth")
+    return result.returncode
+
+
+WRONG = {
+    "none": lambda: None,
+    "text": lambda: "x",
+    "far below 0": lambda: -(2**63),
+    "nan": lambda: math.nan,
+    "nan tensor": lambda: torch.full((2,), math.nan),
+    "sparse": lambda: torch.zeros(2, 2).to_sparse(),
+    "no data": lambda: torch.zeros(2, device="meta"),
+    "dict": dict,
+}
+
+
+@pytest.mark.parametrize("wrong", ["none", "far below 0", "sparse", "dict"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("guarded_step",),
+        ("guarded_step", "steps"),
+        ("guarded_step", "scaler", "_growth_tracker"),
+        ("guarded_step", "optimizer"),
+        ("flags",),
+        ("progress", "epoch"),
+        ("progress", "step"),
+        ("progress", "history", 0, "seconds"),
+        ("progress", "history", 1, "val_loss"),
+        ("scores", "counts"),
+        ("rng", "cpu"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(path, wrong, copy):
+    state = replaced(load_weights(copy / "run" / "last.pth"), path, WRONG[wrong]())
+    assert check_damaged_checkpoint(copy, state) == 2
+
+
+@pytest.mark.slow
+def test_a_checkpoint_may_be_damaged_anywhere(copy):
+    """What is in it is replaced in turn; what decides nothing may be."""
+    good = load_weights(copy / "run" / "last.pth")
+    wrong = itertools.cycle(WRONG.values())
+    places = list(paths_in(good))[::3]
+    statuses = [
+        check_damaged_checkpoint(copy, replaced(good, path, next(wrong)())) for path in places
+    ]
+    assert len(statuses) > 30 and statuses.count(2) > len(statuses) / 2
 
 
 # ---- stopping --------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ import math
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 
 import torch
 
 from medseg.cache import fingerprint
 from medseg.cli import one_line
+from medseg.device import out_of_memory
 from medseg.dist import all_reduce_max, is_first
 from medseg.files import remove_partial_writes
 from medseg.signals import Stopped
@@ -20,6 +22,8 @@ NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16 may need 16 
 BEST, LAST, PREVIOUS = "best_model.pth", "last.pth", "last.previous.pth"
 FOLDS = "folds.json"  # of a cross-validation, whose runs are in folders beside it
 CURVES = "curves.png"  # the last file that a training writes, after its test
+AFRESH = "start afresh without --resume, with --overwrite or another --out"
+LARGEST = 10**9  # of what is counted in a checkpoint
 KEYS = {"flags", "model", "running_mean", "guarded_step", "scores", "progress", "rng"}
 
 
@@ -36,8 +40,8 @@ def read_checkpoint(out):
                 raise ValueError(
                     f"{path}: not written by train.py (of this version), so it cannot be resumed"
                 )
-            if not isinstance(state["flags"], dict):
-                raise ValueError(f"{path}: not written by train.py")
+            with checkpoint_errors(path):
+                check_numbers(state)
         except (FileNotFoundError, ValueError) as error:
             first_error = first_error or error
             continue
@@ -46,6 +50,32 @@ def read_checkpoint(out):
             print(f"WARNING: going on from the checkpoint before it, {path}", file=sys.stderr)
         return {**state, "path": path}
     raise first_error
+
+
+@contextmanager
+def checkpoint_errors(path):
+    """Turn whatever a damaged checkpoint makes fail into one line: the file, and what to run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # of many kinds
+        if out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{path}: damaged, or of another program or network ({one_line(error)}): {AFRESH}"
+        ) from None
+
+
+def check_numbers(state):
+    """Raise anything where a checkpoint does not say how far its run has come.
+
+    What is of another network, `Checkpointer.restore` finds.
+    """
+    state["flags"].items()
+    Progress().load_state_dict(state["progress"])
+    if not is_alike(state["guarded_step"]["steps"], 0):
+        raise ValueError("no number of steps")
 
 
 def refuse_other_run(out):
@@ -104,6 +134,12 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state):
+        """Raises ValueError, or another error, where the numbers cannot be true."""
+        history, counts = state["history"], [state[key] for key in ("epoch", "step", "best_epoch")]
+        counts += [round(row["seconds"]) for row in history]
+        losses = [float(row["val_loss"]) for row in history]
+        if not is_alike(counts, [0] * len(counts)) or len(losses) != state["epoch"]:
+            raise ValueError("its epochs and steps contradict each other")
         vars(self).update(state)
 
 
@@ -187,14 +223,10 @@ class Checkpointer:
 
     def restore(self, state):
         """Give every object its part of a checkpoint. ValueError where it does not fit them."""
-        try:
+        with checkpoint_errors(self.out / LAST):
             check_fits(state, self.objects)
             for name, thing in self.objects.items():
                 thing.load_state_dict(state[name])
-        except Exception as error:  # of many kinds: whatever does not fit
-            raise ValueError(
-                f"{self.out / LAST}: does not fit this training ({one_line(error)})"
-            ) from None
 
     @contextmanager
     def disk(self, last_chance=False):
@@ -236,11 +268,14 @@ def check_fits(state, objects):
         }
         fits = fits and is_alike(optimizer["state"], template)
     if not fits:
-        raise ValueError("another network, or another program")
+        raise ValueError("other names, types or shapes")
 
 
 def is_alike(value, template):
-    """Whether `value` has the types, keys and shapes of `template`; an int may be a float."""
+    """Whether `value` has the types, keys and shapes of `template`; an int may be a float.
+
+    Of whole numbers there are counts only: from 0 on, and below LARGEST.
+    """
     if isinstance(template, torch.Tensor):
         same_kind = isinstance(value, torch.Tensor)
         return same_kind and (value.shape, value.dtype) == (template.shape, template.dtype)
@@ -250,4 +285,6 @@ def is_alike(value, template):
     if isinstance(template, list):
         same_length = isinstance(value, list) and len(value) == len(template)
         return same_length and all(map(is_alike, value, template))
-    return type(value) is type(template) or (type(value) is int and type(template) is float)
+    if type(value) is int and type(template) in (int, float):
+        return 0 <= value < LARGEST
+    return type(value) is type(template)

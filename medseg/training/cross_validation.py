@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medseg.cli import output_folder
+from medseg.cli import one_line, output_folder
 from medseg.coco import load_coco
 from medseg.dist import started_by_torchrun
 from medseg.files import atomic_write, file_lock, read_json
@@ -24,6 +24,7 @@ from medseg.metrics import (
 from medseg.phantoms import make_phantoms
 from medseg.signals import Stopped
 from medseg.training.checkpoint import (
+    AFRESH,
     BEST,
     FOLDS,
     LAST,
@@ -40,7 +41,6 @@ from medseg.training.tracking import experiment_name
 
 DATA = "folds"  # in --out: the data sets fold1, fold2, ...
 THRESHOLD = 0.5
-FOLD_KEYS = {"fold", "images", "class_names", "scores", "per_image", "counts"}
 # {title of a column: score}
 COLUMNS = {
     "  Dice": "dice",
@@ -71,15 +71,21 @@ def read_folds(args):
     path = Path(args.out) / FOLDS
     if not (args.resume or args.test_only) or not path.exists():
         return None
-    record = read_json(path)
-    written = isinstance(record, dict) and isinstance(record.get("flags"), dict)
-    folds = record.get("folds") if written else None
-    complete = isinstance(folds, list) and all(
-        isinstance(fold, dict) and FOLD_KEYS <= fold.keys() for fold in folds
-    )
-    if not complete:
-        raise ValueError(f"{path}: not written by train.py, or damaged")
-    return {"flags": record["flags"], "folds": folds, "path": path}
+    try:
+        record, folds = read_json(path), []
+        flags = {**record["flags"]}
+        for number, fold in enumerate(record["folds"], 1):
+            if fold["class_names"] != record["folds"][0]["class_names"]:
+                raise ValueError("its folds have different classes")
+            counts = np.array(fold["counts"], np.int64)
+            folds.append(_fold_result(number, counts, fold["class_names"], fold["per_image"]))
+        if flags["folds"] < max(2, len(folds)):
+            raise ValueError("more folds than its flags ask for")
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"{path}: damaged, or not written by train.py ({one_line(error)}): {AFRESH}"
+        ) from None
+    return {"flags": flags, "folds": folds, "path": path}
 
 
 def cross_validate(args, record, signals, train_and_test):
@@ -166,15 +172,9 @@ def _run_fold(args, number, signals, train_and_test):
         keep_precision(own, argparse.ArgumentParser(), checkpoint["flags"])
     with file_lock(out / ".lock", busy=f"{out}: another training is writing to this folder"):
         model, batches, autocast = train_and_test(own, checkpoint, signals)
-    counts, names = _count_images(model, batches, autocast), model.class_names
-    result = {
-        "fold": number,
-        "images": len(counts),
-        "class_names": list(names),
-        "scores": without_nan(class_scores(counts, names)),
-        "per_image": _dice_by_name(counts, Path(own.data) / "valid"),
-        "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
-    }
+    counts = _count_images(model, batches, autocast)
+    per_image = _dice_by_name(counts, Path(own.data) / "valid")
+    result = _fold_result(number, counts, model.class_names, per_image)
     del model, batches
     gc.collect()
     if torch.cuda.is_available():
@@ -182,6 +182,20 @@ def _run_fold(args, number, signals, train_and_test):
     # Each fold has all the images: their caches would take that many times the disk.
     shutil.rmtree(Path(own.data) / ".cache", ignore_errors=True)
     return result
+
+
+def _fold_result(number, counts, names, per_image):
+    """What folds.json holds of a fold. counts: int64 (N, C, 4); per_image: of `_dice_by_name`."""
+    if counts.shape[1:] != (len(names), 4) or counts.min() < 0:
+        raise ValueError(f"no counts of {len(names)} classes")
+    return {
+        "fold": number,
+        "images": len(counts),
+        "class_names": list(names),
+        "scores": without_nan(class_scores(counts, names)),
+        "per_image": dict(per_image),
+        "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
+    }
 
 
 def _count_images(model, batches, autocast):

@@ -32,7 +32,7 @@ def keep_precision(args, parser, flags):
     flags: of its checkpoint, which are the parser's defaults. Where the run moves to another kind
     of device, from a GPU to a CPU, say, that choice is forgotten.
     """
-    recorded, kind = flags["precision"], flags.get("precision_chosen_for")
+    recorded, kind = flags.get("precision"), flags.get("precision_chosen_for")
     if kind is None:  # it was given
         return
     if pick_device(args.device).type == kind:

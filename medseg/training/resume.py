@@ -105,21 +105,13 @@ def check_can_go_on(args, checkpoint):
 def waits(checkpoint, grace=0):
     """(epochs done, most of them in a row without a lower validation loss) of a checkpoint.
 
-    Epochs that end within the first `grace` steps are not among the latter. ValueError where the
-    checkpoint does not say.
+    Epochs that end within the first `grace` steps are not among the latter.
     """
-    progress = checkpoint["progress"]
-    history = progress.get("history") if isinstance(progress, dict) else None
-    rows = history if isinstance(history, list) else [None]
-    losses = [row.get("val_loss") if isinstance(row, dict) else None for row in rows]
-    if not all(isinstance(loss, (int, float)) for loss in losses):
-        raise ValueError(f"{checkpoint['path']}: damaged: it has no history of validation losses")
-    free = 0
+    progress, free = checkpoint["progress"], 0
+    losses = [row["val_loss"] for row in progress["history"]]
     if grace and losses:
-        counts = checkpoint["guarded_step"].get("steps", 0), progress.get("step", 0)
-        if not all(type(count) is int for count in counts):
-            raise ValueError(f"{checkpoint['path']}: damaged: it has no number of steps")
-        free = grace_epochs(grace, (counts[0] - counts[1]) / len(losses))
+        steps = checkpoint["guarded_step"]["steps"] - progress["step"]
+        free = grace_epochs(grace, steps / len(losses))
     lowest, wait, longest = math.inf, 0, 0
     for epoch, loss in enumerate(losses, 1):
         wait = 0 if loss < lowest or epoch <= free else wait + 1  # NaN is never lower
