@@ -186,6 +186,10 @@ def test_whole_images_are_as_prediction_takes_them():
     for most, count in ((9, 7), (3, 3)):
         shapes = [images.shape[2:] for images, _ in batches.whole_images(most)]
         assert len({*shapes}) == len(shapes) == count and {*shapes} <= {*map(tuple, sizes)}
+    pixels = np.zeros((40, 4, 4, 4), np.uint8)
+    pixels[20:, ..., :3] = 255  # of many images, some from all of the split
+    seen = torch.cat([images for images, _ in Batches(pixels, 4).whole_images(16)])
+    assert len(seen) == 16 and 0 < (seen > 0).float().mean() < 1
 
 
 # ---- in the weights --------------------------------------------------------------------------

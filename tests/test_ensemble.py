@@ -168,6 +168,15 @@ def test_the_threshold_is_the_mean_of_those_of_all(place, thresholds, marked, or
     assert settings["clean"] == "none"  # as not all chose one
 
 
+def test_flips_that_not_all_were_trained_with_are_no_flips_of_the_training(place):
+    models = [predict.open_model(path, "cpu", "fp32") for path in ("often.pth", "seldom.pth")]
+    models[0].trained_flips = ("horizontal",)
+    for members in (models, models[::-1]):
+        assert Ensemble(members, ["a.pth", "b.pth"]).trained_flips == ()
+    models[1].trained_flips = ("horizontal",)
+    assert Ensemble(models, ["a.pth", "b.pth"]).trained_flips == ("horizontal",)
+
+
 # ---- which go together -----------------------------------------------------------------------
 
 OTHERS = {

@@ -447,6 +447,16 @@ def test_numbers_of_objects_are_asked_about(here, case):
         again("--classes", ",".join("abcdefghijkl"))  # as many names as values: classes
 
 
+def test_objects_may_touch_at_corners(here):
+    """Each is one piece, as those of predictions are."""
+    pair = np.kron(np.eye(2, dtype=np.uint8), np.ones((3, 3), np.uint8))
+    numbers = np.arange(1, 31, dtype=np.uint8).reshape(5, 6)
+    mask = np.kron(numbers, np.pad(pair, 1))
+    save_pair("a", Image.fromarray(mask))
+    again(*command_in(refuse_download(*MASKS, words=["masks/", "objects"])))
+    assert_array_equal(stored()["a"]["foreground"], mask > 0)
+
+
 def test_numbers_of_objects_as_colours(here):
     codes = np.random.default_rng(1).integers(1, 256, (60, 3), dtype=np.uint8)
     mask = objects(59)

@@ -167,6 +167,18 @@ def test_a_folder_of_pictures(place):
     assert settings["images"] == 2 and settings["left_out"] == []
 
 
+def test_the_page_measures_images_and_not_what_it_shows(place, monkeypatch):
+    own_size()
+    monkeypatch.setattr("medseg.page.session.VIEW_SIDE", 16)
+    Image.fromarray(bright_squares(48, 64, (8, 4, 20, 10))).save("scan.png")
+    output_of("predict.py", "scan.png", cwd=place)
+    session, model = Session(place, ("foreground",)), predict.open_model("best_model.pth", "cpu")
+    session.predict(["scan.png"], lambda image: (model.predict(image), Assessment()))
+    shown, mask = session.view(0, 0.5), np.asarray(Image.open("scan_mask.png")) > 0
+    assert shown.mask.size == shown.image.size == (16, 12)
+    assert (shown.rows[0]["pixels"], shown.rows[0]["share"]) == (mask.sum(), mask.mean())
+
+
 def test_one_picture_has_no_table(place):
     scan(40, 40, 5, 5, 20).save("scan.png")
     output_of("predict.py", "scan.png", "--output", "out", cwd=place)
