@@ -12,6 +12,8 @@ from medseg.training.flags import make_parser, parse_arguments
 from medseg.training.resume import recorded_flags
 from net import UNet
 
+PLANNED = ("--recipe", "auto")
+
 
 def parse(*flags):
     """The command line of a fresh start. The weights for --init: a tutorial's of 3 filters."""
@@ -155,3 +157,58 @@ def test_a_resumed_run_keeps_every_flag_that_decides_its_result(action, tmp_path
     # What is given again as it was, is taken.
     if action.nargs != 0 and action.default is not None:
         parse_arguments([*resume, given[0], str(action.default)], "", None)
+
+
+def test_nothing_is_planned_for_a_command_that_is_refused(tmp_path, capsys):
+    """Planning takes its time: a folder with another run, and flags that do not go together."""
+
+    class Planned(Exception):
+        pass
+
+    def make_plan(given):
+        raise Planned
+
+    def start(*flags):
+        argv = [*PLANNED, "--out", str(tmp_path / "run"), *map(str, flags)]
+        parse_arguments(argv, "", lambda path: UNet(n_filters=3), make_plan)
+
+    for flags in ((), ("--minutes", 5)):
+        with pytest.raises(Planned):
+            start(*flags)
+    for flags in (("--crop", 64, "--image-size", 64), ("--loss", "dice=0"), ("--folds", 1)):
+        with pytest.raises(ValueError, match=flags[0]):
+            start(*flags)
+    with pytest.raises(ValueError, match="--n-filters"):
+        start("--init", "w", "--n-filters", 5)
+    with pytest.raises(SystemExit):
+        start("--bath-size", 4)
+    for name in ("last.pth", "folds.json"):
+        (tmp_path / "run" / name).touch()
+        with pytest.raises(ValueError, match=name):
+            start()
+        with pytest.raises(Planned):
+            start("--overwrite")
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--out"):
+        start("--out", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "n_classes, flags, expected",
+    [
+        (3, (), "each"),
+        (1, (), "union"),
+        (3, ("--classes", "union"), "union"),
+    ],
+)
+def test_a_plan_keeps_the_classes_of_the_weights(n_classes, flags, expected, tmp_path):
+    """make_plan takes the classes together where nothing is given."""
+    network = UNet(3, n_classes, 3, image_size=64)
+
+    def make_plan(given):
+        return {"crop": 16, "classes": given.get("classes", "union")}
+
+    argv = [*PLANNED, "--init", "w", "--out", str(tmp_path), *flags]
+    args, _ = parse_arguments(argv, "", lambda path: network, make_plan)
+    assert (args.classes, args.crop, args.n_filters) == (expected, 16, 3)

@@ -42,6 +42,7 @@ from medseg.planning.rules import (
 )
 from medseg.planning.start import try_pretrained
 from medseg.planning.timing import Times
+from medseg.training.flags import make_parser
 from medseg.weights import load_weights
 from net import UNet, load_model
 
@@ -388,6 +389,80 @@ def test_looking_at_the_data_counts_as_planning(monkeypatch):
     assert spent[0] >= 0.1
 
 
+def measured(monkeypatch, fingerprint, time_plan):
+    """plan_training meets this Fingerprint and these times, and no weights to start from."""
+    monkeypatch.setattr(plans, "take_fingerprint", lambda *_, **__: fingerprint)
+    monkeypatch.setattr(plans, "time_plan", time_plan)
+    monkeypatch.setattr(plans, "may_start", lambda *_: False)
+
+
+def told_of_few_steps(plan):
+    """The parsed flags of the command in a plan's warning, or None where it has none."""
+    lines = [line for line in plan.lines if line.startswith("WARNING")]
+    if not lines:
+        return None
+    command = lines[0].split(": ")[-1]
+    return make_parser("").parse_args(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize("folds", [0, 5])
+@pytest.mark.parametrize("step", [0.5, 20])
+def test_a_plan_that_teaches_nothing_tells_the_minutes_that_it_needs(step, folds, monkeypatch):
+    """A step takes so many seconds, whatever the network; 0.5 are 120 in a minute."""
+    measured(monkeypatch, look(), lambda *_: Times(step=step, image=0.001))
+    given = {"device": "cpu", "folds": folds}
+    parts = max(folds, 1)
+    plan = plan_training(".", given, **PLANNING, minutes=1)
+    flags = told_of_few_steps(plan)
+    assert flags.recipe == "auto" and flags.folds == folds and flags.device == "cpu"
+    assert (400 * step / 60 + 0.2) * parts <= flags.minutes <= (440 * step / 60 + 2) * parts
+    longer = plan_training(".", given, **PLANNING, minutes=flags.minutes / parts)
+    assert told_of_few_steps(longer) is None
+    assert any("--epochs" in line and "of 0 steps" not in line for line in plan.lines)
+
+
+def test_minutes_that_are_needed_are_those_of_a_size_that_is_worth_them(monkeypatch):
+    """Masks of 64x64, which lose too much, are taken only where others leave less than 40 steps."""
+
+    def time_plan(plan, *_):
+        return Times(step=5.0 if plan.side > 64 else 2.0, image=0.001)
+
+    measured(monkeypatch, look(kept={96: 1.0, 64: 0.5}), time_plan)
+    short = plan_training(".", {"device": "cpu"}, **PLANNING, minutes=1)
+    assert short.flags["image_size"] == 64
+    minutes = told_of_few_steps(short).minutes
+    assert minutes > 400 * 5 / 60
+    longer = plan_training(".", {"device": "cpu"}, **PLANNING, minutes=minutes)
+    assert told_of_few_steps(longer) is None and longer.flags["image_size"] == 96
+
+
+def test_epochs_that_are_given_are_told_to_be_few(monkeypatch):
+    measured(monkeypatch, look(), lambda *_: Times(step=0.1, image=0.001))
+    given = {"device": "cpu", "epochs": 3, "repeat": 1.0, "batch_size": 8}
+    flags = told_of_few_steps(plan_training(".", given, **PLANNING))
+    assert flags.epochs == 50 and flags.repeat == 1 and flags.minutes == 0  # of 8 steps each
+    assert told_of_few_steps(plan_training(".", {**given, "epochs": 50}, **PLANNING)) is None
+
+
+@pytest.mark.parametrize("given, told", [({}, True), ({"init": "w.pth"}, False)])
+def test_a_start_from_weights_needs_fewer_steps(given, told, monkeypatch):
+    """The time holds 120 to 250 of them."""
+    measured(monkeypatch, look(), lambda *_: Times(step=0.2, image=0.001))
+    plan = plan_training(".", {"device": "cpu", **given}, **PLANNING, minutes=1)
+    assert bool(told_of_few_steps(plan)) is told
+    plan = plan_training(".", {"device": "cpu", **given}, **PLANNING, minutes=0.3)
+    assert told_of_few_steps(plan).minutes < 3
+
+
+def test_a_plan_of_folds_counts_the_images_of_a_fold(monkeypatch):
+    """Of 20 and 80 images in train and valid, a fold trains on 80; they fill the minutes."""
+    counts = {"train": 20, "valid": 80, "test": 20}
+    measured(monkeypatch, look(images=counts), lambda *_: Times(step=0.05, image=0.001))
+    flags = plan_training(".", {"device": "cpu", "folds": 5}, **PLANNING, minutes=4).flags
+    per_epoch = math.ceil(round(flags["repeat"] * 80) / flags["batch_size"])
+    assert 0.8 * 240 < flags["epochs"] * per_epoch * 0.05 < 240
+
+
 # ---- from the command line -------------------------------------------------------------------
 
 
@@ -401,10 +476,11 @@ def planned(dataset, tmp_path, monkeypatch):
 
 def test_a_plan_is_printed_recorded_and_repeated(planned, dataset, tmp_path):
     lines = planned.splitlines()
-    (command,) = (line.split(": ", 1)[1] for line in lines if "python train.py --" in line)
+    (command,) = (line.split(": ", 1)[1] for line in lines if line.startswith("the same"))
     recorded = load_weights(tmp_path / "run" / "last.pth")["flags"]
     assert recorded["recipe"] == "auto" and recorded["n_filters"] == 2
-    assert "too few to learn" in planned and "give more --minutes" in planned
+    assert planned.count("2 steps are too few") == 1  # of each run the plan tells, not the run
+    assert "python train.py --recipe auto --image-size 32" in planned
     words = shlex.split(command)[2:]
     assert "--recipe" not in words and "--n-filters" in words
     repeated = output_of("train.py", *words, "--out", "again", cwd=tmp_path)

@@ -12,19 +12,23 @@ from medseg.cli import (
     flag_name,
     named_values,
     number,
+    output_folder,
     parse_named_values,
     spell_flags,
 )
 from medseg.images import IMAGE_SIZE, set_pixel_limit
 from medseg.layers import ARCHITECTURES, CHOICES, arch_flags, network_flags
-from medseg.training.checkpoint import BEST
+from medseg.training.checkpoint import BEST, refuse_other_run
 from medseg.training.cross_validation import check_folds, read_folds
 from medseg.training.precision import keep_precision
 from medseg.training.recipes import LOSSES, RECIPES
 from medseg.training.resume import NOT_RECORDED, check_can_go_on, check_same_run, find_checkpoint
 
 # The flags on which the defaults of others depend, and what --recipe auto may read.
-FIRST = ("recipe", "arch", "init", "crop", "resume", "test_only", "out", "max_megapixels")
+FIRST = (
+    *("recipe", "arch", "init", "crop", "resume", "test_only", "out", "overwrite"),
+    "max_megapixels",
+)
 POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, type=float)  # types of flags
 
 
@@ -228,27 +232,27 @@ def parse_arguments(argv, doc, read_network, make_plan=None):
     if checkpoint:
         _restore(parser, checkpoint)
     else:
-        defaults = {**arch_flags(first.arch), **RECIPES[first.recipe]}
+        defaults, kept = {**arch_flags(first.arch), **RECIPES[first.recipe]}, {}
+        planned = first.recipe == "auto" and not first.test_only
         if first.init and not first.test_only:
             model = read_network(first.init)
             network = network_flags(model, first.init)
-            if not first.crop:  # else images keep their own size
+            if model.n_classes > 1:  # which a plan would take together
+                kept = {"classes": "each"}
+            if not (first.crop or planned):  # else images keep their own size, or the plan has one
                 defaults["image_size"] = model.image_size or IMAGE_SIZE
-        if first.recipe == "auto" and not first.test_only:
-            given = parser.parse_given(argv)
-            defaults |= make_plan({**(defaults if "arch" in given else {}), **network, **given})
         parser.set_defaults(**defaults | network)
+        if planned:  # what is refused is refused before, for a plan takes its time
+            _check_flags(parser.parse_args(argv), network)
+            out, given = output_folder(first.out), parser.parse_given(argv)
+            if not first.overwrite:
+                refuse_other_run(out)
+            known = {**(defaults if "arch" in given else {}), **network, **kept}
+            parser.set_defaults(**make_plan(known | given))
     args = parser.parse_args(argv)
     if checkpoint:
         keep_precision(args, parser, checkpoint["flags"])
-    check_same_network(args, network)
-    if args.crop and args.image_size != IMAGE_SIZE:
-        raise ValueError("--crop takes images at their own size: leave --image-size away")
-    if args.minutes and args.recipe != "auto" and not checkpoint:
-        raise ValueError("--minutes is what --recipe auto plans for: give that too")
-    if not any(parse_named_values(args.loss, LOSSES).values()):
-        raise ValueError(f"--loss {args.loss}: every weight is 0")
-    check_folds(args)
+    _check_flags(args, network, resumed=bool(checkpoint))
     if args.test_only:
         return args, None
     if checkpoint:
@@ -256,6 +260,18 @@ def parse_arguments(argv, doc, read_network, make_plan=None):
         if not args.folds:
             check_can_go_on(args, checkpoint)
     return args, checkpoint
+
+
+def _check_flags(args, network, *, resumed=False):
+    """ValueError where flags contradict each other; network: as `check_same_network` takes it."""
+    check_same_network(args, network)
+    if args.crop and args.image_size != IMAGE_SIZE:
+        raise ValueError("--crop takes images at their own size: leave --image-size away")
+    if args.minutes and args.recipe != "auto" and not resumed:
+        raise ValueError("--minutes is what --recipe auto plans for: give that too")
+    if not any(parse_named_values(args.loss, LOSSES).values()):
+        raise ValueError(f"--loss {args.loss}: every weight is 0")
+    check_folds(args)
 
 
 def _parse_first(parser, argv):

@@ -220,15 +220,15 @@ def _print_steps(args, loader):
         f"{args.batch_size}",
         flush=True,
     )
-    planned, problem = args.recipe == "auto", None
-    advice = "give --recipe auto, or a smaller --batch-size and a larger --repeat or --epochs"
-    if planned:
-        advice = "give more --minutes, or --epochs"
+    if args.recipe == "auto":  # the plan has told
+        return
+    problem = None
     if steps < FEW_STEPS:
         problem = f"{steps} steps are too few to learn from at a learning rate of {args.lr:g}"
-    elif len(loader) == 1 and not planned:
+    elif len(loader) == 1:
         problem = f"one batch of {args.batch_size} holds all {loader.images_per_epoch} images"
     if problem:
+        advice = "give --recipe auto, or a smaller --batch-size and a larger --repeat or --epochs"
         print(f"WARNING: {problem}: {advice}", flush=True)
 
 
