@@ -110,13 +110,17 @@ REFUSED = {  # more flags, or those in place of NEW; what the message names
     "a new class": ((), ["dataset/train", "1, 2", "--classes"]),
     "--force": ((*CLASSES, "--force"), ["--add", "--force"]),
     "a group of test": ((*CLASSES, "--group", "n(1)"), ["dataset/test", "--into test"]),
+    "a group of valid": ((*CLASSES, "--group", "n1(.)"), ["dataset/valid", "--into valid"]),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_disagrees_changes_nothing(grown, case):
     flags, words = REFUSED[case]
-    edit_annotations(Path("dataset/test"), lambda content: content["images"][0].update(group="1"))
+    for split, group in {"valid": "3", "test": "1"}.items():
+        edit_annotations(
+            Path("dataset", split), lambda content, g=group: content["images"][0].update(group=g)
+        )
     refuse_download(*NEW, *flags, words=words)
 
 
@@ -195,7 +199,7 @@ def test_an_image_near_train_and_another_split_is_told(grown, split):
 
 
 def test_names_of_any_split_are_taken(grown):
-    for seed, split in ((77, "train"), (78, "test")):
+    for seed, split in ((77, "train"), (78, "test"), (79, "valid")):
         name = annotations(split)["images"][0]["file_name"].upper()
         area, folder = shape("disc", box(2, 3, 5)), f"lm_{split}"
         labelme(Path(name).stem, [area], folder, image=False, imagePath="x.jpg")
@@ -203,7 +207,7 @@ def test_names_of_any_split_are_taken(grown):
         add = ("--labelme", folder, "--into", "train", "--add")
         refuse_download(*add, words=[f"dataset/{split}", f"--prefix {folder}_"])
         run_download(*add, "--prefix", f"{split}-")
-    assert len(stored()) == 4
+    assert len(stored()) == 5
 
 
 def test_labels_count_by_name_whatever_their_order(grown):

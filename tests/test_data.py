@@ -41,7 +41,7 @@ from pycocotools import mask as coco_mask
 import data
 import download
 from data import Batches, COCOSegmentationDataset, load_split, open_split
-from medseg.audit import audit
+from medseg.audit import audit, next_training
 from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.duplicates import near_duplicates
@@ -1220,3 +1220,16 @@ def test_numbers_of_unrelated_images_are_no_series():
     for weight, told in ((0.0, False), (0.8, True)):  # of what an image has of the one before
         some = {f"n{n}": (1 - weight) * values[n] + weight * values[n - 1] for n in range(1, 40, 2)}
         assert ("neighbour" in near_duplicates(thumbnails(**some), train)) == told
+
+
+def test_all_images_of_a_large_split_are_looked_at(tmp_path, monkeypatch):
+    """Of 40 images the last 20 have colours; then the very last is damaged."""
+    images = {f"{n:02}.png": Image.new("RGB", (8, 8), (9, 9, 9 + n // 20)) for n in range(40)}
+    for split in SPLITS:
+        own = images if split == "train" else {"a.png": Image.new("RGB", (8, 8))}
+        write_split(tmp_path / "set" / split, own, [(0, square(1, 1, 2))])
+    monkeypatch.setattr("medseg.audit.LOOKED_AT", 10)
+    assert "--n-channels" not in next_training(tmp_path / "set")
+    (tmp_path / "set/train/39.png").write_bytes(b"no picture")
+    (problem,) = audit(tmp_path / "set", tmp_path, open_split)
+    assert "39.png" in problem

@@ -408,6 +408,14 @@ def test_class_numbers_are_no_strays():
     assert len(classes_of_counts([("a", "grey", many)], "masks").names) == 16
 
 
+def test_the_values_of_all_files_are_classes(here):
+    """Of 40 masks the last alone holds a 2."""
+    for number in range(40):
+        save_pair(f"{number:02}", grey([0, 1, 2])(labels(number, 1 + (number == 39), (8, 6))))
+    run_download(*MASKS)
+    assert class_names() == ["1", "2"] and {len(masks) for masks in stored().values()} == {1, 2}
+
+
 def objects(count, first=1, step=1, size=(80, 60)):
     """An array (H, W) of `count` squares of 3 x 3 pixels, each of a value of its own."""
     mask = np.zeros(size[::-1], np.int32)
