@@ -36,6 +36,7 @@ from helpers import (
     write_split,
 )
 from PIL import Image, ImageDraw
+from PIL.TiffImagePlugin import AppendingTiffWriter
 from pycocotools import mask as coco_mask
 
 import data
@@ -510,6 +511,12 @@ def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
         path.write_bytes(with_exif(png(stored), orientation))
         pixels = np.asarray(read_image(path))[..., 0]
         np.testing.assert_array_equal(pixels, (grey * (255 / 65535)).round())
+    np.testing.assert_array_equal(read_mask(tmp_path / "grey.png")[1], grey)
+    codes = STORED_TURNED[orientation](shown) * np.uint16(257)
+    (tmp_path / "rgb.png").write_bytes(with_exif(png(codes), orientation))
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "rgb.png")[1], shown.astype(int) @ (65536, 256, 1)
+    )
     with pytest.raises(ValueError, match="a.png"):  # damaged, which its EXIF does not hide
         (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
         read_image(tmp_path / "a.png")
@@ -517,13 +524,10 @@ def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
 
 def test_pages_of_a_tiff_have_their_own_orientation(tmp_path):
     shown = np.random.default_rng(0).integers(0, 256, (3, 9, 14), dtype=np.uint8)
-    pages = []
-    for orientation, page in zip((6, 1, 3), shown, strict=True):
-        stored = Image.fromarray(np.ascontiguousarray(STORED_TURNED[orientation](page)))
-        stored.encoderinfo = {"tiffinfo": {274: orientation}}
-        pages.append(stored)
-    options = {"save_all": True, "append_images": pages[1:], "tiffinfo": {274: 6}}
-    pages[0].save(tmp_path / "a.tif", **options)
+    with AppendingTiffWriter(tmp_path / "a.tif", True) as file:
+        for orientation, page in zip((6, 1, 3), shown, strict=True):
+            save_turned(page, file, orientation, format="TIFF")
+            file.newFrame()
     for number, expected in enumerate(shown):
         read = read_image(Page(tmp_path / "a.tif", number))
         np.testing.assert_array_equal(np.asarray(read)[..., 0], expected)
@@ -776,7 +780,7 @@ def test_cache_follows_its_sources(dataset):
 
 
 def test_a_cache_that_is_not_what_it_should_be_is_made_again(dataset):
-    """Cut, of other rows, type or bytes a pixel, of version 1, before 16-bit colours were read."""
+    """Cut, of other rows, type or bytes a pixel, or of an earlier version, whose pixels differ."""
     rows = np.array(load_split(dataset, "train", 32))
     path = dataset / ".cache" / cached(dataset)[0]
     path.write_bytes(path.read_bytes()[:-1])
@@ -788,8 +792,10 @@ def test_a_cache_that_is_not_what_it_should_be_is_made_again(dataset):
         np.testing.assert_array_equal(again, rows)
     name, size, version = path.name.split("-")  # train, 32, and one digit with the fingerprint
     path.unlink()
-    np.save(path.with_name(f"{name}-{size}-1{version[1:]}"), np.zeros_like(rows))
+    for earlier in range(int(version[0])):
+        np.save(path.with_name(f"{name}-{size}-{earlier}{version[1:]}"), np.zeros_like(rows))
     np.testing.assert_array_equal(load_split(dataset, "train", 32), rows)
+    assert version[0] > "2"  # whose pictures were not turned
     assert cached(dataset) == [path.name]
 
 
