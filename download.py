@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from medseg.archive import is_intact, unpack
 from medseg.cli import ArgumentParser, add_pixel_limit, number, one_line, run_main
+from medseg.dataset_folder import finish_import
 from medseg.files import check_regular
 from medseg.images import set_pixel_limit
 from medseg.importing.flags import add_arguments, check_arguments, chosen_importer
@@ -348,6 +349,7 @@ def main(argv=None):
     root = Path(args.data)
     data_flag = "" if args.data == "dataset" else f" --data {shlex.quote(args.data)}"
     existed = root.exists()
+    finish_import(root)
     try:
         get_data(root, args)
     except DownloadError as error:

@@ -20,6 +20,7 @@ from medseg.coco import (
     used_categories,
 )
 from medseg.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
+from medseg.dataset_folder import finish_import
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, is_grey, pixel_format, read_image, read_oriented
@@ -48,6 +49,7 @@ class SplitSummary:
 
 def require_data_set(root):
     """FileNotFoundError where the folder holds no split at all."""
+    finish_import(root)
     if not any((root / split / ANNOTATIONS).is_file() for split in SPLITS):
         what = "no data set in this folder" if root.is_dir() else "no such folder"
         raise FileNotFoundError(f"{root}: {what}; {LAYOUT} (`python download.py` makes dataset/)")

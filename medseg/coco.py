@@ -5,17 +5,17 @@ from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import NoneType
 
+from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import check_regular, read_json
 from medseg.run_lengths import decode, decompress_counts
 from medseg.settings import read_settings
 
-ANNOTATIONS = "_annotations.coco.json"
-SPLITS = ("train", "valid", "test")
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
 MAX_RECORDS = 10_000_000  # images, or annotations, of one file
 MAX_NAME = 4096  # characters of a file_name
 MAX_CLASSES = 255  # that are told apart: a mask has a byte a pixel, and 0 is background
-LAYOUT = f"a data set is a folder with train/, valid/ and test/, each with images and {ANNOTATIONS}"
+_FOLDERS = "{}/, {}/ and {}/".format(*SPLITS)
+LAYOUT = f"a data set is a folder with {_FOLDERS}, each with images and {ANNOTATIONS}"
 
 
 def read_annotations(folder, skipped=None):
@@ -28,6 +28,7 @@ def read_annotations(folder, skipped=None):
     image needs an id, a file_name, a width and a height, every annotation the image_id of one.
     """
     folder = Path(folder)
+    finish_import(folder.parent)
     path = folder / ANNOTATIONS
     if not folder.parent.is_dir():
         raise FileNotFoundError(_missing(folder.parent))

@@ -2,6 +2,7 @@
 
 import contextlib
 import filecmp
+import glob
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from medseg.coco import (
     read_annotations,
     recorded_settings,
 )
+from medseg.dataset_folder import ADD, COMPLETE, NEW, import_lock, old_folder, replace_splits
+from medseg.files import file_lock
 
 PERCENTAGES = (70, 15, 15)  # of the imported images in train, valid and test
 
@@ -68,23 +71,22 @@ def install(root, write_splits, splits=SPLITS):
 
     The temporary folder is in `root`, so that moving is renaming. Splits that `root` already has
     are moved aside first, deleted only when the new ones are in place, and moved back if anything
-    fails; those that `splits` does not name are not touched. Raises what `write_splits` raises,
-    and ValueError for an incomplete split.
+    fails; where the process is killed, `finish_import` completes it or takes it back. Those that
+    `splits` does not name are not touched. Raises what `write_splits` raises, and ValueError for an
+    incomplete split.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as new:
+    with import_lock(root), tempfile.TemporaryDirectory(prefix=NEW, dir=root) as new:
         new = Path(new)
         write_splits(new)
         try:
             read_splits(new, [], splits)
         except ValueError as error:  # the temporary folder is gone when the message is read
             raise ValueError(str(error).replace(f"{new}{os.sep}", "")) from None
-        old = Path(tempfile.mkdtemp(prefix=".old-", dir=root))
+        old = old_folder(new)
+        old.mkdir()  # from here on `finish_import` completes the import where it is killed
         try:
-            for split in splits:
-                if os.path.lexists(root / split):
-                    os.rename(root / split, old / split)
-                os.rename(new / split, root / split)
+            replace_splits(new, old)
         except BaseException:  # Ctrl-C too
             for split in splits:
                 if not (new / split).exists():
@@ -100,13 +102,13 @@ def extend_split(folder, write_more):
     """Let write_more(new) write images into a new folder, then move them into the split `folder`.
 
     write_more also writes the annotation file of the split as it will be. That is moved last, in
-    one step: until then the split is as it was, whatever ends this process, and where anything
-    fails the images are moved back. Returns what `write_more` returns, and raises what it raises;
-    ValueError where the folder has a file of the name of a new image, but for what an import that
-    was killed has left.
+    one step: until then the split is as it was. Where anything fails the images are moved back, and
+    where the process is killed, `finish_import` completes the addition or takes it back. Returns
+    what `write_more` returns, and raises what it raises; ValueError where the folder has a file of
+    the name of a new image, but for the same file.
     """
     folder = folder.resolve()  # moving is renaming, also where it is a link to another disk
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=ADD, dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
         result = write_more(new)
         annotations, images = new / ANNOTATIONS, []
@@ -120,6 +122,7 @@ def extend_split(folder, write_more):
                 raise ValueError(
                     f"{target}: is there, though {ANNOTATIONS} does not list it: move it elsewhere"
                 )
+        (Path(temporary) / COMPLETE).touch()  # from here on `finish_import` completes the addition
         try:
             for path in images:
                 os.rename(path, folder / path.name)
@@ -129,6 +132,7 @@ def extend_split(folder, write_more):
                 for path in images:
                     if not path.exists():
                         os.rename(folder / path.name, path)
+                (Path(temporary) / COMPLETE).unlink()
             raise
     return result
 
@@ -249,13 +253,21 @@ def given_settings(folder):
 
 @contextlib.contextmanager
 def whole_folder(target):
-    """A new folder to fill, which becomes `target` at the end, or is gone where that fails."""
+    """A new folder to fill, which becomes `target` at the end, or is gone where that fails.
+
+    What a killed process left of it is removed.
+    """
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield building
-        os.replace(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    busy = f"{target}: another process is writing it: wait until it has ended"
+    with file_lock(target.with_name(f".{target.name}.lock"), busy=busy):
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+            print(f"{left}: removed, a killed process left it", flush=True)
+        try:
+            yield building
+            os.replace(building, target)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def link_split(folder, entries, categories, info, ways=(os.link, shutil.copy2)):

@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, listed, read_annotations
+from medseg.dataset_folder import import_lock
 from medseg.duplicates import find_known
-from medseg.files import atomic_write, file_lock, read_json
+from medseg.files import atomic_write, read_json
 from medseg.importing.writing import (
     SplitCounts,
     check_classes,
@@ -52,8 +53,7 @@ def add_images(root, examples, classes, *, into, prefix="new_", duplicates=None,
         shown = [category["name"] for category in head["categories"]]
         return into, written, counts, shown, len(content["images"])
 
-    busy = f"{root}: another import is adding images to it: wait until it has ended"
-    with file_lock(root / ".adding.lock", busy=busy):
+    with import_lock(root):
         added = extend_split(folder, write_more)
     print_counts(*added)
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from medseg.cli import output_folder
 from medseg.coco import ANNOTATIONS
+from medseg.dataset_folder import finish_import
 from medseg.files import shorten
 from medseg.formats.dicom import read_dicom
 from medseg.formats.medical import (
@@ -133,6 +134,8 @@ def expand(inputs):
     """
     paths = []
     for given in map(Path, inputs):
+        if not given.is_file():  # a split, maybe, that a killed import has moved aside
+            finish_import(given.absolute().parent)
         if given.is_dir():
             images = [path for path in sorted(given.iterdir()) if is_input(path)]
             if not images:
