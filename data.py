@@ -47,6 +47,7 @@ from medseg.coco import (
 from medseg.contact_sheet import MOST
 from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
+from medseg.formats.own_files import check_outputs
 from medseg.images import (
     IMAGE_SIZE,
     preprocess,
@@ -498,9 +499,10 @@ def main(argv=None):
         name = shlex.quote(str(target))
         print(f"next: python data.py {name}, python train.py --data {name}")
         return
-    root = Path(args.root)
+    root, out = Path(args.root), output_folder(args.out)
     require_data_set(root)
-    problems = audit(root, output_folder(args.out), open_split, args.show)
+    check_outputs([out / "contact_sheet.jpg"], "--out")
+    problems = audit(root, out, open_split, args.show)
     for problem in problems:
         print(f"problem: {problem}")
     if problems:

@@ -389,7 +389,7 @@ def predict_inputs(args, model, window):
     output = choose_output(args.output, single, files)
     folder, scored = annotated_folder(inputs), True
     results = Results(output, model.class_names, args.write)
-    results.check(frames[rank::world], volumes)
+    results.check(frames, volumes, figure=single, report=folder is not None)
     if single and frames:
         return predict_one(model, frames[0], output, args.threshold, results=results)
     if single and not output.is_dir():  # the mask alone, in this file

@@ -59,6 +59,7 @@ from medseg.training.checkpoint import (
     Checkpointer,
     Progress,
     RandomState,
+    check_run_folder,
     check_same_data,
     grace_epochs,
     prepare_folder,
@@ -331,6 +332,8 @@ def main(argv=None):
         with signals.installed(), signals.exit_when_stopped(go_on), lock:
             if writes and not (checkpoint or args.overwrite or dist.restart_count()):
                 refuse_other_run(out)
+            if os.environ.get("RANK", "0") == "0":
+                check_run_folder(out, args)
             if writes and not checkpoint and unasked and not args.synthetic:
                 print_union(Path(args.data))
             if args.folds:

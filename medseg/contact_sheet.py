@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from medseg.coco import MAX_CLASSES
 from medseg.drawing import class_colors, outline, with_legend
-from medseg.files import atomic_write
+from medseg.files import write_picture
 from medseg.fonts import drawable, fit_lines, pillow_font
 
 CELL, GAP = 160, 8  # pixels: of an image in the sheet with the gap that it has
@@ -71,8 +71,8 @@ def save_contact_sheet(rows, class_names, path):
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
-    with atomic_write(path, sync=False) as file:
-        with_legend(sheet, class_names, single=True).save(file, "JPEG", quality=90)
+    drawn = with_legend(sheet, class_names, single=True)
+    write_picture(path, lambda file: drawn.save(file, "JPEG", quality=90))
     return path
 
 

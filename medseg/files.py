@@ -1,14 +1,18 @@
-"""Files written whole or not at all, JSON, locks between processes, and a map over all cores."""
+"""Files written whole or not at all, and marked as ours; JSON, locks, a map over all cores."""
 
 import contextlib
 import gc
 import hashlib
+import io
 import json
 import os
+import re
 import stat
 import sys
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 NAME_BYTES = 200  # of a file name, so that endings fit too: file systems take 255
 
@@ -73,8 +77,61 @@ def atomic_write(path, *, sync=True):
 def remove_partial_writes(folder):
     """Remove what `atomic_write` left in `folder` where its process was killed."""
     for partial in folder.glob(".*.tmp"):
-        if not partial.is_dir():
+        if re.fullmatch(r"\..+\.\d+\.tmp", partial.name) and not partial.is_dir():
             partial.unlink(missing_ok=True)
+
+
+# ---- what may be replaced --------------------------------------------------------------------
+
+SEAL = b"medseg\0"  # before the digest in a picture; 32 hexadecimal digits follow
+
+
+def check_replaceable(path, is_ours, flag):
+    """ValueError where `path` (a Path) holds anything but what an earlier run of ours wrote.
+
+    is_ours(path): whether we wrote it, and nobody has changed it since; it may raise OSError and
+    ValueError for a file that cannot be read. flag: that names the place. An empty file is free.
+    """
+    if not os.path.lexists(path) or (path.is_file() and path.stat().st_size == 0):
+        return
+    try:
+        ours = path.is_file() and is_ours(path)
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{path}: is there, and was not written by this program, or was changed since: remove "
+            f"it, or choose another {flag}"
+        )
+
+
+def write_picture(path, save):
+    """Write the PNG or JPEG file that save(file) gives, sealed, whole or not at all."""
+    content = io.BytesIO()
+    save(content)
+    with atomic_write(Path(path), sync=False) as file:
+        file.write(seal(content.getvalue()))
+
+
+def seal(picture):
+    """The bytes of a PNG or JPEG file with a digest of them, as a text or a comment in it."""
+    mark = SEAL + hashlib.blake2b(picture, digest_size=16).hexdigest().encode()
+    if picture.startswith(b"\xff\xd8"):  # JPEG: after the first segment, which has to stay there
+        place = 4 + int.from_bytes(picture[4:6], "big")
+        mark = b"\xff\xfe" + (2 + len(mark)).to_bytes(2, "big") + mark
+    else:  # PNG: before the last chunk
+        place, chunk = len(picture) - 12, b"tEXt" + mark
+        mark = len(mark).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return picture[:place] + mark + picture[place:]
+
+
+def is_sealed(path):
+    """Whether a PNG or JPEG file is as `write_picture` wrote it, to the byte."""
+    picture = Path(path).read_bytes()
+    head, tail = (4, 0) if picture.startswith(b"\xff\xd8") else (8, 4)  # bytes around the mark
+    found = picture.rfind(SEAL)
+    begin, end = found - head, found + len(SEAL) + 32 + tail
+    return found >= head and seal(picture[:begin] + picture[end:]) == picture
 
 
 def read_json(path, max_memory=JSON_MEMORY):

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from medseg.cli import MAX_MEGAPIXELS
 from medseg.drawing import class_colors, overlay, with_legend
-from medseg.files import atomic_write, check_regular
+from medseg.files import check_regular, write_picture
 from medseg.samples import has_16_bits, stored_samples
 
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
@@ -356,15 +356,14 @@ def describe(path, labels, highest, class_names):
 
 
 def save_png(image, path, **options):
-    """Write a PIL image as a PNG file that is whole or absent."""
-    with atomic_write(Path(path), sync=False) as file:
-        image.save(file, "PNG", **options)
+    """Write a PIL image as a PNG file of ours that is whole or absent; see `write_picture`."""
+    write_picture(path, lambda file: image.save(file, "PNG", **options))
 
 
 def save_jpeg(image, path):
     """Write a PIL RGB image for eyes: a PNG file would take longer than all but the network."""
-    with atomic_write(Path(path), sync=False) as file:
-        image.save(file, "JPEG", quality=90, subsampling=0)  # colours at full resolution
+    options = {"quality": 90, "subsampling": 0}  # colours at full resolution
+    write_picture(path, lambda file: image.save(file, "JPEG", **options))
 
 
 def save_overlay(image, labels, path, class_names):

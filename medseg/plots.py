@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.drawing import class_colors
-from medseg.files import atomic_write
+from medseg.files import write_picture
 from medseg.fonts import dejavu, drawable, fit_lines, pillow_font
 from medseg.images import mean_and_std
 from medseg.inference import Inference
@@ -35,8 +35,7 @@ def new_figure(width, height):
 
 def save_figure(figure, path):
     """Write a figure as a PNG of 80 pixels an inch that is whole or absent; returns `path`."""
-    with atomic_write(Path(path), sync=False) as file:
-        figure.savefig(file, dpi=80, format="png")
+    write_picture(path, lambda file: figure.savefig(file, dpi=80, format="png"))
     return path
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from medseg.cli import ArgumentParser, output_folder, run_main
 from medseg.files import escape, read_json
 from medseg.fonts import dejavu, drawable, fit_lines, pillow_font
+from medseg.formats.own_files import check_outputs
 from medseg.metrics import resamples
 from medseg.plots import as_drawn, new_figure, save_figure
 
@@ -185,6 +186,7 @@ def main(argv=None):
     names, runs = read_runs(args.reports)
     differences = [compare(run, runs[0]) for run in runs[1:]]
     path = output_folder(args.out) / "compare.png"
+    check_outputs([path], "--out")
     print(f"{len(names)} images")
     print_table(runs, differences)
     for run, difference in zip(runs[1:], differences, strict=True):

@@ -1,6 +1,7 @@
 """NIfTI: the slices of a volume, masks written back. nibabel is optional, imported when used."""
 
 import gzip
+import hashlib
 import importlib
 import math
 from collections.abc import Sequence
@@ -308,6 +309,7 @@ def write_mask(path, volume, slices, dtype=np.uint8, slope=1):
     header.set_slope_inter(1, 0)
     header.set_intent("none")
     header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = _seal(mask.ravel(order="F"))
     of_version_2 = isinstance(header, nibabel.Nifti2Header)
     make_image = nibabel.Nifti2Image if of_version_2 else nibabel.Nifti1Image
     shape = header.get_data_shape()
@@ -320,6 +322,19 @@ def write_mask(path, volume, slices, dtype=np.uint8, slope=1):
             return
         with gzip.GzipFile("", "wb", 6, file, mtime=0) as compressed:
             image.to_stream(compressed)
+
+
+def _seal(voxels):
+    """What a mask volume of ours has as its description: a digest of the voxels, one axis."""
+    voxels = np.ascontiguousarray(voxels, voxels.dtype.newbyteorder("="))
+    return f"medseg {hashlib.blake2b(voxels, digest_size=16).hexdigest()}".encode()
+
+
+def is_sealed_mask(path):
+    """Whether `write_mask` wrote a file, and its voxels have not changed since; ValueError."""
+    with name_file(path):
+        header = _read_nifti_header(path)
+        return bytes(header["descrip"]).rstrip(b"\0") == _seal(_read_voxels(path, header))
 
 
 def write_prediction(output, volume, pictures, masks, class_names, write=("mask", "overlay")):

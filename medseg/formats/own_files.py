@@ -1,8 +1,10 @@
-"""The names of the files that these scripts write, which are no input when they are read again."""
+"""The files that these scripts write: their names, and whether a file is one of them."""
 
 import re
 
-from medseg.formats.medical import base_name
+from medseg.files import SEAL, check_replaceable, is_sealed, read_json
+from medseg.formats.medical import NIFTI_SUFFIXES, base_name
+from medseg.formats.nifti import is_sealed_mask
 
 TABLE, SETTINGS, COCO = "predictions.csv", "predictions.json", "predictions.coco.json"
 REPORT = "report.json"
@@ -13,6 +15,38 @@ MASK_ENDING = "_mask"
 # Of what is drawn beside a mask. The probabilities of class 2 are x_2_probability.png.
 PICTURE_ENDINGS = ("_prediction", "_overlay", "_montage", "_probability")
 OWN_ENDINGS = (MASK_ENDING, *PICTURE_ENDINGS)
+# What a file of text begins with, and keys of a JSON file.
+BEGINNINGS = {"metrics.csv": b"epoch,train_loss,", "skipped.txt": b"left out by train.py"}
+KEYS = {REPORT: {"folder", "confidence_95", "per_image"}}
+
+
+def check_outputs(paths, flag="--output"):
+    """ValueError where a file that is to be written would replace one that is not ours.
+
+    paths: of what a run writes, but for weights and tables; flag: that names the folder.
+    """
+    for path in paths:
+        check_replaceable(path, _is_unchanged, flag)
+
+
+def _is_unchanged(path):
+    """Whether these scripts wrote a file, as far as its content tells."""
+    name = path.name
+    if name in BEGINNINGS:
+        with open(path, "rb") as file:
+            return file.read(100).startswith(BEGINNINGS[name])
+    if name in KEYS:
+        content = read_json(path)
+        return isinstance(content, dict) and KEYS[name] <= content.keys()
+    if name.lower().endswith(NIFTI_SUFFIXES):
+        return is_sealed_mask(path)
+    return is_sealed(path) or _names_classes(path)
+
+
+def _names_classes(path):
+    """Whether a PNG has the class names of a mask that an earlier version wrote, without a seal."""
+    content = path.read_bytes()
+    return b"iTXtclasses\0" in content and SEAL not in content
 
 
 def is_own(path):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, MAX_CLASSES, listed, read_annotations, recorded_settings
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, open_image, save_png
+from medseg.images import SUFFIXES, open_image
 from medseg.phantoms import is_phantom
 from medseg.run_lengths import RunLengths, encode
 from medseg.splits import (
@@ -245,7 +245,7 @@ def _save_image(image, folder, name):
     Returns (file name, (width, height)).
     """
     if isinstance(image, Image.Image):
-        save_png(image, folder / f"{name}.png")
+        image.save(folder / f"{name}.png")  # not `save_png`: it belongs to the user
         return f"{name}.png", image.size
     with open_image(image) as picture:
         if picture.format == "TIFF":

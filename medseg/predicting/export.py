@@ -7,16 +7,22 @@ import math
 import re
 import shlex
 import warnings
+import zipfile
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from medseg.cli import one_line
-from medseg.files import atomic_write
+from medseg.files import atomic_write, check_replaceable
 from medseg.images import mean_and_std
 from medseg.predicting.models import INPUT, OUTPUT, OnnxModel
-from medseg.predicting.onnx_file import check_metadata, import_onnx_library
+from medseg.predicting.onnx_file import (
+    KEYS,
+    check_metadata,
+    import_onnx_library,
+    read_metadata,
+)
 from medseg.tiles import tiling_of
 from medseg.weights import load_weights
 
@@ -118,7 +124,19 @@ def check_export(target, path):
         raise ValueError(f"{path}: an export already; give --model the weights (.pth)")
     if Path(target).suffix.lower() == ".pth" and Path(target).exists():
         raise ValueError(f"--export {target}: there already, maybe trained; name another file")
+    check_replaceable(Path(target), _is_export, "--export")
     check_target(target)
+
+
+def _is_export(path):
+    """Whether `export` wrote a file, by its metadata."""
+    if path.suffix.lower() == ".onnx":
+        return bool(read_metadata(path))
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(f"/{METADATA_FILE}")]
+        return any(set(KEYS) <= json.loads(archive.read(name)).keys() for name in names)
 
 
 def available_formats():

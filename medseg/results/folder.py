@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import Image
 
-from medseg.formats.medical import result_name
+from medseg.formats.medical import mask_name, result_name
 from medseg.formats.nifti import write_mask, write_prediction
-from medseg.formats.own_files import COCO, SETTINGS, TABLE
+from medseg.formats.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
 from medseg.full_size import MAX_LEVEL, full_size_levels, sum_probabilities
 from medseg.images import save_mask, save_overlay, save_png
 from medseg.results.annotations import coco_record, coco_text, labelme_files, write_labelme
@@ -43,10 +43,11 @@ class Results:
         self.output, self.class_names, self.write = output, class_names, write
         self.rows, self.records = {}, {}  # of the table, of the COCO file; {title: ...}
 
-    def check(self, frames, volumes):
+    def check(self, frames, volumes, *, figure=False, report=False):
         """ValueError where --write needs a folder, or would overwrite what may be a user's work.
 
-        frames: [Frame]; volumes: [ImageFile], for which no annotations are written.
+        frames: [Frame]; volumes: [ImageFile], for which no annotations are written. figure: whether
+        a frame gets the tutorial's figure in place of an overlay; report: whether there is one.
         """
         if not self.output.is_dir() and self.write != DEFAULT:
             raise ValueError(
@@ -67,6 +68,26 @@ class Results:
                         f"{path}: is there, and may hold corrections: move it, or choose another "
                         "--output"
                     )
+
+        check_outputs(self._planned(frames, volumes, "prediction.png" if figure else "overlay.jpg"))
+        if report:
+            check_outputs([self.output / REPORT, self.output / "report.png"])
+
+    def _planned(self, frames, volumes, drawn):
+        """Yield the path of each mask, picture and probability; drawn: how overlays end."""
+        if not self.output.is_dir():
+            yield self.output
+            return
+        endings = [(frame.name, f"{frame.name}_mask.png", drawn, ".png") for frame in frames]
+        for path in (file.path for file in volumes):
+            endings.append((result_name(path), mask_name(path), "montage.png", ".nii.gz"))
+        for name, mask, drawing, suffix in endings:
+            if "mask" in self.write:
+                yield self.output / mask
+            if "overlay" in self.write:
+                yield self.output / f"{name}_{drawing}"
+            if "probability" in self.write:
+                yield from self._paths(name, suffix)
 
     def add(self, frame, image, labels, probabilities, **columns):
         """Write the files of one image, and keep what table and COCO file have of it.

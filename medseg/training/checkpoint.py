@@ -15,6 +15,7 @@ from medseg.cli import one_line
 from medseg.device import out_of_memory
 from medseg.dist import all_reduce_max, is_first
 from medseg.files import remove_partial_writes
+from medseg.formats.own_files import check_outputs
 from medseg.signals import Stopped
 from medseg.weights import load_weights, save_weights
 
@@ -86,6 +87,18 @@ def refuse_other_run(out):
                 f"{out / name}: written by an earlier run: go on with --resume, replace it with "
                 "--overwrite, or give this run another --out"
             )
+
+
+def check_run_folder(out, args):
+    """ValueError where a file that this run is to write is there, and is not of a run of ours.
+
+    args: the flags of the run. Weights are left to `refuse_other_run`, and to --overwrite.
+    """
+    drawn = ["predictions.png"] if args.test_only else ["predictions.png", CURVES, "metrics.csv"]
+    runs = out.glob("fold[0-9]*") if args.folds else [out]
+    check_outputs([run / name for run in runs for name in drawn], "--out")
+    if args.skip_bad:
+        check_outputs([out / "skipped.txt"], "--out")
 
 
 def prepare_folder(out, checkpoint):

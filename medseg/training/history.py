@@ -243,5 +243,5 @@ def list_skipped(lines, out):
         return
     path = out / "skipped.txt"
     with atomic_write(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.write("\n".join(["left out by train.py --skip-bad:", *lines, ""]).encode())
     print(f"{len(lines)} damaged images left out, listed in {path}", flush=True)
