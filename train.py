@@ -67,7 +67,13 @@ from medseg.training.checkpoint import (
 )
 from medseg.training.cross_validation import cross_validate
 from medseg.training.feature_statistics import record_statistics
-from medseg.training.flags import command, make_parser, parse_arguments, predict_command
+from medseg.training.flags import (
+    check_batch_norm,
+    command,
+    make_parser,
+    parse_arguments,
+    predict_command,
+)
 from medseg.training.history import (
     epoch_row,
     list_skipped,
@@ -370,6 +376,7 @@ def train_and_test(args, checkpoint, signals):
             list_skipped(skipped, out)
         flags = recorded_flags(args)
         if not args.test_only:
+            check_batch_norm(args, loaders["train"].images_per_epoch)
             datasets = [open_split(root, split, skipped=[]) for split in ("train", "valid")]
             flags["data_fingerprints"] = check_same_data(datasets, root, checkpoint)
         tracker = start_tracker(args, flags, checkpoint)
@@ -405,7 +412,8 @@ def train_and_test(args, checkpoint, signals):
                 record_statistics(model, loaders, device, out, autocast)
                 if args.tune_prediction:
                     tune_prediction(model, loaders, device, out, autocast)
-            test(model, loaders["test"], criterion, device, autocast, tracker)
+            planned = args.recipe == "auto"
+            test(model, loaders["test"], criterion, device, autocast, tracker, planned=planned)
             if dist.is_first():
                 draw(args, root, model, loaders["test"], device, history, tracker)
         finally:
@@ -413,12 +421,12 @@ def train_and_test(args, checkpoint, signals):
         return model, loaders.get("valid"), autocast
 
 
-def test(model, loader, criterion, device, autocast, tracker):
+def test(model, loader, criterion, device, autocast, tracker, *, planned=False):
     """Print and log the scores of the best weights, at 0.5 and as was chosen on valid."""
     scores = evaluate(model, loader, criterion, device, autocast=autocast)
     tracker.log({f"test/{name}": value for name, value in scores.items()})
     if dist.is_first():
-        print_test(scores, model.class_names, peak_memory(device))
+        print_test(scores, model.class_names, peak_memory(device), planned=planned)
     if (masks := finished(model)) is not model:
         scores = evaluate(masks, loader, criterion, device, autocast=autocast)
         tracker.log({f"test/chosen_{name}": scores[name] for name in scores if name != "loss"})

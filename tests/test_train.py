@@ -22,6 +22,7 @@ from helpers import (
     HOME,
     ROOT,
     SMALL,
+    assert_done,
     assert_refused,
     make_dataset,
     output_of,
@@ -257,6 +258,38 @@ def test_masks_that_stayed_empty_are_told_after_the_test(dataset, tmp_path):
     for prior, told in ((0.001, True), (0.9, False)):
         result = script_here("train.py", *SMALL, *flags, "--prior", prior, cwd=tmp_path)
         assert ("nothing was learned: --recipe auto" in result.stderr) == told
+
+
+@pytest.mark.usefixtures("no_pictures", "here")
+def test_a_plan_whose_masks_stayed_empty_advises_no_plan(dataset, tmp_path):
+    flags = ("--recipe", "auto", "--repeat", 1, "--epochs", 1, "--lr", 0, "--prior", 0.001)
+    result = script_here("train.py", *SMALL, *flags, "--out", "run", cwd=tmp_path)
+    (line,) = (line for line in result.stderr.splitlines() if "nothing was learned" in line)
+    assert "--recipe" not in line and "--minutes" in line
+
+
+@pytest.mark.parametrize(
+    "flags, fits",
+    [
+        (("--batch-size", 1), False),
+        (("--batch-size", 5), False),  # the last of six images
+        (("--batch-size", 1, "--crop", 32, "--image-size", 256), False),
+        (("--batch-size", 2), True),
+        (("--batch-size", 1, "--depth", 4), True),  # two pixels a side
+        (("--batch-size", 1, "--norm", "group"), True),
+    ],
+)
+@pytest.mark.usefixtures("no_pictures", "here")
+def test_batch_normalisation_of_one_value_is_refused_before_it_trains(
+    flags, fits, dataset, tmp_path
+):
+    own = ("--norm", "batch", "--epochs", 1, "--repeat", 1, *flags, "--out", "run")
+    result = script_here("train.py", *SMALL, *own, cwd=tmp_path)
+    if fits:
+        assert_done(result)
+    else:
+        assert_refused(result, "--norm batch", "--batch-size")
+        assert "epoch 1" not in result.stdout
 
 
 def test_a_loss_that_is_never_a_number_is_an_error(tmp_path):

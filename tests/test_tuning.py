@@ -39,6 +39,8 @@ from medseg.inference import (
 )
 from medseg.metrics import SWEEP, count_image
 from medseg.pieces import clean_labels, clean_masks, largest_piece
+from medseg.predicting.flags import choose_inference
+from medseg.predicting.flags import parse_arguments as predict_flags
 from medseg.predicting.models import OnnxModel
 from medseg.training.tuning import choose, finished, gains
 from medseg.training.tuning import predict as predict_loader
@@ -497,6 +499,24 @@ def test_what_was_chosen_counts_and_flags_win(place, flags, expected, words):
     assert line.endswith(f"but for {words}") if words else "but" not in line
     mask = np.asarray(Image.open("a_mask.png")) > 0
     np.testing.assert_array_equal(mask, by_hand(blobs(), expected))
+
+
+def test_flips_that_were_neither_chosen_nor_trained_are_told():
+    def lines(recorded, trained, *flags):
+        args = predict_flags(["a.png", "--model", "w.pth", *flags], "")
+        inference, said = choose_inference(args, recorded, trained)
+        return inference, said.splitlines()
+
+    plain = Inference(0.35)
+    inference, (line, warning) = lines(plain, (), "--tta")
+    assert inference == Inference(0.35, ALL_FLIPS)
+    assert "threshold 0.35 was chosen on valid" in line and warning.startswith("WARNING: --tta")
+    assert [line[:7] for line in lines(None, (), "--tta")[1]] == ["WARNING"]
+    for recorded, trained in ((plain, ALL_FLIPS), (TUNED, ()), (None, ALL_FLIPS)):
+        assert "WARNING" not in " ".join(lines(recorded, trained, "--tta")[1])
+    for flags in ((), ("--no-tta",)):
+        assert "WARNING" not in " ".join(lines(plain, (), *flags)[1])
+    assert lines(TUNED, ALL_FLIPS, "--tta")[1][0].startswith(f"{TUNED}: chosen on valid")
 
 
 def test_how_it_is_spelled():

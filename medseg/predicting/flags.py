@@ -143,7 +143,7 @@ def _add_model_flags(parser):
 
 
 def choose_inference(args, recorded, trained_flips=()):
-    """(the `medseg.inference.Inference` to predict with, a line on it or '').
+    """(the `medseg.inference.Inference` to predict with, lines on it or '').
 
     recorded: that in the weights, or None; a flag that is given wins over it. trained_flips: those
     that --tta takes where none were chosen.
@@ -158,8 +158,15 @@ def choose_inference(args, recorded, trained_flips=()):
     if args.clean is not None:
         inference = inference._replace(clean=args.clean)
         given.append("--clean")
-    if recorded is None:
-        return inference, ""
-    but = f", but for {' and '.join(given)}" if given else ""
-    files = args.model[0] if len(args.model) == 1 else f"{len(args.model)} files"
-    return inference, f"{inference}: chosen on valid (recorded in {files}){but}"
+    lines = []
+    if recorded is not None:
+        but = f", but for {' and '.join(given)}" if given else ""
+        files = args.model[0] if len(args.model) == 1 else f"{len(args.model)} files"
+        chosen = "chosen" if inference == recorded else f"{recorded} was chosen"
+        lines.append(f"{inference}: {chosen} on valid (recorded in {files}){but}")
+    if args.tta and not (trained_flips or (recorded and recorded.flips)):
+        lines.append(
+            "WARNING: --tta averages over flips, and the weights record none that their training "
+            "showed (--augment flip): masks may become worse"
+        )
+    return inference, "\n".join(lines)

@@ -302,6 +302,20 @@ def check_same_network(args, network):
             )
 
 
+def check_batch_norm(args, images):
+    """ValueError where batch normalisation meets a batch of one image at a level of one pixel.
+
+    images: of an epoch, of which the last batch has what is left.
+    """
+    side, smallest = args.crop or args.image_size, images % args.batch_size or args.batch_size
+    if args.norm == "batch" and smallest == 1 and side <= 2**args.depth:
+        raise ValueError(
+            f"--norm batch: the last of {images} images is a batch of its own with --batch-size "
+            f"{args.batch_size}, and --depth {args.depth} makes one pixel of {side}x{side}, too "
+            "little for a mean and a deviation: give another --batch-size, or --norm group"
+        )
+
+
 def command(script, *words, out=None):
     """A command to paste, with --out where that is not this folder."""
     if out is not None and out != Path("."):

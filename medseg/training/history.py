@@ -129,8 +129,11 @@ def log_values(row):
     return values
 
 
-def print_test(scores, class_names, gpu_gib=None):
-    """The scores of the test; gpu_gib: the GPU memory that the run took, if it ran on one."""
+def print_test(scores, class_names, gpu_gib=None, *, planned=False):
+    """The scores of the test; gpu_gib: the GPU memory that the run took, if it ran on one.
+
+    planned: whether --recipe auto has chosen its flags already.
+    """
     print(
         f"test with the best weights: loss {scores['loss']:.4f}, "
         f"{_spell(scores, 'dice', 'iou', 'miou', 'precision', 'recall', 'image_dice')}",
@@ -144,9 +147,11 @@ def print_test(scores, class_names, gpu_gib=None):
         )
     _print_classes(scores, class_names)
     if scores["dice"] == 0 and scores["acc"] == scores["background_acc"]:
+        advice = "--recipe auto chooses flags that suit the data set"
+        if planned:
+            advice = "give more --minutes, and look at the masks with data.py"
         print(
-            "WARNING: the masks are empty, nothing was learned: --recipe auto chooses flags that "
-            "suit the data set",
+            f"WARNING: the masks are empty, nothing was learned: {advice}",
             file=sys.stderr,
             flush=True,
         )
