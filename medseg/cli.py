@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import errno
 import math
 import os
 import sys
@@ -214,10 +215,15 @@ def output_folder(path, flag="--out"):
 
 
 def one_line(error):
-    """The message of an exception without line breaks."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an exception without line breaks, and what helps where a disk is full."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            line += ": make room there, or write to another disk (--out, --output or --data)"
+    if isinstance(error, MemoryError):
+        return f"out of memory ({line}): end other programs, or give less or smaller images at once"
+    return line
 
 
 def run_main(main, *, exit_at_once=False):
@@ -236,7 +242,7 @@ def run_main(main, *, exit_at_once=False):
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         status = 130
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         status = 2
     if exit_at_once:

@@ -67,7 +67,7 @@ def atomic_write(path, *, sync=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename == str(temporary):
+        if error.errno and error.filename in (None, str(temporary)):  # of `write` it has no name
             error.filename, error.filename2 = str(path), None
         raise
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import tracemalloc
@@ -107,6 +108,22 @@ def test_a_later_split_may_lack_a_class(here):
     run_download(*into, "--classes", "one,three")
     assert class_names("test") == ["one", "two", "three"]
     assert {a["category_id"] for a in annotations("test")["annotations"]} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--masks", "ring", "ring"),
+        ("--labelme", "ring"),
+        ("--coco", "ring", "ring"),
+        ("--masks", "images", "masks", "--data", "ring"),
+    ],
+)
+def test_links_in_a_circle_are_one_line(flags, here):
+    save_pair("a")
+    os.symlink(here / "other", "ring")
+    os.symlink(here / "ring", "other")
+    refuse_download(*flags, *ALL, words=["ring"])
 
 
 def test_split_is_drawn_by_the_seed(here):

@@ -982,6 +982,28 @@ def test_a_session_shows_and_writes_photographs_as_they_are_shown(tmp_path, orie
     assert (abs(points - (9, 11)) <= 6).all() and session.problems == []
 
 
+def test_uploads_of_one_name_are_told_apart(tmp_path):
+    """scan.png three times, once as a JPEG: the masks are of squares of different sides."""
+    sides = {"0/scan.png": 8, "1/scan.png": 12, "2/scan.jpg": 16, "3/other.png": 20}
+    for name, side in sides.items():
+        (tmp_path / name).parent.mkdir()
+        scan(64, 40, 3, 5, side).save(tmp_path / name)
+    session = Session(tmp_path, ("foreground",))
+    session.predict(
+        [tmp_path / name for name in sides],
+        lambda image: (np.asarray(image.convert("L"), np.float32)[None] / 255, Assessment()),
+    )
+    assert session.problems == [] and len(session.predictions) == 4
+    assert len({one.frame.title for one in session.predictions}) == 4
+    with zipfile.ZipFile(session.write(0.5)) as archive:
+        masks = [name for name in archive.namelist() if name.endswith("_mask.png")]
+        areas = [np.count_nonzero(Image.open(archive.open(name))) for name in masks]
+    assert sorted(areas) == [64, 144, 256, 400]
+    with zipfile.ZipFile(session.labelme(0.5)) as archive:
+        assert len([name for name in archive.namelist() if name.endswith(".json")]) == 4
+    assert len(session.table(0.5).read_text().splitlines()) == 5
+
+
 @pytest.mark.parametrize("threshold, first", [(0.2, 1), (0.5, 1), (0.8, 2)])
 def test_what_a_session_writes_is_cut_at_the_threshold(tmp_path, threshold, first):
     """The probability of a voxel or pixel is its value / 255, and each value is counted by hand."""
@@ -1054,13 +1076,7 @@ def test_a_session_takes_its_folder_with_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_are_told_apart_and_many_problems_are_few_lines(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        Image.new("L", (9, 9)).save(tmp_path / folder / "scan.png")
-    session = Session(tmp_path, ("foreground",))
-    session.predict([tmp_path / "a" / "scan.png", tmp_path / "b" / "scan.png"], None)
-    assert "scan.png" in session.problems[0] and "scan_mask" in session.problems[0]
+def test_many_problems_are_few_lines_of_safe_text():
     text = text_html(["{{x}} ${y} <b>"], [f"{number}.png: bad" for number in range(8)])
     assert text.count('class="problem"') == 6 and "and 3 more" in text
     assert "{" not in text and "$" not in text and "<b>" not in text

@@ -1,5 +1,6 @@
 """Prediction: the functions, the files it writes, and what it refuses; and scores of a folder."""
 
+import csv
 import hashlib
 import importlib
 import json
@@ -20,6 +21,7 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    assert_done,
     assert_refused,
     brightness_model,
     edit_annotations,
@@ -27,6 +29,7 @@ from helpers import (
     script,
     script_here,
     square,
+    write_dicom,
     write_split,
 )
 from matplotlib.colors import to_hex
@@ -403,6 +406,49 @@ def test_a_damaged_image_among_many_is_named_and_the_others_predicted(place, ref
     refused("predict", "scans", words=["1 of 3", "b.png"])
     written = {"a_mask.png", "a_overlay.jpg", "c_mask.png", "c_overlay.jpg"}
     assert pictures(place / "predictions") == written
+
+
+DAMAGED_ELEMENTS = {
+    "series": lambda content: content.replace(b"\x20\x00\x0e\x00UI", b"\x20\x00\x0e\x00ZZ"),
+    "rows": lambda content: content.replace(b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00SQ"),
+    "window": lambda content: content.replace(b"\x28\x00\x50\x10DS", b"\x28\x00\x50\x10ZZ"),
+}
+
+
+@pytest.mark.parametrize("element", DAMAGED_ELEMENTS)
+def test_a_damaged_element_of_a_dicom_file_harms_that_file_alone(element, place, refused):
+    (place / "scans").mkdir()
+    axes = {"ImagePositionPatient": [0, 0, 1], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+    window = {"WindowCenter": 500, "WindowWidth": 1000}
+    for name in "abc":
+        path = place / "scans" / f"{name}.dcm"
+        write_dicom(path, SeriesInstanceUID="1.2", PixelSpacing=[1, 1], **axes, **window)
+    damaged = place / "scans" / "b.dcm"
+    content = DAMAGED_ELEMENTS[element](damaged.read_bytes())
+    assert content != damaged.read_bytes()
+    damaged.write_bytes(content)
+    line = refused("predict", "scans", words=["1 of 3"])
+    assert line.count("b.dcm") == 1
+    masks = {name for name in names(place / "predictions") if name.endswith("_mask.png")}
+    assert masks == {"a_mask.png", "c_mask.png"}
+
+
+@pytest.mark.parametrize("spacing", [["1e200", "1e200"], ["1e-320", "1e-320"], ["1e200", "0.5"]])
+def test_a_spacing_that_no_scanner_has_is_none(spacing, place):
+    (place / "scans").mkdir()
+    write_dicom(place / "scans" / "a.dcm", PixelSpacing=[1, 1])
+    write_dicom(place / "scans" / "b.dcm", PixelSpacing=spacing)
+    assert_done(script_here("predict.py", "scans", cwd=place))
+    table = (place / "predictions" / "predictions.csv").read_text("utf-8-sig").splitlines()
+    rows = {row["image"]: row for row in csv.DictReader(table)}
+    assert rows["a.dcm"]["area_mm2"] and not rows["b.dcm"]["area_mm2"]
+
+
+def test_of_many_files_that_cannot_be_read_the_first_are_named():
+    problems = [(f"{number}.png", f"{number}.png: damaged") for number in range(20_000)]
+    line = describe_left_out(problems, files=30_000, frames=30_000)
+    assert len(line) < 300 and "20000 of 30000" in line
+    assert "0.png: damaged; 1.png" in line and "3.png" not in line
 
 
 def test_what_a_folder_holds_besides_is_counted_in_one_line(place, capsys, refused):

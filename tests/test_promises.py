@@ -314,6 +314,27 @@ def test_a_full_disk_costs_no_checkpoint(trained, small_disk, room):
     assert all(torch.equal(expected[key], weights[key]) for key in expected)
 
 
+def test_a_full_disk_is_named_with_what_helps(trained, small_disk, refused):
+    disk = small_disk(1)
+    fill(disk, 0)
+    images = trained / "dataset" / "test"
+    model = ("--model", trained / "run" / "best_model.pth", "--device", "cpu")
+    line = refused("predict", images, *model, "--output", disk, words=[disk, "--output"])
+    assert "Errno" not in line and "_mask.png" in line
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), MemoryError("Unable to allocate 3.2 GiB"), OSError(28, "No space")]
+)
+def test_no_memory_and_no_space_are_one_line_anywhere(error, dataset, refused, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("data.audit", fail)
+    line = refused("data", dataset, words=["memory" if isinstance(error, MemoryError) else "--out"])
+    assert "Errno" not in line
+
+
 def test_a_folder_that_becomes_read_only_while_it_runs(copy):
     out = copy / "out"
     with contextlib.ExitStack() as stack:

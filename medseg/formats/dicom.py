@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medseg.formats.medical import file_format, import_reader, name_file, window_to_uint8
+from medseg.formats.medical import (
+    file_format,
+    import_reader,
+    is_spacing,
+    name_file,
+    window_to_uint8,
+)
 from medseg.images import pixel_limit, read_image, too_many_pixels
 from medseg.settings import window_limits
 
@@ -80,7 +86,7 @@ class DicomFrames(Sequence):
         Of the patient (PixelSpacing), not of a detector behind him.
         """
         spacing = self._numbers("PixelMeasuresSequence", index, "PixelSpacing", 2)
-        return spacing if spacing and min(spacing) > 0 else None
+        return spacing if spacing and is_spacing(spacing) else None
 
     def place(self, index):
         """(series, mm) of a frame: which series it is of, and where along the axis of its slices.
@@ -92,7 +98,9 @@ class DicomFrames(Sequence):
         series = self._header.get("SeriesInstanceUID")
         if not (position and axes and series):
             return None
-        return str(series), float(np.cross(axes[:3], axes[3:]) @ position)
+        with np.errstate(all="ignore"):
+            place = float(np.cross(axes[:3], axes[3:]) @ position)
+        return (str(series), place) if math.isfinite(place) else None
 
     def _numbers(self, sequence, index, keyword, count):
         """So many finite numbers that a frame has under a keyword, or None for anything else."""

@@ -78,6 +78,11 @@ def window_to_uint8(values, low, high):
         return np.nan_to_num(scaled, copy=False).round(out=scaled).astype(np.uint8)
 
 
+def is_spacing(numbers):
+    """Whether these can be mm from pixel to pixel: areas of others would overflow, or be 0."""
+    return all(1e-9 < number < 1e9 for number in numbers)
+
+
 @contextlib.contextmanager
 def name_file(path):
     """Turn whatever a reader raises into one line that begins with the file's name.

@@ -15,6 +15,7 @@ from medseg.files import atomic_write
 from medseg.formats.medical import (
     NIFTI_SUFFIXES,
     import_reader,
+    is_spacing,
     mask_name,
     name_file,
     nifti_version,
@@ -129,7 +130,7 @@ class Volume:
         told = np.abs(_read_head(self.path, check=False)["pixdim"][1:4])
         unit = UNITS.get(int(self.header["xyzt_units"]) & 7, 1.0)
         spacing = [abs(float(zoom)) * unit for zoom in [*self.header.get_zooms(), 1, 1][:3]]
-        known = np.isfinite(spacing).all() and min(spacing) > 0 and (told > 0).all()
+        known = is_spacing(spacing) and (told > 0).all()
         return tuple(spacing) if known else None
 
     @property

@@ -1,5 +1,6 @@
 """An import of own data, from the flags of download.py to the splits of a data set."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -74,13 +75,14 @@ def import_data(root, args):
 
 def _check_sources(root, splits, sources, add):
     """Raise ValueError where a source lies in a split that is to be written, or around `root`."""
+    real = Path(os.path.realpath(root))  # not resolve(), which fails on links in a circle
     for name in sources:
-        place = name.resolve()
+        place = Path(os.path.realpath(name))
         for split in splits:
-            if (root / split).resolve() in (place, *place.parents):
+            if Path(os.path.realpath(root / split)) in (place, *place.parents):
                 why = "which would be added to itself" if add else "which would be replaced"
                 raise ValueError(f"{name}: lies in {root / split}, {why}")
-        if present_splits(root) and place in (root.resolve(), *root.resolve().parents):
+        if present_splits(root) and place in (real, *real.parents):
             raise ValueError(
                 f"{name}: its images would be read together with those of the data set {root}, "
                 "which lies in it: name a folder elsewhere with --data"

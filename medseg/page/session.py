@@ -16,6 +16,7 @@ from PIL import Image
 
 from medseg.cli import one_line
 from medseg.drawing import draw_labels, overlay
+from medseg.formats.medical import result_name
 from medseg.formats.own_files import TABLE
 from medseg.full_size import full_size_labels, sum_probabilities
 from medseg.images import describe, resize_nearest, save_jpeg, save_png
@@ -84,6 +85,7 @@ class Session:
         """
         self.paths, self.threshold = list(paths), threshold
         with self._noting_problems(paths):
+            paths = self._named_apart(paths)
             files = expand(paths)
             for number, file in enumerate(files):
                 with self._noting_problems(paths):
@@ -94,6 +96,19 @@ class Session:
                         progress((number + index / len(frames)) / len(files), frame.title)
                         with self._noting_problems(paths):
                             self._add(frame, assess)
+
+    def _named_apart(self, paths):
+        """The paths; the second upload of a name is linked to under another: 2_scan.png."""
+        folders, apart = {}, []  # {name of results: the folder of the files that have it}
+        for path in map(Path, paths):
+            own, number = path, 1
+            while folders.setdefault(result_name(own), path.parent) != path.parent:
+                number += 1
+                own = self._folder / f"{number}_{path.name}"
+            if own != path:
+                os.link(path, own)
+            apart.append(own)
+        return apart
 
     def _add(self, frame, assess):
         image = frame.read()

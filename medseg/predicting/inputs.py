@@ -19,6 +19,7 @@ from medseg.formats.medical import (
     NIFTI_SUFFIXES,
     base_name,
     file_format,
+    name_file,
     result_name,
 )
 from medseg.formats.nifti import open_nifti
@@ -27,6 +28,7 @@ from medseg.images import SUFFIXES, read_image
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
+MAX_NAMED = 3  # of the files that could not be predicted, in the line on them
 OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
 
@@ -66,7 +68,13 @@ def open_file(file, window=None, orientation=None, pixel_size=None):
         arrays, what = volume.pictures(window), "slice"
     else:
         arrays, what = read_dicom(path, window), "frame"
-    frames = []
+    with name_file(path):  # some elements are read only when they are asked for
+        return _frames(file, arrays, what, volume, pixel_size), volume
+
+
+def _frames(file, arrays, what, volume, pixel_size):
+    """A `Frame` for each of the arrays, which are what ('slice', 'frame') of a file."""
+    path, name, frames = file.path, file.name, []
     for number in range(len(arrays)):
         own, title = name, path.name
         if len(arrays) > 1:
@@ -78,7 +86,7 @@ def open_file(file, window=None, orientation=None, pixel_size=None):
             spacing = arrays.spacing(number) or pixel_size
             frame = frame._replace(spacing=spacing, place=arrays.place(number))
         frames.append(frame)
-    return frames, volume
+    return frames
 
 
 def _read_array(arrays, index):
@@ -216,14 +224,17 @@ def print_left_aside(inputs):
 
 
 def describe_left_out(problems, files, frames):
-    """A line on what could not be predicted.
+    """A line on what could not be predicted, of many the first; predictions.json has them all.
 
     problems: [(file, why)], one for each frame; files, frames: how many there are of each.
     """
     share = f"{len(problems)} of {frames}"
     if frames > files:  # some are frames of one file
         share += f" pictures, from {len({path for path, _ in problems})} of {files} files,"
-    return f"{share} left out: {'; '.join(dict.fromkeys(why for _, why in problems))}"
+    first = dict(reversed(problems))  # of each file, the first of its frames
+    reasons = list(dict.fromkeys(first.values()))[::-1]
+    more = f"; and {len(reasons) - MAX_NAMED} more" if len(reasons) > MAX_NAMED else ""
+    return f"{share} left out: {'; '.join(reasons[:MAX_NAMED])}{more}"
 
 
 def data_set_images():
