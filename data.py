@@ -17,51 +17,22 @@ import hashlib
 import json
 import math
 import mmap
-import shlex
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from medseg import coco as coco_json
 from medseg import dist
-from medseg.audit import SHOWN, audit, describe_turned, next_training, require_data_set
+from medseg import images as pictures
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
-from medseg.cli import (
-    ArgumentParser,
-    add_pixel_limit,
-    number,
-    output_folder,
-    parse_named_values,
-    run_main,
-)
-from medseg.coco import (
-    ANNOTATIONS,
-    SPLITS,
-    image_path,
-    load_coco,
-    read_segmentation,
-    used_categories,
-)
-from medseg.contact_sheet import MOST
+from medseg.cli import parse_named_values, run_main
 from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
-from medseg.formats.own_files import check_outputs
-from medseg.images import (
-    IMAGE_SIZE,
-    preprocess,
-    read_image,
-    read_oriented,
-    set_pixel_limit,
-    stored_orientation,
-    turn,
-)
 from medseg.normalization import normalize
-from medseg.planning.plan import planned_flags
 from medseg.run_lengths import encode, unite
-from medseg.splits import grouped_split
-from net import UNet, load_model
 
 
 class COCOSegmentationDataset(Dataset):
@@ -79,7 +50,14 @@ class COCOSegmentationDataset(Dataset):
     """
 
     def __init__(
-        self, coco, image_dir, transform=None, *, image_size=IMAGE_SIZE, classes=None, n_channels=3
+        self,
+        coco,
+        image_dir,
+        transform=None,
+        *,
+        image_size=pictures.IMAGE_SIZE,
+        classes=None,
+        n_channels=3,
     ):
         self.coco, self.image_dir, self.transform = coco, Path(image_dir), transform
         self.image_size, self.n_channels, self.classes = image_size, n_channels, classes
@@ -87,14 +65,14 @@ class COCOSegmentationDataset(Dataset):
         self.channel_of = None  # {category id: channel of the mask}
         if classes is not None:
             channels = {name: channel for channel, name in enumerate(classes)}
-            used = used_categories(coco)
+            used = coco_json.used_categories(coco)
             self.channel_of = {
                 key: channels[name] for name, ids in used.items() if name in channels for key in ids
             }
         self.n_classes = 1 if classes is None else len(classes)
         self.image_ids = coco.getImgIds()
         if not self.image_ids:
-            raise ValueError(f"{self.image_dir}: {ANNOTATIONS} lists no images")
+            raise ValueError(f"{self.image_dir}: {coco_json.ANNOTATIONS} lists no images")
 
     @property
     def row_shape(self):
@@ -118,14 +96,16 @@ class COCOSegmentationDataset(Dataset):
             row = torch.from_numpy(self.row(index))[None]
             image, masks = split_rows(row, self.n_channels, self.n_classes)
             return image[0], masks[0]
-        picture = read_image(self.path(index))
+        picture = pictures.read_image(self.path(index))
         image = self.transform(np.array(picture))
         masks = self.load_masks(index, picture.size, image.shape[-2:])
         return image, torch.from_numpy(masks).float()
 
     def path(self, index):
         """Where the image is. ValueError for a file_name that leads out of image_dir."""
-        return image_path(self.image_dir, self.coco.imgs[self.image_ids[index]]["file_name"])
+        return coco_json.image_path(
+            self.image_dir, self.coco.imgs[self.image_ids[index]]["file_name"]
+        )
 
     def names(self, skipped=None):
         """The paths of the images below image_dir, without those that a line of `skipped` names."""
@@ -136,7 +116,7 @@ class COCOSegmentationDataset(Dataset):
 
     def load(self, index):
         """Image `index` as shown: PIL RGB image and its masks, uint8 (C, H, W) of 0 and 1."""
-        image = read_image(self.path(index))
+        image = pictures.read_image(self.path(index))
         return image, self.load_masks(index, image.size)
 
     def load_masks(self, index, size, shape=None):
@@ -161,7 +141,7 @@ class COCOSegmentationDataset(Dataset):
         width, height, orientation = record["width"], record["height"], 1
         if (width, height) != tuple(size):
             if (height, width) == tuple(size):
-                orientation, _ = stored_orientation(path)
+                orientation, _ = pictures.stored_orientation(path)
             if orientation < 5:
                 actual, recorded = f"{size[0]}x{size[1]}", f"{width}x{height}"
                 raise ValueError(f"{path}: is {actual}, but its record says {recorded}")
@@ -173,7 +153,7 @@ class COCOSegmentationDataset(Dataset):
                 if channel is None:  # a category that is not asked for
                     continue
             try:
-                outline = read_segmentation(annotation.get("segmentation"), height, width)
+                outline = coco_json.read_segmentation(annotation.get("segmentation"), height, width)
             except ValueError as error:
                 raise ValueError(f"{path}: annotation {annotation.get('id')}: {error}") from None
             outlines.setdefault(channel, []).append(outline)
@@ -181,12 +161,14 @@ class COCOSegmentationDataset(Dataset):
         if orientation == 1:
             return masks
         drawn = {channel: mask.draw() > 0 for channel, mask in masks.items()}
-        return {channel: encode(turn(mask, orientation)) for channel, mask in drawn.items()}
+        return {
+            channel: encode(pictures.turn(mask, orientation)) for channel, mask in drawn.items()
+        }
 
     def preprocess(self, index):
         """Image `index` at training size, uint8 (S, S, n_channels), and its masks (C, S, S)."""
-        image = read_image(self.path(index))
-        pixels = preprocess(image, self.image_size, self.n_channels)
+        image = pictures.read_image(self.path(index))
+        pixels = pictures.preprocess(image, self.image_size, self.n_channels)
         return pixels, self.load_masks(index, image.size, pixels.shape[:2])
 
     def row(self, index):
@@ -194,10 +176,10 @@ class COCOSegmentationDataset(Dataset):
 
         The mask of class k is bit k % 8 of the byte k // 8.
         """
-        image, orientation = read_oriented(self.path(index))
+        image, orientation = pictures.read_oriented(self.path(index))
         if orientation > 1:
             self.turned.add(index)
-        pixels = preprocess(image, self.image_size, self.n_channels)
+        pixels = pictures.preprocess(image, self.image_size, self.n_channels)
         height, width = pixels.shape[:2]
         row = np.zeros((height, width, self.row_shape[-1]), np.uint8)
         row[..., : self.n_channels] = pixels
@@ -208,20 +190,29 @@ class COCOSegmentationDataset(Dataset):
 
 
 def open_split(
-    root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3, coco=None
+    root,
+    split,
+    image_size=pictures.IMAGE_SIZE,
+    *,
+    skipped=None,
+    classes=None,
+    n_channels=3,
+    coco=None,
 ):
     """The COCOSegmentationDataset of root/split; `skipped` as in `load_split`.
 
     coco: what `load_coco` has read of it, where that is at hand.
     """
     folder = Path(root) / split
-    coco = coco or load_coco(folder, skipped)
+    coco = coco or coco_json.load_coco(folder, skipped)
     return COCOSegmentationDataset(
         coco, folder, image_size=image_size, classes=classes, n_channels=n_channels
     )
 
 
-def load_split(root, split, image_size=IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3):
+def load_split(
+    root, split, image_size=pictures.IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3
+):
     """Every image of a split at training size: uint8 array (N, S, S, n_channels + bytes).
 
     S = image_size; with None, every image keeps its own size, and the result is a
@@ -412,6 +403,14 @@ class Batches:
         return torch.randn(shape, generator=generator, device=self.device)[mine]
 
 
+def describe_turned(count, total):
+    """What to say where `count` images of a split of `total` are stored turned."""
+    return (
+        f"{count} of {total} images are stored turned (EXIF): they are read as they are shown, "
+        "and so are their outlines, unless a record has the stored size"
+    )
+
+
 def make_loaders(args, root, model, device, skipped):
     """{split: Batches} as the flags of train.py and the network ask for; with --test-only of test.
 
@@ -430,7 +429,7 @@ def make_loaders(args, root, model, device, skipped):
     changes["strengths"] = parse_named_values(args.augment, AUGMENTATIONS)
     loaders = {}
     with dist.first_on_each_machine():
-        for split in ("test",) if args.test_only else SPLITS:
+        for split in ("test",) if args.test_only else coco_json.SPLITS:
             dataset = open_split(
                 root,
                 split,
@@ -461,57 +460,10 @@ def make_loaders(args, root, model, device, skipped):
 
 
 def main(argv=None):
-    parser = ArgumentParser("data.py", __doc__)
-    parser.add_argument("root", nargs="?", default="dataset", help="the data set")
-    parser.add_argument("--out", default=".", metavar="FOLDER", help="folder for contact_sheet.jpg")
-    parser.add_argument(
-        "--show",
-        type=number(1, MOST),
-        default=SHOWN,
-        metavar="N",
-        help="images of each split in it: those with least and most foreground and evenly between",
-    )
-    parser.add_argument(
-        "--grouped-split",
-        metavar="FOLDER",
-        help="write the images to FOLDER instead, split by blocks of neighbouring file numbers",
-    )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print the flags that `train.py --recipe auto` would choose, and why",
-    )
-    parser.add_argument(
-        "--minutes", type=number(0.0, type=float), default=0.0, help="with --plan: for the training"
-    )
-    add_pixel_limit(parser.add_argument)
-    args = parser.parse_args(argv)
-    set_pixel_limit(args.max_megapixels)
-    if args.plan:
-        require_data_set(Path(args.root))
-        given = {"data": args.root, "minutes": args.minutes}
-        planned_flags(open_split, UNet, load_model, given)
-        return
-    if args.grouped_split:
-        target = grouped_split(args.root, args.grouped_split)
-        for split in SPLITS:
-            print(f"{split}: {len(load_coco(target / split).imgs)} images")
-        name = shlex.quote(str(target))
-        print(f"next: python data.py {name}, python train.py --data {name}")
-        return
-    root, out = Path(args.root), output_folder(args.out)
-    require_data_set(root)
-    check_outputs([out / "contact_sheet.jpg"], "--out")
-    problems = audit(root, out, open_split, args.show)
-    for problem in problems:
-        print(f"problem: {problem}")
-    if problems:
-        raise ValueError(
-            f"{args.root}: {len(problems)} problem(s), listed above: "
-            "mend or remove them before training"
-        )
-    if root != Path("dataset"):  # that is the tutorial's, whose recipe is the default
-        print(f"next: {next_training(root)}")
+    """The command line, which stands on this file as any wing does."""
+    from medseg.planning.command import main as audit_or_plan
+
+    audit_or_plan(argv)
 
 
 if __name__ == "__main__":

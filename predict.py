@@ -31,36 +31,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.cli import run_main
-from medseg.coco import ANNOTATIONS, check_classes
-from medseg.drawing import draw_labels, draw_panels, overlay, with_legend
+from medseg import cli, coco, drawing, pieces
+from medseg import images as pictures
 from medseg.files import available_cores
-from medseg.images import (
-    IMAGE_SIZE,
-    describe,
-    preprocess,
-    read_image,
-    resize_nearest,
-    save_mask,
-    save_png,
-    set_pixel_limit,
-)
-from medseg.pieces import check_clean
+from medseg.predicting import ensemble, inputs
 from medseg.predicting.assessment import assess_volume, print_assessments
-from medseg.predicting.ensemble import open_models
 from medseg.predicting.flags import choose_inference, parse_arguments
-from medseg.predicting.inputs import (
-    annotated_folder,
-    choose_output,
-    count_files,
-    describe_left_out,
-    example_image,
-    expand,
-    open_file,
-    print_left_aside,
-    rank_and_world,
-    sort_files,
-)
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
 from medseg.predicting.reading import AHEAD_PIXELS, read_ahead, take_batch
 from medseg.results.folder import MAX_LINES, Results, Table, describe_run
@@ -86,7 +62,7 @@ def load_model(model_path="best_model.pth", device="cuda"):
     return net.load_model(model_path).to(device, memory_format=torch.channels_last).eval()
 
 
-def preprocess_image(image_path, *, image_size=IMAGE_SIZE, n_channels=3):
+def preprocess_image(image_path, *, image_size=pictures.IMAGE_SIZE, n_channels=3):
     """Image file -> (normalised float32 tensor (1, n_channels, S, S), the resized PIL image).
 
     image_path: a path, or a PIL image read already. S = image_size; None keeps the image's own
@@ -97,8 +73,8 @@ def preprocess_image(image_path, *, image_size=IMAGE_SIZE, n_channels=3):
 
     from data import normalize
 
-    image = image_path if isinstance(image_path, Image.Image) else read_image(image_path)
-    pixels = preprocess(image, image_size, n_channels)
+    image = image_path if isinstance(image_path, Image.Image) else pictures.read_image(image_path)
+    pixels = pictures.preprocess(image, image_size, n_channels)
     shown = pixels[..., 0] if n_channels == 1 else pixels
     return normalize(torch.from_numpy(pixels)[None]), Image.fromarray(shown)
 
@@ -126,13 +102,13 @@ def visualize_result(
     labels = np.rint(np.asarray(predicted_mask)).astype(np.uint8)
     while labels.ndim > 2:  # an image of 1 pixel in a side keeps that axis
         labels = labels.squeeze(labels.shape.index(1))
-    labels = resize_nearest(labels, height, width)
+    labels = pictures.resize_nearest(labels, height, width)
     panels = {
         "Original Image": picture,
-        "Predicted Mask": draw_labels(labels, len(class_names)),
-        "Overlay": overlay(picture, labels, len(class_names)),
+        "Predicted Mask": drawing.draw_labels(labels, len(class_names)),
+        "Overlay": drawing.overlay(picture, labels, len(class_names)),
     }
-    save_png(with_legend(draw_panels(panels), class_names), path)
+    pictures.save_png(drawing.with_legend(drawing.draw_panels(panels), class_names), path)
 
 
 # ---- one image, many, the slices of a volume -------------------------------------------------
@@ -157,6 +133,20 @@ def open_model(path, device="auto", precision="auto", *, images=0):
 
     device = pick_device(device)
     return TorchModel(load_model(path, device), device, precision, images)
+
+
+def open_models(paths, device="auto", precision="auto", images=0):
+    """The model in a file, or the `Ensemble` of those in several; ValueError where they differ."""
+    models, settled = [], precision
+    for path in paths:
+        is_onnx = Path(path).suffix.lower() == ".onnx"
+        models.append(open_model(path, device, precision if is_onnx else settled, images=images))
+        if not is_onnx:
+            settled = models[-1].precision  # found once: all weights compute in the same one
+    if len(models) == 1:
+        return models[0]
+    print(f"taking the mean of {len(models)} models")
+    return ensemble.Ensemble(models, paths)
 
 
 def predict_images(model, frames, problems=None):
@@ -203,8 +193,8 @@ def predict_one(model, frame, output, threshold, *, results=None):
             visualize_result(image, labels, path=written[-1], class_names=names)
         written += filter(None, [results.write_coco([frame.title], results.records)])
     else:
-        save_mask(labels, output, names)
-    print(describe(frame.path, labels, probabilities.max((1, 2)), names))
+        pictures.save_mask(labels, output, names)
+    print(pictures.describe(frame.path, labels, probabilities.max((1, 2)), names))
     print_assessments([(frame.path, assessment)])
     print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
@@ -222,7 +212,7 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
         results.add(frame, image, labels, probabilities, **assessment._asdict())
         if scores:
             scores.add(frame.path, image.size, probabilities)
-        return describe(frame.path, labels, probabilities.max((1, 2)), model.class_names)
+        return pictures.describe(frame.path, labels, probabilities.max((1, 2)), model.class_names)
 
     def tell(line):
         if lines:
@@ -257,8 +247,8 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     """
     from medseg.formats.nifti import write_mask
 
-    frames, volume = open_file(file, window, model.orientation)
-    check_clean(model.inference.clean, volume.slice_spacing, file.path)
+    frames, volume = inputs.open_file(file, window, model.orientation)
+    pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
     found = VolumeMasks(volume, model.n_classes, results.write if results else ())
     predicted, assessed, written = predict_images(model, frames), [], [output]
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
@@ -272,7 +262,7 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     else:
         write_mask(output, volume, found.masks)
     if lines:
-        print(describe(file.path, found.masks, found.highest, model.class_names))
+        print(pictures.describe(file.path, found.masks, found.highest, model.class_names))
         print_assessments(assessed, "slices")
         print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
@@ -294,7 +284,7 @@ def open_folder(model, folder, threshold, **inference):
     if model.n_classes > 1:
         content["classes"] = list(model.class_names)
     dataset = open_split(place.parent, place.name, model.image_size, **content)
-    check_classes(dataset.coco, dataset.classes, folder)
+    coco.check_classes(dataset.coco, dataset.classes, folder)
     return FolderScores(dataset, threshold, **inference)
 
 
@@ -311,7 +301,7 @@ def report(model, folder, scores, output):
 
     scores.complete(model)
     valid, sweep = folder.resolve().parent / "valid", None
-    if (valid / ANNOTATIONS).exists() and not valid.samefile(folder):
+    if (valid / coco.ANNOTATIONS).exists() and not valid.samefile(folder):
         content = {"classes": scores.dataset.classes, "n_channels": model.n_channels}
         rows = load_split(valid.parent, valid.name, model.image_size, **content)
         sizes = {"n_channels": model.n_channels, "n_classes": model.n_classes}
@@ -343,23 +333,22 @@ def predict_annotated(model, folder, frames, output, threshold, problems, **opti
 
 def main(argv=None):
     args = parse_arguments(argv, __doc__)
-    set_pixel_limit(args.max_megapixels)
+    pictures.set_pixel_limit(args.max_megapixels)
     args.model = paths = args.model or [default_model()]
     if args.export:
-        import net
         from medseg.predicting.export import export_model
 
-        return export_model(args.export, paths, args.inputs, net.load_model)
+        return export_model(args.export, paths, args.inputs)
     if args.page and (args.inputs or args.output):
         raise ValueError("--page takes no images and no --output: drop images on the page")
     # Processes of torchrun would not measure alike, and their masks could differ.
-    images = count_files(args.inputs) if rank_and_world()[1] == 1 else 0
-    model = open_models(open_model, paths, args.device, args.precision, images)
+    images = inputs.count_files(args.inputs) if inputs.rank_and_world()[1] == 1 else 0
+    model = open_models(paths, args.device, args.precision, images)
     if model.precision_note:
         print(f"precision: {model.precision}{model.precision_note}")
     window = choose_window(args.window, model.window)
     model.inference, note = choose_inference(args, model.recorded, model.trained_flips)
-    if note and rank_and_world()[0] == 0:
+    if note and inputs.rank_and_world()[0] == 0:
         print(note)
     args.threshold = model.inference.threshold
     if args.page:
@@ -374,20 +363,20 @@ def main(argv=None):
 
 def predict_inputs(args, model, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
-    inputs = args.inputs or [example_image()]
-    files, (rank, world) = expand(inputs), rank_and_world()
+    paths = args.inputs or [inputs.example_image()]
+    files, (rank, world) = inputs.expand(paths), inputs.rank_and_world()
     if rank == 0:
-        print_left_aside(inputs)
-    frames, volumes, problems = sort_files(files, window, args.pixel_size)
+        inputs.print_left_aside(paths)
+    frames, volumes, problems = inputs.sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
-    named = len(files) == 1 and not Path(inputs[0]).is_dir()
+    named = len(files) == 1 and not Path(paths[0]).is_dir()
     if named and problems:
         raise ValueError(problems[0][1])
     for frame in frames:
-        check_clean(model.inference.clean, frame.spacing, frame.path)
+        pieces.check_clean(model.inference.clean, frame.spacing, frame.path)
     single = named and total == 1
-    output = choose_output(args.output, single, files)
-    folder, scored = annotated_folder(inputs), True
+    output = inputs.choose_output(args.output, single, files)
+    folder, scored = inputs.annotated_folder(paths), True
     results = Results(output, model.class_names, args.write)
     results.check(frames, volumes, figure=single, report=folder is not None)
     if single and frames:
@@ -413,9 +402,9 @@ def predict_inputs(args, model, window):
         raise ValueError(problems[0][1])
     if problems:
         unscored = "" if scored else f"; {folder} has no report without them"
-        raise ValueError(describe_left_out(problems, len(files), total) + unscored)
+        raise ValueError(inputs.describe_left_out(problems, len(files), total) + unscored)
 
 
 if __name__ == "__main__":
     # With --page, Python would wait for a prediction that a browser has asked for.
-    run_main(main, exit_at_once=True)
+    cli.run_main(main, exit_at_once=True)

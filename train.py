@@ -14,8 +14,6 @@ last.previous.pth (everything that --resume needs), metrics.csv (a line for each
 curves.png and predictions.png.
 """
 
-import math
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -31,70 +29,15 @@ import torch
 import torch.nn.functional as F
 
 from data import make_loaders, open_split
-from medseg import dist
-from medseg.augment import AUGMENTATIONS
-from medseg.cli import output_folder, parse_named_values, run_main
-from medseg.coco import load_coco, recorded_settings, used_categories
-from medseg.device import (
-    describe_device,
-    keep_freed_memory,
-    make_autocast,
-    make_scaler,
-    out_of_memory,
-    peak_memory,
-    pick_device,
-)
-from medseg.files import file_lock
-from medseg.inference import PLAIN, learned_flips
-from medseg.layers import architecture_of
-from medseg.metrics import RunningScores, dice_score
-from medseg.phantoms import make_phantoms
+from medseg import cli, coco, dist, files, inference, layers, metrics, phantoms, plots, tiles
+from medseg import device as devices
 from medseg.planning.plan import planned_flags
-from medseg.plots import denormalize, plot_curves, plot_predictions
 from medseg.signals import Signals
-from medseg.tiles import apply_network
-from medseg.training.checkpoint import (
-    BEST,
-    CURVES,
-    Checkpointer,
-    Progress,
-    RandomState,
-    check_run_folder,
-    check_same_data,
-    grace_epochs,
-    prepare_folder,
-    refuse_other_run,
-)
-from medseg.training.cross_validation import cross_validate
-from medseg.training.feature_statistics import record_statistics
-from medseg.training.flags import (
-    check_batch_norm,
-    command,
-    make_parser,
-    parse_arguments,
-    predict_command,
-)
-from medseg.training.history import (
-    epoch_row,
-    list_skipped,
-    log_values,
-    print_chosen_test,
-    print_early_stop,
-    print_epoch,
-    print_new_head,
-    print_run,
-    print_test,
-    print_union,
-    progress_bar,
-    show_loss,
-    write_history,
-)
-from medseg.training.optim import AdamW, GuardedStep, RunningMean, fit_to_run, make_schedule
+from medseg.training import checkpoint as checkpoints
+from medseg.training import cross_validation, feature_statistics, optim, tracking, tuning
+from medseg.training import flags as command_line
+from medseg.training import history as reports
 from medseg.training.precision import settle_precision
-from medseg.training.recipes import LOSSES
-from medseg.training.resume import recorded_flags
-from medseg.training.tracking import start_tracker
-from medseg.training.tuning import finished, tune_prediction
 from net import UNet, class_names, copy_weights, load_model
 
 # ---- loss (tutorial, section 5) --------------------------------------------------------------
@@ -151,12 +94,12 @@ def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=l
     poll() is called after each batch.
     """
     model.eval()
-    scores = RunningScores(device, class_names(model))
+    scores = metrics.RunningScores(device, class_names(model))
     with torch.inference_mode():
         for images, masks in loader:
             images, masks = images.to(device), masks.to(device)
             with autocast:
-                outputs = apply_network(model, images)  # large images by tiles
+                outputs = tiles.apply_network(model, images)  # large images by tiles
             scores.add(criterion(outputs, masks), outputs, masks)
             poll()
     return scores.result()
@@ -175,7 +118,7 @@ def train_one_epoch(model, loader, criterion, state, device, title, *, autocast,
     else:  # any other loader is gone through again, but for the batches done
         batches = islice(loader, progress.step, None)
     model.train()
-    with progress_bar(batches, loader, progress.step, title) as bar:
+    with reports.progress_bar(batches, loader, progress.step, title) as bar:
         for images, masks in bar:
             images, masks = images.to(device), masks.to(device)
             step.begin()
@@ -186,7 +129,7 @@ def train_one_epoch(model, loader, criterion, state, device, title, *, autocast,
             state.running_mean.update(step.steps)
             scores.add(loss, outputs, masks, finite=finite)
             progress.step += 1
-            show_loss(bar, scores, images_before)
+            reports.show_loss(bar, scores, images_before)
             poll()
     images = scores.images() - images_before
     return scores.result(), images / (time.perf_counter() - started)
@@ -228,13 +171,13 @@ def train_model(
     out, device, signals = Path(out), torch.device(device), signals or Signals()
     state = SimpleNamespace(  # what last.pth keeps: objects with state_dict and load_state_dict
         model=model,
-        running_mean=RunningMean(model, ema),
-        guarded_step=GuardedStep(model, optimizer, device, scaler=scaler, schedule=schedule),
-        scores=RunningScores(device, class_names(model)),
-        progress=Progress(),
-        rng=RandomState(device),
+        running_mean=optim.RunningMean(model, ema),
+        guarded_step=optim.GuardedStep(model, optimizer, device, scaler=scaler, schedule=schedule),
+        scores=metrics.RunningScores(device, class_names(model)),
+        progress=checkpoints.Progress(),
+        rng=checkpoints.RandomState(device),
     )
-    checkpointer = Checkpointer(out, vars(state), flags=flags, save_every=save_every)
+    checkpointer = checkpoints.Checkpointer(out, vars(state), flags=flags, save_every=save_every)
     if resume:
         checkpointer.restore(resume)
     progress, averaged = state.progress, state.running_mean.model  # the model itself without ema
@@ -244,7 +187,7 @@ def train_model(
     with signals.defer():
         if wrapped is not model and not resume:
             checkpointer.save()  # what a restart by torchrun goes on from, not an older run's
-        free = grace_epochs(grace, len(train_loader)) if grace else 0
+        free = checkpoints.grace_epochs(grace, len(train_loader)) if grace else 0
         while progress.epoch < num_epochs and progress.epochs_waited(free) < patience:
             started, title = time.perf_counter(), f"epoch {progress.epoch + 1}/{num_epochs}"
             train_scores, speed = train_one_epoch(
@@ -257,17 +200,17 @@ def train_model(
             better = dist.all_reduce_max(val_scores["loss"] < progress.best_loss)[0]
             if better:
                 progress.keep_best(val_scores["loss"], averaged)
-            row = epoch_row(progress.epoch, train_scores, val_scores, state.guarded_step)
+            row = reports.epoch_row(progress.epoch, train_scores, val_scores, state.guarded_step)
             row |= {"images_per_second": speed, "seconds": time.perf_counter() - started}
             progress.history.append(row)
             state.scores.reset()
             if dist.is_first():
                 with checkpointer.disk():
-                    write_history(progress.history, out / "metrics.csv")
-                print_epoch(progress.history, num_epochs, better)
-                log(log_values(row), progress.epoch)
+                    reports.write_history(progress.history, out / "metrics.csv")
+                reports.print_epoch(progress.history, num_epochs, better)
+                log(reports.log_values(row), progress.epoch)
         if progress.epoch < num_epochs and dist.is_first():
-            print_early_stop(progress, patience)
+            reports.print_early_stop(progress, patience)
         checkpointer.save(last_chance=True)
     if progress.best_weights is None:
         raise ValueError("the loss on valid never was a number: lower --lr or try --precision fp32")
@@ -301,15 +244,15 @@ def visualize_predictions(
     for image, mask in (samples[index] for index in chosen):  # their sizes may differ
         target = mask.to(device) > 0.5
         with torch.inference_mode():
-            pred = apply_network(model, image[None].to(device))[0] > threshold
+            pred = tiles.apply_network(model, image[None].to(device))[0] > threshold
         tp, fp, fn = (
             (one & other).sum((1, 2)).double()
             for one, other in ((pred, target), (pred, ~target), (~pred, target))
         )
-        titles.append(f"Dice {dice_score(tp, fp, fn).mean():.2f}")
-        picture = denormalize(image[None])[0]
+        titles.append(f"Dice {metrics.dice_score(tp, fp, fn).mean():.2f}")
+        picture = plots.denormalize(image[None])[0]
         cases.append((picture, target.cpu().numpy(), pred.cpu().numpy()))
-    return plot_predictions(
+    return plots.plot_predictions(
         *zip(*cases, strict=True),
         titles,
         path,
@@ -323,31 +266,31 @@ def visualize_predictions(
 
 
 def main(argv=None):
-    args, checkpoint = parse_arguments(
-        argv, __doc__, load_model, partial(planned_flags, open_split, UNet, load_model)
-    )
-    by_default = "classes" not in make_parser(__doc__).parse_given(argv, ("classes",))
+    args, checkpoint = command_line.parse_arguments(argv, __doc__, planned_flags)
+    by_default = "classes" not in command_line.make_parser(__doc__).parse_given(argv, ("classes",))
     unasked = by_default and args.classes == "union" and args.recipe != "auto"  # which tells why
-    out, signals, lock = output_folder(args.out), Signals(), nullcontext()
-    writes = os.environ.get("RANK", "0") == "0" and not args.test_only  # the first of the processes
+    out, signals, lock = cli.output_folder(args.out), Signals(), nullcontext()
+    writes = dist.starts_first() and not args.test_only  # the first of the processes
     if writes:
         busy = f"{out}: another training is writing to this folder; give this one another --out"
-        lock = file_lock(out / ".lock", busy=busy)
+        lock = files.file_lock(out / ".lock", busy=busy)
     try:
-        go_on = command("train.py", "--resume", out=out)
+        go_on = command_line.command("train.py", "--resume", out=out)
         with signals.installed(), signals.exit_when_stopped(go_on), lock:
             if writes and not (checkpoint or args.overwrite or dist.restart_count()):
-                refuse_other_run(out)
-            if os.environ.get("RANK", "0") == "0":
-                check_run_folder(out, args)
+                checkpoints.refuse_other_run(out)
+            if dist.starts_first():
+                checkpoints.check_run_folder(out, args)
             if writes and not checkpoint and unasked and not args.synthetic:
-                print_union(Path(args.data))
+                reports.print_union(Path(args.data))
             if args.folds:
-                cross_validate(args, checkpoint, signals, train_and_test)
+                for fold in cross_validation.untrained_folds(args, checkpoint):
+                    with fold.training():
+                        fold.score(*train_and_test(fold.args, fold.checkpoint, signals))
             else:
                 train_and_test(args, checkpoint, signals)
     except (MemoryError, RuntimeError) as error:
-        memory = out_of_memory(error)
+        memory = devices.out_of_memory(error)
         if memory is None:
             raise
         size = "--crop" if args.crop else "--image-size"
@@ -359,49 +302,47 @@ def main(argv=None):
 
 def train_and_test(args, checkpoint, signals):
     """One run, in each process of torchrun; returns its network, `valid` and the autocast."""
-    device = pick_device(args.device)
+    device = devices.pick_device(args.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        devices.keep_freed_memory()
     with dist.process_group(device):
-        root, out = Path(args.data), Path(args.out)
-        if args.synthetic:
-            with dist.first_on_each_machine():
-                root = make_phantoms(root / "synthetic")
+        root, out = data_root(args), Path(args.out)
         model = make_model(args, root, device, start=not checkpoint)
         skipped = [] if args.skip_bad else None
         loaders = make_loaders(args, root, model, device, skipped)
         precision, note = settle_precision(args, device, model, loaders, begins=not checkpoint)
         if dist.is_first():
-            print_run(root, args, loaders, model, f"{describe_device(device)}, {precision}{note}")
-            list_skipped(skipped, out)
-        flags = recorded_flags(args)
+            note = f"{devices.describe_device(device)}, {precision}{note}"
+            reports.print_run(root, args, loaders, model, note)
+            reports.list_skipped(skipped, out)
+        flags = checkpoints.recorded_flags(args)
         if not args.test_only:
-            check_batch_norm(args, loaders["train"].images_per_epoch)
+            command_line.check_batch_norm(args, loaders["train"].images_per_epoch)
             datasets = [open_split(root, split, skipped=[]) for split in ("train", "valid")]
-            flags["data_fingerprints"] = check_same_data(datasets, root, checkpoint)
-        tracker = start_tracker(args, flags, checkpoint)
-        flags["swanlab_run"] = tracker.run_id
-        criterion, autocast, history = loss_of(args), make_autocast(precision, device), None
+            flags["data_fingerprints"] = checkpoints.check_same_data(datasets, root, checkpoint)
+        tracker = tracking.start_tracker(args, flags, checkpoint)
+        flags["swanlab_run"], history = tracker.run_id, None
+        criterion, autocast = loss_of(args), devices.make_autocast(precision, device)
         try:
             if not args.test_only:
                 if dist.is_first():
-                    prepare_folder(out, checkpoint)
-                weights, steps = model.parameters(), args.epochs * len(loaders["train"])
-                warmup, ema = fit_to_run(args.warmup, args.ema, steps)
+                    checkpoints.prepare_folder(out, checkpoint)
+                steps = args.epochs * len(loaders["train"])
+                warmup, ema = optim.fit_to_run(args.warmup, args.ema, steps)
                 history = train_model(
                     model,
                     loaders["train"],
                     loaders["valid"],
                     criterion,
-                    AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True),
+                    make_optimizer(args, model),
                     args.epochs,
                     device,
                     patience=args.patience,
                     grace=max(args.min_steps, args.warmup),
                     out=out,
                     autocast=autocast,
-                    scaler=make_scaler(precision, device),
-                    schedule=make_schedule(args.schedule, warmup, steps),
+                    scaler=devices.make_scaler(precision, device),
+                    schedule=optim.make_schedule(args.schedule, warmup, steps),
                     ema=ema,
                     resume=checkpoint,
                     flags=flags,
@@ -409,9 +350,9 @@ def train_and_test(args, checkpoint, signals):
                     signals=signals,
                     save_every=args.save_every,
                 )
-                record_statistics(model, loaders, device, out, autocast)
+                feature_statistics.record_statistics(model, loaders, device, out, autocast)
                 if args.tune_prediction:
-                    tune_prediction(model, loaders, device, out, autocast)
+                    tuning.tune_prediction(model, loaders, device, out, autocast)
             planned = args.recipe == "auto"
             test(model, loaders["test"], criterion, device, autocast, tracker, planned=planned)
             if dist.is_first():
@@ -421,23 +362,36 @@ def train_and_test(args, checkpoint, signals):
         return model, loaders.get("valid"), autocast
 
 
+def data_root(args):
+    """The folder of the data set; the phantoms of --synthetic are drawn there first."""
+    if not args.synthetic:
+        return Path(args.data)
+    with dist.first_on_each_machine():
+        return phantoms.make_phantoms(Path(args.data) / "synthetic")
+
+
 def test(model, loader, criterion, device, autocast, tracker, *, planned=False):
     """Print and log the scores of the best weights, at 0.5 and as was chosen on valid."""
     scores = evaluate(model, loader, criterion, device, autocast=autocast)
     tracker.log({f"test/{name}": value for name, value in scores.items()})
     if dist.is_first():
-        print_test(scores, model.class_names, peak_memory(device), planned=planned)
-    if (masks := finished(model)) is not model:
+        memory = devices.peak_memory(device)
+        reports.print_test(scores, model.class_names, memory, planned=planned)
+    if (masks := tuning.finished(model)) is not model:
         scores = evaluate(masks, loader, criterion, device, autocast=autocast)
         tracker.log({f"test/chosen_{name}": scores[name] for name in scores if name != "loss"})
         if dist.is_first():
-            print_chosen_test(scores, model.inference, model.class_names)
+            reports.print_chosen_test(scores, model.inference, model.class_names)
+
+
+def make_optimizer(args, model):
+    """Adam, as the tutorial's, where --weight-decay is 0."""
+    return optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def loss_of(args):
     """The criterion that --loss names."""
-    loss_weights = parse_named_values(args.loss, LOSSES)
-    return partial(combined_loss, **{name: loss_weights.get(name, 0.0) for name in LOSSES})
+    return partial(combined_loss, **command_line.loss_weights(args))
 
 
 def make_model(args, root, device, *, start=True):
@@ -447,13 +401,13 @@ def make_model(args, root, device, *, start=True):
     """
     torch.manual_seed(args.seed)
     if args.test_only:
-        model = load_model(Path(args.out) / BEST)
+        model = load_model(Path(args.out) / checkpoints.BEST)
     else:
         model = new_model(args, root)
         if args.init and start:
             same_classes = copy_weights(load_model(args.init), model)
             if not same_classes and dist.is_first():
-                print_new_head(model)
+                reports.print_new_head(model)
     model = dist.synchronize_batch_norm(model, device)
     model.to(device, memory_format=torch.channels_last)
     if args.compile:
@@ -465,7 +419,7 @@ def new_model(args, root):
     """The network of these flags with random weights."""
     names = None
     if args.classes == "each":
-        names = list(used_categories(load_coco(root / "train", [])))
+        names = list(coco.used_categories(coco.load_coco(root / "train", [])))
         if not 1 <= len(names) <= 255:
             raise ValueError(
                 f"{root / 'train'}: {len(names)} categories have annotations, and --classes "
@@ -477,12 +431,12 @@ def new_model(args, root):
         args.n_filters,
         image_size=None if args.crop else args.image_size,
         class_names=names,
-        trained_flips=learned_flips(parse_named_values(args.augment, AUGMENTATIONS)),
-        **recorded_settings(root / "train"),
-        **architecture_of(args).as_dict(),
+        trained_flips=inference.learned_flips(command_line.augmentations(args)),
+        **coco.recorded_settings(root / "train"),
+        **layers.architecture_of(args).as_dict(),
     )
     if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
-        torch.nn.init.constant_(model.outc.bias, math.log(args.prior / (1 - args.prior)))
+        torch.nn.init.constant_(model.outc.bias, np.log(args.prior / (1 - args.prior)))
     return model
 
 
@@ -492,21 +446,22 @@ def draw(args, root, model, test_loader, device, history, tracker):
     sides = f"{model.image_size}x{model.image_size}" if model.image_size else "own size"
     title = f"{sides}, {model.n_filters} filters"
     drawn = visualize_predictions(
-        finished(model),
+        tuning.finished(model),
         test_loader,
         device,
         num_samples=10,
         path=out / "predictions.png",
-        title=f"{root / 'test'}: {title}, {model.inference or PLAIN}",
+        title=f"{root / 'test'}: {title}, {model.inference or inference.PLAIN}",
         names=test_loader.names_in_order(),
     )
     tracker.image("predictions", drawn)
     if history:
-        drawn = f"{drawn} and {plot_curves(history, out / CURVES, title=f'{root}: {title}')}"
-    print(f"drawn: {drawn}; next: {predict_command(args, root)}")
+        curves = plots.plot_curves(history, out / checkpoints.CURVES, title=f"{root}: {title}")
+        drawn = f"{drawn} and {curves}"
+    print(f"drawn: {drawn}; next: {command_line.predict_command(args, root)}")
 
 
 if __name__ == "__main__":
     # A stuck upload would hold up the exit for a minute; and a thread of gloo that lets go of its
     # last tensor while Python shuts down would make it an abort.
-    run_main(main, exit_at_once=True)
+    cli.run_main(main, exit_at_once=True)

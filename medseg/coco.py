@@ -237,3 +237,11 @@ def _read_polygons(polygons, height, width):
 
     outline = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     return decode(decompress_counts(outline["counts"]), (height, width))
+
+
+def require_data_set(root):
+    """FileNotFoundError where the folder holds no split at all."""
+    finish_import(root)
+    if not any((root / split / ANNOTATIONS).is_file() for split in SPLITS):
+        what = "no data set in this folder" if root.is_dir() else "no such folder"
+        raise FileNotFoundError(f"{root}: {what}; {LAYOUT} (`python download.py` makes dataset/)")

@@ -29,6 +29,11 @@ def started_by_torchrun():
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def starts_first():
+    """Whether this is, or will be, the first process: known before `process_group` too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def restart_count():
     """How often torchrun has started this training again because a process died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -4,8 +4,10 @@ import contextlib
 import filecmp
 import glob
 import json
+import math
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from operator import attrgetter
@@ -16,15 +18,19 @@ import numpy as np
 
 from medseg.coco import (
     ANNOTATIONS,
+    MAX_CLASSES,
     SPLITS,
     image_path,
     load_coco,
     read_annotations,
     recorded_settings,
+    used_categories,
 )
 from medseg.dataset_folder import ADD, COMPLETE, NEW, import_lock, old_folder, replace_splits
-from medseg.files import file_lock
+from medseg.files import file_lock, parallel_map
+from medseg.images import is_grey, read_image
 
+LOOKED_AT = 100  # images of a data set, for their colours
 PERCENTAGES = (70, 15, 15)  # of the imported images in train, valid and test
 
 
@@ -295,3 +301,26 @@ def _link(path, target, ways):
         except OSError:  # another disk, or a file system or an account that has no such links
             continue
     ways[-1](path, target)
+
+
+def next_training(root):
+    """The command that trains on a data set, with the flags for its classes and colours.
+
+    Of the images, LOOKED_AT are read, evenly spaced.
+    """
+    command = ["python", "train.py"]
+    if root != Path("dataset"):
+        command += ["--data", str(root)]
+    command += ["--recipe", "auto"]  # which would take classes that share no image for kinds of one
+    paths = []
+    for split in SPLITS:
+        coco = load_coco(root / split, skipped=[])
+        paths += [image_path(root / split, own["file_name"]) for own in coco.imgs.values()]
+        if split == "train" and 1 < len(used_categories(coco)) <= MAX_CLASSES:
+            command += ["--classes", "each"]
+    step = math.ceil(len(paths) / LOOKED_AT)
+    looks = parallel_map(lambda path: is_grey(read_image(path)), paths[::step])
+    with contextlib.closing(looks):
+        if all(looks):  # up to the first image that has colours; a damaged one tells nothing
+            command += ["--n-channels", "1"]
+    return shlex.join(command)

@@ -28,7 +28,7 @@ from helpers import (
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from data import load_split, open_split
+from data import load_split
 from medseg import splits
 from medseg.planning.fingerprint import take_fingerprint
 
@@ -96,7 +96,7 @@ def test_what_is_there_stays_and_what_is_new_comes(grown):
 
 def test_training_sees_the_new_images(grown, no_pictures):
     def count():
-        return take_fingerprint(Path("dataset"), open_split).images["train"]
+        return take_fingerprint(Path("dataset")).images["train"]
 
     assert (len(load_split("dataset", "train", 32)), count()) == (2, 2)
     run_download(*NEW, *CLASSES)

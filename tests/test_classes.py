@@ -15,16 +15,16 @@ from PIL import Image
 
 import predict
 import train
-from data import Batches, COCOSegmentationDataset, load_coco, load_split, open_split, split_rows
+from data import Batches, COCOSegmentationDataset, load_split, split_rows
 from medseg import plots
-from medseg.audit import audit
-from medseg.coco import SPLITS, used_categories
+from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.drawing import class_colors, overlay
 from medseg.full_size import full_size_labels
 from medseg.images import describe, save_mask
 from medseg.inference import PLAIN
 from medseg.metrics import SCORE_NAMES, RunningScores, bootstrap, class_scores
 from medseg.phantoms import make_phantoms
+from medseg.planning.audit import audit
 from medseg.predicting.report import count_image
 from medseg.training.history import print_test
 from net import UNet, load_model
@@ -267,7 +267,7 @@ def test_resuming_wants_the_same_classes(three, tmp_path, refused):
 
 def test_the_audit_counts_each_class_and_names_what_a_split_lacks(three, tmp_path, capsys):
     set_classes(three / "valid", NAMES, lambda number: number % 2 + 1)
-    assert audit(three, tmp_path, open_split) == []
+    assert audit(three, tmp_path) == []
     said = capsys.readouterr().out
     share = 100 * 3 * 20 * 20 / (4 * 48 * 48)
     assert f"core: 3 annotations, {share:.2f} % of the pixels, in 3 images" in said
@@ -283,7 +283,7 @@ def test_an_annotation_without_pixels_is_in_no_image(three, tmp_path, capsys):
 
     names = {"categories": [{"id": 1, "name": "core"}]}
     edit_annotations(three / "train", lambda content: [empty(content), content.update(names)])
-    audit(three, tmp_path, open_split)
+    audit(three, tmp_path)
     said = capsys.readouterr().out.partition("valid")[0]
     assert "core: 3 annotations" in said and "in 2 images" in said
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 import data
 import train
-from data import Batches, open_split
+from data import Batches
 from medseg import fonts, plots
-from medseg.audit import audit
-from medseg.contact_sheet import spread_by_foreground
 from medseg.drawing import with_legend
 from medseg.fonts import drawable, fit_lines, pillow_font
+from medseg.planning.audit import audit
+from medseg.planning.contact_sheet import spread_by_foreground
 
 ODD = "$\\frac$ 病人_7"  # what matplotlib takes for a formula; characters that few fonts have
 
@@ -101,8 +101,10 @@ def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeyp
     annotations = [(n, square(0, 0, side)) for n, side in enumerate(sides.values())]
     write_split(tmp_path / "set" / "train", images, annotations)
     write_split(tmp_path / "set" / "valid", {"empty.png": Image.new("RGB", (9, 9))})
-    monkeypatch.setattr("medseg.audit.save_contact_sheet", lambda given, *_: rows.extend(given))
-    audit(tmp_path / "set", tmp_path, open_split, 2)
+    monkeypatch.setattr(
+        "medseg.planning.audit.save_contact_sheet", lambda given, *_: rows.extend(given)
+    )
+    audit(tmp_path / "set", tmp_path, 2)
     (small, large), ((_, name, about),) = rows
     assert [name for _, name, _ in (small, large)] == ["train/c.png", f"train/{ODD}.png"]
     assert (name, about) == ("valid/empty.png", "no foreground")
@@ -124,7 +126,7 @@ def test_images_of_any_shape_and_masks_of_a_pixel_are_seen(size, tmp_path, capsy
     edit_annotations(tmp_path / "set" / "train", one_pixel)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of glyphs that a font has not
-        audit(tmp_path / "set", tmp_path, open_split)
+        audit(tmp_path / "set", tmp_path)
     assert "1 images" in capsys.readouterr().out
     tile = np.asarray(Image.open(tmp_path / "contact_sheet.jpg")).astype(int)[:170]
     assert (tile[..., 0] - tile[..., 1:].max(2) > 60).any()  # red
@@ -162,7 +164,7 @@ def test_predictions_have_the_names_of_their_files(dataset, tmp_path, monkeypatc
     def keep(*_, **options):
         captions.extend(options["captions"])
 
-    monkeypatch.setattr(train, "plot_predictions", keep)
+    monkeypatch.setattr(train.plots, "plot_predictions", keep)
     flags = ("--data", dataset, "--out", tmp_path / "run", "--epochs", 1, "--skip-bad")
     train.main(list(map(str, (*SMALL, *flags))))
     assert captions == ["0_test.png", "2_test.png", "3_test.png"]

@@ -390,7 +390,7 @@ def test_samples_of_several_batches_are_drawn(own_sizes, tmp_path, monkeypatch):
         drawn.append(cases)
         return plot(*cases, **more)
 
-    monkeypatch.setattr(train, "plot_predictions", record)
+    monkeypatch.setattr(train.plots, "plot_predictions", record)
     loader = Batches(load_split(own_sizes, "test", None), 1)
     path = tmp_path / "predictions.png"
     assert train.visualize_predictions(Threshold(), loader, "cpu", 3, path=path) == path

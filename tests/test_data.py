@@ -42,7 +42,6 @@ from pycocotools import mask as coco_mask
 import data
 import download
 from data import Batches, COCOSegmentationDataset, load_split, open_split
-from medseg.audit import audit, next_training
 from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.duplicates import near_duplicates
@@ -56,10 +55,11 @@ from medseg.images import (
     read_image,
     resize_nearest,
 )
+from medseg.planning.audit import audit
 from medseg.predicting.report import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
 from medseg.sources.mask_values import read_mask
-from medseg.splits import grouped_split, slice_number
+from medseg.splits import grouped_split, next_training, slice_number
 
 GREY = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))
 
@@ -766,7 +766,7 @@ def test_cache_is_made_once_and_read_from_disk(dataset, monkeypatch):
     first = load_split(dataset, "train", 32)
     assert isinstance(first, np.memmap) and first.shape == (6, 32, 32, 4)
     assert len(cached(dataset)) == 1
-    monkeypatch.setattr(data, "read_oriented", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data.pictures, "read_oriented", lambda *_: pytest.fail("decoded again"))
     np.testing.assert_array_equal(load_split(dataset, "train", 32), first)
     moved = dataset.parent / "elsewhere"
     shutil.move(dataset, moved)  # the cache does not depend on where the data set is
@@ -1003,7 +1003,7 @@ def numbered(tmp_path):
 
 
 def test_the_audit_counts_what_splits_have_in_common(numbered, capsys, tmp_path):
-    assert audit(numbered, tmp_path, open_split) == []
+    assert audit(numbered, tmp_path) == []
     out = capsys.readouterr().out
     # valid has 24 images: 4 duplicates; and 1, 4, ... 58, all of which but the first follow a
     # multiple of 3, while 101 to 104 have no neighbour. test has 2, 5, ... 59: all have one.
@@ -1112,7 +1112,7 @@ def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
     command = ["--masks", tmp_path / "images", tmp_path / "masks", "--data", root]
     assert peak_of(download.main, [*map(str, command), "--into", "train"]) < limit
     names = [str(value) for value in range(1, 250)]
-    assert peak_of(audit, root, tmp_path, open_split) < limit
+    assert peak_of(audit, root, tmp_path) < limit
     assert "category     249: 1 annotations" in capsys.readouterr().out
     dataset = open_split(root, "train", 40, classes=names)
     assert peak_of(dataset.row, 0) < limit
@@ -1141,7 +1141,7 @@ def test_of_many_damaged_records_a_hundred_are_named_and_all_counted(dataset, tm
     assert "150 more" in skipped[100] and str(dataset / "train") in skipped[100]
     with pytest.raises(ValueError, match=r"annotations\[6\].*250 such"):
         load_coco(dataset / "train")
-    problems = audit(dataset, tmp_path, open_split)
+    problems = audit(dataset, tmp_path)
     assert problems == skipped
 
 
@@ -1240,8 +1240,8 @@ def test_all_images_of_a_large_split_are_looked_at(tmp_path, monkeypatch):
     for split in SPLITS:
         own = images if split == "train" else {"a.png": Image.new("RGB", (8, 8))}
         write_split(tmp_path / "set" / split, own, [(0, square(1, 1, 2))])
-    monkeypatch.setattr("medseg.audit.LOOKED_AT", 10)
+    monkeypatch.setattr("medseg.splits.LOOKED_AT", 10)
     assert "--n-channels" not in next_training(tmp_path / "set")
     (tmp_path / "set/train/39.png").write_bytes(b"no picture")
-    (problem,) = audit(tmp_path / "set", tmp_path, open_split)
+    (problem,) = audit(tmp_path / "set", tmp_path)
     assert "39.png" in problem

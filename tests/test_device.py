@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -386,8 +387,10 @@ def test_a_gpu_is_named_and_its_memory_told(place, monkeypatch, capsys):
     assert device.peak_memory(cuda) == 3 and device.peak_memory(CPU) is None
     train_here("cpu", "--epochs", 1)
     assert "memory" not in capsys.readouterr().out
-    monkeypatch.setattr(train, "peak_memory", lambda _: device.peak_memory(cuda))
-    monkeypatch.setattr(train, "describe_device", lambda _: device.describe_device(cuda))
+    named = SimpleNamespace(**vars(device))
+    named.peak_memory = lambda _: device.peak_memory(cuda)
+    named.describe_device = lambda _: device.describe_device(cuda)
+    monkeypatch.setattr(train, "devices", named)
     train_here("gpu", "--epochs", 1)
     said = capsys.readouterr().out
     assert "cuda (Example 3), bf16" in said and "peak GPU memory 3.00 GiB" in said
@@ -395,7 +398,7 @@ def test_a_gpu_is_named_and_its_memory_told(place, monkeypatch, capsys):
 
 def test_the_gpu_check_compares_two_trainings(place, monkeypatch, capsys):
     gpu_check = importlib.import_module("gpu_check")
-    monkeypatch.setattr("train.make_phantoms", lambda root: place / "dataset")
+    monkeypatch.setattr("train.phantoms.make_phantoms", lambda root: place / "dataset")
     assert gpu_check.main(["--device", "cpu"]) == 0
     assert "largest difference 0.0e+00" in capsys.readouterr().out
     rates = {"on-cpu": "1e-4", "on-other": "2e-4"}

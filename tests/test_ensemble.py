@@ -23,7 +23,7 @@ from PIL import Image
 import predict
 from medseg.images import preprocess
 from medseg.inference import FLIPS, Inference
-from medseg.predicting.ensemble import Ensemble, open_models
+from medseg.predicting.ensemble import Ensemble
 from medseg.predicting.models import Model
 from net import UNet, load_model
 
@@ -58,7 +58,7 @@ def place(here):
 
 def test_the_mean_of_the_probabilities(place):
     paths = ["bright.pth", "often.pth", "seldom.pth"]
-    model = open_models(predict.open_model, paths, "cpu", "fp32", 0)
+    model = predict.open_models(paths, "cpu", "fp32", 0)
     image = Image.open("scan.png").convert("RGB")
     single = [predict.open_model(path, "cpu").predict(image) for path in paths]
     assert single[1] == pytest.approx(0.9) and single[2] == pytest.approx(0.2)
@@ -145,7 +145,7 @@ def test_each_member_averages_over_the_flips(place, first):
         network = UNet(n_filters=2, image_size=32)
         network.inference = Inference(flips=tuple(FLIPS))
         alone.append(predict.open_model(save(network, path), "cpu", "fp32").predict(image))
-    both = open_models(predict.open_model, paths[:: 1 - 2 * first], "cpu", "fp32", 0)
+    both = predict.open_models(paths[:: 1 - 2 * first], "cpu", "fp32", 0)
     np.testing.assert_allclose(both.predict(image), np.mean(alone, 0), atol=1e-6)
     both.inference = Inference()
     assert abs(both.predict(image) - np.mean(alone, 0)).max() > 1e-3
@@ -220,7 +220,7 @@ class Half(Model):
         return np.full((len(images), 1, *images.shape[2:]), 0.5, np.float32)
 
 
-def test_the_precision_of_weights_is_found_once(place):
+def test_the_precision_of_weights_is_found_once(place, monkeypatch):
     """By a timing, which would not come out the same for each of them."""
     asked, weights = [], predict.open_model("often.pth", "cpu")
 
@@ -232,7 +232,8 @@ def test_the_precision_of_weights_is_found_once(place):
             model.precision, model.precision_note = found, " (timed)" * (precision == "auto")
         return model
 
-    model = open_models(open_model, ["a.onnx", "b.pth", "c.ONNX", "d.pth"], "cpu", "auto", 9)
+    monkeypatch.setattr(predict, "open_model", open_model)
+    model = predict.open_models(["a.onnx", "b.pth", "c.ONNX", "d.pth"], "cpu", "auto", 9)
     assert asked == [("a.onnx", "auto"), ("b.pth", "auto"), ("c.ONNX", "auto"), ("d.pth", "bf16")]
     assert (model.precision, model.precision_note) == ("bf16", " (timed)")
 

@@ -23,7 +23,6 @@ import predict
 from medseg import tiles
 from medseg.layers import ARCHITECTURES
 from medseg.predicting import export
-from medseg.predicting.ensemble import open_models
 from medseg.predicting.models import INPUT, OUTPUT, OnnxModel, available_threads
 from medseg.predicting.onnx_file import read_metadata
 from medseg.tiles import Tiling
@@ -720,7 +719,7 @@ def test_weights_and_an_export_predict_together(exported, tmp_path):
     paths = [str(export_file), str(export_file.with_suffix(".pth"))]
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
     single = [predict.open_model(path, "cpu").predict(image) for path in paths]
-    both = open_models(predict.open_model, paths, "cpu", "auto", 0)
+    both = predict.open_models(paths, "cpu", "auto", 0)
     np.testing.assert_allclose(both.predict(image), np.mean(single, 0), atol=1e-6)
     images, _ = predict.preprocess_image(image, image_size=both.image_size, n_channels=1)
     np.testing.assert_allclose(both.run(images)[0], np.mean(single, 0), atol=1e-5)

@@ -7,18 +7,23 @@ import torch
 
 from medseg.cli import ArgumentParser
 from medseg.layers import Architecture, architecture_of
-from medseg.training.checkpoint import KEYS
+from medseg.training.checkpoint import KEYS, Progress, recorded_flags
 from medseg.training.flags import make_parser, parse_arguments
-from medseg.training.resume import recorded_flags
 from net import UNet
 
 PLANNED = ("--recipe", "auto")
 
 
-def parse(*flags):
-    """The command line of a fresh start. The weights for --init: a tutorial's of 3 filters."""
+@pytest.fixture(autouse=True)
+def weights(monkeypatch):
+    """The weights for --init, whatever their path: a tutorial's of 3 filters."""
     network = UNet(n_filters=3, image_size=64)
-    args, _ = parse_arguments([*map(str, flags), "--out", "/nowhere"], "", lambda path: network)
+    monkeypatch.setattr("medseg.training.flags.load_model", lambda path: network)
+
+
+def parse(*flags):
+    """The command line of a fresh start."""
+    args, _ = parse_arguments([*map(str, flags), "--out", "/nowhere"], "")
     return args
 
 
@@ -144,19 +149,19 @@ def another_value(action):
 def test_a_resumed_run_keeps_every_flag_that_decides_its_result(action, tmp_path, refused):
     """A flag that is new is refused too, unless it is added to ABOUT_THE_RUN."""
     state = dict.fromkeys(KEYS, {})
-    flags = recorded_flags(parse_arguments(["--out", str(tmp_path)], "", None)[0])
-    state |= {"flags": flags, "progress": {"history": [{"val_loss": 1.0}]}}
+    flags = recorded_flags(parse_arguments(["--out", str(tmp_path)], "")[0])
+    state |= {"flags": flags, "progress": Progress().state_dict(), "guarded_step": {"steps": 0}}
     torch.save(state, tmp_path / "last.pth")
     resume = ["--resume", "--out", str(tmp_path)]
     given = another_value(action)
     if action.dest in ABOUT_THE_RUN:
-        args, checkpoint = parse_arguments([*resume, *given], "", None)
+        args, checkpoint = parse_arguments([*resume, *given], "")
         assert getattr(args, action.dest) != flags[action.dest] and checkpoint["flags"] == flags
     else:
         refused("train", *resume, *given, words=[tmp_path / "last.pth", given[0]])
     # What is given again as it was, is taken.
     if action.nargs != 0 and action.default is not None:
-        parse_arguments([*resume, given[0], str(action.default)], "", None)
+        parse_arguments([*resume, given[0], str(action.default)], "")
 
 
 def test_nothing_is_planned_for_a_command_that_is_refused(tmp_path, capsys):
@@ -170,7 +175,7 @@ def test_nothing_is_planned_for_a_command_that_is_refused(tmp_path, capsys):
 
     def start(*flags):
         argv = [*PLANNED, "--out", str(tmp_path / "run"), *map(str, flags)]
-        parse_arguments(argv, "", lambda path: UNet(n_filters=3), make_plan)
+        parse_arguments(argv, "", make_plan)
 
     for flags in ((), ("--minutes", 5)):
         with pytest.raises(Planned):
@@ -202,13 +207,14 @@ def test_nothing_is_planned_for_a_command_that_is_refused(tmp_path, capsys):
         (3, ("--classes", "union"), "union"),
     ],
 )
-def test_a_plan_keeps_the_classes_of_the_weights(n_classes, flags, expected, tmp_path):
+def test_a_plan_keeps_the_classes_of_the_weights(n_classes, flags, expected, tmp_path, monkeypatch):
     """make_plan takes the classes together where nothing is given."""
     network = UNet(3, n_classes, 3, image_size=64)
+    monkeypatch.setattr("medseg.training.flags.load_model", lambda path: network)
 
     def make_plan(given):
         return {"crop": 16, "classes": given.get("classes", "union")}
 
     argv = [*PLANNED, "--init", "w", "--out", str(tmp_path), *flags]
-    args, _ = parse_arguments(argv, "", lambda path: network, make_plan)
+    args, _ = parse_arguments(argv, "", make_plan)
     assert (args.classes, args.crop, args.n_filters) == (expected, 16, 3)

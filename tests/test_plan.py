@@ -44,7 +44,7 @@ from medseg.planning.start import try_pretrained
 from medseg.planning.timing import Times
 from medseg.training.flags import make_parser
 from medseg.weights import load_weights
-from net import UNet, load_model
+from net import UNet
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,6 @@ def short_timing(monkeypatch):
     monkeypatch.setattr(timing, "SECONDS", 0.05)
 
 
-PLANNING = {"open_split": open_split, "network": UNet, "read_network": load_model}
 QUICK = ("--device", "cpu", "--swanlab", "disabled")
 
 
@@ -69,7 +68,7 @@ def write_set(root, images, annotations, others=None):
 
 
 def look_at(root):
-    return take_fingerprint(root, open_split)
+    return take_fingerprint(root)
 
 
 # ---- what is measured ------------------------------------------------------------------------
@@ -303,14 +302,14 @@ def test_weights_that_find_the_masks_are_a_start(astray, tmp_path, monkeypatch):
     images = {f"{number}.png": scan(32, 32, 4, 4, 8) for number in range(4)}
     squares = [square(4, 4, 8)] * (4 - astray) + [square(20, 20, 8)] * astray
     root = write_set(tmp_path / "set", images, list(enumerate(squares)))
-    plan = plan_training(root, {"device": "cpu"}, **PLANNING)
+    plan = plan_training(root, {"device": "cpu"})
     if astray == 3:  # Dice 1 / 4
         assert "init" not in plan.flags and plan.flags["n_filters"] > 2
         return
     assert "Dice of 0.75" in plan.lines[0] and f"--init {path}" in plan.lines[0]
     chosen = {"n_filters": 2, "n_channels": 3, "image_size": 32, "norm": "none", "depth": 5}
     assert chosen.items() <= plan.flags.items() and "prior" not in plan.flags
-    short = plan_training(root, {"device": "cpu"}, **PLANNING, minutes=0.01)
+    short = plan_training(root, {"device": "cpu"}, minutes=0.01)
     assert chosen.items() <= short.flags.items()
     for given in ({"n_filters": 4}, {"init": "other.pth"}, {"crop": 16}):
         assert not may_start(look(), given)
@@ -326,7 +325,7 @@ def test_images_from_first_to_last_decide_on_a_start(tmp_path, monkeypatch):
     images = {f"{number}.png": scan(32, 32, 4, 4, 8) for number in range(64)}
     outlines = [(n, square(4, 4, 8) if n < 32 else square(20, 20, 8)) for n in range(64)]
     root = write_set(tmp_path / "set", images, outlines)
-    assert try_pretrained(root, open_split, load_model).dice == pytest.approx(0.5, abs=0.01)
+    assert try_pretrained(root).dice == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("minutes", [1, 5, 60])
@@ -366,7 +365,7 @@ def test_folds_share_the_minutes(folds, each, monkeypatch, capsys):
 
     taken = []
     monkeypatch.setattr(plans, "plan_training", note)
-    plans.planned_flags(*PLANNING.values(), {"folds": folds, "minutes": 20.0})
+    plans.planned_flags({"folds": folds, "minutes": 20.0})
     printed = capsys.readouterr().out
     assert taken == [each] and f"{each} minutes" in printed
     assert ("5 folds" in printed) == bool(folds)
@@ -385,7 +384,7 @@ def test_looking_at_the_data_counts_as_planning(monkeypatch):
     monkeypatch.setattr(plans, "take_fingerprint", take_slowly)
     monkeypatch.setattr(plans, "time_plan", lambda *_: Times(step=0.01, image=0.001))
     monkeypatch.setattr(plans, "choose_length", note)
-    plan_training(".", {"device": "cpu", "n_filters": 2}, **PLANNING, minutes=5)
+    plan_training(".", {"device": "cpu", "n_filters": 2}, minutes=5)
     assert spent[0] >= 0.1
 
 
@@ -412,11 +411,11 @@ def test_a_plan_that_teaches_nothing_tells_the_minutes_that_it_needs(step, folds
     measured(monkeypatch, look(), lambda *_: Times(step=step, image=0.001))
     given = {"device": "cpu", "folds": folds}
     parts = max(folds, 1)
-    plan = plan_training(".", given, **PLANNING, minutes=1)
+    plan = plan_training(".", given, minutes=1)
     flags = told_of_few_steps(plan)
     assert flags.recipe == "auto" and flags.folds == folds and flags.device == "cpu"
     assert (400 * step / 60 + 0.2) * parts <= flags.minutes <= (440 * step / 60 + 2) * parts
-    longer = plan_training(".", given, **PLANNING, minutes=flags.minutes / parts)
+    longer = plan_training(".", given, minutes=flags.minutes / parts)
     assert told_of_few_steps(longer) is None
     assert any("--epochs" in line and "of 0 steps" not in line for line in plan.lines)
 
@@ -428,29 +427,29 @@ def test_minutes_that_are_needed_are_those_of_a_size_that_is_worth_them(monkeypa
         return Times(step=5.0 if plan.side > 64 else 2.0, image=0.001)
 
     measured(monkeypatch, look(kept={96: 1.0, 64: 0.5}), time_plan)
-    short = plan_training(".", {"device": "cpu"}, **PLANNING, minutes=1)
+    short = plan_training(".", {"device": "cpu"}, minutes=1)
     assert short.flags["image_size"] == 64
     minutes = told_of_few_steps(short).minutes
     assert minutes > 400 * 5 / 60
-    longer = plan_training(".", {"device": "cpu"}, **PLANNING, minutes=minutes)
+    longer = plan_training(".", {"device": "cpu"}, minutes=minutes)
     assert told_of_few_steps(longer) is None and longer.flags["image_size"] == 96
 
 
 def test_epochs_that_are_given_are_told_to_be_few(monkeypatch):
     measured(monkeypatch, look(), lambda *_: Times(step=0.1, image=0.001))
     given = {"device": "cpu", "epochs": 3, "repeat": 1.0, "batch_size": 8}
-    flags = told_of_few_steps(plan_training(".", given, **PLANNING))
+    flags = told_of_few_steps(plan_training(".", given))
     assert flags.epochs == 50 and flags.repeat == 1 and flags.minutes == 0  # of 8 steps each
-    assert told_of_few_steps(plan_training(".", {**given, "epochs": 50}, **PLANNING)) is None
+    assert told_of_few_steps(plan_training(".", {**given, "epochs": 50})) is None
 
 
 @pytest.mark.parametrize("given, told", [({}, True), ({"init": "w.pth"}, False)])
 def test_a_start_from_weights_needs_fewer_steps(given, told, monkeypatch):
     """The time holds 120 to 250 of them."""
     measured(monkeypatch, look(), lambda *_: Times(step=0.2, image=0.001))
-    plan = plan_training(".", {"device": "cpu", **given}, **PLANNING, minutes=1)
+    plan = plan_training(".", {"device": "cpu", **given}, minutes=1)
     assert bool(told_of_few_steps(plan)) is told
-    plan = plan_training(".", {"device": "cpu", **given}, **PLANNING, minutes=0.3)
+    plan = plan_training(".", {"device": "cpu", **given}, minutes=0.3)
     assert told_of_few_steps(plan).minutes < 3
 
 
@@ -458,7 +457,7 @@ def test_a_plan_of_folds_counts_the_images_of_a_fold(monkeypatch):
     """Of 20 and 80 images in train and valid, a fold trains on 80; they fill the minutes."""
     counts = {"train": 20, "valid": 80, "test": 20}
     measured(monkeypatch, look(images=counts), lambda *_: Times(step=0.05, image=0.001))
-    flags = plan_training(".", {"device": "cpu", "folds": 5}, **PLANNING, minutes=4).flags
+    flags = plan_training(".", {"device": "cpu", "folds": 5}, minutes=4).flags
     per_epoch = math.ceil(round(flags["repeat"] * 80) / flags["batch_size"])
     assert 0.8 * 240 < flags["epochs"] * per_epoch * 0.05 < 240
 
@@ -523,9 +522,9 @@ def test_damaged_images_are_left_out_where_that_is_asked_for(dataset, refused):
     (dataset / "train" / "2_train.png").write_bytes(b"no picture")
     refused("data", dataset, "--plan", words=["2_train.png"])
     with pytest.raises(ValueError, match="2_train.png"):
-        plan_training(dataset, {}, **PLANNING)
-    assert take_fingerprint(dataset, open_split, skip_bad=True).read == 13
-    assert plan_training(dataset, {"skip_bad": True, "device": "cpu"}, **PLANNING).flags
+        plan_training(dataset, {})
+    assert take_fingerprint(dataset, skip_bad=True).read == 13
+    assert plan_training(dataset, {"skip_bad": True, "device": "cpu"}).flags
 
 
 def test_flags_that_do_not_go_with_a_plan(dataset, refused, monkeypatch):
@@ -633,11 +632,11 @@ def test_the_benchmark_gives_every_row_the_same_minutes_once(dataset, tmp_path, 
 
 
 def test_a_short_time_makes_the_network_smaller(dataset):
-    flags = plan_training(dataset, {"device": "cpu"}, **PLANNING).flags
-    short = plan_training(dataset, {"device": "cpu"}, **PLANNING, minutes=0.2).flags
+    flags = plan_training(dataset, {"device": "cpu"}).flags
+    short = plan_training(dataset, {"device": "cpu"}, minutes=0.2).flags
     assert short["n_filters"] == 8 < flags["n_filters"]
     wide = {"device": "cpu", "n_filters": 64}
-    assert plan_training(dataset, wide, **PLANNING, minutes=0.2).flags["n_filters"] == 64
+    assert plan_training(dataset, wide, minutes=0.2).flags["n_filters"] == 64
 
 
 def test_size_then_filters_then_crops_give_way_to_a_short_time(monkeypatch):
@@ -649,7 +648,7 @@ def test_size_then_filters_then_crops_give_way_to_a_short_time(monkeypatch):
 
     def flags_for(given=(), **changes):
         monkeypatch.setattr(plans, "take_fingerprint", lambda *_, **__: look(**changes))
-        plan = plan_training(".", {"device": "cpu", **dict(given)}, **PLANNING, minutes=0.7)
+        plan = plan_training(".", {"device": "cpu", **dict(given)}, minutes=0.7)
         return {name: plan.flags.get(name) for name in ("crop", "image_size", "n_filters")}
 
     monkeypatch.setattr(plans, "time_plan", time_plan)
@@ -687,7 +686,7 @@ def test_many_images_take_more_steps_and_so_a_smaller_network(monkeypatch):
     for images in (60, 2400, 100_000):
         counts = {"train": images, "valid": 20, "test": 20}
         monkeypatch.setattr(plans, "take_fingerprint", lambda *_, c=counts, **__: look(images=c))
-        plan = plan_training(".", {"device": "cpu", "image_size": 96}, **PLANNING, minutes=5)
+        plan = plan_training(".", {"device": "cpu", "image_size": 96}, minutes=5)
         filters[images] = plan.flags["n_filters"]
         smaller = [line for line in plan.lines if "--n-filters 8: if larger" in line]
         assert ("fewer than 4000 steps" in smaller[0]) if images > 60 else not smaller

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -532,7 +533,7 @@ def give_losses(monkeypatch):
         on_valid = "poll" in options  # the test at the end has none
         return {**scores, "loss": LOSSES[made[-1].epoch]} if on_valid else scores
 
-    monkeypatch.setattr(train, "Progress", make_progress)
+    monkeypatch.setattr(train.checkpoints, "Progress", make_progress)
     monkeypatch.setattr(train, "evaluate", evaluate_as_given)
 
 
@@ -845,9 +846,8 @@ def test_half_precision_learns_nearly_the_same(precision, dataset, tmp_path, mon
 @pytest.fixture
 def few_phantoms(monkeypatch):
     """--synthetic draws 6 + 2 + 2 phantoms of 64x64."""
-    monkeypatch.setattr(
-        train, "make_phantoms", lambda root: make_phantoms(root, counts=(6, 2, 2), size=64)
-    )
+    draw_few = partial(make_phantoms, counts=(6, 2, 2), size=64)
+    monkeypatch.setattr(train.phantoms, "make_phantoms", draw_few)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -1002,7 +1002,7 @@ def test_predictions_are_drawn_over_their_own_image(monkeypatch):
         drawn.append(arguments)
         captions.append(options["captions"])
 
-    monkeypatch.setattr(train, "plot_predictions", record)
+    monkeypatch.setattr(train.plots, "plot_predictions", record)
     images, masks = torch.full((4, 3, 8, 8), -1.0), torch.zeros(4, 1, 8, 8)
     for index in range(4):
         images[index, :, :, :4], masks[index, :, : index + 1] = 0.5 * index, 1

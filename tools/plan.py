@@ -52,10 +52,9 @@ def train(data, out, flags):
 
 def classes_of(data):
     """The flag for the classes of a data set: each its own output where images have several."""
-    from data import open_split
     from medseg.planning.fingerprint import take_fingerprint
 
-    return ("--classes", "each") if take_fingerprint(data, open_split).together else ()
+    return ("--classes", "each") if take_fingerprint(data).together else ()
 
 
 def measure(data, folder, flags, minutes):

@@ -4,7 +4,6 @@ import os
 import shlex
 from pathlib import Path
 
-from medseg.audit import next_training
 from medseg.cli import one_line
 from medseg.coco import SPLITS
 from medseg.importing.adding import add_images
@@ -15,7 +14,7 @@ from medseg.importing.writing import check_free, present_settings, write_dataset
 from medseg.settings import check_window
 from medseg.sources.class_names import parse_classes, parse_labels
 from medseg.sources.patterns import find_sides
-from medseg.splits import present_splits, wanted_splits
+from medseg.splits import next_training, present_splits, wanted_splits
 
 
 def import_data(root, args):

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data import open_split
 from medseg.cache import fingerprint
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.duplicates import near_duplicates, thumbnail
@@ -53,10 +54,9 @@ class Fingerprint:
         return len(self.class_names)
 
 
-def take_fingerprint(root, open_split, *, skip_bad=False):
+def take_fingerprint(root, *, skip_bad=False):
     """The Fingerprint of the data set in `root`, from root/.cache where it has not changed.
 
-    open_split(root, split, classes=names, coco=coco): the COCOSegmentationDataset of a split.
     skip_bad: leave out damaged images. Raises FileNotFoundError or ValueError where a split is
     missing or, without it, an image damaged.
     """

@@ -28,11 +28,12 @@ from medseg.planning.rules import (
 )
 from medseg.planning.start import try_pretrained
 from medseg.planning.timing import time_network
+from net import UNet
 
 NOT_REPEATED = ("recipe", "minutes", "out", "overwrite")  # in the command that a plan prints
 
 
-def planned_flags(open_split, network, read_network, given):
+def planned_flags(given):
     """The flags that --recipe auto adds to those that are given, printed with their reasons.
 
     What is taken and raised is as of `plan_training`; here `given` also holds data, synthetic,
@@ -47,22 +48,20 @@ def planned_flags(open_split, network, read_network, given):
     if given.get("synthetic"):
         root = make_phantoms(root / "synthetic")
     minutes = given.get("minutes", 0.0) / max(folds, 1)
-    programs = {"open_split": open_split, "network": network, "read_network": read_network}
-    plan = plan_training(root, given, minutes=minutes, **programs)
+    plan = plan_training(root, given, minutes=minutes)
     print_plan(plan, root, folds)
     return plan.flags
 
 
-def plan_training(root, given, *, open_split, network, read_network, minutes=0.0):
+def plan_training(root, given, *, minutes=0.0):
     """The Plan of a training on the data set in `root`: its flags, reasons and seconds.
 
-    given: {name: value} of flags that the user gives, which win. open_split: that of data.py;
-    network, read_network: UNet and load_model of net.py. minutes: how long the training, or that of
-    each fold, may take, 0: as long as the rules say.
+    given: {name: value} of flags that the user gives, which win. minutes: how long the
+    training, or that of each fold, may take, 0: as long as the rules say.
     Raises FileNotFoundError or ValueError where the data set is damaged or has no foreground.
     """
     started = time.perf_counter()
-    look = take_fingerprint(root, open_split, skip_bad=given.get("skip_bad", False))
+    look = take_fingerprint(root, skip_bad=given.get("skip_bad", False))
     if folds := given.get("folds", 0):
         look = look_at_fold(look, folds)
     device = pick_device(given.get("device", "auto"))
@@ -70,13 +69,13 @@ def plan_training(root, given, *, open_split, network, read_network, minutes=0.0
         raise ValueError(f"{root / 'train'}: none of its masks has foreground: nothing to learn")
     smaller, start, longer = {}, None, None
     if may_start(look, given):
-        start = try_pretrained(root, open_split, read_network)
+        start = try_pretrained(root)
     while True:
         plan = Plan({**smaller, **given})
         if start:
             choose_start(plan, start)
         choose_what_data_decide(plan, look, "cuda" if device.type == "cuda" else "cpu")
-        times = time_plan(plan, look, device, network)
+        times = time_plan(plan, look, device)
         spent = (time.perf_counter() - started) / max(folds, 1)
         steps, plan.seconds = choose_length(plan, look, times, minutes, spent)
         wanted = wanted_steps(plan, look)
@@ -124,13 +123,13 @@ def warn_of_few_steps(plan, steps, given, longer, minutes):
     )
 
 
-def time_plan(plan, look, device, network):
+def time_plan(plan, look, device):
     """The `Times` of the network that the flags of a plan make."""
     flags = {"arch": plan.given.get("arch", "tutorial"), **plan.flags}
     layers = architecture_of(SimpleNamespace(**flags)).as_dict()
     n_classes = look.n_classes if plan.classes == "each" else 1
     return time_network(
-        network(plan.n_channels, n_classes, plan.n_filters, **layers),
+        UNet(plan.n_channels, n_classes, plan.n_filters, **layers),
         device,
         side=plan.side,
         batch_size=plan.batch_size,

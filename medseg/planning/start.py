@@ -5,8 +5,10 @@ from collections import namedtuple
 import numpy as np
 import torch
 
+from data import open_split
 from medseg.layers import network_flags
 from medseg.pretrained import pretrained_path
+from net import load_model
 
 MOST = 32  # images to tell from
 
@@ -14,18 +16,17 @@ MOST = 32  # images to tell from
 Start = namedtuple("Start", ["flags", "dice"])
 
 
-def try_pretrained(root, open_split, read_network):
+def try_pretrained(root):
     """The Start from the weights that come with the repository, or None.
 
     None where they were removed, or others put there that mark several classes or take images at
     their own size. The Dice is that of evenly spaced training images of the data set in `root`,
     their pixels counted together, all annotations as one class. Damaged images are passed over.
-    open_split, read_network: those of data.py and net.py.
     """
     path = pretrained_path()
     if path is None:
         return None
-    model = read_network(path).eval()
+    model = load_model(path).eval()
     if model.n_classes > 1 or model.image_size is None:
         return None
     flags = {"init": str(path), "image_size": model.image_size, **network_flags(model, path)}

@@ -1,7 +1,5 @@
 """Several models as one: the mean of their probabilities."""
 
-from pathlib import Path
-
 import numpy as np
 
 from medseg.inference import PLAIN, combine
@@ -16,23 +14,6 @@ COMMON = {
     "window": "window",
     "orientation": "orientation",
 }
-
-
-def open_models(open_model, paths, device, precision, images):
-    """The model in a file, or the Ensemble of those in several; ValueError where they differ.
-
-    open_model: of predict.py; device, precision, images: what it takes.
-    """
-    models, settled = [], precision
-    for path in paths:
-        is_onnx = Path(path).suffix.lower() == ".onnx"
-        models.append(open_model(path, device, precision if is_onnx else settled, images=images))
-        if not is_onnx:
-            settled = models[-1].precision  # found once: all weights compute in the same one
-    if len(models) == 1:
-        return models[0]
-    print(f"taking the mean of {len(models)} models")
-    return Ensemble(models, paths)
 
 
 class Ensemble(Model):

@@ -25,6 +25,7 @@ from medseg.predicting.onnx_file import (
 )
 from medseg.tiles import tiling_of
 from medseg.weights import load_weights
+from net import load_model
 
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 PT2_NEEDS = (2, 14)  # the oldest PyTorch that exports sides of any size to .pt2
@@ -78,10 +79,10 @@ def export(model, path):
     return difference
 
 
-def export_model(target, paths, inputs, load_model):
+def export_model(target, paths, inputs):
     """--export: write the weights in a file to `target`, in the format of its suffix.
 
-    paths: of the one file; inputs: none; load_model: of net.py. Raises ValueError as `export` does.
+    paths: of the one file; inputs: none. Raises ValueError as `export` does.
     """
     path, *others = paths
     if others:

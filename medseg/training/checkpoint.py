@@ -25,6 +25,7 @@ FOLDS = "folds.json"  # of a cross-validation, whose runs are in folders beside 
 CURVES = "curves.png"  # the last file that a training writes, after its test
 AFRESH = "start afresh without --resume, with --overwrite or another --out"
 LARGEST = 10**9  # of what is counted in a checkpoint
+NOT_RECORDED = ("out", "resume", "test_only", "overwrite", "max_megapixels")  # of the flags
 KEYS = {"flags", "model", "running_mean", "guarded_step", "scores", "progress", "rng"}
 
 
@@ -77,6 +78,11 @@ def check_numbers(state):
     Progress().load_state_dict(state["progress"])
     if not is_alike(state["guarded_step"]["steps"], 0):
         raise ValueError("no number of steps")
+
+
+def recorded_flags(args):
+    """The flags that last.pth keeps, as a dict."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
 
 
 def refuse_other_run(out):

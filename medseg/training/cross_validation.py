@@ -5,6 +5,8 @@ import gc
 import json
 import shlex
 import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +33,12 @@ from medseg.training.checkpoint import (
     PREVIOUS,
     prepare_folder,
     read_checkpoint,
+    recorded_flags,
     refuse_other_run,
 )
 from medseg.training.folds import deal_images, write_folds
 from medseg.training.history import list_skipped
 from medseg.training.precision import keep_precision
-from medseg.training.resume import recorded_flags
 from medseg.training.tracking import experiment_name
 
 DATA = "folds"  # in --out: the data sets fold1, fold2, ...
@@ -88,13 +90,45 @@ def read_folds(args):
     return {"flags": flags, "folds": folds, "path": path}
 
 
-def cross_validate(args, record, signals, train_and_test):
-    """--folds: train each fold in OUT/fold1, OUT/fold2, ..., and score all images in folds.json.
+@dataclass
+class Fold:
+    """A run of a cross-validation: its flags, and the checkpoint to go on from or None."""
 
-    record: of `read_folds`, to go on with; folds that are done stay. train_and_test(args,
-    checkpoint, signals): a run; returns its network, the batches of its valid split and the
-    context for the network. Every image is scored by the network that was not trained on it.
-    Raises what a run raises, and ValueError for too many folds.
+    number: int
+    args: argparse.Namespace
+    checkpoint: dict
+    result: dict = None  # what folds.json holds of it
+
+    @contextmanager
+    def training(self):
+        """Hold the lock of the fold's folder; a run stopped within goes on with --resume."""
+        folder = Path(self.args.out)
+        busy = f"{folder}: another training is writing to this folder"
+        with file_lock(folder / ".lock", busy=busy), _resumable():
+            yield
+
+    def score(self, model, batches, autocast):
+        """Score its valid split by the network that was trained on the others."""
+        counts = _count_images(model, batches, autocast)
+        per_image = _dice_by_name(counts, Path(self.args.data) / "valid")
+        self.result = _fold_result(self.number, counts, model.class_names, per_image)
+
+
+@contextmanager
+def _resumable():
+    """Within, folds.json is there for --resume to find."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.checkpointed = True
+        raise
+
+
+def untrained_folds(args, record):
+    """--folds: yield each `Fold` that is to be trained and scored; then score all images together.
+
+    record: of `read_folds`, to go on with; folds that are done stay. The runs are in OUT/fold1,
+    OUT/fold2, ..., the scores in folds.json. ValueError for too many folds.
     """
     out = Path(args.out)
     data, deal = out / DATA, None
@@ -105,16 +139,16 @@ def cross_validate(args, record, signals, train_and_test):
         record = {"flags": recorded_flags(args), "folds": []}
     flags, folds = record["flags"], record["folds"]
     _write(out, flags, folds)
-    try:
-        if deal:
+    if deal:
+        with _resumable():
             write_folds(deal, data)
-        for number in range(len(folds) + 1, args.folds + 1):
-            print(f"fold {number} of {args.folds}", flush=True)
-            folds.append(_run_fold(args, number, signals, train_and_test))
-            _write(out, flags, folds)
-    except Stopped as stop:
-        stop.checkpointed = True  # --resume finds folds.json
-        raise
+    for number in range(len(folds) + 1, args.folds + 1):
+        print(f"fold {number} of {args.folds}", flush=True)
+        fold = _open_fold(args, number)
+        yield fold
+        folds.append(fold.result)
+        _free_memory(fold)
+        _write(out, flags, folds)
     _print_table(folds, _pool(folds))
     test, weights = _root(args) / "test", f"{shlex.quote(str(out))}/fold*/{BEST}"
     images = shlex.quote(str(test)) if test.is_dir() else "IMAGE"
@@ -159,8 +193,8 @@ def _clear(out, *, overwrite):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_fold(args, number, signals, train_and_test):
-    """Train a fold, or go on with it; returns what folds.json holds of it."""
+def _open_fold(args, number):
+    """The Fold of this number, with flags of its own."""
     name, checkpoint = f"fold{number}", None
     own = argparse.Namespace(**vars(args))
     own.data, own.out = str(Path(args.out) / DATA / name), str(Path(args.out) / name)
@@ -170,18 +204,16 @@ def _run_fold(args, number, signals, train_and_test):
     if any((out / last).exists() for last in (LAST, PREVIOUS)):
         checkpoint = read_checkpoint(out)
         keep_precision(own, argparse.ArgumentParser(), checkpoint["flags"])
-    with file_lock(out / ".lock", busy=f"{out}: another training is writing to this folder"):
-        model, batches, autocast = train_and_test(own, checkpoint, signals)
-    counts = _count_images(model, batches, autocast)
-    per_image = _dice_by_name(counts, Path(own.data) / "valid")
-    result = _fold_result(number, counts, model.class_names, per_image)
-    del model, batches
+    return Fold(number, own, checkpoint)
+
+
+def _free_memory(fold):
+    """Give back what a fold that is done has taken."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what is free counts where the next fold moves its images there
     # Each fold has all the images: their caches would take that many times the disk.
-    shutil.rmtree(Path(own.data) / ".cache", ignore_errors=True)
-    return result
+    shutil.rmtree(Path(fold.args.data) / ".cache", ignore_errors=True)
 
 
 def _fold_result(number, counts, names, per_image):

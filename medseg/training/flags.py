@@ -18,11 +18,12 @@ from medseg.cli import (
 )
 from medseg.images import IMAGE_SIZE, set_pixel_limit
 from medseg.layers import ARCHITECTURES, CHOICES, arch_flags, network_flags
-from medseg.training.checkpoint import BEST, refuse_other_run
+from medseg.training.checkpoint import BEST, NOT_RECORDED, refuse_other_run
 from medseg.training.cross_validation import check_folds, read_folds
 from medseg.training.precision import keep_precision
 from medseg.training.recipes import LOSSES, RECIPES
-from medseg.training.resume import NOT_RECORDED, check_can_go_on, check_same_run, find_checkpoint
+from medseg.training.resume import check_can_go_on, check_same_run, find_checkpoint
+from net import load_model
 
 # The flags on which the defaults of others depend, and what --recipe auto may read.
 FIRST = (
@@ -213,13 +214,12 @@ def _add_tracking_flags(parser):
     add("--experiment-name", metavar="NAME", help="default: by the flags, as in bs32-epoch40")
 
 
-def parse_arguments(argv, doc, read_network, make_plan=None):
+def parse_arguments(argv, doc, make_plan=None):
     """(the command line, the checkpoint to go on from or None).
 
-    read_network(path): the UNet in a file of weights, for --init. make_plan(given): the flags that
-    --recipe auto chooses beside those that are given, a dict. Raises ValueError where flags
-    contradict each other, or a checkpoint is damaged or of other flags; FileNotFoundError where
-    there is nothing to resume.
+    make_plan(given): the flags that --recipe auto chooses beside those that are given, a dict.
+    Raises ValueError where flags contradict each other, or a checkpoint is damaged or of other
+    flags; FileNotFoundError where there is nothing to resume.
     """
     parser = make_parser(doc)
     first = _parse_first(parser, argv)
@@ -235,7 +235,7 @@ def parse_arguments(argv, doc, read_network, make_plan=None):
         defaults, kept = {**arch_flags(first.arch), **RECIPES[first.recipe]}, {}
         planned = first.recipe == "auto" and not first.test_only
         if first.init and not first.test_only:
-            model = read_network(first.init)
+            model = load_model(first.init)
             network = network_flags(model, first.init)
             if model.n_classes > 1:  # which a plan would take together
                 kept = {"classes": "each"}
@@ -269,7 +269,7 @@ def _check_flags(args, network, *, resumed=False):
         raise ValueError("--crop takes images at their own size: leave --image-size away")
     if args.minutes and args.recipe != "auto" and not resumed:
         raise ValueError("--minutes is what --recipe auto plans for: give that too")
-    if not any(parse_named_values(args.loss, LOSSES).values()):
+    if not any(loss_weights(args).values()):
         raise ValueError(f"--loss {args.loss}: every weight is 0")
     check_folds(args)
 
@@ -289,6 +289,17 @@ def _restore(parser, checkpoint):
         parser.restore({name: value for name, value in flags if name not in NOT_RECORDED})
     except ValueError as error:
         raise ValueError(f"{checkpoint['path']}: damaged: {error}") from None
+
+
+def augmentations(args):
+    """{name: strength} of what --augment names."""
+    return parse_named_values(args.augment, AUGMENTATIONS)
+
+
+def loss_weights(args):
+    """{name: weight} of every term of the loss, as --loss gives them; 0 for the others."""
+    named = parse_named_values(args.loss, LOSSES)
+    return {name: named.get(name, 0.0) for name in LOSSES}
 
 
 def check_same_network(args, network):

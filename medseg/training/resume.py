@@ -10,12 +10,12 @@ from medseg.training.checkpoint import (
     BEST,
     CURVES,
     LAST,
+    NOT_RECORDED,
     PREVIOUS,
     grace_epochs,
     read_checkpoint,
 )
 
-NOT_RECORDED = ("out", "resume", "test_only", "overwrite", "max_megapixels")  # in last.pth
 # The flags that a resumed run need not have in common with its beginning. Any other decides the
 # result; how far --epochs and --patience may change, `check_can_go_on` says.
 MAY_CHANGE = (
@@ -42,11 +42,6 @@ def find_checkpoint(args):
         except ValueError as error:  # best_model.pth may be good all the same
             print(f"WARNING: {error}: testing with the flags given", file=sys.stderr)
     return None
-
-
-def recorded_flags(args):
-    """The flags that last.pth keeps, as a dict."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
 
 
 def check_same_run(args, checkpoint, parser):

@@ -1,33 +1,27 @@
 """What a data set holds, and what is wrong with it."""
 
-import contextlib
-import math
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from tqdm import tqdm
 
+from data import describe_turned, open_split
 from medseg.coco import (
     ANNOTATIONS,
-    LAYOUT,
     MAX_CLASSES,
     SPLITS,
-    image_path,
     listed,
     load_coco,
     used_categories,
 )
-from medseg.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
-from medseg.dataset_folder import finish_import
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, is_grey, pixel_format, read_image, read_oriented
+from medseg.images import SUFFIXES, pixel_format, read_image, read_oriented
+from medseg.planning.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
 from medseg.run_lengths import unite
 
 SHOWN = 8  # images of each split in the contact sheet
-LOOKED_AT = 100  # images of a data set, for their colours
 
 
 @dataclass
@@ -47,49 +41,9 @@ class SplitSummary:
     shares: list = field(default_factory=list)  # of foreground, of each image; None: unreadable
 
 
-def require_data_set(root):
-    """FileNotFoundError where the folder holds no split at all."""
-    finish_import(root)
-    if not any((root / split / ANNOTATIONS).is_file() for split in SPLITS):
-        what = "no data set in this folder" if root.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{root}: {what}; {LAYOUT} (`python download.py` makes dataset/)")
-
-
-def next_training(root):
-    """The command that trains on a data set, with the flags for its classes and colours.
-
-    Of the images, LOOKED_AT are read, evenly spaced.
-    """
-    command = ["python", "train.py"]
-    if root != Path("dataset"):
-        command += ["--data", str(root)]
-    command += ["--recipe", "auto"]  # which would take classes that share no image for kinds of one
-    paths = []
-    for split in SPLITS:
-        coco = load_coco(root / split, skipped=[])
-        paths += [image_path(root / split, own["file_name"]) for own in coco.imgs.values()]
-        if split == "train" and 1 < len(used_categories(coco)) <= MAX_CLASSES:
-            command += ["--classes", "each"]
-    step = math.ceil(len(paths) / LOOKED_AT)
-    looks = parallel_map(lambda path: is_grey(read_image(path)), paths[::step])
-    with contextlib.closing(looks):
-        if all(looks):  # up to the first image that has colours; a damaged one tells nothing
-            command += ["--n-channels", "1"]
-    return shlex.join(command)
-
-
-def describe_turned(count, total):
-    """What to say where `count` images of a split of `total` are stored turned."""
-    return (
-        f"{count} of {total} images are stored turned (EXIF): they are read as they are shown, "
-        "and so are their outlines, unless a record has the stored size"
-    )
-
-
-def audit(root, out, open_split, n_shown=SHOWN):
+def audit(root, out, n_shown=SHOWN):
     """Print what a data set holds and what is wrong with it; write out/contact_sheet.jpg.
 
-    open_split(root, split, classes=names, coco=coco): the COCOSegmentationDataset of a split.
     n_shown: how many images of each split are in the contact sheet, see `spread_by_foreground`.
     Returns the list of problems, a line each, in the order of the splits.
     """
