@@ -13,11 +13,13 @@ training size, or at its own. The result is kept in ROOT/.cache as one array per
 (N, size, size, 4): red, green, blue, mask (of several classes, a bit each).
 """
 
+import copy
 import hashlib
 import json
 import math
 import mmap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -107,12 +109,21 @@ class COCOSegmentationDataset(Dataset):
             self.image_dir, self.coco.imgs[self.image_ids[index]]["file_name"]
         )
 
-    def names(self, skipped=None):
-        """The paths of the images below image_dir, without those that a line of `skipped` names."""
+    def names(self):
+        """The paths of the images below image_dir."""
         paths = [self.path(index) for index in range(len(self))]
-        for line in skipped or ():  # in which white space may be another
-            paths = [path for path in paths if not line.startswith(" ".join(f"{path}:".split()))]
         return [path.relative_to(self.image_dir).as_posix() for path in paths]
+
+    def without(self, skipped):
+        """The same without the images that a line of `skipped` names."""
+        kept = copy.copy(self)
+        starts = [" ".join(f"{self.path(index)}:".split()) for index in range(len(self))]
+        kept.image_ids = [
+            number
+            for number, start in zip(self.image_ids, starts, strict=True)
+            if not any(line.startswith(start) for line in skipped or ())
+        ]
+        return kept
 
     def load(self, index):
         """Image `index` as shown: PIL RGB image and its masks, uint8 (C, H, W) of 0 and 1."""
@@ -130,6 +141,20 @@ class COCOSegmentationDataset(Dataset):
         for channel, mask in self.run_lengths(index, size).items():
             masks[channel] = mask.draw(*shape)
         return masks
+
+    def true_masks(self, index, size=None):
+        """The `ClassMasks` of image `index` at its own size: what predictions are scored by.
+
+        size: its (width, height), if it was read already.
+        """
+        if size is None:
+            record, path = self.coco.imgs[self.image_ids[index]], self.path(index)
+            turned = (
+                pictures.stored_orientation(path)[0] > 4
+            )  # then the record may be of either size
+            size = pictures.read_image(path).size if turned else (record["width"], record["height"])
+        shape = (self.n_classes, *size[::-1])
+        return ClassMasks(self.run_lengths(index, size), shape)
 
     def run_lengths(self, index, size):
         """{channel: RunLengths} of the classes that image `index`, of (width, height), has.
@@ -187,6 +212,24 @@ class COCOSegmentationDataset(Dataset):
             byte = self.n_channels + channel // 8
             row[..., byte] |= mask.draw(height, width) << channel % 8
         return row
+
+
+class ClassMasks(NamedTuple):
+    """The masks of an image, drawn one after the other, for those of many classes are large.
+
+    parts: {channel: RunLengths}; shape: (C, H, W).
+    """
+
+    parts: dict
+    shape: tuple
+
+    def __iter__(self):
+        """Yield a bool array (H, W) for each class."""
+        for channel in range(self.shape[0]):
+            if channel in self.parts:
+                yield self.parts[channel].draw(*self.shape[1:]) > 0
+            else:
+                yield np.zeros(self.shape[1:], bool)
 
 
 def open_split(
@@ -249,7 +292,8 @@ class Batches:
     `strengths` ({name: number} of `medseg.augment.AUGMENTATIONS`), what `augment` does to each.
     crop: side of square crops of the images, see `medseg.crop`; each image is drawn as often as
     they would tile it. repeat: how often, times that, an epoch draws each image; of 0.1, a tenth
-    of them, which with shuffle are others in each epoch. RaggedRows without crop come one image at
+    of them, which with shuffle are others in each epoch. dataset: of the rows, if `true_masks` are
+    wanted. RaggedRows without crop come one image at
     a time, for each process.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
     Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size
@@ -272,13 +316,14 @@ class Batches:
         n_channels=3,
         n_classes=1,
         names=(),
+        dataset=None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
         self.rows, self.device, self.crop = rows, torch.device(device), crop
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.strengths, self.n_channels, self.n_classes = strengths or {}, n_channels, n_classes
-        self.names = names
+        self.names, self.dataset = names, dataset
         self.images = self._open_images()
         self.images_per_epoch = max(round(repeat * len(self.images.numbers)), 1)
         self.one_by_one = type(self.images) is OwnSizes
@@ -350,11 +395,24 @@ class Batches:
         """The names of the images that this pass yields here, a list; empty where they miss."""
         if len(self.names) != len(self.rows):
             return []
+        return [self.names[number] for number in self.row_numbers()]
+
+    def row_numbers(self):
+        """The numbers of the rows that this pass yields here, in order, a list."""
         order = self._order(self._generator()).tolist()
         mine = (
             order[first + self.rank : end : self.world] for first, end in self._bounds(len(order))
         )
-        return [self.names[number] for numbers in mine for number in numbers]
+        return [number for numbers in mine for number in numbers]
+
+    def true_masks(self, number, masks):
+        """The masks (C, H, W) of a row at the image's own size; masks: those of its batch.
+
+        They are returned where nothing tells which image it is.
+        """
+        if self.dataset is None or len(self.dataset) != len(self.rows):
+            return masks.cpu().numpy() > 0.5
+        return self.dataset.true_masks(number)
 
     def _order(self, generator):
         """The numbers of the images of an epoch, int64 (images_per_epoch,)."""
@@ -452,7 +510,8 @@ def make_loaders(args, root, model, device, skipped):
                 world=world,
                 n_channels=n_channels,
                 n_classes=model.n_classes,
-                names=dataset.names(skipped) if split == "test" else (),
+                names=dataset.without(skipped).names() if split == "test" else (),
+                dataset=dataset.without(skipped) if split != "train" else None,
                 **changes if train else {},
             )
     tune_convolutions(device, one_size=not any(own.one_by_one for own in loaders.values()))

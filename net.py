@@ -104,7 +104,8 @@ class UNet(nn.Module):
     `medseg.settings.read_settings`. `inference`: how masks are made of the probabilities, a
     `medseg.inference.Inference`, where that was chosen on valid. `trained_flips`: names of
     `medseg.inference.VIEWS` that the training has shown; `feature_statistics`: what its images look
-    like, a `medseg.ood.FeatureStatistics`. All of it travels in the state dict's metadata.
+    like, a `medseg.ood.FeatureStatistics`; `exclusive`: whether a pixel has one class, as in the
+    masks of the training. All of it travels in the state dict's metadata.
     """
 
     def __init__(
@@ -120,13 +121,14 @@ class UNet(nn.Module):
         inference=None,
         trained_flips=(),
         feature_statistics=None,
+        exclusive=True,
         **architecture,
     ):
         super().__init__()
         settings = read_settings({"window": window, "orientation": orientation})
         self.window, self.orientation = settings["window"], settings["orientation"]
         self.inference, self.trained_flips = inference, tuple(trained_flips)
-        self.feature_statistics = feature_statistics
+        self.feature_statistics, self.exclusive = feature_statistics, exclusive
         self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
         self.n_filters, self.architecture = n_filters, Architecture(**architecture)
         self.class_names = tuple(class_names or default_class_names(n_classes))
@@ -266,6 +268,7 @@ def _read_arguments(state):
         "trained_flips": read_flips(metadata.get("trained_flips", [])),
         "feature_statistics": read_statistics(metadata.get("feature_statistics"), n_features),
         **read_settings(metadata),
+        "exclusive": metadata.get("exclusive") is not False,  # weights without it: as they did
         **architecture,
     }
 
@@ -316,6 +319,8 @@ def _record_metadata(model, state, prefix, metadata):
     metadata["window"], metadata["orientation"] = model.window, model.orientation
     if model.inference is not None:
         metadata["inference"] = model.inference.as_dict()
+    if not model.exclusive:
+        metadata["exclusive"] = False
     if model.trained_flips:
         metadata["trained_flips"] = list(model.trained_flips)
     if model.feature_statistics is not None:

@@ -209,9 +209,10 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
 
     def write(frame, image, probabilities, assessment):
         labels = model.labels(probabilities, image.size, threshold, frame.spacing)
-        results.add(frame, image, labels, probabilities, **assessment._asdict())
-        if scores:
-            scores.add(frame.path, image.size, probabilities)
+        masks = model.masks(probabilities, image.size, threshold, frame.spacing)
+        dice = scores.add(frame.path, image.size, probabilities) if scores else None
+        columns = assessment._asdict()
+        results.add(frame, image, labels, probabilities, masks=masks, dice=dice, **columns)
         return pictures.describe(frame.path, labels, probabilities.max((1, 2)), model.class_names)
 
     def tell(line):
@@ -285,7 +286,7 @@ def open_folder(model, folder, threshold, **inference):
         content["classes"] = list(model.class_names)
     dataset = open_split(place.parent, place.name, model.image_size, **content)
     coco.check_classes(dataset.coco, dataset.classes, folder)
-    return FolderScores(dataset, threshold, **inference)
+    return FolderScores(dataset, threshold, exclusive=model.exclusive, **inference)
 
 
 def report(model, folder, scores, output):
@@ -297,7 +298,7 @@ def report(model, folder, scores, output):
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
     """
     from data import Batches, load_split, open_split
-    from medseg.predicting.report import pixel_areas, threshold_sweep, write_report
+    from medseg.predicting.report import threshold_sweep, write_report
 
     scores.complete(model)
     valid, sweep = folder.resolve().parent / "valid", None
@@ -307,7 +308,7 @@ def report(model, folder, scores, output):
         sizes = {"n_channels": model.n_channels, "n_classes": model.n_classes}
         batches = Batches(rows, model.batch_size, model.device, **sizes)
         dataset = open_split(valid.parent, valid.name, model.image_size, **content)
-        sweep = threshold_sweep(model, batches, pixel_areas(dataset, scores.spacing))
+        sweep = threshold_sweep(model, batches, dataset, scores.spacing)
     return write_report(output, str(folder), scores, sweep, model.class_names)
 
 

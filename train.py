@@ -88,19 +88,28 @@ def combined_loss(pred, target, *, dice=0.6, bce=0.4, focal=0.0):
 # ---- training (tutorial, section 5) ----------------------------------------------------------
 
 
-def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), poll=lambda: None):
+def evaluate(
+    model, loader, criterion, device, *, autocast=nullcontext(), poll=lambda: None, inference=None
+):
     """Scores of `model` over every batch of `loader`, see RunningScores.result.
 
-    poll() is called after each batch.
+    poll() is called after each batch. inference: score the masks that predict.py makes with it, at
+    the size of each image, `loader` being Batches; else those above 0.5 at the network's size.
     """
     model.eval()
     scores = metrics.RunningScores(device, class_names(model))
+    numbers = iter(loader.row_numbers() if inference else ())
     with torch.inference_mode():
         for images, masks in loader:
             images, masks = images.to(device), masks.to(device)
-            with autocast:
-                outputs = tiles.apply_network(model, images)  # large images by tiles
-            scores.add(criterion(outputs, masks), outputs, masks)
+            with autocast:  # large images by tiles
+                outputs = tiles.apply_network(model, images, inference.flips if inference else ())
+            loss = criterion(outputs, masks)
+            if inference:
+                truths = (loader.true_masks(next(numbers), mask) for mask in masks)
+                scores.add_counts(loss, tuning.count_batch(model, inference, truths, outputs))
+            else:
+                scores.add(loss, outputs, masks)
             poll()
     return scores.result()
 
@@ -371,14 +380,18 @@ def data_root(args):
 
 
 def test(model, loader, criterion, device, autocast, tracker, *, planned=False):
-    """Print and log the scores of the best weights, at 0.5 and as was chosen on valid."""
-    scores = evaluate(model, loader, criterion, device, autocast=autocast)
+    """Print and log the scores of the best weights, at 0.5 and as was chosen on valid.
+
+    Those of the masks that predict.py writes, at the size of each image.
+    """
+    score = partial(evaluate, model, loader, criterion, device, autocast=autocast)
+    scores = score(inference=inference.PLAIN)
     tracker.log({f"test/{name}": value for name, value in scores.items()})
     if dist.is_first():
         memory = devices.peak_memory(device)
         reports.print_test(scores, model.class_names, memory, planned=planned)
-    if (masks := tuning.finished(model)) is not model:
-        scores = evaluate(masks, loader, criterion, device, autocast=autocast)
+    if model.inference not in (None, inference.PLAIN):
+        scores = score(inference=model.inference)
         tracker.log({f"test/chosen_{name}": scores[name] for name in scores if name != "loss"})
         if dist.is_first():
             reports.print_chosen_test(scores, model.inference, model.class_names)

@@ -64,6 +64,15 @@ def full_size_stripes(channel, size, columns=None):
         yield part, np.asarray(stripe.resize((stripe.width, height), bilinear))
 
 
+def full_size_mask(channel, size, threshold):
+    """bool (height, width): where a class is above the threshold, whatever the others are."""
+    mask = np.zeros(size[::-1], bool)
+    if channel.max() > threshold:
+        for columns, stripe in full_size_stripes(channel, size):
+            mask[:, columns] = stripe > threshold
+    return mask
+
+
 def full_size_levels(channel, size):
     """float32 (S, S) of 0..1 -> uint16 (height, width) of 0..MAX_LEVEL, at the size of an image."""
     levels = np.zeros(size[::-1], np.uint16)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from medseg.cli import parse_named_values
-from medseg.pieces import CLEANINGS, clean_masks, describe_clean
+from medseg.full_size import full_size_labels, full_size_mask
+from medseg.pieces import CLEANINGS, clean_labels, clean_masks, describe_clean, pixel_area
 
 # {name: axes of (..., H, W) that are reversed}
 FLIPS = {"horizontal": (-1,), "vertical": (-2,), "both": (-2, -1)}
@@ -29,9 +30,27 @@ class Inference(NamedTuple):
     flips: tuple = ()
     clean: str = "none"
 
-    def masks(self, probabilities):
-        """float32 array (C, H, W) -> bool (C, H, W); min-area counts pixels of this array."""
-        return clean_masks(probabilities > self.threshold, self.clean)
+    def labels(self, probabilities, size, spacing=None):
+        """float32 (C, S, S) -> class numbers, uint8 (height, width), as they are written.
+
+        The most probable class counts. size: (width, height) of the image; spacing: mm of its
+        pixels along each axis, or None.
+        """
+        labels = full_size_labels(probabilities, size, self.threshold)
+        return clean_labels(labels, self.clean, pixel_area(spacing))
+
+    def masks(self, probabilities, size, *, exclusive=True, spacing=None):
+        """Yield the same as the mask of each class, bool (height, width).
+
+        exclusive: whether a pixel has one class; if not, each class counts by its own mask.
+        """
+        if exclusive or len(probabilities) == 1:
+            labels = self.labels(probabilities, size, spacing)
+            yield from (labels == number for number in range(1, len(probabilities) + 1))
+            return
+        for channel in probabilities:
+            own = full_size_mask(channel, size, self.threshold)[None]
+            yield clean_masks(own, self.clean, pixel_area(spacing))[0]
 
     def as_dict(self):
         """As it is recorded: plain values, which JSON has too."""

@@ -1,14 +1,15 @@
 """From masks to scores: pixel counts, running sums, Hausdorff distance, bootstrap."""
 
 import math
-from itertools import repeat
 
 import numpy as np
 import torch
 
 from medseg.dist import all_gather, all_reduce_sum, is_first
 from medseg.drawing import outline
-from medseg.pieces import COUNTED_PIXELS, ONE, clean_masks
+from medseg.full_size import full_size_labels, full_size_stripes
+from medseg.inference import Inference
+from medseg.pieces import COUNTED_PIXELS
 
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
@@ -118,13 +119,18 @@ class RunningScores:
 
         finite: bool or bool tensor; where False, the batch counts nothing.
         """
-        of_images = confusion_counts(pred > threshold, target > 0.5, len(self.names))
+        counts = confusion_counts(pred > threshold, target > 0.5, len(self.names))
+        self.add_counts(loss, counts, finite=finite)
+
+    @torch.no_grad()
+    def add_counts(self, loss, of_images, *, finite=True):
+        """As `add`, of int64 (B, C, 4): tp, fp, fn, tn of each image and class."""
         exact = self.sums.dtype
         tp, fp, fn, _ = of_images.unbind(2)  # (B, C) each
         dice = dice_score(tp.to(exact), fp.to(exact), fn.to(exact)).T.contiguous().sum(1)
         counts = of_images.sum(0)
-        images = dice.new_full((1,), len(pred))
-        sums = torch.cat([images, (loss.to(exact) * len(pred)).view(1), dice])
+        images = dice.new_full((1,), len(of_images))
+        sums = torch.cat([images, (loss.to(exact) * len(of_images)).view(1), dice])
         self.counts += counts if finite is True else torch.where(finite, counts, 0)
         self.sums += sums if finite is True else torch.where(finite, sums, 0)
 
@@ -178,26 +184,41 @@ class RunningScores:
 # ---- of a folder: numpy counts, an image a row -----------------------------------------------
 
 
-def count_image(targets, probabilities, thresholds, clean="none", area=ONE):
-    """Counts of one image: int (T, C, 4) of tp, fp, fn, tn at each threshold.
+def count_image(targets, probabilities, thresholds, clean="none", *, exclusive=True, spacing=None):
+    """Counts of one image, of the masks that are written: int (T, C, 4) of tp, fp, fn, tn.
 
-    targets: bool (C, H, W); probabilities: float32 (C, H, W); clean: what is done to the masks,
-    whose pixels have this area, see `medseg.pieces.clean_masks`.
+    targets: bool (C, H, W) at the image's own size, or a `data.ClassMasks`; probabilities: float32
+    (C, S, S); thresholds: T of them; clean, exclusive, spacing: see
+    `medseg.inference.Inference.masks`.
     """
+    size = targets.shape[:0:-1]
     if clean != "none":
-        masks = (clean_masks(probabilities > threshold, clean, area) for threshold in thresholds)
-        return np.stack([_count_masks(targets, mask) for mask in masks])
+        masks = (
+            Inference(threshold, clean=clean).masks(
+                probabilities, size, exclusive=exclusive, spacing=spacing
+            )
+            for threshold in thresholds
+        )
+        return np.stack([count_masks(targets, preds) for preds in masks])
     order = np.argsort(-np.asarray(thresholds))
     falling = np.asarray(thresholds, probabilities.dtype)[order]
     bins = len(thresholds) + 1
-    counts = np.zeros((len(thresholds), len(targets), 4), np.int64)
+    counts = np.zeros((len(thresholds), len(probabilities), 4), np.int64)
+    labels = None
+    if (
+        exclusive and len(probabilities) > 1
+    ):  # the most probable class is the same at each threshold
+        labels = full_size_labels(probabilities, size, 0)
     for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
         # A pixel of bin k is above falling[k:], and not above falling[:k]; one that is no number
         # is above none.
         histogram = 0
-        for rows in _rows_at_a_time(target):
-            found = np.searchsorted(-falling, -probability[rows], side="right")
-            histogram += np.bincount((found + bins * target[rows]).ravel(), minlength=2 * bins)
+        for columns, stripe in full_size_stripes(probability, size):
+            if labels is not None:
+                stripe = np.where(labels[:, columns] == channel + 1, stripe, 0)
+            found = np.searchsorted(-falling, -stripe, side="right")
+            known = found + bins * target[:, columns]
+            histogram += np.bincount(known.ravel(), minlength=2 * bins)
         above = histogram.reshape(2, bins).cumsum(1)  # of background, of foreground
         negatives, positives = above[:, -1]
         fp, tp = above[:, :-1]
@@ -211,21 +232,21 @@ def _rows_at_a_time(mask):
     return (slice(start, start + rows) for start in range(0, len(mask), rows))
 
 
-def _count_masks(targets, preds):
-    """Two bool arrays (C, H, W) -> int (C, 4) of tp, fp, fn, tn."""
-    cases = (targets & preds, ~targets & preds, targets & ~preds, ~targets & ~preds)
-    return np.stack([case.sum((1, 2)) for case in cases], 1)
+def count_masks(targets, preds):
+    """Bool arrays (C, H, W), or the masks one by one -> int (C, 4) of tp, fp, fn, tn."""
+    counts = []
+    for target, pred in zip(targets, preds, strict=True):
+        tp, positive, true = (int(mask.sum()) for mask in (target & pred, pred, target))
+        counts.append((tp, positive - tp, true - tp, target.size - positive - true + tp))
+    return np.array(counts)
 
 
-def count_pixels(batches, thresholds, clean="none", areas=None):
+def count_pixels(pairs, thresholds, clean="none", **options):
     """`count_image` of every image, int (N, T, C, 4), of all processes one after the other.
 
-    batches: iterable of (targets (B, C, H, W), probabilities (B, C, H, W)) of this process.
-    areas: the `medseg.pieces.PixelArea` of each image, or None where a pixel is one of the image.
+    pairs: iterable of (targets (C, H, W), probabilities (C, S, S)) of the images of this process.
     """
-    pairs = (pair for batch in batches for pair in zip(*batch, strict=True))
-    areas = repeat(ONE) if areas is None else iter(areas)
-    counts = [count_image(*pair, thresholds, clean, next(areas)) for pair in pairs]
+    counts = [count_image(*pair, thresholds, clean, **options) for pair in pairs]
     return np.stack(all_gather(counts))
 
 
@@ -321,8 +342,10 @@ def calibration_error(sums):
     return float(np.abs(foreground - probability).sum() / max(pixels.sum(), 1))
 
 
-def hausdorff95(pred, target):
+def hausdorff95(pred, target, spacing=(1, 1)):
     """95th percentile Hausdorff distance of two bool arrays (H, W) in pixels, NaN if one is empty.
+
+    spacing: of the pixels along each axis, in mm, where the distance is to be in mm.
 
     The larger of the two directed ones, between the pixels of the outlines: Taha, Hanbury,
     "Metrics for evaluating 3D medical image segmentation", BMC Medical Imaging 2015.
@@ -332,6 +355,6 @@ def hausdorff95(pred, target):
     if not pred.any() or not target.any():
         return math.nan
     # Of the outlines alone: distances of every pixel would take 50 bytes each.
-    pred, target = (np.argwhere(outline(mask)) for mask in (pred, target))
+    pred, target = (np.argwhere(outline(mask)) * spacing for mask in (pred, target))
     directed = (KDTree(other).query(own)[0] for own, other in ((pred, target), (target, pred)))
     return max(float(np.percentile(own, 95)) for own in directed)

@@ -19,24 +19,9 @@ CLEANINGS = {
 COUNTED_PIXELS = 1 << 20  # that are counted at a time
 
 
-class PixelArea(NamedTuple):
-    """What a pixel of a mask covers: so many pixels of the image, and mm2 where they are known."""
-
-    pixels: float = 1.0
-    mm2: float | None = None
-
-
-ONE = PixelArea()
-
-
-def pixel_area(spacing, size=None, shape=None):
-    """The PixelArea of a mask of an image.
-
-    spacing: mm of a pixel of the image along each axis, or None. size: (width, height) of the
-    image and shape: (H, W) of the mask, where that is another one.
-    """
-    pixels = math.prod(size) / math.prod(shape) if size else 1.0
-    return PixelArea(pixels, None if spacing is None else pixels * math.prod(spacing))
+def pixel_area(spacing):
+    """mm2 of a pixel of an image; spacing: mm of it along each axis, or None."""
+    return None if spacing is None else math.prod(spacing)
 
 
 def check_clean(clean, spacing, path):
@@ -67,11 +52,11 @@ def _keep_pieces(mask, steps, area):
     """
     from scipy import ndimage  # most predictions do without it
 
-    fewest = steps.get("min-area", 0) / area.pixels
+    fewest = steps.get("min-area", 0)
     if steps.get("min-mm2"):
-        if area.mm2 is None:
+        if area is None:
             raise ValueError("min-mm2 needs the size of the pixels in mm")
-        fewest = max(fewest, steps["min-mm2"] / area.mm2)
+        fewest = max(fewest, steps["min-mm2"] / area)
     numbers, count = ndimage.label(mask, np.ones((3, 3)))  # row by row, from 1
     sizes = _count_numbers(numbers, count)
     kept = (sizes > 0) & (sizes >= fewest * (1 - 1e-9))  # 0.3 mm2 of 0.1 are 3 pixels
@@ -122,15 +107,15 @@ def _find_holes(masks, free):
 
 def largest_piece(mask):
     """bool (H, W) -> bool (H, W) with its largest piece alone; a mask without one stays empty."""
-    return _keep_pieces(mask, {"largest": 1.0}, ONE)
+    return _keep_pieces(mask, {"largest": 1.0}, None)
 
 
-def clean_masks(masks, clean, area=ONE):
+def clean_masks(masks, clean, area=None):
     """The masks of each class, bool (C, H, W), as --clean has them.
 
     clean: text such as 'min-area=50,largest,fill', or 'none'; its steps are taken in the order of
     CLEANINGS, for each class by itself. Where holes are filled, no other class is overwritten.
-    area: the PixelArea of these masks. Raises ValueError for min-mm2 where that is unknown.
+    area: mm2 of a pixel. Raises ValueError for min-mm2 where that is unknown.
     """
     steps = parse_named_values(clean, CLEANINGS)
     if any(steps.get(name) for name in ("min-area", "min-mm2", "largest")):
@@ -143,7 +128,7 @@ def clean_masks(masks, clean, area=ONE):
     return masks
 
 
-def clean_labels(labels, clean, area=ONE):
+def clean_labels(labels, clean, area=None):
     """`clean_masks` of a map of class numbers, uint8 (H, W); 0 is background."""
     steps = parse_named_values(clean, CLEANINGS)
     if not any(steps.values()):

@@ -232,9 +232,8 @@ def plot_report(report, dice, cases, path):
     _draw_lesion_sizes(sizes, report["by_lesion_size"])
     classes = draw_cases(axes, cases)
     _draw_calibration(calibration, report["calibration"], classes)
-    size = report["image_size"]
-    scored = f"scored at {size}x{size}" if size else "scored at the size of each image"
-    add_legend(figure, f"{report['folder']}, {scored}", report["class_names"], classes)
+    title = f"{report['folder']}, scored at the size of each image"
+    add_legend(figure, title, report["class_names"], classes)
     return save_figure(figure, path)
 
 

@@ -15,17 +15,18 @@ from PIL import Image
 
 import predict
 import train
-from data import Batches, COCOSegmentationDataset, load_split, split_rows
+from data import Batches, COCOSegmentationDataset, load_split, open_split, split_rows
 from medseg import plots
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.drawing import class_colors, overlay
 from medseg.full_size import full_size_labels
 from medseg.images import describe, save_mask
-from medseg.inference import PLAIN
+from medseg.inference import PLAIN, Inference
 from medseg.metrics import SCORE_NAMES, RunningScores, bootstrap, class_scores
 from medseg.phantoms import make_phantoms
 from medseg.planning.audit import audit
 from medseg.predicting.report import count_image
+from medseg.training.feature_statistics import are_exclusive
 from medseg.training.history import print_test
 from net import UNet, load_model
 
@@ -185,6 +186,7 @@ def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, cap
         mean = (float(row["val_dice/core"]) + float(row["val_dice/edema"])) / 2
         assert float(row["val_dice"]) == pytest.approx(mean)
     assert load_model("run/best_model.pth").class_names == NAMES
+    assert not load_model("run/best_model.pth").exclusive  # cyst lies within core
     train.main(["--resume", "--out", "run", "--epochs", "3"])
     said = capsys.readouterr().out
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 3
@@ -235,6 +237,122 @@ def test_empty_masks_are_told_also_where_the_split_lacks_a_class(capsys):
     assert (result["dice"], result["acc"], result["background_acc"]) == (0, 0.91, 0.91)
     print_test(result, NAMES[:2])
     assert "nothing was learned" in capsys.readouterr().err
+
+
+SIDES = {"0.png": (61, 47), "1.png": (83, 40), "2.png": (50, 50)}  # width, height; network: 32
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """Weights of two classes in odd sizes, valid and test, annotated with squares side by side."""
+    for split in ("valid", "test"):
+        rng, annotations = np.random.default_rng(3), []
+        images = {
+            name: Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+            for name, size in SIDES.items()
+        }
+        for number in range(3):
+            annotations += [(number, square(3, 5, 21)), (number, square(24, 9, 17))]
+        write_split(tmp_path / split, images, annotations)
+        set_classes(tmp_path / split, NAMES[:2], lambda number: number % 2 + 1)
+    torch.manual_seed(4)
+    names = NAMES[:2]
+    model = UNet(n_classes=2, n_filters=4, image_size=32, class_names=names, depth=2).eval()
+    for weight in model.parameters():  # else what it gives is the same everywhere
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight)
+    return tmp_path, model
+
+
+def pixel_counts(preds, targets):
+    """tp, fp, fn, each summed over images: (C, 3), from bool arrays (C, H, W) of each."""
+    parts = []
+    for pred, target in zip(preds, targets, strict=True):
+        cases = (pred & target, pred & ~target, ~pred & target)
+        parts.append(np.stack([case.sum((1, 2)) for case in cases], 1))
+    return np.array(parts)
+
+
+def dice_of(counts):
+    tp, fp, fn = np.moveaxis(counts, -1, 0)
+    return 2 * tp / (2 * tp + fp + fn)
+
+
+@pytest.mark.parametrize("flags", [(), ("--clean", "min-area=30,fill", "--tta")])
+@pytest.mark.parametrize("threshold", ["0.45", "0.5", "0.52"])
+def test_the_scores_are_those_of_the_files_that_were_written(apart, monkeypatch, flags, threshold):
+    """Masks read back and counted: report.json, predictions.csv."""
+    place, model = apart
+    monkeypatch.chdir(place)
+    torch.save(model.state_dict(), "model.pth")
+    options = ("--model", "model.pth", "--threshold", threshold, "--device", "cpu", *flags)
+    predict.main(["test", "--output", "out", *options])
+    test, preds, targets = open_split(place, "test", classes=list(NAMES[:2])), [], []
+    for index, name in enumerate(SIDES):
+        labels = np.asarray(Image.open(f"out/{name[0]}_mask.png"))
+        assert labels.shape == SIDES[name][::-1]
+        preds.append(np.stack([labels == number for number in (1, 2)]))
+        targets.append(test.load(index)[1] > 0)
+    counts = pixel_counts(preds, targets)
+    report = json.loads((place / "out" / "report.json").read_text())
+    for index, name in enumerate(NAMES[:2]):
+        found = report["scores"][f"dice/{name}"]
+        assert found == pytest.approx(dice_of(counts.sum(0))[index], abs=1e-12)
+    assert len({*dice_of(counts).ravel().tolist()}) > 3  # no test by scores that are all the same
+    with open(place / "out" / "predictions.csv", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    expected = dice_of(counts).ravel()
+    assert [float(row["dice"]) for row in rows] == pytest.approx(expected, abs=1e-8)
+
+
+def test_the_test_line_is_that_of_the_files_that_were_written(apart, monkeypatch, capsys):
+    place, model = apart
+    monkeypatch.chdir(place)
+    model.inference = Inference(0.45, ("horizontal",), "largest")
+    (place / "run").mkdir()
+    torch.save(model.state_dict(), "run/best_model.pth")
+    flags = ("--classes", "each", "--swanlab", "disabled", "--device", "cpu")
+    train.main(["--test-only", "--data", ".", "--out", "run", *flags])
+    printed = capsys.readouterr().out
+    predict.main(["test", "--output", "out", "--model", "run/best_model.pth", "--device", "cpu"])
+    scores = json.loads((place / "out" / "report.json").read_text())["scores"]
+    (line,) = (line for line in printed.splitlines() if "as chosen on valid" in line)
+    assert f": Dice {scores['dice']:.4f}," in line and f"{scores['image_dice']:.4f}" in line
+    assert f"  edema: Dice {scores['dice/edema']:.4f}," in printed
+
+
+def test_classes_that_overlap_count_each_by_its_own_mask(apart, monkeypatch):
+    """A network that gives both everywhere: of exclusive classes one is left, of others both."""
+    place, model = apart
+    monkeypatch.chdir(place)
+    for weight in (model.outc.weight, model.outc.bias):
+        torch.nn.init.zeros_(weight)
+    model.outc.bias.data += torch.tensor([1.0, 2.0])
+    for exclusive, shares in ((True, (0, 1)), (False, (1, 1))):
+        model.exclusive = exclusive
+        torch.save(model.state_dict(), "model.pth")
+        assert load_model("model.pth").exclusive == exclusive
+        predict.main(["test", "--output", "out", "--model", "model.pth", "--device", "cpu"])
+        with open(place / "out" / "predictions.csv", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        assert [float(row["share"]) for row in rows] == list(shares) * 3
+        scores = json.loads((place / "out" / "report.json").read_text())["scores"]
+        total = sum(width * height for width, height in SIDES.values())
+        for name, share, side in zip(NAMES, shares, (21, 17), strict=False):
+            assert scores[f"dice/{name}"] == pytest.approx(
+                share * 6 * side**2 / (total + 3 * side**2)
+            )
+
+
+def test_whether_classes_overlap_is_seen_in_the_training_masks():
+    rows = np.zeros((2, 10, 10, 4), np.uint8)  # grey, grey, grey, a bit each
+    rows[0, :, :5, 3], rows[0, :, 5:, 3] = 1, 2
+    assert are_exclusive(rows, 3, 2)
+    rows[1, :2, :, 3] = 1
+    rows[1, :1, :1, 3] = 3  # a pixel of an outline that crosses another
+    assert are_exclusive(rows, 3, 2)
+    rows[1, :2, :5, 3] = 3
+    assert not are_exclusive(rows, 3, 2)
 
 
 def test_weights_of_other_classes_are_refused_in_a_report(three, tmp_path, refused):
@@ -310,7 +428,7 @@ def test_counts_at_each_threshold_by_plain_comparison():
     probabilities = (rng.integers(0, 21, (3, 30, 40)) / 20).astype(np.float32)
     probabilities[2, 0, :5] = np.nan
     targets = rng.random((3, 30, 40)) > 0.6
-    counts = count_image(targets, probabilities, thresholds)
+    counts = count_image(targets, probabilities, thresholds, exclusive=False)
     for row, threshold in zip(counts, thresholds, strict=True):
         pred = probabilities > threshold
         for channel, (tp, fp, fn, tn) in enumerate(row):

@@ -11,12 +11,12 @@ from PIL import Image
 from scipy import ndimage
 
 import predict
+from medseg.full_size import full_size_labels
 from medseg.inference import Inference, combine, read_inference
 from medseg.metrics import count_image, count_pixels
 from medseg.page.session import Session
-from medseg.pieces import PixelArea, clean_labels, clean_masks, pixel_area
+from medseg.pieces import clean_labels, clean_masks, pixel_area
 from medseg.predicting.assessment import Assessment
-from medseg.predicting.models import full_size_labels
 
 
 def drawing(text):
@@ -165,12 +165,9 @@ def test_forty_classes_against_each_by_itself():
 def test_areas_count_pixels_of_the_image_or_mm2():
     labels = drawing("11.1 11.. ...1")
     assert (clean_labels(labels, "min-area=2") > 0).sum() == 4
-    quarter = pixel_area((0.5, 0.2), (8, 6), (3, 4))  # the image has four times the pixels
-    assert quarter == PixelArea(4, pytest.approx(0.4))
-    assert (clean_labels(labels, "min-area=4", quarter) > 0).sum() == 6
-    assert (clean_labels(labels, "min-area=5", quarter) > 0).sum() == 4
-    assert (clean_labels(labels, "min-mm2=0.4", quarter) > 0).sum() == 6
-    assert (clean_labels(labels, "min-mm2=1.6", quarter) > 0).sum() == 4
+    tenth = pixel_area((0.5, 0.2))
+    assert (clean_labels(labels, "min-mm2=0.1", tenth) > 0).sum() == 6
+    assert (clean_labels(labels, "min-mm2=0.4", tenth) > 0).sum() == 4
     assert (
         clean_labels(labels, "min-mm2=0.3", pixel_area((0.1, 1))) > 0
     ).sum() == 4  # of 3 or more
@@ -178,12 +175,16 @@ def test_areas_count_pixels_of_the_image_or_mm2():
     assert clean_labels(drawing("111"), "min-mm2=2.1", pixel_area((0.7, 1))).all()
     with pytest.raises(ValueError, match="min-mm2"):
         clean_labels(labels, "min-mm2=1")
-    target, probabilities = labels[None] > 0, labels[None].astype(np.float32)
-    ((counts,),) = count_image(target, probabilities, [0.5], "min-area=5", quarter)
-    assert counts.tolist() == [4, 0, 2, 6]
-    batches = [(np.stack([target] * 2), np.stack([probabilities] * 2))]
-    counts = count_pixels(batches, [0.5], "min-area=2", [PixelArea(), PixelArea(2)])
-    assert counts[:, 0, 0, 0].tolist() == [4, 6]
+    # Of probabilities at a quarter of the image's sides, an area is counted in the image.
+    target = labels[None].repeat(4, 1).repeat(4, 2) > 0
+    probabilities = labels[None].astype(np.float32)
+    for clean, some in (("min-area=16", True), ("min-area=150", False)):
+        preds = clean_labels(full_size_labels(probabilities, (16, 12), 0.4), clean) > 0
+        assert preds.any() == some
+        ((counts,),) = count_image(target, probabilities, [0.4], clean)
+        assert counts[:2].tolist() == [(preds & target[0]).sum(), (preds & ~target[0]).sum()]
+    counts = count_pixels([(target, probabilities)], [0.4], "min-mm2=99", spacing=(1, 1))
+    assert not counts[..., :2].any()
 
 
 def test_it_is_recorded_and_told():

@@ -34,6 +34,7 @@ import predict
 import train
 from data import open_split
 from medseg.files import file_lock
+from medseg.full_size import full_size_labels
 from medseg.metrics import bootstrap
 from medseg.signals import Stopped
 from medseg.training.folds import deal_groups, deal_images, write_folds
@@ -201,8 +202,9 @@ def test_every_image_is_scored_by_the_network_that_has_not_seen_it(done):
             original = open_split(place / "dataset", name[2:-4], 32)
             path = original.path(int(name[0]))
             tensor, _ = predict.preprocess_image(path, image_size=32)
-            pred = predict.predict_mask(model, tensor, "cpu")[0, 0].numpy() > 0
-            target = original.preprocess(int(name[0]))[1][0] > 0
+            probabilities = predict.predict_probabilities(model, tensor, "cpu")[0].numpy()
+            image, (target,) = original.load(int(name[0]))
+            pred, target = full_size_labels(probabilities, image.size, 0.5) > 0, target > 0
             tp, fp, fn = (pred & target).sum(), (pred & ~target).sum(), (~pred & target).sum()
             counts.append((tp, fp, fn, pred.size - tp - fp - fn))
             names.append((number, name, 2 * tp / (2 * tp + fp + fn)))

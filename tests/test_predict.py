@@ -64,7 +64,6 @@ from medseg.predicting.report import (
     FolderScores,
     choose_cases,
     count_image,
-    count_pixels,
     shorten_name,
     write_report,
 )
@@ -785,10 +784,13 @@ def test_a_folder_with_annotations_is_scored(place, dataset):
     assert result.returncode == 0, result.stderr
     report = json.loads((place / "scored" / "report.json").read_text())
     model = predict.load_model(place / "best_model.pth", "cpu")
-    scores = RunningScores("cpu")
-    for images, masks in data.Batches(data.load_split(dataset, "test", model.image_size), 2):
-        pred = predict.predict_probabilities(model, images, "cpu")
-        scores.add(torch.zeros(()), pred, masks, threshold=0.3)
+    scores, test = RunningScores("cpu"), data.open_split(dataset, "test")
+    for index in range(len(test)):
+        image, target = test.load(index)
+        tensor, _ = predict.preprocess_image(image, image_size=model.image_size)
+        probabilities = predict.predict_probabilities(model, tensor, "cpu")[0].numpy()
+        pred = full_size_labels(probabilities, image.size, 0.3)[None, None]
+        scores.add(torch.zeros(()), torch.from_numpy(pred), torch.from_numpy(target[None]))
     result = scores.result()
     expected = {name: result[name] for name in report["scores"]}
     assert report["scores"] == pytest.approx(expected, abs=1e-9)
@@ -872,9 +874,16 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
 
     first = choose()
     batches = data.Batches(data.load_split(dataset, "valid", model.image_size), 3)
-    predicted = [(masks.numpy() > 0, model.run(images)) for images, masks in batches]
-    counts = count_pixels(predicted, first["thresholds"])
-    dice = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn, _ in counts[:, :, 0].sum(0).tolist()]
+    probabilities = [one for images, _ in batches for one in model.run(images)]
+    valid, dice = data.open_split(dataset, "valid"), []
+    for threshold in first["thresholds"]:
+        both = total = 0
+        for index, one in enumerate(probabilities):
+            image, (target,) = valid.load(index)
+            pred = model.labels(one, image.size, threshold)
+            both += (pred & target).sum()
+            total += pred.sum() + target.sum()
+        dice.append(2 * both / total)
     assert first["dice"] == pytest.approx(dice)
     assert first["chosen_threshold"] == first["thresholds"][int(np.argmax(dice))]
     edit_annotations(dataset / "test", lambda content: content["annotations"].clear())

@@ -18,9 +18,10 @@ from medseg.cli import one_line
 from medseg.drawing import draw_labels, overlay
 from medseg.formats.medical import result_name
 from medseg.formats.own_files import TABLE
-from medseg.full_size import full_size_labels, sum_probabilities
+from medseg.full_size import sum_probabilities
 from medseg.images import describe, resize_nearest, save_jpeg, save_png
-from medseg.pieces import check_clean, clean_labels, pixel_area
+from medseg.inference import Inference
+from medseg.pieces import check_clean
 from medseg.predicting.assessment import Assessment, assess_volume, describe_unlike
 from medseg.predicting.inputs import Frame, add_depths, expand, open_file
 from medseg.results.annotations import write_labelme
@@ -161,8 +162,8 @@ class Session:
     def _labels(self, prediction, probabilities, threshold, clean):
         frame = prediction.frame
         check_clean(clean, frame.spacing, frame.path.name)
-        labels = full_size_labels(probabilities, prediction.size, threshold)
-        return clean_labels(labels, clean, pixel_area(frame.spacing))
+        inference = Inference(threshold, clean=clean)
+        return inference.labels(probabilities, prediction.size, frame.spacing)
 
     def _assessed(self, prediction, threshold):
         """Its Assessment. The agreement is that of masks at the threshold of the prediction."""

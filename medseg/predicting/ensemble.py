@@ -39,6 +39,7 @@ class Ensemble(Model):
         self.inference = self.recorded or PLAIN
         flips = {model.trained_flips for model in models}
         self.trained_flips = flips.pop() if len(flips) == 1 else ()
+        self.exclusive = all(model.exclusive for model in models)
         self.tiling = combine_tilings([model.tiling for model in models])
         for model in models:
             model.tiling = None  # each gets the tiles of all

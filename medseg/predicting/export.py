@@ -160,6 +160,7 @@ def metadata_of(model):
         "inference": model.inference and model.inference.as_dict(),
         "trained_flips": list(model.trained_flips),
         "tiling": tiling and tiling._asdict(),
+        "exclusive": model.exclusive,
     }
     return check_metadata(metadata)
 

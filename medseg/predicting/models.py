@@ -9,12 +9,10 @@ import numpy as np
 
 from medseg.cli import one_line
 from medseg.files import available_cores
-from medseg.full_size import full_size_labels
 from medseg.images import IMAGE_SIZE, preprocess
 from medseg.inference import PLAIN, average_over_flips, read_inference
 from medseg.normalization import normalize
 from medseg.ood import FeatureRecorder
-from medseg.pieces import clean_labels, pixel_area
 from medseg.predicting.assessment import Agreement, assess
 from medseg.predicting.onnx_file import import_onnx_library, not_ours, read_metadata
 from medseg.pretrained import ABOUT_PRETRAINED, pretrained_path
@@ -41,8 +39,8 @@ class Model:
     with. batch_size: how many images to predict at a time. run(images): normalised float32
     (B, n_channels, H, W) -> probabilities, float32 array (B, n_classes, H, W), of one pass through
     the network; normalize(pixels): what it takes, of uint8 (B, H, W, n_channels). trained_flips:
-    as of `net.UNet`. tiling: how it takes images too large for the memory, a `medseg.tiles.Tiling`
-    or None.
+    and exclusive: as of `net.UNet`. tiling: how it takes images too large for the memory, a
+    `medseg.tiles.Tiling` or None.
     """
 
     recorded, inference, tiling = None, PLAIN, None
@@ -55,6 +53,7 @@ class Model:
         self.recorded = getattr(network, "inference", None)  # which only a UNet has
         self.inference = self.recorded or PLAIN
         self.trained_flips = tuple(getattr(network, "trained_flips", ()))
+        self.exclusive = getattr(network, "exclusive", True)
         self.batch_size = 4 if device_type == "cpu" else 16  # more do not fit a CPU's caches
         if self.image_size is None:  # images keep their own
             self.batch_size = 1
@@ -121,12 +120,17 @@ class Model:
         return None if pooled is None else self.statistics.ratios(pooled)
 
     def labels(self, probabilities, size, threshold, spacing=None):
-        """float32 (n_classes, S, S) -> class numbers, uint8 (height, width), cleaned up.
+        """`medseg.inference.Inference.labels` at this threshold: what is written as the mask."""
+        inference = self.inference._replace(threshold=threshold)
+        return inference.labels(probabilities, size, spacing)
 
-        size: (width, height) of the image; spacing: mm of its pixels along each axis, or None.
-        """
-        labels = full_size_labels(probabilities, size, threshold)
-        return clean_labels(labels, self.inference.clean, pixel_area(spacing))
+    def masks(self, probabilities, size, threshold, spacing=None):
+        """The mask of each class by itself, bool (C, height, width); None if a pixel has one."""
+        if self.exclusive:
+            return None
+        inference = self.inference._replace(threshold=threshold)
+        masks = inference.masks(probabilities, size, exclusive=False, spacing=spacing)
+        return np.stack(list(masks))
 
 
 class TorchModel(Model):

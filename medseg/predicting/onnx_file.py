@@ -108,6 +108,7 @@ def check_metadata(metadata):
     read_tiling(metadata.get("tiling"))
     settings = read_settings(metadata) | {key: metadata.get(key) for key in ("inference", "tiling")}
     settings["trained_flips"] = flips or None
+    settings["exclusive"] = False if metadata.get("exclusive") is False else None
     settings = {key: value for key, value in settings.items() if value is not None}
     return {key: metadata[key] for key in KEYS} | settings
 

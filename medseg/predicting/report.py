@@ -11,7 +11,8 @@ from tqdm import tqdm
 from medseg.files import atomic_write
 from medseg.fonts import drawable
 from medseg.formats.own_files import REPORT
-from medseg.images import read_image
+from medseg.images import preprocess, read_image, resize_nearest
+from medseg.inference import Inference
 from medseg.metrics import (
     SWEEP,
     bootstrap,
@@ -19,55 +20,50 @@ from medseg.metrics import (
     class_scores,
     count_calibration,
     count_image,
+    count_masks,
     count_pixels,
     hausdorff95,
+    image_dice,
     mean_image_dice,
     pooled_scores,
     without_nan,
 )
-from medseg.pieces import clean_masks, pixel_area
 from medseg.plots import MAX_SIDE, plot_report
 
 ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w+$", re.IGNORECASE)
 
 
-def threshold_sweep(model, batches, areas=None):
+def threshold_sweep(model, batches, dataset, spacing=None):
     """The Dice of a split at each threshold of SWEEP, and the threshold of the highest.
 
     None where no image of the split has foreground.
-    batches: its images and masks as `data.Batches` gives them; areas: their `pixel_areas`. Flips
-    and clean-up are the model's.
+    batches: its images in the order of `dataset`, as `data.Batches` gives them. Flips and clean-up
+    are the model's. spacing: mm of a pixel along each axis, or None.
     """
     bar, names = tqdm(batches, "valid", unit=" batches", disable=None), model.class_names
-    predicted = ((masks.cpu().numpy() > 0, model.average(images)) for images, masks in bar)
-    counts = count_pixels(predicted, SWEEP, model.inference.clean, areas)
+    predicted = (one for images, _ in bar for one in model.average(images))
+    pairs = ((dataset.true_masks(index), one) for index, one in enumerate(predicted))
+    options = {"exclusive": model.exclusive, "spacing": spacing}
+    counts = count_pixels(pairs, SWEEP, model.inference.clean, **options)
     dice = [class_scores(counts[:, index], names)["dice"] for index in range(len(SWEEP))]
     if math.isnan(dice[0]):
         return None
     return {"thresholds": SWEEP, "dice": dice, "chosen_threshold": SWEEP[int(np.argmax(dice))]}
 
 
-def pixel_areas(dataset, spacing):
-    """The `medseg.pieces.PixelArea` of the masks of each image of a COCOSegmentationDataset.
-
-    spacing: mm of a pixel of the images along each axis, or None.
-    """
-    records = (dataset.coco.imgs[number] for number in dataset.image_ids)
-    sizes = [(record["width"], record["height"]) for record in records]
-    side = dataset.image_size
-    return [pixel_area(spacing, size, (side, side) if side else size) for size in sizes]
-
-
 class FolderScores:
     """The predictions of an annotated folder, compared with its annotations as they are made.
 
-    dataset: the folder as `data.COCOSegmentationDataset`. threshold, flips, clean: those of the
-    predictions, see `medseg.inference.Inference`. spacing: mm of a pixel along each axis, or None.
+    What is scored are the masks that are written, at the size of each image. dataset: the folder as
+    `data.COCOSegmentationDataset`. threshold, flips, clean: those of the predictions, see
+    `medseg.inference.Inference`. exclusive: whether a pixel has one class, which is then the most
+    probable. spacing: mm of a pixel along each axis, or None.
     """
 
-    def __init__(self, dataset, threshold, *, flips=(), clean="none", spacing=None):
+    def __init__(self, dataset, threshold, *, flips=(), clean="none", exclusive=True, spacing=None):
         self.dataset, self.thresholds = dataset, [threshold, *SWEEP]
         self.flips, self.clean, self.spacing = flips, clean, spacing
+        self.exclusive = exclusive
         self._indices = {}  # of a file; several records may name it
         for index in range(len(dataset)):
             self._indices.setdefault(_identity(dataset.path(index)), []).append(index)
@@ -79,24 +75,36 @@ class FolderScores:
 
         size: (width, height) of the image. May be called from several threads. Images without a
         record are left out, and so are those whose annotations are damaged: `missing` has them.
+        Returns the Dice of each class, (C,), or None of such an image.
         """
+        dice = None
         for index in self._indices.get(_identity(path), ()):
             with suppress(ValueError):
-                self.compare(index, size, probabilities)
+                dice = self.compare(index, size, probabilities)
+        return dice
 
     def compare(self, index, size, probabilities):
         """As `add`, of image `index`. Raises ValueError where its annotations are damaged."""
         from pycocotools import mask as coco_mask
 
-        targets = self.dataset.load_masks(index, size, probabilities.shape[1:]) > 0
-        area = pixel_area(self.spacing, size, probabilities.shape[1:])
-        counts = count_image(targets, probabilities, self.thresholds, self.clean, area)
-        preds = clean_masks(probabilities > self.thresholds[0], self.clean, area)
-        distances = [hausdorff95(*pair) for pair in zip(preds, targets, strict=True)]
-        columns_first = np.asfortranarray(preds.transpose(1, 2, 0), dtype=np.uint8)
-        calibration = count_calibration(targets, probabilities)
-        encoded = coco_mask.encode(columns_first)
-        self._images[index] = counts, distances, encoded, calibration
+        targets = self.dataset.true_masks(index, size)
+        options = {"exclusive": self.exclusive, "spacing": self.spacing}
+        preds = Inference(self.thresholds[0], clean=self.clean).masks(
+            probabilities, size, **options
+        )
+        counts, distances, encoded, calibration = [], [], [], []
+        for target, pred, channel in zip(targets, preds, probabilities, strict=True):
+            counts.append(count_masks([target], [pred])[0])
+            distances.append([hausdorff95(pred, target), math.nan])
+            if self.spacing:
+                distances[-1][1] = hausdorff95(pred, target, self.spacing)
+            encoded.append(coco_mask.encode(np.asfortranarray(pred, dtype=np.uint8)))
+            reduced = resize_nearest(target, *channel.shape)
+            calibration.append(count_calibration(reduced[None], channel[None])[0])
+        swept = count_image(targets, probabilities, self.thresholds[1:], self.clean, **options)
+        counts = np.stack([counts, *swept])
+        self._images[index] = counts, distances, encoded, np.stack(calibration)
+        return image_dice(counts[0])
 
     def missing(self):
         """The indices of the annotated images that have not been compared."""
@@ -112,7 +120,7 @@ class FolderScores:
             self.compare(index, image.size, model.predict(image))
 
     def result(self):
-        """Counts (N, T, C, 4), at `thresholds`; HD95 (N, C) in pixels. Nothing may be missing."""
+        """Counts (N, T, C, 4), at `thresholds`; HD95 (N, C, 2) in pixels and mm; of all images."""
         images = [self._images[index] for index in range(len(self.dataset))]
         counts, distances, *_ = zip(*images, strict=True)
         return np.stack(counts), np.array(distances)
@@ -122,17 +130,22 @@ class FolderScores:
         return sum(calibration for *_, calibration in self._images.values())
 
     def case(self, index):
-        """What to draw of an image: uint8 (S, S, n_channels), target and prediction (C, S, S).
+        """What to draw of an image: uint8 (H, W, n_channels), target and prediction (C, H, W).
 
         Of a large one, every second pixel, third, ...: as many as a figure draws.
         """
         from pycocotools import mask as coco_mask
 
-        pixels, target = self.dataset.preprocess(index)
-        pred = coco_mask.decode(self._images[index][2]).transpose(2, 0, 1)
-        step = math.ceil(max(pixels.shape[:2]) / MAX_SIDE)
-        masks = (mask[:, ::step, ::step].copy() for mask in (target, pred))
-        return pixels[::step, ::step].copy(), *masks
+        image = read_image(self.dataset.path(index))
+        step = math.ceil(max(image.size) / MAX_SIDE)
+        pixels = preprocess(image, None, self.dataset.n_channels)[::step, ::step].copy()
+        targets = self.dataset.true_masks(index, image.size)
+        preds = (coco_mask.decode(one) for one in self._images[index][2])
+        target, pred = (
+            np.stack([np.array(mask[::step, ::step], np.uint8) for mask in masks])
+            for masks in (targets, preds)
+        )
+        return pixels, target, pred
 
 
 def _identity(path):
@@ -165,7 +178,7 @@ def write_report(output, folder, scores, valid, class_names):
         "clean": scores.clean,
         "scores": without_nan(class_scores(counts, class_names)),
         "confidence_95": without_nan(bootstrap(counts, class_names)),
-        "hd95": _summarize_distances(distances),
+        "hd95": _summarize_distances(distances[..., 0]),
         "calibration": _summarize_calibration(scores.calibration(), class_names),
         "valid": valid,
         "by_lesion_size": _scores_by_lesion_size(pooled),
@@ -174,9 +187,11 @@ def write_report(output, folder, scores, valid, class_names):
     }
     if len(class_names) > 1:
         report["hd95_by_class"] = {
-            name: _summarize_distances(distances[:, index])
+            name: _summarize_distances(distances[:, index, 0])
             for index, name in enumerate(class_names)
         }
+    if scores.spacing:
+        report["hd95_mm"] = _summarize_distances(distances[..., 1])
     with atomic_write(output / REPORT) as file:
         file.write(json.dumps(report, indent=1).encode())
     cases = [(*scores.case(index), title) for index, title in choose_cases(names, dice, pooled)]

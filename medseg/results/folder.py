@@ -89,20 +89,22 @@ class Results:
             if "probability" in self.write:
                 yield from self._paths(name, suffix)
 
-    def add(self, frame, image, labels, probabilities, **columns):
+    def add(self, frame, image, labels, probabilities, *, masks=None, dice=None, **columns):
         """Write the files of one image, and keep what table and COCO file have of it.
 
         image: PIL RGB image; labels: class numbers, uint8 (height, width); probabilities: float32
-        (C, S, S); columns: further ones of the table, with their values for this image.
+        (C, S, S); masks: of classes that do not exclude one another, bool (C, height, width), which
+        are measured instead; dice: of each class, where the image has annotations; columns: further
+        ones of the table, with their values for this image.
         """
         self.save(frame, image, labels, probabilities)
         if "overlay" in self.write:
             path = self.output / f"{frame.name}_overlay.jpg"
             save_overlay(image, labels, path, self.class_names)
-        sums, highest = sum_probabilities(labels, probabilities), probabilities.max((1, 2))
-        rows = measure(
-            *(labels, self.class_names, highest, sums), spacing=frame.spacing, depth=frame.depth
-        )
+        sizes = {"spacing": frame.spacing, "depth": frame.depth}
+        rows = measure_classes(labels, masks, probabilities, self.class_names, **sizes)
+        for row, value in zip(rows, () if dice is None else dice, strict=False):
+            row["dice"] = float(value)
         series = frame.place[0] if frame.place else None
         self._keep(frame.title, rows, series=series, **columns)
 
@@ -167,6 +169,22 @@ class Results:
         found = [records[title] for title in titles if title in records]
         write_text(self.output / COCO, coco_text(found, self.class_names))
         return self.output / COCO
+
+
+def measure_classes(labels, masks, probabilities, names, **sizes):
+    """`measure` of the labels of an image or, where they are not None, of the mask of each class.
+
+    As for `Results.add`. sizes: spacing and depth.
+    """
+    highest = probabilities.max((1, 2))
+    if masks is None:
+        return measure(labels, names, highest, sum_probabilities(labels, probabilities), **sizes)
+    rows = []
+    for index, mask in enumerate(masks.view(np.uint8)):
+        one = slice(index, index + 1)
+        sums = sum_probabilities(mask, probabilities[one])
+        rows += measure(mask, names[one], highest[one], sums, **sizes)
+    return rows
 
 
 class Table:

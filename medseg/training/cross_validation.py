@@ -16,10 +16,11 @@ from medseg.cli import one_line, output_folder
 from medseg.coco import load_coco
 from medseg.dist import started_by_torchrun
 from medseg.files import atomic_write, file_lock, read_json
+from medseg.inference import PLAIN, read_inference
 from medseg.metrics import (
     bootstrap,
     class_scores,
-    confusion_counts,
+    count_pixels,
     mean_image_dice,
     without_nan,
 )
@@ -40,9 +41,9 @@ from medseg.training.folds import deal_images, write_folds
 from medseg.training.history import list_skipped
 from medseg.training.precision import keep_precision
 from medseg.training.tracking import experiment_name
+from medseg.training.tuning import predict
 
 DATA = "folds"  # in --out: the data sets fold1, fold2, ...
-THRESHOLD = 0.5
 # {title of a column: score}
 COLUMNS = {
     "  Dice": "dice",
@@ -80,7 +81,10 @@ def read_folds(args):
             if fold["class_names"] != record["folds"][0]["class_names"]:
                 raise ValueError("its folds have different classes")
             counts = np.array(fold["counts"], np.int64)
-            folds.append(_fold_result(number, counts, fold["class_names"], fold["per_image"]))
+            chosen = {name: fold.get(name, plain) for name, plain in PLAIN.as_dict().items()}
+            chosen = read_inference(chosen)
+            names, per_image = fold["class_names"], fold["per_image"]
+            folds.append(_fold_result(number, counts, names, per_image, chosen))
         if flags["folds"] < max(2, len(folds)):
             raise ValueError("more folds than its flags ask for")
     except Exception as error:  # of many kinds
@@ -109,9 +113,12 @@ class Fold:
 
     def score(self, model, batches, autocast):
         """Score its valid split by the network that was trained on the others."""
-        counts = _count_images(model, batches, autocast)
+        inference, names = model.inference or PLAIN, model.class_names
+        pairs = predict(model, batches, batches.device, inference.flips, autocast)
+        options = {"clean": inference.clean, "exclusive": model.exclusive}
+        counts = count_pixels(pairs, [inference.threshold], **options)[:, 0]
         per_image = _dice_by_name(counts, Path(self.args.data) / "valid")
-        self.result = _fold_result(self.number, counts, model.class_names, per_image)
+        self.result = _fold_result(self.number, counts, names, per_image, inference)
 
 
 @contextmanager
@@ -216,30 +223,22 @@ def _free_memory(fold):
     shutil.rmtree(Path(fold.args.data) / ".cache", ignore_errors=True)
 
 
-def _fold_result(number, counts, names, per_image):
-    """What folds.json holds of a fold. counts: int64 (N, C, 4); per_image: of `_dice_by_name`."""
+def _fold_result(number, counts, names, per_image, inference):
+    """What folds.json holds of a fold.
+
+    counts: int64 (N, C, 4); per_image: of `_dice_by_name`; inference: that made the masks.
+    """
     if counts.shape[1:] != (len(names), 4) or counts.min() < 0:
         raise ValueError(f"no counts of {len(names)} classes")
     return {
         "fold": number,
         "images": len(counts),
         "class_names": list(names),
+        **inference.as_dict(),
         "scores": without_nan(class_scores(counts, names)),
         "per_image": dict(per_image),
         "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
     }
-
-
-def _count_images(model, batches, autocast):
-    """Counts (N, C, 4) of tp, fp, fn, tn of each image at THRESHOLD."""
-    model.eval()
-    counts = []
-    with torch.inference_mode():
-        for images, masks in batches:
-            with autocast:
-                outputs = model(images)
-            counts.append(confusion_counts(outputs > THRESHOLD, masks > 0.5, model.n_classes).cpu())
-    return torch.cat(counts).numpy()
 
 
 def _dice_by_name(counts, folder):
@@ -258,9 +257,10 @@ def _pool(folds):
     """The scores of the images of all folds together, as report.json of predict.py has them."""
     names = folds[0]["class_names"]
     counts = np.concatenate([np.array(fold["counts"], np.int64) for fold in folds])
+    thresholds = {fold["threshold"] for fold in folds}
     return {
         "class_names": names,
-        "threshold": THRESHOLD,
+        "threshold": thresholds.pop() if len(thresholds) == 1 else None,  # each fold's own
         "images": len(counts),
         "scores": without_nan(class_scores(counts, names)),
         "confidence_95": without_nan(bootstrap(counts, names)),

@@ -11,23 +11,27 @@ from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
 
 MAX_IMAGES = 500  # of a split that are looked at
+MAX_SHARED = 0.05  # of the pixels of a class that may be of another one, too
 
 
 def record_statistics(model, loaders, device, out, autocast):
-    """Find the `medseg.ood.FeatureStatistics` of a trained UNet, and add them to best_model.pth.
+    """Add to best_model.pth what a UNet was trained on: `medseg.ood.FeatureStatistics`, exclusive.
 
     model: with its best weights. loaders: {split: `data.Batches`}, of which train and valid are
-    passed through the network, whole images, and turned as the training has turned them. Only the
-    first process does it. Of too few images there are none.
+    passed through the network, whole images, and turned as the training has turned them, by the
+    first process. Of too few images there are none.
     """
-    if not is_first() or len(loaders["train"].rows) < MIN_IMAGES:
+    rows = loaders["train"].rows
+    model.exclusive = are_exclusive(rows, model.n_channels, model.n_classes)
+    if not is_first():
         return
-    features = [
-        pool_features(model, loaders[split].whole_images(MAX_IMAGES), device, autocast)
-        for split in ("train", "valid")
-    ]
-    model.feature_statistics = fit_with_threshold(*features)
-    if model.feature_statistics:
+    if len(rows) >= MIN_IMAGES:
+        features = [
+            pool_features(model, loaders[split].whole_images(MAX_IMAGES), device, autocast)
+            for split in ("train", "valid")
+        ]
+        model.feature_statistics = fit_with_threshold(*features)
+    if model.feature_statistics or not model.exclusive:
         save_weights(out / BEST, model.state_dict())
 
 
@@ -55,3 +59,21 @@ def pool_features(model, batches, device, autocast):
     finally:
         recorder.remove()
     return np.concatenate(pooled)
+
+
+def are_exclusive(rows, n_channels, n_classes):
+    """Whether a pixel has one class in the masks of a split; rows: see `data.load_split`.
+
+    Outlines that are drawn by hand cross a little: two classes overlap where they share more than
+    MAX_SHARED of the pixels of the smaller one.
+    """
+    both = np.zeros((n_classes, n_classes), np.int64)
+    for row in rows if n_classes > 1 else ():
+        packed = np.asarray(row[..., n_channels:])
+        packed = packed[packed.any(-1)]
+        bits = np.unpackbits(packed, axis=-1, count=n_classes, bitorder="little")
+        bits = bits.astype(np.float32)
+        both += np.rint(bits.T @ bits).astype(np.int64)
+    areas = both.diagonal()
+    shared = both - np.diag(areas)
+    return bool((shared <= MAX_SHARED * np.minimum.outer(areas, areas)).all())

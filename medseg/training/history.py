@@ -198,6 +198,11 @@ def print_run(root, args, loaders, model, machine):
     )
     if not args.test_only:
         _print_steps(args, loaders["train"])
+        print(
+            f"the epochs are scored at {sizes.partition(',')[0]}, each class above 0.5; the test "
+            "and --tune-prediction by the masks that predict.py writes, at the size of each image",
+            flush=True,
+        )
     if RECIPES[args.recipe]:
         values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
         print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)

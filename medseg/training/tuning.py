@@ -10,6 +10,7 @@ from medseg.inference import PLAIN
 from medseg.metrics import (
     SWEEP,
     class_scores,
+    count_image,
     count_pixels,
     image_dice,
     present_classes,
@@ -128,8 +129,8 @@ def tune_prediction(model, loaders, device, out, autocast):
     """
 
     def count(inference, thresholds):
-        predicted = predict(model, loaders["valid"], device, inference.flips, autocast)
-        return count_pixels(predicted, thresholds, inference.clean)
+        pairs = predict(model, loaders["valid"], device, inference.flips, autocast)
+        return count_pixels(pairs, thresholds, inference.clean, exclusive=model.exclusive)
 
     model.inference, lines = choose(count, model.trained_flips)
     if is_first():
@@ -140,12 +141,31 @@ def tune_prediction(model, loaders, device, out, autocast):
 
 
 def predict(model, loader, device, flips, autocast):
-    """Yield (targets, probabilities), bool and float32 arrays (B, C, H, W), of each batch."""
+    """Yield (true masks, float32 probabilities (C, S, S)) of each image of this process.
+
+    loader: `data.Batches`, whose true masks are of the image's own size.
+    """
     model.eval()
+    numbers = iter(loader.row_numbers())
     for images, masks in loader:
         with torch.inference_mode(), autocast:
             outputs = apply_network(model, images.to(device), flips)
-        yield masks.cpu().numpy() > 0.5, outputs.float().cpu().numpy()
+        for mask, probabilities in zip(masks, outputs.float().cpu().numpy(), strict=True):
+            yield loader.true_masks(next(numbers), mask), probabilities
+
+
+def count_batch(model, inference, truths, outputs):
+    """int64 tensor (B, C, 4) of tp, fp, fn, tn of the masks that predict.py would write.
+
+    truths: the true masks of each image, see `data.Batches.true_masks`; outputs: probabilities of
+    the UNet, (B, C, S, S), already averaged over the flips of `inference`.
+    """
+    counts = np.zeros((len(outputs), model.n_classes, 4), np.int64)
+    thresholds, options = [inference.threshold], {"exclusive": model.exclusive}
+    pairs = zip(truths, outputs.float().cpu().numpy(), strict=True)
+    for own, pair in zip(counts, pairs, strict=True):
+        own[:] = count_image(*pair, thresholds, inference.clean, **options)[0]
+    return torch.from_numpy(counts).to(outputs.device)
 
 
 class MaskModel(torch.nn.Module):
@@ -160,7 +180,9 @@ class MaskModel(torch.nn.Module):
         outputs = apply_network(self.network, images, inference.flips)
         masks = torch.zeros(outputs.shape)  # of several processes, one may have no image
         for mask, probabilities in zip(masks, outputs.float().cpu().numpy(), strict=True):
-            mask[:] = torch.from_numpy(inference.masks(probabilities))
+            size, exclusive = probabilities.shape[:0:-1], self.network.exclusive
+            own = inference.masks(probabilities, size, exclusive=exclusive)
+            mask[:] = torch.from_numpy(np.stack(list(own)))
         return masks.to(outputs.device)
 
 
