@@ -384,7 +384,7 @@ def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
 
 
 def test_samples_of_several_batches_are_drawn(own_sizes, tmp_path, monkeypatch):
-    drawn, plot = [], train.plot_predictions
+    drawn, plot = [], train.plots.plot_predictions
 
     def record(*cases, **more):
         drawn.append(cases)

@@ -330,7 +330,7 @@ def test_no_memory_and_no_space_are_one_line_anywhere(error, dataset, refused, m
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("data.audit", fail)
+    monkeypatch.setattr("medseg.planning.command.audit", fail)
     line = refused("data", dataset, words=["memory" if isinstance(error, MemoryError) else "--out"])
     assert "Errno" not in line
 
