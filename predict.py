@@ -183,7 +183,8 @@ def predict_one(model, frame, output, threshold, *, results=None):
     results: a Results of this folder that says what is written besides.
     """
     ((_, image, probabilities, assessment),) = predict_images(model, [frame])
-    labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+    marked = np.zeros(256, np.int64)
+    labels = model.labels(probabilities, image.size, threshold, frame.spacing, marked=marked)
     written, names = [output], model.class_names
     if output.is_dir():
         results = results or Results(output, names)
@@ -194,7 +195,7 @@ def predict_one(model, frame, output, threshold, *, results=None):
         written += filter(None, [results.write_coco([frame.title], results.records)])
     else:
         pictures.save_mask(labels, output, names)
-    print(pictures.describe(frame.path, labels, probabilities.max((1, 2)), names))
+    print(model.describe(frame.path, labels, probabilities.max((1, 2)), threshold, marked))
     print_assessments([(frame.path, assessment)])
     print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
@@ -208,12 +209,13 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
     """
 
     def write(frame, image, probabilities, assessment):
-        labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+        marked = np.zeros(256, np.int64)
+        labels = model.labels(probabilities, image.size, threshold, frame.spacing, marked=marked)
         masks = model.masks(probabilities, image.size, threshold, frame.spacing)
         dice = scores.add(frame.path, image.size, probabilities) if scores else None
         columns = assessment._asdict()
         results.add(frame, image, labels, probabilities, masks=masks, dice=dice, **columns)
-        return pictures.describe(frame.path, labels, probabilities.max((1, 2)), model.class_names)
+        return model.describe(frame.path, labels, probabilities.max((1, 2)), threshold, marked)
 
     def tell(line):
         if lines:
@@ -252,9 +254,10 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
     found = VolumeMasks(volume, model.n_classes, results.write if results else ())
     predicted, assessed, written = predict_images(model, frames), [], [output]
+    marked = np.zeros(256, np.int64)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
     for frame, image, probabilities, assessment in bar:
-        labels = model.labels(probabilities, image.size, threshold, frame.spacing)
+        labels = model.labels(probabilities, image.size, threshold, frame.spacing, marked=marked)
         found.add(labels, probabilities)
         assessed.append((frame.title, assessment))
     if results:
@@ -263,7 +266,7 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     else:
         write_mask(output, volume, found.masks)
     if lines:
-        print(pictures.describe(file.path, found.masks, found.highest, model.class_names))
+        print(model.describe(file.path, found.masks, found.highest, threshold, marked))
         print_assessments(assessed, "slices")
         print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 

@@ -339,19 +339,31 @@ def resize_nearest(mask, height, width):
     return mask[rows[:, None], columns]
 
 
-def describe(path, labels, highest, class_names):
+def count_numbers(labels):
+    """Pixels of each class number, int64 (256,), of one image or of all slices."""
+    # Row by row, or slice by slice: counting takes eight bytes a pixel.
+    return sum(np.bincount(np.ravel(part), minlength=256) for part in labels)
+
+
+def describe(path, labels, highest, class_names, inference, marked):
     """A line on a prediction, or with several classes one for each.
 
     labels: array of class numbers, of one image or of all slices. highest: the highest probability
-    of each class, which tells why a mask is empty.
+    of each class, which tells why a mask is empty. inference: the `medseg.inference.Inference` that
+    made them, marked: int64 (256,), the pixels of each number before its clean-up.
     """
     lines = [] if len(class_names) == 1 else [f"{path}:"]
-    # Row by row, or slice by slice: counting takes eight bytes a pixel.
-    counts = sum(np.bincount(np.ravel(part), minlength=256) for part in labels)
+    counts = count_numbers(labels)
     for index, name in enumerate(class_names):
         what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
         share = 100 * counts[index + 1] / labels.size
-        lines.append(f"{what} {share:.2f} %, highest probability {highest[index]:.3f}")
+        how, left = f"above {inference.threshold:g}", counts[index + 1]
+        before = left if inference.clean == "none" else marked[index + 1]
+        if before != left:
+            change = f"{before - left} removed" if before > left else f"{left - before} added"
+            change = change if left else "all removed"
+            how = f"({before} pixels {how}, {change} by {inference.clean})"
+        lines.append(f"{what} {share:.2f} % {how}, highest probability {highest[index]:.3f}")
     return "\n".join(lines)
 
 

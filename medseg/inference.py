@@ -9,6 +9,7 @@ import numpy as np
 
 from medseg.cli import parse_named_values
 from medseg.full_size import full_size_labels, full_size_mask
+from medseg.images import count_numbers
 from medseg.pieces import CLEANINGS, clean_labels, clean_masks, describe_clean, pixel_area
 
 # {name: axes of (..., H, W) that are reversed}
@@ -30,13 +31,16 @@ class Inference(NamedTuple):
     flips: tuple = ()
     clean: str = "none"
 
-    def labels(self, probabilities, size, spacing=None):
+    def labels(self, probabilities, size, spacing=None, *, marked=None):
         """float32 (C, S, S) -> class numbers, uint8 (height, width), as they are written.
 
         The most probable class counts. size: (width, height) of the image; spacing: mm of its
-        pixels along each axis, or None.
+        pixels along each axis, or None. marked: int64 (256,), to which the pixels of each number
+        before the clean-up are added, where there is one.
         """
         labels = full_size_labels(probabilities, size, self.threshold)
+        if marked is not None and self.clean != "none":
+            marked += count_numbers(labels)
         return clean_labels(labels, self.clean, pixel_area(spacing))
 
     def masks(self, probabilities, size, *, exclusive=True, spacing=None):

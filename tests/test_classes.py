@@ -460,7 +460,7 @@ def test_shares_are_counted_in_little_memory():
     labels[0, :100], labels[1, 250:] = 1, 40
     names = [f"class {number}" for number in range(1, 41)]
     tracemalloc.start()
-    lines = describe("a", labels, np.full(40, 0.5), names).splitlines()
+    lines = describe("a", labels, np.full(40, 0.5), names, PLAIN, None).splitlines()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     shares = {1: "10.00", 40: "25.00"}

@@ -215,6 +215,25 @@ def mask_of(*flags, output):
     return np.asarray(Image.open(Path(output, "a_mask.png"))) > 0
 
 
+def test_a_line_names_the_threshold_and_what_clean_up_took(place):
+    """The pixels of the masks that are written, counted; a single image, a folder, the page."""
+    some, every = ("--clean", "min-area=30"), ("--clean", "min-area=3000", "--threshold", "0.45")
+    plain, cleaned_up = mask_of(output="plain").sum(), mask_of(*some, output="some").sum()
+    assert 0 < cleaned_up < plain
+    for path in ("scans", "scans/a.png"):
+        said = output_of("predict.py", path, "--output", "out", *some, cwd=place)
+        assert f"{plain} pixels above 0.5, {plain - cleaned_up} removed by min-area=30" in said
+        said = output_of("predict.py", path, "--output", "out", *every, cwd=place)
+        line = next(line for line in said.splitlines() if "foreground" in line)
+        assert "0.00 %" in line and "above 0.45, all removed by min-area=3000" in line
+    session, model = Session(place, ("foreground",)), predict.open_model("best_model.pth", "cpu")
+    session.predict([place / "scans" / "a.png"], lambda image: (model.predict(image), Assessment()))
+    assert (
+        f"{plain - cleaned_up} removed by min-area=30" in session.view(0, 0.5, "min-area=30").line
+    )
+    assert "removed" not in session.view(0, 0.5).line
+
+
 def test_predictions_are_cleaned_and_say_so(place):
     plain = mask_of(output="plain")
     numbers, count = ndimage.label(plain, np.ones((3, 3)))

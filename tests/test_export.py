@@ -625,6 +625,7 @@ def test_parity_counts_pixels_and_dice_by_hand(dataset, monkeypatch, capsys):
 
     class Marks:
         image_size, n_channels, n_classes, class_names = 48, 3, 1, ("foreground",)
+        exclusive = True
 
         def __init__(self, rows_less):
             self.rows_less = list(rows_less)

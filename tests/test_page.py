@@ -957,7 +957,7 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     save_mask(labels, tmp_path / "expected.png", TwoClasses.class_names)
     assert session.write(0.5).read_bytes() == (tmp_path / "expected.png").read_bytes()
     assert [one.size for one in (image, mask, *pair)] == 4 * [(50, 30)] and pair[0] is image
-    assert "red &lt;b&gt; 20.00 %, highest probability 0.706" in text
+    assert "red &lt;b&gt; 20.00 % above 0.5, highest probability 0.706" in text
     assert text.count("<i style=") == 2 and "rgb(230, 159, 0)" in text
     assert np.asarray(mask)[0, 15].tolist() == [230, 159, 0]  # as in the legend
     assert "red &lt;b&gt;</td><td>300</td><td>0.2</td>" in table

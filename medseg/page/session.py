@@ -149,9 +149,10 @@ class Session:
         """The `View` of one prediction at a threshold. ValueError where it cannot be cleaned up."""
         prediction, names = self.predictions[index], self.class_names
         view, probabilities = prediction.read()
-        labels = self._labels(prediction, probabilities, threshold, clean)
+        inference, marked = Inference(threshold, clean=clean), np.zeros(256, np.int64)
+        labels = self._labels(prediction, probabilities, inference, marked=marked)
         highest, frame = probabilities.max((1, 2)), prediction.frame
-        line = describe(frame.title, labels, highest, names)
+        line = describe(frame.title, labels, highest, names, inference, marked)
         sums = sum_probabilities(labels, probabilities)
         rows = measure(labels, names, highest, sums, spacing=frame.spacing)
         rows = [{**row, **self._assessed(prediction, threshold)._asdict()} for row in rows]
@@ -159,11 +160,10 @@ class Session:
         image, mask = Image.fromarray(view), draw_labels(labels, len(names))
         return View(image, mask, overlay(image, labels, len(names)), line, rows)
 
-    def _labels(self, prediction, probabilities, threshold, clean):
+    def _labels(self, prediction, probabilities, inference, *, marked=None):
         frame = prediction.frame
-        check_clean(clean, frame.spacing, frame.path.name)
-        inference = Inference(threshold, clean=clean)
-        return inference.labels(probabilities, prediction.size, frame.spacing)
+        check_clean(inference.clean, frame.spacing, frame.path.name)
+        return inference.labels(probabilities, prediction.size, frame.spacing, marked=marked)
 
     def _assessed(self, prediction, threshold):
         """Its Assessment. The agreement is that of masks at the threshold of the prediction."""
@@ -210,10 +210,10 @@ class Session:
 
         DICOM frames come with the pictures that LabelMe opens. Volumes are left out.
         """
-        folder = self._new_folder()
+        folder, inference = self._new_folder(), Inference(threshold, clean=clean)
         for prediction in self.predictions:
             if (frame := prediction.frame).path not in self._volumes:
-                labels = self._labels(prediction, prediction.read()[1], threshold, clean)
+                labels = self._labels(prediction, prediction.read()[1], inference)
                 write_labelme(frame, frame.read(), labels, folder, self.class_names, beside=True)
         return self._pack(folder, "labelme.zip")
 
@@ -221,13 +221,14 @@ class Session:
         """The Results of all predictions, which have written masks, and overlays if `drawn`."""
         wanted = ("mask", *(("overlay",) if drawn else ())) if masks else ()
         results, volumes = Results(folder, self.class_names, wanted), defaultdict(list)
+        inference = Inference(threshold, clean=clean)
         frames = add_depths([prediction.frame for prediction in self.predictions])
         for prediction, frame in zip(self.predictions, frames, strict=True):
             if frame.path in self._volumes:
                 volumes[frame.path].append(prediction)
                 continue
             probabilities = prediction.read()[1]
-            labels = self._labels(prediction, probabilities, threshold, clean)
+            labels = self._labels(prediction, probabilities, inference)
             image, columns = frame.read() if drawn else None, self._assessed(prediction, threshold)
             results.add(frame, image, labels, probabilities, **columns._asdict())
         for path, slices in volumes.items():
@@ -235,7 +236,7 @@ class Session:
             found = VolumeMasks(volume, len(self.class_names))
             for prediction in slices:
                 probabilities = prediction.read()[1]
-                labels = self._labels(prediction, probabilities, threshold, clean)
+                labels = self._labels(prediction, probabilities, inference)
                 found.add(labels, probabilities)
             columns = assess_volume([self._assessed(one, threshold) for one in slices])
             results.add_volume(found, self._settings[0], **columns._asdict())

@@ -9,7 +9,7 @@ import numpy as np
 
 from medseg.cli import one_line
 from medseg.files import available_cores
-from medseg.images import IMAGE_SIZE, preprocess
+from medseg.images import IMAGE_SIZE, describe, preprocess
 from medseg.inference import PLAIN, average_over_flips, read_inference
 from medseg.normalization import normalize
 from medseg.ood import FeatureRecorder
@@ -119,10 +119,15 @@ class Model:
         pooled = self.recorder.take() if self.recorder else None
         return None if pooled is None else self.statistics.ratios(pooled)
 
-    def labels(self, probabilities, size, threshold, spacing=None):
+    def labels(self, probabilities, size, threshold, spacing=None, *, marked=None):
         """`medseg.inference.Inference.labels` at this threshold: what is written as the mask."""
         inference = self.inference._replace(threshold=threshold)
-        return inference.labels(probabilities, size, spacing)
+        return inference.labels(probabilities, size, spacing, marked=marked)
+
+    def describe(self, path, labels, highest, threshold, marked):
+        """`medseg.images.describe` of labels that were made at this threshold."""
+        inference = self.inference._replace(threshold=threshold)
+        return describe(path, labels, highest, self.class_names, inference, marked)
 
     def masks(self, probabilities, size, threshold, spacing=None):
         """The mask of each class by itself, bool (C, height, width); None if a pixel has one."""
