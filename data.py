@@ -149,9 +149,8 @@ class COCOSegmentationDataset(Dataset):
         """
         if size is None:
             record, path = self.coco.imgs[self.image_ids[index]], self.path(index)
-            turned = (
-                pictures.stored_orientation(path)[0] > 4
-            )  # then the record may be of either size
+            # Where height and width are exchanged, the record may have either size.
+            turned = pictures.stored_orientation(path)[0] > 4
             size = pictures.read_image(path).size if turned else (record["width"], record["height"])
         shape = (self.n_classes, *size[::-1])
         return ClassMasks(self.run_lengths(index, size), shape)
