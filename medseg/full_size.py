@@ -44,22 +44,27 @@ def full_size_labels(probabilities, size, threshold):
     return labels
 
 
-def full_size_stripes(channel, size, columns=None):
+def full_size_stripes(channel, size, columns=None, above=-1):
     """Yield (slice of columns, float32 (height, columns)) of probabilities at the size of an image.
 
     channel: float32 (S, S); size: (width, height). They are resized as `full_size_labels` resizes
     them, few columns at a time. columns: the slice of those that are needed, or None for all.
+    above: stripes without a probability above it are left out.
     """
     (width, height), bilinear = size, Image.Resampling.BILINEAR
     first, last, _ = (columns or slice(None)).indices(width)
     if channel.shape == (height, width):
         for start in range(first, last, STRIPE):
             part = slice(start, min(start + STRIPE, last))
+            if channel[:, part].max() <= above:
+                continue
             yield part, channel[:, part]
         return
     wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
     for start in range(first, last, STRIPE):
         part = slice(start, min(start + STRIPE, last))
+        if wide[:, part].max() <= above:  # and so is every value between those of its pixels
+            continue
         stripe = Image.fromarray(np.ascontiguousarray(wide[:, part]))
         yield part, np.asarray(stripe.resize((stripe.width, height), bilinear))
 
@@ -67,9 +72,8 @@ def full_size_stripes(channel, size, columns=None):
 def full_size_mask(channel, size, threshold):
     """bool (height, width): where a class is above the threshold, whatever the others are."""
     mask = np.zeros(size[::-1], bool)
-    if channel.max() > threshold:
-        for columns, stripe in full_size_stripes(channel, size):
-            mask[:, columns] = stripe > threshold
+    for columns, stripe in full_size_stripes(channel, size, above=threshold):
+        mask[:, columns] = stripe > threshold
     return mask
 
 

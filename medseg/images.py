@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from medseg.cli import MAX_MEGAPIXELS
 from medseg.drawing import class_colors, overlay, with_legend
 from medseg.files import check_regular, write_picture
+from medseg.pieces import count_numbers
 from medseg.samples import has_16_bits, stored_samples
 
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
@@ -337,12 +338,6 @@ def resize_nearest(mask, height, width):
         for old, new in zip(mask.shape, (height, width), strict=True)
     )
     return mask[rows[:, None], columns]
-
-
-def count_numbers(labels):
-    """Pixels of each class number, int64 (256,), of one image or of all slices."""
-    # Row by row, or slice by slice: counting takes eight bytes a pixel.
-    return sum(np.bincount(np.ravel(part), minlength=256) for part in labels)
 
 
 def describe(path, labels, highest, class_names, inference, marked):

@@ -9,8 +9,14 @@ import numpy as np
 
 from medseg.cli import parse_named_values
 from medseg.full_size import full_size_labels, full_size_mask
-from medseg.images import count_numbers
-from medseg.pieces import CLEANINGS, clean_labels, clean_masks, describe_clean, pixel_area
+from medseg.pieces import (
+    CLEANINGS,
+    clean_labels,
+    clean_masks,
+    count_numbers,
+    describe_clean,
+    pixel_area,
+)
 
 # {name: axes of (..., H, W) that are reversed}
 FLIPS = {"horizontal": (-1,), "vertical": (-2,), "both": (-2, -1)}

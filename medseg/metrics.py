@@ -202,26 +202,25 @@ def count_image(targets, probabilities, thresholds, clean="none", *, exclusive=T
         return np.stack([count_masks(targets, preds) for preds in masks])
     order = np.argsort(-np.asarray(thresholds))
     falling = np.asarray(thresholds, probabilities.dtype)[order]
-    bins = len(thresholds) + 1
-    counts = np.zeros((len(thresholds), len(probabilities), 4), np.int64)
+    bins, lowest = len(falling), falling[-1]
+    counts = np.zeros((bins, len(probabilities), 4), np.int64)
     labels = None
-    if (
-        exclusive and len(probabilities) > 1
-    ):  # the most probable class is the same at each threshold
-        labels = full_size_labels(probabilities, size, 0)
+    if exclusive and len(probabilities) > 1:  # the most probable class is that at any threshold
+        labels = full_size_labels(probabilities, size, lowest)
     for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
-        # A pixel of bin k is above falling[k:], and not above falling[:k]; one that is no number
-        # is above none.
-        histogram = 0
-        for columns, stripe in full_size_stripes(probability, size):
+        # A pixel of bin k is above falling[k:], and not above falling[:k]. Those above none, and
+        # those that are no number, are most and are in no bin.
+        histogram = np.zeros(2 * bins, np.int64)
+        for columns, stripe in full_size_stripes(probability, size, above=lowest):
+            marked = stripe > lowest
             if labels is not None:
-                stripe = np.where(labels[:, columns] == channel + 1, stripe, 0)
-            found = np.searchsorted(-falling, -stripe, side="right")
-            known = found + bins * target[:, columns]
-            histogram += np.bincount(known.ravel(), minlength=2 * bins)
-        above = histogram.reshape(2, bins).cumsum(1)  # of background, of foreground
-        negatives, positives = above[:, -1]
-        fp, tp = above[:, :-1]
+                marked &= labels[:, columns] == channel + 1
+            found = np.searchsorted(-falling, -stripe[marked], side="right")
+            known = found + bins * target[:, columns][marked]
+            histogram += np.bincount(known, minlength=2 * bins)
+        fp, tp = histogram.reshape(2, bins).cumsum(1)
+        positives = np.count_nonzero(target)
+        negatives = target.size - positives
         counts[order, channel] = np.stack([tp, fp, positives - tp, negatives - fp], 1)
     return counts
 
@@ -236,7 +235,7 @@ def count_masks(targets, preds):
     """Bool arrays (C, H, W), or the masks one by one -> int (C, 4) of tp, fp, fn, tn."""
     counts = []
     for target, pred in zip(targets, preds, strict=True):
-        tp, positive, true = (int(mask.sum()) for mask in (target & pred, pred, target))
+        tp, positive, true = (np.count_nonzero(mask) for mask in (target & pred, pred, target))
         counts.append((tp, positive - tp, true - tp, target.size - positive - true + tp))
     return np.array(counts)
 

@@ -60,10 +60,10 @@ class RunLengths:
 
     @staticmethod
     def _paint(starts, ends, shape):
-        steps = np.zeros(shape[0] * shape[1] + 1, np.uint8)
-        steps[starts] += 1
-        steps[ends] -= 1  # 255, which the sum takes for -1
-        return np.cumsum(steps[:-1], dtype=np.uint8).reshape(shape[::-1]).T
+        edges = np.stack([starts, ends], 1).ravel()
+        counts = np.diff(edges, prepend=0, append=shape[0] * shape[1])
+        values = np.resize(np.array([0, 1], np.uint8), len(counts))
+        return np.repeat(values, counts).reshape(shape[::-1]).T
 
 
 def _nearest(old, new):
