@@ -505,7 +505,9 @@ def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
     save_turned(shown, tmp_path / "a.jpg", orientation, quality=95)
     inverse = {6: 8, 8: 6}.get(orientation, orientation)  # turns a picture back
     expected = STORED_TURNED[inverse](np.asarray(Image.open(tmp_path / "a.jpg")))  # of the file
-    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), expected)
+    picture = read_image(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(picture, expected)
+    assert picture.getexif().get(0x0112, 1) == 1  # a file saved with it would be turned again
     grey = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 60
     for name, values in {"grey": grey[..., None], "rgb": np.stack([grey] * 3, 2)}.items():
         path, stored = tmp_path / f"{name}.png", STORED_TURNED[orientation](values)

@@ -11,6 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import predict
+from medseg.formats.own_files import check_outputs
+from medseg.images import save_mask
 
 
 @pytest.fixture
@@ -122,3 +124,18 @@ def test_exports_replace_ours_alone(users_place, refused):
         Path(name).unlink()
         for _ in range(2):
             assert script_here("predict.py", "--export", name, cwd=users_place).returncode == 0
+
+
+def test_a_corrected_mask_of_several_classes_is_the_users(tmp_path):
+    path, labels = tmp_path / "x_mask.png", np.zeros((20, 30), np.uint8)
+    labels[2:9, 3:9], labels[10:15, 4:20] = 1, 2
+    save_mask(labels, path, ("cup", "disc"))
+    check_outputs([path])
+    with Image.open(path) as image:
+        text = PngInfo()
+        for key, value in image.text.items():  # kept, the names of the classes too
+            text.add_itxt(key, value) if key == "classes" else text.add_text(key, value)
+        image.putpixel((0, 0), 2)
+        image.save(path, pnginfo=text)
+    with pytest.raises(ValueError, match=path.name):
+        check_outputs([path])
