@@ -258,7 +258,8 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
     for frame, image, probabilities, assessment in bar:
         labels = model.labels(probabilities, image.size, threshold, frame.spacing, marked=marked)
-        found.add(labels, probabilities)
+        masks = model.masks(probabilities, image.size, threshold, frame.spacing)
+        found.add(labels, probabilities, masks)
         assessed.append((frame.title, assessment))
     if results:
         columns = assess_volume([one for _, one in assessed])._asdict()

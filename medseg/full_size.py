@@ -85,13 +85,17 @@ def full_size_levels(channel, size):
     return levels
 
 
-def sum_probabilities(labels, probabilities):
+def sum_probabilities(labels, probabilities, masks=None):
     """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
 
-    labels: class numbers, uint8 (height, width); probabilities: float32 (C, S, S).
+    labels: class numbers, uint8 (height, width); probabilities: float32 (C, S, S). masks: of
+    classes that do not exclude one another, bool (C, height, width), which count instead.
     """
     from scipy import ndimage
 
+    if masks is not None:
+        pairs = zip(masks.view(np.uint8), probabilities, strict=True)
+        return np.concatenate([sum_probabilities(mask, channel[None]) for mask, channel in pairs])
     sums, size = np.zeros(len(probabilities)), labels.shape[::-1]
     for index, box in enumerate(ndimage.find_objects(labels)):
         if box is None:

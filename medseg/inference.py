@@ -62,6 +62,12 @@ class Inference(NamedTuple):
             own = full_size_mask(channel, size, self.threshold)[None]
             yield clean_masks(own, self.clean, pixel_area(spacing))[0]
 
+    def overlapping(self, probabilities, size, spacing=None, *, exclusive=False):
+        """`masks` of classes that do not exclude one another, (C, height, width), else None."""
+        if exclusive:
+            return None
+        return np.stack([*self.masks(probabilities, size, exclusive=False, spacing=spacing)])
+
     def as_dict(self):
         """As it is recorded: plain values, which JSON has too."""
         return {"threshold": self.threshold, "flips": list(self.flips), "clean": self.clean}

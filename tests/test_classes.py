@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, edit_annotations, set_classes, square, write_split
+from helpers import SMALL, edit_annotations, set_classes, square, write_nifti, write_split
 from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 from PIL import Image
@@ -23,8 +23,10 @@ from medseg.full_size import full_size_labels
 from medseg.images import describe, save_mask
 from medseg.inference import PLAIN, Inference
 from medseg.metrics import SCORE_NAMES, RunningScores, bootstrap, class_scores
+from medseg.page.session import Session
 from medseg.phantoms import make_phantoms
 from medseg.planning.audit import audit
+from medseg.predicting.assessment import Assessment
 from medseg.predicting.report import count_image
 from medseg.training.feature_statistics import are_exclusive
 from medseg.training.history import print_test
@@ -342,6 +344,40 @@ def test_classes_that_overlap_count_each_by_its_own_mask(apart, monkeypatch):
             assert scores[f"dice/{name}"] == pytest.approx(
                 share * 6 * side**2 / (total + 3 * side**2)
             )
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_volumes_and_the_page_measure_each_class_by_its_own_mask(apart, monkeypatch, exclusive):
+    """Both classes are above the threshold everywhere, and the second is the more probable."""
+    place, model = apart
+    monkeypatch.chdir(place)
+    for weight in (model.outc.weight, model.outc.bias):
+        torch.nn.init.zeros_(weight)
+    model.outc.bias.data += torch.tensor([1.0, 2.0])
+    model.exclusive = exclusive
+    torch.save(model.state_dict(), "model.pth")
+    voxels = np.random.default_rng(0).integers(0, 255, (20, 24, 3)).astype(np.int16)
+    write_nifti("volume.nii.gz", voxels, np.diag([1, 1, 2, 1]))
+    flags = ["--output", "out", "--model", "model.pth", "--device", "cpu"]
+    predict.main(["volume.nii.gz", *flags])
+    model = predict.open_model("model.pth", "cpu")
+    session = Session(place, model.class_names, exclusive=model.exclusive)
+    files = ["volume.nii.gz", next((place / "test").glob("*.png"))]
+    session.predict(files, lambda image: (model.predict(image), Assessment()))
+    shares = [0 if exclusive else 1, 1]
+    tables = [(place / "out" / "predictions.csv").read_text("utf-8-sig")]
+    tables.append(session.table(0.5).read_text("utf-8-sig"))
+    for text, count in zip(tables, (1, 2), strict=True):
+        rows = list(csv.DictReader(text.splitlines()))
+        assert [float(row["share"]) for row in rows] == shares * count
+        volumes = [float(row["volume_ml"]) for row in rows if row["image"] == "volume.nii.gz"]
+        assert volumes == pytest.approx([share * 20 * 24 * 3 * 2 / 1000 for share in shares])
+        mean = float(rows[1]["mean_probability"])
+        assert mean == pytest.approx(1 / (1 + np.exp(-2)))
+        mean = rows[0]["mean_probability"]
+        assert (mean == "") if exclusive else float(mean) == pytest.approx(1 / (1 + np.exp(-1)))
+    for index in (0, len(session.predictions) - 1):  # a slice, and the picture
+        assert [row["share"] for row in session.view(index, 0.5).rows] == shares
 
 
 def test_whether_classes_overlap_is_seen_in_the_training_masks():

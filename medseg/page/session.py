@@ -25,8 +25,8 @@ from medseg.pieces import check_clean
 from medseg.predicting.assessment import Assessment, assess_volume, describe_unlike
 from medseg.predicting.inputs import Frame, add_depths, expand, open_file
 from medseg.results.annotations import write_labelme
-from medseg.results.folder import Results
-from medseg.results.table import measure, table_text, write_text
+from medseg.results.folder import Results, measure_classes
+from medseg.results.table import table_text, write_text
 from medseg.results.volume import VolumeMasks
 
 VIEW_SIDE = 2048  # pixels, at most, of the longer side of what the browser shows and zooms into
@@ -63,15 +63,25 @@ class Session:
     The probabilities are on disk, so that a volume of many slices takes no memory.
     window: (center, width) of DICOM and NIfTI values, or None. orientation: to turn volumes to, or
     None. pixel_size: as of `medseg.predicting.inputs.open_file`.
+    exclusive: whether a pixel has one class; where it may have several, each is measured by itself.
     paths: of the files given; predictions: [Prediction]; problems: a line on each file that could
     not be predicted.
 
     clean, of the methods: what is done to the masks, see `medseg.pieces.clean_masks`.
     """
 
-    def __init__(self, folder, class_names, window=None, orientation=None, pixel_size=None):
+    def __init__(
+        self,
+        folder,
+        class_names,
+        window=None,
+        orientation=None,
+        pixel_size=None,
+        *,
+        exclusive=True,
+    ):
         self.class_names, self.predictions, self.problems = class_names, [], []
-        self.paths, self.threshold = [], None
+        self.paths, self.threshold, self._exclusive = [], None, exclusive
         self._settings = window, orientation, pixel_size
         self._volumes = {}  # path -> ImageFile
         self._folder = Path(tempfile.mkdtemp(dir=folder))
@@ -153,8 +163,9 @@ class Session:
         labels = self._labels(prediction, probabilities, inference, marked=marked)
         highest, frame = probabilities.max((1, 2)), prediction.frame
         line = describe(frame.title, labels, highest, names, inference, marked)
-        sums = sum_probabilities(labels, probabilities)
-        rows = measure(labels, names, highest, sums, spacing=frame.spacing)
+        masks = self._masks(prediction, probabilities, inference)
+        sums = sum_probabilities(labels, probabilities, masks)
+        rows = measure_classes(labels, masks, names, highest, sums, spacing=frame.spacing)
         rows = [{**row, **self._assessed(prediction, threshold)._asdict()} for row in rows]
         labels = resize_nearest(labels, *view.shape[:2])
         image, mask = Image.fromarray(view), draw_labels(labels, len(names))
@@ -164,6 +175,10 @@ class Session:
         frame = prediction.frame
         check_clean(inference.clean, frame.spacing, frame.path.name)
         return inference.labels(probabilities, prediction.size, frame.spacing, marked=marked)
+
+    def _masks(self, prediction, probabilities, inference):
+        options = {"spacing": prediction.frame.spacing, "exclusive": self._exclusive}
+        return inference.overlapping(probabilities, prediction.size, **options)
 
     def _assessed(self, prediction, threshold):
         """Its Assessment. The agreement is that of masks at the threshold of the prediction."""
@@ -230,14 +245,16 @@ class Session:
             probabilities = prediction.read()[1]
             labels = self._labels(prediction, probabilities, inference)
             image, columns = frame.read() if drawn else None, self._assessed(prediction, threshold)
-            results.add(frame, image, labels, probabilities, **columns._asdict())
+            masks = self._masks(prediction, probabilities, inference)
+            results.add(frame, image, labels, probabilities, masks=masks, **columns._asdict())
         for path, slices in volumes.items():
             _, volume = open_file(self._volumes[path], *self._settings)
             found = VolumeMasks(volume, len(self.class_names))
             for prediction in slices:
                 probabilities = prediction.read()[1]
                 labels = self._labels(prediction, probabilities, inference)
-                found.add(labels, probabilities)
+                masks = self._masks(prediction, probabilities, inference)
+                found.add(labels, probabilities, masks)
             columns = assess_volume([self._assessed(one, threshold) for one in slices])
             results.add_volume(found, self._settings[0], **columns._asdict())
         return results

@@ -131,11 +131,8 @@ class Model:
 
     def masks(self, probabilities, size, threshold, spacing=None):
         """The mask of each class by itself, bool (C, height, width); None if a pixel has one."""
-        if self.exclusive:
-            return None
         inference = self.inference._replace(threshold=threshold)
-        masks = inference.masks(probabilities, size, exclusive=False, spacing=spacing)
-        return np.stack(list(masks))
+        return inference.overlapping(probabilities, size, spacing, exclusive=self.exclusive)
 
 
 class TorchModel(Model):

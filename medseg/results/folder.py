@@ -102,7 +102,9 @@ class Results:
             path = self.output / f"{frame.name}_overlay.jpg"
             save_overlay(image, labels, path, self.class_names)
         sizes = {"spacing": frame.spacing, "depth": frame.depth}
-        rows = measure_classes(labels, masks, probabilities, self.class_names, **sizes)
+        highest = probabilities.max((1, 2))
+        sums = sum_probabilities(labels, probabilities, masks)
+        rows = measure_classes(labels, masks, self.class_names, highest, sums, **sizes)
         for row, value in zip(rows, () if dice is None else dice, strict=False):
             row["dice"] = float(value)
         series = frame.place[0] if frame.place else None
@@ -147,8 +149,10 @@ class Results:
             for path, levels in zip(paths, found.levels, strict=True):
                 write_mask(path, volume, levels, np.uint16, 1 / MAX_LEVEL)
                 written.append(path)
-        voxels = volume.stored(found.masks)
-        rows = measure(voxels, names, found.highest, found.sums, spacing=spacing)
+        voxels, own = volume.stored(found.masks), None
+        if found.class_masks is not None:
+            own = np.stack([volume.stored(mask, bool) for mask in found.class_masks])
+        rows = measure_classes(voxels, own, names, found.highest, found.sums, spacing=spacing)
         self._keep(volume.path.name, rows, **columns)
         if spacing is None:
             print(f"{volume.path}: its header gives a voxel no size, so no mm or mL are measured")
@@ -171,19 +175,17 @@ class Results:
         return self.output / COCO
 
 
-def measure_classes(labels, masks, probabilities, names, **sizes):
-    """`measure` of the labels of an image or, where they are not None, of the mask of each class.
+def measure_classes(labels, masks, names, highest, sums, **sizes):
+    """`measure` of class numbers or, where they are not None, of the mask of each class.
 
-    As for `Results.add`. sizes: spacing and depth.
+    masks: bool (C, *shape of the labels); the others, and sizes, as of `measure`.
     """
-    highest = probabilities.max((1, 2))
     if masks is None:
-        return measure(labels, names, highest, sum_probabilities(labels, probabilities), **sizes)
+        return measure(labels, names, highest, sums, **sizes)
     rows = []
     for index, mask in enumerate(masks.view(np.uint8)):
         one = slice(index, index + 1)
-        sums = sum_probabilities(mask, probabilities[one])
-        rows += measure(mask, names[one], highest[one], sums, **sizes)
+        rows += measure(mask, names[one], highest[one], sums[one], **sizes)
     return rows
 
 
