@@ -742,6 +742,18 @@ def test_hausdorff_by_hand_and_against_monai():
     assert hausdorff95(pred, np.roll(pred, 5, 1)) == 5
 
 
+def test_hausdorff_in_mm_against_distance_transforms():
+    """Pixels that are higher than wide: every pixel's distance from an outline, by scipy."""
+    from scipy import ndimage
+
+    spacing = (0.7, 0.2)  # mm from row to row, from column to column
+    for pred, target in zip(random_masks(20, 0)[1:], random_masks(20, 1)[1:], strict=True):
+        edges = [mask & ~ndimage.binary_erosion(mask) for mask in (pred, target)]
+        away = [ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges]
+        directed = [np.percentile(away[1 - own][edges[own]], 95) for own in (0, 1)]
+        assert hausdorff95(pred, target, spacing) == pytest.approx(max(directed))
+
+
 def test_scores_against_monai():
     from monai.metrics import compute_dice, compute_iou, get_confusion_matrix
 

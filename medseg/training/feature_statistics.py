@@ -64,8 +64,10 @@ def pool_features(model, batches, device, autocast):
 def are_exclusive(rows, n_channels, n_classes):
     """Whether a pixel has one class in the masks of a split; rows: see `data.load_split`.
 
-    Outlines that are drawn by hand cross a little: two classes overlap where they share more than
-    MAX_SHARED of the pixels of the smaller one.
+    Polygons of classes that touch share the pixels of their border, and outlines that are drawn by
+    hand cross a little: two classes overlap where they share more than MAX_SHARED of the pixels of
+    the smaller one. A border of one pixel is less of any class wider than some 20 pixels, and a
+    class within another shares all of them.
     """
     both = np.zeros((n_classes, n_classes), np.int64)
     for row in rows if n_classes > 1 else ():
