@@ -1043,6 +1043,22 @@ def test_the_scores_with_the_threshold_from_valid_by_hand(graded, tmp_path, chos
     assert report["scores"]["dice"] == 1  # at 0.5
 
 
+def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
+    """The true square, moved by four columns, and a speck that the clean-up removes."""
+    write_split(tmp_path / "test", {"a.png": Image.new("RGB", (48, 48))}, [(0, square(5, 8, 10))])
+    dataset = data.open_split(tmp_path, "test", 48)
+    scores = FolderScores(dataset, 0.5, clean="largest", spacing=(2.0, 3.0))
+    probabilities = np.zeros((1, 48, 48), np.float32)
+    probabilities[0, 8:18, 9:19] = probabilities[0, 40, 40] = 0.92
+    scores.add(tmp_path / "test/a.png", (48, 48), probabilities)
+    counts, distances = scores.result()
+    assert {tuple(own) for own in counts[0, :, 0]} == {
+        (60, 40, 40, 48 * 48 - 140),
+        (0, 0, 100, 2204),
+    }
+    assert distances[0, 0].tolist() == [4, 12]
+
+
 def test_a_panel_shows_the_image_that_its_title_names(graded, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
