@@ -22,7 +22,13 @@ from medseg.drawing import class_colors, overlay
 from medseg.full_size import full_size_labels
 from medseg.images import describe, save_mask
 from medseg.inference import PLAIN, Inference
-from medseg.metrics import SCORE_NAMES, RunningScores, bootstrap, class_scores
+from medseg.metrics import (
+    SCORE_NAMES,
+    RunningScores,
+    bootstrap,
+    class_scores,
+    mean_image_dice,
+)
 from medseg.page.session import Session
 from medseg.phantoms import make_phantoms
 from medseg.planning.audit import audit
@@ -645,3 +651,8 @@ def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, mon
     shown = sum(f"Dice {name} " in table.get_text() for name in names)
     assert (shown == n_classes) == (n_classes == 6)  # with the eight of all classes, 14 lines
     assert shown == n_classes or f" {n_classes - shown} " in table.get_text()
+
+
+def test_a_class_that_is_only_predicted_is_left_out_of_the_dice_of_an_image():
+    counts = np.array([[[5, 5, 5, 85], [0, 9, 0, 91]], [[10, 0, 0, 90], [0, 0, 0, 100]]])
+    assert mean_image_dice(counts).tolist() == [0.5, 1]

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from medseg.files import file_lock
 from medseg.full_size import full_size_labels
 from medseg.metrics import bootstrap
 from medseg.signals import Stopped
+from medseg.training import cross_validation
 from medseg.training.folds import deal_groups, deal_images, write_folds
 
 # ---- the deal --------------------------------------------------------------------------------
@@ -466,3 +468,15 @@ def test_a_fold_that_is_gone_on_with_elsewhere_is_left_alone(copied):
     with file_lock(Path("run/fold1/.lock"), busy=""):
         result = script_here("train.py", "--resume", "--out", "run", cwd=copied)
     assert_refused(result, "run/fold1", "another training")
+
+
+@pytest.mark.parametrize("exclusive, second", [(True, (0, 0, 64, 0)), (False, (64, 0, 0, 0))])
+def test_a_fold_scores_classes_as_their_masks_are_written(monkeypatch, exclusive, second):
+    probabilities = np.stack([np.full((8, 8), 0.9), np.full((8, 8), 0.8)]).astype(np.float32)
+    pairs = [(np.ones((2, 8, 8), bool), probabilities)]
+    monkeypatch.setattr(cross_validation, "predict", lambda *arguments: pairs)
+    monkeypatch.setattr(cross_validation, "_dice_by_name", lambda *arguments: {})
+    options = {"inference": None, "class_names": ("core", "cyst"), "exclusive": exclusive}
+    fold = cross_validation.Fold(1, SimpleNamespace(data="own"), None)
+    fold.score(SimpleNamespace(**options), SimpleNamespace(device=None), None)
+    assert [tuple(own) for own in fold.result["counts"][0]] == [(64, 0, 0, 0), second]

@@ -1164,3 +1164,9 @@ def test_what_last_does_not_keep_is_not_restored(straight, tmp_path, monkeypatch
     train.main(["--resume", "--out", "run", "--epochs", "4"])
     lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 and not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"step": -1}, {"best_epoch": 2**62}, {"epoch": 3}])
+def test_a_checkpoint_whose_counts_cannot_be_true_is_refused(wrong):
+    with pytest.raises(ValueError):
+        Progress().load_state_dict({**Progress().state_dict(), **wrong})
