@@ -235,12 +235,12 @@ def tree(root):
     return states
 
 
-def brightness_model(image_size=32):
+def brightness_model(image_size=32, **options):
     """A UNet with weights set by hand: the probability is over 0.5 where a pixel is bright.
 
     What it should predict can be told without running it.
     """
-    model = UNet(n_filters=2, image_size=image_size)
+    model = UNet(n_filters=2, image_size=image_size, **options)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
