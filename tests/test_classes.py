@@ -397,6 +397,18 @@ def test_whether_classes_overlap_is_seen_in_the_training_masks():
     assert not are_exclusive(rows, 3, 2)
 
 
+@pytest.mark.parametrize(("second", "exclusive"), [((23, 2, 22), True), ((8, 8, 9), False)])
+def test_polygons_that_share_a_border_exclude_one_another_and_one_within_does_not(
+    tmp_path, second, exclusive
+):
+    images = {"a.png": Image.fromarray(np.full((48, 48, 3), 9, np.uint8))}
+    outlines = [(0, square(2, 2, 22)), (0, square(*second))]
+    write_split(tmp_path / "train", images, outlines)
+    set_classes(tmp_path / "train", NAMES[:2], lambda number: number % 2 + 1)
+    rows = load_split(tmp_path, "train", 48, classes=list(NAMES[:2]))
+    assert are_exclusive(rows, 3, 2) == exclusive
+
+
 def test_weights_of_other_classes_are_refused_in_a_report(three, tmp_path, refused):
     model = UNet(n_classes=2, n_filters=2, image_size=32, class_names=("cat", "dog"))
     torch.save(model.state_dict(), tmp_path / "model.pth")
