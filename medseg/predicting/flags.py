@@ -136,9 +136,8 @@ def _add_model_flags(parser):
     add(
         "--export",
         metavar="FILE",
-        help="write --model to FILE for other programs: .onnx, .pt2 (torch.export) or "
-        ".torchscript (torch.jit, which PyTorch has deprecated); or its weights in half precision "
-        "(float16) to FILE.pth",
+        help="write --model to FILE for other programs: .onnx or .torchscript (torch.jit, which "
+        "PyTorch has deprecated); or its weights in half precision (float16) to FILE.pth",
     )
 
 
