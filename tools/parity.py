@@ -101,17 +101,22 @@ def open_models(path, folder):
     """{name: model like a `predict.TorchModel`} of a file of weights, exported to `folder`."""
     import predict
     from data import normalize
-    from medseg.predicting.export import FORMATS, export
+    from medseg.predicting.export import FORMATS, available_formats, export, quiet
 
     model = predict.load_model(path, "cpu")
     model.inference = None  # one pass through the network, which is what is compared
     models = {name: predict.TorchModel(model, "cpu", name) for name in ("fp32", "bf16")}
-    for suffix, (_, read, _) in FORMATS.items():
+    for suffix in available_formats():
         file = folder / f"model{suffix}"
         export(model, file)
-        models[suffix], run = predict.TorchModel(model, "cpu", "fp32"), read(file)
+        if suffix == ".onnx":
+            models[suffix] = predict.open_model(file)
+            continue
+        models[suffix] = predict.TorchModel(model, "cpu", "fp32")
+        with quiet():
+            run = FORMATS[suffix][1](file)
         models[suffix].probabilities = lambda pixels, run=run: (
-            torch.as_tensor(run(normalize(torch.from_numpy(pixels)))).detach().numpy()
+            run(normalize(torch.from_numpy(pixels))).detach().numpy()
         )
     return models
 
