@@ -96,6 +96,12 @@ def load_coco(folder, skipped=None):
     return coco
 
 
+def recorded_group(record):
+    """The group that the import recorded with an image (its patient, its volume), or ""."""
+    group = record.get("group")
+    return group if isinstance(group, str) else ""
+
+
 def used_categories(coco):
     """{name: set of category ids} of the categories with an annotation, in the order of the ids.
 

@@ -1,4 +1,4 @@
-"""From masks to scores: pixel counts, running sums, Hausdorff distance, bootstrap."""
+"""From masks to scores: pixel counts, running sums, distances of outlines, bootstrap."""
 
 import math
 
@@ -12,6 +12,7 @@ from medseg.inference import Inference
 from medseg.pieces import COUNTED_PIXELS
 
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
+TOLERANCE = 2  # pixels, or mm where known: about what two readers of an outline differ by
 BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
 
 
@@ -55,13 +56,14 @@ def metrics(tp, fp, fn, tn):
 SCORE_NAMES = (*metrics(1, 0, 0, 0), "image_dice")  # of one class
 
 
-def split_scores(tp, fp, fn, tn, image_dice):
-    """`metrics` of a class in a split and image_dice; NaN where no image of the split has it.
+def split_scores(tp, fp, fn, tn, **means):
+    """`metrics` of a class in a split and the `means`; NaN where no image of the split has it.
 
+    means: image_dice, the mean Dice of the images, and group_dice, that of groups of them.
     As many scores as arrays have numbers; of Python numbers one each.
     """
     lacks = np.asarray(tp + fn) == 0
-    scores = {**metrics(tp, fp, fn, tn), "image_dice": image_dice}
+    scores = {**metrics(tp, fp, fn, tn), **means}
     scores = {name: np.where(lacks, math.nan, value) for name, value in scores.items()}
     return scores if lacks.ndim else {name: value.item() for name, value in scores.items()}
 
@@ -151,7 +153,7 @@ class RunningScores:
         if not images:  # every step of the epoch was skipped
             return dict.fromkeys(self.keys(), math.nan)
         scores = [
-            split_scores(*counts, dice / images)
+            split_scores(*counts, image_dice=dice / images)
             for counts, dice in zip(state["counts"].tolist(), image_dice, strict=True)
         ]
         return {"loss": loss / images, **mean_over_classes(scores, self.names)}
@@ -257,7 +259,7 @@ def image_dice(counts):
 
 def pooled_scores(counts):
     """(N, 4) -> `split_scores` of the summed pixels and of the mean Dice of the images."""
-    return split_scores(*counts.sum(0).tolist(), image_dice(counts).mean())
+    return split_scores(*counts.sum(0).tolist(), image_dice=image_dice(counts).mean())
 
 
 def present_classes(counts):
@@ -276,9 +278,24 @@ def without_nan(scores):
     return {name: None if np.isnan(value).any() else value for name, value in scores.items()}
 
 
-def class_scores(counts, names):
-    """(N, C, 4) -> `pooled_scores` of each class, see `mean_over_classes`."""
+def sum_groups(counts, groups):
+    """(N, ...) of images -> (G, ...) summed over the images of each group; groups: int (N,)."""
+    sums = np.zeros((groups.max() + 1, *counts.shape[1:]), counts.dtype)
+    np.add.at(sums, groups, counts)
+    return sums
+
+
+def class_scores(counts, names, groups=None):
+    """(N, C, 4) -> `pooled_scores` of each class, see `mean_over_classes`.
+
+    groups: int (N,), the number of each image's group, or None. With them group_dice is the mean
+    of the Dice of the groups, of the pixels of all images of a group together.
+    """
     scores = [pooled_scores(counts[:, index]) for index in range(len(names))]
+    if groups is not None:
+        by_group = image_dice(sum_groups(counts, groups)).mean(0)  # (C,)
+        for own, dice in zip(scores, by_group.tolist(), strict=True):
+            own["group_dice"] = math.nan if math.isnan(own["dice"]) else dice
     return mean_over_classes(scores, names)
 
 
@@ -289,20 +306,28 @@ def resamples(size, samples=1000, seed=0):
         yield rng.integers(0, size, size)
 
 
-def bootstrap(counts, names=("foreground",), samples=1000, seed=0):
-    """[2.5th, 97.5th percentile] of each of `class_scores` over resampled images.
+def bootstrap(counts, names=("foreground",), samples=1000, seed=0, *, groups=None):
+    """[2.5th, 97.5th percentile] of each of `class_scores` over resampled images, or groups.
 
     Samples in which no image has the class are left out; NaN where all are.
-    counts: (N, C, 4), or (N, 4) of one class. Efron's percentile method. It says how much a score
-    owes to the choice of images, not what another training, or another hospital, would give.
+    counts: (N, C, 4), or (N, 4) of one class; groups: as there. Images of one patient are alike:
+    where groups are known, whole ones are drawn. Efron's percentile method. It says how much a
+    score owes to the choice of images, not what another training, or another hospital, would give.
     """
     counts = counts.reshape(len(counts), len(names), 4)
-    of_images = np.stack([image_dice(counts[:, index]) for index in range(len(names))])  # (C, N)
-    sums, means = [], []  # of each sample
+    numbers = np.arange(len(counts)) if groups is None else groups
+    dice_sums, sizes = sum_groups(image_dice(counts), numbers), np.bincount(numbers)
+    counts = sum_groups(counts, numbers)
+    group_dice = image_dice(counts)
+    sums, means = [], {"image_dice": [], "group_dice": []}  # of each sample
     for drawn in resamples(len(counts), samples, seed):
         sums.append(counts[drawn].sum(0))
-        means.append(np.take(of_images, drawn, axis=1).mean(1))
-    scores = split_scores(*np.stack(sums, 2).transpose(1, 0, 2), np.stack(means, 1))
+        means["image_dice"].append(dice_sums[drawn].sum(0) / sizes[drawn].sum())
+        means["group_dice"].append(group_dice[drawn].mean(0))
+    if groups is None:
+        del means["group_dice"]
+    means = {name: np.stack(values, 1) for name, values in means.items()}
+    scores = split_scores(*np.stack(sums, 2).transpose(1, 0, 2), **means)
     by_class = [{key: own[index] for key, own in scores.items()} for index in range(len(names))]
     intervals = {}
     for name, values in mean_over_classes(by_class, names).items():
@@ -341,19 +366,23 @@ def calibration_error(sums):
     return float(np.abs(foreground - probability).sum() / max(pixels.sum(), 1))
 
 
-def hausdorff95(pred, target, spacing=(1, 1)):
-    """95th percentile Hausdorff distance of two bool arrays (H, W) in pixels, NaN if one is empty.
+def surface_scores(pred, target, spacing=(1, 1)):
+    """(HD95, surface Dice) of two bool arrays (H, W), NaN where there is none.
 
-    spacing: of the pixels along each axis, in mm, where the distance is to be in mm.
-
-    The larger of the two directed ones, between the pixels of the outlines: Taha, Hanbury,
-    "Metrics for evaluating 3D medical image segmentation", BMC Medical Imaging 2015.
+    HD95: the 95th percentile Hausdorff distance in pixels, the larger of the two directed ones,
+    between the pixels of the outlines; NaN if a mask is empty: Taha, Hanbury, "Metrics for
+    evaluating 3D medical image segmentation", BMC Medical Imaging 2015.
+    Surface Dice (NSD): the share of the pixels of both outlines that are at most TOLERANCE from
+    the other one, 0..1; 0 if one mask is empty, NaN if both are: Nikolov et al., "Clinically
+    Applicable Segmentation of Head and Neck Anatomy for Radiotherapy", JMIR 2021.
+    spacing: of the pixels along each axis, in mm, where distances are to be in mm.
     """
     from scipy.spatial import KDTree  # a training does without it
 
     if not pred.any() or not target.any():
-        return math.nan
+        return math.nan, 0.0 if pred.any() or target.any() else math.nan
     # Of the outlines alone: distances of every pixel would take 50 bytes each.
     pred, target = (np.argwhere(outline(mask)) * spacing for mask in (pred, target))
-    directed = (KDTree(other).query(own)[0] for own, other in ((pred, target), (target, pred)))
-    return max(float(np.percentile(own, 95)) for own in directed)
+    directed = [KDTree(other).query(own)[0] for own, other in ((pred, target), (target, pred))]
+    near = np.concatenate(directed) <= TOLERANCE
+    return max(float(np.percentile(own, 95)) for own in directed), float(near.mean())

@@ -1,7 +1,6 @@
 """Every figure drawn with matplotlib: predictions, curves, the report of a folder."""
 
 import math
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +9,17 @@ from medseg.drawing import class_colors
 from medseg.files import write_picture
 from medseg.fonts import dejavu, drawable, fit_lines, pillow_font
 from medseg.images import mean_and_std
-from medseg.inference import Inference
 
 # Blue and orange of Okabe and Ito's palette: red-green blind readers tell them apart, and the
 # prediction is dashed besides.
 TARGET_COLOR, PRED_COLOR = "#56B4E9", "#E69F00"
 SCORE_LABELS = {  # precision, recall and loss are labels as they are
     **{"acc": "pixel accuracy", "background_acc": "all-background accuracy"},
-    **{"dice": "Dice", "image_dice": "Dice per image", "iou": "IoU", "miou": "mean IoU"},
+    **{"dice": "Dice", "image_dice": "Dice per image", "group_dice": "Dice per group"},
+    **{"iou": "IoU", "miou": "mean IoU"},
 }
 MAX_SIDE = 1600  # pixels of a picture that are drawn: an outline among 10,000 takes a minute
 MAX_DRAWN = 20  # classes that a figure outlines: more can be told apart neither there nor below
-MAX_SCORES = 14  # lines of the table in a report: more would run into the panels below
-TABLE_WIDTH = 47  # characters of its lines
 CAPTION = {"size": 10, "width": 260, "most": 3}  # points of a file name, of its lines; lines
 
 
@@ -210,105 +207,3 @@ def plot_curves(history, path, *, title=""):
     title, style = as_drawn(title)
     figure.suptitle(title, **style)
     return save_figure(figure, path)
-
-
-def plot_report(report, dice, cases, path):
-    """Scores, histogram, sweep, calibration, lesion sizes and eight cases of a scored folder.
-
-    report: what report.json holds; dice: (N,) of its images; cases: at most eight
-    (picture, target, prediction, title).
-    """
-    rows = math.ceil(len(cases) / 4)  # of four cases, below a row of charts
-    figure = new_figure(20, 5 + 4.9 * rows)
-    above, below = figure.add_gridspec(2, 1, height_ratios=(3, 4 * rows))
-    charts = above.subgridspec(1, 5, width_ratios=(5, 4, 4, 4, 4)).subplots()
-    table, histogram, sweep, calibration, sizes = charts
-    axes = below.subgridspec(rows, 4).subplots(squeeze=False)
-    _draw_score_table(table, report)
-    histogram.hist(dice, bins=20, range=(0, 1))
-    histogram.set(title="Dice of each image", xlabel="Dice", ylabel="images")
-    mark_whole_numbers(histogram.yaxis)
-    _draw_threshold_sweep(sweep, report["valid"])
-    _draw_lesion_sizes(sizes, report["by_lesion_size"])
-    classes = draw_cases(axes, cases)
-    _draw_calibration(calibration, report["calibration"], classes)
-    title = f"{report['folder']}, scored at the size of each image"
-    add_legend(figure, title, report["class_names"], classes)
-    return save_figure(figure, path)
-
-
-def _draw_score_table(axis, report):
-    lines = []
-    for name, value in report["scores"].items():
-        if "/" in name and not name.startswith("dice/"):
-            continue  # of a class: report.json has them all
-        score, _, class_name = name.partition("/")
-        label = f"{SCORE_LABELS.get(score, score)} {class_name}"
-        shown = "none"
-        if value is not None:
-            shown = "{:.3f}  [{:.3f}, {:.3f}]".format(value, *report["confidence_95"][name])
-        lines.append(f"{label:<23.23} {shown}")
-    if len(lines) > MAX_SCORES:
-        more = len(lines) - MAX_SCORES + 1
-        lines = [*lines[: MAX_SCORES - 1], f"and {more} more: report.json has them"]
-    distance = report["hd95"]["median"]
-    hd95 = "HD95: no image has both masks"
-    if distance is not None:
-        hd95 = f"HD95 median {distance:.1f} px, {report['hd95']['left_out']} left out"
-    settings = Inference(report["threshold"], report.get("flips"), report.get("clean", "none"))
-    about = textwrap.wrap(f"{settings}, images: {report['images']}", TABLE_WIDTH)
-    lines += ["", *about, "95 % intervals: bootstrap over images", hd95]
-    lines, path = drawable(*lines)  # class names are among them
-    font = {"family": "monospace"} if path in (None, dejavu()) else {"font": Path(path)}
-    place = {"va": "top", "transform": axis.transAxes, "fontsize": 11, "parse_math": False}
-    axis.text(0, 1, "\n".join(lines), **font, **place)
-    axis.axis("off")
-
-
-def _draw_calibration(axis, calibration, classes):
-    """The reliability curves of these class indices; large points are of many pixels."""
-    curves = list(calibration["classes"].values())
-    axis.plot([0, 1], [0, 1], color="gray", linestyle="--")
-    for index in classes:
-        curve, color = curves[index], outline_colors(len(curves))[index][1]
-        x, y = curve["mean_probability"], curve["foreground"]
-        size = 6 * np.log10(1 + np.array(curve["pixels"]))
-        axis.plot(x, y, color=color, linewidth=1)
-        axis.scatter(x, y, size, color=[color], clip_on=False, zorder=3)
-    error = calibration["expected_calibration_error"]
-    axis.set(title=f"calibration: expected error {error:.3f}", xlim=(0, 1), ylim=(0, 1))
-    axis.set(xlabel="probability (15 bins of pixels)", ylabel="share of foreground")
-
-
-def _draw_lesion_sizes(axis, groups):
-    if not groups:
-        axis.axis("off")
-        axis.text(0.5, 0.5, "no image has a lesion", ha="center")
-        return
-    labels, heights = [], []
-    for group in groups:
-        low, high = group["pixels"]
-        sizes = f"{low} to {high}" if low < high else str(low)
-        labels.append(f"{sizes}\n({group['images']})")
-        heights.append(group["image_dice"])
-    axis.bar(labels, heights, width=0.8 * len(groups) / 3)
-    axis.margins(x=0.1)
-    axis.set(title="mean Dice by lesion size", xlabel="pixels (images)", ylim=(0, 1))
-
-
-def _draw_threshold_sweep(axis, valid):
-    if valid is None:
-        axis.axis("off")
-        reason = "no other split valid\nwith foreground:\nthreshold as given"
-        axis.text(0.5, 0.5, reason, ha="center")
-        return
-    chosen, dice = valid["chosen_threshold"], valid["scores_with_it"]["dice"]
-    shown = "none" if dice is None else f"{dice:.3f}"
-    axis.plot(valid["thresholds"], valid["dice"], marker=".")
-    axis.axvline(chosen, color="gray", linestyle="--")
-    axis.set(
-        title=f"on valid: best at {chosen:g}; with it here Dice {shown}",
-        xlabel="threshold",
-        ylabel="Dice",
-        ylim=(0, 1),
-    )

@@ -27,13 +27,14 @@ from medseg.metrics import (
     RunningScores,
     bootstrap,
     class_scores,
+    count_image,
     mean_image_dice,
 )
 from medseg.page.session import Session
 from medseg.phantoms import make_phantoms
 from medseg.planning.audit import audit
 from medseg.predicting.assessment import Assessment
-from medseg.predicting.report import count_image
+from medseg.predicting.figure import plot_report
 from medseg.training.feature_statistics import are_exclusive
 from medseg.training.history import print_test
 from net import UNet, load_model
@@ -642,7 +643,7 @@ def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, mon
         **{"folder": "test", "image_size": 64, "images": n_cases, "class_names": names},
         **{"threshold": 0.5, "scores": class_scores(counts, names), "valid": None},
         **{"confidence_95": bootstrap(counts, names, samples=9), "by_lesion_size": []},
-        "hd95": {"median": None, "left_out": 1},
+        **{"hd95": {"median": None, "left_out": 1}, "surface_dice": {"mean": None}},
         "calibration": {
             "expected_calibration_error": 0.25,
             "classes": dict.fromkeys(
@@ -653,7 +654,7 @@ def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, mon
     mask = squares(n_classes, 0)
     cases = [(np.zeros((64, 64, 3), np.uint8), mask, mask, "title")] * n_cases
     arguments = report, np.full(n_cases, 0.5), cases
-    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_report, *arguments)
+    figure = drawn_figure(monkeypatch, tmp_path, plot_report, *arguments)
     (table,) = (text for text in figure.axes[0].texts)
     panels = figure.axes[5 : 5 + n_cases]
     assert table.get_window_extent().y0 > panels[0].title.get_window_extent().y1

@@ -43,7 +43,7 @@ def test_images_are_paired_by_their_names_and_the_interval_is_scipys(two):
     *paths, expected = two
     _, (first, second) = compare.read_runs(paths)
     found = compare.compare(second, first)
-    np.testing.assert_allclose(found.of_images, expected)
+    np.testing.assert_allclose(found.of_units, expected)
     assert found.mean == pytest.approx(expected.mean())
     options = {"n_resamples": 20_000, "method": "percentile", "random_state": 1}
     interval = stats.bootstrap((expected,), np.mean, **options).confidence_interval
@@ -63,6 +63,27 @@ def test_images_are_drawn_as_for_the_intervals_of_a_report():
     run, zero = compare.Run("a", {}, dice), compare.Run("b", {}, np.zeros(30))
     found = compare.compare(run, zero)
     assert [found.low, found.high] == pytest.approx(bootstrap(counts)["image_dice"])
+
+
+def test_runs_are_paired_by_group_where_both_have_the_same(two, tmp_path, capsys):
+    first, second, _ = two
+    scores = dict.fromkeys(("dice", "image_dice", "group_dice"), 0.5)
+    intervals = {"scores": scores, "confidence_95": dict.fromkeys(scores, [0.1, 0.9])}
+    images = json.loads((first / "report.json").read_text())["per_image"]
+    dice = {"p": [0.5, 0.6, 0.7], "q": [0.6, 0.55, 0.8]}
+    paths = []
+    for name, values in dice.items():
+        groups = dict(zip("abc" if name == "p" else "cba", values, strict=True))
+        paths.append(write_report(tmp_path / name, images, per_group=groups, **intervals))
+    names, runs = compare.read_runs(paths)
+    assert names == ["a", "b", "c"] and {run.unit for run in runs} == {"group"}
+    found = compare.compare(runs[1], runs[0])
+    np.testing.assert_allclose(found.of_units, [0.3, -0.05, -0.1])
+    compare.main([*map(str, paths), "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "3 groups" in said and "+0.0500 [" in said and "| 1, 0, 2 |" in said
+    names, runs = compare.read_runs([paths[0], second])  # which has no groups
+    assert len(names) == 40 and runs[0].unit == "image"
 
 
 def test_table_and_picture(two, tmp_path, capsys):

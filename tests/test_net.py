@@ -247,3 +247,15 @@ def test_a_model_has_weights_of_its_own():
         assert torch.equal(weight, expected[name].to(weight.dtype)), name
         assert weight.device.type == "cpu" and weight.dtype == first.state_dict()[name].dtype
     assert all(weight.requires_grad and weight.is_leaf for weight in second.parameters())
+
+
+def test_padding_is_that_of_an_independent_formula():
+    for depth in range(1, 9):
+        for padding in ("zeros", "reflect"):
+            with torch.device("meta"):
+                model = UNet(n_filters=1, depth=depth, padding=padding)
+            least = 2**depth * (2 if padding == "reflect" else 1)
+            for side in range(1, 1030):
+                padded = side + model._padding(side)
+                smallest = next(n for n in range(least, 2**11, 2**depth) if n >= side)
+                assert padded == smallest, (depth, padding, side)

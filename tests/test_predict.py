@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from argparse import SUPPRESS
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -46,26 +47,23 @@ from medseg.drawing import class_colors, overlay
 from medseg.files import atomic_write
 from medseg.full_size import full_size_labels
 from medseg.metrics import (
+    SWEEP,
+    TOLERANCE,
     RunningScores,
     bootstrap,
     calibration_error,
     class_scores,
     count_calibration,
-    hausdorff95,
+    count_image,
     image_dice,
     pooled_scores,
+    surface_scores,
 )
 from medseg.page.session import Session
 from medseg.phantoms import draw_phantom
+from medseg.predicting.figure import choose_cases, plot_report, shorten_name
 from medseg.predicting.inputs import EXAMPLE, describe_left_out, expand, left_aside, open_file
-from medseg.predicting.report import (
-    SWEEP,
-    FolderScores,
-    choose_cases,
-    count_image,
-    shorten_name,
-    write_report,
-)
+from medseg.predicting.report import FolderScores, write_report
 from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
 from medseg.training.checkpoint import history_row
 
@@ -286,15 +284,11 @@ def test_an_image_of_one_pixel_in_a_side(place, size, image_size):
 # ---- the command -----------------------------------------------------------------------------
 
 
-TABLE = ("predictions.csv", "predictions.json")
-ONE = {"scan_mask.png", "scan_overlay.jpg", "scan_prediction.png", *TABLE}
-
-
 def test_one_image(place):
     scan(200, 120, 60, 40, 40).save(place / "scan.png")
     result = script("predict.py", "scan.png", cwd=place)
     assert result.returncode == 0, result.stderr
-    assert names(place) == {"best_model.pth", "scan.png", *ONE}
+    assert names(place) == {"best_model.pth", "scan.png", "scan_mask.png", "scan_prediction.png"}
     mask = Image.open(place / "scan_mask.png")
     assert mask.size == (200, 120) and mask.mode == "L" and set(np.unique(mask)) == {0, 255}
     foreground = np.asarray(mask) > 0
@@ -318,10 +312,10 @@ def test_output_names_the_mask_of_one_image(place):
 def test_output_with_a_dot_is_a_folder_unless_it_names_a_picture(place):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     predict.main(["scan.png", "--output", "folder.v2"])
-    assert names(place / "folder.v2") == ONE
+    assert names(place / "folder.v2") == {"scan_mask.png", "scan_prediction.png"}
     (place / "folder.png").mkdir()
     predict.main(["scan.png", "--output", "folder.png"])
-    assert names(place / "folder.png") == ONE
+    assert names(place / "folder.png") == {"scan_mask.png", "scan_prediction.png"}
 
 
 def test_output_that_does_not_fit_is_refused(place, refused):
@@ -382,6 +376,23 @@ def test_many_are_predicted_as_one_is(place):
         name = f"{number:03}_mask.png"
         alone, among_many = Image.open(place / name), Image.open(place / "all" / name)
         np.testing.assert_array_equal(alone, among_many)
+
+
+def test_processes_share_a_folder(place):
+    write_scans(place / "scans", "abcde")
+
+    def start(rank):
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        return script("predict.py", "scans", cwd=place, **environment).stdout
+
+    with ThreadPoolExecutor() as pool:
+        outputs = list(pool.map(start, (0, 1)))
+    predicted = []
+    for output in outputs:
+        lines = [line for line in output.splitlines() if "highest probability" in line]
+        predicted.append(sorted(line.removeprefix("scans/")[0] for line in lines))
+    assert predicted == [["a", "c", "e"], ["b", "d"]]
+    assert len(list((place / "predictions").glob("*_mask.png"))) == 5
 
 
 def test_a_damaged_image_among_many_is_named_and_the_others_predicted(place, refused):
@@ -505,7 +516,7 @@ def test_long_and_odd_names_lose_nothing(place):
     assert sum(name.startswith("é" * 90) and name.endswith("_mask.png") for name in written) == 1
     assert sum(name.startswith("v" * 100) and name.endswith(".nii.gz") for name in written) == 1
     one = predict_here(place, f"scans/{long[0]}.png", "--output", "alone")
-    assert "x" * 100 in one and len(names(place / "alone")) == 5
+    assert "x" * 100 in one and len(names(place / "alone")) == 2
 
 
 def test_an_error_names_the_file_and_not_a_hidden_one(place, refused):
@@ -711,8 +722,11 @@ def test_hausdorff_by_hand_and_against_monai():
 
     pred, target = np.zeros((2, 9, 9), bool)
     pred[4, 1], target[4, 5] = True, True
-    assert hausdorff95(pred, target) == 4
-    assert math.isnan(hausdorff95(pred, np.zeros((9, 9), bool)))
+    empty = np.zeros((9, 9), bool)
+    assert surface_scores(pred, target) == (4, 0)
+    assert surface_scores(pred, target, (1, 0.5)) == (2, 1)  # in mm
+    assert np.isnan(surface_scores(pred, empty)).tolist() == [True, False]
+    assert np.isnan(surface_scores(empty, empty)).all() and surface_scores(pred, empty)[1] == 0
     preds, targets = random_masks(20, 0)[1:], random_masks(20, 1)[1:]
     expected = compute_hausdorff_distance(
         torch.from_numpy(preds)[:, None],
@@ -720,12 +734,36 @@ def test_hausdorff_by_hand_and_against_monai():
         include_background=True,
         percentile=95,
     )
-    distances = list(map(hausdorff95, preds, targets))
-    assert distances == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
+    scores = np.array(list(map(surface_scores, preds, targets)))
+    np.testing.assert_allclose(scores[:, 0], expected[:, 0], atol=1e-5)
     # Outlines of 30,000 pixels: every pixel of one is 5 columns from the other.
     pred = np.zeros((1000, 900), bool)
     pred[:, ::30] = True
-    assert hausdorff95(pred, np.roll(pred, 5, 1)) == 5
+    assert surface_scores(pred, np.roll(pred, 5, 1)) == (5, 0)
+
+
+def test_surface_dice_against_monai_and_by_all_distances():
+    from monai.metrics import compute_surface_dice
+    from scipy import ndimage
+    from scipy.spatial.distance import cdist
+
+    preds, targets = random_masks(20, 2)[1:], random_masks(20, 3)[1:]
+    for spacing in (1.0, 1.0), (0.5, 2.0):
+        found = [surface_scores(*masks, spacing)[1] for masks in zip(preds, targets, strict=True)]
+        expected = compute_surface_dice(
+            torch.from_numpy(preds)[:, None],
+            torch.from_numpy(targets)[:, None],
+            class_thresholds=[TOLERANCE],
+            include_background=True,
+            spacing=spacing,
+        )
+        np.testing.assert_allclose(found, expected[:, 0], atol=1e-6)
+        for pred, target, dice in zip(preds, targets, found, strict=True):
+            edges = (mask & ~ndimage.binary_erosion(mask) for mask in (pred, target))
+            distances = cdist(*(np.argwhere(edge) * spacing for edge in edges))
+            nearest = np.concatenate([distances.min(0), distances.min(1)])
+            assert dice == pytest.approx((nearest <= TOLERANCE).mean())
+    assert 0.1 < np.mean(found) < 0.9
 
 
 def test_hausdorff_in_mm_against_distance_transforms():
@@ -737,7 +775,7 @@ def test_hausdorff_in_mm_against_distance_transforms():
         edges = [mask & ~ndimage.binary_erosion(mask) for mask in (pred, target)]
         away = [ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges]
         directed = [np.percentile(away[1 - own][edges[own]], 95) for own in (0, 1)]
-        assert hausdorff95(pred, target, spacing) == pytest.approx(max(directed))
+        assert surface_scores(pred, target, spacing)[0] == pytest.approx(max(directed))
 
 
 def test_scores_against_monai():
@@ -803,6 +841,58 @@ def test_a_folder_with_annotations_is_scored(place, dataset):
     assert len(masks) == 4  # the images are predicted as in any other folder
 
 
+def test_groups_have_scores_and_are_drawn_whole(place, dataset, capsys):
+    """Of four images two are of one patient, and one has no group; by hand, from the counts."""
+
+    def group(content):
+        for number, record in enumerate(content["images"]):
+            record |= {"group": "patient 1"} if number in (0, 2) else {}
+        content["images"][3]["group"] = "patient 2"
+
+    edit_annotations(dataset / "test", group)
+    torch.save(brightness_model(image_size=48).state_dict(), "best_model.pth")
+    scan(48, 48, 30, 30, 17).save(dataset / "test" / "0_test.png")  # partly outside its annotation
+    scan(48, 48, 0, 0, 5).save(dataset / "test" / "1_test.png")
+    predict.main([str(dataset / "test"), "--output", "scored"])
+    assert "per-group Dice" in capsys.readouterr().out
+    report = json.loads(Path("scored/report.json").read_text())
+    test, pixels = data.open_split(dataset, "test"), []
+    for index in range(4):
+        _, (target,) = test.load(index)
+        mask = np.asarray(Image.open(f"scored/{index}_test_mask.png")) > 0
+        pixels.append([2 * (mask & (target > 0)).sum(), mask.sum() + target.sum()])
+    pixels = np.array([np.add(pixels[0], pixels[2]), pixels[1], pixels[3]])
+    dice = pixels[:, 0] / pixels[:, 1]
+    names = ["patient 1", "1_test.png", "patient 2"]
+    expected = dict(zip(names, dice.round(4), strict=True))
+    assert report["per_group"] == pytest.approx(expected) and report["groups"] == 3
+    assert report["scores"]["group_dice"] == pytest.approx(dice.mean())
+    order = np.argsort(names)  # groups are drawn from their sorted names
+    draws = np.random.default_rng(0)
+    drawn = np.array([order[draws.integers(0, 3, 3)] for _ in range(1000)])
+    pooled = pixels[drawn].sum(1)
+    for name, samples in (
+        ("group_dice", dice[drawn].mean(1)),
+        ("dice", pooled[:, 0] / pooled[:, 1]),
+    ):
+        interval = np.percentile(samples, [2.5, 97.5])
+        assert report["confidence_95"][name] == pytest.approx(interval.tolist()), name
+
+
+def test_groups_of_several_classes():
+    """An image without a class counts as right in it, and a group by the pixels of its images."""
+    counts = np.array([[[4, 1, 1, 9], [0, 0, 0, 15]], [[0, 3, 0, 12], [2, 0, 1, 12]]] * 2)
+    groups = np.array([0, 1, 0, 1])
+    scores = class_scores(counts, ["a", "b"], groups)
+    assert scores["group_dice/a"] == pytest.approx((0.8 + 0) / 2)
+    assert scores["group_dice/b"] == pytest.approx((1 + 0.8) / 2)
+    assert scores["group_dice"] == pytest.approx((0.4 + 0.9) / 2)
+    found = bootstrap(counts, ["a", "b"], groups=groups)
+    # Of the two groups, one alone or both; without class b there is no score.
+    assert found["group_dice/b"] == pytest.approx([0.8, 0.9])
+    assert "group_dice" not in bootstrap(counts, ["a", "b"])
+
+
 def test_the_report_scores_the_masks_that_were_written(place, dataset, monkeypatch, capsys):
     """Scores from the mask files and the squares; the network sees every image once."""
     torch.save(brightness_model(image_size=48).state_dict(), "best_model.pth")
@@ -842,7 +932,7 @@ def test_annotated_images_that_no_folder_lists_are_scored_too(place, dataset):
     edit_annotations(dataset / "test", move)
     predict.main([str(dataset / "test"), "--output", "scored"])
     report = json.loads((place / "scored" / "report.json").read_text())
-    assert report["images"] == 4 and set(report["per_image"]) >= {"0_test.png", "3_test.png"}
+    assert report["images"] == 4 and set(report["per_image"]) >= {"below/0_test.png"}
 
 
 def test_a_damaged_image_has_no_report(place, dataset, refused):
@@ -1042,7 +1132,8 @@ def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
         (60, 40, 40, 48 * 48 - 140),
         (0, 0, 100, 2204),
     }
-    assert distances[0, 0].tolist() == [4, 12]
+    # Of each outline of 36 pixels, the rows that both have and the pixels next to them are near.
+    assert distances[0, 0].tolist() == [12, 14 / 36]
 
 
 def test_a_panel_shows_the_image_that_its_title_names(graded, tmp_path, monkeypatch):
@@ -1116,7 +1207,7 @@ def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monke
     missed = [size - hit for size, hit in zip(lesions, found, strict=True)]
     rest = [100 - size - alarm for size, alarm in zip(lesions, alarms, strict=True)]
     counts = np.array([found, alarms, missed, rest]).T
-    distances = np.array([[1.0], [2.0], [9.0], *[[math.nan]] * 6])
+    distances = np.array([[[1, 0.5]], [[2, 1]], [[9, 0]], *[[[math.nan, math.nan]]] * 6])
     each = dict.fromkeys(range(9))
     monkeypatch.setattr("medseg.predicting.report.image_names", lambda _: list(map(str, each)))
     monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *_: None)
@@ -1130,6 +1221,8 @@ def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monke
     assert [group["images"] for group in report["by_lesion_size"]] == [2, 2, 2]
     assert report["no_lesion"] == {"images": 3, "with_false_alarm": 2}
     assert report["hd95"] == {"mean": 4.0, "median": 2.0, "left_out": 6}
+    assert report["surface_dice"] == {"mean": 0.5, "median": 0.5, "left_out": 6}
+    assert report["distance_unit"] == "px"
 
 
 def test_outlines_run_around_their_pixels(monkeypatch, tmp_path):
@@ -1188,7 +1281,7 @@ def test_a_report_of_two_classes_is_in_words(monkeypatch, tmp_path):
         "threshold": 0.5,
         "scores": class_scores(counts, names),
         "confidence_95": bootstrap(counts, names, samples=9),
-        "hd95": {"median": None, "left_out": 6},
+        **{"hd95": {"median": None, "left_out": 6}, "surface_dice": {"mean": None}},
         "valid": None,
         "by_lesion_size": [{"pixels": [15, 15], "images": 3, "image_dice": 0.5}],
         "calibration": {"expected_calibration_error": 0.25, "classes": dict.fromkeys(names, CURVE)},
@@ -1196,7 +1289,7 @@ def test_a_report_of_two_classes_is_in_words(monkeypatch, tmp_path):
     mask = np.zeros((2, 10, 10), bool)
     case = np.zeros((10, 10, 3), np.uint8), mask, mask, odd
     arguments = report, np.full(3, 0.4), [case] * 3, tmp_path / "report.png"
-    figure = figure_of(monkeypatch, plots.plot_report, *arguments)
+    figure = figure_of(monkeypatch, plot_report, *arguments)
     words = "\n".join(texts_in(figure))
     for name in (*names, odd, "pixel accuracy", "mean IoU", "Dice per image"):
         assert name in words, name

@@ -1,6 +1,5 @@
 """Large images: predicted by tiles, equal to the whole image; and the limit on pixels."""
 
-import json
 import platform
 import random
 import time
@@ -32,9 +31,7 @@ from medseg.layers import ARCHITECTURES
 from medseg.ood import count_features, fit
 from medseg.predicting import inputs, reading
 from medseg.predicting.ensemble import Ensemble
-from medseg.predicting.export import metadata_of
 from medseg.predicting.models import TorchModel
-from medseg.predicting.onnx_file import check_metadata
 from medseg.results import folder
 from medseg.tiles import Tiling, make_tiles, tiling_of
 from medseg.training.tuning import MaskModel
@@ -241,14 +238,6 @@ def test_memory_in_use_is_not_free(most, used, free, here, monkeypatch):
         (here / "sys/fs/cgroup/memory.max").write_text(f"{most}\n")
         (here / "sys/fs/cgroup/memory.current").write_text(f"{used}\n")
     assert tiles.available_memory() == free
-
-
-def test_an_onnx_file_says_how_its_network_may_be_divided():
-    metadata = metadata_of(network(depth=4, norm="group"))
-    found = check_metadata(json.loads(json.dumps(metadata)))["tiling"]
-    numbers = {"stride": 16, "margin": 94, "bytes_per_pixel": 96, "least_pixels": 20480 * 32 // 2}
-    assert found == {**numbers, "differs": "group normalisation"}
-    assert "tiling" not in metadata_of(UNet(n_filters=2))
 
 
 def test_images_of_one_size_are_never_divided():

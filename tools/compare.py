@@ -5,10 +5,11 @@
 
 A report is the report.json that predict.py writes of a folder with annotations, or the folder that
 it is in. Each run is compared with the first. The difference is that of the mean Dice of the
-images, and its 95 % interval is a paired bootstrap: the images are drawn with replacement, and the
-two runs compared on those that were drawn. Where the interval excludes 0, the choice of images does
-not explain the difference; another training of the same recipe may differ by more. compare.png,
-in the folder of --out, shows the same.
+images, or of the groups (patients, volumes) where these are recorded, and its 95 % interval is a
+paired bootstrap: images, or groups, are drawn with replacement, and the two runs compared on those
+that were drawn. Where the interval excludes 0, the choice of images does not explain the
+difference; another training of the same recipe may differ by more. compare.png, in the folder of
+--out, shows the same.
 """
 
 from pathlib import Path
@@ -29,17 +30,18 @@ SAME = ("class_names", "image_size")  # what runs have in common, as a rule; els
 
 
 class Run(NamedTuple):
-    """A report: what it is called, what it holds, the Dice of each image in the order of names."""
+    """A report: what it is called, what it holds, the Dice of each unit in the order of names."""
 
     name: str
     report: dict
     dice: np.ndarray
+    unit: str = "image"  # or "group"
 
 
 class Difference(NamedTuple):
-    """What a run has over another: of each image, their mean, and its 95 % interval."""
+    """What a run has over another: of each unit, their mean, and its 95 % interval."""
 
-    of_images: np.ndarray
+    of_units: np.ndarray
     mean: float
     low: float
     high: float
@@ -66,9 +68,10 @@ def read_report(path):
 
 
 def read_runs(paths):
-    """(names of the images, [Run]), the Dice of every run in the order of these names.
+    """(names of the images or groups, [Run]), the Dice of every run in the order of these names.
 
-    Raises ValueError where they are not of the same images.
+    Groups are taken where all reports have the same ones. Raises ValueError where the reports are
+    not of the same images.
     """
     reports = [read_report(path) for path in paths]
     first, names = reports[0][0], reports[0][1]["per_image"]
@@ -85,10 +88,12 @@ def read_runs(paths):
                 f"not reports of the same images: missing are {' and '.join(parts)}; predict the "
                 "same folder with each model"
             )
-    runs = []
+    groups, unit, runs = reports[0][1].get("per_group", {}), "image", []
+    if groups and all(report.get("per_group", {}).keys() == groups.keys() for _, report in reports):
+        names, unit = groups, "group"
     for name, report in reports:
-        dice = np.array([report["per_image"][image] for image in names], float)
-        runs.append(Run(name, report, dice))
+        dice = np.array([report[f"per_{unit}"][one] for one in names], float)
+        runs.append(Run(name, report, dice, unit))
     return list(names), runs
 
 
@@ -98,20 +103,21 @@ def _first(names):
 
 
 def compare(run, first):
-    """The Difference of a Run from the first one, by a paired bootstrap over the images."""
-    of_images = run.dice - first.dice
-    means = [of_images[drawn].mean() for drawn in resamples(len(of_images))]
-    return Difference(of_images, of_images.mean(), *np.percentile(means, [2.5, 97.5]))
+    """The Difference of a Run from the first one, by a paired bootstrap over the units."""
+    of_units = run.dice - first.dice
+    means = [of_units[drawn].mean() for drawn in resamples(len(of_units))]
+    return Difference(of_units, of_units.mean(), *np.percentile(means, [2.5, 97.5]))
 
 
 def print_table(runs, differences):
     """A row for each run, in Markdown; under `differences` those of all but the first."""
-    heads = ("run", "size", "threshold", "Dice", "per-image Dice", "calibration error")
-    print(harness.table_row(*heads, "difference per image", "better, same, worse"))
+    unit = runs[0].unit
+    heads = ("run", "size", "threshold", "Dice", f"per-{unit} Dice", "calibration error")
+    print(harness.table_row(*heads, f"difference per {unit}", "better, same, worse"))
     print(harness.table_row(*["---"] * (len(heads) + 2)))
     for run, difference in zip(runs, [None, *differences], strict=True):
         report, cells = run.report, []
-        for score in ("dice", "image_dice"):
+        for score in ("dice", f"{unit}_dice"):
             values = report["scores"][score], report["confidence_95"][score]
             if values[0] is None:  # no foreground
                 cells.append("none")
@@ -120,7 +126,7 @@ def print_table(runs, differences):
         error = report.get("calibration", {}).get("expected_calibration_error")
         cells.append("" if error is None else f"{error:.4f}")
         if difference:
-            values = difference.of_images
+            values = difference.of_units
             counts = ((values > 0).sum(), (values == 0).sum(), (values < 0).sum())
             interval = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
             cells += [f"{difference.mean:+.4f} {interval}", ", ".join(map(str, counts))]
@@ -131,22 +137,23 @@ def print_table(runs, differences):
 
 
 def print_images(names, run, difference):
-    """The images that a run gained and lost most on."""
-    order = np.argsort(difference.of_images, kind="stable")
+    """The images, or groups, that a run gained and lost most on."""
+    order = np.argsort(difference.of_units, kind="stable")
     for what, indices in (("gains", order[::-1][:NAMED]), ("losses", order[:NAMED])):
         sign = 1 if what == "gains" else -1
-        values = [(escape(names[index]), difference.of_images[index]) for index in indices]
+        values = [(escape(names[index]), difference.of_units[index]) for index in indices]
         shown = [f"{name} {value:+.2f}" for name, value in values if sign * value > 0]
         if shown:
             print(f"{escape(run.name)}, largest {what}: {', '.join(shown)}")
 
 
 def draw(runs, differences, path):
-    """Mean Dice of each run, its difference from the first, and both of each image."""
+    """Mean Dice of each run, its difference from the first, and both of each image or group."""
+    unit = runs[0].unit
     figure = new_figure(16, max(4.5, 1.5 + 0.4 * len(runs)))
     scores, gaps, images = figure.subplots(1, 3, width_ratios=(1, 1, 1))
     places, colors = range(len(runs)), [f"C{number % 10}" for number in range(len(runs))]
-    intervals = [run.report["confidence_95"]["image_dice"] for run in runs]
+    intervals = [run.report["confidence_95"][f"{unit}_dice"] for run in runs]
     rows = zip(places, [run.dice.mean() for run in runs], intervals, colors, strict=True)
     for place, mean, interval, color in rows:
         if interval:
@@ -167,11 +174,11 @@ def draw(runs, differences, path):
     for place, label in enumerate(labels):  # labels of ticks would be taken for formulas
         label, style = as_drawn(f"{label} ", ha="right", va="center")
         scores.text(0, place, label, transform=scores.get_yaxis_transform(), **style)
-    scores.set(title="mean Dice of the images", xlabel="Dice, 95 % interval")
+    scores.set(title=f"mean Dice of the {unit}s", xlabel="Dice, 95 % interval")
     gaps.set(title="difference from the first, paired", xlabel="difference of the means, 95 %")
     first, style = as_drawn(f"Dice in {labels[0]}")
     images.set_xlabel(first, **style)
-    images.set(title="each image", ylabel="Dice in the others", xlim=(-0.02, 1.02))
+    images.set(title=f"each {unit}", ylabel="Dice in the others", xlim=(-0.02, 1.02))
     images.set(ylim=(-0.02, 1.02), aspect="equal")
     return save_figure(figure, path)
 
@@ -187,7 +194,7 @@ def main(argv=None):
     differences = [compare(run, runs[0]) for run in runs[1:]]
     path = output_folder(args.out) / "compare.png"
     check_outputs([path], "--out")
-    print(f"{len(names)} images")
+    print(f"{len(names)} {runs[0].unit}s")
     print_table(runs, differences)
     for run, difference in zip(runs[1:], differences, strict=True):
         print_images(names, run, difference)

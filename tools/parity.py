@@ -101,22 +101,17 @@ def open_models(path, folder):
     """{name: model like a `predict.TorchModel`} of a file of weights, exported to `folder`."""
     import predict
     from data import normalize
-    from medseg.predicting.export import FORMATS, available_formats, export, quiet
+    from medseg.predicting.export import FORMATS, export
 
     model = predict.load_model(path, "cpu")
     model.inference = None  # one pass through the network, which is what is compared
     models = {name: predict.TorchModel(model, "cpu", name) for name in ("fp32", "bf16")}
-    for suffix in available_formats():
+    for suffix, (_, read, _) in FORMATS.items():
         file = folder / f"model{suffix}"
         export(model, file)
-        if suffix == ".onnx":
-            models[suffix] = predict.open_model(file)
-            continue
-        models[suffix] = predict.TorchModel(model, "cpu", "fp32")
-        with quiet():
-            run = FORMATS[suffix][1](file)
+        models[suffix], run = predict.TorchModel(model, "cpu", "fp32"), read(file)
         models[suffix].probabilities = lambda pixels, run=run: (
-            run(normalize(torch.from_numpy(pixels))).detach().numpy()
+            torch.as_tensor(run(normalize(torch.from_numpy(pixels)))).detach().numpy()
         )
     return models
 

@@ -2,39 +2,23 @@
 
 import json
 import math
-import re
 from contextlib import suppress
 
 import numpy as np
 from tqdm import tqdm
 
+from medseg import metrics
+from medseg.coco import recorded_group
 from medseg.files import atomic_write
-from medseg.fonts import drawable
 from medseg.formats.own_files import REPORT
 from medseg.images import preprocess, read_image, resize_nearest
 from medseg.inference import Inference
-from medseg.metrics import (
-    SWEEP,
-    bootstrap,
-    calibration_error,
-    class_scores,
-    count_calibration,
-    count_image,
-    count_masks,
-    count_pixels,
-    hausdorff95,
-    image_dice,
-    mean_image_dice,
-    pooled_scores,
-    without_nan,
-)
-from medseg.plots import MAX_SIDE, plot_report
-
-ROBOFLOW_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)\.rf\.[0-9a-f]{32}\.\w+$", re.IGNORECASE)
+from medseg.plots import MAX_SIDE
+from medseg.predicting.figure import choose_cases, plot_report
 
 
 def threshold_sweep(model, batches, dataset, spacing=None):
-    """The Dice of a split at each threshold of SWEEP, and the threshold of the highest.
+    """The Dice of a split at each threshold of metrics.SWEEP, and the threshold of the highest.
 
     None where no image of the split has foreground.
     batches: its images in the order of `dataset`, as `data.Batches` gives them. Flips and clean-up
@@ -44,11 +28,12 @@ def threshold_sweep(model, batches, dataset, spacing=None):
     predicted = (one for images, _ in bar for one in model.average(images))
     pairs = ((dataset.true_masks(index), one) for index, one in enumerate(predicted))
     options = {"exclusive": model.exclusive, "spacing": spacing}
-    counts = count_pixels(pairs, SWEEP, model.inference.clean, **options)
-    dice = [class_scores(counts[:, index], names)["dice"] for index in range(len(SWEEP))]
+    counts = metrics.count_pixels(pairs, metrics.SWEEP, model.inference.clean, **options)
+    dice = [metrics.class_scores(own, names)["dice"] for own in counts.swapaxes(0, 1)]
     if math.isnan(dice[0]):
         return None
-    return {"thresholds": SWEEP, "dice": dice, "chosen_threshold": SWEEP[int(np.argmax(dice))]}
+    chosen = metrics.SWEEP[int(np.argmax(dice))]
+    return {"thresholds": metrics.SWEEP, "dice": dice, "chosen_threshold": chosen}
 
 
 class FolderScores:
@@ -61,13 +46,14 @@ class FolderScores:
     """
 
     def __init__(self, dataset, threshold, *, flips=(), clean="none", exclusive=True, spacing=None):
-        self.dataset, self.thresholds = dataset, [threshold, *SWEEP]
+        self.dataset, self.thresholds = dataset, [threshold, *metrics.SWEEP]
         self.flips, self.clean, self.spacing = flips, clean, spacing
         self.exclusive = exclusive
         self._indices = {}  # of a file; several records may name it
         for index in range(len(dataset)):
             self._indices.setdefault(_identity(dataset.path(index)), []).append(index)
-        # index -> counts (T, C, 4), HD95 (C,), prediction as run lengths, calibration (C, BINS, 3)
+        # index -> counts (T, C, 4), `surface_scores` (C, 2), prediction as run lengths, calibration
+        # (C, BINS, 3)
         self._images = {}
 
     def add(self, path, size, probabilities):
@@ -89,22 +75,20 @@ class FolderScores:
 
         targets = self.dataset.true_masks(index, size)
         options = {"exclusive": self.exclusive, "spacing": self.spacing}
-        preds = Inference(self.thresholds[0], clean=self.clean).masks(
-            probabilities, size, **options
-        )
+        inference = Inference(self.thresholds[0], clean=self.clean)
+        preds = inference.masks(probabilities, size, **options)
         counts, distances, encoded, calibration = [], [], [], []
         for target, pred, channel in zip(targets, preds, probabilities, strict=True):
-            counts.append(count_masks([target], [pred])[0])
-            distances.append([hausdorff95(pred, target), math.nan])
-            if self.spacing:
-                distances[-1][1] = hausdorff95(pred, target, self.spacing)
+            counts.append(metrics.count_masks([target], [pred])[0])
+            distances.append(metrics.surface_scores(pred, target, self.spacing or (1, 1)))
             encoded.append(coco_mask.encode(np.asfortranarray(pred, dtype=np.uint8)))
             reduced = resize_nearest(target, *channel.shape)
-            calibration.append(count_calibration(reduced[None], channel[None])[0])
-        swept = count_image(targets, probabilities, self.thresholds[1:], self.clean, **options)
+            calibration.append(metrics.count_calibration(reduced[None], channel[None])[0])
+        thresholds = self.thresholds[1:]
+        swept = metrics.count_image(targets, probabilities, thresholds, self.clean, **options)
         counts = np.stack([counts, *swept])
         self._images[index] = counts, distances, encoded, np.stack(calibration)
-        return image_dice(counts[0])
+        return metrics.image_dice(counts[0])
 
     def missing(self):
         """The indices of the annotated images that have not been compared."""
@@ -120,7 +104,7 @@ class FolderScores:
             self.compare(index, image.size, model.predict(image))
 
     def result(self):
-        """Counts (N, T, C, 4), at `thresholds`; HD95 (N, C, 2) in pixels and mm; of all images."""
+        """Counts (N, T, C, 4), at `thresholds`, and `surface_scores` (N, C, 2) of all images."""
         images = [self._images[index] for index in range(len(self.dataset))]
         counts, distances, *_ = zip(*images, strict=True)
         return np.stack(counts), np.array(distances)
@@ -160,13 +144,16 @@ def write_report(output, folder, scores, valid, class_names):
     in which the threshold that suits the model is sought, or None: it is never sought in the
     folder itself. With several classes a score is the mean over them, and SCORE/CLASS is of each.
     A class of which no image has a pixel has None for its scores and is left out of the means.
+    Where groups are recorded, they have scores too, and intervals are of samples of groups.
     """
     dataset, (counts, distances) = scores.dataset, scores.result()
     if valid:
-        chosen = 1 + SWEEP.index(valid["chosen_threshold"])
-        valid["scores_with_it"] = without_nan(class_scores(counts[:, chosen], class_names))
+        chosen = 1 + metrics.SWEEP.index(valid["chosen_threshold"])
+        scores_with_it = metrics.class_scores(counts[:, chosen], class_names)
+        valid["scores_with_it"] = metrics.without_nan(scores_with_it)
     counts, names = counts[:, 0], image_names(dataset)
-    dice = mean_image_dice(counts)
+    group_names, groups = group_images(dataset, names)
+    dice = metrics.mean_image_dice(counts)
     pooled = counts.sum(1)  # of all classes
     report = {
         "folder": folder,
@@ -176,22 +163,19 @@ def write_report(output, folder, scores, valid, class_names):
         "threshold": scores.thresholds[0],
         "flips": list(scores.flips),
         "clean": scores.clean,
-        "scores": without_nan(class_scores(counts, class_names)),
-        "confidence_95": without_nan(bootstrap(counts, class_names)),
-        "hd95": _summarize_distances(distances[..., 0]),
+        "scores": metrics.without_nan(metrics.class_scores(counts, class_names, groups)),
+        "confidence_95": metrics.without_nan(metrics.bootstrap(counts, class_names, groups=groups)),
+        "distance_unit": "mm" if scores.spacing else "px",
+        "surface_tolerance": metrics.TOLERANCE,
+        **_summarize_distances(distances, class_names),
         "calibration": _summarize_calibration(scores.calibration(), class_names),
         "valid": valid,
         "by_lesion_size": _scores_by_lesion_size(pooled),
         "no_lesion": _count_false_alarms(pooled),
         "per_image": dict(zip(names, dice.round(4).tolist(), strict=True)),
     }
-    if len(class_names) > 1:
-        report["hd95_by_class"] = {
-            name: _summarize_distances(distances[:, index, 0])
-            for index, name in enumerate(class_names)
-        }
-    if scores.spacing:
-        report["hd95_mm"] = _summarize_distances(distances[..., 1])
+    if groups is not None:
+        report |= _score_groups(metrics.sum_groups(counts, groups), group_names, class_names)
     with atomic_write(output / REPORT) as file:
         file.write(json.dumps(report, indent=1).encode())
     cases = [(*scores.case(index), title) for index, title in choose_cases(names, dice, pooled)]
@@ -200,12 +184,25 @@ def write_report(output, folder, scores, valid, class_names):
 
 
 def image_names(dataset):
-    """A name for each image: its file's, unless two of them are called the same."""
-    files = [dataset.coco.imgs[number]["file_name"] for number in dataset.image_ids]
-    for names in ([dataset.path(index).name for index in range(len(dataset))], files):
-        if len(set(names)) == len(names):
-            return names
-    return [f"{file}, id {number}" for file, number in zip(files, dataset.image_ids, strict=True)]
+    """A name for each image: its file's below the folder, which several records may have."""
+    names = dataset.names()
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name}, id {number}" for name, number in zip(names, dataset.image_ids, strict=True)]
+
+
+def group_images(dataset, names):
+    """(names of the groups, int (N,): the group of each image), as the import recorded them.
+
+    (None, None) where it recorded none. An image without one is a group of its own, called as it
+    is; names: of the images.
+    """
+    records = (dataset.coco.imgs[number] for number in dataset.image_ids)
+    groups = [recorded_group(record) for record in records]
+    if not any(groups):
+        return None, None
+    own = [group or name for group, name in zip(groups, names, strict=True)]
+    return np.unique(own, return_inverse=True)
 
 
 def print_report(folder, output, written):
@@ -216,9 +213,10 @@ def print_report(folder, output, written):
         if value is not None:
             said[name] = "{:.4f} [{:.4f}, {:.4f}]".format(value, *intervals[name])
     summary = "no foreground in its annotations"
+    groups = f"per-group Dice {said['group_dice']}, " if "group_dice" in said else ""
     if said:
         summary = (
-            f"Dice {said['dice']}, per-image Dice {said['image_dice']}, IoU {said['iou']}, "
+            f"Dice {said['dice']}, per-image Dice {said['image_dice']}, {groups}IoU {said['iou']}, "
             f"accuracy {said['acc']} (background everywhere: {scores['background_acc']:.4f})"
         )
     print(f"{folder}: {summary}; saved {output / REPORT} and {output / 'report.png'}")
@@ -227,13 +225,36 @@ def print_report(folder, output, written):
         print(f"  {name.removeprefix('dice/')}: {own}")
 
 
-def _summarize_distances(distances):
-    measured = distances[~np.isnan(distances)]
-    return {
-        "mean": float(measured.mean()) if len(measured) else None,
-        "median": float(np.median(measured)) if len(measured) else None,
-        "left_out": distances.size - len(measured),
-    }
+def _summarize_distances(distances, class_names):
+    """hd95 and surface_dice, and of several classes those of each; distances: (N, C, 2)."""
+
+    def summarize(values):
+        measured = values[~np.isnan(values)]
+        return {
+            "mean": float(measured.mean()) if len(measured) else None,
+            "median": float(np.median(measured)) if len(measured) else None,
+            "left_out": values.size - len(measured),
+        }
+
+    summary = {}
+    for which, name in enumerate(("hd95", "surface_dice")):
+        summary[name] = summarize(distances[..., which])
+        if len(class_names) > 1:
+            of_classes = zip(class_names, distances[..., which].T, strict=True)
+            summary[f"{name}_by_class"] = {one: summarize(own) for one, own in of_classes}
+    return summary
+
+
+def _score_groups(counts, names, class_names):
+    """The Dice of each group, from its counts (G, C, 4), and of several classes in each class."""
+    scores = {"groups": len(names)}
+    dice = {"per_group": metrics.mean_image_dice(counts)}
+    if len(class_names) > 1:
+        by_class = metrics.image_dice(counts).T
+        dice |= {f"per_group/{name}": own for name, own in zip(class_names, by_class, strict=True)}
+    for key, values in dice.items():
+        scores[key] = dict(zip(names, values.round(4).tolist(), strict=True))
+    return scores
 
 
 def _summarize_calibration(sums, class_names):
@@ -245,7 +266,7 @@ def _summarize_calibration(sums, class_names):
     for name, own in zip(class_names, sums, strict=True):
         pixels, foreground, probability = own[own[:, 0] > 0].T
         classes[name] = {
-            "expected_calibration_error": calibration_error(own),
+            "expected_calibration_error": metrics.calibration_error(own),
             "pixels": pixels.astype(int).tolist(),
             "mean_probability": (probability / pixels).tolist(),
             "foreground": (foreground / pixels).tolist(),
@@ -264,60 +285,17 @@ def _scores_by_lesion_size(counts):
     found = []
     for group in np.unique(groups[area > 0]):
         inside = (area > 0) & (groups == group)
-        scores = pooled_scores(counts[inside])
-        found.append(
-            {
-                "pixels": [int(area[inside].min()), int(area[inside].max())],
-                "images": int(inside.sum()),
-                "dice": scores["dice"],
-                "image_dice": scores["image_dice"],
-            }
-        )
+        scores = metrics.pooled_scores(counts[inside])
+        about = {
+            "images": int(inside.sum()),
+            **{key: scores[key] for key in ("dice", "image_dice")},
+        }
+        found.append({"pixels": [int(area[inside].min()), int(area[inside].max())], **about})
     return found
 
 
 def _count_false_alarms(counts):
     tp, fp, fn, _ = counts.T
     no_lesion = tp + fn == 0
-    return {
-        "images": int(no_lesion.sum()),
-        "with_false_alarm": int((no_lesion & (fp > 0)).sum()),
-    }
-
-
-def choose_cases(names, dice, counts):
-    """(index, title) of at most eight images: the two best with a hit, three median, three worst.
-
-    Of few images fewer of each kind, and each image once. dice: (N,); counts: (N, 4), of all
-    classes.
-    """
-    order = np.argsort(-dice, kind="stable")
-    hits_first = order[np.argsort(counts[order, 0] == 0, kind="stable")]
-    best = hits_first[: min(max(len(order) // 3, 1), 2)]
-    rest = order[~np.isin(order, best)]
-    middle, worst = np.split(rest, [len(rest) - min(len(order) // 2, 3)])
-    median = middle[max(len(middle) - 3, 0) // 2 :][:3]
-    cases = []
-    for group, indices in {"best": best, "median": median, "worst": worst}.items():
-        for index in indices:
-            outcome = _describe_outcome(dice[index], *counts[index])
-            (name,), _ = drawable(names[index])  # before it is cut: an escape takes six characters
-            title = f"{shorten_name(name)}, {outcome}"
-            cases.append((index, f"{group}: {title}" if len(names) > 1 else title))
-    return cases
-
-
-def _describe_outcome(dice, tp, fp, fn, tn):
-    """What to say of an image, by its pixels of all classes."""
-    if fp and not tp + fn:
-        return "false alarm"
-    if tp or not fn:
-        return f"Dice {dice:.2f}"
-    return "no overlap" if fp else "missed lesion"
-
-
-def shorten_name(name, longest=28):
-    """A file's name without what Roboflow adds on export, cut in the middle where it is long."""
-    name = ROBOFLOW_SUFFIX.sub("", name)
-    half = (longest - 1) // 2
-    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
+    alarms = no_lesion & (fp > 0)
+    return {"images": int(no_lesion.sum()), "with_false_alarm": int(alarms.sum())}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medseg.coco import ANNOTATIONS, load_coco
+from medseg.coco import ANNOTATIONS, load_coco, recorded_group
 from medseg.splits import given_settings, link_split, list_images, present_splits, whole_folder
 
 
@@ -35,7 +35,7 @@ def deal_images(root, count, seed=0, *, each_class=False, damaged=None):
     images, categories = _read_images(root, present_splits(root), damaged)
     test = images.pop("test", None)
     pool = _rename([image for own in images.values() for image in own])
-    groups = [_group(image.record) for image in pool]
+    groups = [recorded_group(image.record) for image in pool]
     try:
         fold_of = deal_groups(groups, count, seed)
     except ValueError as error:
@@ -85,12 +85,6 @@ def deal_groups(groups, count, seed=0):
     for number, fold in enumerate(folds):
         fold_of[fold] = number
     return fold_of.tolist()
-
-
-def _group(record):
-    """The group that the import recorded with an image, or ""."""
-    group = record.get("group")
-    return group if isinstance(group, str) else ""
 
 
 def _read_images(root, splits, damaged):

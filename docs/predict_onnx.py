@@ -1,0 +1,89 @@
+"""Predict with a file of `python predict.py --export model.onnx`, without PyTorch.
+
+    pip install onnxruntime numpy pillow
+    python docs/predict_onnx.py model.onnx scan.png more/*.jpg --output masks
+
+Writes NAME_mask.png of each picture, at its own size: 0 and 255, or with several classes a palette
+image of class numbers. These are the masks of predict.py, but for clean-up and tiles, which it
+leaves out; pictures of 16 bits a colour are read with 8 by Pillow.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime reports to its maker
+import onnxruntime
+
+BILINEAR = Image.Resampling.BILINEAR
+RANGES = (255, 1023, 4095, 65535)  # of 8, 10, 12 and 16 bits
+COLORS = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178))
+# What a flip does to (..., H, W): exchange height and width, then reverse axes.
+FLIPS = {
+    **{"horizontal": (0, (-1,)), "vertical": (0, (-2,)), "both": (0, (-2, -1))},
+    **{"transpose": (1, ()), "turn90": (1, (-2,)), "turn270": (1, (-1,))},
+    "antitranspose": (1, (-2, -1)),
+}
+
+
+def read_picture(path):
+    """The picture as it is shown, turned by its EXIF, as a PIL image of mode RGB."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":  # 16 bits a pixel
+        values = np.asarray(image, np.float64)
+        white = next(top for top in RANGES if values.max() <= top)
+        image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def predict(session, about, image):
+    """PIL RGB image -> probabilities, float32 (classes, size, size)."""
+    size = (about["image_size"],) * 2 if about["image_size"] else image.size
+    image = image.convert("L" if about["n_channels"] == 1 else "RGB").resize(size, BILINEAR)
+    mean, std = (np.float32(about[key]) * np.float32(255) for key in ("mean", "std"))
+    pixels = (np.asarray(image).reshape(*size[::-1], -1) - mean) / std
+    images, total = pixels.transpose(2, 0, 1)[None], 0
+    flips = about.get("inference", {}).get("flips", [])
+    for exchange, axes in ((0, ()), *(FLIPS[name] for name in flips)):
+        flipped = np.flip(images.swapaxes(2, 3) if exchange else images, axes)
+        (one,) = session.run(["probabilities"], {"images": np.ascontiguousarray(flipped)})
+        one = np.flip(one, axes)
+        total = total + (one.swapaxes(2, 3) if exchange else one)
+    return (total / np.float32(1 + len(flips)))[0]
+
+
+def label(probabilities, size, threshold):
+    """Class numbers, uint8 (height, width): the most probable class above the threshold, or 0."""
+    labels = np.zeros(size[::-1], np.uint8)
+    highest = np.full(labels.shape, threshold, np.float32)
+    for number, channel in enumerate(probabilities, 1):
+        resized = np.asarray(Image.fromarray(channel).resize(size, BILINEAR))
+        labels[resized > highest] = number
+        highest = np.maximum(highest, resized)
+    return labels
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="the .onnx file")
+    parser.add_argument("images", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(), help="folder of the masks")
+    parser.add_argument("--threshold", type=float, help="default: that of the model, else 0.5")
+    args = parser.parse_args()
+    session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
+    texts = session.get_modelmeta().custom_metadata_map
+    about = {key: json.loads(text) for key, text in texts.items()}
+    if args.threshold is None:
+        args.threshold = about.get("inference", {}).get("threshold", 0.5)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path in args.images:
+        image = read_picture(path)
+        mask = label(predict(session, about, image), image.size, args.threshold)
+        mask = Image.fromarray(mask if len(about["class_names"]) > 1 else mask * 255)
+        if len(about["class_names"]) > 1:
+            mask.putpalette(np.ravel(COLORS).tolist())
+        mask.save(args.output / f"{path.stem}_mask.png")
