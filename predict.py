@@ -2,7 +2,7 @@
 
 examples:
   python predict.py                                  # the tutorial's example image
-  python predict.py scan.png                         # scan_prediction.png and scan_mask.png
+  python predict.py scan.png                         # scan_mask.png and scan_prediction.png
   python predict.py scan.png --output mask.png       # only the mask, in that file
   python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.jpg of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
@@ -13,7 +13,6 @@ examples:
   python predict.py --export model.onnx              # the model for other programs
   python predict.py scan.png --model model.onnx      # and here, without PyTorch
   python predict.py scan.png --model runs/own/fold*/best_model.pth   # the mean of several models
-  torchrun --standalone --nproc_per_node=4 predict.py scans/   # a folder on four GPUs
   python predict.py --page                           # a page in the browser; needs gradio
 
 Masks are 0 and 255, of the size of the image, or with several classes a palette image of class
@@ -39,7 +38,7 @@ from medseg.predicting.assessment import assess_volume, print_assessments
 from medseg.predicting.flags import choose_inference, parse_arguments
 from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
 from medseg.predicting.reading import AHEAD_PIXELS, read_ahead, take_batch
-from medseg.results.folder import MAX_LINES, Results, Table, describe_run
+from medseg.results.folder import MAX_LINES, Results, describe_run
 from medseg.results.volume import VolumeMasks
 from medseg.settings import choose_window
 
@@ -185,14 +184,14 @@ def predict_one(model, frame, output, threshold, *, results=None):
     ((_, image, probabilities, assessment),) = predict_images(model, [frame])
     marked = np.zeros(256, np.int64)
     labels = model.labels(probabilities, image.size, threshold, frame.spacing, marked=marked)
+    masks = model.masks(probabilities, image.size, threshold, frame.spacing)
     written, names = [output], model.class_names
     if output.is_dir():
-        results = results or Results(output, names)
-        written = results.save(frame, image, labels, probabilities)
+        results, columns = results or Results(output, names), assessment._asdict()
+        written = results.add(frame, image, labels, probabilities, masks=masks, **columns)
         if "overlay" in results.write:
             written.append(output / f"{frame.name}_prediction.png")
             visualize_result(image, labels, path=written[-1], class_names=names)
-        written += filter(None, [results.write_coco([frame.title], results.records)])
     else:
         pictures.save_mask(labels, output, names)
     print(model.describe(frame.path, labels, probabilities.max((1, 2)), threshold, marked))
@@ -346,14 +345,12 @@ def main(argv=None):
         return export_model(args.export, paths, args.inputs)
     if args.page and (args.inputs or args.output):
         raise ValueError("--page takes no images and no --output: drop images on the page")
-    # Processes of torchrun would not measure alike, and their masks could differ.
-    images = inputs.count_files(args.inputs) if inputs.rank_and_world()[1] == 1 else 0
-    model = open_models(paths, args.device, args.precision, images)
+    model = open_models(paths, args.device, args.precision, inputs.count_files(args.inputs))
     if model.precision_note:
         print(f"precision: {model.precision}{model.precision_note}")
     window = choose_window(args.window, model.window)
     model.inference, note = choose_inference(args, model.recorded, model.trained_flips)
-    if note and inputs.rank_and_world()[0] == 0:
+    if note:
         print(note)
     args.threshold = model.inference.threshold
     if args.page:
@@ -369,9 +366,8 @@ def main(argv=None):
 def predict_inputs(args, model, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
     paths = args.inputs or [inputs.example_image()]
-    files, (rank, world) = inputs.expand(paths), inputs.rank_and_world()
-    if rank == 0:
-        inputs.print_left_aside(paths)
+    files = inputs.expand(paths)
+    inputs.print_left_aside(paths)
     frames, volumes, problems = inputs.sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
     named = len(files) == 1 and not Path(paths[0]).is_dir()
@@ -382,27 +378,29 @@ def predict_inputs(args, model, window):
     single = named and total == 1
     output = inputs.choose_output(args.output, single, files)
     folder, scored = inputs.annotated_folder(paths), True
-    results = Results(output, model.class_names, args.write)
+    results = Results(output, model.class_names, args.write, args.simplify)
     results.check(frames, volumes, figure=single, report=folder is not None)
-    if single and frames:
-        return predict_one(model, frames[0], output, args.threshold, results=results)
     if single and not output.is_dir():  # the mask alone, in this file
-        return predict_volume(model, volumes[0], output, args.threshold, window)
-    table, options = Table(results, rank, world), {"results": results, "lines": total <= MAX_LINES}
+        if volumes:
+            return predict_volume(model, volumes[0], output, args.threshold, window)
+        return predict_one(model, frames[0], output, args.threshold)
+    options = {"results": results, "lines": total <= MAX_LINES}
     titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
     try:
-        for file in volumes[rank::world]:
+        for file in volumes:
             try:
                 predict_volume(model, file, output, args.threshold, window, **options)
             except (FileNotFoundError, ValueError) as error:
                 problems.append((file.path, str(error)))
         shared = (output, args.threshold)
-        if folder is None:
-            problems += predict_many(model, frames[rank::world], *shared, **options)
-        elif rank == 0:  # a report is made of the predictions of one process
+        if single and frames:
+            predict_one(model, frames[0], *shared, results=results)
+        elif folder is None:
+            problems += predict_many(model, frames, *shared, **options)
+        else:
             scored = predict_annotated(model, folder, frames, *shared, problems, **options)
     finally:  # what was measured is kept, also where a report fails
-        table.finish(titles, describe_run(args, model, window), args.model, problems)
+        results.finish(titles, describe_run(args, model, window), args.model, problems)
     if single and problems:
         raise ValueError(problems[0][1])
     if problems:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from medseg.images import STRIPE
+from medseg.pieces import class_masks
 
 MAX_LEVEL = 65535  # of a probability as 16 bits: 1.0
 
@@ -85,21 +86,14 @@ def full_size_levels(channel, size):
     return levels
 
 
-def sum_probabilities(labels, probabilities, masks=None):
+def sum_probabilities(masks, probabilities):
     """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
 
-    labels: class numbers, uint8 (height, width); probabilities: float32 (C, S, S). masks: of
-    classes that do not exclude one another, bool (C, height, width), which count instead.
+    masks: as of `medseg.pieces.class_masks`, of a picture; probabilities: float32 (C, S, S).
     """
-    from scipy import ndimage
-
-    if masks is not None:
-        pairs = zip(masks.view(np.uint8), probabilities, strict=True)
-        return np.concatenate([sum_probabilities(mask, channel[None]) for mask, channel in pairs])
-    sums, size = np.zeros(len(probabilities)), labels.shape[::-1]
-    for index, box in enumerate(ndimage.find_objects(labels)):
-        if box is None:
-            continue
-        for columns, stripe in full_size_stripes(probabilities[index], size, box[1]):
-            sums[index] += stripe[labels[:, columns] == index + 1].sum(dtype=np.float64)
+    sums, size = np.zeros(len(probabilities)), masks.shape[:-3:-1]
+    for number, (rows, sides), mask in class_masks(masks):
+        for columns, stripe in full_size_stripes(probabilities[number - 1], size, sides):
+            inside = mask[:, columns.start - sides.start : columns.stop - sides.start]
+            sums[number - 1] += stripe[rows][inside].sum(dtype=np.float64)
     return sums

@@ -12,7 +12,6 @@ from medseg.full_size import full_size_labels, full_size_mask
 from medseg.pieces import (
     CLEANINGS,
     clean_labels,
-    clean_masks,
     count_numbers,
     describe_clean,
     pixel_area,
@@ -59,8 +58,8 @@ class Inference(NamedTuple):
             yield from (labels == number for number in range(1, len(probabilities) + 1))
             return
         for channel in probabilities:
-            own = full_size_mask(channel, size, self.threshold)[None]
-            yield clean_masks(own, self.clean, pixel_area(spacing))[0]
+            own = full_size_mask(channel, size, self.threshold).view(np.uint8)
+            yield clean_labels(own, self.clean, pixel_area(spacing)).view(bool)
 
     def overlapping(self, probabilities, size, spacing=None, *, exclusive=False):
         """`masks` of classes that do not exclude one another, (C, height, width), else None."""

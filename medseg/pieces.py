@@ -1,4 +1,4 @@
-"""Connected pieces of masks: measured, and masks cleaned of them. No torch."""
+"""Connected pieces of masks: numbered, measured, removed, filled, taken apart. No torch."""
 
 import math
 from typing import NamedTuple
@@ -14,9 +14,13 @@ CLEANINGS = {
     "min-mm2": (None, 1e9),  # remove pieces of less area
     "largest": (1.0, 1.0),  # of the pieces that are left, keep the largest; 0: do not
     "fill": (1.0, 1.0),  # fill the holes of those; 0: do not
+    "split": (1.0, 1.0),  # take objects that touch apart; 0: do not
 }
 
 COUNTED_PIXELS = 1 << 16  # that are counted at a time: the 8 bytes of each stay in the cache
+# A neck between two objects is lower than the lower of their peaks by this part of it, and by so
+# many pixels: heights are distances to the background.
+NECK, NECK_PIXELS = 0.25, 1.0
 
 
 def pixel_area(spacing):
@@ -39,30 +43,60 @@ def describe_clean(clean):
     for name, unit in (("min-area", "pixels"), ("min-mm2", "mm2")):
         if steps.get(name):
             words.append(f"no piece below {steps[name]:g} {unit}")
-    if steps.get("largest"):
-        words.append("largest piece")
-    return [*words, "holes filled"] if steps.get("fill") else words
+    told = {"largest": "largest piece", "fill": "holes filled", "split": "touching objects split"}
+    return words + [text for name, text in told.items() if steps.get(name)]
 
 
-def _keep_pieces(mask, steps, area):
-    """bool (H, W) -> bool (H, W) with the pieces that min-area, min-mm2 and largest leave.
+def number_pieces(mask, connectivity=8):
+    """The connected pieces of a bool array (H, W), or (D, H, W) of a volume.
 
-    Pixels that touch at a side or a corner are of one piece (8-connectivity). Of pieces of one
-    size the first is kept, row by row from the top left.
+    Returns their numbers, an int32 array of this shape, row by row from 1; their sizes, (N,); their
+    boxes, (N, axes, 2), start and stop along each axis. Pixels that touch at a side, an edge or a
+    corner are of one piece; with a connectivity of 4, those of a picture that share a side.
     """
-    from scipy import ndimage  # most predictions do without it
+    if mask.ndim == 2:
+        import cv2  # most predictions do without it
 
-    fewest = steps.get("min-area", 0)
-    if steps.get("min-mm2"):
-        if area is None:
-            raise ValueError("min-mm2 needs the size of the pixels in mm")
-        fewest = max(fewest, steps["min-mm2"] / area)
-    numbers, count = ndimage.label(mask, np.ones((3, 3)))  # row by row, from 1
-    sizes = count_numbers(numbers, count)
-    kept = (sizes > 0) & (sizes >= fewest * (1 - 1e-9))  # 0.3 mm2 of 0.1 are 3 pixels
-    if steps.get("largest") and kept.any():
-        kept &= np.arange(len(sizes)) == sizes.argmax()
-    return kept[numbers] if kept.any() else np.zeros_like(mask)
+        _, numbers, stats, _ = cv2.connectedComponentsWithStatsWithAlgorithm(
+            mask.view(np.uint8), connectivity, cv2.CV_32S, cv2.CCL_WU
+        )
+        left, top, width, height, sizes = stats[1:].T
+        boxes = np.array([(top, top + height), (left, left + width)])
+        return numbers, sizes, np.moveaxis(boxes, 2, 0)
+    from scipy import ndimage  # which numbers volumes too
+
+    numbers, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
+    boxes = [[(side.start, side.stop) for side in box] for box in ndimage.find_objects(numbers)]
+    return numbers, count_numbers(numbers, count)[1:], np.reshape(boxes, (count, mask.ndim, 2))
+
+
+def inside(box):
+    """The index of a box of `number_pieces`."""
+    return tuple(slice(*side) for side in box)
+
+
+def class_masks(masks):
+    """Yield (number, index of its box, bool array of that box) of each class that has pixels.
+
+    masks: class numbers, uint8 of any shape, or the mask of each class by itself, bool (C, ...).
+    """
+    count = len(masks) if masks.dtype == bool else masks.max()
+    for number in range(1, count + 1):
+        mask = masks[number - 1] if masks.dtype == bool else masks == number
+        box = bounding_box(mask)
+        if box:
+            yield number, box, mask[box]
+
+
+def bounding_box(mask):
+    """The index of the smallest box that holds a bool array, or None of an empty one."""
+    box, axes = [], set(range(mask.ndim))
+    for axis in axes:
+        places = np.flatnonzero(mask.any(tuple(axes - {axis})))
+        if not places.size:
+            return None
+        box.append(slice(int(places[0]), int(places[-1]) + 1))
+    return tuple(box)
 
 
 def count_numbers(numbers, count=255):
@@ -74,80 +108,124 @@ def count_numbers(numbers, count=255):
     return counts
 
 
-def _find_holes(masks, free):
-    """The class number in whose hole a pixel lies, uint8 (H, W); 0 where it lies in none.
+def are_single_pieces(labels, tolerance=0.1):
+    """Whether each value of an integer array (H, W), beside 0, is one connected piece.
 
-    masks: iterable of (number, box, bool array of that box), of each class. free: bool (H, W),
-    pixels of no class, which alone may be filled. A hole is surrounded by pixels of one class, and
-    nothing leads out of it over their sides (4-connectivity, as scipy's binary_fill_holes has it).
-    A hole in an island in a hole belongs to the island.
+    tolerance: the fraction of the values that may be in several.
     """
-    from scipy import ndimage
+    from scipy import ndimage  # which finds the boxes of thousands of values at once
 
-    holes = []
-    for number, box, mask in masks:
-        numbers, _ = ndimage.label(~mask)
-        for index, part in enumerate(ndimage.find_objects(numbers), 1):
-            inside = all(
-                side.start > 0 and side.stop < length
-                for side, length in zip(part, mask.shape, strict=True)
-            )
-            if inside:
-                hole = numbers[part] == index
-                place = (
-                    slice(of.start + at.start, of.start + at.stop)
-                    for of, at in zip(box, part, strict=True)
-                )
-                holes.append((hole.sum(), number, tuple(place), hole))
-    owners = np.zeros(free.shape, np.uint8)
-    for _, number, place, hole in sorted(holes, key=lambda hole: -hole[0]):  # the outer ones first
-        owners[place][hole & free[place]] = number
-    return owners
+    if labels.dtype not in (np.uint8, np.uint16):  # values up to any number
+        _, numbers = np.unique(labels, return_inverse=True)
+        labels = np.where(labels == 0, 0, numbers.reshape(labels.shape) + 1)
+    boxes = [(number, box) for number, box in enumerate(ndimage.find_objects(labels), 1) if box]
+    several = [len(number_pieces(labels[box] == number)[1]) > 1 for number, box in boxes]
+    return bool(several) and sum(several) <= tolerance * len(several)
 
 
-def largest_piece(mask):
-    """bool (H, W) -> bool (H, W) with its largest piece alone; a mask without one stays empty."""
-    return _keep_pieces(mask, {"largest": 1.0}, None)
+# ---- --clean ---------------------------------------------------------------------------------
 
 
-def clean_masks(masks, clean, area=None):
-    """The masks of each class, bool (C, H, W), as --clean has them.
+def clean_labels(labels, clean, area=None):
+    """Class numbers, uint8 (H, W), as --clean has them; 0 is background.
 
     clean: text such as 'min-area=50,largest,fill', or 'none'; its steps are taken in the order of
     CLEANINGS, for each class by itself. Where holes are filled, no other class is overwritten.
     area: mm2 of a pixel. Raises ValueError for min-mm2 where that is unknown.
     """
     steps = parse_named_values(clean, CLEANINGS)
-    if any(steps.get(name) for name in ("min-area", "min-mm2", "largest")):
-        masks = np.stack([_keep_pieces(mask, steps, area) for mask in masks])
-    if steps.get("fill"):
-        everywhere = tuple(slice(0, side) for side in masks.shape[1:])
-        parts = ((number, everywhere, mask) for number, mask in enumerate(masks, 1))
-        owners = _find_holes(parts, ~masks.any(0))
-        masks = masks | (owners == np.arange(1, len(masks) + 1)[:, None, None])
-    return masks
-
-
-def clean_labels(labels, clean, area=None):
-    """`clean_masks` of a map of class numbers, uint8 (H, W); 0 is background."""
-    steps = parse_named_values(clean, CLEANINGS)
     if not any(steps.values()):
         return labels
-    from scipy import ndimage
-
-    def parts():
-        for number, box in enumerate(ndimage.find_objects(labels), 1):
-            if box is not None:
-                yield number, box, labels[box] == number
-
     labels = labels.copy()
     if any(steps.get(name) for name in ("min-area", "min-mm2", "largest")):
-        for _, box, mask in parts():
+        for _, box, mask in class_masks(labels):
             labels[box][mask & ~_keep_pieces(mask, steps, area)] = 0
     if steps.get("fill"):
-        owners = _find_holes(parts(), labels == 0)
-        np.copyto(labels, owners, where=owners > 0)
+        _fill_holes(labels)
+    if steps.get("split"):
+        for _, box, mask in class_masks(labels):
+            labels[box][find_cuts(mask)] = 0
     return labels
+
+
+def _keep_pieces(mask, steps, area):
+    """bool (H, W) -> bool (H, W) with the pieces that min-area, min-mm2 and largest leave.
+
+    Of pieces of one size the first is kept, row by row from the top left.
+    """
+    fewest = steps.get("min-area", 0)
+    if steps.get("min-mm2"):
+        if area is None:
+            raise ValueError("min-mm2 needs the size of the pixels in mm")
+        fewest = max(fewest, steps["min-mm2"] / area)
+    numbers, sizes, _ = number_pieces(mask)
+    kept = sizes >= fewest * (1 - 1e-9)  # 0.3 mm2 of 0.1 are 3 pixels
+    if steps.get("largest"):
+        kept &= np.arange(len(sizes)) == sizes.argmax()
+    return np.append(False, kept)[numbers]
+
+
+def _fill_holes(labels):
+    """Give the holes of each class its number, in place, where they are of no class.
+
+    A hole is surrounded by pixels of one class, and nothing leads out of it over their sides
+    (4-connectivity, as scipy's binary_fill_holes has it). A hole in an island in a hole belongs to
+    the island.
+    """
+    holes, free = [], labels == 0
+    for number, box, mask in class_masks(labels):
+        numbers, sizes, boxes = number_pieces(~mask, connectivity=4)
+        closed = (boxes[..., 0] > 0).all(1) & (boxes[..., 1] < mask.shape).all(1)
+        for index in np.flatnonzero(closed):
+            part = inside(boxes[index])
+            hole = (numbers[part] == index + 1) & free[box][part]
+            holes.append((sizes[index], number, labels[box][part], hole))
+    for _, number, place, hole in sorted(holes, key=lambda hole: -hole[0]):  # the outer ones first
+        place[hole] = number
+
+
+def find_cuts(mask):
+    """Lines of a bool array (H, W) that take objects that touch apart at their necks, (H, W).
+
+    The lines of a watershed of the distance to the background: a pixel is of the peak to which the
+    distance rises from it. Peaks between which there is no neck are of one object.
+    """
+    import cv2
+
+    padded = np.pad(mask, 1).view(np.uint8)
+    heights = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    flat, pixels, width = heights.ravel(), np.flatnonzero(padded), heights.shape[1]
+    steps = [row * width + column for row in (-1, 0, 1) for column in (-1, 0, 1)]
+    uphill = np.arange(flat.size)
+    for step in steps:
+        higher = pixels[flat[pixels + step] > flat[uphill[pixels]]]
+        uphill[higher] = higher + step
+    peaks, saddles = _follow(uphill), []  # (height, peak, peak) where two basins touch
+    for step in steps[5:]:  # of two neighbours, one way
+        touching = pixels[(peaks[pixels] != peaks[pixels + step]) & (flat[pixels + step] > 0)]
+        ends = touching, touching + step
+        saddles.append(np.stack([np.minimum(*(flat[end] for end in ends)), *peaks[np.array(ends)]]))
+    objects = np.arange(flat.size)
+    for saddle, *ends in sorted(set(zip(*np.concatenate(saddles, 1).tolist(), strict=True)))[::-1]:
+        for number, end in enumerate(map(int, ends)):
+            while objects[end] != end:
+                end = objects[end]
+            ends[number] = end
+        low, high = sorted(ends, key=flat.__getitem__)
+        if flat[low] - saddle < max(NECK * flat[low], NECK_PIXELS):
+            objects[low] = high
+    numbers = np.zeros(heights.shape, np.float32)  # OpenCV dilates it, and it counts to 2^24
+    objects = _follow(objects)[peaks[pixels]]
+    numbers.ravel()[pixels] = np.unique(objects, return_inverse=True)[1].ravel() + 1
+    cuts = (cv2.dilate(numbers, np.ones((3, 3))) > numbers) & (numbers > 0)
+    return cuts[1:-1, 1:-1]
+
+
+def _follow(following):
+    """Where each place leads, from place to place: an integer array (N,)."""
+    while ((further := following[following]) != following).any():
+        following = further
+    return following
 
 
 # ---- measured --------------------------------------------------------------------------------
@@ -156,14 +234,16 @@ def clean_labels(labels, clean, area=None):
 class Pieces(NamedTuple):
     """The pieces of a mask, and where the largest one lies.
 
-    count: how many there are. largest: the pixels of the largest. center: its centroid, in the
-    order of the array's axes; pixel (0, 0) has its centre at 0, 0. diameter: the longest distance
-    between the centres of two of its pixels, in pixels; diameter_mm: the same in mm, or None.
-    Of an empty mask, center and the diameters are None.
+    count: how many there are. mean, median: their pixels. largest: the pixels of the largest.
+    center: its centroid, in the order of the array's axes; pixel (0, 0) has its centre at 0, 0.
+    diameter: the longest distance between the centres of two of its pixels, in pixels; diameter_mm:
+    the same in mm, or None. Of an empty mask, what follows `largest` is None.
     """
 
     count: int = 0
     largest: int = 0
+    mean: float | None = None
+    median: float | None = None
     center: tuple | None = None
     diameter: float | None = None
     diameter_mm: float | None = None
@@ -172,78 +252,44 @@ class Pieces(NamedTuple):
 def measure_pieces(mask, spacing=None):
     """The `Pieces` of a bool array (H, W), or (D, H, W) of a volume.
 
-    Pixels that touch at a side, an edge or a corner are of one piece. spacing: mm of a pixel along
-    each axis, or None where it is unknown.
+    spacing: mm of a pixel along each axis, or None where it is unknown.
     """
-    from scipy import ndimage
-
-    numbers, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
-    if not count:
+    numbers, sizes, boxes = number_pieces(mask)
+    if not len(sizes):
         return Pieces()
-    sizes = count_numbers(numbers, count)
     largest = int(sizes.argmax())
-    box = ndimage.find_objects(numbers, largest)[-1]
-    piece = numbers[box] == largest
+    piece = numbers[inside(boxes[largest])] == largest + 1
     center = []
-    for axis, side in enumerate(box):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        counts = piece.sum(others)
-        center.append(float(side.start + counts @ np.arange(len(counts)) / sizes[largest]))
-    ends = _row_ends(piece)
-    in_mm = None if spacing is None else longest_distance(ends * np.asarray(spacing, float))
-    return Pieces(count, int(sizes[largest]), tuple(center), longest_distance(ends), in_mm)
+    for axis, start in enumerate(boxes[largest, :, 0].tolist()):
+        counts = piece.sum(tuple(other for other in range(mask.ndim) if other != axis))
+        center.append(float(start + counts @ np.arange(len(counts)) / sizes[largest]))
+    corners = hull_corners(piece)
+    in_mm = None if spacing is None else longest_distance(corners * np.asarray(spacing, float))
+    measured = int(sizes[largest]), float(sizes.mean()), float(np.median(sizes)), tuple(center)
+    return Pieces(len(sizes), *measured, longest_distance(corners), in_mm)
 
 
-def are_single_pieces(labels, tolerance=0.1):
-    """Whether each value of an integer array (H, W), beside 0, is one connected piece.
+def hull_corners(piece):
+    """Pixels of a bool array that are the corners of its convex hull, (N, axes).
 
-    tolerance: the fraction of the values that may be in several. Pieces touch as in
-    `largest_piece`.
+    The longest distance within it is between two of them (Shamos, "Computational Geometry", 1978).
     """
-    from scipy import ndimage
-
-    if labels.dtype not in (np.uint8, np.uint16):  # values up to any number
-        _, numbers = np.unique(labels, return_inverse=True)
-        labels = np.where(labels == 0, 0, numbers.reshape(labels.shape) + 1)
-    boxes = ndimage.find_objects(labels)
-    numbers = [number for number, box in enumerate(boxes, start=1) if box]
-    left = tolerance * len(numbers)
-    for number in numbers:
-        _, count = ndimage.label(labels[boxes[number - 1]] == number, np.ones((3, 3)))
-        left -= count > 1
-        if left < 0:
-            return False
-    return bool(numbers)
-
-
-def _row_ends(piece):
-    """Where the rows of a bool array (..., W) begin and end, (N, D).
-
-    Any other pixel lies between two of these, so the longest distance is between two of them.
-    """
-    inner = np.zeros_like(piece)
+    inner = np.zeros_like(piece)  # any other pixel lies between the two ends of its row
     inner[..., 1:-1] = piece[..., :-2] & piece[..., 2:]
-    return np.argwhere(piece & ~inner)
+    points = np.argwhere(piece & ~inner).astype(np.int32)
+    if piece.ndim == 2:
+        import cv2
+
+        return cv2.convexHull(points)[:, 0]
+    from scipy.spatial import ConvexHull
+
+    # Around each, so that a straight row has a volume too: the corners stay those of the same ones.
+    around = np.concatenate([np.eye(3), -np.eye(3)]) / 4
+    around = (points[:, None] + around).reshape(-1, 3)
+    return np.unique(np.rint(around[ConvexHull(around).vertices]), axis=0)
 
 
 def longest_distance(points):
-    """The longest distance between two of the points, an array (N, D) of one or more.
-
-    It is that of two corners of their convex hull (Shamos, "Computational Geometry", 1978).
-    """
-    from scipy.spatial import ConvexHull
-    from scipy.spatial.distance import cdist
-
-    points = np.asarray(points, float)
-    points = points - points[0]
-    # In the space that they span: a straight row of pixels has no area, and so no hull in 2-D.
-    _, lengths, axes = np.linalg.svd(points, full_matrices=False)
-    rank = int((lengths > lengths[0] * 1e-9).sum())
-    if not rank:
-        return 0.0
-    points = points @ axes[:rank].T
-    if rank == 1:
-        return float(np.ptp(points))
-    corners = points[ConvexHull(points).vertices]
-    parts = (corners[start : start + 256] for start in range(0, len(corners), 256))
-    return float(max(cdist(part, corners).max() for part in parts))
+    """The longest distance between two of the points, an array (N, axes) of one or more."""
+    parts = (points[start : start + 256, None] - points for start in range(0, len(points), 256))
+    return float(max((part**2).sum(-1).max() for part in parts) ** 0.5)

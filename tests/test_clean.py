@@ -15,7 +15,7 @@ from medseg.full_size import full_size_labels
 from medseg.inference import Inference, combine, read_inference
 from medseg.metrics import count_image, count_pixels
 from medseg.page.session import Session
-from medseg.pieces import clean_labels, clean_masks, pixel_area
+from medseg.pieces import clean_labels, number_pieces, pixel_area
 from medseg.predicting.assessment import Assessment
 
 
@@ -28,10 +28,6 @@ def drawing(text):
 def cleaned(text, clean):
     labels = drawing(text)
     result = clean_labels(labels, clean)
-    # Masks of classes that do not overlap are cleaned as the map of their numbers is.
-    numbers = range(1, labels.max() + 1)
-    masks = clean_masks(np.stack([labels == number for number in numbers]), clean)
-    np.testing.assert_array_equal(masks, np.stack([result == number for number in numbers]))
     np.testing.assert_array_equal(labels, drawing(text))  # left as it was
     return "\n".join("".join(map(str, row)) for row in result).replace("0", ".")
 
@@ -134,15 +130,6 @@ def test_a_hole_is_no_reason_to_overwrite_another_class():
     assert cleaned("1111 1.21 1111", "min-area=2,fill") == lines("1111 1111 1111")
 
 
-@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
-def test_one_class_against_scipy(share):
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        mask = rng.random((20, 31)) < share
-        expected = ndimage.binary_fill_holes(mask)
-        np.testing.assert_array_equal(clean_labels(mask.astype(np.uint8), "fill") > 0, expected)
-
-
 def test_forty_classes_against_each_by_itself():
     rng = np.random.default_rng(0)
     labels = np.kron(rng.integers(0, 41, (30, 30)), np.ones((3, 3))).astype(np.uint8)
@@ -160,6 +147,49 @@ def test_forty_classes_against_each_by_itself():
         filled[holes] = number
     assert (filled != expected).any()
     np.testing.assert_array_equal(clean_labels(labels, "min-area=7,fill"), filled)
+
+
+def test_discs_that_touch_are_split():
+    """A hundred discs of 8 to 14 pixels that overlap a little: each becomes a piece of its own."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:300, :300]
+    discs = np.zeros((100, 300, 300), bool)
+    for index, disc in enumerate(discs):  # 24 pixels apart from row to row and column to column
+        row, column = divmod(index, 10)
+        centre = 40 + 24 * np.array([row, column])
+        disc[:] = np.hypot(y - centre[0], x - centre[1]) < rng.uniform(11, 13)
+    labels = discs.any(0).astype(np.uint8)
+    assert len(number_pieces(labels > 0)[1]) < 60
+    split = clean_labels(labels, "split")
+    numbers, sizes, _ = number_pieces(split > 0)
+    assert len(sizes) == 100 and not (split > labels).any()
+    owners = [np.bincount(numbers[disc & (split > 0)]).argmax() for disc in discs]
+    assert len(set(owners)) == 100
+    assert ((labels > 0) & (split == 0)).sum() < 0.02 * labels.sum()  # lines of one pixel
+
+
+@pytest.mark.parametrize("shape", ["rod", "ellipse", "dots", "lines", "empty"])
+def test_what_has_no_neck_is_not_split(shape):
+    y, x = np.mgrid[-50:50, -120:120]
+    mask = {
+        "rod": (abs(y) < 10) & (abs(x) < 100),
+        "ellipse": (y / 20) ** 2 + (x / 110) ** 2 < 1,
+        "dots": (y % 3 == 0) & (x % 4 < 2),
+        "lines": (abs(y - x) < 2) | (abs(y) == 20),
+        "empty": x > 500,
+    }[shape]
+    labels = mask.astype(np.uint8)
+    np.testing.assert_array_equal(clean_labels(labels, "split"), labels)
+
+
+def test_each_class_is_split_by_itself():
+    y, x = np.mgrid[:60, :120]
+    labels = np.zeros((60, 120), np.uint8)
+    for number, column in zip((1, 1, 2, 2), (20, 38, 62, 80), strict=True):
+        labels[np.hypot(y - 30, x - column) < 11] = number
+    split = clean_labels(labels, "min-area=9,split")
+    assert [len(number_pieces(split == number)[1]) for number in (1, 2)] == [2, 2]
+    assert (split[labels != split] == 0).all()
 
 
 def test_areas_count_pixels_of_the_image_or_mm2():
@@ -188,10 +218,10 @@ def test_areas_count_pixels_of_the_image_or_mm2():
 
 
 def test_it_is_recorded_and_told():
-    inference = Inference(0.4, clean="largest,min-area=50,fill,min-mm2=0.5")
+    inference = Inference(0.4, clean="largest,min-area=50,fill,min-mm2=0.5,split")
     assert read_inference(json.loads(json.dumps(inference.as_dict()))) == inference
     told = "threshold 0.4, no piece below 50 pixels, no piece below 0.5 mm2, largest piece, "
-    assert str(inference) == told + "holes filled"
+    assert str(inference) == told + "holes filled, touching objects split"
     assert combine([inference, inference]).clean == inference.clean
 
 

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from argparse import SUPPRESS
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -284,11 +283,15 @@ def test_an_image_of_one_pixel_in_a_side(place, size, image_size):
 # ---- the command -----------------------------------------------------------------------------
 
 
+TABLE = ("predictions.csv", "predictions.json")
+ONE = {"scan_mask.png", "scan_overlay.jpg", "scan_prediction.png", *TABLE}
+
+
 def test_one_image(place):
     scan(200, 120, 60, 40, 40).save(place / "scan.png")
     result = script("predict.py", "scan.png", cwd=place)
     assert result.returncode == 0, result.stderr
-    assert names(place) == {"best_model.pth", "scan.png", "scan_mask.png", "scan_prediction.png"}
+    assert names(place) == {"best_model.pth", "scan.png", *ONE}
     mask = Image.open(place / "scan_mask.png")
     assert mask.size == (200, 120) and mask.mode == "L" and set(np.unique(mask)) == {0, 255}
     foreground = np.asarray(mask) > 0
@@ -312,10 +315,10 @@ def test_output_names_the_mask_of_one_image(place):
 def test_output_with_a_dot_is_a_folder_unless_it_names_a_picture(place):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     predict.main(["scan.png", "--output", "folder.v2"])
-    assert names(place / "folder.v2") == {"scan_mask.png", "scan_prediction.png"}
+    assert names(place / "folder.v2") == ONE
     (place / "folder.png").mkdir()
     predict.main(["scan.png", "--output", "folder.png"])
-    assert names(place / "folder.png") == {"scan_mask.png", "scan_prediction.png"}
+    assert names(place / "folder.png") == ONE
 
 
 def test_output_that_does_not_fit_is_refused(place, refused):
@@ -376,23 +379,6 @@ def test_many_are_predicted_as_one_is(place):
         name = f"{number:03}_mask.png"
         alone, among_many = Image.open(place / name), Image.open(place / "all" / name)
         np.testing.assert_array_equal(alone, among_many)
-
-
-def test_processes_share_a_folder(place):
-    write_scans(place / "scans", "abcde")
-
-    def start(rank):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        return script("predict.py", "scans", cwd=place, **environment).stdout
-
-    with ThreadPoolExecutor() as pool:
-        outputs = list(pool.map(start, (0, 1)))
-    predicted = []
-    for output in outputs:
-        lines = [line for line in output.splitlines() if "highest probability" in line]
-        predicted.append(sorted(line.removeprefix("scans/")[0] for line in lines))
-    assert predicted == [["a", "c", "e"], ["b", "d"]]
-    assert len(list((place / "predictions").glob("*_mask.png"))) == 5
 
 
 def test_a_damaged_image_among_many_is_named_and_the_others_predicted(place, refused):
@@ -516,7 +502,7 @@ def test_long_and_odd_names_lose_nothing(place):
     assert sum(name.startswith("é" * 90) and name.endswith("_mask.png") for name in written) == 1
     assert sum(name.startswith("v" * 100) and name.endswith(".nii.gz") for name in written) == 1
     one = predict_here(place, f"scans/{long[0]}.png", "--output", "alone")
-    assert "x" * 100 in one and len(names(place / "alone")) == 2
+    assert "x" * 100 in one and len(names(place / "alone")) == 5
 
 
 def test_an_error_names_the_file_and_not_a_hidden_one(place, refused):

@@ -12,8 +12,6 @@ from helpers import (
     output_of,
     run_download,
     save_turned,
-    scan,
-    script_here,
     stored,
     write_dicom,
     write_nifti,
@@ -25,7 +23,7 @@ from scipy import ndimage
 import predict
 from medseg.full_size import full_size_labels
 from medseg.predicting.inputs import Frame
-from medseg.results.annotations import coco_record, write_labelme
+from medseg.results.folder import Results
 from medseg.results.outlines import trace_labels
 from net import UNet
 
@@ -158,32 +156,10 @@ def test_labelme_files_are_read_back_bit_for_bit(place):
     np.testing.assert_array_equal(imported["b"]["foreground"], turned)
 
 
-def test_pieces_that_touch_at_a_corner_are_one(place):
-    """Two boxes, and of a second class a line of dots from corner to corner."""
-    numbers = np.zeros((48, 64), np.uint8)
-    numbers[2:5, 2:6] = numbers[5:9, 6:9] = 1
-    numbers[range(20, 24), range(30, 34)] = 2
-    frame = Frame(Path("scans/a.png"), "a", "a.png", None)
-    records = coco_record(frame, numbers)["annotations"]
-    found = [(one["category_id"], one["area"], one["bbox"]) for one in records]
-    assert found == [(1, 24, [2, 2, 7, 7]), (2, 4, [30, 20, 4, 4])]
-    write_labelme(frame, None, numbers, Path("."), ("cell", "nucleus"))
-    shapes = json.loads(Path("a.json").read_text())["shapes"]
-    assert [shape["label"] for shape in shapes] == ["cell", "nucleus"]
-
-
-def test_labelme_files_name_images_elsewhere(place):
-    predict.main(["scans", "--write", "labelme", "--output", "out/deeper"])
-    content = json.loads(Path("out/deeper/a.json").read_text())
-    assert content["imagePath"] == "../../scans/a.png"
-    assert {path.name for path in Path("out/deeper").iterdir()} == {
-        *("a.json", "b.json", "predictions.csv", "predictions.json")
-    }
-
-
 def test_corrections_are_not_overwritten(place, refused):
     predict.main(["scans", "--write", "labelme"])
     path = Path("predictions/b.json")
+    assert json.loads(path.read_text())["imagePath"] == "../scans/b.jpg"
     path.write_text("corrected")
     refused("predict", "scans", "--write", "labelme", words=["predictions/a.json", "corrections"])
     Path("predictions/a.json").unlink()
@@ -237,7 +213,7 @@ def test_several_classes(place):
     names = {path.name for path in Path("out").iterdir()}
     assert names == {
         *("a_mask.png", "a_1_probability.png", "a_2_probability.png", "a.json"),
-        "predictions.coco.json",
+        *("predictions.coco.json", "predictions.csv", "predictions.json"),
     }
     labels = np.asarray(Image.open("out/a_mask.png"))
     shapes = json.loads(Path("out/a.json").read_text())["shapes"]
@@ -248,11 +224,81 @@ def test_several_classes(place):
     assert [category["name"] for category in content["categories"]] == ["cell", "nucleus"]
     first, second = (np.asarray(Image.open(f"out/a_{n}_probability.png")) for n in (1, 2))
     assert first.dtype == np.uint16 and (first[labels == 1] > second[labels == 1]).all()
-    numbers = np.array([[0, 2, 2], [1, 0, 0]], np.uint8)
-    Image.new("L", (3, 2)).save("tiny.png")
-    record = coco_record(Frame(Path("tiny.png"), "tiny", "tiny.png", None), numbers)
+
+
+def save_one(labels, write, masks=None):
+    """The files of class numbers, written as --write says into the current folder."""
+    frame = Frame(Path("scans/a.png"), "a", "a.png", None)
+    results = Results(Path("."), ("a/b", "a b", "脑"), write)
+    probabilities = np.ones((3, 4, 4), np.float32)
+    results.add(frame, None, labels, probabilities, masks=masks)
+    return results.rows["a.png"], results.records.get("a.png")
+
+
+def test_objects_are_numbered_class_by_class(place):
+    """Two boxes that touch at a corner are one; of a third class, a line of dots and a dot."""
+    labels = np.zeros((48, 64), np.uint8)
+    labels[30:40, 40:50], labels[2:5, 2:6], labels[5:9, 6:9] = 1, 1, 1
+    labels[range(20, 24), range(30, 34)] = labels[0, 63] = 3
+    rows, record = save_one(labels, ("objects", "classes", "coco"))
+    numbers = np.asarray(Image.open("a_objects.png"))
+    assert numbers.dtype == np.uint16
+    assert np.unique(numbers[labels == 1]).tolist() == [1, 2] and numbers[3, 3] == numbers[7, 7]
+    assert (numbers[0, 63], numbers[20, 30], numbers[23, 33]) == (3, 4, 4)
+    np.testing.assert_array_equal(numbers > 0, labels > 0)
+    assert [row["pieces"] for row in rows] == [2, 0, 2]
+    assert [row["first_object"] for row in rows] == [1, None, 3]
+    assert (rows[0]["mean_pixels"], rows[2]["median_pixels"]) == (62, 2.5)
     found = [(one["category_id"], one["area"], one["bbox"]) for one in record["annotations"]]
-    assert found == [(1, 1, [0, 1, 1, 1]), (2, 2, [1, 0, 2, 1])]
+    assert found == [
+        (1, 24, [2, 2, 7, 7]),
+        (1, 100, [40, 30, 10, 10]),
+        (3, 1, [63, 0, 1, 1]),
+        (3, 4, [30, 20, 4, 4]),
+    ]
+    for name, number in {"a_a_b_1": 1, "a_a_b_2": 2, "a_脑": 3}.items():
+        mask = np.asarray(Image.open(f"{name}_mask.png"))
+        np.testing.assert_array_equal(mask, 255 * (labels == number))
+    with pytest.raises(ValueError, match="scans/a.png: more than 65535"):
+        noise = np.kron(np.ones((300, 300), np.uint8), [[1, 0], [0, 0]]).astype(np.uint8)
+        save_one(noise, ("objects",))
+
+
+def test_classes_that_overlap_have_files_of_their_own_masks(place):
+    """A class within another: its objects are drawn over, and both are measured in full."""
+    masks = np.zeros((3, 20, 20), bool)
+    masks[0, 2:18, 2:18], masks[2, 5:9, 5:9] = True, True
+    labels = np.where(masks[2], 3, masks[0]).astype(np.uint8)
+    rows, record = save_one(labels, ("objects", "classes", "coco"), masks)
+    assert [row["pixels"] for row in rows] == [256, 0, 16]
+    assert [one["area"] for one in record["annotations"]] == [256, 16]
+    np.testing.assert_array_equal(Image.open("a_a_b_1_mask.png"), 255 * masks[0])
+    np.testing.assert_array_equal(Image.open("a_objects.png"), np.where(masks[2], 2, masks[0]))
+
+
+def test_files_of_one_name_are_refused(place, refused):
+    Path("scans/a.png").rename("scans/b_nucleus.png")
+    two_classes()
+    refused("predict", "scans", "--write", "classes,mask", words=["b_nucleus_mask.png"])
+
+
+def test_outlines_are_thinned(place):
+    y, x = np.mgrid[:48, :64]
+    disc = (np.hypot(x - 32, y - 24) < 20).astype(np.uint8)
+    counts = []
+    for simplify in (0, 1):
+        (outline,) = trace_labels(disc, simplify)
+        counts.append(len(outline.points))
+        canvas = Image.new("L", (64, 48))
+        ImageDraw.Draw(canvas).polygon(outline.points, outline=1, fill=1)
+        assert (np.asarray(canvas) != disc).sum() <= simplify * 2 * np.pi * 20
+    assert counts[1] < counts[0] / 2
+    Image.fromarray(235 * disc).save("scans/a.png")
+    predict.main(["scans/a.png", "--write", "labelme"])
+    predict.main(["scans/a.png", "--write", "labelme", "--output", "thin", "--simplify", "2"])
+    points = [json.loads(Path(path).read_text())["shapes"] for path in ("a.json", "thin/a.json")]
+    exact, thin = (sum(len(shape["points"]) for shape in shapes) for shapes in points)
+    assert 2 < thin < exact
 
 
 def test_probabilities_of_16_bits(place, refused):
@@ -270,14 +316,16 @@ def test_probabilities_of_16_bits(place, refused):
     refused("predict", "predictions", "--output", "twice", words=["no images"])
 
 
-def test_probabilities_of_a_volume(place):
+def test_files_of_a_volume(place):
     voxels = np.full((40, 36, 3), 20, np.uint8)
-    voxels[5:25, 4:20, 1] = 235
+    voxels[5:25, 4:20, 1], voxels[30:38, 25:33, :2] = 235, 235
     write_nifti("v.nii.gz", voxels, np.diag([-1, 1, 4, 1]))
-    predict.main(["v.nii.gz", "--write", "probability,mask", "--output", "out"])
+    predict.main(["v.nii.gz", "--write", "probability,mask,classes,objects", "--output", "out"])
     names = {path.name for path in Path("out").iterdir()}
+    kinds = ("mask", "probability", "objects", "foreground_mask")
     assert names == {
-        *("v_mask.nii.gz", "v_probability.nii.gz", "predictions.csv", "predictions.json")
+        *(f"v_{kind}.nii.gz" for kind in kinds),
+        *("predictions.csv", "predictions.json"),
     }
     mask = np.asarray(nibabel.load("out/v_mask.nii.gz").dataobj)
     image = nibabel.load("out/v_probability.nii.gz")
@@ -285,6 +333,13 @@ def test_probabilities_of_a_volume(place):
     probabilities = image.get_fdata()
     assert 0 <= probabilities.min() < 0.5 < probabilities.max() <= 1
     np.testing.assert_array_equal(probabilities > 0.5, mask > 0)
+    own = nibabel.load("out/v_foreground_mask.nii.gz").dataobj
+    np.testing.assert_array_equal(own, mask > 0)
+    numbers = np.asarray(nibabel.load("out/v_objects.nii.gz").dataobj)
+    expected, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    assert (
+        count == 2 and len(np.unique(np.stack([numbers, expected]).reshape(2, -1), axis=1).T) == 3
+    )
 
 
 def test_nothing_but_the_table(place):
@@ -310,7 +365,7 @@ def test_what_cannot_be_written(place, refused, arguments, words):
     assert not Path("v_mask.nii.gz").exists()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [2, 5, 6, 8])
 def test_what_is_stored_turned_is_predicted_as_it_is_shown(place, orientation):
     """Every file of a picture, in four formats, is that of its upright copy, in numbers too."""
     shown = bright(40, 64, *RING, (60, 2, 3, 2, 255))
@@ -339,16 +394,3 @@ def test_what_is_stored_turned_is_predicted_as_it_is_shown(place, orientation):
         assert (own["imageHeight"], own["imageWidth"]) == (40, 64)
     records = json.loads(Path("turned_out/predictions.coco.json").read_text())["images"]
     assert {(record["width"], record["height"]) for record in records} == {(64, 40)}
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_processes_write_one_coco_file(place, monkeypatch, rank):
-    scan(40, 40, 5, 5, 20).save("scans/c.png")
-    for own in (rank, str(1 - int(rank))):
-        for key, value in {"RANK": own, "WORLD_SIZE": "2", "LOCAL_RANK": own}.items():
-            monkeypatch.setenv(key, value)
-        result = script_here("predict.py", "scans", "--write", "coco", cwd=place)
-        assert result.returncode == 0, result.stderr
-    content = json.loads(Path("predictions/predictions.coco.json").read_text())
-    assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "c.png"]
-    assert {a["image_id"] for a in content["annotations"]} == {1, 2, 3}

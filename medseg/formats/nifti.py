@@ -5,24 +5,21 @@ import hashlib
 import importlib
 import math
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from medseg.drawing import montage, overlay, with_legend
 from medseg.files import atomic_write
 from medseg.formats.medical import (
     NIFTI_SUFFIXES,
     import_reader,
     is_spacing,
-    mask_name,
     name_file,
     nifti_version,
-    result_name,
     window_to_uint8,
 )
-from medseg.images import pixel_limit, save_png, too_many_pixels
+from medseg.images import pixel_limit, too_many_pixels
 from medseg.settings import window_limits
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
@@ -336,24 +333,3 @@ def is_sealed_mask(path):
     with name_file(path):
         header = _read_nifti_header(path)
         return bytes(header["descrip"]).rstrip(b"\0") == _seal(_read_voxels(path, header))
-
-
-def write_prediction(output, volume, pictures, masks, class_names, write=("mask", "overlay")):
-    """Write the masks of all slices and, where `output` is a folder, a montage of slices.
-
-    pictures: what `volume.pictures` returned; masks: arrays (H, W) of class numbers. write: which
-    of both the folder is to have.
-    Returns the paths: NAME_mask.nii or .nii.gz and NAME_montage.png in the folder, or `output`.
-    """
-    if not output.is_dir():
-        write_mask(output, volume, masks)
-        return [output]
-    written = []
-    if "mask" in write:
-        written.append(output / mask_name(volume.path))
-        write_mask(written[-1], volume, masks)
-    if "overlay" in write:
-        written.append(output / f"{result_name(volume.path)}_montage.png")
-        drawn = montage(pictures, masks, draw=partial(overlay, n_classes=len(class_names)))
-        save_png(with_legend(drawn, class_names), written[-1])
-    return written

@@ -13,10 +13,16 @@ OWN_PICTURES = ("predictions.png", "curves.png", "report.png", "compare.png", "c
 OWN_FILES = (*OWN_PICTURES, *OWN_JSON, TABLE)
 MASK_ENDING = "_mask"
 # Of what is drawn beside a mask. The probabilities of class 2 are x_2_probability.png.
-PICTURE_ENDINGS = ("_prediction", "_overlay", "_montage", "_probability")
+PICTURE_ENDINGS = ("_prediction", "_overlay", "_montage", "_objects", "_probability")
 OWN_ENDINGS = (MASK_ENDING, *PICTURE_ENDINGS)
 # What a file of text begins with, and keys of a JSON file.
-BEGINNINGS = {"metrics.csv": b"epoch,train_loss,", "skipped.txt": b"left out by train.py"}
+BEGINNINGS = {
+    "metrics.csv": b"epoch,train_loss,",
+    "skipped.txt": b"left out by train.py",
+    TABLE: "\ufeffimage,class,pixels,".encode(),
+    SETTINGS: b'{\n "program": "predict.py",',
+    COCO: b'{\n "program": "predict.py",',
+}
 KEYS = {REPORT: {"folder", "confidence_95", "per_image"}}
 
 

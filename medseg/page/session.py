@@ -25,8 +25,8 @@ from medseg.pieces import check_clean
 from medseg.predicting.assessment import Assessment, assess_volume, describe_unlike
 from medseg.predicting.inputs import Frame, add_depths, expand, open_file
 from medseg.results.annotations import write_labelme
-from medseg.results.folder import Results, measure_classes
-from medseg.results.table import table_text, write_text
+from medseg.results.folder import Results
+from medseg.results.table import measure, table_text, write_text
 from medseg.results.volume import VolumeMasks
 
 VIEW_SIDE = 2048  # pixels, at most, of the longer side of what the browser shows and zooms into
@@ -67,7 +67,7 @@ class Session:
     paths: of the files given; predictions: [Prediction]; problems: a line on each file that could
     not be predicted.
 
-    clean, of the methods: what is done to the masks, see `medseg.pieces.clean_masks`.
+    clean, of the methods: what is done to the masks, see `medseg.pieces.clean_labels`.
     """
 
     def __init__(
@@ -164,8 +164,9 @@ class Session:
         highest, frame = probabilities.max((1, 2)), prediction.frame
         line = describe(frame.title, labels, highest, names, inference, marked)
         masks = self._masks(prediction, probabilities, inference)
-        sums = sum_probabilities(labels, probabilities, masks)
-        rows = measure_classes(labels, masks, names, highest, sums, spacing=frame.spacing)
+        masks = labels if masks is None else masks
+        sums = sum_probabilities(masks, probabilities)
+        rows = measure(masks, names, highest, sums, spacing=frame.spacing)
         rows = [{**row, **self._assessed(prediction, threshold)._asdict()} for row in rows]
         labels = resize_nearest(labels, *view.shape[:2])
         image, mask = Image.fromarray(view), draw_labels(labels, len(names))

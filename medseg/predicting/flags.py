@@ -63,9 +63,18 @@ def make_parser(doc):
         type=written,
         default=DEFAULT,
         metavar="NAME,...",
-        help="what to write of each image: mask; overlay; probability, 16 bits, of each class; "
-        "labelme, outlines to be corrected in LabelMe; coco, one file of all; none: the table "
-        "alone; default: mask,overlay",
+        help="what to write of each image: mask; overlay; classes, a mask of each class; objects, "
+        "connected pieces by their numbers, 16 bits; probability, 16 bits, of each class; labelme, "
+        "outlines to be corrected in LabelMe; coco, one file of all; none: the table alone; "
+        "default: mask,overlay",
+    )
+    add(
+        "--simplify",
+        type=number(0.0, type=float),
+        default=0.0,
+        metavar="PIXELS",
+        help="thin the outlines of LabelMe files out, which may then pass a pixel's centre by so "
+        "many pixels; default: 0, outlines that give back every pixel",
     )
     add(
         "--pixel-size",
@@ -130,7 +139,8 @@ def _add_model_flags(parser):
         metavar="NAME,...",
         help="what to do to the mask of each class, in this order. min-area=50: remove pieces of "
         "fewer pixels of the image; min-mm2=5: of less area; largest: keep the largest piece; "
-        "fill: fill holes; none; default: as chosen on valid for the weights, else none",
+        "fill: fill holes; split: take objects that touch apart; none; default: as chosen on valid "
+        "for the weights, else none",
     )
     add_device_flags(add)
     add(

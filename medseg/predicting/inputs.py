@@ -1,6 +1,5 @@
 """What predict.py is to predict, and where it writes: files, folders, frames, volumes."""
 
-import os
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -165,13 +164,6 @@ def expand(inputs):
                 names[path] = _name_with_suffix(path)
     _check_names([(name, path) for path, name in names.items()])
     return [ImageFile(path, name, formats[path]) for path, name in names.items()]
-
-
-def rank_and_world():
-    """The number of this process and of all of them: those of torchrun, else 0 and 1."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def count_files(inputs):

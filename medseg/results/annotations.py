@@ -9,6 +9,7 @@ import numpy as np
 from medseg.files import atomic_write
 from medseg.formats.medical import file_format
 from medseg.images import save_png
+from medseg.pieces import class_masks, number_pieces
 from medseg.results.outlines import trace_labels
 from medseg.results.table import settings_text
 from medseg.run_lengths import encode_labels
@@ -17,33 +18,31 @@ LABELME_VERSION = "5.5.0"  # of the format: versions 4 to 7 read it
 BACKGROUND = "_background_"  # LabelMe's label of what cuts a hole
 
 
-# ---- LabelMe ---------------------------------------------------------------------------------
-
-
 def labelme_files(frame, folder):
-    """(path of the LabelMe file of a frame, path of the picture to write beside it, or None).
+    """Paths of the LabelMe file of a frame, and of the picture to write beside it, if any.
 
     LabelMe does not open DICOM, whose frames are written as pictures.
     """
-    picture = folder / f"{frame.name}.png" if file_format(frame.path) else None
-    return folder / f"{frame.name}.json", picture
+    picture = [folder / f"{frame.name}.png"] if file_format(frame.path) else []
+    return [folder / f"{frame.name}.json", *picture]
 
 
-def write_labelme(frame, image, labels, folder, class_names, *, beside=False):
+def write_labelme(frame, image, labels, folder, class_names, *, beside=False, simplify=0):
     """Write the outlines of one prediction as a LabelMe file.
 
     image: PIL RGB image; labels: class numbers, uint8 (height, width). The file names its image by
     the way that leads there from `folder`, or with `beside` as one in the same folder.
+    simplify: as for `trace_labels`.
     """
-    path, picture = labelme_files(frame, folder)
-    if picture:
+    path, *pictures = labelme_files(frame, folder)
+    for picture in pictures:
         save_png(image, picture)
     names, shapes = (BACKGROUND, *class_names), []
-    for outline in trace_labels(labels):
+    for outline in trace_labels(labels, simplify):
         shape = {"label": names[outline.number], "points": outline.points, "group_id": None}
         shapes.append({**shape, "description": "", "shape_type": "polygon", "flags": {}})
     content = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes}
-    named = picture or frame.path
+    named = pictures[0] if pictures else frame.path
     content |= {"imagePath": named.name if beside else _way(named, folder), "imageData": None}
     content |= {"imageHeight": labels.shape[0], "imageWidth": labels.shape[1]}
     with atomic_write(path, sync=False) as file:
@@ -60,35 +59,31 @@ def _way(path, folder):
     return path.as_posix()
 
 
-# ---- COCO ------------------------------------------------------------------------------------
-
-
-def coco_record(frame, labels):
+def coco_record(frame, masks):
     """What the COCO file has of one prediction: plain values for `coco_text`.
 
-    labels: class numbers, uint8 (height, width). Each piece is an annotation, as run lengths.
+    masks: as of `medseg.pieces.class_masks`, of a picture. Each piece is an annotation, as run
+    lengths.
     """
     from pycocotools import mask as coco_mask
-    from scipy import ndimage
 
-    annotations = []
-    height, width = labels.shape
-    for number in np.setdiff1d(labels, [0]):
-        pieces, _ = ndimage.label(labels == number, np.ones((3, 3)))
-        boxes = ndimage.find_objects(pieces)
+    annotations, (height, width) = [], masks.shape[-2:]
+    for number, box, mask in class_masks(masks):
+        pieces = np.zeros((height, width), np.int32)
+        pieces[box], _, boxes = number_pieces(mask)
+        starts = [side.start for side in box]
         for index, runs in sorted(encode_labels(pieces).items()):
             if index == 0:
                 continue
-            rows, columns = boxes[index - 1]
             plain = {"size": [height, width], "counts": runs.counts().tolist()}
             encoded = coco_mask.frPyObjects(plain, height, width)
-            box = [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
+            first, last = boxes[index - 1].T
             annotations.append(
                 {
-                    "category_id": int(number),
+                    "category_id": number,
                     "segmentation": {**plain, "counts": encoded["counts"].decode()},
                     "area": runs.area,
-                    "bbox": box,
+                    "bbox": [*(first + starts)[::-1].tolist(), *(last - first)[::-1].tolist()],
                     "iscrowd": 0,
                 }
             )

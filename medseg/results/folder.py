@@ -1,17 +1,22 @@
 """What is made of predictions: files for each image, and one table of all."""
 
+import re
+from collections import Counter
+from functools import partial
+
 import numpy as np
 from PIL import Image
 
+from medseg.drawing import montage, overlay, with_legend
+from medseg.files import shorten
 from medseg.formats.medical import mask_name, result_name
-from medseg.formats.nifti import write_mask, write_prediction
+from medseg.formats.nifti import write_mask
 from medseg.formats.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
 from medseg.full_size import MAX_LEVEL, full_size_levels, sum_probabilities
 from medseg.images import save_mask, save_overlay, save_png
+from medseg.pieces import class_masks, number_pieces
 from medseg.results.annotations import coco_record, coco_text, labelme_files, write_labelme
 from medseg.results.table import (
-    Parts,
-    check_free,
     file_sha256,
     measure,
     program_version,
@@ -21,10 +26,13 @@ from medseg.results.table import (
 )
 
 MAX_LINES = 20  # images of which each gets a line on the screen
+MAX_OBJECTS = 65535  # which 16 bits count
 # What --write knows, and what to call several of each.
 WRITTEN = {
     "mask": "masks",
     "overlay": "overlays",
+    "classes": "masks of each class",
+    "objects": "numbered objects",
     "probability": "probabilities",
     "labelme": "LabelMe files",
     "coco": "",  # one file of all
@@ -35,105 +43,112 @@ DEFAULT = ("mask", "overlay")
 class Results:
     """The files of predictions in a folder, and the rows of its table.
 
-    output: the folder; class_names: of the model; write: names of WRITTEN. `add` may be called from
-    several threads.
+    output: the folder; class_names: of the model; write: names of WRITTEN; simplify: of LabelMe's
+    outlines, see `trace_labels`. `add` may be called from several threads.
     """
 
-    def __init__(self, output, class_names, write=DEFAULT):
+    def __init__(self, output, class_names, write=DEFAULT, simplify=0):
         self.output, self.class_names, self.write = output, class_names, write
+        self.simplify = simplify
         self.rows, self.records = {}, {}  # of the table, of the COCO file; {title: ...}
 
     def check(self, frames, volumes, *, figure=False, report=False):
         """ValueError where --write needs a folder, or would overwrite what may be a user's work.
 
         frames: [Frame]; volumes: [ImageFile], for which no annotations are written. figure: whether
-        a frame gets the tutorial's figure in place of an overlay; report: whether there is one.
+        a frame gets the tutorial's figure too; report: whether there is one.
         """
-        if not self.output.is_dir() and self.write != DEFAULT:
+        if not self.output.is_dir():
+            if self.write != DEFAULT:
+                raise ValueError(
+                    f"--output {self.output}: is one file, of the mask: --write needs a folder"
+                )
+            return check_outputs([self.output])
+        if volumes and {"labelme", "coco"} & set(self.write):
             raise ValueError(
-                f"--output {self.output}: is one file, of the mask: --write needs a folder"
+                f"{volumes[0].path}: --write labelme and --write coco are for pictures; the mask "
+                "of a volume can be corrected in 3D Slicer or ITK-SNAP"
             )
-        wanted = [name for name in ("labelme", "coco") if name in self.write]
-        if wanted and volumes:
-            raise ValueError(
-                f"{volumes[0].path}: --write {','.join(wanted)} is of pictures; the mask of a "
-                "volume can be corrected in 3D Slicer or ITK-SNAP"
-            )
-        if "coco" in self.write:
-            check_free(self.output / COCO)
         for frame in frames if "labelme" in self.write else ():
-            for path in filter(None, labelme_files(frame, self.output)):
+            for path in labelme_files(frame, self.output):
                 if path.exists():
                     raise ValueError(
                         f"{path}: is there, and may hold corrections: move it, or choose another "
                         "--output"
                     )
+        planned = [self._picture_paths(frame) for frame in frames]
+        planned += [self._volume_paths(file.path) for file in volumes]
+        paths = [path for places in planned for own in places.values() for path in own]
+        twice = [path for path, count in Counter(paths).items() if count > 1]
+        if twice:
+            raise ValueError(f"{twice[0]}: two files would be called so: predict them apart")
+        names = [TABLE, SETTINGS, *((COCO,) if "coco" in self.write else ())]
+        names += [f"{frame.name}_prediction.png" for frame in frames] if figure else []
+        names += [REPORT, "report.png"] if report else []
+        return check_outputs([*paths, *(self.output / name for name in names)])
 
-        check_outputs(self._planned(frames, volumes, "prediction.png" if figure else "overlay.jpg"))
-        if report:
-            check_outputs([self.output / REPORT, self.output / "report.png"])
+    def _paths(self, name, mask, drawn, suffix):
+        """{name of WRITTEN: paths} of what is written of an image or a volume as `write` has it."""
+        classes, named, numbered = self.class_names, [], [name]
+        if len(classes) > 1:  # by their numbers
+            numbered = [f"{name}_{number}" for number in range(1, len(classes) + 1)]
+        for number, text in enumerate(classes, 1):
+            text = re.sub(r"[^\w.-]+", "_", text)
+            if [re.sub(r"[^\w.-]+", "_", other) for other in classes].count(text) > 1:
+                text = f"{text}_{number}"
+            named.append(f"{shorten(f'{name}_{text}')}_mask{suffix}")
+        paths = {
+            "mask": [mask],
+            "overlay": [f"{name}_{drawn}"],
+            "classes": named,
+            "objects": [f"{name}_objects{suffix}"],
+            "probability": [f"{one}_probability{suffix}" for one in numbered],
+        }
+        wanted = {kind: paths[kind] for kind in paths if kind in self.write}
+        return {kind: [self.output / path for path in own] for kind, own in wanted.items()}
 
-    def _planned(self, frames, volumes, drawn):
-        """Yield the path of each mask, picture and probability; drawn: how overlays end."""
-        if not self.output.is_dir():
-            yield self.output
-            return
-        endings = [(frame.name, f"{frame.name}_mask.png", drawn, ".png") for frame in frames]
-        for path in (file.path for file in volumes):
-            endings.append((result_name(path), mask_name(path), "montage.png", ".nii.gz"))
-        for name, mask, drawing, suffix in endings:
-            if "mask" in self.write:
-                yield self.output / mask
-            if "overlay" in self.write:
-                yield self.output / f"{name}_{drawing}"
-            if "probability" in self.write:
-                yield from self._paths(name, suffix)
+    def _picture_paths(self, frame):
+        return self._paths(frame.name, f"{frame.name}_mask.png", "overlay.jpg", ".png")
+
+    def _volume_paths(self, path):
+        return self._paths(result_name(path), mask_name(path), "montage.png", ".nii.gz")
 
     def add(self, frame, image, labels, probabilities, *, masks=None, dice=None, **columns):
         """Write the files of one image, and keep what table and COCO file have of it.
 
         image: PIL RGB image; labels: class numbers, uint8 (height, width); probabilities: float32
-        (C, S, S); masks: of classes that do not exclude one another, bool (C, height, width), which
-        are measured instead; dice: of each class, where the image has annotations; columns: further
-        ones of the table, with their values for this image.
+        (C, S, S); masks: of classes that overlap, bool (C, height, width), which count instead of
+        the labels but for what is drawn; dice: of each class, where the image has annotations;
+        columns: further ones of the table, with their values for this image.
+        Returns the paths of the files.
         """
-        self.save(frame, image, labels, probabilities)
-        if "overlay" in self.write:
-            path = self.output / f"{frame.name}_overlay.jpg"
-            save_overlay(image, labels, path, self.class_names)
+        paths, names = self._picture_paths(frame), self.class_names
+        masks = labels if masks is None else masks
+        for path in paths.get("mask", ()):
+            save_mask(labels, path, names)
+        for path in paths.get("overlay", ()):
+            save_overlay(image, labels, path, names)
+        for number, path in enumerate(paths.get("classes", ()), 1):
+            save_mask(_own_mask(masks, number), path)
+        for path in paths.get("objects", ()):
+            save_png(Image.fromarray(number_objects(masks, labels, frame.path)), path)
+        for channel, path in zip(probabilities, paths.get("probability", ()), strict=False):
+            save_png(Image.fromarray(full_size_levels(channel, image.size)), path)
+        written = [path for own in paths.values() for path in own]
+        if "labelme" in self.write:
+            options = {"simplify": self.simplify}
+            write_labelme(frame, image, labels, self.output, names, **options)
+            written += labelme_files(frame, self.output)
+        if "coco" in self.write:
+            self.records[frame.title] = coco_record(frame, masks)
+        highest, sums = probabilities.max((1, 2)), sum_probabilities(masks, probabilities)
         sizes = {"spacing": frame.spacing, "depth": frame.depth}
-        highest = probabilities.max((1, 2))
-        sums = sum_probabilities(labels, probabilities, masks)
-        rows = measure_classes(labels, masks, self.class_names, highest, sums, **sizes)
+        rows = measure(masks, names, highest, sums, **sizes)
         for row, value in zip(rows, () if dice is None else dice, strict=False):
             row["dice"] = float(value)
         series = frame.place[0] if frame.place else None
         self._keep(frame.title, rows, series=series, **columns)
-
-    def save(self, frame, image, labels, probabilities):
-        """Write mask, probabilities and LabelMe file as wanted; returns their paths."""
-        written = []
-        if "mask" in self.write:
-            written.append(self.output / f"{frame.name}_mask.png")
-            save_mask(labels, written[-1], self.class_names)
-        if "probability" in self.write:
-            for channel, path in zip(probabilities, self._paths(frame.name, ".png"), strict=True):
-                levels = full_size_levels(channel, image.size)
-                save_png(Image.fromarray(levels), path)
-                written.append(path)
-        if "labelme" in self.write:
-            write_labelme(frame, image, labels, self.output, self.class_names)
-            written.append(labelme_files(frame, self.output)[0])
-        if "coco" in self.write:
-            self.records[frame.title] = coco_record(frame, labels)
         return written
-
-    def _paths(self, name, suffix):
-        """Where the probabilities of each class are written: by its number, where several are."""
-        names = [name]
-        if len(self.class_names) > 1:
-            names = [f"{name}_{number}" for number in range(1, len(self.class_names) + 1)]
-        return [self.output / f"{name}_probability{suffix}" for name in names]
 
     def add_volume(self, found, window, **columns):
         """Write the files of a `medseg.results.volume.VolumeMasks` and keep its rows.
@@ -142,21 +157,29 @@ class Results:
         the files.
         """
         volume, spacing, names = found.volume, found.volume.stored_spacing, self.class_names
-        pictures = volume.pictures(window)
-        written = write_prediction(self.output, volume, pictures, found.masks, names, self.write)
-        if found.levels is not None:
-            paths = self._paths(result_name(volume.path), ".nii.gz")
-            for path, levels in zip(paths, found.levels, strict=True):
-                write_mask(path, volume, levels, np.uint16, 1 / MAX_LEVEL)
-                written.append(path)
-        voxels, own = volume.stored(found.masks), None
-        if found.class_masks is not None:
-            own = np.stack([volume.stored(mask, bool) for mask in found.class_masks])
-        rows = measure_classes(voxels, own, names, found.highest, found.sums, spacing=spacing)
+        paths, masks = self._volume_paths(volume.path), found.class_masks
+        masks = found.masks if masks is None else masks
+        for path in paths.get("mask", ()):
+            write_mask(path, volume, found.masks)
+        for path in paths.get("overlay", ()):
+            draw = partial(overlay, n_classes=len(names))
+            drawn = montage(volume.pictures(window), found.masks, draw=draw)
+            save_png(with_legend(drawn, names), path)
+        for number, path in enumerate(paths.get("classes", ()), 1):
+            write_mask(path, volume, _own_mask(masks, number))
+        for path in paths.get("objects", ()):
+            write_mask(path, volume, number_objects(masks, found.masks, volume.path), np.uint16)
+        for levels, path in zip(found.levels, paths.get("probability", ()), strict=False):
+            write_mask(path, volume, levels, np.uint16, 1 / MAX_LEVEL)
+        if masks.dtype == bool:
+            voxels = np.stack([volume.stored(mask, bool) for mask in masks])
+        else:
+            voxels = volume.stored(masks)
+        rows = measure(voxels, names, found.highest, found.sums, spacing=spacing)
         self._keep(volume.path.name, rows, **columns)
         if spacing is None:
             print(f"{volume.path}: its header gives a voxel no size, so no mm or mL are measured")
-        return written
+        return [path for own in paths.values() for path in own]
 
     def _keep(self, title, rows, **columns):
         self.rows[title] = [{"image": title, **row, **columns} for row in rows]
@@ -166,69 +189,54 @@ class Results:
         words = [WRITTEN[name] for name in self.write if WRITTEN[name]]
         return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
-    def write_coco(self, titles, records):
-        """Write the COCO file where it is wanted; records: {title: record}. Returns its path."""
-        if "coco" not in self.write:
-            return None
-        found = [records[title] for title in titles if title in records]
-        write_text(self.output / COCO, coco_text(found, self.class_names))
-        return self.output / COCO
-
-
-def measure_classes(labels, masks, names, highest, sums, **sizes):
-    """`measure` of class numbers or, where they are not None, of the mask of each class.
-
-    masks: bool (C, *shape of the labels); the others, and sizes, as of `measure`.
-    """
-    if masks is None:
-        return measure(labels, names, highest, sums, **sizes)
-    rows = []
-    for index, mask in enumerate(masks.view(np.uint8)):
-        one = slice(index, index + 1)
-        rows += measure(mask, names[one], highest[one], sums[one], **sizes)
-    return rows
-
-
-class Table:
-    """predictions.csv and predictions.json of a run, which may be of several processes.
-
-    results: the Results of this process; rank, world: its number, and of all.
-    Raises ValueError where they cannot be written: before hours of prediction, not after.
-    """
-
-    def __init__(self, results, rank=0, world=1):
-        self._results, self._folder = results, results.output
-        for name in (TABLE, SETTINGS):
-            check_free(self._folder / name)
-        self._parts = Parts(self._folder, rank, world)
-
     def finish(self, titles, settings, model_paths, left_out):
-        """Write both files and print a summary, in the last process alone.
+        """Write predictions.csv and predictions.json, the COCO file if wanted, print a summary.
 
         titles: of all images of the run, in the order of the table; settings: plain values for
         predictions.json; model_paths: files of the models; left_out: [(path, why)].
         """
-        left_out = [[str(path), why] for path, why in left_out]
-        own = {"rows": self._results.rows, "records": self._results.records}
-        parts, found, records = self._parts.put({**own, "left_out": left_out}), {}, {}
-        for part in parts:
-            found |= part["rows"]
-            records |= part["records"]
-        if not found:
+        titles = [title for title in titles if title in self.rows]
+        if not titles:
             return
-        rows = [row for title in titles for row in found.get(title, ())]
+        rows = [row for title in titles for row in self.rows[title]]
         models = [{"file": str(path), "sha256": file_sha256(path)} for path in model_paths]
-        pairs = dict.fromkeys(tuple(pair) for part in parts for pair in part["left_out"])
-        left_out = [{"file": path, "why": why} for path, why in pairs]
+        left_out = [{"file": str(path), "why": why} for path, why in dict.fromkeys(left_out)]
         content = {"models": models, **settings, "version": program_version()}
-        content |= {"images": len(found), "left_out": left_out}
-        write_text(self._folder / SETTINGS, settings_text(content))
-        write_text(self._folder / TABLE, table_text(rows))
+        content |= {"images": len(self.rows), "left_out": left_out}
+        write_text(self.output / SETTINGS, settings_text(content))
+        write_text(self.output / TABLE, table_text(rows))
         for line in summarize(rows):
             print(line)
-        print(f"measured: {self._folder / TABLE}")
-        if path := self._results.write_coco(titles, records):
-            print(f"annotated: {path}")
+        print(f"measured: {self.output / TABLE}")
+        if "coco" in self.write:
+            records = [self.records[title] for title in titles]
+            write_text(self.output / COCO, coco_text(records, self.class_names))
+            print(f"annotated: {self.output / COCO}")
+
+
+def _own_mask(masks, number):
+    """The mask of a class; masks: as of `medseg.pieces.class_masks`."""
+    return masks[number - 1] if masks.dtype == bool else masks == number
+
+
+def number_objects(masks, labels, path):
+    """Numbers of all connected pieces, uint16 of the shape of labels, from 1 on class by class.
+
+    masks: as of `medseg.pieces.class_masks`; where they overlap, a pixel is of the class that the
+    labels show. ValueError, which names the image at `path`, where there are too many.
+    """
+    numbers, count = np.zeros(labels.shape, np.uint16), 0
+    for number, box, mask in class_masks(masks):
+        pieces, sizes, _ = number_pieces(mask)
+        if count + len(sizes) > MAX_OBJECTS:
+            raise ValueError(
+                f"{path}: more than {MAX_OBJECTS} objects, which 16 bits cannot number: remove "
+                "specks with --clean min-area=9"
+            )
+        visible = labels[box] == number
+        numbers[box][visible] = pieces[visible] + count
+        count += len(sizes)
+    return numbers
 
 
 def summarize(rows):

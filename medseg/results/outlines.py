@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIDES, CORNERS = 0.6, 0.4  # levels of a contour: pixels that touch at corners are apart, or not
+from medseg.pieces import class_masks, inside, number_pieces
 
 
 class Outline(NamedTuple):
@@ -24,39 +24,37 @@ class Outline(NamedTuple):
     points: list
 
 
-def trace_labels(labels):
+def trace_labels(labels, simplify=0):
     """[Outline] that, drawn one after the other, give class numbers, uint8 (H, W), bit for bit.
 
     A piece is one polygon, and what it surrounds is drawn after it: holes as background, pieces in
     them. Pixels that touch at a corner are of one piece. Only where two classes cross at corners,
     as on a chessboard, pieces have to be connected over sides.
+    simplify: pixels by which an outline may pass its pixels' centres, for fewer points; 0: exact.
     """
-    for level in (CORNERS, SIDES):
-        outlines, drawn = _trace(labels, level)
-        if np.array_equal(drawn, labels):
+    for connectivity in (8, 4):
+        outlines, drawn = _trace(labels, connectivity, simplify)
+        if simplify or np.array_equal(drawn, labels):
             break
     return outlines
 
 
-def _trace(labels, level):
-    """([Outline], what they give when they are drawn) with classes connected as of `level`."""
-    from scipy import ndimage
-
-    regions = []  # (size of its box, number, box, bool array of that box)
-    for number in np.unique(labels).tolist():
-        corners = number and level == CORNERS
-        parts, _ = ndimage.label(labels == number, np.ones((3, 3)) if corners else None)
-        for index, box in enumerate(ndimage.find_objects(parts), 1):
-            if number == 0 and _at_border(box, labels.shape):
-                continue  # no hole
-            area = (box[0].stop - box[0].start) * (box[1].stop - box[1].start)
-            regions.append((area, number, box, parts[box] == index))
+def _trace(labels, connectivity, simplify):
+    """([Outline], what they give when they are drawn) with the pixels of a piece so connected."""
+    regions = []  # (pixels of its box, number, x and y of its box, bool array of that box)
+    whole = np.s_[: labels.shape[0], : labels.shape[1]]
+    for number, box, mask in (*class_masks(labels), (0, whole, labels == 0)):
+        numbers, _, boxes = number_pieces(mask, connectivity if number else 4)
+        for index, ends in enumerate(boxes, 1):
+            if number or ((ends[:, 0] > 0) & (ends[:, 1] < labels.shape)).all():  # a hole
+                region = numbers[inside(ends)] == index
+                corner = box[1].start or 0, box[0].start or 0
+                regions.append((region.size, number, corner + ends[::-1, 0], region))
     canvas = Image.new("L", labels.shape[::-1])
     draw, outlines = ImageDraw.Draw(canvas), []
     # What lies within another region has a smaller box, and comes after it.
-    for _, number, box, region in sorted(regions, key=lambda region: -region[0]):
-        points = _trace_region(region, level if number else SIDES)
-        points = [(x + box[1].start, y + box[0].start) for x, y in points]
+    for _, number, corner, region in sorted(regions, key=lambda region: -region[0]):
+        points = _trace_region(region, corner, simplify)
         if number == 0 and canvas.getpixel(tuple(map(int, points[0]))) == 0:
             continue  # background between classes, which no polygon covers
         draw.polygon(points, outline=number, fill=number)
@@ -64,37 +62,23 @@ def _trace(labels, level):
     return outlines, np.asarray(canvas)
 
 
-def _at_border(box, shape):
-    return any(
-        side.start == 0 or side.stop == length for side, length in zip(box, shape, strict=True)
-    )
+def _trace_region(region, corner, simplify):
+    """The outer border of a connected bool array, as [(x, y)] of its corners, three or more.
 
-
-def _trace_region(region, level):
-    """The outer border of a connected bool array (H, W) as a polygon through centres of pixels."""
-    from contourpy import contour_generator
-
-    padded = np.pad(region, 1).astype(np.float32)
-    lines = contour_generator(z=padded).lines(level)
-    outer = max(lines, key=lambda line: np.ptp(line, 0).sum())  # the others are those of holes
-    # A vertex lies between two pixels, one of which is of the region.
-    low, high = np.floor(outer).astype(int), np.ceil(outer).astype(int)
-    inside = padded[low[:, 1], low[:, 0]] > 0
-    pixels = np.where(inside[:, None], low, high) - 1
-    return _corners(pixels)
-
-
-def _corners(pixels):
-    """A closed line through pixels, (N, 2) of x, y -> [(x, y)] of its corners, three or more.
-
-    As fractions: LabelMe takes a second point in the place of the first for the end of the polygon.
+    corner: x, y of its first pixel. As fractions: LabelMe takes a second point in the place of the
+    first for the end of the polygon.
     """
-    steps = np.diff(pixels, axis=0)
-    moves = steps.any(1)
-    if not moves.any():  # a single pixel
-        return [tuple((pixels[0] + part).tolist()) for part in ((0.2, 0.2), (0.8, 0.2), (0.5, 0.8))]
-    corners, steps = pixels[:-1][moves], steps[moves]
-    corners = corners[(steps != np.roll(steps, 1, 0)).any(1)]
+    import cv2
+
+    mode, method = cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
+    (line,), _ = cv2.findContours(region.view(np.uint8), mode, method)
+    if simplify and len(thinned := cv2.approxPolyDP(line, simplify, True)) > 2:
+        line = thinned
+    corners = line[:, 0] + corner
+    if len(corners) == 1:  # a single pixel
+        return [
+            tuple((corners[0] + part).tolist()) for part in ((0.2, 0.2), (0.8, 0.2), (0.5, 0.8))
+        ]
     if len(corners) == 2:  # a straight line, there and back
         corners = np.append(corners, corners[:1], 0)
     points, first_again = corners + 0.5, (corners == corners[0]).all(1)
