@@ -2,7 +2,7 @@
 
 import re
 
-from medseg.files import SEAL, check_replaceable, is_sealed, read_json
+from medseg.files import check_replaceable, is_sealed, read_json
 from medseg.formats.medical import NIFTI_SUFFIXES, base_name
 from medseg.formats.nifti import is_sealed_mask
 
@@ -46,13 +46,7 @@ def _is_unchanged(path):
         return isinstance(content, dict) and KEYS[name] <= content.keys()
     if name.lower().endswith(NIFTI_SUFFIXES):
         return is_sealed_mask(path)
-    return is_sealed(path) or _names_classes(path)
-
-
-def _names_classes(path):
-    """Whether a PNG has the class names of a mask that an earlier version wrote, without a seal."""
-    content = path.read_bytes()
-    return b"iTXtclasses\0" in content and SEAL not in content
+    return is_sealed(path)
 
 
 def is_own(path):
