@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data import make_loaders, open_split
-from medseg import cli, coco, dist, files, inference, layers, metrics, phantoms, plots, tiles
+from medseg import cli, coco, dist, inference, layers, metrics, phantoms, plots, tiles
 from medseg import device as devices
 from medseg.planning.plan import planned_flags
 from medseg.signals import Signals
@@ -281,13 +281,12 @@ def main(argv=None):
     out, signals, lock = cli.output_folder(args.out), Signals(), nullcontext()
     writes = dist.starts_first() and not args.test_only  # the first of the processes
     if writes:
-        busy = f"{out}: another training is writing to this folder; give this one another --out"
-        lock = files.file_lock(out / ".lock", busy=busy)
+        lock = checkpoints.run_lock(out)
     try:
         go_on = command_line.command("train.py", "--resume", out=out)
         with signals.installed(), signals.exit_when_stopped(go_on), lock:
             if writes and not (checkpoint or args.overwrite or dist.restart_count()):
-                checkpoints.refuse_other_run(out)
+                checkpoints.refuse_other_run(out, folds=args.folds)
             if dist.starts_first():
                 checkpoints.check_run_folder(out, args)
             if writes and not checkpoint and unasked and not args.synthetic:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from medseg.cli import ArgumentParser
+from medseg.files import file_lock
 from medseg.layers import Architecture, architecture_of
 from medseg.training.checkpoint import KEYS, Progress, recorded_flags
 from medseg.training.flags import make_parser, parse_arguments
@@ -197,6 +198,38 @@ def test_nothing_is_planned_for_a_command_that_is_refused(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--out"):
         start("--out", tmp_path / "file")
+
+
+@pytest.mark.parametrize("folds", [(), ("--folds", "2")])
+def test_nothing_is_planned_for_a_folder_in_use(folds, tmp_path):
+    """In use: another training writes to it, or it holds what is not to be replaced."""
+    argv = [*PLANNED, "--out", str(tmp_path), *folds]
+
+    def make_plan(given):
+        raise LookupError
+
+    def start(*flags):
+        parse_arguments([*argv, *flags], "", make_plan)
+
+    (tmp_path / "folds").mkdir()
+    with pytest.raises(ValueError if folds else LookupError):
+        start("--overwrite")
+    (tmp_path / "folds").rmdir()
+    with file_lock(tmp_path / ".lock", busy=""), pytest.raises(ValueError, match=str(tmp_path)):
+        start("--overwrite")
+    run = tmp_path / "fold1"
+    run.mkdir()
+    (run / "best_model.pth").touch()
+    if folds:
+        with pytest.raises(ValueError, match="fold1/best_model.pth"):
+            start()
+    for flags in [("--overwrite",)] if folds else [(), ("--overwrite",)]:
+        with pytest.raises(LookupError):
+            start(*flags)
+    table = (run if folds else tmp_path) / "metrics.csv"
+    table.write_text("mine")
+    with pytest.raises(ValueError, match="metrics.csv"):
+        start("--overwrite")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from medseg.cache import fingerprint
 from medseg.cli import one_line
 from medseg.device import out_of_memory
 from medseg.dist import all_reduce_max, is_first
-from medseg.files import remove_partial_writes
+from medseg.files import file_lock, remove_partial_writes
 from medseg.formats.own_files import check_outputs
 from medseg.signals import Stopped
 from medseg.weights import load_weights, save_weights
@@ -85,14 +85,29 @@ def recorded_flags(args):
     return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
 
 
-def refuse_other_run(out):
-    """ValueError where the folder holds the weights of another run, or a cross-validation."""
-    for name in (BEST, LAST, PREVIOUS, FOLDS):
-        if (out / name).exists():
-            raise ValueError(
-                f"{out / name}: written by an earlier run: go on with --resume, replace it with "
-                "--overwrite, or give this run another --out"
-            )
+def run_lock(out):
+    """Hold the folder of a run, within. ValueError where another training is writing to it."""
+    busy = f"{out}: another training is writing to this folder; give this one another --out"
+    return file_lock(out / ".lock", busy=busy)
+
+
+def fold_runs(out):
+    """The folders of the runs of a cross-validation, those of earlier ones too."""
+    return [path for path in out.glob("fold[0-9]*") if path.is_dir()]
+
+
+def refuse_other_run(out, *, folds=0):
+    """ValueError where the folder holds the weights of another run, or a cross-validation.
+
+    folds: of this run; where there are any, those of another one count too.
+    """
+    for run in [out, *fold_runs(out)] if folds else [out]:
+        for name in (BEST, LAST, PREVIOUS, FOLDS):
+            if (run / name).exists():
+                raise ValueError(
+                    f"{run / name}: written by an earlier run: go on with --resume, replace it "
+                    "with --overwrite, or give this run another --out"
+                )
 
 
 def check_run_folder(out, args):
@@ -101,7 +116,7 @@ def check_run_folder(out, args):
     args: the flags of the run. Weights are left to `refuse_other_run`, and to --overwrite.
     """
     drawn = ["predictions.png"] if args.test_only else ["predictions.png", CURVES, "metrics.csv"]
-    runs = out.glob("fold[0-9]*") if args.folds else [out]
+    runs = fold_runs(out) if args.folds else [out]
     check_outputs([run / name for run in runs for name in drawn], "--out")
     if args.skip_bad:
         check_outputs([out / "skipped.txt"], "--out")

@@ -15,7 +15,7 @@ import torch
 from medseg.cli import one_line, output_folder
 from medseg.coco import load_coco
 from medseg.dist import started_by_torchrun
-from medseg.files import atomic_write, file_lock, read_json
+from medseg.files import atomic_write, read_json
 from medseg.inference import PLAIN, read_inference
 from medseg.metrics import (
     bootstrap,
@@ -32,10 +32,11 @@ from medseg.training.checkpoint import (
     FOLDS,
     LAST,
     PREVIOUS,
+    fold_runs,
     prepare_folder,
     read_checkpoint,
     recorded_flags,
-    refuse_other_run,
+    run_lock,
 )
 from medseg.training.folds import deal_images, write_folds
 from medseg.training.history import list_skipped
@@ -56,7 +57,7 @@ COLUMNS = {
 
 
 def check_folds(args):
-    """ValueError where --folds goes with other flags in no way."""
+    """ValueError where --folds goes with other flags, or with what is in --out, in no way."""
     if args.folds == 1:
         raise ValueError("--folds 1: nothing would be left to train on: give 2 or more")
     if args.folds and args.test_only:
@@ -64,6 +65,9 @@ def check_folds(args):
         raise ValueError(f"--test-only tests one run, not --folds: give it one, as --out {one}")
     if args.folds and started_by_torchrun():
         raise ValueError("--folds trains in one process: start it without torchrun")
+    data = Path(args.out) / DATA
+    if args.folds and data.exists() and not (Path(args.out) / FOLDS).exists():
+        raise ValueError(f"{data}: is there already: remove it, or name another folder with --out")
 
 
 def read_folds(args):
@@ -106,9 +110,7 @@ class Fold:
     @contextmanager
     def training(self):
         """Hold the lock of the fold's folder; a run stopped within goes on with --resume."""
-        folder = Path(self.args.out)
-        busy = f"{folder}: another training is writing to this folder"
-        with file_lock(folder / ".lock", busy=busy), _resumable():
+        with run_lock(Path(self.args.out)), _resumable():
             yield
 
     def score(self, model, batches, autocast):
@@ -142,7 +144,7 @@ def untrained_folds(args, record):
     if not (record and data.exists()):  # stopped before they were written
         deal = _deal(args)
     if record is None:
-        _clear(out, overwrite=args.overwrite)
+        _clear(out)
         record = {"flags": recorded_flags(args), "folds": []}
     flags, folds = record["flags"], record["folds"]
     _write(out, flags, folds)
@@ -186,17 +188,11 @@ def _deal(args):
     return deal
 
 
-def _clear(out, *, overwrite):
-    """Make room for a new cross-validation. ValueError where there is another run, unasked."""
-    runs, data = [path for path in out.glob("fold[0-9]*") if path.is_dir()], out / DATA
-    if not overwrite:
-        for folder in runs:
-            refuse_other_run(folder)
-    if data.exists() and not (out / FOLDS).exists():
-        raise ValueError(f"{data}: is there already: remove it, or name another folder with --out")
-    for folder in (out, *runs):
+def _clear(out):
+    """Make room for a new cross-validation, in place of one that `refuse_other_run` let pass."""
+    for folder in (out, *fold_runs(out)):
         prepare_folder(folder, None)
-    for folder in (data, *out.glob(f".{DATA}.*.tmp")):  # these of a process that was killed
+    for folder in (out / DATA, *out.glob(f".{DATA}.*.tmp")):  # these of a process that was killed
         shutil.rmtree(folder, ignore_errors=True)
 
 

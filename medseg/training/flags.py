@@ -18,7 +18,13 @@ from medseg.cli import (
 )
 from medseg.images import IMAGE_SIZE, set_pixel_limit
 from medseg.layers import ARCHITECTURES, CHOICES, arch_flags, network_flags
-from medseg.training.checkpoint import BEST, NOT_RECORDED, refuse_other_run
+from medseg.training.checkpoint import (
+    BEST,
+    NOT_RECORDED,
+    check_run_folder,
+    refuse_other_run,
+    run_lock,
+)
 from medseg.training.cross_validation import check_folds, read_folds
 from medseg.training.precision import keep_precision
 from medseg.training.recipes import LOSSES, RECIPES
@@ -243,10 +249,13 @@ def parse_arguments(argv, doc, make_plan=None):
                 defaults["image_size"] = model.image_size or IMAGE_SIZE
         parser.set_defaults(**defaults | network)
         if planned:  # what is refused is refused before, for a plan takes its time
-            _check_flags(parser.parse_args(argv), network)
-            out, given = output_folder(first.out), parser.parse_given(argv)
-            if not first.overwrite:
-                refuse_other_run(out)
+            args, out = parser.parse_args(argv), output_folder(first.out)
+            _check_flags(args, network)
+            with run_lock(out):
+                if not first.overwrite:
+                    refuse_other_run(out, folds=args.folds)
+                check_run_folder(out, args)
+            given = parser.parse_given(argv)
             known = {**(defaults if "arch" in given else {}), **network, **kept}
             parser.set_defaults(**make_plan(known | given))
     args = parser.parse_args(argv)
