@@ -84,12 +84,18 @@ def predict_mask(model, image_tensor, device="cuda", threshold=0.5):
 
 
 def visualize_result(
-    original_image, predicted_mask, *, path="predictions.png", class_names=("foreground",)
+    original_image,
+    predicted_mask,
+    *,
+    path="predictions.png",
+    class_names=("foreground",),
+    name=None,
 ):
     """Draw image, mask and overlay side by side to `path`.
 
     original_image: PIL image or uint8 array (H, W, 3); predicted_mask: array or tensor that
-    squeezes to (H, W), of 0 and 1 or of class numbers.
+    squeezes to (H, W), of 0 and 1 or of class numbers. name: of the image's file, which then stands
+    above, with a legend of a single class too.
     """
     # With Pillow: importing matplotlib would take as long as the prediction itself.
     picture = original_image
@@ -107,7 +113,8 @@ def visualize_result(
         "Predicted Mask": drawing.draw_labels(labels, len(class_names)),
         "Overlay": drawing.overlay(picture, labels, len(class_names)),
     }
-    pictures.save_png(drawing.with_legend(drawing.draw_panels(panels), class_names), path)
+    figure = drawing.draw_panels(panels, name)
+    pictures.save_png(drawing.with_legend(figure, class_names, single=name is not None), path)
 
 
 # ---- one image, many, the slices of a volume -------------------------------------------------
@@ -191,7 +198,8 @@ def predict_one(model, frame, output, threshold, *, results=None):
         written = results.add(frame, image, labels, probabilities, masks=masks, **columns)
         if "overlay" in results.write:
             written.append(output / f"{frame.name}_prediction.png")
-            visualize_result(image, labels, path=written[-1], class_names=names)
+            shown = {"class_names": names, "name": frame.title}
+            visualize_result(image, labels, path=written[-1], **shown)
     else:
         pictures.save_mask(labels, output, names)
     print(model.describe(frame.path, labels, probabilities.max((1, 2)), threshold, marked))

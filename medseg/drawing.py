@@ -80,17 +80,25 @@ def with_legend(image, class_names, *, single=False):
     return taller
 
 
-def draw_panels(panels):
-    """{title: PIL image}, all of one size -> one PIL RGB image with them beside each other."""
+def draw_panels(panels, name=None):
+    """{title: PIL image}, all of one size -> one PIL RGB image with them beside each other.
+
+    name: of the file that they show, which stands above them, or None.
+    """
     width, height = next(iter(panels.values())).size
-    column = max(width, 150)
-    size = (len(panels) * (column + 10) + 10, height + 50)
+    column, top = max(width, 150), 28 if name else 0
+    size = (len(panels) * (column + 10) + 10, height + 50 + top)
     figure = Image.new("RGB", size, (240, 240, 240))
     draw, font = ImageDraw.Draw(figure), ImageFont.load_default(18)
+    if name:
+        (shown,), path = drawable(name)
+        own = pillow_font(path, 16)
+        shown = fit_lines(shown, own, size[0] - 20, 1)[0]
+        draw.text((10, 16), shown, fill="black", font=own, anchor="lm")
     for index, (title, panel) in enumerate(panels.items()):
         left = 10 + index * (column + 10)
-        draw.text((left + column / 2, 32), title, fill="black", font=font, anchor="ms")
-        figure.paste(panel, (left + (column - width) // 2, 40))
+        draw.text((left + column / 2, top + 32), title, fill="black", font=font, anchor="ms")
+        figure.paste(panel, (left + (column - width) // 2, top + 40))
     return figure
 
 

@@ -43,6 +43,7 @@ TURNS = {
     **{6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90},
 }
 MAX_JPEG_SIDE = 65_500  # pixels that the format has room for
+SHOWN_SIDE = 384  # pixels at least, of the longer side of an overlay
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
@@ -374,8 +375,14 @@ def save_jpeg(image, path):
 
 
 def save_overlay(image, labels, path, class_names):
-    """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend."""
-    drawn = with_legend(overlay(image, labels, len(class_names)), class_names)
+    """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend.
+
+    A small one is enlarged by a whole factor, until its longer side has SHOWN_SIDE pixels.
+    """
+    drawn = overlay(image, labels, len(class_names))
+    if (factor := math.ceil(SHOWN_SIDE / max(drawn.size))) > 1:
+        drawn = drawn.resize([side * factor for side in drawn.size], Image.Resampling.BICUBIC)
+    drawn = with_legend(drawn, class_names)
     drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))  # which leaves a smaller one as it is
     save_jpeg(drawn, path)
 

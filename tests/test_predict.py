@@ -45,6 +45,7 @@ from medseg.cli import ArgumentParser
 from medseg.drawing import class_colors, overlay
 from medseg.files import atomic_write
 from medseg.full_size import full_size_labels
+from medseg.images import save_overlay
 from medseg.metrics import (
     SWEEP,
     TOLERANCE,
@@ -229,6 +230,33 @@ def test_overlay_tints_the_foreground_alone():
     pixels = np.asarray(overlay(image, mask))
     assert pixels[1, 2].tolist() == [162, 30, 120]
     assert (pixels[~mask] == (100, 50, 200)).all()
+
+
+@pytest.mark.parametrize("side, factor", [(40, 10), (200, 2), (384, 1), (500, 1)])
+def test_a_small_overlay_is_enlarged(tmp_path, side, factor):
+    labels = np.zeros((side, side), np.uint8)
+    labels[side // 2 :] = 1
+    path = tmp_path / "overlay.jpg"
+    save_overlay(Image.new("RGB", (side, side), (90, 90, 90)), labels, path, ["one"])
+    drawn = np.asarray(Image.open(path)).astype(int)
+    assert drawn.shape == (side * factor, side * factor, 3)
+    red = drawn[..., 0] - drawn[..., 1] > 60
+    edge = side * factor // 2
+    assert red[edge + 5 :].all() and not red[: edge - 5].any()
+
+
+def test_the_figure_of_a_file_has_its_name_and_a_legend(tmp_path):
+    picture, labels, sizes = Image.new("RGB", (80, 40)), np.ones((40, 80)), []
+    for name in (None, "a.png", "a name that is long" * 20):
+        path = tmp_path / "figure.png"
+        predict.visualize_result(picture, labels, path=path, name=name)
+        figure = Image.open(path)
+        sizes.append(figure.size)
+        above = np.asarray(figure.convert("L"))[:24, :100]
+        assert (above < 60).any() == (name is not None)
+        legend = figure.crop((0, sizes[0][1], 30, figure.height))
+        assert (count_color(legend, (255, 0, 0)) > 100) == (name is not None)
+    assert len({width for width, _ in sizes}) == 1
 
 
 def count_color(figure, color):
