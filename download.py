@@ -355,9 +355,11 @@ def main(argv=None):
     except DownloadError as error:
         raise ValueError(str(error).replace(COMMAND, COMMAND + data_flag)) from None
     except OSError as error:
-        full = error.errno == errno.ENOSPC
-        problem = f"the disk of {root} is full" if full else one_line(error)
-        raise DownloadError(problem, f"mend that and run {COMMAND}{data_flag} again") from None
+        problem, advice = one_line(error), "mend that and run the same command again"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"the disk of {root} is full"
+            advice = "make room there, or name a folder of another disk with --data"
+        raise DownloadError(problem, advice) from None
     finally:
         for folder in [root / ".download"] + [root] * (not existed):
             with contextlib.suppress(OSError):

@@ -518,7 +518,7 @@ def test_disk_fills_while_unpacking(here, monkeypatch):
 
     Path("good.zip").write_bytes(pack(good_files()))
     monkeypatch.setattr(archive, "open", full, raising=False)
-    refuse_download("--zip", "good.zip", words=["dataset is full"])
+    refuse_download("--zip", "good.zip", words=["dataset is full", "--data"])
 
 
 def test_interrupt_while_unpacking(tmp_path):

@@ -261,7 +261,7 @@ def test_full_disk(here, monkeypatch):
 
     save_pairs(3)
     monkeypatch.setattr(writing.shutil, "copyfile", full)
-    refuse_download(*UNSPLIT, words=["disk of dataset is full"])
+    refuse_download(*UNSPLIT, words=["disk of dataset is full", "--data"])
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,23 @@ def test_a_full_disk_is_named_with_what_helps(trained, small_disk, refused):
     assert "Errno" not in line and "_mask.png" in line
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])  # the one is copied, the other converted
+def test_a_disk_that_fills_while_masks_are_imported(tmp_path, small_disk, refused, dtype):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 200, 200))
+    for folder, images in (("images", noise.astype(dtype)), ("masks", (noise > 9).astype("u1"))):
+        (tmp_path / folder).mkdir()
+        for number, pixels in enumerate(images):
+            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
+    disk = small_disk(2)
+    fill(disk, 100_000)  # bytes, of which an image takes some 40,000
+    command = ("--masks", "images", "masks", "--data", disk / "mine")
+    line = refused("download", *command, words=[disk / "mine", "full", "--data"])
+    assert "python download.py --data" not in line  # which would get another data set
+    assert [path.name for path in disk.rglob("*")] == ["filler"]
+    (disk / "filler").unlink()
+    assert_done(script_here("download.py", *command, cwd=tmp_path))
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), MemoryError("Unable to allocate 3.2 GiB"), OSError(28, "No space")]
 )
