@@ -1,7 +1,6 @@
 """Connected pieces of masks: numbered, measured, removed, filled, taken apart. No torch."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -228,49 +227,35 @@ def _follow(following):
     return following
 
 
-# ---- measured --------------------------------------------------------------------------------
+def measure_pieces(mask, start, spacing=None):
+    """A dict of how many pieces a bool array (H, W), or (I, J, K) of a volume, has and how large.
 
-
-class Pieces(NamedTuple):
-    """The pieces of a mask, and where the largest one lies.
-
-    count: how many there are. mean, median: their pixels. largest: the pixels of the largest.
-    center: its centroid, in the order of the array's axes; pixel (0, 0) has its centre at 0, 0.
-    diameter: the longest distance between the centres of two of its pixels, in pixels; diameter_mm:
-    the same in mm, or None. Of an empty mask, what follows `largest` is None.
-    """
-
-    count: int = 0
-    largest: int = 0
-    mean: float | None = None
-    median: float | None = None
-    center: tuple | None = None
-    diameter: float | None = None
-    diameter_mm: float | None = None
-
-
-def measure_pieces(mask, spacing=None):
-    """The `Pieces` of a bool array (H, W), or (D, H, W) of a volume.
-
-    spacing: mm of a pixel along each axis, or None where it is unknown.
+    Their keys are columns of predictions.csv. start: where the array begins in its picture;
+    spacing: mm of a pixel along each axis, or None. A piece lies at its centroid; pixel (0, 0) has
+    its centre at 0, 0; x is along the columns of a picture, and along the first axis of a volume.
+    Its diameter is the longest distance between the centres of two of its pixels.
     """
     numbers, sizes, boxes = number_pieces(mask)
-    if not len(sizes):
-        return Pieces()
     largest = int(sizes.argmax())
-    piece = numbers[inside(boxes[largest])] == largest + 1
-    center = []
-    for axis, start in enumerate(boxes[largest, :, 0].tolist()):
-        counts = piece.sum(tuple(other for other in range(mask.ndim) if other != axis))
-        center.append(float(start + counts @ np.arange(len(counts)) / sizes[largest]))
+    piece, center = numbers[inside(boxes[largest])] == largest + 1, []
+    for axis, first in enumerate((boxes[largest, :, 0] + start).tolist()):
+        counts = piece.sum(tuple({*range(mask.ndim)} - {axis}))
+        center.append(float(first + counts @ np.arange(len(counts)) / sizes[largest]))
     corners = hull_corners(piece)
-    in_mm = None if spacing is None else longest_distance(corners * np.asarray(spacing, float))
-    measured = int(sizes[largest]), float(sizes.mean()), float(np.median(sizes)), tuple(center)
-    return Pieces(len(sizes), *measured, longest_distance(corners), in_mm)
+    axes = [f"largest_{axis}" for axis in ("yx" if mask.ndim == 2 else "xyz")]
+    return {
+        "pieces": len(sizes),
+        "mean_pixels": float(sizes.mean()),
+        "median_pixels": float(np.median(sizes)),
+        "largest_pixels": int(sizes[largest]),
+        **dict(zip(axes, center, strict=True)),
+        "largest_diameter": longest_distance(corners),
+        "largest_diameter_mm": spacing and longest_distance(corners * np.array(spacing)),
+    }
 
 
 def hull_corners(piece):
-    """Pixels of a bool array that are the corners of its convex hull, (N, axes).
+    """Pixels of a bool array that are the corners of its convex hull, float64 (N, axes).
 
     The longest distance within it is between two of them (Shamos, "Computational Geometry", 1978).
     """
@@ -280,7 +265,7 @@ def hull_corners(piece):
     if piece.ndim == 2:
         import cv2
 
-        return cv2.convexHull(points)[:, 0]
+        return cv2.convexHull(points)[:, 0].astype(float)
     from scipy.spatial import ConvexHull
 
     # Around each, so that a straight row has a volume too: the corners stay those of the same ones.

@@ -18,7 +18,6 @@ from scipy.spatial.distance import pdist
 
 import predict
 from medseg.full_size import full_size_stripes, sum_probabilities
-from medseg.pieces import measure_pieces
 from medseg.results.table import COLUMNS, measure, table_text
 
 
@@ -58,17 +57,20 @@ def test_pieces_against_scipy(dimensions):
         mask = rng.random(rng.integers(1, 9, dimensions)) < share
         spacing = rng.random(dimensions) + 0.1
         numbers, count = ndimage.label(mask, np.ones((3,) * dimensions))
-        pieces = measure_pieces(mask, spacing)
-        assert pieces.count == count
+        (row,) = measure(mask[None], ["one"], [1], [0], spacing=tuple(spacing))
+        assert row["pieces"] == count
         if not count:
-            assert pieces == (0, 0, None, None, None, None, None)
+            assert row["largest_pixels"] == 0 and row["largest_x"] is None
             continue
         sizes = ndimage.sum_labels(mask, numbers, range(1, count + 1))
         pixels = np.argwhere(numbers == 1 + sizes.argmax())
-        assert pieces.largest == sizes.max() and pieces.center == pytest.approx(pixels.mean(0))
-        assert (pieces.mean, pieces.median) == pytest.approx((sizes.mean(), np.median(sizes)))
+        center = [row[f"largest_{axis}"] for axis in ("yx" if dimensions == 2 else "xyz")]
+        assert row["largest_pixels"] == sizes.max() and center == pytest.approx(pixels.mean(0))
+        own = row["mean_pixels"], row["median_pixels"]
+        assert own == pytest.approx((sizes.mean(), np.median(sizes)))
         distances = [pdist(pixels * unit).max(initial=0) for unit in (1, spacing)]
-        assert (pieces.diameter, pieces.diameter_mm) == pytest.approx(tuple(distances))
+        own = row["largest_diameter"], row["largest_diameter_mm"]
+        assert own == pytest.approx(tuple(distances))
 
 
 def test_measurements_of_two_classes_by_hand():

@@ -45,9 +45,7 @@ def draw_as_labelme(shapes, size):
 
 def drawn(labels):
     """Class numbers as the outlines of `trace_labels` give them back."""
-    shapes = [
-        {"label": outline.number, "points": outline.points} for outline in trace_labels(labels)
-    ]
+    shapes = [{"label": number, "points": points} for number, points in trace_labels(labels)]
     result = np.zeros_like(labels)
     for number, mask in draw_as_labelme(shapes, labels.shape[::-1]).items():
         result[mask] = number
@@ -85,10 +83,10 @@ def test_outlines_of_a_drawing():
     labels = np.zeros((9, 12), np.uint8)
     labels[1:8, 2:10], labels[3:6, 4:8], labels[4, 5] = 1, 0, 1
     ring, hole, dot = trace_labels(labels)
-    assert (ring.number, hole.number, dot.number) == (1, 0, 1)
-    assert sorted(ring.points) == [(2.5, 1.5), (2.5, 7.5), (9.5, 1.5), (9.5, 7.5)]
-    assert sorted(hole.points) == [(4.5, 3.5), (4.5, 5.5), (7.5, 3.5), (7.5, 5.5)]
-    assert all((int(x), int(y)) == (5, 4) for x, y in dot.points) and len(dot.points) == 3
+    assert [number for number, _ in (ring, hole, dot)] == [1, 0, 1]
+    assert sorted(ring[1]) == [(2.5, 1.5), (2.5, 7.5), (9.5, 1.5), (9.5, 7.5)]
+    assert sorted(hole[1]) == [(4.5, 3.5), (4.5, 5.5), (7.5, 3.5), (7.5, 5.5)]
+    assert all((int(x), int(y)) == (5, 4) for x, y in dot[1]) and len(dot[1]) == 3
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -287,10 +285,10 @@ def test_outlines_are_thinned(place):
     disc = (np.hypot(x - 32, y - 24) < 20).astype(np.uint8)
     counts = []
     for simplify in (0, 1):
-        (outline,) = trace_labels(disc, simplify)
-        counts.append(len(outline.points))
+        ((_, points),) = trace_labels(disc, simplify)
+        counts.append(len(points))
         canvas = Image.new("L", (64, 48))
-        ImageDraw.Draw(canvas).polygon(outline.points, outline=1, fill=1)
+        ImageDraw.Draw(canvas).polygon(points, outline=1, fill=1)
         assert (np.asarray(canvas) != disc).sum() <= simplify * 2 * np.pi * 20
     assert counts[1] < counts[0] / 2
     Image.fromarray(235 * disc).save("scans/a.png")

@@ -38,8 +38,8 @@ def write_labelme(frame, image, labels, folder, class_names, *, beside=False, si
     for picture in pictures:
         save_png(image, picture)
     names, shapes = (BACKGROUND, *class_names), []
-    for outline in trace_labels(labels, simplify):
-        shape = {"label": names[outline.number], "points": outline.points, "group_id": None}
+    for number, points in trace_labels(labels, simplify):
+        shape = {"label": names[number], "points": points, "group_id": None}
         shapes.append({**shape, "description": "", "shape_type": "polygon", "flags": {}})
     content = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes}
     named = pictures[0] if pictures else frame.path
@@ -93,12 +93,11 @@ def coco_record(frame, masks):
 
 def coco_text(records, class_names):
     """The text of a COCO file of [what `coco_record` returns]; categories are numbered from 1."""
-    images, annotations = [], []
-    for image_id, record in enumerate(records, 1):
-        images.append({"id": image_id, **record["image"]})
-        for annotation in record["annotations"]:
-            ids = {"id": len(annotations) + 1, "image_id": image_id}
-            annotations.append({**ids, **annotation})
+    images = [{"id": number, **record["image"]} for number, record in enumerate(records, 1)]
+    pairs = [(of, one) for of, record in enumerate(records, 1) for one in record["annotations"]]
+    annotations = [
+        {"id": number, "image_id": of, **one} for number, (of, one) in enumerate(pairs, 1)
+    ]
     categories = [
         {"id": number, "name": name, "supercategory": ""}
         for number, name in enumerate(class_names, 1)

@@ -1,8 +1,10 @@
 """What is made of predictions: files for each image, and one table of all."""
 
+import hashlib
 import re
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,14 +18,7 @@ from medseg.full_size import MAX_LEVEL, full_size_levels, sum_probabilities
 from medseg.images import save_mask, save_overlay, save_png
 from medseg.pieces import class_masks, number_pieces
 from medseg.results.annotations import coco_record, coco_text, labelme_files, write_labelme
-from medseg.results.table import (
-    file_sha256,
-    measure,
-    program_version,
-    settings_text,
-    table_text,
-    write_text,
-)
+from medseg.results.table import measure, program_version, settings_text, table_text, write_text
 
 MAX_LINES = 20  # images of which each gets a line on the screen
 MAX_OBJECTS = 65535  # which 16 bits count
@@ -79,8 +74,7 @@ class Results:
         planned = [self._picture_paths(frame) for frame in frames]
         planned += [self._volume_paths(file.path) for file in volumes]
         paths = [path for places in planned for own in places.values() for path in own]
-        twice = [path for path, count in Counter(paths).items() if count > 1]
-        if twice:
+        if twice := [path for path, count in Counter(paths).items() if count > 1]:
             raise ValueError(f"{twice[0]}: two files would be called so: predict them apart")
         names = [TABLE, SETTINGS, *((COCO,) if "coco" in self.write else ())]
         names += [f"{frame.name}_prediction.png" for frame in frames] if figure else []
@@ -88,23 +82,21 @@ class Results:
         return check_outputs([*paths, *(self.output / name for name in names)])
 
     def _paths(self, name, mask, drawn, suffix):
-        """{name of WRITTEN: paths} of what is written of an image or a volume as `write` has it."""
-        classes, named, numbered = self.class_names, [], [name]
-        if len(classes) > 1:  # by their numbers
-            numbered = [f"{name}_{number}" for number in range(1, len(classes) + 1)]
-        for number, text in enumerate(classes, 1):
-            text = re.sub(r"[^\w.-]+", "_", text)
-            if [re.sub(r"[^\w.-]+", "_", other) for other in classes].count(text) > 1:
-                text = f"{text}_{number}"
-            named.append(f"{shorten(f'{name}_{text}')}_mask{suffix}")
+        """{name of WRITTEN: paths} of what is written of an image or a volume."""
+        safe, endings = [re.sub(r"[^\w.-]+", "_", one) for one in self.class_names], []
+        for number, one in enumerate(safe, 1):
+            endings.append(f"{one}_{number}" if safe.count(one) > 1 else one)
+        numbered = [f"{name}_{number}" for number in range(1, len(safe) + 1)]
         paths = {
             "mask": [mask],
             "overlay": [f"{name}_{drawn}"],
-            "classes": named,
+            "classes": [f"{shorten(f'{name}_{one}')}_mask{suffix}" for one in endings],
             "objects": [f"{name}_objects{suffix}"],
-            "probability": [f"{one}_probability{suffix}" for one in numbered],
+            "probability": [
+                f"{one}_probability{suffix}" for one in (numbered if len(safe) > 1 else [name])
+            ],
         }
-        wanted = {kind: paths[kind] for kind in paths if kind in self.write}
+        wanted = {kind: own for kind, own in paths.items() if kind in self.write}
         return {kind: [self.output / path for path in own] for kind, own in wanted.items()}
 
     def _picture_paths(self, frame):
@@ -182,7 +174,7 @@ class Results:
         return [path for own in paths.values() for path in own]
 
     def _keep(self, title, rows, **columns):
-        self.rows[title] = [{"image": title, **row, **columns} for row in rows]
+        self.rows[title] = [{**row, "image": title, **columns} for row in rows]
 
     def what(self):
         """What is written of each image, in words."""
@@ -199,7 +191,10 @@ class Results:
         if not titles:
             return
         rows = [row for title in titles for row in self.rows[title]]
-        models = [{"file": str(path), "sha256": file_sha256(path)} for path in model_paths]
+        models = [
+            {"file": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+            for path in model_paths
+        ]
         left_out = [{"file": str(path), "why": why} for path, why in dict.fromkeys(left_out)]
         content = {"models": models, **settings, "version": program_version()}
         content |= {"images": len(self.rows), "left_out": left_out}

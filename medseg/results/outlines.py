@@ -5,31 +5,20 @@ and of a vertex only the whole numbers count. So the vertices are the centres of
 border of a piece.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.pieces import class_masks, inside, number_pieces
 
 
-class Outline(NamedTuple):
-    """A polygon to be drawn over those before it.
-
-    number: of the class, 0 for background. points: [(x, y)], 3 or more, in pixels whose first one
-    reaches from 0 to 1.
-    """
-
-    number: int
-    points: list
-
-
 def trace_labels(labels, simplify=0):
-    """[Outline] that, drawn one after the other, give class numbers, uint8 (H, W), bit for bit.
+    """[(number, points)]: polygons that, one drawn over the other, give back labels to the pixel.
 
-    A piece is one polygon, and what it surrounds is drawn after it: holes as background, pieces in
-    them. Pixels that touch at a corner are of one piece. Only where two classes cross at corners,
-    as on a chessboard, pieces have to be connected over sides.
+    labels: class numbers, uint8 (H, W). number: of the class, 0 for background. points: [(x, y)], 3
+    or more, in pixels whose first one reaches from 0 to 1. A piece is one polygon, and what it
+    surrounds is drawn after it: holes as background, pieces in them. Pixels that touch at a corner
+    are of one piece. Only where two classes cross at corners, as on a chessboard, pieces have to be
+    connected over sides.
     simplify: pixels by which an outline may pass its pixels' centres, for fewer points; 0: exact.
     """
     for connectivity in (8, 4):
@@ -40,7 +29,7 @@ def trace_labels(labels, simplify=0):
 
 
 def _trace(labels, connectivity, simplify):
-    """([Outline], what they give when they are drawn) with the pixels of a piece so connected."""
+    """(outlines, what they give when they are drawn) with the pixels of a piece so connected."""
     regions = []  # (pixels of its box, number, x and y of its box, bool array of that box)
     whole = np.s_[: labels.shape[0], : labels.shape[1]]
     for number, box, mask in (*class_masks(labels), (0, whole, labels == 0)):
@@ -58,7 +47,7 @@ def _trace(labels, connectivity, simplify):
         if number == 0 and canvas.getpixel(tuple(map(int, points[0]))) == 0:
             continue  # background between classes, which no polygon covers
         draw.polygon(points, outline=number, fill=number)
-        outlines.append(Outline(number, points))
+        outlines.append((number, points))
     return outlines, np.asarray(canvas)
 
 

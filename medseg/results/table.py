@@ -1,7 +1,6 @@
 """The table of measurements, predictions.csv, and what was predicted with, predictions.json."""
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -11,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from medseg.files import atomic_write
-from medseg.pieces import Pieces, class_masks, measure_pieces
+from medseg.pieces import class_masks, measure_pieces
 
 COLUMNS = (
     *("image", "class", "pixels", "share", "area_mm2", "volume_ml", "pieces", "largest_pixels"),
@@ -29,43 +28,29 @@ def measure(masks, class_names, highest, sums, *, spacing=None, depth=None):
     masks: as of `medseg.pieces.class_masks`, of a picture (H, W), or of a volume (I, J, K) in its
     stored order. highest: the highest probability of each class, (C,); sums: that of
     `sum_probabilities`, (C,). spacing: mm of a pixel along each axis, or None. depth: mm that a
-    picture stands for as a slice, or None. The keys are those of COLUMNS but for image and series;
+    picture stands for as a slice, or None. The keys are those of COLUMNS;
     share is of 1; first_object: the number of the first piece, see `number_objects`.
     """
     shape = masks.shape[1:] if masks.dtype == bool else masks.shape
-    mm = None if spacing is None else math.prod(spacing)  # mm2 of a pixel, mm3 of a voxel
-    measured, rows, first = {}, [], 1
-    for number, box, mask in class_masks(masks):
-        measured[number] = box, int(mask.sum()), measure_pieces(mask, spacing)
+    mm = spacing and math.prod(spacing)  # mm2 of a pixel, mm3 of a voxel
+    boxed = {number: (box, mask) for number, box, mask in class_masks(masks)}
+    rows, first = [], 1
     for number, name in enumerate(class_names, 1):
-        box, pixels, pieces = measured.get(number, ((), 0, Pieces()))
-        place = [side.start + at for side, at in zip(box, pieces.center or (), strict=True)]
-        # x is along the columns of a picture, and along the first axis of a volume.
-        center = dict(zip("xyz", place if len(shape) == 3 else place[::-1], strict=False))
-        area = pixels * mm if mm and len(shape) == 2 else None
-        volume = pixels * mm / 1000 if mm and len(shape) == 3 else None
-        if depth and area is not None:
-            volume = area * depth / 1000
-        rows.append(
-            {
-                "class": name,
-                "pixels": pixels,
-                "share": pixels / math.prod(shape),
-                "area_mm2": area,
-                "volume_ml": volume,
-                "pieces": pieces.count,
-                "largest_pixels": pieces.largest,
-                **{f"largest_{axis}": center.get(axis) for axis in "xyz"},
-                "largest_diameter": pieces.diameter,
-                "largest_diameter_mm": pieces.diameter_mm,
-                "highest_probability": float(highest[number - 1]),
-                "mean_probability": float(sums[number - 1]) / pixels if pixels else None,
-                "mean_pixels": pieces.mean,
-                "median_pixels": pieces.median,
-                "first_object": first if pieces.count else None,
-            }
-        )
-        first += pieces.count
+        row = {"class": name, "pixels": 0, "pieces": 0, "largest_pixels": 0}
+        if number in boxed:
+            box, mask = boxed[number]
+            row["pixels"], row["first_object"] = int(mask.sum()), first
+            row |= measure_pieces(mask, [side.start for side in box], spacing)
+            row["mean_probability"] = float(sums[number - 1]) / row["pixels"]
+            first += row["pieces"]
+        row["share"] = row["pixels"] / math.prod(shape)
+        row["highest_probability"] = float(highest[number - 1])
+        if mm and len(shape) == 3:
+            row["volume_ml"] = row["pixels"] * mm / 1000
+        elif mm:
+            row["area_mm2"] = row["pixels"] * mm
+            row["volume_ml"] = depth and row["area_mm2"] * depth / 1000
+        rows.append(dict.fromkeys(COLUMNS) | row)
     return rows
 
 
@@ -110,11 +95,6 @@ def write_text(path, text):
 def settings_text(settings):
     """A dict of plain values -> the text of predictions.json, which names its program first."""
     return json.dumps({"program": "predict.py", **settings}, indent=1) + "\n"
-
-
-def file_sha256(path):
-    """The SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def program_version():
