@@ -409,9 +409,20 @@ class Batches:
 
         They are returned where nothing tells which image it is.
         """
-        if self.dataset is None or len(self.dataset) != len(self.rows):
-            return masks.cpu().numpy() > 0.5
-        return self.dataset.true_masks(number)
+        return self.dataset.true_masks(number) if self.knows_images else masks.cpu().numpy() > 0.5
+
+    @property
+    def knows_images(self):
+        """Whether a data set tells which image a row is."""
+        return self.dataset is not None and len(self.dataset) == len(self.rows)
+
+    def original(self, position):
+        """Image `position` of this pass at its own size: uint8 (H, W, n_channels), bool (C, H, W).
+
+        Only where `knows_images`.
+        """
+        image, masks = self.dataset.load(self.row_numbers()[position])
+        return pictures.preprocess(image, None, self.n_channels), masks > 0
 
     def _order(self, generator):
         """The numbers of the images of an epoch, int64 (images_per_epoch,)."""

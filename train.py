@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import make_loaders, open_split
+from data import Batches, make_loaders, open_split
 from medseg import cli, coco, dist, inference, layers, metrics, phantoms, plots, tiles
 from medseg import device as devices
 from medseg.planning.plan import planned_flags
@@ -237,37 +237,43 @@ def visualize_predictions(
     path="predictions.png",
     title="",
     names=(),
+    chosen=None,
 ):
-    """Draw samples of the first batches with the outlines of true and predicted mask.
+    """Draw samples of the first batches with their true and predicted masks.
 
-    The samples are spread evenly over as many batches as hold num_samples images. names: of the
-    images, in the loader's order, to write below the samples. Returns path.
+    The samples are spread evenly over as many batches as hold num_samples images. Those of
+    `data.Batches` with a data set are drawn in their own size, with the masks that predict.py
+    writes; others as the network takes them. names: of the images, in the loader's order, to write
+    below the samples. chosen: the Inference that makes the masks, in the place of the threshold.
+    Returns path.
     """
     model.eval()
-    samples, titles, cases = [], [], []
+    chosen, samples, cases, titles = chosen or inference.Inference(threshold), [], [], []
     for images, masks in test_loader:
         samples += zip(images, masks, strict=True)
         if len(samples) >= num_samples:
             break
-    chosen = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).astype(int)
-    for image, mask in (samples[index] for index in chosen):  # their sizes may differ
-        target = mask.to(device) > 0.5
+    shown = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).astype(int)
+    for index in shown:
+        image, mask = samples[index]  # their sizes may differ
+        picture, target = plots.denormalize(image[None])[0], mask.cpu().numpy() > 0.5
+        if isinstance(test_loader, Batches) and test_loader.knows_images:
+            picture, target = test_loader.original(index)
         with torch.inference_mode():
-            pred = tiles.apply_network(model, image[None].to(device))[0] > threshold
-        tp, fp, fn = (
-            (one & other).sum((1, 2)).double()
-            for one, other in ((pred, target), (pred, ~target), (~pred, target))
-        )
-        titles.append(f"Dice {metrics.dice_score(tp, fp, fn).mean():.2f}")
-        picture = plots.denormalize(image[None])[0]
-        cases.append((picture, target.cpu().numpy(), pred.cpu().numpy()))
+            outputs = tiles.apply_network(model, image[None].to(device), chosen.flips)[0]
+        size, exclusive = target.shape[:0:-1], getattr(model, "exclusive", False)
+        preds = chosen.masks(outputs.float().cpu().numpy(), size, exclusive=exclusive)
+        pred = np.stack(list(preds))
+        dice = metrics.image_dice(metrics.count_masks(target, pred))
+        titles.append(f"Dice {dice.mean():.2f}")
+        cases.append(plots.reduce_case(picture, target, pred))
     return plots.plot_predictions(
         *zip(*cases, strict=True),
         titles,
         path,
-        title=title or f"predictions at threshold {threshold:g}",
+        title=title or f"predictions at {chosen}",
         class_names=class_names(model),
-        captions=[names[index] for index in chosen] if names else (),
+        captions=[names[index] for index in shown] if names else (),
     )
 
 
@@ -458,12 +464,13 @@ def draw(args, root, model, test_loader, device, history, tracker):
     sides = f"{model.image_size}x{model.image_size}" if model.image_size else "own size"
     title = f"{sides}, {model.n_filters} filters"
     drawn = visualize_predictions(
-        tuning.finished(model),
+        model,
         test_loader,
         device,
         num_samples=10,
         path=out / "predictions.png",
         title=f"{root / 'test'}: {title}, {model.inference or inference.PLAIN}",
+        chosen=model.inference,
         names=test_loader.names_in_order(),
     )
     tracker.image("predictions", drawn)

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from medseg.fonts import drawable, fit_lines, pillow_font
 
+THIN = 0.01  # of the longer side of a picture: foreground this thin is hidden by its outlines
 LEGEND_LINES = 8  # of a legend, from which on it has several columns
 STRIPE = 64  # rows that are tinted at a time: few megabytes
 
@@ -107,6 +108,19 @@ def outline(mask):
     inside = np.pad(np.asarray(mask, bool), 1)
     core = inside[1:-1, 1:-1]
     return core & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
+
+
+def are_thin(masks):
+    """Whether the foreground of bool masks (H, W) is thin, as vessels are, or small.
+
+    Measured is the area for each pixel of outline: half the width of a ribbon, a quarter of the
+    diameter of a disc, as a share of the picture's longer side.
+    """
+    area = lengths = 0
+    for mask in masks:
+        area += np.count_nonzero(mask)
+        lengths += np.count_nonzero(outline(mask)) * max(mask.shape)
+    return 0 < area < THIN * lengths
 
 
 def montage(pictures, masks, *, draw, side=256, limit=20):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.drawing import class_colors
+from medseg.drawing import are_thin, class_colors
 from medseg.files import write_picture
 from medseg.fonts import dejavu, drawable, fit_lines, pillow_font
 from medseg.images import mean_and_std
@@ -13,6 +13,7 @@ from medseg.images import mean_and_std
 # Blue and orange of Okabe and Ito's palette: red-green blind readers tell them apart, and the
 # prediction is dashed besides.
 TARGET_COLOR, PRED_COLOR = "#56B4E9", "#E69F00"
+PIXEL_COLORS = {"right": "#009E73", "missed": TARGET_COLOR, "wrong": PRED_COLOR}
 SCORE_LABELS = {  # precision, recall and loss are labels as they are
     **{"acc": "pixel accuracy", "background_acc": "all-background accuracy"},
     **{"dice": "Dice", "image_dice": "Dice per image", "group_dice": "Dice per group"},
@@ -89,17 +90,42 @@ def choose_classes(cases):
     return sorted(order[:MAX_DRAWN].tolist())
 
 
-def draw_case(axis, picture, targets, preds, title, classes):
-    """Show a picture (H, W, 1 or 3) with outlines of bool arrays (C, H, W), of some `classes`."""
+def reduce_case(picture, targets, preds):
+    """Of a large picture and its masks every second pixel, third, ...: as many as are drawn."""
     step = math.ceil(max(picture.shape[:2]) / MAX_SIDE)
-    picture = picture[::step, ::step]
-    axis.imshow(np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture)
+    reduced = ([np.array(mask[::step, ::step], bool) for mask in own] for own in (targets, preds))
+    return picture[::step, ::step].copy(), *map(np.stack, reduced)
+
+
+def draw_case(axis, picture, targets, preds, title, classes, *, thin=False):
+    """Show a picture (H, W, 1 or 3) with outlines of bool arrays (C, H, W), of some `classes`.
+
+    thin: in their place color the pixels, see `mark_pixels`.
+    """
+    picture, targets, preds = reduce_case(picture, targets, preds)
+    picture = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
+    axis.imshow(mark_pixels(picture, targets, preds) if thin else picture)
     colors = outline_colors(len(targets))
-    for index in classes:
-        draw_outline(axis, targets[index, ::step, ::step], colors[index][0], "solid")
-        draw_outline(axis, preds[index, ::step, ::step], colors[index][1], "dashed")
+    for index in () if thin else classes:
+        draw_outline(axis, targets[index], colors[index][0], "solid")
+        draw_outline(axis, preds[index], colors[index][1], "dashed")
     title, style = as_drawn(title, fontsize=12)
     axis.set_title(title, **style)
+
+
+def mark_pixels(picture, targets, preds):
+    """The picture (0..1 or uint8) with the pixels that are right, missed or wrong in PIXEL_COLORS.
+
+    Of several classes a pixel is right where it is in any; else wrong where one is predicted.
+    """
+    from matplotlib.colors import to_rgb
+
+    marked = picture / (255 if picture.dtype == np.uint8 else 1)
+    right = (targets & preds).any(0)
+    missed, wrong = (targets & ~preds).any(0) & ~right, (preds & ~targets).any(0) & ~right
+    for where, color in zip((right, missed, wrong), PIXEL_COLORS.values(), strict=True):
+        marked[where] = to_rgb(color)
+    return marked
 
 
 def captions_of(names):
@@ -114,18 +140,20 @@ def captions_of(names):
 def draw_cases(axes, cases):
     """Draw cases (picture, targets, preds, title), one in each of an array of axes.
 
-    Returns the class indices that are outlined, see `choose_classes`.
+    Returns the class indices that are drawn, see `choose_classes`, and whether their structures are
+    thin, so that pixels are colored in the place of outlines.
     """
+    thin = are_thin(np.any(targets, 0) for _, targets, *_ in cases)
     classes = choose_classes([(targets, preds) for _, targets, preds, _ in cases])
     for axis in axes.flat:  # there may be more of them
         axis.axis("off")
     for axis, case in zip(axes.flat, cases, strict=False):
-        draw_case(axis, *case, classes)
-    return classes
+        draw_case(axis, *case, classes, thin=thin)
+    return classes, thin
 
 
-def add_legend(figure, title, class_names, classes):
-    """Title and, below the panels, which outline is which, of the `classes` that are drawn."""
+def add_legend(figure, title, class_names, classes, thin=False):
+    """Title and, below the panels, what the colors mean; the rest is what `draw_cases` returns."""
     from matplotlib.lines import Line2D
 
     def line(color, style, label):
@@ -138,6 +166,10 @@ def add_legend(figure, title, class_names, classes):
         lines += [line(colors[index][0], "solid", class_names[index]) for index in classes]
     if len(colors) > len(classes):
         lines.append(line("none", "solid", f"and {len(colors) - len(classes)} more, not drawn"))
+    if thin:
+        lines = [line(color, "solid", f"{name} pixels") for name, color in PIXEL_COLORS.items()]
+        for handle in lines:
+            handle.set_linewidth(8)
     title, style = as_drawn(title, fontsize=13)
     figure.suptitle(title, **style)
     legend = figure.legend(
@@ -160,14 +192,17 @@ def plot_predictions(pictures, targets, preds, titles, path, *, title, class_nam
     none.
     """
     columns = min(len(pictures), 5)
-    rows = math.ceil(len(pictures) / columns)
     captions, font = captions_of(captions)
     lines = max((caption.count("\n") + 1 for caption in captions), default=0)
-    height = rows * (4.2 + lines * CAPTION["size"] / 60) + 1
-    figure = new_figure(max(4 * columns, 8), height)  # wide enough for the legend
-    axes = figure.subplots(rows, columns, squeeze=False)
+    shapes = [min(max(len(picture) / picture.shape[1], 0.2), 2) for picture in pictures]
+    heights = [
+        4 * max(shapes[start : start + columns]) + 0.3 + lines * CAPTION["size"] / 60
+        for start in range(0, len(shapes), columns)
+    ]
+    figure = new_figure(max(4 * columns, 8), sum(heights) + 1)  # wide enough for the legend
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
     cases = list(zip(pictures, targets, preds, titles, strict=True))
-    add_legend(figure, title, class_names, draw_cases(axes, cases))
+    add_legend(figure, title, class_names, *draw_cases(axes, cases))
     for axis, caption in zip(axes.flat, captions, strict=False):
         axis.set_axis_on()
         axis.set(xticks=[], yticks=[], frame_on=False)

@@ -586,9 +586,9 @@ def test_a_large_picture_is_drawn_at_1600_pixels_a_side_or_less(
     width, drawn, monkeypatch, tmp_path
 ):
     """With its outlines, which end where the mask does, in pixels of what is drawn."""
-    mask = np.zeros((1, 40, width), bool)
-    mask[0, :20, :800] = True
-    arguments = [np.zeros((40, width, 1))], [mask], [np.zeros_like(mask)], [""]
+    mask = np.zeros((1, 400, width), bool)
+    mask[0, :200, :800] = True
+    arguments = [np.zeros((400, width, 1))], [mask], [np.zeros_like(mask)], [""]
     options = {"title": "", "class_names": ["foreground"]}
     figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, *arguments, **options)
     (image,) = figure.axes[0].images

@@ -7,17 +7,29 @@ import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
-from helpers import SIZE, SMALL, edit_annotations, square, write_split
+from helpers import (
+    SIZE,
+    SMALL,
+    brightness_model,
+    edit_annotations,
+    scan,
+    square,
+    write_split,
+)
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 import data
+import predict
 import train
 from data import Batches
-from medseg import fonts, plots
+from medseg import drawing, fonts, plots
 from medseg.drawing import with_legend
 from medseg.fonts import drawable, fit_lines, pillow_font
+from medseg.inference import Inference
 from medseg.planning.audit import audit
-from medseg.planning.contact_sheet import spread_by_foreground
+from medseg.planning.contact_sheet import draw_tile, spread_by_foreground
+from medseg.run_lengths import encode
 
 ODD = "$\\frac$ 病人_7"  # what matplotlib takes for a formula; characters that few fonts have
 
@@ -168,6 +180,73 @@ def test_predictions_have_the_names_of_their_files(dataset, tmp_path, monkeypatc
     flags = ("--data", dataset, "--out", tmp_path / "run", "--epochs", 1, "--skip-bad")
     train.main(list(map(str, (*SMALL, *flags))))
     assert captions == ["0_test.png", "2_test.png", "3_test.png"]
+
+
+def test_predictions_are_drawn_and_scored_at_the_size_of_each_image(tmp_path, monkeypatch):
+    """A network at 32x32 sees squares in wide images; by the masks that predict.py writes."""
+    boxes, images = {"a.png": (30, 10, 40), "b.png": (80, 20, 33)}, {}
+    for name, box in boxes.items():
+        images[name] = scan(160, 64, *box)
+    outlines = [(index, square(25, 5, 40)) for index in range(2)]
+    write_split(tmp_path / "test", images, outlines)
+    drawn, model = [], brightness_model(32)
+    monkeypatch.setattr(train.plots, "plot_predictions", lambda *cases, **_: drawn.append(cases))
+    dataset = data.open_split(tmp_path, "test", 32)
+    loader = Batches(data.load_split(tmp_path, "test", 32), 2, dataset=dataset)
+    train.visualize_predictions(model, loader, "cpu", chosen=Inference(0.4))
+    ((pictures, targets, preds, titles, _),) = drawn
+    torch.save(model.state_dict(), tmp_path / "best_model.pth")
+    flags = ("--model", tmp_path / "best_model.pth", "--threshold", 0.4, "--output", tmp_path)
+    predict.main(list(map(str, (tmp_path / "test", *flags))))
+    for index, name in enumerate("ab"):
+        shown = np.asarray(images[f"{name}.png"])
+        np.testing.assert_array_equal(pictures[index], np.repeat(shown[..., None], 3, 2))
+        mask, target = np.asarray(Image.open(tmp_path / f"{name}_mask.png")) > 0, targets[index][0]
+        np.testing.assert_array_equal(preds[index], mask[None])
+        assert target[5:45, 25:65].all() and target.sum() == 1600
+        dice = 2 * (mask & target).sum() / (mask.sum() + target.sum())
+        assert mask.any() and titles[index] == f"Dice {dice:.2f}"
+
+
+def ribbons(width, size=200):
+    """bool (size, size): lines of so many pixels across the picture."""
+    mask = np.zeros((size, size), bool)
+    for start in range(10, size - 20, 40):
+        mask[start : start + width] = True
+    return mask
+
+
+@pytest.mark.parametrize("mask, thin", [(ribbons(3), True), (ribbons(12), False)])
+def test_thin_structures_are_marked_pixel_by_pixel(mask, thin, monkeypatch, tmp_path):
+    """Vessels as right, missed and wrong pixels; what is broader by its outlines."""
+    figures, save = [], plots.save_figure
+    monkeypatch.setattr(
+        plots, "save_figure", lambda *given: (figures.append(given[0]), save(*given))
+    )
+    pred = np.roll(mask, 1, 0)
+    case = [np.full((200, 200, 3), 90, np.uint8)], [mask[None]], [pred[None]], ["title"]
+    path = tmp_path / "predictions.png"
+    plots.plot_predictions(*case, path, title="", class_names=["vessel"])
+    (axis,) = (axis for axis in figures[0].axes if axis.images)
+    pixels = np.asarray(axis.images[0].get_array())
+    words = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert drawing.are_thin([mask]) == thin and bool(axis.collections) == (not thin)
+    if not thin:
+        assert (pixels == 90).all() and words == ["true outline", "prediction"]
+        return
+    assert words == ["right pixels", "missed pixels", "wrong pixels"]
+    expected = [mask & pred, mask & ~pred, pred & ~mask, ~mask & ~pred]
+    for where, color in zip(expected, [*plots.PIXEL_COLORS.values(), "#5a5a5a"], strict=True):
+        assert where.any() and np.allclose(pixels[where], to_rgb(color))
+
+
+def test_thin_structures_of_the_contact_sheet_are_tinted(tmp_path):
+    """A vessel of 3 pixels covers less than one of the sheet, which shows the image below it."""
+    mask = encode(ribbons(3, 600).T)
+    tile = np.asarray(draw_tile(Image.new("RGB", (600, 600), (0, 0, 200)), {0: mask}, 1))
+    share = tile[..., 0].mean() / 255
+    assert share == pytest.approx(0.8 * ribbons(3, 600).mean(), rel=0.05)
+    assert tile[..., 2].min() > 30  # no pixel is covered
 
 
 def test_the_names_below_predictions_are_no_formulas(tmp_path, monkeypatch, chinese_font):

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -1312,6 +1313,34 @@ def test_a_report_of_two_classes_is_in_words(monkeypatch, tmp_path):
     assert "15\n(3)" in words
     (counted,) = (axis for axis in figure.axes if axis.get_ylabel() == "images")
     assert ticks_in_view(counted.yaxis) == [0, 1, 2, 3]
+
+
+def test_the_ticks_of_a_report_lie_apart_and_its_threshold_is_the_one_in_use(
+    graded, tmp_path, monkeypatch
+):
+    valid = {"thresholds": SWEEP, "dice": [0.5] * len(SWEEP), "chosen_threshold": 0.3}
+    figures, save = [], plots.save_figure
+    monkeypatch.setattr(
+        plots, "save_figure", lambda *given: (figures.append(given[0]), save(*given))
+    )
+    monkeypatch.setattr(
+        "medseg.predicting.report.group_images", lambda *_: (["g"], np.zeros(3, int))
+    )
+    sizes = [{"pixels": [123456, 234567], "images": 99, "image_dice": 0.5}] * 3
+    sizes = [{**one, "pixels": [n * 111111, n * 234567]} for n, one in enumerate(sizes, 1)]
+    monkeypatch.setattr("medseg.predicting.report._scores_by_lesion_size", lambda _: sizes)
+    write_report(tmp_path, "test", graded, valid, ["foreground"])
+    (figure,) = figures
+    (sweep,) = (axis for axis in figure.axes if axis.get_xlabel() == "threshold")
+    (line,) = (line for line in sweep.lines if line.get_linestyle() == "--")
+    assert list(line.get_xdata()) == [0.5, 0.5]
+    assert any(axis.get_title() == "Dice of each of 1 groups" for axis in figure.axes)
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+            boxes = [label.get_window_extent() for label in labels if label.get_text()]
+            for one, other in itertools.combinations(boxes, 2):
+                assert not one.overlaps(other), axis.get_title()
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 50])

@@ -34,7 +34,6 @@ from medseg.predicting.ensemble import Ensemble
 from medseg.predicting.models import TorchModel
 from medseg.results import folder
 from medseg.tiles import Tiling, make_tiles, tiling_of
-from medseg.training.tuning import MaskModel
 from net import UNet
 
 
@@ -253,11 +252,12 @@ def test_the_evaluation_of_a_training_takes_tiles(small_tiles, monkeypatch):
     loader = Batches(RaggedRows.of_array(row[None]), 1)
     seen, widths = [], []
     model.register_forward_hook(lambda module, given, found: seen.append(found.shape[-1]))
-    for network_or_masks in (model, MaskModel(model)):
+    for inference in (None, model.inference):
         scores = []
         for memory in (1 << 60, 1):
             monkeypatch.setattr(tiles, "TILE_MEMORY", memory)
-            scores.append(train.evaluate(network_or_masks, loader, train.combined_loss, "cpu"))
+            options = {"inference": inference}
+            scores.append(train.evaluate(model, loader, train.combined_loss, "cpu", **options))
             widths.append(max(seen))
             seen.clear()
         assert scores[0] == pytest.approx(scores[1], rel=1e-5)

@@ -6,12 +6,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.coco import MAX_CLASSES
-from medseg.drawing import class_colors, outline, with_legend
+from medseg.drawing import are_thin, class_colors, outline, with_legend
 from medseg.files import write_picture
 from medseg.fonts import drawable, fit_lines, pillow_font
 
 CELL, GAP = 160, 8  # pixels: of an image in the sheet with the gap that it has
 COLUMNS = 8  # at least; more where a sheet would become higher than wide
+FINE = 4  # pixels of thin structures for each of the sheet, along each axis
 NARROWEST = 12  # pixels of the shorter side of an image
 CAPTION_LINES, TEXT, LINE = 4, 11, 14  # of a file name; pixels of its letters and lines
 MOST = 500  # images of each split: a sheet of three times as many has 80 megapixels
@@ -32,14 +33,21 @@ def spread_by_foreground(shares, count):
 def draw_tile(image, masks, n_classes):
     """A PIL image with the outlines of its masks in the class colours, to fit into a cell.
 
-    masks: {channel: RunLengths}. What is too small to be seen at this size is drawn as a dot.
+    masks: {channel: RunLengths}. What is too small to be seen at this size is drawn as a dot, and
+    thin structures, of which only outlines would be left, are tinted by the share that they cover.
     """
     scale = (CELL - GAP) / max(image.size)
     width, height = (max(round(side * scale), NARROWEST) for side in image.size)
     pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
     colors = class_colors(n_classes)
+    thin = are_thin(mask.draw(height, width) for mask in masks.values())
     for channel, mask in list(masks.items())[:MAX_CLASSES]:
         small = mask.draw(height, width)
+        if thin and small.any():
+            fine = mask.draw(FINE * height, FINE * width).reshape(height, FINE, width, FINE)
+            share = 0.8 * fine.mean((1, 3))[..., None]
+            pixels = (pixels * (1 - share) + share * np.array(colors[channel])).astype(np.uint8)
+            continue
         if mask.area and not small.any():
             column, row = divmod(int(mask.starts[0]), mask.shape[0])
             row, column = row * height // mask.shape[0], column * width // mask.shape[1]

@@ -38,10 +38,10 @@ def plot_report(report, dice, cases, path):
     _draw_lesion_sizes(sizes, report["by_lesion_size"])
     for axis in groups:
         _draw_groups(axis, report["per_group"])
-    classes = plots.draw_cases(axes, cases)
+    classes, thin = plots.draw_cases(axes, cases)
     _draw_calibration(calibration, report["calibration"], classes)
     title = f"{report['folder']}, scored at the size of each image"
-    plots.add_legend(figure, title, report["class_names"], classes)
+    plots.add_legend(figure, title, report["class_names"], classes, thin)
     return plots.save_figure(figure, path)
 
 
@@ -113,7 +113,7 @@ def _draw_groups(axis, dice):
     ranked = sorted(dice.items(), key=lambda item: item[1])
     axis.plot([value for _, value in ranked], range(len(ranked)), "o", clip_on=False, zorder=3)
     for place, (name, _) in enumerate(ranked if len(ranked) <= MAX_GROUPS else ()):
-        shown, style = plots.as_drawn(f"{shorten_name(name, 16)} ", ha="right", va="center")
+        shown, style = plots.as_drawn(f"{shorten_name(name, 20)} ", ha="right", va="center")
         axis.text(0, place, shown, transform=axis.get_yaxis_transform(), **style, fontsize=9)
     axis.set(title=f"Dice of each of {len(ranked)} groups", xlabel="Dice", xlim=(0, 1), yticks=[])
     axis.grid(alpha=0.3)
@@ -131,7 +131,7 @@ def _draw_threshold_sweep(axis, valid, threshold):
     axis.plot(valid["thresholds"], valid["dice"], marker=".")
     axis.plot(chosen, max(valid["dice"]), "k*", label=f"best: {chosen:g}, here Dice {shown}")
     axis.axvline(threshold, color="gray", linestyle="--", label=f"in use: {threshold:g}")
-    axis.legend(loc="lower center")
+    axis.legend()
     axis.set(title="Dice on valid", xlabel="threshold", ylabel="Dice", ylim=(0, 1))
 
 

@@ -13,7 +13,7 @@ from medseg.files import atomic_write
 from medseg.formats.own_files import REPORT
 from medseg.images import preprocess, read_image, resize_nearest
 from medseg.inference import Inference
-from medseg.plots import MAX_SIDE
+from medseg.plots import reduce_case
 from medseg.predicting.figure import choose_cases, plot_report
 
 
@@ -114,22 +114,14 @@ class FolderScores:
         return sum(calibration for *_, calibration in self._images.values())
 
     def case(self, index):
-        """What to draw of an image: uint8 (H, W, n_channels), target and prediction (C, H, W).
-
-        Of a large one, every second pixel, third, ...: as many as a figure draws.
-        """
+        """`medseg.plots.reduce_case` of an image, its true and its predicted masks."""
         from pycocotools import mask as coco_mask
 
         image = read_image(self.dataset.path(index))
-        step = math.ceil(max(image.size) / MAX_SIDE)
-        pixels = preprocess(image, None, self.dataset.n_channels)[::step, ::step].copy()
+        pixels = preprocess(image, None, self.dataset.n_channels)
         targets = self.dataset.true_masks(index, image.size)
         preds = (coco_mask.decode(one) for one in self._images[index][2])
-        target, pred = (
-            np.stack([np.array(mask[::step, ::step], np.uint8) for mask in masks])
-            for masks in (targets, preds)
-        )
-        return pixels, target, pred
+        return reduce_case(pixels, targets, preds)
 
 
 def _identity(path):

@@ -166,29 +166,3 @@ def count_batch(model, inference, truths, outputs):
     for own, pair in zip(counts, pairs, strict=True):
         own[:] = count_image(*pair, thresholds, inference.clean, **options)[0]
     return torch.from_numpy(counts).to(outputs.device)
-
-
-class MaskModel(torch.nn.Module):
-    """A UNet that gives its masks, float32 (B, C, H, W) of 0 and 1, as its Inference makes them."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network, self.class_names = network, network.class_names
-
-    def forward(self, images):
-        inference = self.network.inference
-        outputs = apply_network(self.network, images, inference.flips)
-        masks = torch.zeros(outputs.shape)  # of several processes, one may have no image
-        for mask, probabilities in zip(masks, outputs.float().cpu().numpy(), strict=True):
-            size, exclusive = probabilities.shape[:0:-1], self.network.exclusive
-            own = inference.masks(probabilities, size, exclusive=exclusive)
-            mask[:] = torch.from_numpy(np.stack(list(own)))
-        return masks.to(outputs.device)
-
-
-def finished(model):
-    """A MaskModel, or the model itself where nothing but its own 0.5 is chosen.
-
-    What it gives above 0.5 are the masks that predict.py makes.
-    """
-    return model if model.inference in (None, PLAIN) else MaskModel(model)
