@@ -105,7 +105,8 @@ class UNet(nn.Module):
     `medseg.inference.Inference`, where that was chosen on valid. `trained_flips`: names of
     `medseg.inference.VIEWS` that the training has shown; `feature_statistics`: what its images look
     like, a `medseg.ood.FeatureStatistics`; `exclusive`: whether a pixel has one class, as in the
-    masks of the training. All of it travels in the state dict's metadata.
+    masks of the training; `draw_order`: if not, the numbers of the classes in the order in which
+    they are drawn, else (). All of it travels in the state dict's metadata.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class UNet(nn.Module):
         trained_flips=(),
         feature_statistics=None,
         exclusive=True,
+        draw_order=(),
         **architecture,
     ):
         super().__init__()
@@ -129,6 +131,7 @@ class UNet(nn.Module):
         self.window, self.orientation = settings["window"], settings["orientation"]
         self.inference, self.trained_flips = inference, tuple(trained_flips)
         self.feature_statistics, self.exclusive = feature_statistics, exclusive
+        self.draw_order = tuple(draw_order)
         self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
         self.n_filters, self.architecture = n_filters, Architecture(**architecture)
         self.class_names = tuple(class_names or default_class_names(n_classes))
@@ -269,8 +272,23 @@ def _read_arguments(state):
         "feature_statistics": read_statistics(metadata.get("feature_statistics"), n_features),
         **read_settings(metadata),
         "exclusive": metadata.get("exclusive") is not False,  # weights without it: as they did
+        "draw_order": read_draw_order(metadata, n_classes),
         **architecture,
     }
+
+
+def read_draw_order(metadata, n_classes):
+    """The numbers of classes that overlap, a tuple in the order in which they are drawn, or ().
+
+    Older weights do not record it: the classes as they are numbered.
+    """
+    if metadata.get("exclusive") is not False:
+        return ()
+    numbers = range(1, n_classes + 1)
+    order = tuple(metadata.get("draw_order") or numbers)
+    if sorted(order) != list(numbers):
+        raise ValueError(f"classes drawn in the order {order!r:.60}")
+    return order
 
 
 def load_model(path):
@@ -320,7 +338,7 @@ def _record_metadata(model, state, prefix, metadata):
     if model.inference is not None:
         metadata["inference"] = model.inference.as_dict()
     if not model.exclusive:
-        metadata["exclusive"] = False
+        metadata["exclusive"], metadata["draw_order"] = False, list(model.draw_order)
     if model.trained_flips:
         metadata["trained_flips"] = list(model.trained_flips)
     if model.feature_statistics is not None:

@@ -202,7 +202,8 @@ def predict_one(model, frame, output, threshold, *, results=None):
             visualize_result(image, labels, path=written[-1], **shown)
     else:
         pictures.save_mask(labels, output, names)
-    print(model.describe(frame.path, labels, probabilities.max((1, 2)), threshold, marked))
+    measured = labels if masks is None else masks
+    print(model.describe(frame.path, measured, probabilities.max((1, 2)), threshold, marked))
     print_assessments([(frame.path, assessment)])
     print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
@@ -222,7 +223,8 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
         dice = scores.add(frame.path, image.size, probabilities) if scores else None
         columns = assessment._asdict()
         results.add(frame, image, labels, probabilities, masks=masks, dice=dice, **columns)
-        return model.describe(frame.path, labels, probabilities.max((1, 2)), threshold, marked)
+        measured = labels if masks is None else masks
+        return model.describe(frame.path, measured, probabilities.max((1, 2)), threshold, marked)
 
     def tell(line):
         if lines:
@@ -274,7 +276,8 @@ def predict_volume(model, file, output, threshold, window, *, results=None, line
     else:
         write_mask(output, volume, found.masks)
     if lines:
-        print(model.describe(file.path, found.masks, found.highest, threshold, marked))
+        measured = found.masks if found.class_masks is None else found.class_masks
+        print(model.describe(file.path, measured, found.highest, threshold, marked))
         print_assessments(assessed, "slices")
         print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 

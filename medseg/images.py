@@ -344,15 +344,18 @@ def resize_nearest(mask, height, width):
 def describe(path, labels, highest, class_names, inference, marked):
     """A line on a prediction, or with several classes one for each.
 
-    labels: array of class numbers, of one image or of all slices. highest: the highest probability
-    of each class, which tells why a mask is empty. inference: the `medseg.inference.Inference` that
+    labels: array of class numbers, of one image or of all slices, or of classes that overlap the
+    mask of each, bool (C, ...). highest: the highest probability of each class, which tells why a
+    mask is empty. inference: the `medseg.inference.Inference` that
     made them, marked: int64 (256,), the pixels of each number before its clean-up.
     """
     lines = [] if len(class_names) == 1 else [f"{path}:"]
-    counts = count_numbers(labels)
+    counts, size = count_numbers(labels), labels.size
+    if labels.dtype == bool:
+        counts, size = [0, *map(np.count_nonzero, labels)], labels[0].size
     for index, name in enumerate(class_names):
         what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
-        share = 100 * counts[index + 1] / labels.size
+        share = 100 * counts[index + 1] / size
         how, left = f"above {inference.threshold:g}", counts[index + 1]
         before = left if inference.clean == "none" else marked[index + 1]
         if before != left:

@@ -36,13 +36,24 @@ class Inference(NamedTuple):
     flips: tuple = ()
     clean: str = "none"
 
-    def labels(self, probabilities, size, spacing=None, *, marked=None):
+    def labels(self, probabilities, size, spacing=None, *, marked=None, draw_order=()):
         """float32 (C, S, S) -> class numbers, uint8 (height, width), as they are written.
 
         The most probable class counts. size: (width, height) of the image; spacing: mm of its
         pixels along each axis, or None. marked: int64 (256,), to which the pixels of each number
-        before the clean-up are added, where there is one.
+        before the clean-up are added, where there is one. draw_order: of classes that overlap, all
+        numbers: the mask of each is drawn over those before it.
         """
+        if draw_order:
+            masks = [*self.masks(probabilities, size, exclusive=False, spacing=spacing)]
+            if marked is not None and self.clean != "none":
+                plain = self._replace(clean="none").masks(probabilities, size, exclusive=False)
+                for number, mask in enumerate(plain, 1):
+                    marked[number] += np.count_nonzero(mask)
+            labels = np.zeros(size[::-1], np.uint8)
+            for number in draw_order:
+                labels[masks[number - 1]] = number
+            return labels
         labels = full_size_labels(probabilities, size, self.threshold)
         if marked is not None and self.clean != "none":
             marked += count_numbers(labels)

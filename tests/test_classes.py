@@ -8,7 +8,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, edit_annotations, set_classes, square, write_nifti, write_split
+from helpers import (
+    SMALL,
+    brightness_model,
+    edit_annotations,
+    set_classes,
+    square,
+    write_nifti,
+    write_split,
+)
 from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 from PIL import Image
@@ -35,7 +43,7 @@ from medseg.phantoms import make_phantoms
 from medseg.planning.audit import audit
 from medseg.predicting.assessment import Assessment
 from medseg.predicting.figure import plot_report
-from medseg.training.feature_statistics import are_exclusive
+from medseg.training.feature_statistics import find_draw_order
 from medseg.training.history import print_test
 from net import UNet, load_model
 
@@ -196,6 +204,8 @@ def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, cap
         assert float(row["val_dice"]) == pytest.approx(mean)
     assert load_model("run/best_model.pth").class_names == NAMES
     assert not load_model("run/best_model.pth").exclusive  # cyst lies within core
+    order = load_model("run/best_model.pth").draw_order
+    assert order.index(NAMES.index("core") + 1) < order.index(NAMES.index("cyst") + 1)
     train.main(["--resume", "--out", "run", "--epochs", "3"])
     said = capsys.readouterr().out
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 3
@@ -368,7 +378,7 @@ def test_volumes_and_the_page_measure_each_class_by_its_own_mask(apart, monkeypa
     flags = ["--output", "out", "--model", "model.pth", "--device", "cpu"]
     predict.main(["volume.nii.gz", *flags])
     model = predict.open_model("model.pth", "cpu")
-    session = Session(place, model.class_names, exclusive=model.exclusive)
+    session = Session(place, model.class_names, draw_order=model.draw_order)
     files = ["volume.nii.gz", next((place / "test").glob("*.png"))]
     session.predict(files, lambda image: (model.predict(image), Assessment()))
     shares = [0 if exclusive else 1, 1]
@@ -387,15 +397,51 @@ def test_volumes_and_the_page_measure_each_class_by_its_own_mask(apart, monkeypa
         assert [row["share"] for row in session.view(index, 0.5).rows] == shares
 
 
+@pytest.mark.parametrize("order", [(3, 2, 1), None])
+def test_a_class_within_another_is_drawn_over_it(here, order):
+    """Three nested bands of brightness; the outermost is the most probable wherever it is."""
+    model = brightness_model(None, n_classes=3, class_names=("in", "core", "whole"))
+    with torch.no_grad():
+        model.outc.weight[:, 0] = 8
+        model.outc.bias[:] = torch.tensor([-7.0, -5.0, -3.0])
+    model.exclusive = False
+    if order:
+        model.draw_order = order
+    else:  # as older weights have it: the classes as they are numbered
+        model.outc.bias.data, model.class_names = (
+            model.outc.bias.data.flip(0),
+            ("whole", "core", "in"),
+        )
+    torch.save(model.state_dict(), "best_model.pth")
+    pixels = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))
+    Image.fromarray(pixels).save("scan.png")
+    predict.main(["scan.png", "--write", "mask,classes", "--output", "out"])
+    labels = np.asarray(Image.open("out/scan_mask.png"))
+    whole, core, within = (
+        np.asarray(Image.open(f"out/scan_{name}_mask.png")) > 0 for name in ("whole", "core", "in")
+    )
+    assert (core & ~whole).sum() == (within & ~core).sum() == 0
+    assert 0 < within.sum() < core.sum() < whole.sum()
+    numbers = dict(zip(("whole", "core", "in"), order or (1, 2, 3), strict=True))
+    expected = np.where(core, numbers["core"], np.where(whole, numbers["whole"], 0))
+    np.testing.assert_array_equal(labels, np.where(within, numbers["in"], expected))
+    with open("out/predictions.csv", encoding="utf-8-sig") as file:
+        shares = {row["class"]: float(row["share"]) for row in csv.DictReader(file)}
+    assert shares["whole"] == pytest.approx(whole.mean())
+
+
 def test_whether_classes_overlap_is_seen_in_the_training_masks():
     rows = np.zeros((2, 10, 10, 4), np.uint8)  # grey, grey, grey, a bit each
     rows[0, :, :5, 3], rows[0, :, 5:, 3] = 1, 2
-    assert are_exclusive(rows, 3, 2)
+    assert find_draw_order(rows, 3, 2) == ()
     rows[1, :2, :, 3] = 1
     rows[1, :1, :1, 3] = 3  # a pixel of an outline that crosses another
-    assert are_exclusive(rows, 3, 2)
+    assert find_draw_order(rows, 3, 2) == ()
     rows[1, :2, :5, 3] = 3
-    assert not are_exclusive(rows, 3, 2)
+    assert find_draw_order(rows, 3, 2) == (1, 2)
+    rows[:, :, :, 3] = 2  # now the first lies in the second
+    rows[:, 3:6, 3:6, 3] = 3
+    assert find_draw_order(rows, 3, 2) == (2, 1)
 
 
 @pytest.mark.parametrize(("second", "exclusive"), [((23, 2, 22), True), ((8, 8, 9), False)])
@@ -407,7 +453,7 @@ def test_polygons_that_share_a_border_exclude_one_another_and_one_within_does_no
     write_split(tmp_path / "train", images, outlines)
     set_classes(tmp_path / "train", NAMES[:2], lambda number: number % 2 + 1)
     rows = load_split(tmp_path, "train", 48, classes=list(NAMES[:2]))
-    assert are_exclusive(rows, 3, 2) == exclusive
+    assert (find_draw_order(rows, 3, 2) == ()) == exclusive
 
 
 def test_weights_of_other_classes_are_refused_in_a_report(three, tmp_path, refused):

@@ -139,7 +139,7 @@ class Page:
         """
         predictor, gr = self.predictor, self.gradio
         about = (predictor.class_names, self.window, predictor.orientation, self.pixel_size)
-        session = Session(folder or self.folder, *about, exclusive=predictor.exclusive)
+        session = Session(folder or self.folder, *about, draw_order=predictor.draw_order)
 
         def assess(image):
             return self.assess(image, threshold, tta)

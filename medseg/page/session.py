@@ -63,7 +63,7 @@ class Session:
     The probabilities are on disk, so that a volume of many slices takes no memory.
     window: (center, width) of DICOM and NIfTI values, or None. orientation: to turn volumes to, or
     None. pixel_size: as of `medseg.predicting.inputs.open_file`.
-    exclusive: whether a pixel has one class; where it may have several, each is measured by itself.
+    draw_order: of the model, see `net.UNet`; classes that overlap are measured each by itself.
     paths: of the files given; predictions: [Prediction]; problems: a line on each file that could
     not be predicted.
 
@@ -78,10 +78,10 @@ class Session:
         orientation=None,
         pixel_size=None,
         *,
-        exclusive=True,
+        draw_order=(),
     ):
         self.class_names, self.predictions, self.problems = class_names, [], []
-        self.paths, self.threshold, self._exclusive = [], None, exclusive
+        self.paths, self.threshold, self._order = [], None, draw_order
         self._settings = window, orientation, pixel_size
         self._volumes = {}  # path -> ImageFile
         self._folder = Path(tempfile.mkdtemp(dir=folder))
@@ -162,9 +162,9 @@ class Session:
         inference, marked = Inference(threshold, clean=clean), np.zeros(256, np.int64)
         labels = self._labels(prediction, probabilities, inference, marked=marked)
         highest, frame = probabilities.max((1, 2)), prediction.frame
-        line = describe(frame.title, labels, highest, names, inference, marked)
         masks = self._masks(prediction, probabilities, inference)
         masks = labels if masks is None else masks
+        line = describe(frame.title, masks, highest, names, inference, marked)
         sums = sum_probabilities(masks, probabilities)
         rows = measure(masks, names, highest, sums, spacing=frame.spacing)
         rows = [{**row, **self._assessed(prediction, threshold)._asdict()} for row in rows]
@@ -175,10 +175,11 @@ class Session:
     def _labels(self, prediction, probabilities, inference, *, marked=None):
         frame = prediction.frame
         check_clean(inference.clean, frame.spacing, frame.path.name)
-        return inference.labels(probabilities, prediction.size, frame.spacing, marked=marked)
+        options = {"marked": marked, "draw_order": self._order}
+        return inference.labels(probabilities, prediction.size, frame.spacing, **options)
 
     def _masks(self, prediction, probabilities, inference):
-        options = {"spacing": prediction.frame.spacing, "exclusive": self._exclusive}
+        options = {"spacing": prediction.frame.spacing, "exclusive": not self._order}
         return inference.overlapping(probabilities, prediction.size, **options)
 
     def _assessed(self, prediction, threshold):

@@ -40,6 +40,8 @@ class Ensemble(Model):
         flips = {model.trained_flips for model in models}
         self.trained_flips = flips.pop() if len(flips) == 1 else ()
         self.exclusive = all(model.exclusive for model in models)
+        orders = [model.draw_order for model in models if model.draw_order]
+        self.draw_order = orders[0] if orders else ()
         self.tiling = combine_tilings([model.tiling for model in models])
         for model in models:
             model.tiling = None  # each gets the tiles of all

@@ -54,6 +54,9 @@ class Model:
         self.inference = self.recorded or PLAIN
         self.trained_flips = tuple(getattr(network, "trained_flips", ()))
         self.exclusive = getattr(network, "exclusive", True)
+        numbers = tuple(range(1, self.n_classes + 1))
+        order = getattr(network, "draw_order", ()) or numbers
+        self.draw_order = () if self.exclusive else order
         self.batch_size = 4 if device_type == "cpu" else 16  # more do not fit a CPU's caches
         if self.image_size is None:  # images keep their own
             self.batch_size = 1
@@ -122,7 +125,8 @@ class Model:
     def labels(self, probabilities, size, threshold, spacing=None, *, marked=None):
         """`medseg.inference.Inference.labels` at this threshold: what is written as the mask."""
         inference = self.inference._replace(threshold=threshold)
-        return inference.labels(probabilities, size, spacing, marked=marked)
+        options = {"marked": marked, "draw_order": self.draw_order}
+        return inference.labels(probabilities, size, spacing, **options)
 
     def describe(self, path, labels, highest, threshold, marked):
         """`medseg.images.describe` of labels that were made at this threshold."""

@@ -15,14 +15,15 @@ MAX_SHARED = 0.05  # of the pixels of a class that may be of another one, too
 
 
 def record_statistics(model, loaders, device, out, autocast):
-    """Add to best_model.pth what a UNet was trained on: `medseg.ood.FeatureStatistics`, exclusive.
+    """Add to best_model.pth what a UNet was trained on: `FeatureStatistics`, how classes overlap.
 
     model: with its best weights. loaders: {split: `data.Batches`}, of which train and valid are
     passed through the network, whole images, and turned as the training has turned them, by the
     first process. Of too few images there are none.
     """
     rows = loaders["train"].rows
-    model.exclusive = are_exclusive(rows, model.n_channels, model.n_classes)
+    model.draw_order = find_draw_order(rows, model.n_channels, model.n_classes)
+    model.exclusive = not model.draw_order
     if not is_first():
         return
     if len(rows) >= MIN_IMAGES:
@@ -61,13 +62,14 @@ def pool_features(model, batches, device, autocast):
     return np.concatenate(pooled)
 
 
-def are_exclusive(rows, n_channels, n_classes):
-    """Whether a pixel has one class in the masks of a split; rows: see `data.load_split`.
+def find_draw_order(rows, n_channels, n_classes):
+    """Numbers of classes that overlap, in the order in which they are drawn; () if they do not.
 
-    Polygons of classes that touch share the pixels of their border, and outlines that are drawn by
-    hand cross a little: two classes overlap where they share more than MAX_SHARED of the pixels of
-    the smaller one. A border of one pixel is less of any class wider than some 20 pixels, and a
-    class within another shares all of them.
+    rows: of the training split, see `data.load_split`. The larger one comes first: so a class that
+    lies inside another is drawn over it. Polygons of classes that touch share the pixels of their
+    border, and outlines that are drawn by hand cross a little: two classes overlap where they share
+    more than MAX_SHARED of the pixels of the smaller one. A border of one pixel is less of any
+    class wider than some 20 pixels, and a class within another shares all of them.
     """
     both = np.zeros((n_classes, n_classes), np.int64)
     for row in rows if n_classes > 1 else ():
@@ -78,4 +80,6 @@ def are_exclusive(rows, n_channels, n_classes):
         both += np.rint(bits.T @ bits).astype(np.int64)
     areas = both.diagonal()
     shared = both - np.diag(areas)
-    return bool((shared <= MAX_SHARED * np.minimum.outer(areas, areas)).all())
+    if (shared <= MAX_SHARED * np.minimum.outer(areas, areas)).all():
+        return ()
+    return tuple((np.argsort(-areas, kind="stable") + 1).tolist())
