@@ -225,6 +225,22 @@ def test_every_image_is_scored_by_the_network_that_has_not_seen_it(done):
         assert fold["per_image"] == pytest.approx(own, abs=1e-4) and fold["images"] == len(own)
 
 
+def test_the_intervals_of_all_folds_are_of_groups():
+    """Each image of a group is like the others: of two groups, one or both are drawn."""
+    low, high = [[1, 3, 0, 9]], [[4, 0, 0, 9]]
+    fold = {"class_names": ["foreground"], "threshold": 0.5}
+    folds = [
+        {**fold, "counts": [low] * 5, "groups": ["a"] * 5},
+        {**fold, "counts": [high] * 5, "groups": ["b"] * 5},
+    ]
+    pooled = cross_validation._pool(folds)
+    assert pooled["scores"]["group_dice"] == pytest.approx((0.4 + 1) / 2)
+    assert pooled["confidence_95"]["image_dice"] == pytest.approx([0.4, 1])
+    without = cross_validation._pool([{**one, "groups": [""] * 5} for one in folds])
+    assert "group_dice" not in without["scores"]
+    assert without["confidence_95"]["image_dice"][0] > 0.45
+
+
 def test_the_table_has_the_scores(done):
     place, said = done
     result = read(place / "run")
@@ -475,7 +491,8 @@ def test_a_fold_scores_classes_as_their_masks_are_written(monkeypatch, exclusive
     probabilities = np.stack([np.full((8, 8), 0.9), np.full((8, 8), 0.8)]).astype(np.float32)
     pairs = [(np.ones((2, 8, 8), bool), probabilities)]
     monkeypatch.setattr(cross_validation, "predict", lambda *arguments: pairs)
-    monkeypatch.setattr(cross_validation, "_dice_by_name", lambda *arguments: {})
+    images = {"per_image": {}, "groups": []}
+    monkeypatch.setattr(cross_validation, "_describe_images", lambda *arguments: images)
     options = {"inference": None, "class_names": ("core", "cyst"), "exclusive": exclusive}
     fold = cross_validation.Fold(1, SimpleNamespace(data="own"), None)
     fold.score(SimpleNamespace(**options), SimpleNamespace(device=None), None)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from medseg.cli import one_line, output_folder
-from medseg.coco import load_coco
+from medseg.coco import load_coco, recorded_group
 from medseg.dist import started_by_torchrun
 from medseg.files import atomic_write, read_json
 from medseg.inference import PLAIN, read_inference
@@ -87,8 +87,8 @@ def read_folds(args):
             counts = np.array(fold["counts"], np.int64)
             chosen = {name: fold.get(name, plain) for name, plain in PLAIN.as_dict().items()}
             chosen = read_inference(chosen)
-            names, per_image = fold["class_names"], fold["per_image"]
-            folds.append(_fold_result(number, counts, names, per_image, chosen))
+            images = {"per_image": dict(fold["per_image"]), "groups": fold.get("groups", [])}
+            folds.append(_fold_result(number, counts, fold["class_names"], images, chosen))
         if flags["folds"] < max(2, len(folds)):
             raise ValueError("more folds than its flags ask for")
     except Exception as error:  # of many kinds
@@ -119,8 +119,8 @@ class Fold:
         pairs = predict(model, batches, batches.device, inference.flips, autocast)
         options = {"clean": inference.clean, "exclusive": model.exclusive}
         counts = count_pixels(pairs, [inference.threshold], **options)[:, 0]
-        per_image = _dice_by_name(counts, Path(self.args.data) / "valid")
-        self.result = _fold_result(self.number, counts, names, per_image, inference)
+        images = _describe_images(counts, Path(self.args.data) / "valid")
+        self.result = _fold_result(self.number, counts, names, images, inference)
 
 
 @contextmanager
@@ -219,10 +219,10 @@ def _free_memory(fold):
     shutil.rmtree(Path(fold.args.data) / ".cache", ignore_errors=True)
 
 
-def _fold_result(number, counts, names, per_image, inference):
+def _fold_result(number, counts, names, images, inference):
     """What folds.json holds of a fold.
 
-    counts: int64 (N, C, 4); per_image: of `_dice_by_name`; inference: that made the masks.
+    counts: int64 (N, C, 4); images: of `_describe_images`; inference: that made the masks.
     """
     if counts.shape[1:] != (len(names), 4) or counts.min() < 0:
         raise ValueError(f"no counts of {len(names)} classes")
@@ -232,34 +232,40 @@ def _fold_result(number, counts, names, per_image, inference):
         "class_names": list(names),
         **inference.as_dict(),
         "scores": without_nan(class_scores(counts, names)),
-        "per_image": dict(per_image),
+        **images,
         "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
     }
 
 
-def _dice_by_name(counts, folder):
-    """{file name: Dice, the mean over the classes} of the images of a split.
+def _describe_images(counts, folder):
+    """per_image, {file name: Dice, the mean over the classes}, and groups, a name each or "".
 
-    Empty where --skip-bad left some out, and nothing tells which.
+    Both are empty where --skip-bad left images out, and nothing tells which.
     """
     coco = load_coco(folder)
-    names = [coco.imgs[number]["file_name"] for number in coco.getImgIds()]
-    if len(names) != len(counts):
-        return {}
-    return dict(zip(names, mean_image_dice(counts).round(4).tolist(), strict=True))
+    records = [coco.imgs[number] for number in coco.getImgIds()]
+    if len(records) != len(counts):
+        return {"per_image": {}, "groups": []}
+    names, dice = [record["file_name"] for record in records], mean_image_dice(counts).round(4)
+    per_image = dict(zip(names, dice.tolist(), strict=True))
+    return {"per_image": per_image, "groups": [recorded_group(record) for record in records]}
 
 
 def _pool(folds):
     """The scores of the images of all folds together, as report.json of predict.py has them."""
     names = folds[0]["class_names"]
     counts = np.concatenate([np.array(fold["counts"], np.int64) for fold in folds])
+    groups, numbers = [group for fold in folds for group in fold["groups"]], None
+    if any(groups) and len(groups) == len(counts):  # an image without one is a group of its own
+        own = [group or f"image {index}" for index, group in enumerate(groups)]
+        numbers = np.unique(own, return_inverse=True)[1]
     thresholds = {fold["threshold"] for fold in folds}
     return {
         "class_names": names,
         "threshold": thresholds.pop() if len(thresholds) == 1 else None,  # each fold's own
         "images": len(counts),
-        "scores": without_nan(class_scores(counts, names)),
-        "confidence_95": without_nan(bootstrap(counts, names)),
+        "scores": without_nan(class_scores(counts, names, numbers)),
+        "confidence_95": without_nan(bootstrap(counts, names, groups=numbers)),
     }
 
 
