@@ -36,14 +36,7 @@ def lines(text):
     return "\n".join(text.split())
 
 
-SPECKS = """
-    11111..1...
-    1...1...1..
-    1.1.1......
-    1...1.222..
-    11111.2.2.1
-    ......222..
-"""
+SPECKS = "11111..1... 1...1...1.. 1.1.1...... 1...1.222.. 11111.2.2.1 ......222.."
 
 
 @pytest.mark.parametrize(
@@ -51,49 +44,13 @@ SPECKS = """
     [
         ("none", SPECKS),
         ("largest=0,fill=0", SPECKS),
-        (  # two that touch at a corner are one piece
-            "min-area=2",
-            """
-            11111..1...
-            1...1...1..
-            1...1......
-            1...1.222..
-            11111.2.2..
-            ......222..
-            """,
-        ),
-        (
-            "largest",
-            """
-            11111......
-            1...1......
-            1...1......
-            1...1.222..
-            11111.2.2..
-            ......222..
-            """,
-        ),
-        (
-            "fill",
-            """
-            11111..1...
-            11111...1..
-            11111......
-            11111.222..
-            11111.222.1
-            ......222..
-            """,
-        ),
+        # Two that touch at a corner are one piece.
+        ("min-area=2", "11111..1... 1...1...1.. 1...1...... 1...1.222.. 11111.2.2.. ......222.."),
+        ("largest", "11111...... 1...1...... 1...1...... 1...1.222.. 11111.2.2.. ......222.."),
+        ("fill", "11111..1... 11111...1.. 11111...... 11111.222.. 11111.222.1 ......222.."),
         (  # whatever the order in which they are written
             "fill,largest,min-area=9",
-            """
-            11111......
-            11111......
-            11111......
-            11111......
-            11111......
-            ...........
-            """,
+            "11111...... 11111...... 11111...... 11111...... 11111...... ...........",
         ),
     ],
 )
@@ -102,26 +59,8 @@ def test_a_drawing_cleaned(clean, expected):
 
 
 def test_a_hole_is_no_reason_to_overwrite_another_class():
-    text = """
-        1111111.
-        1.....1.
-        1.222.1.
-        1.2.2.1.
-        1.222.1.
-        1.....1.
-        1111111.
-        3333....
-    """
-    expected = """
-        1111111.
-        1111111.
-        1122211.
-        1122211.
-        1122211.
-        1111111.
-        1111111.
-        3333....
-    """
+    text = "1111111. 1.....1. 1.222.1. 1.2.2.1. 1.222.1. 1.....1. 1111111. 3333...."
+    expected = "1111111. 1111111. 1122211. 1122211. 1122211. 1111111. 1111111. 3333...."
     assert cleaned(text, "fill") == lines(expected)
     # A hole between two classes is one of neither, nor is one that leads out of the image.
     for text in ("1112 1..2 1112", "1111 1... 1111", "1.1 1.1 111"):
@@ -150,11 +89,11 @@ def test_forty_classes_against_each_by_itself():
 
 
 def test_discs_that_touch_are_split():
-    """A hundred discs of 8 to 14 pixels that overlap a little: each becomes a piece of its own."""
+    """A hundred discs that overlap a little, in rows and columns: each becomes a piece of its own."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:300, :300]
     discs = np.zeros((100, 300, 300), bool)
-    for index, disc in enumerate(discs):  # 24 pixels apart from row to row and column to column
+    for index, disc in enumerate(discs):
         row, column = divmod(index, 10)
         centre = 40 + 24 * np.array([row, column])
         disc[:] = np.hypot(y - centre[0], x - centre[1]) < rng.uniform(11, 13)

@@ -265,13 +265,13 @@ def test_objects_are_numbered_class_by_class(place):
 def test_classes_that_overlap_have_files_of_their_own_masks(place):
     """A class within another: its objects are drawn over, and both are measured in full."""
     masks = np.zeros((3, 20, 20), bool)
-    masks[0, 2:18, 2:18], masks[2, 5:9, 5:9] = True, True
-    labels = np.where(masks[2], 3, masks[0]).astype(np.uint8)
+    masks[0, 5:9, 5:9], masks[2, 2:18, 2:18] = True, True
+    labels = np.where(masks[0], 1, 3 * masks[2]).astype(np.uint8)
     rows, record = save_one(labels, ("objects", "classes", "coco"), masks)
-    assert [row["pixels"] for row in rows] == [256, 0, 16]
-    assert [one["area"] for one in record["annotations"]] == [256, 16]
-    np.testing.assert_array_equal(Image.open("a_a_b_1_mask.png"), 255 * masks[0])
-    np.testing.assert_array_equal(Image.open("a_objects.png"), np.where(masks[2], 2, masks[0]))
+    assert [row["pixels"] for row in rows] == [16, 0, 256]
+    assert [one["area"] for one in record["annotations"]] == [16, 256]
+    np.testing.assert_array_equal(Image.open("a_脑_mask.png"), 255 * masks[2])
+    np.testing.assert_array_equal(Image.open("a_objects.png"), np.where(masks[0], 1, 2 * masks[2]))
 
 
 def test_files_of_one_name_are_refused(place, refused):
