@@ -89,7 +89,7 @@ def test_forty_classes_against_each_by_itself():
 
 
 def test_discs_that_touch_are_split():
-    """A hundred discs that overlap a little, in rows and columns: each becomes a piece of its own."""
+    """A hundred discs that overlap a little, in rows: each becomes a piece of its own."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:300, :300]
     discs = np.zeros((100, 300, 300), bool)
