@@ -33,16 +33,15 @@ def measure(masks, class_names, highest, sums, *, spacing=None, depth=None):
     """
     shape = masks.shape[1:] if masks.dtype == bool else masks.shape
     mm = spacing and math.prod(spacing)  # mm2 of a pixel, mm3 of a voxel
-    boxed = {number: (box, mask) for number, box, mask in class_masks(masks)}
-    rows, first = [], 1
+    measured, rows, first = {}, [], 1
+    for number, box, mask in class_masks(masks):
+        own = {"pixels": int(mask.sum()), "first_object": first}
+        own["mean_probability"] = float(sums[number - 1]) / own["pixels"]
+        own |= measure_pieces(mask, [side.start for side in box], spacing)
+        measured[number], first = own, first + own["pieces"]
     for number, name in enumerate(class_names, 1):
         row = {"class": name, "pixels": 0, "pieces": 0, "largest_pixels": 0}
-        if number in boxed:
-            box, mask = boxed[number]
-            row["pixels"], row["first_object"] = int(mask.sum()), first
-            row |= measure_pieces(mask, [side.start for side in box], spacing)
-            row["mean_probability"] = float(sums[number - 1]) / row["pixels"]
-            first += row["pieces"]
+        row |= measured.get(number, {})
         row["share"] = row["pixels"] / math.prod(shape)
         row["highest_probability"] = float(highest[number - 1])
         if mm and len(shape) == 3:
