@@ -56,13 +56,13 @@ def predict(session, about, image):
     return (total / np.float32(1 + len(flips)))[0]
 
 
-def label(probabilities, size, threshold):
-    """Class numbers, uint8 (height, width): the most probable class above the threshold, or 0."""
+def label(probabilities, size, threshold, order):
+    """uint8 (height, width): the most probable class, or of classes with an order the last one."""
     labels = np.zeros(size[::-1], np.uint8)
     highest = np.full(labels.shape, threshold, np.float32)
-    for number, channel in enumerate(probabilities, 1):
-        resized = np.asarray(Image.fromarray(channel).resize(size, BILINEAR))
-        labels[resized > highest] = number
+    for number in order or range(1, len(probabilities) + 1):
+        resized = np.asarray(Image.fromarray(probabilities[number - 1]).resize(size, BILINEAR))
+        labels[resized > (threshold if order else highest)] = number
         highest = np.maximum(highest, resized)
     return labels
 
@@ -82,7 +82,8 @@ if __name__ == "__main__":
     args.output.mkdir(parents=True, exist_ok=True)
     for path in args.images:
         image = read_picture(path)
-        mask = label(predict(session, about, image), image.size, args.threshold)
+        found = predict(session, about, image)
+        mask = label(found, image.size, args.threshold, about["draw_order"])
         mask = Image.fromarray(mask if len(about["class_names"]) > 1 else mask * 255)
         if len(about["class_names"]) > 1:
             mask.putpalette(np.ravel(COLORS).tolist())

@@ -32,11 +32,13 @@ pytestmark = pytest.mark.slow
 # One level where the depth does not matter: an export takes seconds for each.
 SCANNED = {"window": (40, 400), "orientation": "LPS"}
 CHOSEN = Inference(0.86, VIEWS, "none")
+OVER = {"inference": Inference(0.8)}
 NETWORKS = {
     **{name: {**architecture, "depth": 1} for name, architecture in ARCHITECTURES.items()},
     "tutorial": {},
     "group": {"depth": 1, "n_filters": 8, "norm": "group", "n_classes": 2, "n_channels": 1},
     "chosen": {"depth": 1, "n_classes": 3, "inference": CHOSEN},
+    "regions": {"depth": 1, "n_classes": 3, "exclusive": False, "draw_order": (2, 1, 3), **OVER},
     "volumes": {"depth": 1, "n_channels": 1, "image_size": None, **SCANNED},
 }
 SIZES = [(1, 1, 1), (1, 37, 50), (1, 255, 257), (3, 40, 33)]  # (B, H, W)
@@ -95,7 +97,7 @@ def test_probabilities_are_those_of_pytorch(name, suffix, exported):
 
 # ---- metadata, read by others ----------------------------------------------------------------
 
-PLAIN = {"image_size": 32, "exclusive": True, "trained_flips": []}
+PLAIN = {"image_size": 32, "exclusive": True, "trained_flips": [], "draw_order": []}
 COLOUR = {"n_channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], **PLAIN}
 GREY = {"n_channels": 1, "mean": [0.449], "std": [0.226], **PLAIN, "image_size": None}
 METADATA = {
@@ -151,7 +153,7 @@ def save_pictures(folder):
     save_turned(pixels, folder / "turned.tif", 6)
 
 
-@pytest.mark.parametrize("name", ["tutorial", "group", "chosen", "volumes"])
+@pytest.mark.parametrize("name", ["tutorial", "group", "chosen", "regions", "volumes"])
 def test_masks_without_pytorch_are_those_of_predict(name, exported, tmp_path):
     path, scans, home = exported(name, ".onnx"), tmp_path / "scans", tmp_path / "home"
     save_pictures(scans)

@@ -19,7 +19,7 @@ ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 DYNAMO_ONNX_NEEDS = (2, 7)  # the oldest PyTorch whose newer exporter writes sides of any size
 METADATA_FILE = "metadata.json"  # in .torchscript
 ALWAYS = ("class_names", "image_size", "n_channels", "exclusive")
-WHERE_KNOWN = ("window", "orientation", "trained_flips")
+WHERE_KNOWN = ("window", "orientation", "trained_flips", "draw_order")
 # (B, H, W) that a file is checked on: any size is to work, and any batch.
 SHAPES = ((1, 1, 1), (1, 37, 50), (1, 255, 257), (1, 64, 96), (3, 37, 50), (1, 640, 640))
 
