@@ -38,11 +38,17 @@ def draw_labels(labels, n_classes=1):
     return Image.fromarray(colors[labels])
 
 
-def overlay(image, labels, n_classes=1):
-    """PIL RGB image and class numbers (H, W), or a bool mask -> PIL image with them tinted."""
+def overlay(image, labels, n_classes=1, *, opacity=0.4, outlined=False):
+    """PIL RGB image and class numbers (H, W), or a bool mask -> PIL image with them tinted.
+
+    opacity: 0..1, of the tint; outlined: draw the outline of each class too, in its full colour.
+    """
+    if outlined:
+        image = overlay(image, labels, n_classes, opacity=opacity)
+        labels, opacity = outline_labels(labels, n_classes), 1
     tints = np.arange(256)[:, None] * np.ones((256, 1, 3))  # of each label, value and colour
     for number, color in enumerate(class_colors(n_classes), 1):
-        tints[number] = tints[number] * 0.6 + 0.4 * np.array(color)
+        tints[number] = tints[number] * (1 - opacity) + opacity * np.array(color)
     tables = np.ascontiguousarray(tints.reshape(-1, 3).T.astype(np.uint8))  # one of each colour
     drawn = np.array(image)
     for start in range(0, len(drawn), STRIPE):
@@ -121,6 +127,20 @@ def are_thin(masks):
         area += np.count_nonzero(mask)
         lengths += np.count_nonzero(outline(mask)) * max(mask.shape)
     return 0 < area < THIN * lengths
+
+
+def outline_labels(labels, n_classes=1):
+    """Class numbers (H, W) -> those of them that are `outline` of their class, the others 0.
+
+    The lines are wider in larger images, which are shown smaller.
+    """
+    edges = np.zeros_like(labels)
+    for number in range(1, n_classes + 1):
+        mask = labels == number
+        for _ in range(1 + max(labels.shape) // 500):
+            edge = outline(mask)
+            edges[edge], mask = number, mask & ~edge
+    return edges
 
 
 def montage(pictures, masks, *, draw, side=256, limit=20):
