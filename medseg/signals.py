@@ -25,8 +25,14 @@ class Signals:
 
     @contextmanager
     def installed(self):
-        """Handle SIGINT and SIGTERM here; outside, they do what they did before."""
-        signums = (signal.SIGINT, signal.SIGTERM)
+        """Handle SIGINT and SIGTERM here; outside, they do what they did before.
+
+        So does SIGHUP of a closed terminal, unless nohup has it ignored. Windows has none.
+        """
+        signums = [signal.SIGINT, signal.SIGTERM]
+        hang_up = getattr(signal, "SIGHUP", None)
+        if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
+            signums.append(hang_up)
         before = {signum: signal.signal(signum, self.receive) for signum in signums}
         try:
             yield
