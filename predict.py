@@ -365,11 +365,10 @@ def main(argv=None):
         print(note)
     args.threshold = model.inference.threshold
     if args.page:
-        from medseg.page.app import serve
+        from medseg.predicting.page import serve
 
-        options = {"threshold": args.threshold, "window": window, "pixel_size": args.pixel_size}
-        name = paths[0] if len(paths) == 1 else f"{len(paths)} models"
-        serve(model, name, host=args.host, port=args.port, **options)
+        address = args.host, args.port, args.auth
+        serve(model, paths, address, window=window, pixel_size=args.pixel_size)
     else:
         predict_inputs(args, model, window)
 

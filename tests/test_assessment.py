@@ -4,7 +4,6 @@ import base64
 import csv
 import itertools
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from data import Batches, load_split
 from medseg.cache import RaggedRows
 from medseg.inference import PLAIN, VIEWS
 from medseg.ood import FeatureRecorder, count_features, fit, fit_with_threshold, read_statistics
-from medseg.page.app import Page
 from medseg.predicting.assessment import (
     Agreement,
     Assessment,
@@ -27,6 +25,7 @@ from medseg.predicting.assessment import (
     print_assessments,
 )
 from medseg.predicting.ensemble import Ensemble
+from medseg.predicting.page import Session
 from medseg.weights import load_weights
 from net import UNet, load_model
 
@@ -433,11 +432,9 @@ def test_the_table_has_both(trained):
 def test_the_page_warns_of_unlike_images(trained):
     (trained / "page").mkdir()
     model = predict.open_model(trained / "run" / "best_model.pth", "cpu")
-    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
-    page = Page(gradio, model, trained / "page", 0.5, None)
+    session = Session(trained / "page", model)
     Image.new("RGB", (50, 40)).save(trained / "page" / "blank.png")
-    paths = [trained / "dataset" / "test" / "0.png", trained / "page" / "blank.png"]
-    session, *_ = page.predict(paths, 0.5, False, "none", lambda done, title: None)
-    (line,) = session.unlike()
-    assert line.startswith("blank.png: unlike the training images")
-    assert "blank.png: unlike" in " ".join(map(str, page.show(session, 1, 0.5, "none")))
+    session.predict([trained / "dataset" / "test" / "0.png", trained / "page" / "blank.png"], 0.5)
+    _, (line, unlike), _ = session.view(0, 0.5)
+    assert line.startswith("0.png: ")
+    assert unlike.startswith("blank.png: unlike the training images")

@@ -38,11 +38,10 @@ from medseg.metrics import (
     count_image,
     mean_image_dice,
 )
-from medseg.page.session import Session
 from medseg.phantoms import make_phantoms
 from medseg.planning.audit import audit
-from medseg.predicting.assessment import Assessment
 from medseg.predicting.figure import plot_report
+from medseg.predicting.page import Session
 from medseg.training.feature_statistics import find_draw_order
 from medseg.training.history import print_test
 from net import UNet, load_model
@@ -378,12 +377,12 @@ def test_volumes_and_the_page_measure_each_class_by_its_own_mask(apart, monkeypa
     flags = ["--output", "out", "--model", "model.pth", "--device", "cpu"]
     predict.main(["volume.nii.gz", *flags])
     model = predict.open_model("model.pth", "cpu")
-    session = Session(place, model.class_names, draw_order=model.draw_order)
+    session = Session(place, model)
     files = ["volume.nii.gz", next((place / "test").glob("*.png"))]
-    session.predict(files, lambda image: (model.predict(image), Assessment()))
+    session.predict(files, 0.5)
     shares = [0 if exclusive else 1, 1]
     tables = [(place / "out" / "predictions.csv").read_text("utf-8-sig")]
-    tables.append(session.table(0.5).read_text("utf-8-sig"))
+    tables.append(session.download("table", 0.5).read_text("utf-8-sig"))
     for text, count in zip(tables, (1, 2), strict=True):
         rows = list(csv.DictReader(text.splitlines()))
         assert [float(row["share"]) for row in rows] == shares * count
@@ -394,7 +393,7 @@ def test_volumes_and_the_page_measure_each_class_by_its_own_mask(apart, monkeypa
         mean = rows[0]["mean_probability"]
         assert (mean == "") if exclusive else float(mean) == pytest.approx(1 / (1 + np.exp(-1)))
     for index in (0, len(session.predictions) - 1):  # a slice, and the picture
-        assert [row["share"] for row in session.view(index, 0.5).rows] == shares
+        assert [row["share"] for row in session.view(index, 0.5)[2]] == shares
 
 
 @pytest.mark.parametrize("order", [(3, 2, 1), None])

@@ -14,9 +14,8 @@ import predict
 from medseg.full_size import full_size_labels
 from medseg.inference import Inference, combine, read_inference
 from medseg.metrics import count_image, count_pixels
-from medseg.page.session import Session
 from medseg.pieces import clean_labels, number_pieces, pixel_area
-from medseg.predicting.assessment import Assessment
+from medseg.predicting.page import Session
 
 
 def drawing(text):
@@ -195,12 +194,11 @@ def test_a_line_names_the_threshold_and_what_clean_up_took(place):
         said = output_of("predict.py", path, "--output", "out", *every, cwd=place)
         line = next(line for line in said.splitlines() if "foreground" in line)
         assert "0.00 %" in line and "above 0.45, all removed by min-area=3000" in line
-    session, model = Session(place, ("foreground",)), predict.open_model("best_model.pth", "cpu")
-    session.predict([place / "scans" / "a.png"], lambda image: (model.predict(image), Assessment()))
-    assert (
-        f"{plain - cleaned_up} removed by min-area=30" in session.view(0, 0.5, "min-area=30").line
-    )
-    assert "removed" not in session.view(0, 0.5).line
+    session = Session(place, predict.open_model("best_model.pth", "cpu"))
+    session.predict([place / "scans" / "a.png"], 0.5)
+    _, (line,), _ = session.view(0, 0.5, "min-area=30")
+    assert f"{plain - cleaned_up} removed by min-area=30" in line
+    assert "removed" not in session.view(0, 0.5)[1][0]
 
 
 def test_predictions_are_cleaned_and_say_so(place):
@@ -219,17 +217,13 @@ def test_predictions_are_cleaned_and_say_so(place):
     predict.main(["--export", "model.onnx"])
     onnx = mask_of(*area, "--model", "model.onnx", output="onnx")
     np.testing.assert_array_equal(onnx, expected)
-    session = Session(place, ("foreground",), pixel_size=(0.2, 0.4))
     model = predict.open_model("best_model.pth", "cpu")
-
-    def assess(image):
-        return model.predict(image), Assessment()
-
-    session.predict([place / "scans" / "a.png"], assess)
-    written = np.asarray(Image.open(session.write(0.5, area[1]))) > 0
+    session = Session(place, model, pixel_size=(0.2, 0.4))
+    session.predict([place / "scans" / "a.png"], 0.5)
+    written = np.asarray(Image.open(session.download("masks", 0.5, area[1]))) > 0
     np.testing.assert_array_equal(written, expected)
-    session = Session(place, ("foreground",))
-    session.predict([place / "scans" / "a.png"], assess)
+    session = Session(place, model)
+    session.predict([place / "scans" / "a.png"], 0.5)
     with pytest.raises(ValueError, match="a.png: does not tell"):
         session.view(0, 0.5, area[1])
     labels = full_size_labels(model.predict(Image.open("scans/a.png")), (64, 48), 0.5)

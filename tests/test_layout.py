@@ -14,7 +14,7 @@ SCRIPTS = {
     "net": {"ground"},
     "data": {"ground", "net"},
     "train": {"ground", "net", "data", "training", "planning"},
-    "predict": {"ground", "net", "data", "predicting", "page", "results", "formats"},
+    "predict": {"ground", "net", "data", "predicting", "results", "formats"},
     "download": {"ground", "importing", "sources", "formats"},
     "hubconf": {"ground", "net"},
 }
@@ -28,7 +28,6 @@ WINGS = {  # which never import one another, but those that stand on formats, so
     "training": {*WING, "formats", "training"},
     "results": {*WING, "formats", "results"},
     "predicting": {*WING, "formats", "results", "predicting"},
-    "page": {*WING, "formats", "results", "predicting", "page"},
 }
 MAX_HEAD = 25  # lines of imports at the head of a script
 PACKAGE = {
@@ -54,7 +53,7 @@ def imported_modules(path):
 
 
 def place(module):
-    """'medseg.page.app' -> 'page', 'medseg.cli' -> 'ground', 'net' -> 'net'"""
+    """'medseg.results.table' -> 'results', 'medseg.cli' -> 'ground', 'net' -> 'net'"""
     parts = module.split(".")
     return parts[0] if parts[0] != "medseg" else parts[1] if len(parts) == 3 else "ground"
 

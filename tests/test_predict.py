@@ -60,10 +60,10 @@ from medseg.metrics import (
     pooled_scores,
     surface_scores,
 )
-from medseg.page.session import Session
 from medseg.phantoms import draw_phantom
 from medseg.predicting.figure import choose_cases, plot_report, shorten_name
 from medseg.predicting.inputs import EXAMPLE, describe_left_out, expand, left_aside, open_file
+from medseg.predicting.page import Session
 from medseg.predicting.report import FolderScores, write_report
 from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
 from medseg.training.checkpoint import history_row
@@ -297,14 +297,11 @@ def test_an_image_of_one_pixel_in_a_side(place, size, image_size):
     mask = np.asarray(Image.open("a_mask.png"))
     assert mask.shape == size[::-1]
     np.testing.assert_array_equal(np.asarray(Image.open("many/a_mask.png")), mask)
-    predictor = predict.open_model("best_model.pth", "cpu")
-    session = Session(place, model.class_names)
-    session.predict(
-        [place / "scans" / "a.png"],
-        lambda image: [found[0] for found in predictor.assess(predictor.prepare(image)[None])],
-    )
-    assert session.problems == [] and session.view(0, 0.5).mask.size == size
-    np.testing.assert_array_equal(np.asarray(Image.open(session.write(0.5))), mask)
+    session = Session(place, predict.open_model("best_model.pth", "cpu"))
+    session.predict([place / "scans" / "a.png"], 0.5)
+    assert session.problems == [] and session.view(0, 0.5)[0][1].size == size
+    written = Image.open(session.download("masks", 0.5))
+    np.testing.assert_array_equal(np.asarray(written), mask)
     for labels in (np.ones((1, 1, *size)), np.ones(size), np.ones((*size, 1))):  # any that squeezes
         predict.visualize_result(picture, labels)
 

@@ -1,6 +1,5 @@
 """--tune-prediction: what is chosen on valid, recorded in the weights, and done by predict.py."""
 
-import contextlib
 import json
 import re
 from contextlib import nullcontext
@@ -554,7 +553,7 @@ def test_bad_flags(place, refused):
 
 def test_every_road_makes_the_same_masks(place):
     """One image, a folder, slices of a volume, the page and an ONNX file."""
-    from medseg.page.app import Page, add_switches
+    from medseg.predicting.page import Session
 
     (place / "scans").mkdir()
     pictures = [blobs(seed) for seed in range(4)]
@@ -574,24 +573,20 @@ def test_every_road_makes_the_same_masks(place):
     served = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "medseg.page.app.serve",
-            lambda model, path, **given: served.update(model=model, **given),
+            "medseg.predicting.page.serve",
+            lambda model, paths, address, **given: served.update(model=model, **given),
         )
         said = run(place, "--page", "--model", "tuned.pth")
-    assert "chosen on valid" in said and served["threshold"] == 0.35
-    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
-    page = Page(gradio, served["model"], place, served["threshold"], None)
-    gradio.Row, parts = lambda **given: contextlib.nullcontext(), SimpleNamespace()
-    gradio.Textbox = gradio.Checkbox = lambda value, **given: value
-    add_switches(page, parts)
-    assert (parts.clean, parts.tta) == ("largest", True)  # as is recorded
-    given = 0.35, True, "largest", lambda done, title: None
-    session, _, _, _, _, _, shown, *_ = page.predict([place / "scans" / "0.png"], *given)
+    assert "chosen on valid" in said and served["model"].inference == TUNED
+    session = Session(place, served["model"])
+    session.predict([place / "scans" / "0.png"], 0.35, tta=True)
+    (_, shown, _), _, _ = session.view(0, 0.35, "largest")
     np.testing.assert_array_equal(np.asarray(shown) > 0, expected[0])
-    written = np.asarray(Image.open(session.write(0.35, "largest"))) > 0
+    written = np.asarray(Image.open(session.download("masks", 0.35, "largest"))) > 0
     np.testing.assert_array_equal(written, expected[0])
     higher = by_hand(pictures[0], TUNED._replace(threshold=0.6))  # the slider moves
-    np.testing.assert_array_equal(np.asarray(session.view(0, 0.6, "largest").mask) > 0, higher)
+    (_, shown, _), _, _ = session.view(0, 0.6, "largest")
+    np.testing.assert_array_equal(np.asarray(shown) > 0, higher)
 
     run(place, "--model", "tuned.pth", "--export", "half.pth")
     assert load_model("half.pth").inference == TUNED

@@ -12,7 +12,6 @@ import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -833,21 +832,17 @@ def test_without_a_window_of_numbers_each_file_counts(here, window):
 
 
 def test_the_page_takes_window_and_orientation_of_the_weights(here, monkeypatch):
-    from medseg.page import app as page
+    from medseg.predicting import page
 
     stored_as(brain(spacing=(1, 3, 1)), "PSR").to_filename("v.nii.gz")
     save_weights(window=(300, 500), orientation="LPS")
     served = {}
-    monkeypatch.setattr(
-        page, "serve", lambda model, path, **given: served.update(model=model, **given)
-    )
+    monkeypatch.setattr(page, "serve", lambda model, *_, **given: served.update(given, model=model))
     predict.main(["--page", "--device", "cpu"])
-    gradio = SimpleNamespace(Slider=lambda **given: given, Button=lambda *label, **given: given)
-    shown = page.Page(gradio, served["model"], here, served["threshold"], served["window"])
-    given = 0.5, False, "none", lambda done, title: None
-    session, *_ = shown.predict([here / "v.nii.gz"], *given)
+    session = page.Session(here, **served)
+    session.predict([here / "v.nii.gz"], 0.5)
     predict.main(["v.nii.gz", "--device", "cpu", "--output", "masks"])
-    with zipfile.ZipFile(session.write(0.5)) as archive:
+    with zipfile.ZipFile(session.download("all", 0.5)) as archive:
         for name in ("v_mask.nii.gz", "v_montage.png"):
             assert archive.read(name) == Path("masks", name).read_bytes()
 

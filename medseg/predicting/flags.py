@@ -84,10 +84,7 @@ def make_parser(doc):
         "it as DICOM and NIfTI do: for areas in predictions.csv",
     )
     add_pixel_limit(add)
-    add = parser.add_argument_group("page").add_argument
-    add("--page", action="store_true", help="open a page in the browser; needs gradio")
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
-    add("--port", type=number(0, 65535), metavar="N", help="default: 7860 or the next free one")
+    _add_page_flags(parser)
     return parser
 
 
@@ -97,6 +94,14 @@ def written(text):
         return tuple(parse_named_values(text, dict.fromkeys(WRITTEN, (1.0, 1.0))))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def user_and_password(text):
+    """'USER:PASSWORD' -> ('USER', 'PASSWORD')."""
+    user, _, password = text.partition(":")
+    if not user or not password:
+        raise argparse.ArgumentTypeError("must be a name and a password, USER:PASSWORD")
+    return user, password
 
 
 def pixel_size(text):
@@ -109,6 +114,19 @@ def pixel_size(text):
 
 
 pixel_size.__name__ = "size"  # argparse names it: "invalid size value"
+
+
+def _add_page_flags(parser):
+    add = parser.add_argument_group("page").add_argument
+    add("--page", action="store_true", help="open a page in the browser; needs gradio")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
+    add("--port", type=number(1, 65535), metavar="N", help="default: 7860 or the next free one")
+    add(
+        "--auth",
+        type=user_and_password,
+        metavar="USER:PASSWORD",
+        help="which the page asks for, where others can reach it",
+    )
 
 
 def _add_model_flags(parser):

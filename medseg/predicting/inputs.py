@@ -1,6 +1,7 @@
 """What predict.py is to predict, and where it writes: files, folders, frames, volumes."""
 
 from collections import Counter, defaultdict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from medseg.formats.medical import (
 from medseg.formats.nifti import open_nifti
 from medseg.formats.own_files import is_own
 from medseg.images import SUFFIXES, read_image
+from medseg.pretrained import pretrained_path
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
@@ -237,6 +239,25 @@ def data_set_images():
         if images:
             return images
     return []
+
+
+def learned_images(model_path, count):
+    """Up to `count` test images of the data set that the weights have learned from, spread over it.
+
+    It is named in last.pth beside them; of the weights that come with the repository, it is the
+    tutorial's. [] where it is not known, or not here.
+    """
+    last, folder = Path(model_path).with_name("last.pth"), None
+    if pretrained_path() and Path(model_path).samefile(pretrained_path()):
+        folder = EXAMPLE.parent if EXAMPLE.exists() else None
+    elif last.exists():
+        from medseg.weights import load_weights
+
+        with suppress(ValueError, LookupError, TypeError):  # of another program
+            flags = load_weights(last)["flags"]
+            folder = Path(flags["data"], "synthetic" if flags["synthetic"] else "", "test")
+    found = sorted(path for path in folder.glob("*") if is_input(path)) if folder else []
+    return found[:: -(-len(found) // count) or 1]
 
 
 def example_image():

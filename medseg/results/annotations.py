@@ -27,12 +27,11 @@ def labelme_files(frame, folder):
     return [folder / f"{frame.name}.json", *picture]
 
 
-def write_labelme(frame, image, labels, folder, class_names, *, beside=False, simplify=0):
+def write_labelme(frame, image, labels, folder, class_names, *, simplify=0):
     """Write the outlines of one prediction as a LabelMe file.
 
     image: PIL RGB image; labels: class numbers, uint8 (height, width). The file names its image by
-    the way that leads there from `folder`, or with `beside` as one in the same folder.
-    simplify: as for `trace_labels`.
+    the way that leads there from `folder`. simplify: as for `trace_labels`.
     """
     path, *pictures = labelme_files(frame, folder)
     for picture in pictures:
@@ -43,7 +42,7 @@ def write_labelme(frame, image, labels, folder, class_names, *, beside=False, si
         shapes.append({**shape, "description": "", "shape_type": "polygon", "flags": {}})
     content = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes}
     named = pictures[0] if pictures else frame.path
-    content |= {"imagePath": named.name if beside else _way(named, folder), "imageData": None}
+    content |= {"imagePath": _way(named, folder), "imageData": None}
     content |= {"imageHeight": labels.shape[0], "imageWidth": labels.shape[1]}
     with atomic_write(path, sync=False) as file:
         file.write(json.dumps(content, indent=1).encode())

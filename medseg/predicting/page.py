@@ -1,0 +1,432 @@
+"""`predict.py --page`: a page in the browser, for one person. gradio is optional.
+
+Of a forged request gradio lets a File read uploads only, but an Image, an ImageSlider or a Gallery
+any picture of this computer: these are never the input of an event.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+
+from medseg import images
+from medseg.cli import one_line, parse_named_values
+from medseg.drawing import draw_labels, overlay, with_legend
+from medseg.formats.own_files import TABLE
+from medseg.inference import Inference, flips_to_average
+from medseg.pieces import CLEANINGS, check_clean
+from medseg.predicting import inputs
+from medseg.predicting.assessment import assess_volume, describe_unlike
+from medseg.results.folder import Results
+from medseg.results.table import COLUMNS, table_text, write_text
+from medseg.results.volume import VolumeMasks
+from medseg.signals import Signals
+
+OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
+MAX_UPLOAD = 2 * 1024**3  # bytes of a file
+EXAMPLES, THUMBNAIL = 4, 160  # how many, and pixels a side
+VIEW_SIDE, VIEW_HEIGHT = 2048, 330  # pixels of what the browser can zoom into, and on its screen
+WAITING = "Drop an image above."
+ABOUT = f"""Takes DICOM, NIfTI, {images.FORMAT_NAMES}. Everything stays on the computer that runs
+this page. **Not for clinical use.**"""
+# What each download writes of an image, as --write names it.
+DOWNLOADS = {"masks": ("mask",), "table": (), "all": ("mask", "overlay", "labelme")}
+LABELS = {"min-area": "Smallest piece, pixels", "min-mm2": "Smallest piece, mm²"}
+LABELS |= {"largest": "Only the largest piece", "fill": "Fill holes", "split": "Split touching"}
+CSS = """
+.gradio-container > main { max-width: 1100px !important; padding: 1.2rem !important; }
+#examples .grid-wrap { padding-top: 2.2rem; }
+.switch { min-width: 120px !important; flex: 1 1 120px !important; }
+#image, #mask, #overlay, #overlay img, #examples .thumbnail-lg { background: #14171c !important; }
+"""
+# Under the name the file has on the server, as soon as it is written.
+START_DOWNLOAD = """file => file && Object.assign(document.createElement("a"),
+  {href: file.url, download: file.orig_name}).click()"""
+
+
+# ---- what was predicted: probabilities, kept so that threshold and clean-up can change -------
+
+
+def assess(model, image, threshold, tta):
+    """PIL image -> (probabilities, float32 array (C, S, S) of 0..1; its `Assessment`)."""
+    flips = flips_to_average(model.recorded, model.trained_flips) if tta else ()
+    model.inference = model.inference._replace(threshold=threshold, flips=flips)
+    (probabilities,), (assessment,) = model.assess(model.prepare(image)[None])
+    return probabilities, assessment
+
+
+class Session:
+    """The predictions of some files, below `folder`.
+
+    model: as predict.py has it; window, pixel_size: as of `medseg.predicting.inputs.open_file`.
+    predictions: of each image its frame, size, assessment, the number of pixels that are `marked`,
+    and `arrays`, a file with the picture as it is shown and the probabilities. first: the index of
+    that to show first: of slices, the one with most foreground. problems: a line on each file that
+    could not be predicted. clean, of the methods: as --clean.
+    """
+
+    def __init__(self, folder, model, window=None, pixel_size=None):
+        self.model, self.names, self.threshold = model, model.class_names, None
+        self._settings, self._volumes = (window, model.orientation, pixel_size), {}
+        self.predictions, self.problems, self.first = [], [], 0
+        self._folder = Path(tempfile.mkdtemp(dir=folder))
+
+    def predict(self, paths, threshold, tta=False, progress=lambda done, title: None):
+        """Run the network on image, DICOM and NIfTI files; tta: average over flips.
+
+        progress(done, title): called before each image; done is 0..1.
+        """
+        self.threshold = threshold
+        with self._noting_problems():
+            files = inputs.expand(map(self._own_copy, paths))
+            for number, file in enumerate(files):
+                with self._noting_problems():
+                    frames, volume = inputs.open_file(file, *self._settings)
+                    self._volumes |= {file.path: file} if volume else {}
+                    for index, frame in enumerate(frames):
+                        progress((number + index / len(frames)) / len(files), frame.title)
+                        with self._noting_problems():
+                            self._add(frame, threshold, tta)
+        frames = inputs.add_depths([one.frame for one in self.predictions])
+        for one, frame in zip(self.predictions, frames, strict=True):
+            one.frame = frame
+        if len({frame.path for frame in frames}) == 1:
+            self.first = int(np.argmax([one.marked for one in self.predictions]))
+
+    def _own_copy(self, path):
+        """The path of the file in the folder; the second scan.png becomes 2_scan.png."""
+        own, number = self._folder / Path(path).name, 1
+        while own.exists():
+            number += 1
+            own = self._folder / f"{number}_{Path(path).name}"
+        return Path(shutil.copyfile(path, own))
+
+    def _add(self, frame, threshold, tta):
+        image = frame.read()
+        probabilities, assessment = assess(self.model, image, threshold, tta)
+        view, arrays = image.copy(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
+        view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
+        np.savez(arrays, view=np.asarray(view), probabilities=probabilities)
+        if frame.path in self._volumes:
+            frame = frame._replace(read=None)  # which keeps the whole volume in memory
+        one = SimpleNamespace(frame=frame, size=image.size, arrays=arrays, assessment=assessment)
+        one.marked = int((probabilities > threshold).sum())
+        self.predictions.append(one)
+
+    @contextlib.contextmanager
+    def _noting_problems(self):
+        try:
+            yield
+        except (FileNotFoundError, ValueError) as error:
+            self.problems.append(one_line(error).replace(f"{self._folder}{os.sep}", ""))
+
+    def view(self, index, threshold, clean="none", **looks):
+        """([image, mask, overlay], PIL images of at most VIEW_SIDE; lines; rows).
+
+        rows: of measurements, one for each class; looks: of the overlay. ValueError where the mask
+        cannot be cleaned up.
+        """
+        one, marked, count = self.predictions[index], np.zeros(256, np.int64), len(self.names)
+        labels, probabilities, masks = self._masks(one, threshold, clean, marked)
+        inference, highest = Inference(threshold, clean=clean), probabilities.max((1, 2))
+        own = labels if masks is None else masks
+        line = images.describe(one.frame.title, own, highest, self.names, inference, marked)
+        results, columns = Results(None, self.names, ()), self._columns([one], threshold)
+        results.add(one.frame, None, labels, probabilities, masks=masks, **columns)
+        with np.load(one.arrays) as arrays:
+            image = Image.fromarray(arrays["view"])
+        labels = images.resize_nearest(labels, image.height, image.width)
+        mask = with_legend(draw_labels(labels, count), self.names)
+        lines = [line, *describe_unlike([(p.frame.title, p.assessment) for p in self.predictions])]
+        drawn, lines = overlay(image, labels, count, **looks), [*lines, *self.problems]
+        return [image, mask, drawn], lines, results.rows[one.frame.title]
+
+    def save(self, image):
+        """Write a picture of `view`; return its path, which is the same every time."""
+        exact = image.getcolors() is not None  # masks and grey images: few colours are fast as PNG
+        name = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+        path = self._folder / f"{name}.{'png' if exact else 'jpg'}"
+        (images.save_png if exact else images.save_jpeg)(image, path)
+        return str(path)
+
+    def _masks(self, one, threshold, clean, marked=None):
+        """(class numbers, probabilities, masks of classes that overlap) of a prediction."""
+        with np.load(one.arrays) as arrays:
+            probabilities, spacing = arrays["probabilities"], one.frame.spacing
+        check_clean(clean, spacing, one.frame.path.name)
+        inference, about = Inference(threshold, clean=clean), (probabilities, one.size, spacing)
+        masks = inference.overlapping(*about, exclusive=self.model.exclusive)
+        order = self.model.draw_order
+        return inference.labels(*about, marked=marked, draw_order=order), probabilities, masks
+
+    def _columns(self, predictions, threshold):
+        """How far to rely on them; the agreement is of masks at the threshold of the network."""
+        columns = assess_volume([one.assessment for one in predictions])._asdict()
+        return columns if threshold == self.threshold else {**columns, "agreement": None}
+
+    def download(self, what, threshold, clean="none"):
+        """The path of one of DOWNLOADS, of the bytes that predict.py writes: a file, or a zip."""
+        folder = Path(tempfile.mkdtemp(dir=self._folder), what)
+        folder.mkdir()
+        results = Results(folder, self.names, DOWNLOADS[what])
+        ordered = sorted(self.predictions, key=lambda one: one.frame.path in self._volumes)
+        for path, group in groupby(ordered, lambda one: one.frame.path):  # volumes are the last
+            volume, slices = self._volumes.get(path), list(group)
+            if volume:
+                volume = VolumeMasks(inputs.open_file(volume, *self._settings)[1], len(self.names))
+            elif what == "all":
+                path = Path(shutil.copy(path, folder))  # LabelMe needs it beside its file
+            for one in slices:
+                labels, probabilities, masks = self._masks(one, threshold, clean)
+                if volume:
+                    volume.add(labels, probabilities, masks)
+                    continue
+                frame, columns = one.frame._replace(path=path), self._columns([one], threshold)
+                results.add(frame, frame.read(), labels, probabilities, masks=masks, **columns)
+            if volume:
+                results.add_volume(volume, self._settings[0], **self._columns(slices, threshold))
+        if what != "masks":
+            rows = [row for of_one in results.rows.values() for row in of_one]
+            write_text(folder / TABLE, table_text(rows))
+        written = list(folder.iterdir())
+        return written[0] if len(written) == 1 else Path(shutil.make_archive(folder, "zip", folder))
+
+
+# ---- controls, layout and events -------------------------------------------------------------
+
+
+def thumbnails(paths):
+    """{path: small PIL image}, without those that are damaged."""
+    shown = {}
+    for path in paths:
+        with contextlib.suppress(ValueError):
+            shown[path] = images.read_image(path)
+            shown[path].thumbnail((THUMBNAIL, THUMBNAIL))
+    return shown
+
+
+def layout(model, title, examples, folder, settings):
+    """The gradio.Blocks of the page; examples: {path: PIL image}; the others as of `Session`."""
+    import gradio as gr
+
+    tall, parts = {"height": 170, "min_width": 340}, SimpleNamespace()
+    wide = {"height": VIEW_HEIGHT, "min_width": 240, "interactive": False}
+    wide["buttons"] = ["fullscreen"]
+    with gr.Blocks(title=title, fill_width=True, analytics_enabled=False) as blocks:
+        gr.Markdown(f"## {title}\n{ABOUT}", elem_id="head")
+        with gr.Row():
+            looks = {"file_count": "multiple", "elem_id": "files", **tall}
+            parts.files = gr.File(label="Images, one or several", **looks)
+            looks = {"columns": EXAMPLES, "object_fit": "contain", "visible": bool(examples)}
+            looks |= {"allow_preview": False, "interactive": False, "buttons": [], **tall}
+            looks |= {"label": "Examples: click one", "elem_id": "examples"}
+            parts.examples = gr.Gallery(list(examples.values()), **looks)
+        with gr.Row():
+            image = gr.Image(label="Image", elem_id="image", **wide)
+            mask = gr.Image(label="Mask", elem_id="mask", **wide)
+            looks = {"slider_position": 0, "max_height": VIEW_HEIGHT, "elem_id": "overlay", **wide}
+            drawn = gr.ImageSlider(label="Overlay: turn the wheel to zoom", **looks)
+        parts.text = gr.Textbox(WAITING, show_label=False, max_lines=8, elem_id="text")
+        with gr.Row(visible=False, equal_height=True) as parts.pictures:
+            parts.previous = gr.Button("Previous", min_width=90, elem_id="previous")
+            parts.next = gr.Button("Next", min_width=90, elem_id="next")
+            looks = {"label": "Picture", "scale": 4, "min_width": 300, "elem_id": "number"}
+            parts.number = gr.Slider(1, 2, 1, step=1, **looks)
+        add_settings(gr, model, parts)
+        table = gr.Dataframe(interactive=False, show_label=False, elem_id="rows")
+        parts.shown = [image, mask, drawn, parts.text, table]
+        with gr.Row():
+            button = partial(gr.Button, interactive=False, min_width=120)
+            parts.buttons = [button(f"Download {what}", elem_id=what) for what in DOWNLOADS]
+        parts.written, parts.session = gr.File(visible=False), gr.State()
+        connect(gr, parts, list(examples), lambda: Session(folder, model, **settings))
+    return blocks
+
+
+def add_settings(gr, model, parts):
+    """Threshold, looks, flips and clean-up, which begin as the weights or the flags have them."""
+    threshold, flips, clean = model.inference
+    steps, sizes = parse_named_values(clean, CLEANINGS), {"step": 0.01, "min_width": 300}
+    with gr.Row(equal_height=True):
+        label = "Threshold: foreground is above this probability"
+        threshold = gr.Slider(0, 1, threshold, label=label, elem_id="threshold", **sizes)
+        opacity = gr.Slider(0, 1, 0.4, label="Overlay: opacity", elem_id="opacity", **sizes)
+    with gr.Row(equal_height=True):
+        outlined = gr.Checkbox(label="Overlay: outline", elem_id="outline", elem_classes="switch")
+        views = Inference(flips=flips_to_average(model.recorded, model.trained_flips)).extras()[0]
+        looks = {"label": f"Average over {views}", "elem_id": "tta", "elem_classes": "switch"}
+        parts.cleaning, parts.tta = [], gr.Checkbox(bool(flips), **looks)
+        for name, (default, highest) in CLEANINGS.items():
+            looks = {"label": LABELS.get(name, name), "elem_id": name, "elem_classes": "switch"}
+            part = gr.Checkbox if default else partial(gr.Number, minimum=0, maximum=highest)
+            value = steps.get(name, 0)
+            parts.cleaning.append(part(bool(value) if default else value, **looks))
+    parts.threshold, parts.settings = threshold, [threshold, opacity, outlined, *parts.cleaning]
+
+
+def connect(gr, parts, examples, new_session):
+    """What happens on which event; new_session() -> a `Session`."""
+    private, report = {"api_visibility": "private"}, gr.Progress()  # found among the defaults
+
+    def choose(event: gr.SelectData):
+        if type(event.index) is not int or not 0 <= event.index < len(examples):
+            raise gr.Error("no such example", print_exception=False)
+        return [shutil.copy(examples[event.index], tempfile.gettempdir())]
+
+    def predict(paths, threshold, tta, progress=report):
+        session = new_session()
+        session.predict(paths or [], threshold, tta, progress)
+        count = len(session.predictions)
+        number = gr.Slider(maximum=max(count, 2), value=session.first + 1)
+        buttons = [gr.Button(interactive=count > 0) for _ in DOWNLOADS]
+        return session, number, gr.Row(visible=count > 1), *buttons
+
+    def show(session, number, threshold, opacity, outlined, *cleaning):
+        if session is None or not session.predictions:
+            lines = (session and session.problems) or [WAITING]
+            return None, None, None, "\n".join(lines), None
+        index, looks = step(0, session, number) - 1, {"opacity": opacity, "outlined": outlined}
+        with telling():
+            pictures, lines, rows = session.view(index, threshold, spell(cleaning), **looks)
+        image, mask, drawn = map(session.save, pictures)
+        return image, mask, (image, drawn), "\n".join(lines), table_of(rows)
+
+    def step(by, session, number):
+        return min(max(int(number) + by, 1), len(session.predictions) if session else 1)
+
+    def write(what, session, threshold, *cleaning):
+        with telling():
+            return session and str(session.download(what, threshold, spell(cleaning)))
+
+    @contextlib.contextmanager
+    def telling():  # a clean-up in mm2, of pixels of unknown size
+        try:
+            yield
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    shows = {"inputs": [parts.session, parts.number, *parts.settings], "outputs": parts.shown}
+    shows |= {"fn": show, "show_progress": "hidden", "trigger_mode": "always_last", **private}
+    network = {"inputs": [parts.files, parts.threshold, parts.tta], "fn": predict, **private}
+    network["outputs"] = [parts.session, parts.number, parts.pictures, *parts.buttons]
+    network |= {"show_progress_on": parts.text, "concurrency_id": "network"}
+    changed = [parts.files.upload, parts.files.delete, parts.files.clear, parts.tta.input]
+    gr.on(changed, **network).then(**shows)
+    chosen = parts.examples.select(choose, None, parts.files, **private)
+    chosen.then(**network).then(**shows)
+    for button, by in ((parts.previous, -1), (parts.next, 1)):
+        place = [parts.session, parts.number]
+        button.click(partial(step, by), place, parts.number, **private).then(**shows)
+    gr.on([parts.number.input, *(setting.change for setting in parts.settings)], **shows)
+    for button, what in zip(parts.buttons, DOWNLOADS, strict=True):
+        given = [parts.session, parts.threshold, *parts.cleaning]
+        click = button.click(partial(write, what), given, parts.written, **private)
+        click.then(None, parts.written, None, js=START_DOWNLOAD)
+
+
+def spell(cleaning):
+    """Values of the controls of the clean-up, in the order of CLEANINGS -> as --clean has it."""
+    steps = []
+    for (name, (default, _)), value in zip(CLEANINGS.items(), cleaning, strict=True):
+        steps += [name if default else f"{name}={value:g}"] if value else []
+    return ",".join(steps) or "none"
+
+
+def table_of(rows):
+    """The rows of one picture for a Dataframe; columns that are known alone."""
+    names = [name for name in COLUMNS[1:] if any(row.get(name) is not None for row in rows)]
+    cells = [[row.get(name) for name in names] for row in rows]
+    cells = [[f"{cell:.4g}" if type(cell) is float else cell for cell in row] for row in cells]
+    return {"headers": names, "data": cells}
+
+
+# ---- the server ------------------------------------------------------------------------------
+
+
+def serve(model, model_paths, address, **settings):
+    """Serve the page until Ctrl-C, SIGTERM or a closed terminal; then remove what was uploaded.
+
+    model: as predict.py has it, from the files `model_paths`; address: host, port and auth, as of
+    `launch`; settings: window and pixel_size, as of `Session`.
+    """
+    signals = Signals()
+    with signals.exit_when_stopped(""), signals.installed(), temporary_folder(signals) as folder:
+        gradio, count = import_gradio(folder), len(model_paths)
+        title = f"Segmentation with {model_paths[0] if count == 1 else f'{count} models'}"
+        examples = thumbnails(inputs.learned_images(model_paths[0], EXAMPLES))
+        blocks = layout(model, title, examples, folder, settings)
+        launch(gradio, blocks, *address)
+        while True:
+            threading.Event().wait(0.5)  # Windows notices Ctrl-C only between two of these
+
+
+@contextlib.contextmanager
+def temporary_folder(signals):
+    """The folder of all temporary files, removed in the end also where threads write to it."""
+    others, tempfile.tempdir = tempfile.tempdir, tempfile.mkdtemp(prefix="medseg-page-")
+    folder = tempfile.tempdir
+    try:
+        yield folder
+    finally:
+        signals.received, signals.deferred = 0, True  # a second Ctrl-C leaves nothing behind
+        for _ in range(100):
+            shutil.rmtree(folder, ignore_errors=True)
+        tempfile.tempdir = others
+
+
+def import_gradio(folder):
+    """The module, told to send nothing and to keep files in `folder`; ValueError without it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # launch() asks itself for the page
+    version = (0, 0)
+    with contextlib.suppress(ImportError):
+        import gradio
+
+        version = tuple(map(int, gradio.__version__.split(".")[:2]))
+    if version < OLDEST_GRADIO:
+        raise ValueError("the page needs gradio 6.31 or later: run `pip install -U gradio`")
+    return gradio
+
+
+def launch(gradio, blocks, host, port, auth):
+    """Serve a gradio.Blocks in threads. port: None for 7860 or the next free one.
+
+    auth: (user, password), or None. Raises ValueError where the address cannot be had.
+    """
+    import fastapi
+
+    local = host == "localhost" or host.startswith("127.")
+
+    def check(request: fastapi.Request):
+        """Other sites in the same browser get nothing, nor one renamed to 127.0.0.1."""
+        named, origin = (request.headers.get(name, "") for name in ("host", "origin"))
+        known = not local or named.partition(":")[0] in ("localhost", "127.0.0.1", host)
+        if not known or (origin and origin.partition("://")[2] != named):
+            raise fastapi.HTTPException(403, "another Host or Origin than this page")
+
+    try:  # gradio would try in vain for minutes
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port or ''}: {error.strerror or error}") from None
+    checked = {"dependencies": [fastapi.Depends(check)], "openapi_url": None}
+    where = {"server_name": host, "server_port": port, "auth": auth}
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none is fetched
+    theme = gradio.themes.Default(primary_hue="sky", neutral_hue="slate", **fonts)
+    looks = {"theme": theme, "css": CSS, "footer_links": [], "quiet": True}
+    off = ("share", "ssr_mode", "enable_monitoring", "mcp_server", "pwa", "run_history")
+    looks |= {"max_file_size": MAX_UPLOAD, **dict.fromkeys(off, False)}
+    blocks.launch(app_kwargs=checked, prevent_thread_lock=True, **where, **looks)
+    print(f"open {blocks.local_url.rstrip('/')} in a browser; Ctrl-C ends it", flush=True)
+    if not local and not auth:
+        print(f"every computer that can reach {host} can use the page: see --auth", flush=True)
