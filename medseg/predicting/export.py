@@ -27,9 +27,9 @@ SHAPES = ((1, 1, 1), (1, 37, 50), (1, 255, 257), (1, 64, 96), (3, 37, 50), (1, 6
 def export(model, path):
     """Write a UNet on the CPU to `path`, in the format of its suffix, see FORMATS.
 
-    A file of that name is replaced, but only once the new one has been run and compared with
-    PyTorch on SHAPES. Returns the largest difference of the probabilities. Raises ValueError where
-    that is too large, or the format cannot hold the network, and leaves nothing behind then.
+    A file there is replaced once the new one has been compared with PyTorch on SHAPES. Returns the
+    largest difference of the probabilities. Raises ValueError, and leaves nothing behind, where
+    that is too large or the format cannot hold the network.
     """
     write, read, limit = FORMATS[check_target(path)]
     with atomic_write(Path(path)) as file, warnings.catch_warnings():
@@ -51,8 +51,7 @@ def export_model(target, paths, inputs):
     """--export: `export` the weights in the one file of `paths`; inputs: none."""
     if len(paths) > 1 or inputs:
         raise ValueError(f"--export {target}: takes one --model and no image: export each alone")
-    check_target(target)
-    if target.lower().endswith(".pth") and Path(target).exists():
+    if check_target(target) == ".pth" and Path(target).exists():
         raise ValueError(f"--export {target}: there already, maybe trained; name another file")
     check_replaceable(Path(target), _is_export, "--export")
     difference = export(load_model(paths[0]), target)
