@@ -240,7 +240,7 @@ def _fold_result(number, counts, names, images, inference):
 def _describe_images(counts, folder):
     """per_image, {file name: Dice, the mean over the classes}, and groups, a name each or "".
 
-    Both are empty where --skip-bad left images out, and nothing tells which.
+    Either is empty where it is not known: --skip-bad left images out, or no groups are recorded.
     """
     coco = load_coco(folder)
     records = [coco.imgs[number] for number in coco.getImgIds()]
@@ -248,15 +248,18 @@ def _describe_images(counts, folder):
         return {"per_image": {}, "groups": []}
     names, dice = [record["file_name"] for record in records], mean_image_dice(counts).round(4)
     per_image = dict(zip(names, dice.tolist(), strict=True))
-    return {"per_image": per_image, "groups": [recorded_group(record) for record in records]}
+    groups = [recorded_group(record) for record in records]
+    return {"per_image": per_image, "groups": groups if any(groups) else []}
 
 
 def _pool(folds):
     """The scores of the images of all folds together, as report.json of predict.py has them."""
     names = folds[0]["class_names"]
     counts = np.concatenate([np.array(fold["counts"], np.int64) for fold in folds])
-    groups, numbers = [group for fold in folds for group in fold["groups"]], None
-    if any(groups) and len(groups) == len(counts):  # an image without one is a group of its own
+    groups, numbers = [], None
+    for fold in folds:
+        groups += fold["groups"] or [""] * len(fold["counts"])
+    if any(groups):  # an image without one is a group of its own
         own = [group or f"image {index}" for index, group in enumerate(groups)]
         numbers = np.unique(own, return_inverse=True)[1]
     thresholds = {fold["threshold"] for fold in folds}
