@@ -492,7 +492,7 @@ def make_loaders(args, root, model, device, skipped):
             f"give at least {world}"
         )
     each = args.classes == "each" or model.n_classes > 1
-    classes, n_channels = list(model.class_names) if each else None, model.n_channels
+    classes, n_channels = list(model.info.class_names) if each else None, model.n_channels
     changes = {"crop": args.crop, "repeat": args.repeat}
     changes["strengths"] = parse_named_values(args.augment, AUGMENTATIONS)
     loaders = {}
@@ -501,7 +501,7 @@ def make_loaders(args, root, model, device, skipped):
             dataset = open_split(
                 root,
                 split,
-                model.image_size,
+                model.info.image_size,
                 skipped=skipped,
                 classes=classes,
                 n_channels=n_channels,

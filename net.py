@@ -10,6 +10,7 @@ so the output is as large as the input.
 """
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -17,13 +18,108 @@ import torch.nn.functional as F
 
 from medseg.cli import one_line
 from medseg.images import IMAGE_SIZE
-from medseg.inference import read_flips, read_inference
+from medseg.inference import Inference, read_flips, read_inference
 from medseg.layers import Architecture
-from medseg.ood import count_features, read_statistics
+from medseg.ood import FeatureStatistics, count_features, read_statistics
 from medseg.settings import read_settings
 from medseg.weights import load_weights
 
 TUTORIAL = Architecture()
+
+
+@dataclass
+class ModelInfo:
+    """What travels with weights besides the tensors, in the metadata of their state dict.
+
+    architecture: the layers. image_size: the side in pixels that the network was trained at, or
+    None where images keep their own. class_names: a name for each class. window, orientation: what
+    was done to the grey values and the axes of DICOM and NIfTI files at their import, which
+    prediction repeats; see `medseg.settings.read_settings`. inference: how masks are made of the
+    probabilities, where that was chosen on valid, else None. trained_flips: names of
+    `medseg.inference.VIEWS` that the training has shown. feature_statistics: what its images look
+    like, or None. draw_order: the numbers of classes that overlap in the masks of the training, in
+    the order in which they are drawn; () where a pixel has one class.
+    """
+
+    architecture: Architecture = TUTORIAL
+    image_size: int | None = IMAGE_SIZE
+    class_names: tuple = ("foreground",)
+    window: tuple | str | None = None
+    orientation: str | None = None
+    inference: Inference | None = None
+    trained_flips: tuple = ()
+    feature_statistics: FeatureStatistics | None = None
+    draw_order: tuple = ()
+
+    def __post_init__(self):
+        settings = read_settings({"window": self.window, "orientation": self.orientation})
+        self.window, self.orientation = settings["window"], settings["orientation"]
+
+    @classmethod
+    def of(cls, n_classes=1, *, class_names=None, **settings):
+        """That of so many classes; settings: further fields, or those of `Architecture`."""
+        own = {field.name for field in fields(cls)} & settings.keys()
+        layers = {name: value for name, value in settings.items() if name not in own}
+        info = cls(
+            **({"architecture": Architecture(**layers)} | {name: settings[name] for name in own})
+        )
+        info.class_names = tuple(class_names or default_class_names(n_classes))
+        if len(info.class_names) != n_classes:
+            raise ValueError(f"{len(info.class_names)} class names for {n_classes} classes")
+        return info
+
+    @classmethod
+    def from_metadata(cls, metadata, n_classes, n_filters):
+        """Read leniently: what is missing is as in the tutorial's weights, what is unknown is left.
+
+        metadata: a dict, as `as_metadata` gives it. Raises ValueError that names the first value
+        that it cannot be.
+        """
+
+        def read(name, value_of, default=None):
+            value = metadata.get(name, default)
+            try:
+                return value_of(value)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ValueError(f"{name} {value!r:.80}") from None
+
+        def read_layers(value):
+            known = {field.name for field in fields(Architecture)} & (value or {}).keys()
+            return Architecture(**{name: value[name] for name in known})
+
+        layers = read("architecture", read_layers)
+        n_features = count_features(n_filters, layers.depth)
+        return cls.of(
+            n_classes,
+            architecture=layers,
+            image_size=read("image_size", read_size, IMAGE_SIZE),
+            class_names=read("class_names", lambda names: names and [name + "" for name in names]),
+            inference=read("inference", read_inference),
+            trained_flips=read("trained_flips", read_flips, []),
+            feature_statistics=read(
+                "feature_statistics", lambda value: read_statistics(value, n_features)
+            ),
+            draw_order=read_draw_order(metadata, n_classes),
+            window=metadata.get("window"),
+            orientation=metadata.get("orientation"),
+        )
+
+    @property
+    def exclusive(self):
+        """Whether a pixel has one class."""
+        return not self.draw_order
+
+    def as_metadata(self):
+        """Plain values, which JSON has too."""
+        metadata = {"architecture": self.architecture.as_dict(), "image_size": self.image_size}
+        metadata |= {"class_names": list(self.class_names), "exclusive": self.exclusive}
+        metadata["draw_order"] = list(self.draw_order)
+        metadata |= {"window": self.window, "orientation": self.orientation}
+        metadata["trained_flips"] = list(self.trained_flips)
+        for name in ("inference", "feature_statistics"):
+            if (value := getattr(self, name)) is not None:
+                metadata[name] = value.as_dict()
+        return metadata
 
 
 @contextmanager
@@ -95,48 +191,15 @@ class UNet(nn.Module):
     """(B, n_channels, H, W), any H, W >= 1 -> probabilities (B, n_classes, H, W), float32, 0..1.
 
     The names of its weights and their shapes are the tutorial's, so either's `best_model.pth`
-    loads in the other. architecture: depth, norm, up, ... of `medseg.layers.Architecture`, whose
-    defaults are the tutorial's. `image_size` is the side in pixels the model is trained at, or None
-    where images keep their own: it changes no arithmetic and tells predict.py how to resize.
-    `class_names`: a name for each class, by default "1", "2", ... or, of a single one,
-    "foreground". `window` and `orientation`: what was done to the grey values and the axes of
-    DICOM and NIfTI files at their import, which prediction repeats; see
-    `medseg.settings.read_settings`. `inference`: how masks are made of the probabilities, a
-    `medseg.inference.Inference`, where that was chosen on valid. `trained_flips`: names of
-    `medseg.inference.VIEWS` that the training has shown; `feature_statistics`: what its images look
-    like, a `medseg.ood.FeatureStatistics`; `exclusive`: whether a pixel has one class, as in the
-    masks of the training; `draw_order`: if not, the numbers of the classes in the order in which
-    they are drawn, else (). All of it travels in the state dict's metadata.
+    loads in the other. info: its `ModelInfo`, or in its place fields of it, or of
+    `medseg.layers.Architecture`, as keywords: depth, norm, up, ... By default the tutorial's.
     """
 
-    def __init__(
-        self,
-        n_channels=3,
-        n_classes=1,
-        n_filters=32,
-        *,
-        image_size=IMAGE_SIZE,
-        class_names=None,
-        window=None,
-        orientation=None,
-        inference=None,
-        trained_flips=(),
-        feature_statistics=None,
-        exclusive=True,
-        draw_order=(),
-        **architecture,
-    ):
+    def __init__(self, n_channels=3, n_classes=1, n_filters=32, *, info=None, **settings):
         super().__init__()
-        settings = read_settings({"window": window, "orientation": orientation})
-        self.window, self.orientation = settings["window"], settings["orientation"]
-        self.inference, self.trained_flips = inference, tuple(trained_flips)
-        self.feature_statistics, self.exclusive = feature_statistics, exclusive
-        self.draw_order = tuple(draw_order)
-        self.image_size, self.n_channels, self.n_classes = image_size, n_channels, n_classes
-        self.n_filters, self.architecture = n_filters, Architecture(**architecture)
-        self.class_names = tuple(class_names or default_class_names(n_classes))
-        if len(self.class_names) != n_classes:
-            raise ValueError(f"{len(self.class_names)} class names for {n_classes} classes")
+        self.info = info or ModelInfo.of(n_classes, **settings)
+        self.n_channels, self.n_classes, self.n_filters = n_channels, n_classes, n_filters
+        self.architecture = self.info.architecture
         layers, depth = self.architecture, self.architecture.depth
 
         # Encoder: down1 to down5 in the tutorial. Its channels are 32, 64, 128, 256 and 512, its
@@ -206,7 +269,7 @@ class UNet(nn.Module):
         Raises ValueError where it is not one, or where metadata and tensors contradict each other.
         """
         arguments = _read_arguments(state)
-        n_filters, depth = arguments["n_filters"], arguments["depth"]
+        n_filters, depth = arguments["n_filters"], arguments["info"].architecture.depth
         # Before memory is taken for a network that a few bytes claim to be: are its largest
         # weights there?
         largest, width = state.get("bottleneck.conv2.weight"), 2**depth * n_filters
@@ -248,39 +311,26 @@ def _read_arguments(state):
         raise ValueError("no down1.conv1.weight and outc.weight in it")
     n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
     n_classes = state["outc.weight"].shape[0]
-    metadata = getattr(state, "_metadata", {}).get("", {})
-    image_size = metadata.get("image_size", IMAGE_SIZE)
-    if image_size is not None and not (type(image_size) is int and 1 <= image_size <= 8192):
-        raise ValueError(f"trained at image size {image_size!r:.20}?")
-    names = metadata.get("class_names", default_class_names(n_classes))
-    if len(names) != n_classes or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class names {names!r:.80}?")
-    architecture = metadata.get("architecture")
-    if architecture is None:
+    metadata = dict(getattr(state, "_metadata", {}).get("", {}))
+    if metadata.get("architecture") is None:
         norm = "batch" if "down1.norm1.running_mean" in state else "group"
-        architecture = {"norm": norm if "down1.norm1.weight" in state else None}
-    architecture = Architecture(**architecture).as_dict()
-    n_features = count_features(n_filters, architecture["depth"])
-    return {
-        "n_channels": n_channels,
-        "n_classes": n_classes,
-        "n_filters": n_filters,
-        "image_size": image_size,
-        "class_names": names,
-        "inference": read_inference(metadata.get("inference")),
-        "trained_flips": read_flips(metadata.get("trained_flips", [])),
-        "feature_statistics": read_statistics(metadata.get("feature_statistics"), n_features),
-        **read_settings(metadata),
-        "exclusive": metadata.get("exclusive") is not False,  # weights without it: as they did
-        "draw_order": read_draw_order(metadata, n_classes),
-        **architecture,
-    }
+        metadata["architecture"] = {"norm": norm if "down1.norm1.weight" in state else None}
+    info = ModelInfo.from_metadata(metadata, n_classes, n_filters)
+    sizes = {"n_channels": n_channels, "n_classes": n_classes, "n_filters": n_filters}
+    return {**sizes, "info": info}
+
+
+def read_size(value):
+    """The side that a network was trained at; ValueError where it can be none."""
+    if value is not None and not (type(value) is int and 1 <= value <= 8192):
+        raise ValueError
+    return value
 
 
 def read_draw_order(metadata, n_classes):
     """The numbers of classes that overlap, a tuple in the order in which they are drawn, or ().
 
-    Older weights do not record it: the classes as they are numbered.
+    Weights that do not record it: the classes as they are numbered.
     """
     if metadata.get("exclusive") is not False:
         return ()
@@ -310,7 +360,7 @@ def copy_weights(source, model):
     was copied too.
     """
     weights, single = source.state_dict(), source.n_classes == model.n_classes == 1
-    same_classes = single or source.class_names == model.class_names
+    same_classes = single or source.info.class_names == model.info.class_names
     if not same_classes:
         own = model.state_dict()
         weights.update({name: own[name] for name in ("outc.weight", "outc.bias")})
@@ -318,9 +368,9 @@ def copy_weights(source, model):
     return same_classes
 
 
-def class_names(model):
-    """The names of the classes of a UNet; any other model has one, "foreground"."""
-    return getattr(model, "class_names", default_class_names(1))
+def info_of(model):
+    """The `ModelInfo` of a UNet; of any other model, that of the tutorial's."""
+    return getattr(model, "info", None) or ModelInfo()
 
 
 def default_class_names(n_classes):
@@ -331,15 +381,4 @@ def default_class_names(n_classes):
 
 def _record_metadata(model, state, prefix, metadata):
     """Hook of `state_dict`: what is not in the tensors travels with the weights."""
-    metadata["architecture"] = model.architecture.as_dict()
-    metadata["image_size"] = model.image_size
-    metadata["class_names"] = list(model.class_names)
-    metadata["window"], metadata["orientation"] = model.window, model.orientation
-    if model.inference is not None:
-        metadata["inference"] = model.inference.as_dict()
-    if not model.exclusive:
-        metadata["exclusive"], metadata["draw_order"] = False, list(model.draw_order)
-    if model.trained_flips:
-        metadata["trained_flips"] = list(model.trained_flips)
-    if model.feature_statistics is not None:
-        metadata["feature_statistics"] = model.feature_statistics.as_dict()
+    metadata |= model.info.as_metadata()

@@ -22,22 +22,24 @@ trained on crops takes each image at its own size.
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import medseg.threads  # noqa: F401, sets what torch reads when it is loaded
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from medseg import cli, coco, drawing, pieces
+import net
+from data import normalize
+from medseg import cli, drawing, pieces, predictor
+from medseg import device as devices
 from medseg import images as pictures
 from medseg.files import available_cores
-from medseg.predicting import ensemble, inputs
-from medseg.predicting.assessment import assess_volume, print_assessments
-from medseg.predicting.flags import choose_inference, parse_arguments
-from medseg.predicting.models import OnnxModel, TorchModel, default_model, predict_probabilities
-from medseg.predicting.reading import AHEAD_PIXELS, read_ahead, take_batch
+from medseg.predicting import assessment, flags, inputs, reading
+from medseg.pretrained import default_model
 from medseg.results.folder import MAX_LINES, Results, describe_run
 from medseg.results.volume import VolumeMasks
 from medseg.settings import choose_window
@@ -50,37 +52,46 @@ def load_model(model_path="best_model.pth", device="cuda"):
 
     Raises FileNotFoundError; ValueError where the file does not hold the weights of a UNet.
     """
-    import torch
-
-    import net
-    from medseg.device import available_device, keep_freed_memory
-
-    device = available_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    return net.load_model(model_path).to(device, memory_format=torch.channels_last).eval()
+    chosen = devices.available_device(device)
+    if chosen.type == "cpu":
+        devices.keep_freed_memory()
+    return net.load_model(model_path).to(chosen, memory_format=torch.channels_last).eval()
 
 
-def preprocess_image(image_path, *, image_size=pictures.IMAGE_SIZE, n_channels=3):
+def preprocess_image(image_path, *, image_size=pictures.IMAGE_SIZE, n_channels=3, normalized=True):
     """Image file -> (normalised float32 tensor (1, n_channels, S, S), the resized PIL image).
 
-    image_path: a path, or a PIL image read already. S = image_size; None keeps the image's own
-    height and width. n_channels is 3, or 1 for grey. Raises FileNotFoundError or ValueError as
-    `medseg.images.read_image` does.
+    image_path: a path, a PIL image, or an array of uint8, (H, W) or (H, W, 3). S = image_size; None
+    keeps the image's own height and width. n_channels is 3, or 1 for grey. Without `normalized` the
+    tensor is of uint8: a `Predictor` normalises it on its device. Raises FileNotFoundError
+    or ValueError as `medseg.images.read_image` does.
     """
-    import torch
-
-    from data import normalize
-
-    image = image_path if isinstance(image_path, Image.Image) else pictures.read_image(image_path)
+    image = image_path
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    elif not isinstance(image, Image.Image):
+        image = pictures.read_image(image_path)
     pixels = pictures.preprocess(image, image_size, n_channels)
-    shown = pixels[..., 0] if n_channels == 1 else pixels
-    return normalize(torch.from_numpy(pixels)[None]), Image.fromarray(shown)
+    shown = image
+    if image_size is not None:
+        shown = Image.fromarray(pixels[..., 0] if n_channels == 1 else pixels)
+    tensor = torch.from_numpy(pixels)[None]
+    return normalize(tensor) if normalized else tensor.permute(0, 3, 1, 2), shown
 
 
-def predict_mask(model, image_tensor, device="cuda", threshold=0.5):
-    """Normalised image (B, 3, H, W) -> float32 mask (B, C, H, W), 1 above the threshold."""
-    return (predict_probabilities(model, image_tensor, device) > threshold).float()
+def predict_mask(model, image_tensor, device="cuda", threshold=0.5, *, return_predictions=False):
+    """Preprocessed image (B, 3, H, W) -> float32 mask (B, C, H, W), 1 above the threshold.
+
+    model: a UNet, any other network of these shapes, or a `medseg.predictor.Predictor`, which has
+    a device of its own. return_predictions: return ([`medseg.predictor.Prediction`] of each image)
+    besides, as a pair.
+    """
+    if not isinstance(model, predictor.Predictor):
+        model = predictor.Predictor([model], device, info=net.info_of(model))
+    predictions = model.predict(image_tensor)
+    masks = torch.stack([torch.from_numpy(one.probabilities > threshold) for one in predictions])
+    masks = masks.float()
+    return (masks, predictions) if return_predictions else masks
 
 
 def visualize_result(
@@ -118,47 +129,48 @@ def visualize_result(
 
 
 # ---- one image, many, the slices of a volume -------------------------------------------------
-# All go through `predict_images`, which does to each what preprocess_image and predict_mask do.
 
 
-def open_model(path, device="auto", precision="auto", *, images=0):
-    """The TorchModel or OnnxModel in a file, by its suffix.
-
-    device, precision: as the flags; images: how many are to be predicted, see TorchModel.
-    Raises FileNotFoundError; ValueError where it holds no model that can be run here.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix in (".pt2", ".torchscript"):
-        raise ValueError(
-            f"{path}: made for other programs; give --model the weights (.pth) it was exported "
-            "from, or an export to .onnx"
-        )
-    if suffix == ".onnx":
-        return OnnxModel(path, device, precision)
-    from medseg.device import pick_device
-
-    device = pick_device(device)
-    return TorchModel(load_model(path, device), device, precision, images)
-
-
-def open_models(paths, device="auto", precision="auto", images=0):
-    """The model in a file, or the `Ensemble` of those in several; ValueError where they differ."""
-    models, settled = [], precision
+def open_models(paths, device="auto", precision="auto"):
+    """The `Predictor` of the weights in these files; ValueError where they differ."""
     for path in paths:
-        is_onnx = Path(path).suffix.lower() == ".onnx"
-        models.append(open_model(path, device, precision if is_onnx else settled, images=images))
-        if not is_onnx:
-            settled = models[-1].precision  # found once: all weights compute in the same one
-    if len(models) == 1:
-        return models[0]
-    print(f"taking the mean of {len(models)} models")
-    return ensemble.Ensemble(models, paths)
+        if Path(path).suffix.lower() in (".onnx", ".torchscript"):
+            raise ValueError(f"{path}: made for other programs; give --model the weights (.pth)")
+    device = devices.pick_device(device)
+    networks = [load_model(path, device) for path in paths]
+    if len(networks) > 1:
+        print(f"taking the mean of {len(networks)} models")
+    autocast = devices.make_autocast(devices.choose_precision(precision, device), device)
+    return predictor.Predictor(networks, device, autocast=autocast, names=paths)
+
+
+def predict(model, image, *, threshold=None):
+    """Class numbers, uint8 (height, width), 0 for background, of an image at its own size.
+
+    model: a UNet, as of `load_model`, or a `Predictor`. image: a path, a PIL image, or an array of
+    uint8, (H, W) or (H, W, 3). threshold: by default that in the weights, else 0.5; flips and
+    clean-up are those in the weights.
+    """
+    if not isinstance(model, predictor.Predictor):
+        model = predictor.Predictor([model], next(model.parameters()).device)
+    frame = inputs.as_frame(image)
+    ((_, image, prediction),) = predict_images(model, [frame])
+    inference = model.inference
+    if threshold is not None:
+        inference = inference._replace(threshold=threshold)
+    order = model.info.draw_order
+    return inference.labels(prediction.probabilities, image.size, draw_order=order)
+
+
+def predict_image(model, image):
+    """The `Prediction` of a path, a PIL image, or an array of uint8, (H, W) or (H, W, 3)."""
+    ((_, _, prediction),) = predict_images(model, [inputs.as_frame(image)])
+    return prediction
 
 
 def predict_images(model, frames, problems=None):
-    """Yield (frame, PIL image, float32 probabilities (C, S, S), `Assessment`) of each `Frame`.
+    """Yield (`Frame`, PIL image, `Prediction`) of each; model: a `Predictor`, here and below.
 
-    model, here and below: a TorchModel, OnnxModel or Ensemble.
     problems: a list; those that cannot be predicted are left out and each adds (path, why).
     Without it, the first of them is raised as a FileNotFoundError or ValueError.
     """
@@ -168,33 +180,60 @@ def predict_images(model, frames, problems=None):
             raise error
         problems.append((frame.path, str(error)))
 
-    readable = read_ahead(model, frames, leave_out)
-    while batch := take_batch(readable, model.batch_size):
-        frames, images, pixels = zip(*batch, strict=True)
+    sizes = {"image_size": model.info.image_size, "n_channels": model.n_channels}
+    prepare = partial(preprocess_image, **sizes, normalized=False)
+    readable = reading.read_ahead(frames, prepare, leave_out)
+    while batch := reading.take_batch(readable, model.batch_size):
+        frames, images, tensors = zip(*batch, strict=True)
         try:
-            found = model.assess(np.stack(pixels) if len(batch) > 1 else pixels[0][None])
+            tensor = torch.cat(tensors) if len(batch) > 1 else tensors[0]
+            threshold = model.inference.threshold
+            _, predictions = predict_mask(
+                model, tensor, threshold=threshold, return_predictions=True
+            )
         except ValueError as error:  # out of memory
             for frame in frames:
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
             continue
-        ready = list(zip(frames, images, *found, strict=True))
-        batch = images = pixels = found = None  # large ones are gone when the next come
+        ready = list(zip(frames, images, predictions, strict=True))
+        batch = images = tensors = tensor = predictions = None  # large ones go before the next come
         while ready:
             yield ready.pop(0)
 
 
-def predict_one(model, frame, output, threshold, *, results=None):
+def make_masks(model, frame, image, prediction, marked):
+    """(labels, mask of each class or None) of a prediction, at the size of its image.
+
+    As of `medseg.inference.Inference`; the masks only where a pixel may have several classes.
+    marked: int64 (256,), to which the pixels of each class before the clean-up are added.
+    """
+    probabilities, size = prediction.probabilities, image.size
+    options = {"marked": marked, "draw_order": model.info.draw_order}
+    labels = model.inference.labels(probabilities, size, frame.spacing, **options)
+    exclusive, spacing = model.info.exclusive, frame.spacing
+    masks = model.inference.overlapping(probabilities, size, spacing, exclusive=exclusive)
+    return labels, masks
+
+
+def describe(model, path, labels, masks, highest, marked):
+    """`medseg.images.describe` of what `make_masks` has made."""
+    measured = labels if masks is None else masks
+    names = model.info.class_names
+    return pictures.describe(path, measured, highest, names, model.inference, marked)
+
+
+def predict_one(model, frame, output, *, results=None):
     """Write the mask of an image and, where `output` is a folder, the tutorial's figure.
 
     results: a Results of this folder that says what is written besides.
     """
-    ((_, image, probabilities, assessment),) = predict_images(model, [frame])
-    marked = np.zeros(256, np.int64)
-    labels = model.labels(probabilities, image.size, threshold, frame.spacing, marked=marked)
-    masks = model.masks(probabilities, image.size, threshold, frame.spacing)
-    written, names = [output], model.class_names
+    ((_, image, prediction),) = predict_images(model, [frame])
+    marked, names = np.zeros(256, np.int64), model.info.class_names
+    labels, masks = make_masks(model, frame, image, prediction, marked)
+    written = [output]
     if output.is_dir():
-        results, columns = results or Results(output, names), assessment._asdict()
+        results, probabilities = results or Results(output, names), prediction.probabilities
+        columns = {"agreement": prediction.agreement, "unlike": prediction.unlike}
         written = results.add(frame, image, labels, probabilities, masks=masks, **columns)
         if "overlay" in results.write:
             written.append(output / f"{frame.name}_prediction.png")
@@ -202,13 +241,12 @@ def predict_one(model, frame, output, threshold, *, results=None):
             visualize_result(image, labels, path=written[-1], **shown)
     else:
         pictures.save_mask(labels, output, names)
-    measured = labels if masks is None else masks
-    print(model.describe(frame.path, measured, probabilities.max((1, 2)), threshold, marked))
-    print_assessments([(frame.path, assessment)])
+    print(describe(model, frame.path, labels, masks, prediction.probabilities.max((1, 2)), marked))
+    assessment.print_assessments([(frame.path, prediction)])
     print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
-def predict_many(model, frames, output, threshold, scores=None, *, results=None, lines=True):
+def predict_many(model, frames, output, scores=None, *, results=None, lines=True):
     """Write a mask and an overlay for each image, in threads, a few batches behind at most.
 
     scores: a FolderScores to tell of each, or None. results: a Results of this folder that is to
@@ -216,130 +254,84 @@ def predict_many(model, frames, output, threshold, scores=None, *, results=None,
     Returns [(path, why)] of those that could not be predicted.
     """
 
-    def write(frame, image, probabilities, assessment):
-        marked = np.zeros(256, np.int64)
-        labels = model.labels(probabilities, image.size, threshold, frame.spacing, marked=marked)
-        masks = model.masks(probabilities, image.size, threshold, frame.spacing)
+    def write(frame, image, prediction):
+        marked, probabilities = np.zeros(256, np.int64), prediction.probabilities
+        labels, masks = make_masks(model, frame, image, prediction, marked)
         dice = scores.add(frame.path, image.size, probabilities) if scores else None
-        columns = assessment._asdict()
+        columns = {"agreement": prediction.agreement, "unlike": prediction.unlike}
         results.add(frame, image, labels, probabilities, masks=masks, dice=dice, **columns)
-        measured = labels if masks is None else masks
-        return model.describe(frame.path, measured, probabilities.max((1, 2)), threshold, marked)
+        return describe(model, frame.path, labels, masks, probabilities.max((1, 2)), marked)
 
     def tell(line):
         if lines:
             tqdm.write(line)
 
-    problems, writing, assessed = [], deque(), []
-    results = results or Results(output, model.class_names)
+    problems, writing, assessed, names = [], deque(), [], model.info.class_names
+    results = results or Results(output, names)
     predicted = predict_images(model, frames, problems)
-    bar = tqdm(total=len(frames), unit=" images", disable=None)  # which would keep what it is given
+    # Not around `predicted`: the bar would keep a reference to the last image.
+    bar = tqdm(total=len(frames), unit=" images", disable=None)
     with bar, ThreadPoolExecutor(available_cores()) as pool:
-        for frame, image, probabilities, assessment in predicted:
+        for frame, image, prediction in predicted:
             bar.update()
-            assessed.append((frame.title, assessment))
-            writing.append(pool.submit(write, frame, image, probabilities, assessment))
-            large = image.width * image.height > AHEAD_PIXELS // (2 * model.batch_size)
-            image = probabilities = None  # as large
+            assessed.append((frame.title, prediction._replace(probabilities=None)))
+            writing.append(pool.submit(write, frame, image, prediction))
+            large = image.width * image.height > reading.AHEAD_PIXELS // (2 * model.batch_size)
+            image = prediction = None  # as large
             while len(writing) > (0 if large else 2 * model.batch_size):
                 tell(writing.popleft().result())
         for line in writing:
             tell(line.result())
-    print_assessments(assessed)
+    assessment.print_assessments(assessed)
     if frames:
         count = len(frames) - len(problems)
         print(f"saved {count} {results.what()} in {output}" if results.what() else f"{count} done")
     return problems
 
 
-def predict_volume(model, file, output, threshold, window, *, results=None, lines=True):
+def predict_volume(model, file, output, window, *, results=None, lines=True):
     """Write a mask volume and, where `output` is a folder, a montage of slices.
 
     results: a Results of this folder that is to have the rows of the volume. lines: print some.
     """
     from medseg.formats.nifti import write_mask
 
-    frames, volume = inputs.open_file(file, window, model.orientation)
+    frames, volume = inputs.open_file(file, window, model.info.orientation)
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
-    found = VolumeMasks(volume, model.n_classes, results.write if results else ())
+    names = model.info.class_names
+    found = VolumeMasks(volume, len(names), results.write if results else ())
     predicted, assessed, written = predict_images(model, frames), [], [output]
     marked = np.zeros(256, np.int64)
     bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
-    for frame, image, probabilities, assessment in bar:
-        labels = model.labels(probabilities, image.size, threshold, frame.spacing, marked=marked)
-        masks = model.masks(probabilities, image.size, threshold, frame.spacing)
-        found.add(labels, probabilities, masks)
-        assessed.append((frame.title, assessment))
+    for frame, image, prediction in bar:
+        labels, masks = make_masks(model, frame, image, prediction, marked)
+        found.add(labels, prediction.probabilities, masks)
+        assessed.append((frame.title, prediction._replace(probabilities=None)))
     if results:
-        columns = assess_volume([one for _, one in assessed])._asdict()
+        columns = assessment.assess_volume([one for _, one in assessed])
         written = results.add_volume(found, window, **columns)
     else:
         write_mask(output, volume, found.masks)
     if lines:
-        measured = found.masks if found.class_masks is None else found.class_masks
-        print(model.describe(file.path, measured, found.highest, threshold, marked))
-        print_assessments(assessed, "slices")
+        print(describe(model, file.path, found.masks, found.class_masks, found.highest, marked))
+        assessment.print_assessments(assessed, "slices")
         print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
 
 
-# ---- a folder with annotations: scores -------------------------------------------------------
-
-
-def open_folder(model, folder, threshold, **inference):
-    """The FolderScores of a folder with annotations, for the predictions of this model.
-
-    inference: flips and clean-up of these, and the spacing, as FolderScores takes them.
-    Raises ValueError where the annotations are damaged or of other classes.
-    """
-    from data import open_split
-    from medseg.predicting.report import FolderScores
-
-    place = folder.resolve()  # `dataset/test/` and `.` have a parent too
-    content = {"classes": None, "n_channels": model.n_channels}
-    if model.n_classes > 1:
-        content["classes"] = list(model.class_names)
-    dataset = open_split(place.parent, place.name, model.image_size, **content)
-    coco.check_classes(dataset.coco, dataset.classes, folder)
-    return FolderScores(dataset, threshold, exclusive=model.exclusive, **inference)
-
-
-def report(model, folder, scores, output):
-    """Write report.json and report.png of an annotated folder to `output`.
-
-    scores: its FolderScores after `predict_many`; images that it has not met are predicted here.
-    Returns what report.json holds. The threshold that suits the model best is sought in the split
-    `valid` beside the folder, never in the folder itself.
-    Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
-    """
-    from data import Batches, load_split, open_split
-    from medseg.predicting.report import threshold_sweep, write_report
-
-    scores.complete(model)
-    valid, sweep = folder.resolve().parent / "valid", None
-    if (valid / coco.ANNOTATIONS).exists() and not valid.samefile(folder):
-        content = {"classes": scores.dataset.classes, "n_channels": model.n_channels}
-        rows = load_split(valid.parent, valid.name, model.image_size, **content)
-        sizes = {"n_channels": model.n_channels, "n_classes": model.n_classes}
-        batches = Batches(rows, model.batch_size, model.device, **sizes)
-        dataset = open_split(valid.parent, valid.name, model.image_size, **content)
-        sweep = threshold_sweep(model, batches, dataset, scores.spacing)
-    return write_report(output, str(folder), scores, sweep, model.class_names)
-
-
-def predict_annotated(model, folder, frames, output, threshold, problems, **options):
+def predict_annotated(model, folder, frames, output, problems, **options):
     """`predict_many`, and a report on the folder; what it had to leave out is added to `problems`.
 
     options: its own. Returns whether there is a report: not where an image could not be predicted.
     """
-    from medseg.predicting.report import print_report
+    from medseg.predicting import report, scoring
 
-    inference = {"flips": model.inference.flips, "clean": model.inference.clean}
     spacing = frames[0].spacing if frames else None  # pictures have that of --pixel-size
-    scores = open_folder(model, folder, threshold, spacing=spacing, **inference)
-    problems += predict_many(model, frames, output, threshold, scores, **options)
+    scores = scoring.open_folder(model, folder, spacing)
+    problems += predict_many(model, frames, output, scores, **options)
     if problems and scores.missing():
         return False
-    print_report(folder, output, report(model, folder, scores, output))
+    written = scoring.report(model, folder, scores, output, partial(predict_image, model))
+    report.print_report(folder, output, written)
     return True
 
 
@@ -347,7 +339,7 @@ def predict_annotated(model, folder, frames, output, threshold, problems, **opti
 
 
 def main(argv=None):
-    args = parse_arguments(argv, __doc__)
+    args = flags.parse_arguments(argv, __doc__)
     pictures.set_pixel_limit(args.max_megapixels)
     args.model = paths = args.model or [default_model()]
     if args.export:
@@ -356,14 +348,11 @@ def main(argv=None):
         return export_model(args.export, paths, args.inputs)
     if args.page and (args.inputs or args.output):
         raise ValueError("--page takes no images and no --output: drop images on the page")
-    model = open_models(paths, args.device, args.precision, inputs.count_files(args.inputs))
-    if model.precision_note:
-        print(f"precision: {model.precision}{model.precision_note}")
-    window = choose_window(args.window, model.window)
-    model.inference, note = choose_inference(args, model.recorded, model.trained_flips)
+    model = open_models(paths, args.device, args.precision)
+    window, recorded = choose_window(args.window, model.info.window), model.info.inference
+    model.inference, note = flags.choose_inference(args, recorded, model.info.trained_flips)
     if note:
         print(note)
-    args.threshold = model.inference.threshold
     if args.page:
         from medseg.predicting.page import serve
 
@@ -388,27 +377,26 @@ def predict_inputs(args, model, window):
     single = named and total == 1
     output = inputs.choose_output(args.output, single, files)
     folder, scored = inputs.annotated_folder(paths), True
-    results = Results(output, model.class_names, args.write, args.simplify)
+    results = Results(output, model.info.class_names, args.write, args.simplify)
     results.check(frames, volumes, figure=single, report=folder is not None)
     if single and not output.is_dir():  # the mask alone, in this file
         if volumes:
-            return predict_volume(model, volumes[0], output, args.threshold, window)
-        return predict_one(model, frames[0], output, args.threshold)
+            return predict_volume(model, volumes[0], output, window)
+        return predict_one(model, frames[0], output)
     options = {"results": results, "lines": total <= MAX_LINES}
     titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
     try:
         for file in volumes:
             try:
-                predict_volume(model, file, output, args.threshold, window, **options)
+                predict_volume(model, file, output, window, **options)
             except (FileNotFoundError, ValueError) as error:
                 problems.append((file.path, str(error)))
-        shared = (output, args.threshold)
         if single and frames:
-            predict_one(model, frames[0], *shared, results=results)
+            predict_one(model, frames[0], output, results=results)
         elif folder is None:
-            problems += predict_many(model, frames, *shared, **options)
+            problems += predict_many(model, frames, output, **options)
         else:
-            scored = predict_annotated(model, folder, frames, *shared, problems, **options)
+            scored = predict_annotated(model, folder, frames, output, problems, **options)
     finally:  # what was measured is kept, also where a report fails
         results.finish(titles, describe_run(args, model, window), args.model, problems)
     if single and problems:

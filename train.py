@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Batches, make_loaders, open_split
-from medseg import cli, coco, dist, inference, layers, metrics, phantoms, plots, tiles
+from medseg import cli, coco, dist, inference, layers, metrics, phantoms, plots, predictor
 from medseg import device as devices
 from medseg.planning.plan import planned_flags
 from medseg.signals import Signals
@@ -38,7 +38,7 @@ from medseg.training import cross_validation, feature_statistics, optim, trackin
 from medseg.training import flags as command_line
 from medseg.training import history as reports
 from medseg.training.precision import settle_precision
-from net import UNet, class_names, copy_weights, load_model
+from net import UNet, copy_weights, info_of, load_model
 
 # ---- loss (tutorial, section 5) --------------------------------------------------------------
 
@@ -97,13 +97,15 @@ def evaluate(
     the size of each image, `loader` being Batches; else those above 0.5 at the network's size.
     """
     model.eval()
-    scores = metrics.RunningScores(device, class_names(model))
+    chosen = inference or predictor.PLAIN
+    options = {"info": info_of(model), "inference": chosen, "autocast": autocast}
+    predict = predictor.Predictor([model], device, **options)  # large images by tiles
+    scores = metrics.RunningScores(device, info_of(model).class_names)
     numbers = iter(loader.row_numbers() if inference else ())
     with torch.inference_mode():
         for images, masks in loader:
             images, masks = images.to(device), masks.to(device)
-            with autocast:  # large images by tiles
-                outputs = tiles.apply_network(model, images, inference.flips if inference else ())
+            outputs = predict(images).to(device)
             loss = criterion(outputs, masks)
             if inference:
                 truths = (loader.true_masks(next(numbers), mask) for mask in masks)
@@ -182,7 +184,7 @@ def train_model(
         model=model,
         running_mean=optim.RunningMean(model, ema),
         guarded_step=optim.GuardedStep(model, optimizer, device, scaler=scaler, schedule=schedule),
-        scores=metrics.RunningScores(device, class_names(model)),
+        scores=metrics.RunningScores(device, info_of(model).class_names),
         progress=checkpoints.Progress(),
         rng=checkpoints.RandomState(device),
     )
@@ -249,6 +251,8 @@ def visualize_predictions(
     """
     model.eval()
     chosen, samples, cases, titles = chosen or inference.Inference(threshold), [], [], []
+    options = {"info": info_of(model), "inference": chosen}
+    predict = predictor.Predictor([model], device, **options)
     for images, masks in test_loader:
         samples += zip(images, masks, strict=True)
         if len(samples) >= num_samples:
@@ -260,10 +264,9 @@ def visualize_predictions(
         if isinstance(test_loader, Batches) and test_loader.knows_images:
             picture, target = test_loader.original(index)
         with torch.inference_mode():
-            outputs = tiles.apply_network(model, image[None].to(device), chosen.flips)[0]
-        size, exclusive = target.shape[:0:-1], getattr(model, "exclusive", False)
-        preds = chosen.masks(outputs.float().cpu().numpy(), size, exclusive=exclusive)
-        pred = np.stack(list(preds))
+            outputs = predict(image[None])[0].cpu().numpy()
+        size, exclusive = target.shape[:0:-1], predict.info.exclusive
+        pred = np.stack(list(chosen.masks(outputs, size, exclusive=exclusive)))
         dice = metrics.image_dice(metrics.count_masks(target, pred))
         titles.append(f"Dice {dice.mean():.2f}")
         cases.append(plots.reduce_case(picture, target, pred))
@@ -272,7 +275,7 @@ def visualize_predictions(
         titles,
         path,
         title=title or f"predictions at {chosen}",
-        class_names=class_names(model),
+        class_names=predict.info.class_names,
         captions=[names[index] for index in shown] if names else (),
     )
 
@@ -394,12 +397,12 @@ def test(model, loader, criterion, device, autocast, tracker, *, planned=False):
     tracker.log({f"test/{name}": value for name, value in scores.items()})
     if dist.is_first():
         memory = devices.peak_memory(device)
-        reports.print_test(scores, model.class_names, memory, planned=planned)
-    if model.inference not in (None, inference.PLAIN):
-        scores = score(inference=model.inference)
+        reports.print_test(scores, model.info.class_names, memory, planned=planned)
+    if model.info.inference not in (None, inference.PLAIN):
+        scores = score(inference=model.info.inference)
         tracker.log({f"test/chosen_{name}": scores[name] for name in scores if name != "loss"})
         if dist.is_first():
-            reports.print_chosen_test(scores, model.inference, model.class_names)
+            reports.print_chosen_test(scores, model.info.inference, model.info.class_names)
 
 
 def make_optimizer(args, model):
@@ -461,7 +464,9 @@ def new_model(args, root):
 def draw(args, root, model, test_loader, device, history, tracker):
     """Pictures of a finished run, and the command to look at a prediction with."""
     out = Path(args.out)
-    sides = f"{model.image_size}x{model.image_size}" if model.image_size else "own size"
+    sides = (
+        f"{model.info.image_size}x{model.info.image_size}" if model.info.image_size else "own size"
+    )
     title = f"{sides}, {model.n_filters} filters"
     drawn = visualize_predictions(
         model,
@@ -469,8 +474,8 @@ def draw(args, root, model, test_loader, device, history, tracker):
         device,
         num_samples=10,
         path=out / "predictions.png",
-        title=f"{root / 'test'}: {title}, {model.inference or inference.PLAIN}",
-        chosen=model.inference,
+        title=f"{root / 'test'}: {title}, {model.info.inference or inference.PLAIN}",
+        chosen=model.info.inference,
         names=test_loader.names_in_order(),
     )
     tracker.image("predictions", drawn)

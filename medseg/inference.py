@@ -1,4 +1,4 @@
-"""How masks are made with a network: threshold, averaging over flips, clean-up. No torch.
+"""How masks are made with a network: threshold, averaging over flips, clean-up.
 
 `medseg.training.tuning` chooses it on valid, the weights carry it, and prediction follows it.
 """
@@ -22,7 +22,6 @@ FLIPS = {"horizontal": (-1,), "vertical": (-2,), "both": (-2, -1)}
 # The same after H and W have changed places; the degrees are counterclockwise.
 TURNS = {"transpose": (), "turn90": (-2,), "turn270": (-1,), "antitranspose": (-2, -1)}
 VIEWS = (*FLIPS, *TURNS)  # with the image as it is, all symmetries of a square
-MAX_TEXT = 200  # characters of a clean-up
 
 
 class Inference(NamedTuple):
@@ -103,31 +102,21 @@ SPELLED = {tuple(FLIPS): "flips", VIEWS: "flips and turns", LEARNED_TURNS: "turn
 def read_inference(value):
     """The Inference that metadata hold as `Inference.as_dict` gives it; None for None.
 
-    Raises ValueError for anything else, also for what a later version may do: masks made in
-    another way than was chosen would pass unnoticed.
+    Raises ValueError where a value is none that it can have.
     """
     if value is None:
         return None
-    if not isinstance(value, dict) or value.keys() != PLAIN.as_dict().keys():
-        raise ValueError(f"inference {value!r:.60}")
-    threshold, flips, clean = (value[name] for name in Inference._fields)
-    if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
-        raise ValueError(f"inference at threshold {threshold!r:.20}")
-    flips = read_flips(flips, "inference with flips")
-    if not isinstance(clean, str) or len(clean) > MAX_TEXT:
-        raise ValueError(f"inference with clean-up {clean!r:.60}")
-    try:
-        parse_named_values(clean, CLEANINGS)
-    except ValueError as error:
-        raise ValueError(f"inference with clean-up {clean!r:.60}: {error}") from None
-    return Inference(float(threshold), flips, clean)
+    threshold, clean = float(value["threshold"]), value["clean"]
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"inference at threshold {threshold:g}")
+    parse_named_values(clean, CLEANINGS)
+    return Inference(threshold, read_flips(value["flips"]), clean)
 
 
-def read_flips(value, what="trained flips"):
+def read_flips(value):
     """The names of VIEWS that metadata hold as a list, as a tuple. ValueError for anything else."""
-    known = isinstance(value, list) and len(value) <= len(VIEWS)
-    if not known or [name for name in VIEWS if name in value] != value:
-        raise ValueError(f"{what} {value!r:.60}")
+    if [name for name in VIEWS if name in value] != list(value):
+        raise ValueError(f"flips {value!r:.60}")
     return tuple(value)
 
 
@@ -165,37 +154,15 @@ def combine(inferences):
     )
 
 
-def average_over_flips(run, images, flips, see=lambda probabilities: None):
-    """Mean of what run() gives for images (B, C, H, W) as they are and for each of their flips.
-
-    run(images) -> probabilities (B, C, H, W), which are flipped back; tensors or arrays. Without
-    flips it is run(images), to the last bit. flips: names of VIEWS. see(probabilities): called with
-    those of each, flipped back.
-    """
-    total = run(images)
-    see(total)
-    for name in flips:
-        one = undo_view(run(view(images, name)), name)
-        see(one)
-        total = total + one
-    return total / (1 + len(flips)) if flips else total
-
-
 def view(images, name):
-    """A tensor or an array (..., H, W) as one of VIEWS; None is the image as it is."""
+    """A tensor (..., H, W) as one of VIEWS; None is the image as it is."""
     if name in TURNS:
-        return _reverse(images.swapaxes(-1, -2), TURNS[name])
-    return _reverse(images, FLIPS.get(name, ()))
+        return images.swapaxes(-1, -2).flip(TURNS[name])
+    return images.flip(FLIPS[name]) if name else images
 
 
 def undo_view(images, name):
     """What `view` has made into these."""
     if name in TURNS:
-        return _reverse(images, TURNS[name]).swapaxes(-1, -2)
-    return _reverse(images, FLIPS[name])
-
-
-def _reverse(images, axes):
-    if not axes:
-        return images
-    return images.flip(axes) if hasattr(images, "flip") else np.flip(images, axes)
+        return images.flip(TURNS[name]).swapaxes(-1, -2)
+    return view(images, name)

@@ -1,4 +1,4 @@
-"""Whether an image is unlike those of the training (out-of-distribution detection). No torch.
+"""Whether an image is unlike those of the training (out-of-distribution detection).
 
 The features of the first levels of the encoder are pooled over the image: their mean and deviation,
 channel by channel. The Mahalanobis distance of these from those of the training images is what
@@ -8,12 +8,12 @@ probabilistic PCA (Tipping, Bishop, JRSS B 1999), which needs few images and few
 """
 
 import base64
-import binascii
 import math
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from medseg.tiles import WHOLE
 
@@ -67,33 +67,16 @@ def count_features(n_filters, depth):
 def read_statistics(value, n_features):
     """The FeatureStatistics that metadata hold as `FeatureStatistics.as_dict` gives it, or None.
 
-    n_features: those that the network has. Raises ValueError for anything else.
+    n_features: those that the network has. Raises ValueError where they are of another network.
     """
     if value is None:
         return None
-    if not isinstance(value, dict) or value.keys() != {"threshold", "levels", "values"}:
-        raise ValueError(f"feature statistics {value!r:.60}")
-    threshold, levels, text = value["threshold"], value["levels"], value["values"]
-    if type(levels) is not int or levels != LEVELS:
-        raise ValueError(f"feature statistics of {levels!r:.20} levels")
-    if type(threshold) not in (int, float) or not 0 < threshold < 1e9:
-        raise ValueError(f"feature statistics with threshold {threshold!r:.20}")
-    longest = 2 * n_features + 1 + COMPONENTS * (n_features + 1)
-    if not isinstance(text, str) or len(text) > 4 * (4 * longest // 3 + 1):
-        raise ValueError(f"feature statistics of {text!r:.40}")
-    try:
-        values = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
-    except (ValueError, binascii.Error):
-        raise ValueError(f"feature statistics of {text!r:.40}") from None
+    values = np.frombuffer(base64.b64decode(value["values"], validate=True), "<f4")
     count, rest = divmod(len(values) - 2 * n_features - 1, n_features + 1)
-    if rest or not 1 <= count <= COMPONENTS:
-        raise ValueError(f"feature statistics of {len(values)} numbers for {n_features} features")
-    ends = np.cumsum([n_features, n_features, count, 1])
-    mean, scale, variances, residual, components = np.split(values, ends)
-    if not np.isfinite(values).all() or min(scale.min(), variances.min(), residual[0]) <= 0:
-        raise ValueError("feature statistics that are no mean and covariance")
-    components = components.reshape(count, n_features)
-    return FeatureStatistics(mean, scale, variances, residual, components, float(threshold))
+    if value["levels"] != LEVELS or rest or count < 1 or not np.isfinite(values).all():
+        raise ValueError(f"{len(values)} numbers for {n_features} features")
+    parts = np.split(values, np.cumsum([n_features, n_features, count, 1]))
+    return FeatureStatistics(*parts[:4], parts[4].reshape(count, -1), float(value["threshold"]))
 
 
 def fit(features):
@@ -130,57 +113,51 @@ def fit_with_threshold(train, valid):
 
 
 class FeatureRecorder:
-    """Pools the features of a UNet in the forward passes that it is asked to look at.
+    """Pools the features of the next pass of a UNet, or of its passes over the tiles of an image.
 
-    It hooks the network; nothing else changes, and a pass that it does not look at costs nothing.
+    A context, within which the network has hooks; nothing else changes.
     """
 
     def __init__(self, network):
-        levels = range(1, min(LEVELS, network.architecture.depth) + 1)
-        blocks = [network.get_submodule(f"down{level}") for level in levels]
-        self._hooks = [
-            block.register_forward_hook(partial(self._record, block is blocks[-1]))
-            for block in blocks
-        ]
-        self._moments, self._parts, self._inside = [], [], None
+        self._network, self._inside = network, WHOLE
+        self._sums, self._pixels = {}, {}  # {level: of features and of their squares}
 
-    def look(self, inside=WHOLE):
-        """Look at the next forward pass, at the pixels `inside` (as of `medseg.tiles.by_tiles`)."""
+    def __enter__(self):
+        levels = range(1, min(LEVELS, self._network.architecture.depth) + 1)
+        self._hooks = [
+            self._network.get_submodule(f"down{level}").register_forward_hook(
+                partial(self._record, level)
+            )
+            for level in levels
+        ]
+        return self
+
+    def __exit__(self, *error):
+        for hook in self._hooks:
+            hook.remove()
+
+    def look(self, inside):
+        """Look at these pixels of the next pass; see `medseg.tiles.apply_by_tiles`."""
         self._inside = inside
 
-    def _record(self, is_last, block, inputs, outputs):
-        if self._inside is None:
-            return
-        scale = 2 ** (len(self._moments) // 2)  # pixels of the image in one of this level
+    def _record(self, level, block, inputs, outputs):
+        scale = 2 ** (level - 1)  # pixels of the image in one of this level
         inside = (
             slice(side.start and side.start // scale, side.stop and -(-side.stop // scale))
             for side in self._inside
         )
         features = outputs[1][(..., *inside)].float()  # before pooling to the next level
-        self._moments += [features.mean((2, 3)), features.square().mean((2, 3))]
-        if is_last:
-            self._parts.append((features[0, 0].numel(), self._moments))
-            self._moments, self._inside = [], None
+        pixels = features[0, 0].numel()
+        # Of a tile the means, not the sums: those of float32 would lose digits.
+        moments = torch.cat([features.mean((2, 3)), features.square().mean((2, 3))], 1)
+        moments = moments.cpu().numpy().astype(float) * pixels
+        self._sums[level] = self._sums.get(level, 0) + moments
+        self._pixels[level] = self._pixels.get(level, 0) + pixels
 
-    def take(self):
-        """Pooled features, float64 (B, D), of the passes looked at since the last call, or None.
-
-        Those of several passes are of parts of the same images, and count by their pixels.
-        """
-        parts, self._parts, self._moments, self._inside = self._parts, [], [], None
-        if not parts:
-            return None
-        weights = [pixels for pixels, _ in parts]
-        columns = []
-        for moment in zip(*(moments for _, moments in parts), strict=True):
-            values = [one.cpu().numpy().astype(float) for one in moment]
-            columns.append(np.average(values, axis=0, weights=weights))
+    def pooled(self):
+        """Pooled features, float64 (B, D), of the images that have passed."""
         pooled = []
-        for mean, square in zip(columns[0::2], columns[1::2], strict=True):
+        for level, sums in sorted(self._sums.items()):
+            mean, square = np.split(sums / self._pixels[level], 2, axis=1)
             pooled += [mean, np.sqrt(np.maximum(square - mean**2, 0))]
         return np.concatenate(pooled, 1)
-
-    def remove(self):
-        """Take the hooks off the network."""
-        for hook in self._hooks:
-            hook.remove()

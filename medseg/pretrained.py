@@ -12,3 +12,12 @@ def pretrained_path():
         return None
     here = Path.cwd()
     return PRETRAINED.relative_to(here) if PRETRAINED.is_relative_to(here) else PRETRAINED
+
+
+def default_model():
+    """The weights to use where none are named: best_model.pth, else PRETRAINED, and says so."""
+    own, path = Path("best_model.pth"), pretrained_path()
+    if own.exists() or path is None:
+        return str(own)
+    print(f"no {own} here: taking {path} ({ABOUT_PRETRAINED}; see docs/pretrained.md)")
+    return str(path)

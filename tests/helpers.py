@@ -235,6 +235,14 @@ def tree(root):
     return states
 
 
+def probabilities_of(model, pixels):
+    """float32 (B, C, H, W) of a UNet or a Predictor; pixels: uint8 (B, H, W, n_channels)."""
+    from medseg.predictor import Predictor
+
+    predictor = model if isinstance(model, Predictor) else Predictor([model], "cpu")
+    return predictor(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)).numpy()
+
+
 def brightness_model(image_size=32, **options):
     """A UNet with weights set by hand: the probability is over 0.5 where a pixel is bright.
 

@@ -168,9 +168,9 @@ def test_names_travel_with_the_weights(tmp_path):
     model = UNet(1, 3, 2, class_names=NAMES)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     same = load_model(tmp_path / "model.pth")
-    assert same.class_names == NAMES and (same.n_channels, same.n_classes) == (1, 3)
-    assert UNet(n_filters=2).class_names == ("foreground",)
-    for names in (["a"], "ab", [1, 2, 3], None):
+    assert same.info.class_names == NAMES and (same.n_channels, same.n_classes) == (1, 3)
+    assert UNet(n_filters=2).info.class_names == ("foreground",)
+    for names in (["a"], "ab", [1, 2, 3]):
         state = model.state_dict()
         state._metadata[""]["class_names"] = names
         with pytest.raises(ValueError, match="not the weights of a UNet"):
@@ -201,9 +201,9 @@ def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, cap
         assert row["val_dice/cyst"] == "" and "nan" not in row.values()
         mean = (float(row["val_dice/core"]) + float(row["val_dice/edema"])) / 2
         assert float(row["val_dice"]) == pytest.approx(mean)
-    assert load_model("run/best_model.pth").class_names == NAMES
-    assert not load_model("run/best_model.pth").exclusive  # cyst lies within core
-    order = load_model("run/best_model.pth").draw_order
+    assert load_model("run/best_model.pth").info.class_names == NAMES
+    assert not load_model("run/best_model.pth").info.exclusive  # cyst lies within core
+    order = load_model("run/best_model.pth").info.draw_order
     assert order.index(NAMES.index("core") + 1) < order.index(NAMES.index("cyst") + 1)
     train.main(["--resume", "--out", "run", "--epochs", "3"])
     said = capsys.readouterr().out
@@ -238,7 +238,7 @@ def test_a_split_without_foreground_has_no_score(three, tmp_path, monkeypatch, c
     train.main([*flags, "--out", "run"])
     said = capsys.readouterr()
     assert "1.0000" not in said.out and "nan" not in said.out and not said.err.count("WARNING")
-    assert load_model("run/best_model.pth").inference == PLAIN
+    assert load_model("run/best_model.pth").info.inference == PLAIN
     predict.main([str(three / "test"), "--model", "run/best_model.pth", "--output", "masks"])
     report = json.loads((tmp_path / "masks" / "report.json").read_text())
     assert not any(report["scores"].values()) and not any(report["confidence_95"].values())
@@ -326,7 +326,7 @@ def test_the_scores_are_those_of_the_files_that_were_written(apart, monkeypatch,
 def test_the_test_line_is_that_of_the_files_that_were_written(apart, monkeypatch, capsys):
     place, model = apart
     monkeypatch.chdir(place)
-    model.inference = Inference(0.45, ("horizontal",), "largest")
+    model.info.inference = Inference(0.45, ("horizontal",), "largest")
     (place / "run").mkdir()
     torch.save(model.state_dict(), "run/best_model.pth")
     flags = ("--classes", "each", "--swanlab", "disabled", "--device", "cpu")
@@ -347,9 +347,9 @@ def test_classes_that_overlap_count_each_by_its_own_mask(apart, monkeypatch):
         torch.nn.init.zeros_(weight)
     model.outc.bias.data += torch.tensor([1.0, 2.0])
     for exclusive, shares in ((True, (0, 1)), (False, (1, 1))):
-        model.exclusive = exclusive
+        model.info.draw_order = () if exclusive else (1, 2)
         torch.save(model.state_dict(), "model.pth")
-        assert load_model("model.pth").exclusive == exclusive
+        assert load_model("model.pth").info.exclusive == exclusive
         predict.main(["test", "--output", "out", "--model", "model.pth", "--device", "cpu"])
         with open(place / "out" / "predictions.csv", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -370,13 +370,13 @@ def test_volumes_and_the_page_measure_each_class_by_its_own_mask(apart, monkeypa
     for weight in (model.outc.weight, model.outc.bias):
         torch.nn.init.zeros_(weight)
     model.outc.bias.data += torch.tensor([1.0, 2.0])
-    model.exclusive = exclusive
+    model.info.draw_order = () if exclusive else (1, 2)
     torch.save(model.state_dict(), "model.pth")
     voxels = np.random.default_rng(0).integers(0, 255, (20, 24, 3)).astype(np.int16)
     write_nifti("volume.nii.gz", voxels, np.diag([1, 1, 2, 1]))
     flags = ["--output", "out", "--model", "model.pth", "--device", "cpu"]
     predict.main(["volume.nii.gz", *flags])
-    model = predict.open_model("model.pth", "cpu")
+    model = predict.open_models(["model.pth"], "cpu")
     session = Session(place, model)
     files = ["volume.nii.gz", next((place / "test").glob("*.png"))]
     session.predict(files, 0.5)
@@ -403,15 +403,16 @@ def test_a_class_within_another_is_drawn_over_it(here, order):
     with torch.no_grad():
         model.outc.weight[:, 0] = 8
         model.outc.bias[:] = torch.tensor([-7.0, -5.0, -3.0])
-    model.exclusive = False
-    if order:
-        model.draw_order = order
-    else:  # as older weights have it: the classes as they are numbered
-        model.outc.bias.data, model.class_names = (
+    model.info.draw_order = order or (1, 2, 3)
+    if order is None:  # as older weights have it: the classes as they are numbered
+        model.outc.bias.data, model.info.class_names = (
             model.outc.bias.data.flip(0),
             ("whole", "core", "in"),
         )
-    torch.save(model.state_dict(), "best_model.pth")
+    state = model.state_dict()
+    if order is None:
+        del state._metadata[""]["draw_order"]
+    torch.save(state, "best_model.pth")
     pixels = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))
     Image.fromarray(pixels).save("scan.png")
     predict.main(["scan.png", "--write", "mask,classes", "--output", "out"])

@@ -194,7 +194,7 @@ def test_a_line_names_the_threshold_and_what_clean_up_took(place):
         said = output_of("predict.py", path, "--output", "out", *every, cwd=place)
         line = next(line for line in said.splitlines() if "foreground" in line)
         assert "0.00 %" in line and "above 0.45, all removed by min-area=3000" in line
-    session = Session(place, predict.open_model("best_model.pth", "cpu"))
+    session = Session(place, predict.open_models(["best_model.pth"], "cpu"))
     session.predict([place / "scans" / "a.png"], 0.5)
     _, (line,), _ = session.view(0, 0.5, "min-area=30")
     assert f"{plain - cleaned_up} removed by min-area=30" in line
@@ -214,10 +214,7 @@ def test_predictions_are_cleaned_and_say_so(place):
     np.testing.assert_array_equal(mask_of(*area, output="mm"), expected)
     recorded = json.loads(Path("mm/predictions.json").read_text())
     assert recorded["clean"] == area[1]
-    predict.main(["--export", "model.onnx"])
-    onnx = mask_of(*area, "--model", "model.onnx", output="onnx")
-    np.testing.assert_array_equal(onnx, expected)
-    model = predict.open_model("best_model.pth", "cpu")
+    model = predict.open_models(["best_model.pth"], "cpu")
     session = Session(place, model, pixel_size=(0.2, 0.4))
     session.predict([place / "scans" / "a.png"], 0.5)
     written = np.asarray(Image.open(session.download("masks", 0.5, area[1]))) > 0
@@ -226,7 +223,7 @@ def test_predictions_are_cleaned_and_say_so(place):
     session.predict([place / "scans" / "a.png"], 0.5)
     with pytest.raises(ValueError, match="a.png: does not tell"):
         session.view(0, 0.5, area[1])
-    labels = full_size_labels(model.predict(Image.open("scans/a.png")), (64, 48), 0.5)
+    labels = predict.predict(model, Image.open("scans/a.png"))
     np.testing.assert_array_equal(labels > 0, plain)
 
 

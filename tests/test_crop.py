@@ -23,9 +23,10 @@ from medseg.coco import SPLITS
 from medseg.crop import copy_window, place_crops
 from medseg.images import MEAN, STD, read_image
 from medseg.metrics import RunningScores
-from medseg.predicting import reading
+from medseg.predicting import reading, scoring
 from medseg.predicting.inputs import expand, sort_files
-from net import UNet
+from medseg.predictor import Predictor
+from net import ModelInfo, UNet
 
 SIZES = [(40, 60), (33, 20), (64, 64), (50, 41)]  # height, width
 BRIGHT = 170  # of the square that is the mask
@@ -334,8 +335,7 @@ def test_image_and_mask_of_a_crop_stay_aligned():
 class Threshold(torch.nn.Module):
     """Probability over 0.5 where a pixel is bright: what a network of any size must give."""
 
-    n_channels, n_classes, image_size, class_names = 3, 1, None, ("foreground",)
-    window = orientation = None
+    info = ModelInfo(image_size=None)
 
     def forward(self, images):
         return torch.sigmoid(10 * images.mean(1, keepdim=True))
@@ -345,14 +345,9 @@ def test_images_are_predicted_at_their_own_size(own_sizes, tmp_path):
     tensor, picture = predict.preprocess_image(own_sizes / "test" / "0.png", image_size=None)
     assert tensor.shape == (1, 3, 40, 60) and picture.size == (60, 40)
     pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
-    predict.predict_one(predict.TorchModel(Threshold(), "cpu"), pictures[1], tmp_path, 0.5)
+    predict.predict_one(Predictor([Threshold()], "cpu"), pictures[1], tmp_path)
     (tmp_path / "many").mkdir()
-    assert (
-        predict.predict_many(
-            predict.TorchModel(Threshold(), "cpu"), pictures, tmp_path / "many", 0.5
-        )
-        == []
-    )
+    assert predict.predict_many(Predictor([Threshold()], "cpu"), pictures, tmp_path / "many") == []
     for number in range(4):
         mask = np.asarray(Image.open(tmp_path / "many" / f"{number}_mask.png")) > 0
         assert mask.shape == SIZES[number]
@@ -368,8 +363,9 @@ def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
             segmentation=square(40, 40, 10) + [[5, 8, 15, 8, 15, 18, 5, 18]]
         ),
     )
-    model, folder = predict.TorchModel(Threshold(), "cpu"), own_sizes / "test"
-    report = predict.report(model, folder, predict.open_folder(model, folder, 0.5), tmp_path)
+    model, folder = Predictor([Threshold()], "cpu"), own_sizes / "test"
+    scores = scoring.open_folder(model, folder)
+    report = scoring.report(model, folder, scores, tmp_path, partial(predict.predict_image, model))
     assert report["image_size"] is None and report["images"] == 4
     assert json.loads((tmp_path / "report.json").read_text())["image_size"] is None
     assert report["per_image"] == {"0.png": 1, "1.png": 1, "2.png": 0.6667, "3.png": 1}
@@ -408,19 +404,16 @@ def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path
             return super().forward(images)
 
     pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
-    ((_, problem),) = predict.predict_many(
-        predict.TorchModel(Greedy(), "cpu"), pictures, tmp_path, 0.5
-    )
+    ((_, problem),) = predict.predict_many(Predictor([Greedy()], "cpu"), pictures, tmp_path)
     for word in ("2.png", "out of memory", "64x64", "smaller"):
         assert word in problem
     assert len(list(tmp_path.glob("*_mask.png"))) == 3  # the others are predicted
     with pytest.raises(ValueError, match=r"2\.png.*out of memory"):
-        predict.predict_one(predict.TorchModel(Greedy(), "cpu"), pictures[2], tmp_path, 0.5)
+        predict.predict_one(Predictor([Greedy()], "cpu"), pictures[2], tmp_path)
 
 
 def test_a_large_image_is_gone_when_the_next_one_is_read(own_sizes, tmp_path, monkeypatch):
-    for module in (predict, reading):
-        monkeypatch.setattr(module, "AHEAD_PIXELS", 1)  # then all images are large
+    monkeypatch.setattr(reading, "AHEAD_PIXELS", 1)  # then all images are large
     seen, alive = [], []
 
     def read(path):
@@ -434,7 +427,7 @@ def test_a_large_image_is_gone_when_the_next_one_is_read(own_sizes, tmp_path, mo
 
     pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
     frames = [frame._replace(read=partial(read, frame.path)) for frame in pictures]
-    predict.predict_many(predict.TorchModel(Threshold(), "cpu"), frames, tmp_path, 0.5)
+    predict.predict_many(Predictor([Threshold()], "cpu"), frames, tmp_path)
     assert alive == [0, 0, 0, 0]
 
 

@@ -693,7 +693,6 @@ READERS = {  # script and arguments, with the FIFO or device in its place
     "NIfTI": ("predict.py", "pipe.nii.gz"),
     "without a suffix": ("predict.py", "pipe"),
     "--model": ("predict.py", "images/a.png", "--model", "pipe.pth"),
-    "--model ONNX": ("predict.py", "images/a.png", "--model", "pipe.onnx"),
     "a data set's image": ("data.py", "listed"),
     "a data set's annotations": ("predict.py", "piped/test"),
 }

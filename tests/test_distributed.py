@@ -188,7 +188,8 @@ def test_two_processes_choose_on_valid_what_one_does(dataset, tmp_path):
     lines = [line for line in one.splitlines() if "on valid" in line]
     assert lines == [line for line in two.splitlines() if "on valid" in line]
     assert len(lines) > 2  # what was tried, what was chosen
-    chosen = [load_model(tmp_path / out / "best_model.pth").inference for out in ("one", "two")]
+    paths = [tmp_path / out / "best_model.pth" for out in ("one", "two")]
+    chosen = [load_model(path).info.inference for path in paths]
     assert chosen[0] == chosen[1] is not None
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 import predict
 from medseg.full_size import full_size_labels
+from medseg.predictor import Predictor
 from net import UNet
 
 
@@ -50,7 +51,7 @@ def test_a_folder_as_published(image_size, tmp_path):
 
     for path in sorted((tmp_path / "images").iterdir()):
         tensor, _ = predict.preprocess_image(path, image_size=image_size)
-        probabilities = predict.predict_probabilities(model, tensor, "cpu")[0].numpy()
+        probabilities = Predictor([model], "cpu")(tensor)[0].numpy()
         preds.append(full_size_labels(probabilities, (40, 30), 0.5) > 0)
     preds = np.stack(preds)
     parts = {

@@ -38,7 +38,7 @@ NETWORKS = {
     "tutorial": {},
     "group": {"depth": 1, "n_filters": 8, "norm": "group", "n_classes": 2, "n_channels": 1},
     "chosen": {"depth": 1, "n_classes": 3, "inference": CHOSEN},
-    "regions": {"depth": 1, "n_classes": 3, "exclusive": False, "draw_order": (2, 1, 3), **OVER},
+    "regions": {"depth": 1, "n_classes": 3, "draw_order": (2, 1, 3), **OVER},
     "volumes": {"depth": 1, "n_channels": 1, "image_size": None, **SCANNED},
 }
 SIZES = [(1, 1, 1), (1, 37, 50), (1, 255, 257), (3, 40, 33)]  # (B, H, W)
@@ -250,7 +250,7 @@ def test_half_precision_is_half_the_file(place, capsys):
     assert re.search(r"half\.pth.* \d\.\de-\d\d", capsys.readouterr().out)  # the difference
     assert os.path.getsize("half.pth") < 0.52 * os.path.getsize("own.pth")
     half = predict.load_model("half.pth", "cpu")
-    assert half.architecture == model.architecture and half.image_size == model.image_size
+    assert half.architecture == model.architecture and half.info.image_size == model.info.image_size
     for name, weight in model.state_dict().items():
         rounded = weight.numpy().astype(np.float16) if weight.dim() > 1 else weight.numpy()
         np.testing.assert_array_equal(half.state_dict()[name].numpy(), rounded, name)

@@ -37,6 +37,7 @@ from data import open_split
 from medseg.files import file_lock
 from medseg.full_size import full_size_labels
 from medseg.metrics import bootstrap
+from medseg.predictor import Predictor
 from medseg.signals import Stopped
 from medseg.training import cross_validation
 from medseg.training.folds import deal_groups, deal_images, write_folds
@@ -204,7 +205,7 @@ def test_every_image_is_scored_by_the_network_that_has_not_seen_it(done):
             original = open_split(place / "dataset", name[2:-4], 32)
             path = original.path(int(name[0]))
             tensor, _ = predict.preprocess_image(path, image_size=32)
-            probabilities = predict.predict_probabilities(model, tensor, "cpu")[0].numpy()
+            probabilities = Predictor([model], "cpu")(tensor)[0].numpy()
             image, (target,) = original.load(int(name[0]))
             pred, target = full_size_labels(probabilities, image.size, 0.5) > 0, target > 0
             tp, fp, fn = (pred & target).sum(), (pred & ~target).sum(), (~pred & target).sum()

@@ -89,7 +89,7 @@ def test_a_head_of_as_many_classes_by_other_names_or_in_another_order_starts_ane
     saved = run("--init", "first.pth", "--image-size", 32, "--overwrite")["model"]
     assert said not in capsys.readouterr().out
     assert torch.equal(saved["outc.weight"], first["outc.weight"])
-    assert load_model("best_model.pth").class_names == ("foreground",)
+    assert load_model("best_model.pth").info.class_names == ("foreground",)
 
 
 def test_a_resumed_run_needs_the_first_weights_no_more(here):
@@ -125,7 +125,7 @@ def test_a_recipe_gives_way_to_the_network_of_the_weights(here, capsys):
 def test_with_crops_images_keep_their_own_size_whatever_the_weights_had(here):
     write_weights("first.pth", depth=2)
     saved = run("--init", "first.pth", "--crop", 32)
-    assert saved["flags"]["crop"] == 32 and load_model("best_model.pth").image_size is None
+    assert saved["flags"]["crop"] == 32 and load_model("best_model.pth").info.image_size is None
 
 
 def test_files_that_are_no_weights(refused, tmp_path):

@@ -116,7 +116,7 @@ def test_architecture_is_read_from_the_weights(arguments, tmp_path):
     x = torch.rand(1, arguments.get("n_channels", 3), 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
-    assert loaded.image_size == arguments.get("image_size", 256)
+    assert loaded.info.image_size == arguments.get("image_size", 256)
 
 
 @pytest.mark.parametrize("window", [[40, 400], (-600.5, 1500.0), "percentiles", "file"])
@@ -124,10 +124,10 @@ def test_window_and_orientation_are_read_from_the_weights(window, tmp_path):
     model = UNet(n_filters=2, window=window, orientation="LPS")
     torch.save(model.state_dict(), tmp_path / "model.pth")
     loaded = load_model(tmp_path / "model.pth")
-    assert loaded.window == (window if isinstance(window, str) else tuple(window))
-    assert loaded.orientation == "LPS"
+    assert loaded.info.window == (window if isinstance(window, str) else tuple(window))
+    assert loaded.info.orientation == "LPS"
     again = UNet.from_state_dict(loaded.state_dict())
-    assert (again.window, again.orientation) == (loaded.window, "LPS")
+    assert (again.info.window, again.info.orientation) == (loaded.info.window, "LPS")
 
 
 def test_weights_without_window_and_orientation_are_read():
@@ -137,7 +137,7 @@ def test_weights_without_window_and_orientation_are_read():
         del state._metadata[""][name]
     for weights in (state, dict(state)):
         model = UNet.from_state_dict(weights)
-        assert model.window is model.orientation is None
+        assert model.info.window is model.info.orientation is None
     with pytest.raises(ValueError, match="window"):
         UNet(n_filters=2, window=[40, 0])
     with pytest.raises(ValueError, match="orientation"):
@@ -172,7 +172,7 @@ WRONG_ORIENTATIONS = ("", "RA", "RAL", "ras", "RASR", "XYZ", 3, ["R", "A", "S"],
         (update("down1.conv1.weight", torch.zeros(0)), "not the weights"),
         # The right shape, of which only one number is stored.
         (update("bottleneck.conv2.weight", torch.zeros(1).expand(64, 64, 3, 3)), "bottleneck"),
-        (lambda state: state._metadata[""].update(image_size=10**9), "image size"),
+        (lambda state: state._metadata[""].update(image_size=10**9), "image_size"),
         (lambda state: setattr(state, "_metadata", 5), "not the weights"),
         *((record(window=value), "not the weights.* window") for value in WRONG_WINDOWS),
         *((record(orientation=value), "not the.* orientation") for value in WRONG_ORIENTATIONS),

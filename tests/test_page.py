@@ -44,9 +44,10 @@ from PIL import Image
 
 from medseg.images import save_mask
 from medseg.predicting import page
-from medseg.predicting.assessment import Assessment
 from medseg.predicting.inputs import EXAMPLE, learned_images
+from medseg.predictor import Prediction
 from medseg.pretrained import pretrained_path
+from net import ModelInfo
 
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -646,23 +647,17 @@ def test_an_upload_that_is_too_large_is_refused_and_names_stay_in_their_folder(a
 class TwoClasses:
     """A model whose probabilities are the red and the green of the image."""
 
-    recorded, inference, orientation = None, page.Inference(), None
-    class_names, trained_flips, exclusive, draw_order = ("red <b>", "green"), (), True, ()
+    info = ModelInfo(image_size=None, class_names=("red <b>", "green"))
+    inference, n_channels, channels = page.Inference(), 3, 2
 
-    def prepare(self, image):
-        return np.asarray(image)
-
-    def assess(self, pixels):
-        return np.moveaxis(pixels[..., :2] / np.float32(255), 3, 1), [Assessment()]
+    def predict(self, images):
+        return [Prediction(one[: self.channels].numpy() / np.float32(255)) for one in images]
 
 
 class Grey(TwoClasses):
     """A model whose probabilities are the values of the image."""
 
-    class_names = ("foreground",)
-
-    def assess(self, pixels):
-        return pixels[:, None, ..., 0] / np.float32(255), [Assessment()]
+    info, channels = ModelInfo(image_size=None), 1
 
 
 def predicted(model, *paths, folder, **settings):
@@ -679,7 +674,7 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     session = predicted(TwoClasses(), tmp_path / "rgb.png", folder=tmp_path)
     labels = np.zeros((30, 50), np.uint8)
     labels[:, 10:30], labels[:, 20:40] = 1, 2  # of both, the more probable one
-    save_mask(labels, tmp_path / "expected.png", TwoClasses.class_names)
+    save_mask(labels, tmp_path / "expected.png", TwoClasses.info.class_names)
     assert session.download("masks", 0.5).read_bytes() == (tmp_path / "expected.png").read_bytes()
     (image, mask, overlay), (line,), rows = session.view(0, 0.5, opacity=1, outlined=True)
     assert image.size == overlay.size == (50, 30)

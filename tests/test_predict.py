@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from argparse import SUPPRESS
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -25,6 +26,7 @@ from helpers import (
     assert_refused,
     brightness_model,
     edit_annotations,
+    probabilities_of,
     scan,
     script,
     script_here,
@@ -47,6 +49,7 @@ from medseg.drawing import class_colors, overlay
 from medseg.files import atomic_write
 from medseg.full_size import full_size_labels
 from medseg.images import save_overlay
+from medseg.inference import PLAIN
 from medseg.metrics import (
     SWEEP,
     TOLERANCE,
@@ -61,10 +64,12 @@ from medseg.metrics import (
     surface_scores,
 )
 from medseg.phantoms import draw_phantom
+from medseg.predicting import scoring
 from medseg.predicting.figure import choose_cases, plot_report, shorten_name
 from medseg.predicting.inputs import EXAMPLE, describe_left_out, expand, left_aside, open_file
 from medseg.predicting.page import Session
 from medseg.predicting.report import FolderScores, write_report
+from medseg.predictor import Predictor
 from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
 from medseg.training.checkpoint import history_row
 
@@ -139,7 +144,7 @@ def test_the_card_of_the_repositorys_weights():
     model = predict.load_model(PRETRAINED, "cpu")
     parameters = sum(weight.numel() for weight in model.parameters())
     assert f"{parameters:,} parameters" in card
-    assert f"{model.image_size}x{model.image_size} pixels" in card
+    assert f"{model.info.image_size}x{model.info.image_size} pixels" in card
     (row,) = re.findall(r"\| official test \|.*", card)
     dice = float(row.split(" | ")[2])
     assert ABOUT_PRETRAINED.endswith(f"test Dice {dice:.2f}")
@@ -157,8 +162,6 @@ def test_bf16_is_the_default_where_the_processor_has_amx(monkeypatch):
         monkeypatch.setattr(device, "has_amx", lambda present=present: present)
         assert device.choose_precision("auto", torch.device("cpu")) == expected
         assert device.choose_precision("fp16", torch.device("cpu")) == "fp16"
-        autocast = predict.TorchModel(brightness_model(), "cpu").autocast
-        assert autocast._enabled == present
     monkeypatch.setattr(device, "has_amx", lambda: True)
     assert device.choose_precision("auto", torch.device("mps")) == "fp32"
 
@@ -172,8 +175,9 @@ def test_bf16_ends_before_the_last_convolution(place):
             lambda _, inputs, output, name=name: types.update({name: (inputs, output)})
         )
     pixels = np.random.default_rng(0).integers(0, 255, (2, 33, 50, 3), dtype=np.uint8)
-    fp32, bf16 = (predict.TorchModel(model, "cpu", word) for word in ("fp32", "bf16"))
-    exact, near = fp32.probabilities(pixels), bf16.probabilities(pixels)
+    contexts = (device.make_autocast(word, torch.device("cpu")) for word in ("fp32", "bf16"))
+    fp32, bf16 = (Predictor([model], "cpu", autocast=context) for context in contexts)
+    exact, near = probabilities_of(fp32, pixels), probabilities_of(bf16, pixels)
     (inputs,), output = types["outc"]
     assert inputs.dtype == output.dtype == torch.float32 == torch.from_numpy(near).dtype
     assert types["bottleneck"][1][0].dtype == torch.bfloat16
@@ -192,7 +196,7 @@ def test_bf16_ends_before_the_last_convolution(place):
 def test_the_tutorials_functions(place):
     scan(640, 640, 200, 300, 160).save(place / "scan.png")
     model = predict.load_model(place / "best_model.pth", "cpu")
-    assert not model.training and model.image_size == 32
+    assert not model.training and model.info.image_size == 32
     tensor, picture = predict.preprocess_image(place / "scan.png")
     assert tensor.shape == (1, 3, 256, 256) and tensor.dtype == torch.float32
     assert picture.size == (256, 256)
@@ -297,7 +301,7 @@ def test_an_image_of_one_pixel_in_a_side(place, size, image_size):
     mask = np.asarray(Image.open("a_mask.png"))
     assert mask.shape == size[::-1]
     np.testing.assert_array_equal(np.asarray(Image.open("many/a_mask.png")), mask)
-    session = Session(place, predict.open_model("best_model.pth", "cpu"))
+    session = Session(place, predict.open_models(["best_model.pth"], "cpu"))
     session.predict([place / "scans" / "a.png"], 0.5)
     assert session.problems == [] and session.view(0, 0.5)[0][1].size == size
     written = Image.open(session.download("masks", 0.5))
@@ -398,10 +402,10 @@ def test_many_are_predicted_as_one_is(place):
     table = (place / "all" / "predictions.csv").read_text(encoding="utf-8-sig").splitlines()
     predicted = [row.split(",")[0] for row in table[1:]]
     assert predicted == [f"{number:03}.png" for number in range(53)]
-    model = predict.open_model(place / "best_model.pth", "cpu")
+    model = predict.open_models([place / "best_model.pth"], "cpu")
     for number in (0, 17, 52):
         (picture,), _ = open_file(*expand([folder / f"{number:03}.png"]))
-        predict.predict_one(model, picture, place, 0.5)
+        predict.predict_one(model, picture, place)
         name = f"{number:03}_mask.png"
         alone, among_many = Image.open(place / name), Image.open(place / "all" / name)
         np.testing.assert_array_equal(alone, among_many)
@@ -835,8 +839,8 @@ def test_a_folder_with_annotations_is_scored(place, dataset):
     scores, test = RunningScores("cpu"), data.open_split(dataset, "test")
     for index in range(len(test)):
         image, target = test.load(index)
-        tensor, _ = predict.preprocess_image(image, image_size=model.image_size)
-        probabilities = predict.predict_probabilities(model, tensor, "cpu")[0].numpy()
+        tensor, _ = predict.preprocess_image(image, image_size=model.info.image_size)
+        probabilities = Predictor([model], "cpu")(tensor)[0].numpy()
         pred = full_size_labels(probabilities, image.size, 0.3)[None, None]
         scores.add(torch.zeros(()), torch.from_numpy(pred), torch.from_numpy(target[None]))
     result = scores.result()
@@ -909,13 +913,13 @@ def test_the_report_scores_the_masks_that_were_written(place, dataset, monkeypat
     """Scores from the mask files and the squares; the network sees every image once."""
     torch.save(brightness_model(image_size=48).state_dict(), "best_model.pth")
     scan(48, 48, 30, 30, 17).save(dataset / "test" / "0_test.png")  # partly outside its annotation
-    seen, run = [], predict.TorchModel.run
+    seen, run = [], Predictor._pass
 
-    def count(model, images):
+    def count(model, network, images, **options):
         seen.extend(images)
-        return run(model, images)
+        return run(model, network, images, **options)
 
-    monkeypatch.setattr(predict.TorchModel, "run", count)
+    monkeypatch.setattr(Predictor, "_pass", count)
     predict.main([str(dataset / "test"), "--output", "scored"])
     assert len(seen) == 4 + 4  # test and, for the threshold, valid
     records = json.loads((dataset / "test" / "_annotations.coco.json").read_text())["annotations"]
@@ -966,21 +970,22 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
 
     Without valid, no threshold is chosen.
     """
-    model = predict.open_model(place / "best_model.pth", "cpu")
+    model = predict.open_models([place / "best_model.pth"], "cpu")
 
     def choose():
-        scores = predict.open_folder(model, dataset / "test", 0.5)
-        return predict.report(model, dataset / "test", scores, place)["valid"]
+        folder = dataset / "test"
+        scores, given = scoring.open_folder(model, folder), partial(predict.predict_image, model)
+        return scoring.report(model, folder, scores, place, given)["valid"]
 
     first = choose()
-    batches = data.Batches(data.load_split(dataset, "valid", model.image_size), 3)
-    probabilities = [one for images, _ in batches for one in model.run(images)]
+    batches = data.Batches(data.load_split(dataset, "valid", model.info.image_size), 3)
+    probabilities = [one for images, _ in batches for one in model(images).numpy()]
     valid, dice = data.open_split(dataset, "valid"), []
     for threshold in first["thresholds"]:
         both = total = 0
         for index, one in enumerate(probabilities):
             image, (target,) = valid.load(index)
-            pred = model.labels(one, image.size, threshold)
+            pred = PLAIN._replace(threshold=threshold).labels(one, image.size)
             both += (pred & target).sum()
             total += pred.sum() + target.sum()
         dice.append(2 * both / total)
@@ -1013,13 +1018,13 @@ NOTHING = slice(0, 0)
 def test_no_threshold_is_chosen_on_the_folder_that_is_scored(place, dataset, given, monkeypatch):
     """However `valid` is named; and it is predicted once."""
     (dataset / "link").symlink_to(dataset / "valid")
-    seen, run = [], predict.TorchModel.run
+    seen, run = [], Predictor._pass
 
-    def count(model, images):
+    def count(model, network, images, **options):
         seen.extend(images)
-        return run(model, images)
+        return run(model, network, images, **options)
 
-    monkeypatch.setattr(predict.TorchModel, "run", count)
+    monkeypatch.setattr(Predictor, "_pass", count)
     predict.main([f"{dataset}/{given}", "--output", "scored"])
     report = json.loads((place / "scored" / "report.json").read_text())
     assert report["valid"] is None and len(seen) == 4

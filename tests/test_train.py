@@ -383,7 +383,7 @@ def test_a_training_writes_its_files_and_scores(straight):
         assert np.asarray(Image.open(run / name).convert("L")).std() > 10
     weights = torch.load(run / "best_model.pth", weights_only=True)
     assert set(weights) == set(UNet(n_filters=2).state_dict())
-    assert load_model(run / "best_model.pth").image_size == 32
+    assert load_model(run / "best_model.pth").info.image_size == 32
     # A square of 16 pixels in an image of 48; resizing to 32 about keeps its share.
     background = 1 - 16 * 16 / 48**2
     printed = float(re.search(r"background everywhere scores ([\d.]+)", said)[1])
@@ -406,7 +406,7 @@ def test_resuming_is_exact(straight):
     assert read_metrics(place / "resumed") == read_metrics(place / "run")
     resumed = place / "resumed" / "best_model.pth"
     assert same_weights(resumed, place / "run" / "best_model.pth")
-    assert load_model(resumed).image_size == 32
+    assert load_model(resumed).info.image_size == 32
 
 
 @pytest.mark.usefixtures("no_pictures")

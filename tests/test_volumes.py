@@ -877,7 +877,7 @@ def test_a_training_copies_window_and_orientation_into_its_weights(here, dataset
         result = script_here("train.py", *flags, cwd=here)
         assert result.returncode == 0, result.stderr
         model = load_model(here / out / "best_model.pth")
-        return model.window, model.orientation
+        return model.info.window, model.info.orientation
 
     record(window=[40, 400], orientation="LPS")
     assert train("--epochs", 1) == ((40, 400), "LPS")

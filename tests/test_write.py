@@ -297,8 +297,8 @@ def test_probabilities_of_16_bits(place, refused):
     path = Path("predictions/a_probability.png")
     levels = np.asarray(Image.open(path))
     assert levels.dtype == np.uint16 and levels.shape == (48, 64)
-    model = predict.open_model("best_model.pth", "cpu")
-    probabilities = model.predict(Image.open("scans/a.png"))
+    model = predict.open_models(["best_model.pth"], "cpu")
+    probabilities = predict.predict_image(model, Image.open("scans/a.png")).probabilities
     resized = Image.fromarray(probabilities[0]).resize((64, 48), Image.Resampling.BILINEAR)
     assert np.abs(levels / 65535 - np.asarray(resized)).max() < 0.51 / 65535
     labels = full_size_labels(probabilities, (64, 48), 0.5)

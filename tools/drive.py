@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from medseg.cli import ArgumentParser
+from medseg.predictor import Predictor
 
 
 def roc_auc(probabilities, targets):
@@ -51,13 +52,13 @@ def read_mask(folder, number):
 
 def measure(folder, model, threshold):
     """{"whole image": scores, "field of view": scores}, over the pixels of all images."""
-    from predict import predict_probabilities, preprocess_image
+    from predict import preprocess_image
 
     parts = {"whole image": [], "field of view": []}
     for path in sorted((folder / "images").iterdir()):
         number = path.name[:2]
-        tensor, _ = preprocess_image(path, image_size=model.image_size)
-        probabilities = predict_probabilities(model, tensor, "cpu")[0, 0].numpy()
+        tensor, _ = preprocess_image(path, image_size=model.info.image_size)
+        probabilities = Predictor([model], "cpu")(tensor)[0, 0].numpy()
         target = read_mask(folder / "1st_manual", number)
         if probabilities.shape != target.shape:  # a model that resizes
             size = target.shape[::-1]

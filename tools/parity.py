@@ -71,20 +71,24 @@ def compare_masks(path, images, folder):
     """Print a row for each format and for bf16: mask pixels that differ from fp32, and Dice."""
     import predict
     from medseg.full_size import full_size_labels
-    from medseg.images import preprocess
+    from medseg.inference import PLAIN
     from medseg.metrics import class_scores
+    from medseg.predicting import scoring
+    from medseg.predictor import Predictor
 
     models = open_models(path, folder)
-    scores = {name: predict.open_folder(model, images, 0.5) for name, model in models.items()}
+    predictor = Predictor([predict.load_model(path, "cpu")], "cpu", inference=PLAIN)
+    scores = {name: scoring.open_folder(predictor, images) for name in models}
     differing = {name: [] for name in models}  # pixels of each image
     dataset, size = scores["fp32"].dataset, 0
     for index in range(len(dataset)):
         image, _ = dataset.load(index)
         size += image.width * image.height
         masks = {}
-        for name, model in models.items():
-            pixels = preprocess(image, model.image_size, model.n_channels)
-            (probabilities,) = model.probabilities(pixels[None])
+        sizes = {"image_size": dataset.image_size, "n_channels": dataset.n_channels}
+        tensor, _ = predict.preprocess_image(image, **sizes)
+        for name, run in models.items():
+            probabilities = torch.as_tensor(run(tensor)).detach().numpy()[0]
             scores[name].add(dataset.path(index), image.size, probabilities)
             masks[name] = full_size_labels(probabilities, image.size, 0.5)
             differing[name].append(np.count_nonzero(masks[name] != masks["fp32"]))
@@ -92,27 +96,27 @@ def compare_masks(path, images, folder):
     print_row("", "mask pixels that differ", "in so many images", "Dice")
     for name in models:
         counts, _ = scores[name].result()
-        dice = class_scores(counts[:, 0], models["fp32"].class_names)["dice"]
+        dice = class_scores(counts[:, 0], predictor.info.class_names)["dice"]
         different = np.array(differing[name])
         print_row(name, different.sum(), np.count_nonzero(different), f"{dice:.6f}")
 
 
 def open_models(path, folder):
-    """{name: model like a `predict.TorchModel`} of a file of weights, exported to `folder`."""
+    """{name: a function of normalised images} of a file of weights, exported to `folder`."""
     import predict
-    from data import normalize
+    from medseg.device import make_autocast
+    from medseg.inference import PLAIN
     from medseg.predicting.export import FORMATS, export
+    from medseg.predictor import Predictor
 
-    model = predict.load_model(path, "cpu")
-    model.inference = None  # one pass through the network, which is what is compared
-    models = {name: predict.TorchModel(model, "cpu", name) for name in ("fp32", "bf16")}
+    model, models = predict.load_model(path, "cpu"), {}
+    for name in ("fp32", "bf16"):
+        autocast = make_autocast(name, torch.device("cpu"))
+        models[name] = Predictor([model], "cpu", inference=PLAIN, autocast=autocast)
     for suffix, (_, read, _) in FORMATS.items():
         file = folder / f"model{suffix}"
         export(model, file)
-        models[suffix], run = predict.TorchModel(model, "cpu", "fp32"), read(file)
-        models[suffix].probabilities = lambda pixels, run=run: (
-            torch.as_tensor(run(normalize(torch.from_numpy(pixels)))).detach().numpy()
-        )
+        models[suffix] = read(file)
     return models
 
 

@@ -93,7 +93,7 @@ def score(data, split, weights, masks):
     command = (ROOT / "predict.py", data / split, "--model", weights, "--output", masks)
     run([sys.executable, *command])
     model = load_model(weights)
-    classes = list(model.class_names) if model.n_classes > 1 else None
+    classes = list(model.info.class_names) if model.n_classes > 1 else None
     dataset, sums = open_split(data, split, classes=classes), np.zeros((model.n_classes, 2))
     for index in range(len(dataset)):
         path = dataset.path(index)

@@ -27,10 +27,12 @@ def try_pretrained(root):
     if path is None:
         return None
     model = load_model(path).eval()
-    if model.n_classes > 1 or model.image_size is None:
+    if model.n_classes > 1 or model.info.image_size is None:
         return None
-    flags = {"init": str(path), "image_size": model.image_size, **network_flags(model, path)}
-    dataset = open_split(root, "train", model.image_size, n_channels=model.n_channels, skipped=[])
+    flags = {"init": str(path), "image_size": model.info.image_size, **network_flags(model, path)}
+    dataset = open_split(
+        root, "train", model.info.image_size, n_channels=model.n_channels, skipped=[]
+    )
     both = marked = 0
     for index in np.unique(np.linspace(0, len(dataset) - 1, MOST).astype(int)).tolist():
         try:

@@ -72,9 +72,11 @@ def check_target(path):
 
 def metadata_of(model):
     """What a program needs to know of a UNet, JSON values; docs/export.md explains them."""
-    metadata = {name: getattr(model, name) for name in (*ALWAYS, *WHERE_KNOWN)}
+    names = (*ALWAYS, *WHERE_KNOWN)
+    metadata = {name: getattr(model.info, name) for name in names if name != "n_channels"}
+    metadata["n_channels"] = model.n_channels
     metadata["mean"], metadata["std"] = mean_and_std(model.n_channels)
-    metadata["inference"] = model.inference and model.inference.as_dict()
+    metadata["inference"] = model.info.inference and model.info.inference.as_dict()
     return {key: value for key, value in metadata.items() if value is not None or key in ALWAYS}
 
 

@@ -90,6 +90,16 @@ def _frames(file, arrays, what, volume, pixel_size):
     return frames
 
 
+def as_frame(image):
+    """The Frame of a path, a PIL image, or an array of uint8 (H, W) or (H, W, 3)."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return Frame(Path("image"), "image", "image", lambda: image.convert("RGB"))
+    path = Path(image)
+    return Frame(path, result_name(path), path.name, partial(read_image, path))
+
+
 def _read_array(arrays, index):
     return Image.fromarray(arrays[index]).convert("RGB")
 
@@ -166,12 +176,6 @@ def expand(inputs):
                 names[path] = _name_with_suffix(path)
     _check_names([(name, path) for path, name in names.items()])
     return [ImageFile(path, name, formats[path]) for path, name in names.items()]
-
-
-def count_files(inputs):
-    """How many files are named, or lie in the folders that are."""
-    folders = [folder for folder in map(Path, inputs) if folder.is_dir()]
-    return len(inputs) - len(folders) + sum(len(list(folder.iterdir())) for folder in folders)
 
 
 def _name_with_suffix(path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image
 
 from medseg import images
@@ -58,17 +59,20 @@ START_DOWNLOAD = """file => file && Object.assign(document.createElement("a"),
 
 
 def assess(model, image, threshold, tta):
-    """PIL image -> (probabilities, float32 array (C, S, S) of 0..1; its `Assessment`)."""
-    flips = flips_to_average(model.recorded, model.trained_flips) if tta else ()
+    """PIL image -> its `medseg.predictor.Prediction`."""
+    info = model.info
+    flips = flips_to_average(info.inference, info.trained_flips) if tta else ()
     model.inference = model.inference._replace(threshold=threshold, flips=flips)
-    (probabilities,), (assessment,) = model.assess(model.prepare(image)[None])
-    return probabilities, assessment
+    pixels = images.preprocess(image, info.image_size, model.n_channels)
+    (prediction,) = model.predict(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2))
+    return prediction
 
 
 class Session:
     """The predictions of some files, below `folder`.
 
-    model: as predict.py has it; window, pixel_size: as of `medseg.predicting.inputs.open_file`.
+    model: a `medseg.predictor.Predictor`; window, pixel_size: as of
+    `medseg.predicting.inputs.open_file`.
     predictions: of each image its frame, size, assessment, the number of pixels that are `marked`,
     and `arrays`, a file with the picture as it is shown and the probabilities. first: the index of
     that to show first: of slices, the one with most foreground. problems: a line on each file that
@@ -76,8 +80,8 @@ class Session:
     """
 
     def __init__(self, folder, model, window=None, pixel_size=None):
-        self.model, self.names, self.threshold = model, model.class_names, None
-        self._settings, self._volumes = (window, model.orientation, pixel_size), {}
+        self.model, self.names, self.threshold = model, model.info.class_names, None
+        self._settings, self._volumes = (window, model.info.orientation, pixel_size), {}
         self.predictions, self.problems, self.first = [], [], 0
         self._folder = Path(tempfile.mkdtemp(dir=folder))
 
@@ -113,7 +117,8 @@ class Session:
 
     def _add(self, frame, threshold, tta):
         image = frame.read()
-        probabilities, assessment = assess(self.model, image, threshold, tta)
+        assessment = assess(self.model, image, threshold, tta)
+        probabilities, assessment = assessment[0], assessment._replace(probabilities=None)
         view, arrays = image.copy(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
         np.savez(arrays, view=np.asarray(view), probabilities=probabilities)
@@ -165,13 +170,13 @@ class Session:
             probabilities, spacing = arrays["probabilities"], one.frame.spacing
         check_clean(clean, spacing, one.frame.path.name)
         inference, about = Inference(threshold, clean=clean), (probabilities, one.size, spacing)
-        masks = inference.overlapping(*about, exclusive=self.model.exclusive)
-        order = self.model.draw_order
+        masks = inference.overlapping(*about, exclusive=self.model.info.exclusive)
+        order = self.model.info.draw_order
         return inference.labels(*about, marked=marked, draw_order=order), probabilities, masks
 
     def _columns(self, predictions, threshold):
         """How far to rely on them; the agreement is of masks at the threshold of the network."""
-        columns = assess_volume([one.assessment for one in predictions])._asdict()
+        columns = assess_volume([one.assessment for one in predictions])
         return columns if threshold == self.threshold else {**columns, "agreement": None}
 
     def download(self, what, threshold, clean="none"):
@@ -255,7 +260,7 @@ def layout(model, title, examples, folder, settings):
 
 def add_settings(gr, model, parts):
     """Threshold, looks, flips and clean-up, which begin as the weights or the flags have them."""
-    threshold, flips, clean = model.inference
+    (threshold, flips, clean), recorded = model.inference, model.info.inference
     steps, sizes = parse_named_values(clean, CLEANINGS), {"step": 0.01, "min_width": 300}
     with gr.Row(equal_height=True):
         label = "Threshold: foreground is above this probability"
@@ -263,7 +268,7 @@ def add_settings(gr, model, parts):
         opacity = gr.Slider(0, 1, 0.4, label="Overlay: opacity", elem_id="opacity", **sizes)
     with gr.Row(equal_height=True):
         outlined = gr.Checkbox(label="Overlay: outline", elem_id="outline", elem_classes="switch")
-        views = Inference(flips=flips_to_average(model.recorded, model.trained_flips)).extras()[0]
+        views = Inference(flips=flips_to_average(recorded, model.info.trained_flips)).extras()[0]
         looks = {"label": f"Average over {views}", "elem_id": "tta", "elem_classes": "switch"}
         parts.cleaning, parts.tta = [], gr.Checkbox(bool(flips), **looks)
         for name, (default, highest) in CLEANINGS.items():
@@ -356,8 +361,8 @@ def table_of(rows):
 def serve(model, model_paths, address, **settings):
     """Serve the page until Ctrl-C, SIGTERM or a closed terminal; then remove what was uploaded.
 
-    model: as predict.py has it, from the files `model_paths`; address: host, port and auth, as of
-    `launch`; settings: window and pixel_size, as of `Session`.
+    model: a `medseg.predictor.Predictor`, from the files `model_paths`; address: host, port and
+    auth, as of `launch`; settings: window and pixel_size, as of `Session`.
     """
     signals = Signals()
     with signals.exit_when_stopped(""), signals.installed(), temporary_folder(signals) as folder:

@@ -1,6 +1,6 @@
 """Images read ahead of the network: several at a time, as long as they are small."""
 
-import contextlib
+from contextlib import suppress
 
 from medseg.files import parallel_map
 from medseg.formats.medical import file_format
@@ -9,16 +9,16 @@ from medseg.images import open_image
 AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or written behind it
 
 
-def read_ahead(model, frames, leave_out):
-    """Yield (frame, PIL image, uint8 pixels (S, S, n_channels)) of those that can be read.
+def read_ahead(frames, prepare, leave_out):
+    """Yield (frame, PIL image, tensor (1, C, S, S)) of the `Frame`s that can be read.
 
-    A few are read ahead, in threads. These leave PyTorch alone, whose own threads would compete
-    with the network's. leave_out(frame, error) is told of the others.
+    A few are read ahead, in threads. prepare(PIL image): `predict.preprocess_image`.
+    leave_out(frame, error) is told of the others.
     """
 
     def read(frame):
         image = frame.read()
-        return frame, image, model.prepare(image)
+        return frame, image, prepare(image)[0]
 
     ahead = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
     for frame in frames:
@@ -33,8 +33,8 @@ def read_ahead(model, frames, leave_out):
 def take_batch(readable, size):
     """The next of what `read_ahead` gives: `size`, or fewer large ones, or none."""
     batch, pixels = [], 0
-    for frame, image, array in readable:
-        batch.append((frame, image, array))
+    for frame, image, tensor in readable:
+        batch.append((frame, image, tensor))
         pixels += image.width * image.height
         if len(batch) == size or pixels > AHEAD_PIXELS:
             break
@@ -44,6 +44,6 @@ def take_batch(readable, size):
 def count_pixels(frame):
     """How many pixels the image file of a Frame says it has; 0 of a frame of another file."""
     if file_format(frame.path) is None:
-        with contextlib.suppress(Exception), open_image(frame.path) as image:  # told when read
+        with suppress(Exception), open_image(frame.path) as image:  # told when it is read
             return image.width * image.height
     return 0

@@ -24,10 +24,10 @@ def threshold_sweep(model, batches, dataset, spacing=None):
     batches: its images in the order of `dataset`, as `data.Batches` gives them. Flips and clean-up
     are the model's. spacing: mm of a pixel along each axis, or None.
     """
-    bar, names = tqdm(batches, "valid", unit=" batches", disable=None), model.class_names
-    predicted = (one for images, _ in bar for one in model.average(images))
+    bar, names = tqdm(batches, "valid", unit=" batches", disable=None), model.info.class_names
+    predicted = (one for images, _ in bar for one in model(images).cpu().numpy())
     pairs = ((dataset.true_masks(index), one) for index, one in enumerate(predicted))
-    options = {"exclusive": model.exclusive, "spacing": spacing}
+    options = {"exclusive": model.info.exclusive, "spacing": spacing}
     counts = metrics.count_pixels(pairs, metrics.SWEEP, model.inference.clean, **options)
     dice = [metrics.class_scores(own, names)["dice"] for own in counts.swapaxes(0, 1)]
     if math.isnan(dice[0]):
@@ -94,14 +94,15 @@ class FolderScores:
         """The indices of the annotated images that have not been compared."""
         return [index for index in range(len(self.dataset)) if index not in self._images]
 
-    def complete(self, model):
+    def complete(self, predict_image):
         """Predict the images that are missing, as those with a record in a folder further down.
 
+        predict_image(PIL image) -> `medseg.predictor.Prediction`.
         Raises FileNotFoundError or ValueError where one cannot be read or predicted.
         """
         for index in self.missing():
             image = read_image(self.dataset.path(index))
-            self.compare(index, image.size, model.predict(image))
+            self.compare(index, image.size, predict_image(image).probabilities)
 
     def result(self):
         """Counts (N, T, C, 4), at `thresholds`, and `surface_scores` (N, C, 2) of all images."""

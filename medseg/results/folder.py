@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from medseg.device import choose_precision
 from medseg.drawing import montage, overlay, with_legend
 from medseg.files import shorten
 from medseg.formats.medical import mask_name, result_name
@@ -261,12 +262,12 @@ def describe_run(args, model, window):
     args: the command line; model: as predict.py has it; window: (center, width) or None.
     """
     return {
-        "class_names": list(model.class_names),
+        "class_names": list(model.info.class_names),
         **model.inference.as_dict(),
-        "image_size": model.image_size,
+        "image_size": model.info.image_size,
         "n_channels": model.n_channels,
-        "precision": model.precision,
-        "window": window or model.window,
-        "orientation": model.orientation,
+        "precision": choose_precision(args.precision, model.device),
+        "window": window or model.info.window,
+        "orientation": model.info.orientation,
         "pixel_size_mm": args.pixel_size,
     }

@@ -115,9 +115,9 @@ class Fold:
 
     def score(self, model, batches, autocast):
         """Score its valid split by the network that was trained on the others."""
-        inference, names = model.inference or PLAIN, model.class_names
+        inference, names = model.info.inference or PLAIN, model.info.class_names
         pairs = predict(model, batches, batches.device, inference.flips, autocast)
-        options = {"clean": inference.clean, "exclusive": model.exclusive}
+        options = {"clean": inference.clean, "exclusive": model.info.exclusive}
         counts = count_pixels(pairs, [inference.threshold], **options)[:, 0]
         images = _describe_images(counts, Path(self.args.data) / "valid")
         self.result = _fold_result(self.number, counts, names, images, inference)

@@ -6,7 +6,7 @@ import torch
 from medseg.dist import is_first
 from medseg.inference import view
 from medseg.ood import MIN_IMAGES, FeatureRecorder, fit_with_threshold
-from medseg.tiles import by_tiles, tiling_of
+from medseg.tiles import apply_by_tiles
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
 
@@ -22,8 +22,7 @@ def record_statistics(model, loaders, device, out, autocast):
     first process. Of too few images there are none.
     """
     rows = loaders["train"].rows
-    model.draw_order = find_draw_order(rows, model.n_channels, model.n_classes)
-    model.exclusive = not model.draw_order
+    model.info.draw_order = find_draw_order(rows, model.n_channels, model.n_classes)
     if not is_first():
         return
     if len(rows) >= MIN_IMAGES:
@@ -31,8 +30,8 @@ def record_statistics(model, loaders, device, out, autocast):
             pool_features(model, loaders[split].whole_images(MAX_IMAGES), device, autocast)
             for split in ("train", "valid")
         ]
-        model.feature_statistics = fit_with_threshold(*features)
-    if model.feature_statistics or not model.exclusive:
+        model.info.feature_statistics = fit_with_threshold(*features)
+    if model.info.feature_statistics or not model.info.exclusive:
         save_weights(out / BEST, model.state_dict())
 
 
@@ -42,23 +41,17 @@ def pool_features(model, batches, device, autocast):
     One image after the other has the next of them, so that all are there in equal numbers.
     """
     model.eval()
-    recorder, pooled, seen = FeatureRecorder(model), [], 0
-    views = (None, *model.trained_flips)
-
-    def look(part):
-        with torch.inference_mode(), autocast:
-            # Not as it is compiled, which would leave the hooks out.
-            by_tiles(model.forward, part, tiling_of(model), part.device, enter=recorder.look)
-
-    try:
-        for images, _ in batches:
-            which = (torch.arange(len(images)) + seen) % len(views)
-            seen += len(images)
-            for number in which.unique().tolist():
-                look(view(images[which == number].to(device), views[number]))
-                pooled.append(recorder.take())
-    finally:
-        recorder.remove()
+    pooled, seen, views = [], 0, (None, *model.info.trained_flips)
+    for images, _ in batches:
+        which = (torch.arange(len(images)) + seen) % len(views)
+        seen += len(images)
+        for number in which.unique().tolist():
+            part = view(images[which == number].to(device), views[number])
+            with torch.inference_mode(), autocast, FeatureRecorder(model) as recorder:
+                # Not as it is compiled, which would leave the hooks out.
+                options = {"forward": model.forward, "look": recorder.look}
+                apply_by_tiles(model, part, device, **options)
+            pooled.append(recorder.pooled())
     return np.concatenate(pooled)
 
 

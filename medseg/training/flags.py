@@ -246,7 +246,7 @@ def parse_arguments(argv, doc, make_plan=None):
             if model.n_classes > 1:  # which a plan would take together
                 kept = {"classes": "each"}
             if not (first.crop or planned):  # else images keep their own size, or the plan has one
-                defaults["image_size"] = model.image_size or IMAGE_SIZE
+                defaults["image_size"] = model.info.image_size or IMAGE_SIZE
         parser.set_defaults(**defaults | network)
         if planned:  # what is refused is refused before, for a plan takes its time
             args, out = parser.parse_args(argv), output_folder(first.out)

@@ -187,7 +187,7 @@ def print_run(root, args, loaders, model, machine):
     counts = ", ".join(f"{len(loader.rows)} {split}" for split, loader in loaders.items())
     world, weights = rank_and_world()[1], sum(weight.numel() for weight in model.parameters())
     processes = f"{world} x " if world > 1 else ""
-    side = model.image_size
+    side = model.info.image_size
     sizes = f"{side}x{side}" if side else "their own size"
     if args.crop and not args.test_only:
         sizes += f", trained on crops of {args.crop}x{args.crop}"
@@ -243,7 +243,7 @@ def _print_steps(args, loader):
 
 
 def print_new_head(model):
-    classes = ", ".join(model.class_names)
+    classes = ", ".join(model.info.class_names)
     print(f"the last layer starts anew: its classes are {classes}", flush=True)
 
 

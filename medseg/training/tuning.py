@@ -15,7 +15,7 @@ from medseg.metrics import (
     image_dice,
     present_classes,
 )
-from medseg.tiles import apply_network
+from medseg.predictor import Predictor
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
 
@@ -130,14 +130,14 @@ def tune_prediction(model, loaders, device, out, autocast):
 
     def count(inference, thresholds):
         pairs = predict(model, loaders["valid"], device, inference.flips, autocast)
-        return count_pixels(pairs, thresholds, inference.clean, exclusive=model.exclusive)
+        return count_pixels(pairs, thresholds, inference.clean, exclusive=model.info.exclusive)
 
-    model.inference, lines = choose(count, model.trained_flips)
+    model.info.inference, lines = choose(count, model.info.trained_flips)
     if is_first():
         save_weights(out / BEST, model.state_dict())
         for line in lines:
             print(f"on valid, {line}")
-        print(f"chosen on valid: {model.inference}", flush=True)
+        print(f"chosen on valid: {model.info.inference}", flush=True)
 
 
 def predict(model, loader, device, flips, autocast):
@@ -146,11 +146,11 @@ def predict(model, loader, device, flips, autocast):
     loader: `data.Batches`, whose true masks are of the image's own size.
     """
     model.eval()
+    predictor = Predictor([model], device, inference=PLAIN._replace(flips=flips), autocast=autocast)
     numbers = iter(loader.row_numbers())
     for images, masks in loader:
-        with torch.inference_mode(), autocast:
-            outputs = apply_network(model, images.to(device), flips)
-        for mask, probabilities in zip(masks, outputs.float().cpu().numpy(), strict=True):
+        outputs = predictor(images).cpu().numpy()
+        for mask, probabilities in zip(masks, outputs, strict=True):
             yield loader.true_masks(next(numbers), mask), probabilities
 
 
@@ -161,7 +161,7 @@ def count_batch(model, inference, truths, outputs):
     the UNet, (B, C, S, S), already averaged over the flips of `inference`.
     """
     counts = np.zeros((len(outputs), model.n_classes, 4), np.int64)
-    thresholds, options = [inference.threshold], {"exclusive": model.exclusive}
+    thresholds, options = [inference.threshold], {"exclusive": model.info.exclusive}
     pairs = zip(truths, outputs.float().cpu().numpy(), strict=True)
     for own, pair in zip(counts, pairs, strict=True):
         own[:] = count_image(*pair, thresholds, inference.clean, **options)[0]

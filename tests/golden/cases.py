@@ -175,7 +175,7 @@ def mosaic():
     """A phantom many times in one picture, and weights that take it at its own size, by tiles."""
     scans()
     model = UNet.from_state_dict(torch.load(TUMOR, weights_only=True))
-    model.image_size = None
+    model.info.image_size = None
     torch.save(model.state_dict(), "model.pth")
     save(np.tile(np.asarray(Image.open("scans/s0.png").convert("RGB")), (13, 16, 1)), "mosaic.png")
 
@@ -532,9 +532,8 @@ CASES = {
     ),
     "export_onnx": (
         scans,
-        f"predict.py --model {TUMOR} --export model.onnx\n"
-        f"{PREDICT} scans --model model.onnx --output out",
-        "table out/predictions.csv; onnx model.onnx",
+        f"predict.py --model {TUMOR} --export model.onnx",
+        "onnx model.onnx",
     ),
 }
 

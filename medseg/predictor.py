@@ -1,0 +1,186 @@
+"""From images to probabilities: passes through networks, by flips and by tiles, and their mean."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from medseg.device import available_device, out_of_memory
+from medseg.inference import PLAIN, combine, undo_view, view
+from medseg.ood import FeatureRecorder
+from medseg.tiles import apply_by_tiles
+
+# What several models have in common, and what to call it.
+COMMON = {
+    "class_names": "classes",
+    "image_size": "image size",
+    "window": "window",
+    "orientation": "orientation",
+}
+
+
+class Prediction(NamedTuple):
+    """What is predicted for one image; None is what is not known.
+
+    probabilities: float32 (C, S, S). agreement: 0..1, the mean Dice between the masks of two
+    members, which are the networks and the flips of each: about what Dice one of them would have if
+    another were right. unlike: distance from the training images, in units of the distance above
+    which an image is unlike them (`medseg.ood`).
+    """
+
+    probabilities: np.ndarray
+    agreement: float | None = None
+    unlike: float | None = None
+
+
+class Predictor:
+    """Networks of the same images and classes, and how masks are made with them.
+
+    networks: [UNet], or other modules with an `info` given. names: their files, for messages. info:
+    what they have in common, a `net.ModelInfo`; by default, of `common_info`. inference: the
+    `medseg.inference.Inference` to predict with; by default, the recorded one. autocast: a context
+    for the networks, see `medseg.device.make_autocast`.
+    """
+
+    def __init__(
+        self, networks, device, *, names=(), info=None, inference=None, autocast=nullcontext()
+    ):
+        self.networks, self.device = networks, available_device(device)
+        self.info = info or common_info(networks, names)
+        self.n_channels = getattr(networks[0], "n_channels", 3)
+        self.inference = inference or self.info.inference or PLAIN
+        self.autocast = autocast
+        # How many images at a time: more do not fit a CPU's caches.
+        self.batch_size = 4 if self.device.type == "cpu" else 16
+        if self.info.image_size is None:  # images keep their own
+            self.batch_size = 1
+
+    def __call__(self, images):
+        """Images (B, n_channels, H, W) -> probabilities, float32 (B, C, H, W).
+
+        images: a tensor, normalised float32, or uint8, which is normalised part by part. Averaged
+        over networks and flips. What is returned is on the device, or on the CPU where an image is
+        divided. Raises ValueError where the memory does not suffice.
+        """
+        return self._average(probabilities for probabilities, _ in self._passes(images))
+
+    def predict(self, images):
+        """Images, as above -> [`Prediction`] of each."""
+        masks, ratios = [], []
+
+        def members():
+            for probabilities, ratio in self._passes(images, assess=True):
+                if self.members > 1:
+                    marked = (probabilities > self.inference.threshold).flatten(2)
+                    masks.append(np.packbits(marked.cpu().numpy(), axis=-1))
+                if ratio is not None:
+                    ratios.append(ratio)
+                yield probabilities
+
+        probabilities = self._average(members()).cpu().numpy()
+        agreement, unlike = pairwise_dice(masks), np.mean(ratios, 0) if ratios else None
+        columns = [
+            [None] * len(images) if one is None else one.tolist() for one in (agreement, unlike)
+        ]
+        return [Prediction(*values) for values in zip(probabilities, *columns, strict=True)]
+
+    @property
+    def members(self):
+        """How many passes through a network are averaged."""
+        return len(self.networks) * (1 + len(self.inference.flips))
+
+    def _average(self, members):
+        total = None
+        for probabilities in members:
+            with torch.inference_mode():  # in place: those of a large image fill the memory
+                total = probabilities if total is None else total.add_(probabilities)
+        with torch.inference_mode():
+            return total if self.members == 1 else total.div_(self.members)
+
+    def _passes(self, images, *, assess=False):
+        """Yield (probabilities, how unlike the training the images are, or None) of each member."""
+        for network in self.networks:
+            for name in (None, *self.inference.flips):
+                info = getattr(network, "info", self.info)
+                known = info.feature_statistics if assess and name is None else None
+                if known is None:
+                    yield undo_view(self._pass(network, view(images, name)), name), None
+                    continue
+                with FeatureRecorder(network) as recorder:
+                    probabilities = self._pass(network, images, look=recorder.look)
+                yield probabilities, known.ratios(recorder.pooled())
+
+    def _pass(self, network, images, **options):
+        try:
+            with torch.inference_mode(), self.autocast:
+                return apply_by_tiles(network, images, self.device, **options)
+        except (MemoryError, RuntimeError) as error:
+            memory = out_of_memory(error)
+            if memory is None:
+                raise
+            count, _, height, width = images.shape
+            other = "" if self.device.type == "cpu" else "try --device cpu, or "
+            raise ValueError(
+                f"out of {memory} with {count} x {width}x{height} pixels: "
+                f"{other}give smaller images"
+            ) from None
+
+
+def common_info(networks, names=()):
+    """The `net.ModelInfo` of networks whose probabilities are averaged.
+
+    names: their files. Thresholds are averaged; flips and clean-up count where all have the same.
+    Raises ValueError that names the first network that differs in what all must share.
+    """
+    first, *others = infos = [network.info for network in networks]
+    for index, info in enumerate(others, 1):
+        pairs = {what: (getattr(first, key), getattr(info, key)) for key, what in COMMON.items()}
+        pairs["channels"] = networks[0].n_channels, networks[index].n_channels
+        for what, (expected, value) in pairs.items():
+            if value != expected:
+                raise ValueError(
+                    f"{names[index]}: {what} {_spell(value)}, but {names[0]} has "
+                    f"{_spell(expected)}: models predict together only where they agree"
+                )
+    same_flips = len({info.trained_flips for info in infos}) == 1
+    return replace(
+        first,
+        inference=combine([info.inference for info in infos]),
+        trained_flips=first.trained_flips if same_flips else (),
+        draw_order=next((info.draw_order for info in infos if info.draw_order), ()),
+        feature_statistics=None,
+    )
+
+
+def _spell(value):
+    if value is None:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def pairwise_dice(masks):
+    """float64 (B,): the mean Dice of all pairs of members and of the classes; None of a single one.
+
+    masks: of each member uint8 (B, C, bytes), as np.packbits packs its pixels. Two empty masks
+    agree: 1. An empty one and another do not: 0. Roy et al.: "Inherent Brain Segmentation Quality
+    Control from Fully ConvNet Monte Carlo Sampling", MICCAI 2018, have this mean as d_MC, for
+    samples of one network.
+    """
+    if len(masks) < 2:
+        return None
+    sizes, pairs = [_count(mask) for mask in masks], []
+    for second in range(1, len(masks)):
+        for first in range(second):
+            total = sizes[first] + sizes[second]
+            shared = 2 * _count(masks[first] & masks[second])
+            pairs.append(np.where(total, shared / np.maximum(total, 1), 1.0))
+    return np.mean(pairs, axis=(0, 2))
+
+
+_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
+
+
+def _count(packed):
+    return _BITS[packed].sum(-1, dtype=np.int64)

@@ -1,0 +1,492 @@
+"""From images to probabilities: tiles, several models as one, and how far to rely on them."""
+
+import csv
+import itertools
+import json
+import math
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import brightness_model, output_of, scan
+from PIL import Image, ImageChops
+from scipy.spatial.distance import mahalanobis
+
+import train
+from data import Batches, load_split, normalize
+from medseg import images, tiles
+from medseg.cache import RaggedRows
+from medseg.inference import FLIPS, PLAIN, VIEWS, Inference
+from medseg.layers import ARCHITECTURES
+from medseg.ood import count_features, fit, fit_with_threshold
+from medseg.phantoms import make_phantoms
+from medseg.predicting.assessment import assess_volume, print_assessments
+from medseg.predictor import Prediction, Predictor, pairwise_dice
+from net import UNet, load_model
+
+
+def network(seed=0, image_size=None, **options):
+    """A UNet of random weights, which knows the statistics of random features."""
+    torch.manual_seed(seed)
+    model = UNet(n_filters=2, image_size=image_size, **options).eval()
+    for weight in model.parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight, nonlinearity="relu")
+    with torch.no_grad():  # logits of deviation 1
+        model.outc.weight /= model(torch.randn(1, 3, 64, 64)).double().logit(1e-7).std()
+    features = torch.randn(20, count_features(2, model.architecture.depth))
+    model.info.feature_statistics = fit(features)._replace(threshold=1.0)
+    return model
+
+
+def predictor_of(*networks, **inference):
+    return Predictor(networks, "cpu", inference=PLAIN._replace(**inference))
+
+
+def noise(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Any image is larger than the memory: tiles are as small as their margins allow."""
+    monkeypatch.setattr(tiles, "TILE_MEMORY", 1)
+    tiles.note_difference.cache_clear()
+
+
+def whole_and_tiled(monkeypatch, function, *arguments):
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "TILE_MEMORY", 1 << 60)
+        whole = function(*arguments)
+    return whole, function(*arguments)
+
+
+EQUAL = {  # layers of each member, flips, height, width
+    "depth 3": ([{"depth": 3, "norm": "batch"}], (), 231, 57),
+    "depth 4": ([{"depth": 4}], (), 413, 111),
+    "depth 5": ([{"depth": 5, "norm": "batch"}], (), 803, 95),
+    "strides, nearest": ([{**ARCHITECTURES["study"], "depth": 3}], (), 302, 101),
+    "multiples": ([{"depth": 3}], (), 64, 256),
+    "flips": ([{"depth": 2}], VIEWS, 107, 99),
+    "classes": ([{"depth": 3, "n_classes": 3}], (), 222, 51),
+    "two depths": ([{"depth": 1}, {"depth": 3}], ("both",), 231, 57),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_tiles_are_equal_to_the_whole_image(case, small_tiles, monkeypatch, capsys):
+    """Probabilities, agreement and distance, of floats and of bytes."""
+    members, flips, *size = EQUAL[case]
+    networks = [network(seed, **options) for seed, options in enumerate(members)]
+    predictor, pixels, sides = predictor_of(*networks, flips=flips), noise(1, 3, *size), []
+    pixels[..., :50, :] //= 8  # so that parts of the image differ
+    networks[-1].register_forward_hook(lambda *call: sides.append(max(call[2].shape[2:])))
+    (whole,), (tiled,) = whole_and_tiled(monkeypatch, predictor.predict, pixels)
+    assert max(sides) > sides[-1] and tiled.probabilities.dtype == np.float32
+    for found in (tiled.probabilities, predictor(normalize(pixels.permute(0, 2, 3, 1)))[0]):
+        np.testing.assert_allclose(found, whole.probabilities, rtol=0, atol=1e-5)
+    assert whole.agreement is None or 0 < whole.agreement < 1
+    assert tiled.agreement == pytest.approx(whole.agreement, abs=1e-3)
+    assert tiled.unlike == pytest.approx(whole.unlike, rel=1e-4)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_margin_is_the_reach_of_the_network():
+    """Each network's answer changes up to the margin from a border that is moved, no further."""
+    for depth, options in ((2, {}), (3, {}), (2, {"down": "stride"}), (2, {"up": "nearest"})):
+        model, stride = network(depth=depth, **options).double(), 2**depth
+        model.outc.float()
+        model.sigmoid = torch.nn.Identity()
+        side, reaches = 24 * stride, []
+        image = torch.randn(1, 3, side, stride, dtype=torch.double)
+        with torch.inference_mode():
+            for cut in (np.s_[..., side // 2 :, :], np.s_[..., : side // 2, :]):
+                changed = (model(image)[cut] - model(image[cut])).abs().amax((0, 1, 3)) > 1e-6
+                rows = changed.nonzero()[:, 0]
+                reaches.append(rows.max() + 1 if cut[1].start else side // 2 - rows.min())
+        assert math.ceil(max(reaches) / stride) * stride == tiles.margin_of(model)
+
+
+def test_every_tile_has_its_margins():
+    """Each pixel once, margins at borders that are none, multiples of the stride, few pixels."""
+    draw = random.Random(0)
+    for _ in range(300):
+        stride = 2 ** draw.randint(1, 6)
+        margin = stride * draw.randint(1, 8)
+        pixels = draw.choice([1, 40 * margin**2])
+        sides = [draw.randint(1, 12 * margin) for _ in range(2)]
+        made = tiles.make_tiles(*sides, stride, margin, pixels)
+        for row, column in made:
+            shown = (row.last - row.first) * (column.last - column.first)
+            assert shown <= max(pixels, (3 * margin + stride) ** 2)
+        for side, parts in zip(sides, zip(*made, strict=True), strict=True):
+            parts = sorted(set(parts))
+            assert (parts[0].start, parts[-1].end) == (0, side)
+            assert all(one.end == other.start for one, other in itertools.pairwise(parts))
+            for start, end, first, last in parts:
+                assert first % stride == 0 and (first == 0 or start - first >= margin)
+                assert last == side or (last % stride == 0 and last - end >= margin)
+
+
+@pytest.mark.parametrize("option", [{"norm": "group"}, {"up": "bilinear"}], ids=str)
+def test_what_sees_the_whole_image_keeps_it_where_it_fits(option, small_tiles, monkeypatch, capsys):
+    predictor, pixels = predictor_of(network(depth=3, **option)), noise(1, 3, 231, 57)
+    whole, kept = whole_and_tiled(monkeypatch, predictor, pixels)
+    np.testing.assert_array_equal(kept, whole)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(tiles, "available_memory", lambda device: 1000)
+    for _ in range(2):  # it is said once
+        assert (predictor(pixels) != whole).any()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tiles" in line and next(iter(option.values())) in line
+
+
+def test_memory_in_use_is_not_free(here, monkeypatch):
+    monkeypatch.setattr(tiles, "Path", lambda path: here / path.lstrip("/"))
+    (here / "proc").mkdir()
+    (here / "proc/meminfo").write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 2 kB\n")
+    assert tiles.available_memory() == 2048  # no container
+    group = here / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    cases = ("4096", 3072, 1024), ("4096", 5000, 0), ("max", 3072, 2048), ("9216", 3072, 2048)
+    for most, used, free in cases:
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        assert tiles.available_memory() == free
+
+
+def test_images_of_one_size_are_never_divided():
+    for model, divided in ((network(), 1), (network(image_size=64), 0), (torch.nn.ReLU(), 0)):
+        assert tiles.must_divide(model, 1 << 60, "cpu") == divided
+        assert not tiles.must_divide(model, 1 << 20, "cpu")
+
+
+def test_the_evaluation_of_a_training_takes_tiles(small_tiles, monkeypatch):
+    """Loss and scores of `evaluate`, with chosen flips too."""
+    model, widths = network(depth=3), []
+    pixels = torch.cat([noise(51, 223, 3), noise(51, 223, 1) > 127], 2).numpy()
+    loader = Batches(RaggedRows.of_array(pixels[None]), 1)
+    model.register_forward_hook(lambda module, given, found: widths.append(found.shape[-1]))
+    for inference in (None, Inference(0.5, tuple(FLIPS))):
+        evaluate = partial(train.evaluate, inference=inference)
+        arguments = model, loader, train.combined_loss, "cpu"
+        whole, tiled = whole_and_tiled(monkeypatch, evaluate, *arguments)
+        assert whole == pytest.approx(tiled, rel=1e-4) and whole["dice"] > 0.1
+        passes = 1 + len(inference.flips if inference else ())
+        assert widths[:passes] == passes * [223] and max(widths[passes:]) < 223
+        widths.clear()
+
+
+def test_a_bright_square_across_tiles(small_tiles, here):
+    torch.save(brightness_model(image_size=None).state_dict(), "model.pth")
+    scan(1100, 150, 500, 20, 100).save("scan.png")
+    said = output_of("predict.py", "scan.png", "--model", "model.pth", "--device", "cpu", cwd=here)
+    assert "foreground 6.06 %" in said  # 10000 of 165000 pixels
+    mask = np.asarray(Image.open("scan_mask.png"))
+    np.testing.assert_array_equal(mask, np.uint8(255) * (np.asarray(Image.open("scan.png")) > 99))
+
+
+def test_a_folder_of_large_images_is_taken_one_at_a_time(place, monkeypatch):
+    """Of more pixels than may wait, none is read before the last one is written."""
+    for number in range(4):
+        helpers.save(scan(40, 30, 5, 5, 20), f"scans/{number}.png")
+    events, read, write = [], images.read_image, images.save_overlay
+    for name, function in (
+        ("predicting.inputs.read_image", lambda path: events.append("read") or read(path)),
+        ("results.folder.save_overlay", lambda *given: write(*given) or events.append("write")),
+    ):
+        monkeypatch.setattr(f"medseg.{name}", function)
+    for pixels, order in ((1, 4 * ["read", "write"]), (1 << 20, 4 * ["read"])):
+        monkeypatch.setattr("medseg.predicting.reading.AHEAD_PIXELS", pixels)
+        output_of("predict.py", "scans", "--model", "often.pth", "--device", "cpu", cwd=place)
+        assert events[: len(order)] == order
+        events.clear()
+
+
+def test_limits_of_pictures(place, refused):
+    """A bomb of 144 megapixels in 18 kB is refused; an overlay fits its format."""
+    Image.new("1", (12000, 12000)).save("bomb.png")
+    images.set_pixel_limit(144)
+    with images.open_image("bomb.png") as image:
+        assert image.size == (12000, 12000)
+    bomb = ("bomb.png", "--model", "often.pth")
+    refused("predict", *bomb, words=["bomb.png", "--max-megapixels 144"])  # by default
+    refused("predict", *bomb, "--max-megapixels", 143, words=["bomb.png", "144"])
+    wrong = [("predict", value) for value in (-5, "many", "nan")]
+    for name, value in (*wrong, ("data", 0), ("download", 0), ("train", 0)):
+        refused(name, f"--max-megapixels={value}", words=["--max-megapixels"])
+    images.save_overlay(Image.new("RGB", (70_000, 4)), np.zeros((4, 70_000)), "o.jpg", ["one"])
+    assert Image.open("o.jpg").size == (65_500, 4)
+
+
+@pytest.fixture
+def place(here):
+    """An image; a model that is near 1 where a pixel is bright, and two of 0.9 and of 0.2."""
+    torch.save(brightness_model().state_dict(), "bright.pth")
+    for name, probability in (("often", 0.9), ("seldom", 0.2)):
+        model = UNet(n_filters=2, image_size=32)
+        torch.nn.init.zeros_(model.outc.weight)
+        torch.nn.init.constant_(model.outc.bias, math.log(probability / (1 - probability)))
+        torch.save(model.state_dict(), f"{name}.pth")
+    scan(40, 40, 5, 5, 20).save("scan.png")
+    return here
+
+
+MODELS = ("--model", "often.pth", "seldom.pth")
+ORDERS = {
+    "before": (*MODELS, "scan.png"),
+    "between": (*MODELS, "--device", "cpu", "scan.png"),
+    "around": ("scan.png", *MODELS, "other.png", "--output", "."),
+    "volume": (*MODELS, "brain.nii.gz"),
+    "one": ("--model", "often.pth", "scan.png"),
+    "odd": ("--output", ".", "--model=weights", "--", "scan.png"),  # whatever it is called
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_models_and_images_are_told_apart_in_any_order(order, place):
+    shutil.copy2("often.pth", "weights")
+    shutil.copy2("scan.png", "other.png")
+    helpers.write_nifti("brain.nii.gz", np.full((40, 40, 3), 20, np.uint8))
+    said, count = output_of("predict.py", *ORDERS[order], cwd=place), 1 + (order == "around")
+    mean = "0.550" if "seldom.pth" in ORDERS[order] else "0.900"  # (0.9 + 0.2) / 2
+    assert said.count(f"highest probability {mean}") == count
+    assert len([*Path().glob("*_mask.*")]) == count
+
+
+def test_a_folder_is_scored_as_its_masks_are_written(place):
+    """The mean of p, 0.9 and 0.2 is above 0.5 where p is above 0.4."""
+    helpers.make_dataset(Path("dataset"))
+    flags = ("dataset/test", "--device", "cpu", "--output")
+    output_of("predict.py", *flags, "one", "--model", "bright.pth", "--threshold", 0.4, cwd=place)
+    output_of("predict.py", *flags, "all", "--model", *sorted(Path().glob("*.pth")), cwd=place)
+    alone, together = (json.loads(Path(name, "report.json").read_text()) for name in ("one", "all"))
+    assert together["scores"] == alone["scores"] and alone["scores"]["dice"] > 0.9
+    dice = together["valid"]["dice"]  # at 0.05, 0.1, ...: at 0.5 as bright's at 0.4
+    assert dice[9] == alone["valid"]["dice"][7] and dice[0] < 0.5
+    masks = [Path(name, "0_test_mask.png").read_bytes() for name in ("one", "all")]
+    assert masks[0] == masks[1]
+
+
+def test_what_models_have_in_common():
+    """The threshold is the mean; flips and clean-up are those that all have."""
+    chosen = Inference(0.2, ("both",), "largest")
+    one, two = (UNet(n_filters=2, inference=chosen, trained_flips=("both",)) for _ in range(2))
+    plain, other = UNet(n_filters=2), UNet(n_filters=2, inference=Inference(0.8, ("both",)))
+    for networks, expected, flips in (
+        ([one, two], chosen, ("both",)),
+        ([one, plain], (0.35, (), "none"), ()),
+        ([other, one], (0.5, ("both",), "none"), ()),
+    ):
+        for ordered in (networks, networks[::-1]):
+            predictor = Predictor(ordered, "cpu")
+            assert (predictor.inference, predictor.info.trained_flips) == (expected, flips)
+
+
+def test_models_that_differ_are_refused_by_name(place, refused):
+    for options, words in (
+        ({"image_size": 64}, ["64", "32"]),
+        ({"image_size": None}, ["none", "32"]),
+        ({"n_channels": 1}, ["channels 1", "3"]),
+        ({"n_classes": 2, "class_names": ("a", "b")}, ["a, b", "foreground"]),
+        ({"window": (40.0, 80.0)}, ["window 40", "none"]),
+        ({"orientation": "LPS"}, ["LPS"]),
+    ):
+        model = UNet(n_filters=2, **{"image_size": 32} | options)
+        torch.save(model.state_dict(), "other.pth")
+        models = ["often.pth", "other.pth"]
+        refused("predict", "scan.png", "--model", *models, words=[*models, *words])
+    # And other wrong use:
+    refused("predict", "--export", "m.onnx", *MODELS, words=["--export", "--model"])
+    refused("predict", "scan.png", *MODELS, "gone.pth", words=["gone.pth"])
+    refused("predict", *MODELS, "gone.png", words=["gone.png"])
+    refused("predict", "--model", words=["--model"])
+    refused("predict", "scan.png", "--model", "m.onnx", words=["m.onnx", "--model"])
+    assert not [*Path().glob("*.onnx"), *Path().glob("*_mask.png")]
+
+
+def agreement_of(*masks):
+    """`pairwise_dice` of bool (B, C, ...) of each member."""
+    return pairwise_dice([np.packbits(mask.reshape(*mask.shape[:2], -1), -1) for mask in masks])
+
+
+def test_agreement_by_hand():
+    """Three masks of 2, 2 and 3 pixels, of which pairs share 1, 2 and 2."""
+    a, b, c = (np.array([[mask]], bool) for mask in ([1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]))
+    assert agreement_of(a, b, c) == pytest.approx([(2 / 4 + 4 / 5 + 4 / 5) / 3])
+    # The mean over the classes, each image by itself; two empty masks agree, one does not.
+    two = np.array([[[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [1, 0, 0, 0]]], bool)
+    other = np.array([[[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 0, 0]]], bool)
+    assert agreement_of(two, other) == pytest.approx([1, (2 * 2 / 6 + 0) / 2])
+    assert agreement_of(a) is None
+
+
+def test_the_distance_is_scipys():
+    """Few directions have a variance of their own: Tipping and Bishop, equation 8."""
+    rng = np.random.default_rng(1)
+    for n_images, size, count in ((60, 9, 8), (16, 30, 4)):
+        features = rng.normal(size=(n_images, size)) @ rng.normal(size=(size, size)) + 3
+        statistics = fit(features)
+        assert statistics.components.shape == (count, size)
+        standard = (features - features.mean(0)) / features.std(0)
+        values, vectors = np.linalg.eigh(np.cov(standard.T, bias=True))
+        values[:-count] = values[:-count].mean()
+        inverse = np.linalg.inv(vectors @ np.diag(values) @ vectors.T)
+        for image in rng.normal(size=(5, size)) * 10:
+            scaled = (image - features.mean(0)) / features.std(0)
+            expected = mahalanobis(scaled, np.zeros(size), inverse)
+            assert statistics.distances(image[None])[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_threshold_leaves_new_images_of_the_same_kind_alone():
+    rng, mix = np.random.default_rng(3), np.random.default_rng(4).normal(size=(20, 20))
+    train, valid, test = (rng.normal(size=(count, 20)) @ mix for count in (30, 8, 500))
+    statistics = fit_with_threshold(train, valid)
+    assert (statistics.ratios(test) > 1).mean() < 0.02
+    assert (statistics.ratios(test + 16 * mix.std(0)) > 1).all()
+    distances = [*statistics.distances(valid)]  # 38 images, none of which the statistics have seen
+    for fold in range(5):
+        others = fit(np.delete(train, np.arange(fold, 30, 5), 0))
+        distances += [*others.distances(train[fold::5])]
+    expected = np.quantile(distances, 0.99) * (1 + 38**-0.5)
+    assert statistics.threshold == pytest.approx(expected)
+    assert fit_with_threshold(train[:9], valid) is fit_with_threshold(train * np.inf, valid) is None
+    same = fit_with_threshold(np.ones((12, 20)), np.ones((2, 20)))
+    assert same.ratios(np.ones((1, 20)))[0] <= 1 < same.ratios(np.zeros((1, 20)))[0]
+
+
+def pooled_by_hand(model, images):
+    """Mean and deviation of what the first two blocks pass to the decoder."""
+    pooled = []
+    with torch.inference_mode():
+        for block in (model.down1, model.down2):
+            images, skip = block(images)
+            pooled += [skip.mean((2, 3)), skip.std((2, 3), correction=0)]
+    return torch.cat(pooled, 1).numpy()
+
+
+def test_a_batch_is_assessed_in_the_passes_that_predict_it():
+    """Mean and agreement of views and of models by hand; the distance by those that know one."""
+    known, other, pixels, seen = network(1), network(2), noise(3, 3, 32, 32), []
+    other.info.feature_statistics = None
+    pooled = pooled_by_hand(known, normalize(pixels.permute(0, 2, 3, 1)))
+    ratios = known.info.feature_statistics.ratios(pooled)
+    for model in (known, other):
+        model.register_forward_hook(lambda *call: seen.append(call[2].numpy().copy()))
+    predictor = predictor_of(known, other, threshold=0.4, flips=("horizontal", "turn90"))
+    probabilities, agreement, unlike = zip(*predictor.predict(pixels), strict=True)
+    assert len(seen) == predictor.members == 6
+    for number in (0, 3):
+        seen[number + 1] = seen[number + 1][..., ::-1]
+        seen[number + 2] = np.rot90(seen[number + 2], -1, (2, 3))
+    np.testing.assert_allclose(probabilities, np.mean(seen, 0), atol=1e-6)
+    assert agreement == tuple(agreement_of(*(passed > 0.4 for passed in seen)))
+    np.testing.assert_allclose(unlike, ratios, rtol=1e-3)
+    assert predictor_of(known).predict(pixels)[0].agreement is None
+    assert predictor_of(other).predict(pixels)[0].unlike is None
+
+
+def test_whole_images_are_as_prediction_takes_them():
+    """Whatever is cropped, repeated and changed for the training."""
+    sizes = np.array([(20 + number, 30) for number in range(7)])
+    rows = RaggedRows(np.zeros((sizes.prod(1).sum(), 4), np.uint8), sizes)
+    changes = {"crop": 8, "repeat": 3, "strengths": {"flip": 1.0}, "world": 2, "rank": 1}
+    batches = Batches(rows, 4, shuffle=True, **changes)
+    for most, count in ((9, 7), (3, 3)):
+        shapes = [tuple(images.shape[2:]) for images, _ in batches.whole_images(most)]
+        assert len({*shapes}) == len(shapes) == count and {*shapes} <= {*map(tuple, sizes.tolist())}
+    assert shapes != [*map(tuple, sizes[:3].tolist())]  # but some from all of the split
+
+
+def test_weights_carry_what_they_know(here):
+    known, pixels = network(depth=3, trained_flips=VIEWS), torch.randn(1, 3, 32, 32)
+    state = known.state_dict()
+    torch.save(state, "model.pth")
+    state._metadata[""] |= {"more": 1, "architecture": {"depth": 3, "attention": "gates"}}
+    del state._metadata[""]["exclusive"]
+    torch.save(state, "other.pth")  # of another version
+    for path in ("model.pth", "other.pth"):
+        loaded = load_model(path).eval()
+        assert torch.equal(loaded(pixels), known(pixels)) and loaded.info.exclusive
+        assert loaded.info.trained_flips == VIEWS
+        pairs = zip(known.info.feature_statistics, loaded.info.feature_statistics, strict=True)
+        assert all(np.array_equal(one, other) for one, other in pairs)
+    wider = UNet(n_filters=4, depth=3)  # which has other features
+    recorded = known.info.feature_statistics.as_dict()
+    for model, damage in (
+        (known, {"feature_statistics": {**recorded, "values": "?"}}),
+        (known, {"feature_statistics": "AAAA"}),
+        (wider, {"feature_statistics": recorded}),
+        (known, {"trained_flips": ["up"]}),
+    ):
+        state = model.state_dict()
+        state._metadata[""] |= damage
+        with pytest.raises(ValueError, match="^not the weights of a UNet: .*$"):
+            UNet.from_state_dict(state)
+
+
+def test_what_is_said(capsys):
+    def lines(*values, **what):
+        images = [(f"{number}.png", Prediction(None, *one)) for number, one in enumerate(values)]
+        print_assessments(images, **what)
+        return capsys.readouterr().out.splitlines()
+
+    (line,) = lines(*((0.9 - number / 10, 0.5) for number in range(7)))
+    assert "6.png 0.30, 5.png 0.40" in line and "1.png" not in line
+    (line,) = lines((1.0, 1.0), (1.0, 2.34))
+    assert line.startswith("1.png: unlike") and "distance 2.3" in line
+    (line,) = lines(*((None, number) for number in range(9)), what="slices")
+    assert line.startswith("7 of 9 slices are unlike") and "8.png, 7.png" in line
+    assert lines((None, None)) == []
+    slices = [Prediction(None, *one) for one in ((0.5, 0.1), (0.9, 9.0), (1.0, 0.2))]
+    assert assess_volume(slices) == {"agreement": pytest.approx(0.8), "unlike": 0.2}
+    assert assess_volume([Prediction(None)]) == {"agreement": None, "unlike": None}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a data set of 14 + 5 + 3 images, and weights trained on it with flips."""
+    place = tmp_path_factory.mktemp("trained")
+    make_phantoms(place / "dataset", (14, 5, 3), size=64)
+    with pytest.MonkeyPatch.context() as patch:
+        helpers.skip_pictures(patch)
+        flags = (*helpers.SMALL, "--epochs", 1, "--augment", "mirror", "--out", "run")
+        output_of("train.py", *flags, cwd=place)
+    return place
+
+
+def test_a_training_records_what_its_images_look_like(trained):
+    model, pooled = load_model(trained / "run" / "best_model.pth").eval(), []
+    assert model.info.trained_flips == ("horizontal",)
+    for split in ("train", "valid"):
+        rows = np.array(load_split(trained / "dataset", split, 32))
+        shown = torch.cat([some for some, _ in Batches(rows, 2, shuffle=True).whole_images(99)])
+        shown[1::2] = shown[1::2].flip(3)
+        pooled.append(pooled_by_hand(model, shown.contiguous()))
+    expected, statistics = fit_with_threshold(*pooled), model.info.feature_statistics
+    np.testing.assert_allclose(statistics.mean, expected.mean, rtol=1e-3, atol=1e-4)
+    assert statistics.threshold == pytest.approx(expected.threshold, rel=0.01)
+
+
+def test_predict_py_and_the_table_tell_unlike_images(trained):
+    image = Image.open(trained / "dataset" / "test" / "20000_phantom.jpg")
+    helpers.save(image, trained / "scans" / "like.png")
+    helpers.save(ImageChops.invert(image), trained / "scans" / "inverted.png")
+    helpers.save(Image.new("RGB", (50, 40)), trained / "scans" / "blank.png")
+    model = ("--device", "cpu", "--threshold", 0.49, "--model", "run/best_model.pth")
+    for flags, known in (((), False), (("--tta",), True)):
+        said = output_of("predict.py", "scans", *model, *flags, "--output", "rows", cwd=trained)
+        named = {line.split(":")[0] for line in said.splitlines() if "unlike the training" in line}
+        assert named == {"blank.png", "inverted.png"}
+        text = (trained / "rows" / "predictions.csv").read_text("utf-8-sig")
+        rows = {row["image"]: row for row in csv.DictReader(text.splitlines())}
+        assert {name for name, row in rows.items() if float(row["unlike"]) > 1} == named
+        agreements = [float(row["agreement"] or -1) for row in rows.values()]
+        assert all((0 <= one <= 1) == known for one in agreements)
+    alone = output_of("predict.py", "scans/blank.png", *model, "--tta", cwd=trained)
+    assert "scans/blank.png: unlike the training" in alone and "agreement " in alone
