@@ -20,8 +20,6 @@ numbers. The architecture and the size the model was trained at are read from th
 trained on crops takes each image at its own size.
 """
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -34,14 +32,12 @@ from tqdm import tqdm
 
 import net
 from data import normalize
-from medseg import cli, drawing, pieces, predictor
+from medseg import cli, pieces, predictor
 from medseg import device as devices
 from medseg import images as pictures
-from medseg.files import available_cores
-from medseg.predicting import assessment, flags, inputs, reading
+from medseg.predicting import flags, inputs, reading, saving
 from medseg.pretrained import default_model
 from medseg.results.folder import MAX_LINES, Results, describe_run
-from medseg.results.volume import VolumeMasks
 from medseg.settings import choose_window
 
 # ---- the tutorial's functions ----------------------------------------------------------------
@@ -112,20 +108,10 @@ def visualize_result(
     picture = original_image
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(np.asarray(picture))
-    scale = 400 / max(picture.size)
-    width, height = (max(round(side * scale), 1) for side in picture.size)
-    picture = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     labels = np.rint(np.asarray(predicted_mask)).astype(np.uint8)
     while labels.ndim > 2:  # an image of 1 pixel in a side keeps that axis
         labels = labels.squeeze(labels.shape.index(1))
-    labels = pictures.resize_nearest(labels, height, width)
-    panels = {
-        "Original Image": picture,
-        "Predicted Mask": drawing.draw_labels(labels, len(class_names)),
-        "Overlay": drawing.overlay(picture, labels, len(class_names)),
-    }
-    figure = drawing.draw_panels(panels, name)
-    pictures.save_png(drawing.with_legend(figure, class_names, single=name is not None), path)
+    pictures.save_figure(picture, labels, path, class_names, name)
 
 
 # ---- one image, many, the slices of a volume -------------------------------------------------
@@ -201,121 +187,31 @@ def predict_images(model, frames, problems=None):
             yield ready.pop(0)
 
 
-def make_masks(model, frame, image, prediction, marked):
-    """(labels, mask of each class or None) of a prediction, at the size of its image.
-
-    As of `medseg.inference.Inference`; the masks only where a pixel may have several classes.
-    marked: int64 (256,), to which the pixels of each class before the clean-up are added.
-    """
-    probabilities, size = prediction.probabilities, image.size
-    options = {"marked": marked, "draw_order": model.info.draw_order}
-    labels = model.inference.labels(probabilities, size, frame.spacing, **options)
-    exclusive, spacing = model.info.exclusive, frame.spacing
-    masks = model.inference.overlapping(probabilities, size, spacing, exclusive=exclusive)
-    return labels, masks
-
-
-def describe(model, path, labels, masks, highest, marked):
-    """`medseg.images.describe` of what `make_masks` has made."""
-    measured = labels if masks is None else masks
-    names = model.info.class_names
-    return pictures.describe(path, measured, highest, names, model.inference, marked)
-
-
 def predict_one(model, frame, output, *, results=None):
-    """Write the mask of an image and, where `output` is a folder, the tutorial's figure.
-
-    results: a Results of this folder that says what is written besides.
-    """
+    """Write the mask of an image and, where `output` is a folder, what `results` says besides."""
     ((_, image, prediction),) = predict_images(model, [frame])
-    marked, names = np.zeros(256, np.int64), model.info.class_names
-    labels, masks = make_masks(model, frame, image, prediction, marked)
-    written = [output]
-    if output.is_dir():
-        results, probabilities = results or Results(output, names), prediction.probabilities
-        columns = {"agreement": prediction.agreement, "unlike": prediction.unlike}
-        written = results.add(frame, image, labels, probabilities, masks=masks, **columns)
-        if "overlay" in results.write:
-            written.append(output / f"{frame.name}_prediction.png")
-            shown = {"class_names": names, "name": frame.title}
-            visualize_result(image, labels, path=written[-1], **shown)
-    else:
-        pictures.save_mask(labels, output, names)
-    print(describe(model, frame.path, labels, masks, prediction.probabilities.max((1, 2)), marked))
-    assessment.print_assessments([(frame.path, prediction)])
-    print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
+    saving.save_one(model, frame, image, prediction, output, results, visualize_result)
 
 
 def predict_many(model, frames, output, scores=None, *, results=None, lines=True):
-    """Write a mask and an overlay for each image, in threads, a few batches behind at most.
+    """Write what `results` says for each image; returns [(path, why)] of those that failed.
 
-    scores: a FolderScores to tell of each, or None. results: a Results of this folder that is to
-    have their rows. lines: print one on each.
-    Returns [(path, why)] of those that could not be predicted.
+    scores: a FolderScores to tell of each, or None. lines: print one on each.
     """
-
-    def write(frame, image, prediction):
-        marked, probabilities = np.zeros(256, np.int64), prediction.probabilities
-        labels, masks = make_masks(model, frame, image, prediction, marked)
-        dice = scores.add(frame.path, image.size, probabilities) if scores else None
-        columns = {"agreement": prediction.agreement, "unlike": prediction.unlike}
-        results.add(frame, image, labels, probabilities, masks=masks, dice=dice, **columns)
-        return describe(model, frame.path, labels, masks, probabilities.max((1, 2)), marked)
-
-    def tell(line):
-        if lines:
-            tqdm.write(line)
-
-    problems, writing, assessed, names = [], deque(), [], model.info.class_names
-    results = results or Results(output, names)
+    problems, results = [], results or Results(output, model.info.class_names)
     predicted = predict_images(model, frames, problems)
-    # Not around `predicted`: the bar would keep a reference to the last image.
-    bar = tqdm(total=len(frames), unit=" images", disable=None)
-    with bar, ThreadPoolExecutor(available_cores()) as pool:
-        for frame, image, prediction in predicted:
-            bar.update()
-            assessed.append((frame.title, prediction._replace(probabilities=None)))
-            writing.append(pool.submit(write, frame, image, prediction))
-            large = image.width * image.height > reading.AHEAD_PIXELS // (2 * model.batch_size)
-            image = prediction = None  # as large
-            while len(writing) > (0 if large else 2 * model.batch_size):
-                tell(writing.popleft().result())
-        for line in writing:
-            tell(line.result())
-    assessment.print_assessments(assessed)
-    if frames:
-        count = len(frames) - len(problems)
-        print(f"saved {count} {results.what()} in {output}" if results.what() else f"{count} done")
+    saving.save_many(model, predicted, len(frames), results, scores, lines=lines)
     return problems
 
 
 def predict_volume(model, file, output, window, *, results=None, lines=True):
-    """Write a mask volume and, where `output` is a folder, a montage of slices.
-
-    results: a Results of this folder that is to have the rows of the volume. lines: print some.
-    """
-    from medseg.formats.nifti import write_mask
-
+    """Write a mask volume and, where `output` is a folder, what `results` says besides."""
     frames, volume = inputs.open_file(file, window, model.info.orientation)
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
-    names = model.info.class_names
-    found = VolumeMasks(volume, len(names), results.write if results else ())
-    predicted, assessed, written = predict_images(model, frames), [], [output]
-    marked = np.zeros(256, np.int64)
-    bar = tqdm(predicted, file.path.name, len(frames), unit=" slices", disable=None)
-    for frame, image, prediction in bar:
-        labels, masks = make_masks(model, frame, image, prediction, marked)
-        found.add(labels, prediction.probabilities, masks)
-        assessed.append((frame.title, prediction._replace(probabilities=None)))
-    if results:
-        columns = assessment.assess_volume([one for _, one in assessed])
-        written = results.add_volume(found, window, **columns)
-    else:
-        write_mask(output, volume, found.masks)
-    if lines:
-        print(describe(model, file.path, found.masks, found.class_masks, found.highest, marked))
-        assessment.print_assessments(assessed, "slices")
-        print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
+    predicted = tqdm(
+        predict_images(model, frames), file.path.name, len(frames), unit=" slices", disable=None
+    )
+    saving.save_volume(model, volume, predicted, output, window, results, lines=lines)
 
 
 def predict_annotated(model, folder, frames, output, problems, **options):

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medseg.cli import MAX_MEGAPIXELS
-from medseg.drawing import class_colors, overlay, with_legend
+from medseg.drawing import class_colors, draw_labels, draw_panels, overlay, with_legend
 from medseg.files import check_regular, write_picture
 from medseg.pieces import count_numbers
 from medseg.samples import has_16_bits, stored_samples
@@ -388,6 +388,24 @@ def save_overlay(image, labels, path, class_names):
     drawn = with_legend(drawn, class_names)
     drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))  # which leaves a smaller one as it is
     save_jpeg(drawn, path)
+
+
+def save_figure(image, labels, path, class_names, name=None, side=400):
+    """Draw a PIL image, its mask and their overlay side by side, each of `side` pixels at most.
+
+    labels: class numbers, uint8 (H, W). name: of the image's file, which then stands above, with a
+    legend of a single class too.
+    """
+    width, height = (max(round(length * side / max(image.size)), 1) for length in image.size)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    labels = resize_nearest(labels, height, width)
+    panels = {
+        "Original Image": image,
+        "Predicted Mask": draw_labels(labels, len(class_names)),
+        "Overlay": overlay(image, labels, len(class_names)),
+    }
+    figure = draw_panels(panels, name)
+    save_png(with_legend(figure, class_names, single=name is not None), path)
 
 
 def save_mask(labels, path, class_names=("foreground",)):
