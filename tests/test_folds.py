@@ -298,7 +298,9 @@ def hold(epochs_done):
     train.train_model = wait
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_stopped_in_a_fold_it_names_the_command_that_goes_on(copied, done, signum, status):
     shutil.rmtree("run")
     command = ("train.py", *FLAGS, "--folds", 3, "--out", "run")

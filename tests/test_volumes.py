@@ -841,6 +841,8 @@ def test_the_page_takes_window_and_orientation_of_the_weights(here, monkeypatch)
     predict.main(["--page", "--device", "cpu"])
     session = page.Session(here, **served)
     session.predict([here / "v.nii.gz"], 0.5)
+    marked = [session.view(index, 0.5)[2][0]["pixels"] for index in range(len(session.predictions))]
+    assert session.first == np.argmax(marked)  # the slice that is shown at first
     predict.main(["v.nii.gz", "--device", "cpu", "--output", "masks"])
     with zipfile.ZipFile(session.download("all", 0.5)) as archive:
         for name in ("v_mask.nii.gz", "v_montage.png"):

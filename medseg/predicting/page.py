@@ -11,8 +11,9 @@ import shutil
 import socket
 import tempfile
 import threading
+import weakref
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,32 +21,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medseg import images
-from medseg.cli import one_line, parse_named_values
-from medseg.drawing import draw_labels, overlay, with_legend
+from medseg import cli, drawing, images, pieces
 from medseg.formats.own_files import TABLE
 from medseg.inference import Inference, flips_to_average
-from medseg.pieces import CLEANINGS, check_clean
-from medseg.predicting import inputs
-from medseg.predicting.assessment import assess_volume, describe_unlike
+from medseg.predicting import assessment, inputs
 from medseg.results.folder import Results
 from medseg.results.table import COLUMNS, table_text, write_text
 from medseg.results.volume import VolumeMasks
 from medseg.signals import Signals
 
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
-MAX_UPLOAD = 2 * 1024**3  # bytes of a file
-EXAMPLES, THUMBNAIL = 4, 160  # how many, and pixels a side
-VIEW_SIDE, VIEW_HEIGHT = 2048, 330  # pixels of what the browser can zoom into, and on its screen
+EXAMPLES, MAX_UPLOAD = 4, 2 * 1024**3  # how many, and bytes of a file, at most
+VIEW_SIDE, HEIGHT = 2048, 330  # pixels of what the browser can zoom into, and on its screen
 WAITING = "Drop an image above."
-ABOUT = f"""Takes DICOM, NIfTI, {images.FORMAT_NAMES}. Everything stays on the computer that runs
-this page. **Not for clinical use.**"""
+ABOUT = f"Takes DICOM, NIfTI, {images.FORMAT_NAMES}. Nothing is sent. **Not for clinical use.**"
 # What each download writes of an image, as --write names it.
 DOWNLOADS = {"masks": ("mask",), "table": (), "all": ("mask", "overlay", "labelme")}
 LABELS = {"min-area": "Smallest piece, pixels", "min-mm2": "Smallest piece, mm²"}
 LABELS |= {"largest": "Only the largest piece", "fill": "Fill holes", "split": "Split touching"}
 CSS = """
-.gradio-container > main { max-width: 1100px !important; padding: 1.2rem !important; }
 #examples .grid-wrap { padding-top: 2.2rem; }
 .switch { min-width: 120px !important; flex: 1 1 120px !important; }
 #image, #mask, #overlay, #overlay img, #examples .thumbnail-lg { background: #14171c !important; }
@@ -64,19 +58,16 @@ def assess(model, image, threshold, tta):
     flips = flips_to_average(info.inference, info.trained_flips) if tta else ()
     model.inference = model.inference._replace(threshold=threshold, flips=flips)
     pixels = images.preprocess(image, info.image_size, model.n_channels)
-    (prediction,) = model.predict(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2))
-    return prediction
+    return model.predict(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2))[0]
 
 
 class Session:
-    """The predictions of some files, below `folder`.
+    """The predictions of some files, below `folder`, removed when nothing refers to them.
 
-    model: a `medseg.predictor.Predictor`; window, pixel_size: as of
-    `medseg.predicting.inputs.open_file`.
-    predictions: of each image its frame, size, assessment, the number of pixels that are `marked`,
-    and `arrays`, a file with the picture as it is shown and the probabilities. first: the index of
-    that to show first: of slices, the one with most foreground. problems: a line on each file that
-    could not be predicted. clean, of the methods: as --clean.
+    model: a `medseg.predictor.Predictor`; window, pixel_size: as of `inputs.open_file`.
+    predictions: of each image its frame, size, `Prediction`, how many pixels are `marked`, and
+    `arrays`, a file with the picture as it is shown and the probabilities; first: the index of that
+    to show first. problems: a line on each file that could not be predicted.
     """
 
     def __init__(self, folder, model, window=None, pixel_size=None):
@@ -84,6 +75,7 @@ class Session:
         self._settings, self._volumes = (window, model.info.orientation, pixel_size), {}
         self.predictions, self.problems, self.first = [], [], 0
         self._folder = Path(tempfile.mkdtemp(dir=folder))
+        weakref.finalize(self, shutil.rmtree, self._folder, True)
 
     def predict(self, paths, threshold, tta=False, progress=lambda done, title: None):
         """Run the network on image, DICOM and NIfTI files; tta: average over flips.
@@ -104,28 +96,27 @@ class Session:
         frames = inputs.add_depths([one.frame for one in self.predictions])
         for one, frame in zip(self.predictions, frames, strict=True):
             one.frame = frame
-        if len({frame.path for frame in frames}) == 1:
+        if len({frame.path for frame in frames}) == 1:  # the slice with most foreground
             self.first = int(np.argmax([one.marked for one in self.predictions]))
 
     def _own_copy(self, path):
         """The path of the file in the folder; the second scan.png becomes 2_scan.png."""
-        own, number = self._folder / Path(path).name, 1
+        own = self._folder / Path(path).name
         while own.exists():
-            number += 1
-            own = self._folder / f"{number}_{Path(path).name}"
+            own = own.with_name(f"2_{own.name}")
         return Path(shutil.copyfile(path, own))
 
     def _add(self, frame, threshold, tta):
         image = frame.read()
-        assessment = assess(self.model, image, threshold, tta)
-        probabilities, assessment = assessment[0], assessment._replace(probabilities=None)
+        assessed = assess(self.model, image, threshold, tta)
         view, arrays = image.copy(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
-        np.savez(arrays, view=np.asarray(view), probabilities=probabilities)
+        np.savez(arrays, view=np.asarray(view), probabilities=assessed.probabilities)
         if frame.path in self._volumes:
             frame = frame._replace(read=None)  # which keeps the whole volume in memory
-        one = SimpleNamespace(frame=frame, size=image.size, arrays=arrays, assessment=assessment)
-        one.marked = int((probabilities > threshold).sum())
+        one = SimpleNamespace(frame=frame, size=image.size, arrays=arrays)
+        one.marked = int((assessed.probabilities > threshold).sum())
+        one.assessed = assessed._replace(probabilities=None)  # they are on the disk
         self.predictions.append(one)
 
     @contextlib.contextmanager
@@ -133,13 +124,12 @@ class Session:
         try:
             yield
         except (FileNotFoundError, ValueError) as error:
-            self.problems.append(one_line(error).replace(f"{self._folder}{os.sep}", ""))
+            self.problems.append(cli.one_line(error).replace(f"{self._folder}{os.sep}", ""))
 
     def view(self, index, threshold, clean="none", **looks):
-        """([image, mask, overlay], PIL images of at most VIEW_SIDE; lines; rows).
+        """([image, mask, overlay], PIL images; lines on them; rows of measurements, of each class).
 
-        rows: of measurements, one for each class; looks: of the overlay. ValueError where the mask
-        cannot be cleaned up.
+        clean: as --clean; looks: of the overlay. ValueError where the mask cannot be cleaned up.
         """
         one, marked, count = self.predictions[index], np.zeros(256, np.int64), len(self.names)
         labels, probabilities, masks = self._masks(one, threshold, clean, marked)
@@ -151,9 +141,10 @@ class Session:
         with np.load(one.arrays) as arrays:
             image = Image.fromarray(arrays["view"])
         labels = images.resize_nearest(labels, image.height, image.width)
-        mask = with_legend(draw_labels(labels, count), self.names)
-        lines = [line, *describe_unlike([(p.frame.title, p.assessment) for p in self.predictions])]
-        drawn, lines = overlay(image, labels, count, **looks), [*lines, *self.problems]
+        mask = drawing.with_legend(drawing.draw_labels(labels, count), self.names)
+        assessed = [(shown.frame.title, shown.assessed) for shown in self.predictions]
+        lines = [line, *assessment.describe_unlike(assessed), *self.problems]
+        drawn = drawing.overlay(image, labels, count, **looks)
         return [image, mask, drawn], lines, results.rows[one.frame.title]
 
     def save(self, image):
@@ -168,15 +159,15 @@ class Session:
         """(class numbers, probabilities, masks of classes that overlap) of a prediction."""
         with np.load(one.arrays) as arrays:
             probabilities, spacing = arrays["probabilities"], one.frame.spacing
-        check_clean(clean, spacing, one.frame.path.name)
+        pieces.check_clean(clean, spacing, one.frame.path.name)
         inference, about = Inference(threshold, clean=clean), (probabilities, one.size, spacing)
         masks = inference.overlapping(*about, exclusive=self.model.info.exclusive)
-        order = self.model.info.draw_order
-        return inference.labels(*about, marked=marked, draw_order=order), probabilities, masks
+        options = {"marked": marked, "draw_order": self.model.info.draw_order}
+        return inference.labels(*about, **options), probabilities, masks
 
     def _columns(self, predictions, threshold):
         """How far to rely on them; the agreement is of masks at the threshold of the network."""
-        columns = assess_volume([one.assessment for one in predictions])
+        columns = assessment.assess_volume([one.assessed for one in predictions])
         return columns if threshold == self.threshold else {**columns, "agreement": None}
 
     def download(self, what, threshold, clean="none"):
@@ -201,8 +192,7 @@ class Session:
             if volume:
                 results.add_volume(volume, self._settings[0], **self._columns(slices, threshold))
         if what != "masks":
-            rows = [row for of_one in results.rows.values() for row in of_one]
-            write_text(folder / TABLE, table_text(rows))
+            write_text(folder / TABLE, table_text([*chain(*results.rows.values())]))
         written = list(folder.iterdir())
         return written[0] if len(written) == 1 else Path(shutil.make_archive(folder, "zip", folder))
 
@@ -210,43 +200,30 @@ class Session:
 # ---- controls, layout and events -------------------------------------------------------------
 
 
-def thumbnails(paths):
-    """{path: small PIL image}, without those that are damaged."""
-    shown = {}
-    for path in paths:
-        with contextlib.suppress(ValueError):
-            shown[path] = images.read_image(path)
-            shown[path].thumbnail((THUMBNAIL, THUMBNAIL))
-    return shown
-
-
 def layout(model, title, examples, folder, settings):
-    """The gradio.Blocks of the page; examples: {path: PIL image}; the others as of `Session`."""
+    """The gradio.Blocks of the page; examples: paths of images; the others as of `Session`."""
     import gradio as gr
 
     tall, parts = {"height": 170, "min_width": 340}, SimpleNamespace()
-    wide = {"height": VIEW_HEIGHT, "min_width": 240, "interactive": False}
-    wide["buttons"] = ["fullscreen"]
-    with gr.Blocks(title=title, fill_width=True, analytics_enabled=False) as blocks:
+    wide = {"height": HEIGHT, "min_width": 240, "interactive": False, "buttons": ["fullscreen"]}
+    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"## {title}\n{ABOUT}", elem_id="head")
         with gr.Row():
-            looks = {"file_count": "multiple", "elem_id": "files", **tall}
-            parts.files = gr.File(label="Images, one or several", **looks)
+            parts.files = gr.File(label="Images", file_count="multiple", elem_id="files", **tall)
             looks = {"columns": EXAMPLES, "object_fit": "contain", "visible": bool(examples)}
             looks |= {"allow_preview": False, "interactive": False, "buttons": [], **tall}
             looks |= {"label": "Examples: click one", "elem_id": "examples"}
-            parts.examples = gr.Gallery(list(examples.values()), **looks)
+            parts.examples = gr.Gallery(list(map(images.read_image, examples)), **looks)
         with gr.Row():
             image = gr.Image(label="Image", elem_id="image", **wide)
             mask = gr.Image(label="Mask", elem_id="mask", **wide)
-            looks = {"slider_position": 0, "max_height": VIEW_HEIGHT, "elem_id": "overlay", **wide}
+            looks = {"slider_position": 0, "max_height": HEIGHT, "elem_id": "overlay", **wide}
             drawn = gr.ImageSlider(label="Overlay: turn the wheel to zoom", **looks)
         parts.text = gr.Textbox(WAITING, show_label=False, max_lines=8, elem_id="text")
         with gr.Row(visible=False, equal_height=True) as parts.pictures:
             parts.previous = gr.Button("Previous", min_width=90, elem_id="previous")
             parts.next = gr.Button("Next", min_width=90, elem_id="next")
-            looks = {"label": "Picture", "scale": 4, "min_width": 300, "elem_id": "number"}
-            parts.number = gr.Slider(1, 2, 1, step=1, **looks)
+            parts.number = gr.Slider(1, 2, 1, step=1, label="Picture", scale=4, elem_id="number")
         add_settings(gr, model, parts)
         table = gr.Dataframe(interactive=False, show_label=False, elem_id="rows")
         parts.shown = [image, mask, drawn, parts.text, table]
@@ -254,28 +231,26 @@ def layout(model, title, examples, folder, settings):
             button = partial(gr.Button, interactive=False, min_width=120)
             parts.buttons = [button(f"Download {what}", elem_id=what) for what in DOWNLOADS]
         parts.written, parts.session = gr.File(visible=False), gr.State()
-        connect(gr, parts, list(examples), lambda: Session(folder, model, **settings))
+        connect(gr, parts, examples, lambda: Session(folder, model, **settings))
     return blocks
 
 
 def add_settings(gr, model, parts):
     """Threshold, looks, flips and clean-up, which begin as the weights or the flags have them."""
-    (threshold, flips, clean), recorded = model.inference, model.info.inference
-    steps, sizes = parse_named_values(clean, CLEANINGS), {"step": 0.01, "min_width": 300}
+    info, (threshold, flips, clean) = model.info, model.inference
+    steps, sizes = cli.parse_named_values(clean, pieces.CLEANINGS), {"step": 0.01, "min_width": 300}
     with gr.Row(equal_height=True):
-        label = "Threshold: foreground is above this probability"
-        threshold = gr.Slider(0, 1, threshold, label=label, elem_id="threshold", **sizes)
+        threshold = gr.Slider(0, 1, threshold, label="Threshold", elem_id="threshold", **sizes)
         opacity = gr.Slider(0, 1, 0.4, label="Overlay: opacity", elem_id="opacity", **sizes)
     with gr.Row(equal_height=True):
         outlined = gr.Checkbox(label="Overlay: outline", elem_id="outline", elem_classes="switch")
-        views = Inference(flips=flips_to_average(recorded, model.info.trained_flips)).extras()[0]
+        views = Inference(flips=flips_to_average(info.inference, info.trained_flips)).extras()[0]
         looks = {"label": f"Average over {views}", "elem_id": "tta", "elem_classes": "switch"}
         parts.cleaning, parts.tta = [], gr.Checkbox(bool(flips), **looks)
-        for name, (default, highest) in CLEANINGS.items():
+        for name, (default, highest) in pieces.CLEANINGS.items():
             looks = {"label": LABELS.get(name, name), "elem_id": name, "elem_classes": "switch"}
             part = gr.Checkbox if default else partial(gr.Number, minimum=0, maximum=highest)
-            value = steps.get(name, 0)
-            parts.cleaning.append(part(bool(value) if default else value, **looks))
+            parts.cleaning.append(part(steps.get(name, 0), **looks))
     parts.threshold, parts.settings = threshold, [threshold, opacity, outlined, *parts.cleaning]
 
 
@@ -284,8 +259,6 @@ def connect(gr, parts, examples, new_session):
     private, report = {"api_visibility": "private"}, gr.Progress()  # found among the defaults
 
     def choose(event: gr.SelectData):
-        if type(event.index) is not int or not 0 <= event.index < len(examples):
-            raise gr.Error("no such example", print_exception=False)
         return [shutil.copy(examples[event.index], tempfile.gettempdir())]
 
     def predict(paths, threshold, tta, progress=report):
@@ -301,8 +274,7 @@ def connect(gr, parts, examples, new_session):
             lines = (session and session.problems) or [WAITING]
             return None, None, None, "\n".join(lines), None
         index, looks = step(0, session, number) - 1, {"opacity": opacity, "outlined": outlined}
-        with telling():
-            pictures, lines, rows = session.view(index, threshold, spell(cleaning), **looks)
+        pictures, lines, rows = told(session.view, index, threshold, spell(cleaning), **looks)
         image, mask, drawn = map(session.save, pictures)
         return image, mask, (image, drawn), "\n".join(lines), table_of(rows)
 
@@ -310,14 +282,12 @@ def connect(gr, parts, examples, new_session):
         return min(max(int(number) + by, 1), len(session.predictions) if session else 1)
 
     def write(what, session, threshold, *cleaning):
-        with telling():
-            return session and str(session.download(what, threshold, spell(cleaning)))
+        return session and str(told(session.download, what, threshold, spell(cleaning)))
 
-    @contextlib.contextmanager
-    def telling():  # a clean-up in mm2, of pixels of unknown size
+    def told(method, *given, **looks):
         try:
-            yield
-        except ValueError as error:
+            return method(*given, **looks)
+        except ValueError as error:  # a clean-up in mm2, of pixels of unknown size
             raise gr.Error(str(error), print_exception=False) from None
 
     shows = {"inputs": [parts.session, parts.number, *parts.settings], "outputs": parts.shown}
@@ -342,7 +312,7 @@ def connect(gr, parts, examples, new_session):
 def spell(cleaning):
     """Values of the controls of the clean-up, in the order of CLEANINGS -> as --clean has it."""
     steps = []
-    for (name, (default, _)), value in zip(CLEANINGS.items(), cleaning, strict=True):
+    for (name, (default, _)), value in zip(pieces.CLEANINGS.items(), cleaning, strict=True):
         steps += [name if default else f"{name}={value:g}"] if value else []
     return ",".join(steps) or "none"
 
@@ -361,14 +331,12 @@ def table_of(rows):
 def serve(model, model_paths, address, **settings):
     """Serve the page until Ctrl-C, SIGTERM or a closed terminal; then remove what was uploaded.
 
-    model: a `medseg.predictor.Predictor`, from the files `model_paths`; address: host, port and
-    auth, as of `launch`; settings: window and pixel_size, as of `Session`.
+    model: of the files `model_paths`; address: as of `launch`; settings: as of `Session`.
     """
     signals = Signals()
     with signals.exit_when_stopped(""), signals.installed(), temporary_folder(signals) as folder:
-        gradio, count = import_gradio(folder), len(model_paths)
-        title = f"Segmentation with {model_paths[0] if count == 1 else f'{count} models'}"
-        examples = thumbnails(inputs.learned_images(model_paths[0], EXAMPLES))
+        gradio, title = import_gradio(folder), f"Segmentation with {', '.join(model_paths)}"
+        examples = inputs.learned_images(model_paths[0], EXAMPLES)
         blocks = layout(model, title, examples, folder, settings)
         launch(gradio, blocks, *address)
         while True:
@@ -392,23 +360,18 @@ def temporary_folder(signals):
 def import_gradio(folder):
     """The module, told to send nothing and to keep files in `folder`; ValueError without it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
+    os.environ["GRADIO_TEMP_DIR"] = folder
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # launch() asks itself for the page
-    version = (0, 0)
     with contextlib.suppress(ImportError):
         import gradio
 
-        version = tuple(map(int, gradio.__version__.split(".")[:2]))
-    if version < OLDEST_GRADIO:
-        raise ValueError("the page needs gradio 6.31 or later: run `pip install -U gradio`")
-    return gradio
+        if tuple(map(int, gradio.__version__.split(".")[:2])) >= OLDEST_GRADIO:
+            return gradio
+    raise ValueError("the page needs gradio 6.31 or later: run `pip install -U gradio`")
 
 
 def launch(gradio, blocks, host, port, auth):
-    """Serve a gradio.Blocks in threads. port: None for 7860 or the next free one.
-
-    auth: (user, password), or None. Raises ValueError where the address cannot be had.
-    """
+    """Serve a gradio.Blocks in threads. port: None for a free one; auth: (user, password)."""
     import fastapi
 
     local = host == "localhost" or host.startswith("127.")
