@@ -1,6 +1,7 @@
 """From images to probabilities: passes through networks, by flips and by tiles, and their mean."""
 
-from contextlib import nullcontext
+import itertools
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -64,26 +65,15 @@ class Predictor:
         over networks and flips. What is returned is on the device, or on the CPU where an image is
         divided. Raises ValueError where the memory does not suffice.
         """
-        return self._average(probabilities for probabilities, _ in self._passes(images))
+        return self._average(images)[0]
 
     def predict(self, images):
         """Images, as above -> [`Prediction`] of each."""
-        masks, ratios = [], []
-
-        def members():
-            for probabilities, ratio in self._passes(images, assess=True):
-                if self.members > 1:
-                    marked = (probabilities > self.inference.threshold).flatten(2)
-                    masks.append(np.packbits(marked.cpu().numpy(), axis=-1))
-                if ratio is not None:
-                    ratios.append(ratio)
-                yield probabilities
-
-        probabilities = self._average(members()).cpu().numpy()
-        agreement, unlike = pairwise_dice(masks), np.mean(ratios, 0) if ratios else None
-        columns = [
-            [None] * len(images) if one is None else one.tolist() for one in (agreement, unlike)
-        ]
+        probabilities, masks, ratios = self._average(images, assess=True)
+        columns = []
+        for column in (pairwise_dice(masks), np.mean(ratios, 0) if ratios else None):
+            columns.append([None] * len(images) if column is None else column.tolist())
+        probabilities = probabilities.cpu().numpy()
         return [Prediction(*values) for values in zip(probabilities, *columns, strict=True)]
 
     @property
@@ -91,41 +81,43 @@ class Predictor:
         """How many passes through a network are averaged."""
         return len(self.networks) * (1 + len(self.inference.flips))
 
-    def _average(self, members):
-        total = None
-        for probabilities in members:
-            with torch.inference_mode():  # in place: those of a large image fill the memory
-                total = probabilities if total is None else total.add_(probabilities)
-        with torch.inference_mode():
-            return total if self.members == 1 else total.div_(self.members)
+    @torch.inference_mode()
+    def _average(self, images, *, assess=False):
+        """(mean probabilities, packed masks of each member, distances from the training images).
 
-    def _passes(self, images, *, assess=False):
-        """Yield (probabilities, how unlike the training the images are, or None) of each member."""
-        for network in self.networks:
-            for name in (None, *self.inference.flips):
-                info = getattr(network, "info", self.info)
-                known = info.feature_statistics if assess and name is None else None
-                if known is None:
-                    yield undo_view(self._pass(network, view(images, name)), name), None
-                    continue
-                with FeatureRecorder(network) as recorder:
-                    probabilities = self._pass(network, images, look=recorder.look)
-                yield probabilities, known.ratios(recorder.pooled())
+        The last two are empty without `assess`; see `pairwise_dice` and `medseg.ood`.
+        """
+        total, masks, ratios = None, [], []
+        for network, name in itertools.product(self.networks, (None, *self.inference.flips)):
+            known = getattr(network, "info", self.info).feature_statistics
+            recorder = FeatureRecorder(network) if assess and known and name is None else None
+            with self.autocast, _out_of_memory(images, self.device), recorder or nullcontext():
+                look = {"look": recorder.look} if recorder else {}
+                one = apply_by_tiles(network, view(images, name), self.device, **look)
+            one = undo_view(one, name)
+            if recorder:
+                ratios.append(known.ratios(recorder.pooled()))
+            if assess and self.members > 1:
+                marked = (one > self.inference.threshold).flatten(2)
+                masks.append(np.packbits(marked.cpu().numpy(), axis=-1))
+            total = one if total is None else total.add_(one)  # in place: large images fill memory
+        return (total if self.members == 1 else total.div_(self.members)), masks, ratios
 
-    def _pass(self, network, images, **options):
-        try:
-            with torch.inference_mode(), self.autocast:
-                return apply_by_tiles(network, images, self.device, **options)
-        except (MemoryError, RuntimeError) as error:
-            memory = out_of_memory(error)
-            if memory is None:
-                raise
-            count, _, height, width = images.shape
-            other = "" if self.device.type == "cpu" else "try --device cpu, or "
-            raise ValueError(
-                f"out of {memory} with {count} x {width}x{height} pixels: "
-                f"{other}give smaller images"
-            ) from None
+
+@contextmanager
+def _out_of_memory(images, device):
+    """Turn memory that does not suffice into a ValueError with the size of the images."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        memory = out_of_memory(error)
+        if memory is None:
+            raise
+        count, _, height, width = images.shape
+        other = "" if device.type == "cpu" else "try --device cpu, or "
+        raise ValueError(
+            f"out of {memory} with {count} x {width}x{height} pixels: {other}give smaller images"
+        ) from None
 
 
 def common_info(networks, names=()):

@@ -1,12 +1,17 @@
 """The network against the tutorial's listing: names, shapes, counts, arithmetic."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from PIL import Image
 
 from medseg.device import pick_device
-from net import DownBlock, UNet, UpBlock, load_model
+from medseg.inference import Inference
+from medseg.layers import Architecture
+from net import DownBlock, ModelInfo, UNet, UpBlock, load_model
 
 
 def tutorial_shapes(c=32):
@@ -128,6 +133,43 @@ def test_window_and_orientation_are_read_from_the_weights(window, tmp_path):
     assert loaded.info.orientation == "LPS"
     again = UNet.from_state_dict(loaded.state_dict())
     assert (again.info.window, again.info.orientation) == (loaded.info.window, "LPS")
+
+
+EARLIER = {  # the mean probabilities of a ramp from -1 to 1, and the ModelInfo; at commit 73d5e50
+    "tutorial": ([0.598927], ModelInfo()),
+    "tuned": (
+        [0.616708, 0.459437],
+        ModelInfo(
+            Architecture(depth=1, norm="batch"),
+            32,
+            ("cell", "nucleus"),
+            inference=Inference(0.35, ("horizontal",), "largest,fill"),
+            trained_flips=("horizontal",),
+        ),
+    ),
+    "volumes": (
+        [0.52228],
+        ModelInfo(
+            Architecture(depth=1, up="bilinear"), None, window=(40.0, 400.0), orientation="LPS"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_weights_of_earlier_versions_are_read(name):
+    """tests/weights has files as the tutorial saves them, and as commit 73d5e50 did."""
+    means, info = EARLIER[name]
+    model = load_model(ROOT / "tests" / "weights" / f"{name}.pth").eval()
+    size = (1, model.n_channels, 32, 32)
+    images = torch.linspace(-1, 1, math.prod(size)).reshape(size)
+    with torch.no_grad():
+        assert model(images).mean((0, 2, 3)).tolist() == pytest.approx(means, abs=1e-5)
+    statistics, model.info.feature_statistics = model.info.feature_statistics, None
+    assert model.info == info
+    assert bool(statistics) == (name == "tuned")
+    if statistics:
+        assert statistics.threshold == pytest.approx(5.48, abs=1e-6)
 
 
 def test_weights_without_window_and_orientation_are_read():

@@ -43,7 +43,7 @@ from pydicom.data import get_testdata_file
 
 import data
 import predict
-from medseg import device, plots
+from medseg import device, plots, predictor
 from medseg.cli import ArgumentParser
 from medseg.drawing import class_colors, overlay
 from medseg.files import atomic_write
@@ -913,13 +913,13 @@ def test_the_report_scores_the_masks_that_were_written(place, dataset, monkeypat
     """Scores from the mask files and the squares; the network sees every image once."""
     torch.save(brightness_model(image_size=48).state_dict(), "best_model.pth")
     scan(48, 48, 30, 30, 17).save(dataset / "test" / "0_test.png")  # partly outside its annotation
-    seen, run = [], Predictor._pass
+    seen, run = [], predictor.apply_by_tiles
 
-    def count(model, network, images, **options):
+    def count(network, images, *given, **options):
         seen.extend(images)
-        return run(model, network, images, **options)
+        return run(network, images, *given, **options)
 
-    monkeypatch.setattr(Predictor, "_pass", count)
+    monkeypatch.setattr(predictor, "apply_by_tiles", count)
     predict.main([str(dataset / "test"), "--output", "scored"])
     assert len(seen) == 4 + 4  # test and, for the threshold, valid
     records = json.loads((dataset / "test" / "_annotations.coco.json").read_text())["annotations"]
@@ -1018,13 +1018,13 @@ NOTHING = slice(0, 0)
 def test_no_threshold_is_chosen_on_the_folder_that_is_scored(place, dataset, given, monkeypatch):
     """However `valid` is named; and it is predicted once."""
     (dataset / "link").symlink_to(dataset / "valid")
-    seen, run = [], Predictor._pass
+    seen, run = [], predictor.apply_by_tiles
 
-    def count(model, network, images, **options):
+    def count(network, images, *given, **options):
         seen.extend(images)
-        return run(model, network, images, **options)
+        return run(network, images, *given, **options)
 
-    monkeypatch.setattr(Predictor, "_pass", count)
+    monkeypatch.setattr(predictor, "apply_by_tiles", count)
     predict.main([f"{dataset}/{given}", "--output", "scored"])
     report = json.loads((place / "scored" / "report.json").read_text())
     assert report["valid"] is None and len(seen) == 4
