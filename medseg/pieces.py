@@ -194,28 +194,34 @@ def find_cuts(mask):
     padded = np.pad(mask, 1).view(np.uint8)
     heights = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     flat, pixels, width = heights.ravel(), np.flatnonzero(padded), heights.shape[1]
-    steps = [row * width + column for row in (-1, 0, 1) for column in (-1, 0, 1)]
-    uphill = np.arange(flat.size)
+    place, count = np.zeros(flat.size, np.int64), len(pixels)
+    place[pixels] = uphill = np.arange(count)
+    highest, steps = flat[pixels], [row * width + x for row in (-1, 0, 1) for x in (-1, 0, 1)]
     for step in steps:
-        higher = pixels[flat[pixels + step] > flat[uphill[pixels]]]
-        uphill[higher] = higher + step
+        higher = flat[pixels + step] > highest
+        uphill = np.where(higher, place[pixels + step], uphill)
+        highest = np.maximum(highest, flat[pixels + step])
     peaks, saddles = _follow(uphill), []  # (height, peak, peak) where two basins touch
     for step in steps[5:]:  # of two neighbours, one way
-        touching = pixels[(peaks[pixels] != peaks[pixels + step]) & (flat[pixels + step] > 0)]
-        ends = touching, touching + step
-        saddles.append(np.stack([np.minimum(*(flat[end] for end in ends)), *peaks[np.array(ends)]]))
-    objects = np.arange(flat.size)
-    for saddle, *ends in sorted(set(zip(*np.concatenate(saddles, 1).tolist(), strict=True)))[::-1]:
+        near = place[pixels + step]
+        here = np.flatnonzero((peaks != peaks[near]) & (flat[pixels + step] > 0))
+        lower = np.minimum(flat[pixels[here]], flat[pixels[near[here]]])
+        saddles.append(np.stack([lower, *np.sort([peaks[here], peaks[near[here]]], 0)]))
+    saddles = np.concatenate(saddles, 1)
+    saddles = saddles[:, np.argsort(-saddles[0], kind="stable")]
+    _, first = np.unique(saddles[1] * count + saddles[2], return_index=True)  # of two peaks
+    objects, highest = np.arange(count), flat[pixels]
+    for saddle, *ends in saddles[:, np.sort(first)].T.tolist():
         for number, end in enumerate(map(int, ends)):
             while objects[end] != end:
                 end = objects[end]
             ends[number] = end
-        low, high = sorted(ends, key=flat.__getitem__)
-        if flat[low] - saddle < max(NECK * flat[low], NECK_PIXELS):
+        low, high = sorted(ends, key=highest.__getitem__)
+        if highest[low] - saddle < max(NECK * highest[low], NECK_PIXELS):
             objects[low] = high
     numbers = np.zeros(heights.shape, np.float32)  # OpenCV dilates it, and it counts to 2^24
-    objects = _follow(objects)[peaks[pixels]]
-    numbers.ravel()[pixels] = np.unique(objects, return_inverse=True)[1].ravel() + 1
+    objects = np.unique(_follow(objects)[peaks], return_inverse=True)[1]
+    numbers.ravel()[pixels] = objects.ravel() + 1
     cuts = (cv2.dilate(numbers, np.ones((3, 3))) > numbers) & (numbers > 0)
     return cuts[1:-1, 1:-1]
 

@@ -82,8 +82,7 @@ def metadata_of(model):
 
 def _is_export(path):
     """Whether `export` wrote a file: every format has the names of the metadata as they are."""
-    content = path.read_bytes()
-    return all(name.encode() in content for name in ALWAYS[:3])
+    return all(name.encode() in path.read_bytes() for name in ALWAYS[:3])
 
 
 def example_of(model):
