@@ -268,6 +268,8 @@ def test_an_example_of_the_data_of_the_run_is_one_click(tab, place):
     before = runs(place)
     tab.page.locator("#tta input").check()
     tab.wait_for(lambda: runs(place) == before + 1 and "agreement" in tab.table())
+    tab.change("threshold", 0.6)  # which is not that of the masks that agree
+    tab.wait_for(lambda: "agreement" not in tab.table())
 
 
 def test_what_is_no_image_gets_one_line_at_once(tab, place):
@@ -449,7 +451,7 @@ def test_stopped_while_it_predicts_it_leaves_nothing_and_told_nobody(browser, tm
 
 
 def test_refusals(place, monkeypatch):
-    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "NO_PROXY", "no_proxy"):
+    for name in ("GRADIO_TEMP_DIR", "NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(tempfile, "tempdir", str(place / "tmp"))
     before = medseg_folders(place)
