@@ -364,7 +364,7 @@ def measure_prediction(bench):
     if bench.args.only in name and not bench.args.quick:  # the export takes a while
         exported = bench.place / "model.onnx"
         run([sys.executable, ROOT / "predict.py", "--model", bench.model, "--export", exported])
-        onnx = [sys.executable, ROOT / "predict.py", picture, "--model", exported]
+        onnx = [sys.executable, ROOT / "docs" / "predict_onnx.py", exported, picture]
         bench.compare(name, "wall", single, partial(run, [*onnx, "--output", bench.place / "onnx"]))
     tutorial = bench.args.tutorial
     if not tutorial:

@@ -18,8 +18,7 @@ INPUT, OUTPUT = "images", "probabilities"  # of an ONNX file
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 DYNAMO_ONNX_NEEDS = (2, 7)  # the oldest PyTorch whose newer exporter writes sides of any size
 METADATA_FILE = "metadata.json"  # in .torchscript
-ALWAYS = ("class_names", "image_size", "n_channels", "exclusive")
-WHERE_KNOWN = ("window", "orientation", "trained_flips", "draw_order")
+FIELDS = "class_names image_size exclusive draw_order trained_flips window orientation".split()
 # (B, H, W) that a file is checked on: any size is to work, and any batch.
 SHAPES = ((1, 1, 1), (1, 37, 50), (1, 255, 257), (1, 64, 96), (3, 37, 50), (1, 640, 640))
 
@@ -72,17 +71,17 @@ def check_target(path):
 
 def metadata_of(model):
     """What a program needs to know of a UNet, JSON values; docs/export.md explains them."""
-    names = (*ALWAYS, *WHERE_KNOWN)
-    metadata = {name: getattr(model.info, name) for name in names if name != "n_channels"}
-    metadata["n_channels"] = model.n_channels
+    metadata = {"n_channels": model.n_channels, **{key: getattr(model.info, key) for key in FIELDS}}
     metadata["mean"], metadata["std"] = mean_and_std(model.n_channels)
     metadata["inference"] = model.info.inference and model.info.inference.as_dict()
-    return {key: value for key, value in metadata.items() if value is not None or key in ALWAYS}
+    return {
+        key: value for key, value in metadata.items() if value is not None or key == "image_size"
+    }
 
 
 def _is_export(path):
     """Whether `export` wrote a file: every format has the names of the metadata as they are."""
-    return all(name.encode() in path.read_bytes() for name in ALWAYS[:3])
+    return all(name.encode() in path.read_bytes() for name in ("n_channels", *FIELDS[:2]))
 
 
 def example_of(model):
