@@ -327,9 +327,9 @@ def train_and_test(args, checkpoint, signals):
         model = make_model(args, root, device, start=not checkpoint)
         skipped = [] if args.skip_bad else None
         loaders = make_loaders(args, root, model, device, skipped)
-        precision, note = settle_precision(args, device, model, loaders, begins=not checkpoint)
+        precision = settle_precision(args, device)
         if dist.is_first():
-            note = f"{devices.describe_device(device)}, {precision}{note}"
+            note = f"{devices.describe_device(device)}, {precision}"
             reports.print_run(root, args, loaders, model, note)
             reports.list_skipped(skipped, out)
         flags = checkpoints.recorded_flags(args)

@@ -130,8 +130,8 @@ def add_device_flags(add):
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
         default="auto",
-        help="auto: bf16 on a GPU that has it, on a CPU with AMX, and in long runs where a short "
-        "timing finds a CPU faster in it; fp16 on other GPUs, else fp32",
+        help="auto: bf16 on a GPU that has it, a CPU with AMX, and one of AMD with avx512_bf16; "
+        "fp16 on other GPUs, else fp32",
     )
 
 

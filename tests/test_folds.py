@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from net import ModelInfo
 import torch
 from helpers import (
     MASKS,
@@ -160,7 +161,7 @@ def test_folds_keep_the_groups_of_the_import(here):
 
 # ---- the runs --------------------------------------------------------------------------------
 
-FLAGS = (*SMALL, "--init", "bright.pth", "--lr", 0.1, "--epochs", 2)
+FLAGS = (*SMALL, "--precision", "fp32", "--init", "bright.pth", "--lr", 0.1, "--epochs", 2)
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +497,8 @@ def test_a_fold_scores_classes_as_their_masks_are_written(monkeypatch, exclusive
     monkeypatch.setattr(cross_validation, "predict", lambda *arguments: pairs)
     images = {"per_image": {}, "groups": []}
     monkeypatch.setattr(cross_validation, "_describe_images", lambda *arguments: images)
-    options = {"inference": None, "class_names": ("core", "cyst"), "exclusive": exclusive}
+    names, order = ("core", "cyst"), () if exclusive else (1, 2)
+    model = SimpleNamespace(info=ModelInfo(class_names=names, draw_order=order))
     fold = cross_validation.Fold(1, SimpleNamespace(data="own"), None)
-    fold.score(SimpleNamespace(**options), SimpleNamespace(device=None), None)
+    fold.score(model, SimpleNamespace(device=None), None)
     assert [tuple(own) for own in fold.result["counts"][0]] == [(64, 0, 0, 0), second]

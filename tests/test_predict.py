@@ -155,17 +155,6 @@ def test_the_card_of_the_repositorys_weights():
 # ---- precision -------------------------------------------------------------------------------
 
 
-def test_bf16_is_the_default_where_the_processor_has_amx(monkeypatch):
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    assert device.has_amx() == ("amx_bf16" in flags)
-    for present, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(device, "has_amx", lambda present=present: present)
-        assert device.choose_precision("auto", torch.device("cpu")) == expected
-        assert device.choose_precision("fp16", torch.device("cpu")) == "fp16"
-    monkeypatch.setattr(device, "has_amx", lambda: True)
-    assert device.choose_precision("auto", torch.device("mps")) == "fp32"
-
-
 def test_bf16_ends_before_the_last_convolution(place):
     """It marks the same square; its probabilities are near those of fp32 and not equal."""
     model, types = brightness_model(), {}

@@ -591,7 +591,19 @@ def test_the_report_scores_masks_as_they_are_written(place, dataset):
 
 # ---- train.py --------------------------------------------------------------------------------
 
-FLAGS = (*SMALL, "--epochs", 3, "--norm", "batch", "--lr", "1e-2", "--augment", "flip")
+FLAGS = (
+    *SMALL,
+    "--precision",
+    "fp32",
+    "--epochs",
+    3,
+    "--norm",
+    "batch",
+    "--lr",
+    "1e-2",
+    "--augment",
+    "flip",
+)
 
 
 def scores_in(line):

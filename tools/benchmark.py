@@ -89,7 +89,7 @@ def training_step(settings):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from medseg.device import find_precision, keep_freed_memory, make_autocast, pick_device
+    from medseg.device import choose_precision, keep_freed_memory, make_autocast, pick_device
     from net import UNet
     from train import combined_loss
 
@@ -99,9 +99,7 @@ def training_step(settings):
     order = torch.contiguous_format if plain else torch.channels_last
     torch.manual_seed(0)
     model = UNet(n_filters=settings["filters"]).to(device, memory_format=order)
-    sizes = {"size": settings["size"], "batch_size": settings["batch"]}
-    long = {"images": settings["long_run"], "training": True}
-    precision, _ = find_precision("fp32" if plain else "auto", device, model, **sizes, **long)
+    precision = choose_precision("fp32" if plain else "auto", device)
     shape = (settings["batch"], 1, settings["size"], settings["size"])
     images = torch.randn(shape, device=device).repeat(1, 3, 1, 1).contiguous(memory_format=order)
     masks = (torch.rand(shape, device=device) > 0.96).float()
@@ -243,7 +241,6 @@ class Bench:
             sizes = {"size": 256, "filters": 32, "batch": min(count or 32, 32), "steps": 3}
             sizes["matrix"] = 8192 if pick_device(args.device).type == "cuda" else 2048
         given = {"data": str(self.data), "images": count, "device": args.device}
-        given["long_run"] = 0 if args.quick else 10**6  # images, for which bf16 is timed
         self.settings = {**sizes, **given, "plain": False, "compile": False}
         self.model = place / "best_model.pth"
         torch.save(UNet(n_filters=self.settings["filters"]).state_dict(), self.model)

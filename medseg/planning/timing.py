@@ -7,10 +7,9 @@ from collections import namedtuple
 import torch
 import torch.nn.functional as F
 
-from medseg.device import find_precision, make_autocast
+from medseg.device import choose_precision, make_autocast
 
 SECONDS = 2.0  # for each of both, but for the first call
-LONG_RUN = 10**6  # images: long enough for find_precision to time bf16
 # Larger images are timed at this size on a CPU, where each of their pixels takes longer: 1.26 times
 # at 384x384, 1.46 times at 512x512.
 TIMED_SIDE, GROWTH = 256, 2.5
@@ -25,8 +24,7 @@ def time_network(network, device, *, side, batch_size, precision="auto"):
     side: of its square images, in pixels; precision: as the flag of train.py has it.
     A step is the passes forward and backward; no optimizer, whose first use imports a compiler.
     """
-    sizes = {"images": LONG_RUN, "size": side, "batch_size": batch_size, "training": True}
-    precision, _ = find_precision(precision, device, network, **sizes)
+    precision = choose_precision(precision, device)
     network = network.to(device, memory_format=torch.channels_last).train()
     timed = min(side, TIMED_SIDE) if device.type == "cpu" else side
     shape = (batch_size, network.n_channels, timed, timed)

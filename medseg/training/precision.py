@@ -1,29 +1,17 @@
-"""The precision of a run: found once, recorded, and kept by a run that goes on."""
+"""The precision of a run: chosen once, recorded, and kept by a run that goes on."""
 
-from medseg.device import find_precision, pick_device
+from medseg.device import choose_precision, pick_device
+from medseg.dist import all_reduce_max, is_first
 
 
-def settle_precision(args, device, model, loaders, *, begins):
-    """(precision, a note on how it was found) of this run, which records it in `args`.
-
-    begins: whether the run is a new one. Only then is anything timed: a run that goes on must not
-    change its precision because the machine is busy this time.
-    """
-    images = 0
-    if begins and not args.test_only:
-        images = args.epochs * loaders["train"].images_per_epoch
-    precision, note = find_precision(
-        args.precision,
-        device,
-        model,
-        images=images,
-        size=args.crop or args.image_size,
-        batch_size=args.batch_size,
-        training=True,
-    )
+def settle_precision(args, device):
+    """The precision of this run, which records it in `args`; of several processes, the first's."""
+    known = ("fp32", "fp16", "bf16")
+    number = known.index(choose_precision(args.precision, device)) if is_first() else 0
+    precision = known[int(all_reduce_max(number)[0])]
     if args.precision == "auto":
         args.precision, args.precision_chosen_for = precision, device.type
-    return precision, note
+    return precision
 
 
 def keep_precision(args, parser, flags):
