@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from net import ModelInfo
 import torch
 from helpers import (
     MASKS,
@@ -42,6 +41,7 @@ from medseg.predictor import Predictor
 from medseg.signals import Stopped
 from medseg.training import cross_validation
 from medseg.training.folds import deal_groups, deal_images, write_folds
+from net import ModelInfo
 
 # ---- the deal --------------------------------------------------------------------------------
 
