@@ -2,7 +2,7 @@
 
 examples:
   python predict.py                                  # the tutorial's example image
-  python predict.py scan.png                         # scan_mask.png and scan_prediction.png
+  python predict.py scan.png                         # scan_mask.png, _overlay.jpg, _prediction.png
   python predict.py scan.png --output mask.png       # only the mask, in that file
   python predict.py scans/ more/7.tif --output masks # NAME_mask.png and NAME_overlay.jpg of each
   python predict.py dataset/test                     # annotated: also report.json, report.png
@@ -11,7 +11,7 @@ examples:
   python predict.py scan.dcm --window 40 80          # DICOM; several frames: a mask of each
   python predict.py brain.nii.gz                     # a volume: brain_mask.nii.gz and a montage
   python predict.py --export model.onnx              # the model for other programs
-  python predict.py scan.png --model model.onnx      # and here, without PyTorch
+  python docs/predict_onnx.py model.onnx scan.png    # which predicts without PyTorch
   python predict.py scan.png --model runs/own/fold*/best_model.pth   # the mean of several models
   python predict.py --page                           # a page in the browser; needs gradio
 

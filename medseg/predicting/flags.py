@@ -16,7 +16,7 @@ from medseg.inference import PLAIN, flips_to_average
 from medseg.pieces import CLEANINGS
 from medseg.results.folder import DEFAULT, WRITTEN
 
-MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".pt2", ".torchscript")
+MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".torchscript")
 
 
 def parse_arguments(argv, doc):
