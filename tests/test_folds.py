@@ -464,12 +464,12 @@ def test_several_processes_are_refused(dataset, refused, monkeypatch):
 
 
 def test_a_run_that_is_gone_on_with_keeps_the_precision_that_was_found(copied, monkeypatch):
-    """bf16 by a timing, which a run that goes on must not repeat."""
+    """Whatever this processor would be given now."""
     checkpoint = torch.load("run/fold1/last.pth", weights_only=True)
     checkpoint["flags"] |= {"precision": "bf16", "precision_chosen_for": "cpu"}
     torch.save(checkpoint, "run/fold1/last.pth")
-    record = read("run")
-    Path("run/folds.json").write_text(json.dumps({"flags": record["flags"], "folds": []}))
+    recorded = {**read("run")["flags"], "precision": "auto"}
+    Path("run/folds.json").write_text(json.dumps({"flags": recorded, "folds": []}))
     seen = []
 
     def stop(args, *_):

@@ -455,8 +455,8 @@ def trained(tmp_path_factory):
     make_phantoms(place / "dataset", (14, 5, 3), size=64)
     with pytest.MonkeyPatch.context() as patch:
         helpers.skip_pictures(patch)
-        flags = (*helpers.SMALL, "--epochs", 1, "--augment", "mirror", "--out", "run")
-        output_of("train.py", *flags, cwd=place)
+        flags = (*helpers.SMALL, "--precision", "fp32", "--epochs", 1, "--augment", "mirror")
+        output_of("train.py", *flags, "--out", "run", cwd=place)
     return place
 
 
