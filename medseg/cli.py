@@ -188,15 +188,15 @@ def parse_named_values(text, known):
     return {name: values[name] for name in known if name in values}
 
 
-def named_values(known):
-    """An argparse type: text that `parse_named_values` takes, which it stays."""
+def named_values(known, convert=None):
+    """An argparse type: text that `parse_named_values` takes, or convert() of what it gives."""
 
     def check(text):
         try:
-            parse_named_values(text, known)
+            values = parse_named_values(text, known)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        return text
+        return convert(values) if convert else text
 
     return check
 

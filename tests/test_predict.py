@@ -1,5 +1,6 @@
 """Prediction: the functions, the files it writes, and what it refuses; and scores of a folder."""
 
+import csv
 import hashlib
 import importlib
 import itertools
@@ -368,6 +369,16 @@ def test_files_that_cannot_be_read_are_counted_and_the_others_predicted(place, r
     assert line.count("series.dcm") == 1
     masks = {name for name in pictures(place / "out") if name.endswith("_mask.png")}
     assert masks == {"a_mask.png", "one_f000_mask.png", "fine_f000_mask.png", "fine_f001_mask.png"}
+
+
+def test_a_spacing_that_no_scanner_has_is_none(place):
+    (place / "scans").mkdir()
+    for name, spacing in {"a": [1, 1], "b": ["1e200", "0.5"]}.items():
+        write_dicom(place / "scans" / f"{name}.dcm", PixelSpacing=spacing)
+    predict.main(["scans"])
+    table = (place / "predictions" / "predictions.csv").read_text("utf-8-sig").splitlines()
+    areas = {row["image"]: row["area_mm2"] for row in csv.DictReader(table)}
+    assert areas["a.dcm"] and not areas["b.dcm"]
 
 
 def test_what_is_left_out_is_counted_once():

@@ -3,14 +3,8 @@
 import argparse
 from pathlib import Path
 
-from medseg.cli import (
-    ArgumentParser,
-    add_device_flags,
-    add_pixel_limit,
-    named_values,
-    number,
-    parse_named_values,
-)
+from medseg.cli import ArgumentParser, add_device_flags, add_pixel_limit, named_values, number
+from medseg.formats.medical import is_spacing
 from medseg.images import FORMAT_NAMES
 from medseg.inference import PLAIN, flips_to_average
 from medseg.pieces import CLEANINGS
@@ -60,7 +54,7 @@ def make_parser(doc):
     )
     add(
         "--write",
-        type=written,
+        type=named_values(dict.fromkeys(WRITTEN, (1.0, 1.0)), tuple),
         default=DEFAULT,
         metavar="NAME,...",
         help="what to write of each image: mask; overlay; classes, a mask of each class; objects, "
@@ -88,14 +82,6 @@ def make_parser(doc):
     return parser
 
 
-def written(text):
-    """'mask,labelme' -> ('mask', 'labelme'), in the order of WRITTEN; 'none' -> ()."""
-    try:
-        return tuple(parse_named_values(text, dict.fromkeys(WRITTEN, (1.0, 1.0))))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def user_and_password(text):
     """'USER:PASSWORD' -> ('USER', 'PASSWORD')."""
     user, _, password = text.partition(":")
@@ -106,14 +92,10 @@ def user_and_password(text):
 
 def pixel_size(text):
     """'0.5' or '0.5x0.7', width and height in mm -> (height, width)."""
-    parts = text.lower().split("x")
-    sizes = [number(0.0, type=float)(part) for part in parts]
-    if not 1 <= len(sizes) <= 2 or min(sizes) <= 0:
+    sizes = [float(part) for part in text.lower().split("x")]
+    if len(sizes) > 2 or not is_spacing(sizes):
         raise argparse.ArgumentTypeError(f"must be mm above 0, such as 0.5 or 0.5x0.7, not {text}")
     return sizes[-1], sizes[0]
-
-
-pixel_size.__name__ = "size"  # argparse names it: "invalid size value"
 
 
 def _add_page_flags(parser):

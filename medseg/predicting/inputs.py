@@ -15,7 +15,6 @@ from medseg.dataset_folder import finish_import
 from medseg.files import shorten
 from medseg.formats.dicom import read_dicom
 from medseg.formats.medical import (
-    DICOM_SUFFIXES,
     NIFTI_SUFFIXES,
     base_name,
     file_format,
@@ -24,13 +23,12 @@ from medseg.formats.medical import (
 )
 from medseg.formats.nifti import open_nifti
 from medseg.formats.own_files import is_own
-from medseg.images import SUFFIXES, read_image
+from medseg.images import FORMAT_NAMES, SUFFIXES, read_image
 from medseg.pretrained import pretrained_path
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
 MAX_NAMED = 3  # of the files that could not be predicted, in the line on them
-OTHER_PICTURES = (".jp2", ".tga")  # suffixes that name no folder
 
 
 class ImageFile(NamedTuple):
@@ -61,33 +59,27 @@ def open_file(file, window=None, orientation=None, pixel_size=None):
     files that do not tell it, or None. Here alone a file is opened by its format.
     Raises FileNotFoundError; ValueError where the file cannot be read.
     """
-    path, name, volume = file.path, file.name, None
+    path = file.path
     if file.format is None:
-        return [Frame(path, name, path.name, partial(read_image, path), pixel_size)], None
+        return [Frame(path, file.name, path.name, partial(read_image, path), pixel_size)], None
     if file.format == "nifti":
         volume = open_nifti(path, orientation)
         arrays, what = volume.pictures(window), "slice"
     else:
-        arrays, what = read_dicom(path, window), "frame"
+        volume, arrays, what = None, read_dicom(path, window), "frame"
+    frames = []
     with name_file(path):  # some elements are read only when they are asked for
-        return _frames(file, arrays, what, volume, pixel_size), volume
-
-
-def _frames(file, arrays, what, volume, pixel_size):
-    """A `Frame` for each of the arrays, which are what ('slice', 'frame') of a file."""
-    path, name, frames = file.path, file.name, []
-    for number in range(len(arrays)):
-        own, title = name, path.name
-        if len(arrays) > 1:
-            own, title = name if volume else f"{name}_f{number:03d}", f"{title}, {what} {number}"
-        frame = Frame(path, own, title, partial(_read_array, arrays, number))
-        if volume:
-            frame = frame._replace(spacing=volume.slice_spacing)
-        else:
+        several = len(arrays) > 1
+        for number in range(len(arrays)):
+            title = f"{path.name}, {what} {number}" if several else path.name
+            frame = Frame(path, file.name, title, partial(_read_array, arrays, number))
+            if volume:
+                frames.append(frame._replace(spacing=volume.slice_spacing))
+                continue
+            name = f"{file.name}_f{number:03d}" if several else file.name
             spacing = arrays.spacing(number) or pixel_size
-            frame = frame._replace(spacing=spacing, place=arrays.place(number))
-        frames.append(frame)
-    return frames
+            frames.append(frame._replace(name=name, spacing=spacing, place=arrays.place(number)))
+    return frames, volume
 
 
 def as_frame(image):
@@ -156,12 +148,10 @@ def expand(inputs):
         if not given.is_file():  # a split, maybe, that a killed import has moved aside
             finish_import(given.absolute().parent)
         if given.is_dir():
-            images = [path for path in sorted(given.iterdir()) if is_input(path)]
-            if not images:
-                suffixes = ", ".join((*SUFFIXES, *DICOM_SUFFIXES, *NIFTI_SUFFIXES))
-                aside = left_aside(given)
-                but = f", but {aside}" if aside else ""
-                raise ValueError(f"{given}: no images ({suffixes}) in this folder{but}")
+            if not (images := images_in(given)):
+                but = f", but {aside}" if (aside := left_aside(given)) else ""
+                kinds = f"DICOM, NIfTI, {FORMAT_NAMES}"
+                raise ValueError(f"{given}: no images ({kinds}) in this folder{but}")
             paths += images
         elif given.exists():
             paths.append(given)
@@ -173,15 +163,10 @@ def expand(inputs):
         count = Counter((path.parent, name) for path, name in names.items())
         for path, name in names.items():
             if count[path.parent, name] > 1 and formats[path] != "nifti":
-                names[path] = _name_with_suffix(path)
+                base = base_name(path)
+                names[path] = shorten(base + path.name[len(base) :].replace(".", "_"))
     _check_names([(name, path) for path, name in names.items()])
     return [ImageFile(path, name, formats[path]) for path, name in names.items()]
-
-
-def _name_with_suffix(path):
-    """'a.png' -> 'a_png'"""
-    name = base_name(path)
-    return shorten(name + path.name[len(name) :].replace(".", "_"))
 
 
 def _check_names(named):
@@ -235,14 +220,9 @@ def describe_left_out(problems, files, frames):
     return f"{share} left out: {'; '.join(reasons[:MAX_NAMED])}{more}"
 
 
-def data_set_images():
-    """The test images of the data set, or of the phantoms where there is none; sorted, or []."""
-    for folder in (Path("dataset/test"), Path("dataset/synthetic/test")):
-        images = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES]
-        images = [path for path in images if is_input(path)]
-        if images:
-            return images
-    return []
+def images_in(folder):
+    """The images and volumes in a folder, sorted; [] where there is none."""
+    return sorted(path for path in Path(folder).glob("*") if is_input(path))
 
 
 def learned_images(model_path, count):
@@ -260,13 +240,13 @@ def learned_images(model_path, count):
         with suppress(ValueError, LookupError, TypeError):  # of another program
             flags = load_weights(last)["flags"]
             folder = Path(flags["data"], "synthetic" if flags["synthetic"] else "", "test")
-    found = sorted(path for path in folder.glob("*") if is_input(path)) if folder else []
+    found = images_in(folder) if folder else []
     return found[:: -(-len(found) // count) or 1]
 
 
 def example_image():
     """The image to show when none is named. FileNotFoundError where there is no data set."""
-    images = data_set_images()
+    images = images_in(EXAMPLE.parent) or images_in("dataset/synthetic/test")
     if not images:
         raise FileNotFoundError(
             "no image named, and none in dataset/test: name one, or run `python download.py` first"
@@ -297,16 +277,13 @@ def is_input(path):
 def choose_output(given, single, files):
     """The folder to write to, made if need be, or for a single input the file that was named."""
     path = Path(given or ("." if single else "predictions"))
-    volume = single and files[0].format == "nifti"
-    endings = (*SUFFIXES, *OTHER_PICTURES, *NIFTI_SUFFIXES)
-    if not given or path.is_dir() or not path.name.lower().endswith(endings):
+    if not given or path.is_dir() or not path.name.lower().endswith((*SUFFIXES, *NIFTI_SUFFIXES)):
         return output_folder(path, "--output")
     if not single:
         raise ValueError(f"--output {given}: several images need a folder, not one file")
-    if volume and not path.name.lower().endswith(NIFTI_SUFFIXES):
-        raise ValueError(f"--output {given}: the mask of a volume is written as .nii.gz or .nii")
-    if not volume and path.suffix.lower() != ".png":
-        raise ValueError(f"--output {given}: a mask is written as .png, which loses nothing")
+    endings = NIFTI_SUFFIXES if files[0].format == "nifti" else (".png",)
+    if not path.name.lower().endswith(endings):
+        raise ValueError(f"--output {given}: this mask is written as {' or '.join(endings)}")
     if path.exists() and any(path.samefile(file.path) for file in files):
         raise ValueError(f"--output {given}: that is the image itself; name another file")
     output_folder(path.parent, "--output")
