@@ -17,64 +17,47 @@ def full_size_labels(probabilities, size, threshold):
 
     size: (width, height). Where classes overlap, the most probable one is taken.
     """
-    (width, height), bilinear = size, Image.Resampling.BILINEAR
-    labels = np.zeros((height, width), np.uint8)
-    if probabilities.shape[1:] == labels.shape:
-        for start in range(0, height, STRIPE):
-            own, parts = labels[start : start + STRIPE], probabilities[:, start : start + STRIPE]
-            highest = np.full(own.shape, threshold, np.float32)
-            for number, part in enumerate(parts, 1):
-                own[part > highest] = number
-                np.maximum(part, highest, out=highest)
-        return labels
-    highest = np.full((height, width), threshold, np.float32)
+    if len(probabilities) == 1:
+        return full_size_mask(probabilities[0], size, threshold).view(np.uint8)
+    labels, highest = np.zeros(size[::-1], np.uint8), np.full(size[::-1], threshold, np.float32)
     for number, channel in enumerate(probabilities, 1):
-        if channel.max() <= threshold:  # and so is every value between those of its pixels
-            continue
-        # Along the rows, then the columns, as Pillow does it, but not where no pixel can win.
-        wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
-        for start in range(0, width, STRIPE):
-            columns = np.s_[:, start : start + STRIPE]
-            part, own, top = wide[columns], labels[columns], highest[columns]
-            if part.max() <= top.min():
-                continue
-            resized = Image.fromarray(part).resize((part.shape[1], height), bilinear)
-            resized = np.asarray(resized)
-            own[resized > top] = number
-            np.maximum(resized, top, out=top)
+        for columns, stripe in full_size_stripes(channel, size, above=threshold):
+            top = highest[:, columns]
+            labels[:, columns][stripe > top] = number
+            np.maximum(stripe, top, out=top)
     return labels
 
 
 def full_size_stripes(channel, size, columns=None, above=-1):
     """Yield (slice of columns, float32 (height, columns)) of probabilities at the size of an image.
 
-    channel: float32 (S, S); size: (width, height). They are resized as `full_size_labels` resizes
-    them, few columns at a time. columns: the slice of those that are needed, or None for all.
-    above: stripes without a probability above it are left out.
+    channel: float32 (S, S); size: (width, height). Few columns are resized at a time: along the
+    rows, then the columns, as Pillow does it. columns: the slice of those that are needed, or None
+    for all. above: stripes without a probability above it are left out.
     """
     (width, height), bilinear = size, Image.Resampling.BILINEAR
-    first, last, _ = (columns or slice(None)).indices(width)
-    if channel.shape == (height, width):
-        for start in range(first, last, STRIPE):
-            part = slice(start, min(start + STRIPE, last))
-            if channel[:, part].max() <= above:
-                continue
-            yield part, channel[:, part]
+    if above >= channel.max():  # and so is every value between those of its pixels
         return
-    wide = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
+    resized = channel.shape != (height, width)
+    if resized:
+        channel = np.asarray(Image.fromarray(channel).resize((width, len(channel)), bilinear))
+    first, last, _ = (columns or slice(None)).indices(width)
     for start in range(first, last, STRIPE):
         part = slice(start, min(start + STRIPE, last))
-        if wide[:, part].max() <= above:  # and so is every value between those of its pixels
+        stripe = channel[:, part]
+        if stripe.max() <= above:
             continue
-        stripe = Image.fromarray(np.ascontiguousarray(wide[:, part]))
-        yield part, np.asarray(stripe.resize((stripe.width, height), bilinear))
+        if resized:
+            stripe = Image.fromarray(np.ascontiguousarray(stripe))
+            stripe = np.asarray(stripe.resize((stripe.width, height), bilinear))
+        yield part, stripe
 
 
 def full_size_mask(channel, size, threshold):
     """bool (height, width): where a class is above the threshold, whatever the others are."""
     mask = np.zeros(size[::-1], bool)
     for columns, stripe in full_size_stripes(channel, size, above=threshold):
-        mask[:, columns] = stripe > threshold
+        mask[:, columns] = stripe > np.float32(threshold)
     return mask
 
 

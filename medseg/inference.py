@@ -9,13 +9,7 @@ import numpy as np
 
 from medseg.cli import parse_named_values
 from medseg.full_size import full_size_labels, full_size_mask
-from medseg.pieces import (
-    CLEANINGS,
-    clean_labels,
-    count_numbers,
-    describe_clean,
-    pixel_area,
-)
+from medseg.pieces import CLEANINGS, clean_labels, count_numbers, describe_clean, pixel_area
 
 # {name: axes of (..., H, W) that are reversed}
 FLIPS = {"horizontal": (-1,), "vertical": (-2,), "both": (-2, -1)}
@@ -44,11 +38,7 @@ class Inference(NamedTuple):
         numbers: the mask of each is drawn over those before it.
         """
         if draw_order:
-            masks = [*self.masks(probabilities, size, exclusive=False, spacing=spacing)]
-            if marked is not None and self.clean != "none":
-                plain = self._replace(clean="none").masks(probabilities, size, exclusive=False)
-                for number, mask in enumerate(plain, 1):
-                    marked[number] += np.count_nonzero(mask)
+            masks = [*self._masks(probabilities, size, spacing, marked)]
             labels = np.zeros(size[::-1], np.uint8)
             for number in draw_order:
                 labels[masks[number - 1]] = number
@@ -59,16 +49,20 @@ class Inference(NamedTuple):
         return clean_labels(labels, self.clean, pixel_area(spacing))
 
     def masks(self, probabilities, size, *, exclusive=True, spacing=None):
-        """Yield the same as the mask of each class, bool (height, width).
+        """The same as an iterator over the mask of each class, bool (height, width).
 
         exclusive: whether a pixel has one class; if not, each class counts by its own mask.
         """
         if exclusive or len(probabilities) == 1:
             labels = self.labels(probabilities, size, spacing)
-            yield from (labels == number for number in range(1, len(probabilities) + 1))
-            return
-        for channel in probabilities:
+            return (labels == number for number in range(1, len(probabilities) + 1))
+        return self._masks(probabilities, size, spacing)
+
+    def _masks(self, probabilities, size, spacing, marked=None):
+        for number, channel in enumerate(probabilities, 1):
             own = full_size_mask(channel, size, self.threshold).view(np.uint8)
+            if marked is not None:
+                marked[number] += np.count_nonzero(own)
             yield clean_labels(own, self.clean, pixel_area(spacing)).view(bool)
 
     def overlapping(self, probabilities, size, spacing=None, *, exclusive=False):
@@ -83,10 +77,8 @@ class Inference(NamedTuple):
 
     def extras(self):
         """What is done beside the threshold, in words: ['flips', 'largest piece'], or less."""
-        parts = []
-        if self.flips:
-            flips = tuple(self.flips)  # a list, where a report has them
-            parts.append(SPELLED.get(flips, f"flips ({', '.join(self.flips)})"))
+        flips = tuple(self.flips or ())  # a list, where a report has them
+        parts = [SPELLED.get(flips, f"flips ({', '.join(flips)})")] if flips else []
         return [*parts, *describe_clean(self.clean)]
 
     def __str__(self):

@@ -123,13 +123,10 @@ class FeatureRecorder:
         self._sums, self._pixels = {}, {}  # {level: of features and of their squares}
 
     def __enter__(self):
-        levels = range(1, min(LEVELS, self._network.architecture.depth) + 1)
-        self._hooks = [
-            self._network.get_submodule(f"down{level}").register_forward_hook(
-                partial(self._record, level)
-            )
-            for level in levels
-        ]
+        self._hooks = []
+        for level in range(1, min(LEVELS, self._network.architecture.depth) + 1):
+            block = self._network.get_submodule(f"down{level}")
+            self._hooks.append(block.register_forward_hook(partial(self._record, level)))
         return self
 
     def __exit__(self, *error):

@@ -81,21 +81,12 @@ def class_masks(masks):
     """
     count = len(masks) if masks.dtype == bool else masks.max()
     for number in range(1, count + 1):
-        mask = masks[number - 1] if masks.dtype == bool else masks == number
-        box = bounding_box(mask)
+        mask, box = masks[number - 1] if masks.dtype == bool else masks == number, ()
+        for axis in range(mask.ndim):
+            places = np.flatnonzero(mask.any(tuple({*range(mask.ndim)} - {axis})))
+            box += tuple(slice(int(first), int(places[-1]) + 1) for first in places[:1])
         if box:
             yield number, box, mask[box]
-
-
-def bounding_box(mask):
-    """The index of the smallest box that holds a bool array, or None of an empty one."""
-    box, axes = [], set(range(mask.ndim))
-    for axis in axes:
-        places = np.flatnonzero(mask.any(tuple(axes - {axis})))
-        if not places.size:
-            return None
-        box.append(slice(int(places[0]), int(places[-1]) + 1))
-    return tuple(box)
 
 
 def count_numbers(numbers, count=255):
@@ -212,10 +203,9 @@ def find_cuts(mask):
     _, first = np.unique(saddles[1] * count + saddles[2], return_index=True)  # of two peaks
     objects, highest = np.arange(count), flat[pixels]
     for saddle, *ends in saddles[:, np.sort(first)].T.tolist():
-        for number, end in enumerate(map(int, ends)):
-            while objects[end] != end:
-                end = objects[end]
-            ends[number] = end
+        ends = [int(end) for end in ends]
+        while ends != (further := objects[ends].tolist()):
+            ends = further
         low, high = sorted(ends, key=highest.__getitem__)
         if highest[low] - saddle < max(NECK * highest[low], NECK_PIXELS):
             objects[low] = high

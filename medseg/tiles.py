@@ -4,6 +4,7 @@ A tile begins on the grid on which the network halves the sides, and has a margi
 network looks: what is beyond it changes none of the pixels that are kept.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -41,15 +42,14 @@ class Part(NamedTuple):
         return slice(self.start - self.first, end)
 
 
-def apply_by_tiles(network, images, device, *, forward=None, memory=None, look=lambda inside: None):
-    """network(images), by tiles where that takes more memory than `memory` bytes.
+def apply_by_tiles(network, images, device, *, forward=None, look=lambda inside: None):
+    """network(images), by tiles where that takes more memory than `tile_memory`.
 
     images: tensor (B, n_channels, H, W) on any device, normalised float32, or uint8, which is
     normalised part by part: a large image in float32 would fill the memory. forward: by default
-    the network itself. memory: by default
-    TILE_MEMORY, and more on a GPU. look(inside): called before each pass, with the slices of height
-    and width that are kept of it. Returns float32 (B, n_classes, H, W), on the device, or on the
-    CPU of an image that is divided. Only networks that take images at their own size are divided;
+    the network itself. look(inside): called before each pass, with the slices of height and width
+    that are kept of it. Returns float32 (B, n_classes, H, W), on the device, or on the CPU of an
+    image that is divided. Only networks that take images at their own size are divided;
     one whose tiles would differ from the whole image only where the memory cannot hold it, and a
     line on stderr says so, once.
     """
@@ -61,13 +61,12 @@ def apply_by_tiles(network, images, device, *, forward=None, memory=None, look=l
         return (forward or network)(part).float()
 
     count, _, height, width = images.shape
-    bytes_per_pixel = count * pass_memory(network)
-    if not must_divide(network, height * width * bytes_per_pixel, device, memory):
+    if not must_divide(network, count * height * width, device):
         look(WHOLE)
         return apply(images)
     stride, margin = 2**network.architecture.depth, margin_of(network)
-    memory = memory or tile_memory(device)
-    tiles = make_tiles(height, width, stride, margin, memory // bytes_per_pixel)
+    pixels = tile_memory(device) // (count * pass_memory(network))
+    tiles = make_tiles(height, width, stride, margin, pixels)
     result = torch.from_numpy(large_array((count, network.n_classes, height, width), np.float32))
     for row, column in tqdm(tiles, f"{width}x{height}", unit=" tiles", disable=None, leave=False):
         look((row.kept, column.kept))
@@ -78,20 +77,22 @@ def apply_by_tiles(network, images, device, *, forward=None, memory=None, look=l
     return result
 
 
-def must_divide(network, needed, device, memory=None):
-    """Whether a pass through a UNet that takes `needed` bytes is to be made by tiles."""
+def must_divide(network, pixels, device):
+    """Whether a pass of so many pixels through a network is to be made by tiles."""
     layers = getattr(network, "architecture", None)
-    if layers is None or network.info.image_size is not None or needed <= (memory or TILE_MEMORY):
+    if layers is None or network.info.image_size is not None:
+        return False
+    needed = pixels * pass_memory(network)
+    if needed <= TILE_MEMORY:
         return False
     differs = ["group normalisation"] if layers.norm == "group" else []
     if layers.up == "bilinear":  # whose corners are aligned: a step depends on the side
         differs.append("bilinear upsampling")
-    memory = memory or tile_memory(device)
-    if not differs:
-        return needed > memory
-    if needed <= max(memory, WHOLE_SHARE * available_memory(device)):
+    whole = WHOLE_SHARE * available_memory(device) if differs else 0
+    if needed <= max(tile_memory(device), whole):
         return False
-    note_difference(" and ".join(differs))
+    if differs:
+        note_difference(" and ".join(differs))
     return True
 
 
@@ -101,8 +102,6 @@ def pass_memory(network):
     At the finest level: the two parts of the decoder's input, the two as one, what is made of them,
     and what convolutions take for themselves.
     """
-    if not hasattr(network, "architecture"):
-        return 0
     return 4 * (8 * network.n_filters + 2 * (network.n_channels + network.n_classes))
 
 
@@ -131,7 +130,7 @@ def make_tiles(height, width, stride, margin, pixels):
     """
     least = round_up(2 * margin + max(margin // 2, stride), stride)
     pixels = max(pixels, min(least, height) * min(least, width))
-    best, fewest = None, math.inf
+    tilings = []
     for tall in range(least, max(height, least) + stride, stride):
         wide = pixels // min(tall, height)
         if wide < width:
@@ -139,14 +138,13 @@ def make_tiles(height, width, stride, margin, pixels):
         if wide < min(least, width):
             break
         rows, columns = divide(height, tall, margin, stride), divide(width, wide, margin, stride)
-        seen = count_shown(rows) * count_shown(columns)
-        if seen < fewest:
-            best, fewest = (rows, columns), seen
-    return list(itertools.product(*best))
+        tilings.append((rows, columns))
+    return list(itertools.product(*min(tilings, key=count_shown)))
 
 
-def count_shown(parts):
-    return sum(part.last - part.first for part in parts)
+def count_shown(sides):
+    """The pixels that the network sees in all tiles of an image."""
+    return math.prod(sum(part.last - part.first for part in parts) for parts in sides)
 
 
 def divide(side, shown, margin, stride):
@@ -190,15 +188,13 @@ def available_memory(device="cpu"):
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = []
-    try:
+    with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
         group = Path("/sys/fs/cgroup")  # of a container
         most = (group / "memory.max").read_text().strip()
         if most != "max":
             limits.append(int(most) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
-        pass
     if not limits and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return max(min(limits, default=UNKNOWN_MEMORY), 0)
