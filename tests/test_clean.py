@@ -24,60 +24,68 @@ def drawing(text):
     return np.array(rows, np.uint8)
 
 
-def cleaned(text, clean):
-    labels = drawing(text)
-    result = clean_labels(labels, clean)
-    np.testing.assert_array_equal(labels, drawing(text))  # left as it was
-    return "\n".join("".join(map(str, row)) for row in result).replace("0", ".")
-
-
-def lines(text):
-    return "\n".join(text.split())
-
-
 SPECKS = "11111..1... 1...1...1.. 1.1.1...... 1...1.222.. 11111.2.2.1 ......222.."
 
 
+RINGS = "1111111. 1.....1. 1.222.1. 1.2.2.1. 1.222.1. 1.....1. 1111111. 3333...."
+
+
 @pytest.mark.parametrize(
-    "clean, expected",
+    "text, clean, expected",
     [
-        ("none", SPECKS),
-        ("largest=0,fill=0", SPECKS),
+        (SPECKS, "none", SPECKS),
+        (SPECKS, "largest=0,fill=0", SPECKS),
         # Two that touch at a corner are one piece.
-        ("min-area=2", "11111..1... 1...1...1.. 1...1...... 1...1.222.. 11111.2.2.. ......222.."),
-        ("largest", "11111...... 1...1...... 1...1...... 1...1.222.. 11111.2.2.. ......222.."),
-        ("fill", "11111..1... 11111...1.. 11111...... 11111.222.. 11111.222.1 ......222.."),
+        (SPECKS, "min-area=2", SPECKS.replace("1.1.1", "1...1").replace("2.1", "2..")),
+        (
+            SPECKS,
+            "largest",
+            "11111...... 1...1...... 1...1...... 1...1.222.. 11111.2.2.. ......222..",
+        ),
+        (SPECKS, "fill", "11111..1... 11111...1.. 11111...... 11111.222.. 11111.222.1 ......222.."),
         (  # whatever the order in which they are written
-            "fill,largest,min-area=9",
+            *(SPECKS, "fill,largest,min-area=9"),
             "11111...... 11111...... 11111...... 11111...... 11111...... ...........",
         ),
+        # Pixels that touch at a corner are of one piece: 4 against 3.
+        ("1...11 .1...1 ..1... ...1..", "largest", "1..... .1.... ..1... ...1.."),
+        # Of equal ones the first row by row, which is not the leftmost.
+        ("....11 ...... 11..11", "largest", "....11 ...... ......"),
+        ("1.1.1 1.1.1 111.1", "largest", "1.1.. 1.1.. 111.."),  # the U is one piece
+        ("1.22. ....7 11.2.", "largest", "..22. ....7 11..."),  # each class keeps one
+        ("... ...", "largest", "... ..."),
+        (
+            RINGS,
+            "fill",
+            RINGS.replace("1.....1", "1111111")
+            .replace("1.2", "112")
+            .replace("2.1", "211")
+            .replace("2.2", "222"),
+        ),
+        # A hole between two classes is one of neither, nor is one that leads out of the image.
+        *((text, "fill", text) for text in ("1112 1..2 1112", "1111 1... 1111", "1.1 1.1 111")),
+        # An island that is removed is a hole like any other.
+        ("1111 1.21 1111", "min-area=2,fill", "1111 1111 1111"),
     ],
 )
-def test_a_drawing_cleaned(clean, expected):
-    assert cleaned(SPECKS, clean) == lines(expected)
-
-
-def test_a_hole_is_no_reason_to_overwrite_another_class():
-    text = "1111111. 1.....1. 1.222.1. 1.2.2.1. 1.222.1. 1.....1. 1111111. 3333...."
-    expected = "1111111. 1111111. 1122211. 1122211. 1122211. 1111111. 1111111. 3333...."
-    assert cleaned(text, "fill") == lines(expected)
-    # A hole between two classes is one of neither, nor is one that leads out of the image.
-    for text in ("1112 1..2 1112", "1111 1... 1111", "1.1 1.1 111"):
-        assert cleaned(text, "fill") == lines(text)
-    # An island that is removed is a hole like any other.
-    assert cleaned("1111 1.21 1111", "min-area=2,fill") == lines("1111 1111 1111")
+def test_a_drawing_cleaned(text, clean, expected):
+    labels = drawing(text)
+    np.testing.assert_array_equal(clean_labels(labels, clean), drawing(expected))
+    np.testing.assert_array_equal(labels, drawing(text))  # left as it was
 
 
 def test_forty_classes_against_each_by_itself():
     rng = np.random.default_rng(0)
     labels = np.kron(rng.integers(0, 41, (30, 30)), np.ones((3, 3))).astype(np.uint8)
     labels[rng.random(labels.shape) < 0.2] = 0
-    expected = np.zeros_like(labels)
+    expected, largest = np.zeros_like(labels), np.zeros_like(labels)
     for number in range(1, 41):
         numbers, _ = ndimage.label(labels == number, np.ones((3, 3)))
-        for index in range(1, numbers.max() + 1):
-            if (numbers == index).sum() >= 7:
-                expected[numbers == index] = number
+        sizes = np.bincount(numbers.ravel())
+        sizes[0] = 0
+        expected[sizes[numbers] >= 7] = number
+        largest[numbers == sizes.argmax()] = number  # the first of the largest
+    np.testing.assert_array_equal(clean_labels(labels, "largest"), largest)
     np.testing.assert_array_equal(clean_labels(labels, "min-area=7"), expected)
     filled = expected.copy()
     for number in range(1, 41):
@@ -121,13 +129,21 @@ def test_what_has_no_neck_is_not_split(shape):
 
 
 def test_each_class_is_split_by_itself():
-    y, x = np.mgrid[:60, :120]
-    labels = np.zeros((60, 120), np.uint8)
+    (y, x), labels = np.mgrid[:60, :120], np.zeros((60, 120), np.uint8)
     for number, column in zip((1, 1, 2, 2), (20, 38, 62, 80), strict=True):
         labels[np.hypot(y - 30, x - column) < 11] = number
     split = clean_labels(labels, "min-area=9,split")
     assert [len(number_pieces(split == number)[1]) for number in (1, 2)] == [2, 2]
     assert (split[labels != split] == 0).all()
+
+
+def test_counts_of_cleaned_masks_by_hand():
+    """At 0.5 a piece of 3 and one of 2 pixels; at 0.8 what is left of the second is larger."""
+    target = np.array([[[1, 1, 1, 0, 0, 0]]], bool)
+    probabilities = np.array([[[0.9, 0.6, 0.6, 0.1, 0.9, 0.9]]], np.float32)
+    counts = count_image(target, probabilities, [0.8, 0.5], "largest")
+    assert counts.tolist() == [[[0, 2, 3, 1]], [[3, 0, 0, 3]]]
+    assert count_image(target, probabilities, [0.5]).tolist() == [[[3, 2, 0, 1]]]
 
 
 def test_areas_count_pixels_of_the_image_or_mm2():
@@ -136,9 +152,7 @@ def test_areas_count_pixels_of_the_image_or_mm2():
     tenth = pixel_area((0.5, 0.2))
     assert (clean_labels(labels, "min-mm2=0.1", tenth) > 0).sum() == 6
     assert (clean_labels(labels, "min-mm2=0.4", tenth) > 0).sum() == 4
-    assert (
-        clean_labels(labels, "min-mm2=0.3", pixel_area((0.1, 1))) > 0
-    ).sum() == 4  # of 3 or more
+    assert (clean_labels(labels, "min-mm2=0.3", pixel_area((0.1, 1))) > 0).sum() == 4  # 3 or more
     assert 2.1 / 0.7 > 3  # as computers count
     assert clean_labels(drawing("111"), "min-mm2=2.1", pixel_area((0.7, 1))).all()
     with pytest.raises(ValueError, match="min-mm2"):
@@ -160,6 +174,9 @@ def test_it_is_recorded_and_told():
     assert read_inference(json.loads(json.dumps(inference.as_dict()))) == inference
     told = "threshold 0.4, no piece below 50 pixels, no piece below 0.5 mm2, largest piece, "
     assert str(inference) == told + "holes filled, touching objects split"
+    flips = Inference(0.45, ("horizontal", "vertical", "both"), "largest")
+    assert str(flips) == "threshold 0.45, flips, largest piece"
+    assert str(flips._replace(flips=("both",), clean="none")) == "threshold 0.45, flips (both)"
     assert combine([inference, inference]).clean == inference.clean
 
 
@@ -257,9 +274,9 @@ def test_a_report_is_of_cleaned_masks(place, dataset):
     "clean, words",
     [
         ("larges", ["did you mean largest?"]),
+        ("largest=2", ["from 0 to 1"]),
         ("min-aera=5", ["did you mean min-area?"]),
         ("min-area", ["min-area needs a value"]),
-        ("min-area=", ["min-area needs a value"]),
         ("min-area=-1", ["min-area=-1"]),
         ("min-area=many", ["min-area=many"]),
         ("fill,fill", ["twice"]),
