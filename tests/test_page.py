@@ -6,10 +6,9 @@ connection that they make.
 
 import contextlib
 import csv
-import functools
 import http.client
-import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote, urlsplit
@@ -89,17 +89,15 @@ def prepare(place):
     (place / "tmp").mkdir()
     tempfile.tempdir = str(place / "tmp")
     page.MAX_UPLOAD = LONGEST
-    helpers.run_main = functools.partial(helpers.run_main, exit_at_once=True)
+    helpers.run_main = partial(helpers.run_main, exit_at_once=True)
     sys.addaudithook(note)
 
 
 @contextlib.contextmanager
 def served(place, *arguments):
     """The address of a server with the weights in `place`, its process and its log."""
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("the page needs gradio: pip install gradio")
-    import gradio  # noqa: F401  here, so that the forks need not
-
+    # Imported here, so that the forks need not.
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
     log, addresses = place / "log", []
     arguments = ("--page", "--model", place / "best_model.pth", "--device", "cpu", *arguments)
     process = fork_script("predict.py", *arguments, log=log, prepare=lambda: prepare(place))
@@ -125,9 +123,8 @@ def address(place):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="a browser test: pip install playwright"
-    )
+    reason = "a browser test: pip install playwright"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip("a browser test: apt-get install chromium")
@@ -216,14 +213,6 @@ def command_line(place, *arguments):
     return assert_done(script_here("predict.py", *arguments, *flags, cwd=place))
 
 
-def expected_mask(place, path, threshold=0.5):
-    """(the line of predict.py, the bytes of the mask it writes) for one image."""
-    written = place / "expected.png"
-    said = command_line(place, path, "--output", written, "--threshold", threshold)
-    line = next(line for line in said.splitlines() if path.name in line)
-    return line.replace(f"{path.parent}{os.sep}", ""), written.read_bytes()
-
-
 def runs(place):
     return (place / "runs").stat().st_size if (place / "runs").exists() else 0
 
@@ -232,21 +221,19 @@ def runs(place):
 
 
 def test_an_image_gets_its_mask_and_what_is_moved_runs_no_network(tab, place):
-    path = place / "scan.png"
+    path, written, before, shares = place / "scan.png", place / "expected.png", runs(place), []
     scan(100, 80, 20, 15, 30).save(path)
-    before = runs(place)
     assert "best_model.pth" in tab.page.title()
     assert "Not for clinical use" in tab.page.inner_text("#head")
-    shares = []
     tab.predict(path)
     for threshold in (0.5, 0.9, 0.1):
         if threshold != 0.5:
             tab.change("threshold", threshold)
-        line, mask = expected_mask(place, path, threshold)
-        assert tab.wait_for_text(f"above {threshold:g}") == line
-        name, content = tab.download()
-        assert (name, content) == ("scan_mask.png", mask)
-        shares.append(np.asarray(Image.open(io.BytesIO(content))).mean())
+        said = command_line(place, path, "--output", written, "--threshold", threshold)
+        assert f"{place}{os.sep}{tab.wait_for_text(f'above {threshold:g}')}" in said.splitlines()
+        mask = written.read_bytes()
+        assert tab.download() == ("scan_mask.png", mask)
+        shares.append(np.asarray(Image.open(written)).mean())
     assert shares[1] < shares[0] < shares[2]
     tab.change("opacity", 0)
     below, above = tab.page.locator("#overlay img").all()
@@ -301,14 +288,12 @@ def written_files(folder):
     return {path.name: path.read_bytes() for path in paths}
 
 
-def assert_same_table(content, expected):
-    """The bytes of two CSV files; a network rounds in another way where images come in batches."""
-    tables = [list(csv.DictReader(text.decode().splitlines())) for text in (content, expected)]
-    assert len(tables[0]) == len(tables[1]) > 0
-    for row, other in zip(*tables, strict=True):
-        for key in ("mean_probability", "highest_probability"):
-            assert float(row.pop(key)) == pytest.approx(float(other.pop(key)), rel=1e-6)
-        assert row == other
+def table_of(content, number=float):
+    """The rows of a CSV file; number: of a probability, which differs where images are batches."""
+    rows = list(csv.DictReader(content.decode().splitlines()))
+    for row, key in itertools.product(rows, ("mean_probability", "highest_probability")):
+        row[key] = number(float(row[key]))
+    return rows
 
 
 def test_many_files_and_what_is_switched_are_as_on_the_command_line(tab, place, tmp_path):
@@ -334,7 +319,8 @@ def test_many_files_and_what_is_switched_are_as_on_the_command_line(tab, place, 
     def expect(*flags):
         command_line(place, folder, "--output", tmp_path / "out", *flags)
         table = tab.download("table")
-        assert_same_table(table[1], (tmp_path / "out" / "predictions.csv").read_bytes())
+        expected = (tmp_path / "out" / "predictions.csv").read_bytes()
+        assert table_of(table[1]) == table_of(expected, partial(pytest.approx, rel=1e-6)) != []
         written, given = written_files(tmp_path / "out"), unzip(tab.download("all")[1])
         assert written == {name: given[name] for name in written} and len(written) == 10
         masks = {name for name in written if "_mask" in name}
@@ -456,22 +442,18 @@ def test_refusals(place, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(place / "tmp"))
     before = medseg_folders(place)
 
-    def refused(*arguments):
-        result = script_here("predict.py", "--page", *arguments, cwd=place)
-        assert_refused(result, arguments[arguments[0] == "--model"])
+    def refuse(word, *arguments):
+        assert_refused(script_here("predict.py", "--page", *arguments, cwd=place), word)
 
-    refused("--output", "masks")
-    refused("--model", "nothing.pth")
-    refused("--port", "70000")
-    refused("--auth", "me")
+    refuse("nothing.pth", "--model", "nothing.pth")
     pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
-    refused("--host", "192.0.2.1")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        refused("--port", taken.getsockname()[1])
+        ports = [("--port", "70000"), ("--port", taken.getsockname()[1])]
+        for flags in (("--output", "masks"), ("--auth", "me"), ("--host", "192.0.2.1"), *ports):
+            refuse(*flags[:1], *flags)
     for module in (None, SimpleNamespace(__version__="6.0.2")):  # missing, too old
         monkeypatch.setitem(sys.modules, "gradio", module)
-        result = script_here("predict.py", "--page", cwd=place)
-        assert_refused(result, "`pip install -U gradio`")
+        refuse("`pip install -U gradio`")
     assert medseg_folders(place) == before
 
 
@@ -575,9 +557,11 @@ def test_no_other_address_gives_a_file_away(address, secrets, place):
 
 def test_other_hosts_and_origins_are_refused(address):
     port = urlsplit(address).port
-    others = [{"Host": f"other.example:{port}"}, {"Host": "[x"}]
-    others += [
-        {"Origin": of} for of in ("http://other.example", "null", "http://127.0.0.1", "http://[x")
+    origins = "http://other.example", "null", "http://127.0.0.1", "http://[x"
+    others = [
+        {"Host": f"other.example:{port}"},
+        {"Host": "[x"},
+        *({"Origin": of} for of in origins),
     ]
     for headers, expected in ({}, 200), ({"Origin": address}, 200), *((one, 403) for one in others):
         assert ask(address, "GET", "/config", **headers)[0] == expected, headers
@@ -597,20 +581,17 @@ def test_an_upload_that_is_too_large_is_refused_and_names_stay_in_their_folder(a
 # ---- what needs no browser -------------------------------------------------------------------
 
 
-class TwoClasses:
-    """A model whose probabilities are the red and the green of the image."""
+def colour_model(*names):
+    """A model whose probabilities are the first channels of the image, one a class."""
 
-    info = ModelInfo(image_size=None, class_names=("red <b>", "green"))
-    inference, n_channels, channels = page.Inference(), 3, 2
+    def predict(images):
+        return [Prediction(one[: len(names)].numpy() / np.float32(255)) for one in images]
 
-    def predict(self, images):
-        return [Prediction(one[: self.channels].numpy() / np.float32(255)) for one in images]
+    info = ModelInfo.of(len(names), image_size=None, class_names=names)
+    return SimpleNamespace(info=info, inference=page.Inference(), n_channels=3, predict=predict)
 
 
-class Grey(TwoClasses):
-    """A model whose probabilities are the values of the image."""
-
-    info, channels = ModelInfo(image_size=None), 1
+TWO_CLASSES, GREY = colour_model("red <b>", "green"), colour_model("foreground")
 
 
 def predicted(model, *paths, folder, **settings):
@@ -624,10 +605,10 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     pixels = np.zeros((30, 50, 3), np.uint8)
     pixels[:, 10:30, 0], pixels[:, 20:40, 1] = 180, 200
     Image.fromarray(pixels).save(tmp_path / "rgb.png")
-    session = predicted(TwoClasses(), tmp_path / "rgb.png", folder=tmp_path)
+    session = predicted(TWO_CLASSES, tmp_path / "rgb.png", folder=tmp_path)
     labels = np.zeros((30, 50), np.uint8)
     labels[:, 10:30], labels[:, 20:40] = 1, 2  # of both, the more probable one
-    save_mask(labels, tmp_path / "expected.png", TwoClasses.info.class_names)
+    save_mask(labels, tmp_path / "expected.png", TWO_CLASSES.info.class_names)
     assert session.download("masks", 0.5).read_bytes() == (tmp_path / "expected.png").read_bytes()
     (image, mask, overlay), (line,), rows = session.view(0, 0.5, opacity=1, outlined=True)
     assert image.size == overlay.size == (50, 30)
@@ -640,7 +621,7 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
 
 def test_the_outline_is_drawn_in_full_colour_and_the_inside_with_the_opacity(tmp_path):
     scan(64, 40, 10, 10, 20).save(tmp_path / "a.png")
-    session = predicted(Grey(), tmp_path / "a.png", folder=tmp_path)
+    session = predicted(GREY, tmp_path / "a.png", folder=tmp_path)
     (image, _, overlay), _, _ = session.view(0, 0.5, opacity=0.25, outlined=True)
     inside = 0.75 * np.array(image.getpixel((20, 20))) + 0.25 * np.array([255, 0, 0])
     assert overlay.getpixel((10, 15)) == overlay.getpixel((29, 29)) == (255, 0, 0)
@@ -655,7 +636,7 @@ def test_uploads_of_one_name_are_told_apart(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir()
         scan(64, 40, 3, 5, side).save(tmp_path / name)
     monkeypatch.setattr(page, "VIEW_SIDE", 16)
-    session = predicted(Grey(), *(tmp_path / name for name in sides), folder=tmp_path)
+    session = predicted(GREY, *(tmp_path / name for name in sides), folder=tmp_path)
     assert len({one.frame.title for one in session.predictions}) == 4
     with zipfile.ZipFile(session.download("all", 0.5)) as archive:
         masks = [name for name in archive.namelist() if name.endswith("_mask.png")]
