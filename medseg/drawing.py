@@ -137,7 +137,7 @@ def outline_labels(labels, n_classes=1):
     edges = np.zeros_like(labels)
     for number in range(1, n_classes + 1):
         mask = labels == number
-        for _ in range(1 + max(labels.shape) // 500):
+        for _ in range(1 + max(labels.shape) // 350):
             edge = outline(mask)
             edges[edge], mask = number, mask & ~edge
     return edges

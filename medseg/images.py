@@ -43,7 +43,7 @@ TURNS = {
     **{6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90},
 }
 MAX_JPEG_SIDE = 65_500  # pixels that the format has room for
-SHOWN_SIDE = 384  # pixels at least, of the longer side of an overlay
+SHOWN_SIDE = 384  # pixels at least, of the longer side of what is shown
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
 
@@ -380,14 +380,19 @@ def save_jpeg(image, path):
 def save_overlay(image, labels, path, class_names):
     """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend.
 
-    A small one is enlarged by a whole factor, until its longer side has SHOWN_SIDE pixels.
+    A small one is enlarged: see `enlarge_small`.
     """
-    drawn = overlay(image, labels, len(class_names))
-    if (factor := math.ceil(SHOWN_SIDE / max(drawn.size))) > 1:
-        drawn = drawn.resize([side * factor for side in drawn.size], Image.Resampling.BICUBIC)
-    drawn = with_legend(drawn, class_names)
+    drawn = with_legend(enlarge_small(overlay(image, labels, len(class_names))), class_names)
     drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))  # which leaves a smaller one as it is
     save_jpeg(drawn, path)
+
+
+def enlarge_small(image):
+    """A PIL image; a small one by a whole factor larger, its longer side SHOWN_SIDE or more."""
+    factor = math.ceil(SHOWN_SIDE / max(image.size))
+    if factor <= 1:
+        return image
+    return image.resize([side * factor for side in image.size], Image.Resampling.BICUBIC)
 
 
 def save_figure(image, labels, path, class_names, name=None, side=400):

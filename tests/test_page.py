@@ -354,6 +354,8 @@ def test_many_files_and_what_is_switched_are_as_on_the_command_line(tab, place, 
 
 def test_a_phone_shows_every_switch_with_its_label_and_the_whole_table(browser, address, place):
     phone = Tab(browser, address, viewport={"width": 390, "height": 844})
+    box = phone.page.locator("#examples img").last.bounding_box()
+    assert box["x"] + box["width"] <= 390 and not phone.page.locator("#rows").is_visible()
     path = place / "phone.png"
     scan(100, 80, 20, 15, 30).save(path)
     phone.predict(path)
@@ -611,15 +613,16 @@ def test_several_classes_have_a_legend_and_an_image_may_keep_its_size(tmp_path):
     save_mask(labels, tmp_path / "expected.png", TWO_CLASSES.info.class_names)
     assert session.download("masks", 0.5).read_bytes() == (tmp_path / "expected.png").read_bytes()
     (image, mask, overlay), (line,), rows = session.view(0, 0.5, opacity=1, outlined=True)
-    assert image.size == overlay.size == (50, 30)
+    assert image.size == overlay.size == (400, 240)  # enlarged, to be seen
     assert "red <b> 20.00 % above 0.5, highest probability 0.706" in line
-    assert mask.getpixel((15, 0)) == overlay.getpixel((15, 0)) == (230, 159, 0)
-    below = np.asarray(mask)[30:].reshape(-1, 3).tolist()  # the legend
+    assert mask.getpixel((120, 0)) == overlay.getpixel((120, 0)) == (230, 159, 0)
+    below = np.asarray(mask)[240:].reshape(-1, 3).tolist()  # the legend
     assert [230, 159, 0] in below and [86, 180, 233] in below
     assert [(row["class"], row["pixels"]) for row in rows] == [("red <b>", 300), ("green", 600)]
 
 
-def test_the_outline_is_drawn_in_full_colour_and_the_inside_with_the_opacity(tmp_path):
+def test_the_outline_is_drawn_in_full_colour_and_the_inside_with_the_opacity(tmp_path, monkeypatch):
+    monkeypatch.setattr("medseg.images.SHOWN_SIDE", 64)
     scan(64, 40, 10, 10, 20).save(tmp_path / "a.png")
     session = predicted(GREY, tmp_path / "a.png", folder=tmp_path)
     (image, _, overlay), _, _ = session.view(0, 0.5, opacity=0.25, outlined=True)
@@ -644,7 +647,7 @@ def test_uploads_of_one_name_are_told_apart(tmp_path, monkeypatch):
         assert len([name for name in archive.namelist() if name.endswith(".json")]) == 4
     assert sorted(areas) == [64, 144, 256, 400]
     for (image, _, _), _, (row,) in (session.view(index, 0.5) for index in range(4)):
-        assert image.size == (16, 10) and row["pixels"] in areas  # measured at the image's own size
+        assert image.size == (384, 240) and row["pixels"] in areas  # at the image's own size
     assert len(session.download("table", 0.5).read_text().splitlines()) == 5
 
 

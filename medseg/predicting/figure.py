@@ -68,7 +68,7 @@ def _draw_score_table(axis, report):
         distances += f"\nsurface Dice at {within}: {mean:.3f}"
     drawn = f"{report['groups']} groups" if "groups" in report else "images"
     settings = Inference(report["threshold"], report.get("flips"), report.get("clean", "none"))
-    about = textwrap.wrap(f"{settings}, images: {report['images']}", TABLE_WIDTH)
+    about = textwrap.wrap(f"{settings}, images:\N{NO-BREAK SPACE}{report['images']}", TABLE_WIDTH)
     lines += ["", *about, f"95 % intervals: bootstrap over {drawn}", *distances.splitlines()]
     lines, path = drawable(*lines)  # class names are among them
     font = {"family": "monospace"} if path in (None, dejavu()) else {"font": Path(path)}

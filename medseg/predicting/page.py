@@ -41,6 +41,7 @@ LABELS = {"min-area": "Smallest piece, pixels", "min-mm2": "Smallest piece, mm²
 LABELS |= {"largest": "Only the largest piece", "fill": "Fill holes", "split": "Split touching"}
 CSS = """
 #examples .grid-wrap { padding-top: 2.2rem; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 .switch { min-width: 120px !important; flex: 1 1 120px !important; }
 #image, #mask, #overlay, #overlay img, #examples .thumbnail-lg { background: #14171c !important; }
 """
@@ -139,7 +140,7 @@ class Session:
         results, columns = Results(None, self.names, ()), self._columns([one], threshold)
         results.add(one.frame, None, labels, probabilities, masks=masks, **columns)
         with np.load(one.arrays) as arrays:
-            image = Image.fromarray(arrays["view"])
+            image = images.enlarge_small(Image.fromarray(arrays["view"]))
         labels = images.resize_nearest(labels, image.height, image.width)
         mask = drawing.with_legend(drawing.draw_labels(labels, count), self.names)
         assessed = [(shown.frame.title, shown.assessed) for shown in self.predictions]
@@ -204,7 +205,7 @@ def layout(model, title, examples, folder, settings):
     """The gradio.Blocks of the page; examples: paths of images; the others as of `Session`."""
     import gradio as gr
 
-    tall, parts = {"height": 170, "min_width": 340}, SimpleNamespace()
+    tall, parts = {"height": 190, "min_width": 340}, SimpleNamespace()
     wide = {"height": HEIGHT, "min_width": 240, "interactive": False, "buttons": ["fullscreen"]}
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"## {title}\n{ABOUT}", elem_id="head")
@@ -225,7 +226,7 @@ def layout(model, title, examples, folder, settings):
             parts.next = gr.Button("Next", min_width=90, elem_id="next")
             parts.number = gr.Slider(1, 2, 1, step=1, label="Picture", scale=4, elem_id="number")
         add_settings(gr, model, parts)
-        table = gr.Dataframe(interactive=False, show_label=False, elem_id="rows")
+        table = gr.Dataframe(interactive=False, visible=False, show_label=False, elem_id="rows")
         parts.shown = [image, mask, drawn, parts.text, table]
         with gr.Row():
             button = partial(gr.Button, interactive=False, min_width=120)
@@ -272,11 +273,11 @@ def connect(gr, parts, examples, new_session):
     def show(session, number, threshold, opacity, outlined, *cleaning):
         if session is None or not session.predictions:
             lines = (session and session.problems) or [WAITING]
-            return None, None, None, "\n".join(lines), None
+            return None, None, None, "\n".join(lines), table_of(gr, [])
         index, looks = step(0, session, number) - 1, {"opacity": opacity, "outlined": outlined}
         pictures, lines, rows = told(session.view, index, threshold, spell(cleaning), **looks)
         image, mask, drawn = map(session.save, pictures)
-        return image, mask, (image, drawn), "\n".join(lines), table_of(rows)
+        return image, mask, (image, drawn), "\n".join(lines), table_of(gr, rows)
 
     def step(by, session, number):
         return min(max(int(number) + by, 1), len(session.predictions) if session else 1)
@@ -317,12 +318,12 @@ def spell(cleaning):
     return ",".join(steps) or "none"
 
 
-def table_of(rows):
-    """The rows of one picture for a Dataframe; columns that are known alone."""
+def table_of(gr, rows):
+    """The rows of one picture as a Dataframe, of the known columns; hidden without rows."""
     names = [name for name in COLUMNS[1:] if any(row.get(name) is not None for row in rows)]
     cells = [[row.get(name) for name in names] for row in rows]
     cells = [[f"{cell:.4g}" if type(cell) is float else cell for cell in row] for row in cells]
-    return {"headers": names, "data": cells}
+    return gr.Dataframe({"headers": names, "data": cells}, visible=bool(rows))
 
 
 # ---- the server ------------------------------------------------------------------------------
