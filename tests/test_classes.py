@@ -317,6 +317,8 @@ def test_the_scores_are_those_of_the_files_that_were_written(apart, monkeypatch,
         found = report["scores"][f"dice/{name}"]
         assert found == pytest.approx(dice_of(counts.sum(0))[index], abs=1e-12)
     assert len({*dice_of(counts).ravel().tolist()}) > 3  # no test by scores that are all the same
+    sizes = [group["images"] * group["image_dice"] for group in report["by_lesion_size"]]
+    assert sum(sizes) == pytest.approx(dice_of(counts).mean(1).sum())  # each image has lesions
     with open(place / "out" / "predictions.csv", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     expected = dice_of(counts).ravel()

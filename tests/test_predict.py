@@ -875,7 +875,7 @@ def test_a_report_is_in_words_and_its_ticks_lie_apart(graded, tmp_path, monkeypa
     monkeypatch.setattr(f"{report}.group_images", lambda *_: (["g"], np.zeros(3, int)))
     pixels = [[n * 111111, n * 234567] for n in (1, 2, 3)]
     sizes = [{"pixels": pair, "images": 99, "image_dice": 0.5} for pair in pixels]
-    monkeypatch.setattr(f"{report}._scores_by_lesion_size", lambda _: sizes)
+    monkeypatch.setattr(f"{report}._scores_by_lesion_size", lambda *_: sizes)
     arguments = tmp_path, odd, graded, valid, ["foreground"]
     figure = figure_of(monkeypatch, write_report, *arguments)
     words = "\n".join(text.get_text() for text in figure.findobj(Text))

@@ -163,7 +163,7 @@ def write_report(output, folder, scores, valid, class_names):
         **_summarize_distances(distances, class_names),
         "calibration": _summarize_calibration(scores.calibration(), class_names),
         "valid": valid,
-        "by_lesion_size": _scores_by_lesion_size(pooled),
+        "by_lesion_size": _scores_by_lesion_size(counts, dice),
         "no_lesion": _count_false_alarms(pooled),
         "per_image": dict(zip(names, dice.round(4).tolist(), strict=True)),
     }
@@ -268,8 +268,12 @@ def _summarize_calibration(sums, class_names):
     return {"expected_calibration_error": float(np.mean(errors)), "classes": classes}
 
 
-def _scores_by_lesion_size(counts):
-    """Dice of the images with a lesion in thirds, by their number of lesion pixels."""
+def _scores_by_lesion_size(counts, dice):
+    """Dice of the images with a lesion in thirds, by their number of lesion pixels.
+
+    counts: (N, C, 4); dice: (N,) of the images, the mean over classes.
+    """
+    counts = counts.sum(1)
     area = counts[:, 0] + counts[:, 2]
     if not area.any():
         return []
@@ -278,12 +282,9 @@ def _scores_by_lesion_size(counts):
     found = []
     for group in np.unique(groups[area > 0]):
         inside = (area > 0) & (groups == group)
-        scores = metrics.pooled_scores(counts[inside])
-        about = {
-            "images": int(inside.sum()),
-            **{key: scores[key] for key in ("dice", "image_dice")},
-        }
-        found.append({"pixels": [int(area[inside].min()), int(area[inside].max())], **about})
+        about = {"pixels": [int(area[inside].min()), int(area[inside].max())]}
+        about |= {"images": int(inside.sum()), "image_dice": float(dice[inside].mean())}
+        found.append({**about, "dice": metrics.pooled_scores(counts[inside])["dice"]})
     return found
 
 
