@@ -17,7 +17,6 @@ from PIL.PngImagePlugin import PngInfo
 from medseg.cli import MAX_MEGAPIXELS
 from medseg.drawing import class_colors, draw_labels, draw_panels, overlay, with_legend
 from medseg.files import check_regular, write_picture
-from medseg.pieces import count_numbers
 from medseg.samples import has_16_bits, stored_samples
 
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
@@ -339,31 +338,6 @@ def resize_nearest(mask, height, width):
         for old, new in zip(mask.shape, (height, width), strict=True)
     )
     return mask[rows[:, None], columns]
-
-
-def describe(path, labels, highest, class_names, inference, marked):
-    """A line on a prediction, or with several classes one for each.
-
-    labels: array of class numbers, of one image or of all slices, or of classes that overlap the
-    mask of each, bool (C, ...). highest: the highest probability of each class, which tells why a
-    mask is empty. inference: the `medseg.inference.Inference` that
-    made them, marked: int64 (256,), the pixels of each number before its clean-up.
-    """
-    lines = [] if len(class_names) == 1 else [f"{path}:"]
-    counts, size = count_numbers(labels), labels.size
-    if labels.dtype == bool:
-        counts, size = [0, *map(np.count_nonzero, labels)], labels[0].size
-    for index, name in enumerate(class_names):
-        what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
-        share = 100 * counts[index + 1] / size
-        how, left = f"above {inference.threshold:g}", counts[index + 1]
-        before = left if inference.clean == "none" else marked[index + 1]
-        if before != left:
-            change = f"{before - left} removed" if before > left else f"{left - before} added"
-            change = change if left else "all removed"
-            how = f"({before} pixels {how}, {change} by {inference.clean})"
-        lines.append(f"{what} {share:.2f} % {how}, highest probability {highest[index]:.3f}")
-    return "\n".join(lines)
 
 
 def save_png(image, path, **options):

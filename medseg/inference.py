@@ -65,12 +65,6 @@ class Inference(NamedTuple):
                 marked[number] += np.count_nonzero(own)
             yield clean_labels(own, self.clean, pixel_area(spacing)).view(bool)
 
-    def overlapping(self, probabilities, size, spacing=None, *, exclusive=False):
-        """`masks` of classes that do not exclude one another, (C, height, width), else None."""
-        if exclusive:
-            return None
-        return np.stack([*self.masks(probabilities, size, exclusive=False, spacing=spacing)])
-
     def as_dict(self):
         """As it is recorded: plain values, which JSON has too."""
         return {"threshold": self.threshold, "flips": list(self.flips), "clean": self.clean}

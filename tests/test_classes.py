@@ -28,7 +28,7 @@ from medseg import plots
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.drawing import class_colors, overlay
 from medseg.full_size import full_size_labels
-from medseg.images import describe, save_mask
+from medseg.images import save_mask
 from medseg.inference import PLAIN, Inference
 from medseg.metrics import (
     SCORE_NAMES,
@@ -42,6 +42,7 @@ from medseg.phantoms import make_phantoms
 from medseg.planning.audit import audit
 from medseg.predicting.figure import plot_report
 from medseg.predicting.page import Session
+from medseg.results.masks import Masks, describe
 from medseg.training.feature_statistics import find_draw_order
 from medseg.training.history import print_test
 from net import UNet, load_model
@@ -581,7 +582,8 @@ def test_shares_are_counted_in_little_memory():
     labels[0, :100], labels[1, 250:] = 1, 40
     names = [f"class {number}" for number in range(1, 41)]
     tracemalloc.start()
-    lines = describe("a", labels, np.full(40, 0.5), names, PLAIN, None).splitlines()
+    masks = Masks(labels, labels, np.full(40, 0.5), np.zeros(40))
+    lines = describe("a", masks, names, PLAIN).splitlines()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     shares = {1: "10.00", 40: "25.00"}

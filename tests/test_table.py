@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import nibabel
@@ -18,7 +19,8 @@ from scipy.spatial.distance import pdist
 
 import predict
 from medseg.full_size import full_size_stripes, sum_probabilities
-from medseg.results.table import COLUMNS, measure, table_text
+from medseg.results.masks import Masks
+from medseg.results.table import COLUMNS, measure, program_version, table_text
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_pieces_against_scipy(dimensions):
         mask = rng.random(rng.integers(1, 9, dimensions)) < share
         spacing = rng.random(dimensions) + 0.1
         numbers, count = ndimage.label(mask, np.ones((3,) * dimensions))
-        (row,) = measure(mask[None], ["one"], [1], [0], spacing=tuple(spacing))
+        (row,) = measure(Masks(mask, mask[None], [1], [0]), ["one"], tuple(spacing))
         assert row["pieces"] == count
         if not count:
             assert row["largest_pixels"] == 0 and row["largest_x"] is None
@@ -76,10 +78,8 @@ def test_pieces_against_scipy(dimensions):
 def test_measurements_of_two_classes_by_hand():
     labels = np.zeros((10, 20), np.uint8)
     labels[2:5, 4:9], labels[7, 18:], labels[9, 0] = 1, 1, 3
-    left, none, dot = measure(
-        *(labels, ["left", "none", "dot"], [0.9, 0.1, 0.8], [13.6, 0, 0.75]),
-        **{"spacing": (0.5, 0.25), "depth": 4},
-    )
+    names, known = ["left", "none", "dot"], ([0.9, 0.1, 0.8], [13.6, 0, 0.75])
+    left, none, dot = measure(Masks(labels, labels, *known), names, (0.5, 0.25), depth=4)
     assert (left["pixels"], left["share"]) == (17, 17 / 200)
     assert (left["area_mm2"], left["volume_ml"]) == (17 * 0.125, 17 * 0.125 * 4 / 1000)
     assert (left["pieces"], left["largest_pixels"], left["first_object"]) == (2, 15, 1)
@@ -96,7 +96,7 @@ def test_measurements_of_two_classes_by_hand():
     # The same, and more of the second class, by the mask of each.
     masks = np.stack([labels == number for number in (1, 2, 3)])
     masks[1, 2:4, 4:6] = True
-    rows = measure(masks, ["left", "none", "dot"], [0.9, 0.1, 0.8], [13.6, 0, 0.75])
+    rows = measure(Masks(labels, masks, *known), names)
     assert [row["pixels"] for row in rows] == [17, 4, 1] and rows[1]["share"] == 4 / 200
     assert rows[0]["area_mm2"] is rows[0]["volume_ml"] is rows[0]["largest_diameter_mm"] is None
 
@@ -113,6 +113,16 @@ def test_probabilities_at_the_size_of_the_image():
         np.testing.assert_array_equal(full, np.asarray(resized))
         sums.append(np.asarray(resized, float)[labels == number].sum())
     assert sum_probabilities(labels, probabilities) == pytest.approx(sums)
+
+
+def test_the_version_is_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("medseg.results.table.ROOT", tmp_path)
+    assert program_version() is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a b"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert program_version() == commit.stdout.strip()
 
 
 # ---- files -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import predict
 from medseg.full_size import full_size_labels
 from medseg.predicting.inputs import Frame
 from medseg.results.folder import Results
+from medseg.results.masks import Masks
 from medseg.results.outlines import trace_labels
 
 
@@ -220,8 +221,8 @@ def save_one(labels, write, masks=None):
     """The files of class numbers, written as --write says into the current folder."""
     frame = Frame(Path("scans/a.png"), "a", "a.png", None)
     results = Results(Path("."), ("a/b", "a b", "脑"), write)
-    probabilities = np.ones((3, 4, 4), np.float32)
-    results.add(frame, None, labels, probabilities, masks=masks)
+    masks = labels if masks is None else masks
+    results.add(frame, None, Masks(labels, masks, np.ones(3), np.ones(3)))
     return results.rows["a.png"], results.records.get("a.png")
 
 

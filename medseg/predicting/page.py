@@ -26,8 +26,8 @@ from medseg.formats.own_files import TABLE
 from medseg.inference import Inference, flips_to_average
 from medseg.predicting import assessment, inputs
 from medseg.results.folder import Results
+from medseg.results.masks import describe, make_masks, stack_masks
 from medseg.results.table import COLUMNS, table_text, write_text
-from medseg.results.volume import VolumeMasks
 from medseg.signals import Signals
 
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
@@ -132,16 +132,14 @@ class Session:
 
         clean: as --clean; looks: of the overlay. ValueError where the mask cannot be cleaned up.
         """
-        one, marked, count = self.predictions[index], np.zeros(256, np.int64), len(self.names)
-        labels, probabilities, masks = self._masks(one, threshold, clean, marked)
-        inference, highest = Inference(threshold, clean=clean), probabilities.max((1, 2))
-        own = labels if masks is None else masks
-        line = images.describe(one.frame.title, own, highest, self.names, inference, marked)
+        one, count = self.predictions[index], len(self.names)
+        masks, inference = self._masks(one, threshold, clean), Inference(threshold, clean=clean)
+        line = describe(one.frame.title, masks, self.names, inference)
         results, columns = Results(None, self.names, ()), self._columns([one], threshold)
-        results.add(one.frame, None, labels, probabilities, masks=masks, **columns)
+        results.add(one.frame, None, masks, **columns)
         with np.load(one.arrays) as arrays:
             image = images.enlarge_small(Image.fromarray(arrays["view"]))
-        labels = images.resize_nearest(labels, image.height, image.width)
+        labels = images.resize_nearest(masks.labels, image.height, image.width)
         mask = drawing.with_legend(drawing.draw_labels(labels, count), self.names)
         assessed = [(shown.frame.title, shown.assessed) for shown in self.predictions]
         lines = [line, *assessment.describe_unlike(assessed), *self.problems]
@@ -156,15 +154,13 @@ class Session:
         (images.save_png if exact else images.save_jpeg)(image, path)
         return str(path)
 
-    def _masks(self, one, threshold, clean, marked=None):
-        """(class numbers, probabilities, masks of classes that overlap) of a prediction."""
+    def _masks(self, one, threshold, clean):
+        """The `medseg.results.masks.Masks` of a prediction."""
         with np.load(one.arrays) as arrays:
             probabilities, spacing = arrays["probabilities"], one.frame.spacing
         pieces.check_clean(clean, spacing, one.frame.path.name)
-        inference, about = Inference(threshold, clean=clean), (probabilities, one.size, spacing)
-        masks = inference.overlapping(*about, exclusive=self.model.info.exclusive)
-        options = {"marked": marked, "draw_order": self.model.info.draw_order}
-        return inference.labels(*about, **options), probabilities, masks
+        inference = Inference(threshold, clean=clean)
+        return make_masks(self.model, probabilities, one.size, spacing, inference=inference)
 
     def _columns(self, predictions, threshold):
         """How far to rely on them; the agreement is of masks at the threshold of the network."""
@@ -180,18 +176,17 @@ class Session:
         for path, group in groupby(ordered, lambda one: one.frame.path):  # volumes are the last
             volume, slices = self._volumes.get(path), list(group)
             if volume:
-                volume = VolumeMasks(inputs.open_file(volume, *self._settings)[1], len(self.names))
-            elif what == "all":
+                volume = inputs.open_file(volume, *self._settings)[1]
+                masks = stack_masks(self._masks(one, threshold, clean) for one in slices)
+                columns = self._columns(slices, threshold)
+                results.add_volume(volume, masks, self._settings[0], **columns)
+                continue
+            if what == "all":
                 path = Path(shutil.copy(path, folder))  # LabelMe needs it beside its file
             for one in slices:
-                labels, probabilities, masks = self._masks(one, threshold, clean)
-                if volume:
-                    volume.add(labels, probabilities, masks)
-                    continue
                 frame, columns = one.frame._replace(path=path), self._columns([one], threshold)
-                results.add(frame, frame.read(), labels, probabilities, masks=masks, **columns)
-            if volume:
-                results.add_volume(volume, self._settings[0], **self._columns(slices, threshold))
+                masks = self._masks(one, threshold, clean)
+                results.add(frame, frame.read(), masks, **columns)
         if what != "masks":
             write_text(folder / TABLE, table_text([*chain(*results.rows.values())]))
         written = list(folder.iterdir())

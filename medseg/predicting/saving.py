@@ -3,35 +3,13 @@
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from tqdm import tqdm
 
 from medseg import images
 from medseg.files import available_cores
 from medseg.predicting import assessment, reading
 from medseg.results.folder import Results
-from medseg.results.volume import VolumeMasks
-
-
-def make_masks(model, frame, image, prediction, marked):
-    """(labels, mask of each class or None) of a prediction, at the size of its image.
-
-    As of `medseg.inference.Inference`; the masks only where a pixel may have several classes.
-    marked: int64 (256,), to which the pixels of each class before the clean-up are added.
-    """
-    probabilities, size = prediction.probabilities, image.size
-    options = {"marked": marked, "draw_order": model.info.draw_order}
-    labels = model.inference.labels(probabilities, size, frame.spacing, **options)
-    exclusive, spacing = model.info.exclusive, frame.spacing
-    masks = model.inference.overlapping(probabilities, size, spacing, exclusive=exclusive)
-    return labels, masks
-
-
-def describe(model, path, labels, masks, highest, marked):
-    """`medseg.images.describe` of what `make_masks` has made."""
-    measured = labels if masks is None else masks
-    names = model.info.class_names
-    return images.describe(path, measured, highest, names, model.inference, marked)
+from medseg.results.masks import describe, make_masks, stack_masks
 
 
 def save_one(model, frame, image, prediction, output, results, draw):
@@ -40,21 +18,17 @@ def save_one(model, frame, image, prediction, output, results, draw):
     model: a `medseg.predictor.Predictor`, here and below. results: a Results of this folder, or
     None. draw: `predict.visualize_result`.
     """
-    marked, names = np.zeros(256, np.int64), model.info.class_names
-    labels, masks = make_masks(model, frame, image, prediction, marked)
-    written = [output]
+    names, written = model.info.class_names, [output]
+    results = results or Results(output, names)
+    masks = _make_masks(model, frame, image, prediction, results.write)
     if output.is_dir():
-        results, probabilities = results or Results(output, names), prediction.probabilities
-        columns = {"agreement": prediction.agreement, "unlike": prediction.unlike}
-        written = results.add(frame, image, labels, probabilities, masks=masks, **columns)
+        written = results.add(frame, image, masks, **assessment.assess_volume([prediction]))
         if "overlay" in results.write:
             written.append(output / f"{frame.name}_prediction.png")
-            draw(image, labels, path=written[-1], class_names=names, name=frame.title)
+            draw(image, masks.labels, path=written[-1], class_names=names, name=frame.title)
     else:
-        images.save_mask(labels, output, names)
-    print(describe(model, frame.path, labels, masks, prediction.probabilities.max((1, 2)), marked))
-    assessment.print_assessments([(frame.path, prediction)])
-    print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
+        images.save_mask(masks.labels, output, names)
+    _tell(model, frame.path, masks, [(frame.path, prediction)], written)
 
 
 def save_many(model, predicted, total, results, scores=None, *, lines=True):
@@ -65,12 +39,12 @@ def save_many(model, predicted, total, results, scores=None, *, lines=True):
     """
 
     def write(frame, image, prediction):
-        marked, probabilities = np.zeros(256, np.int64), prediction.probabilities
-        labels, masks = make_masks(model, frame, image, prediction, marked)
-        dice = scores.add(frame.path, image.size, probabilities) if scores else None
-        columns = {"agreement": prediction.agreement, "unlike": prediction.unlike}
-        results.add(frame, image, labels, probabilities, masks=masks, dice=dice, **columns)
-        return describe(model, frame.path, labels, masks, probabilities.max((1, 2)), marked)
+        masks = _make_masks(model, frame, image, prediction, results.write)
+        columns = assessment.assess_volume([prediction])
+        dice = scores.add(frame.path, image.size, prediction.probabilities) if scores else None
+        columns |= {} if dice is None else {"dice": dice}
+        results.add(frame, image, masks, **columns)
+        return describe(frame.path, masks, model.info.class_names, model.inference)
 
     def tell(line):
         if lines:
@@ -105,18 +79,26 @@ def save_volume(model, volume, predicted, output, window, results=None, *, lines
     """
     from medseg.formats.nifti import write_mask
 
-    found = VolumeMasks(volume, len(model.info.class_names), results.write if results else ())
-    assessed, written, marked = [], [output], np.zeros(256, np.int64)
+    assessed, slices, write = [], [], results.write if results else ()
     for frame, image, prediction in predicted:
-        labels, masks = make_masks(model, frame, image, prediction, marked)
-        found.add(labels, prediction.probabilities, masks)
+        slices.append(_make_masks(model, frame, image, prediction, write))
         assessed.append((frame.title, prediction._replace(probabilities=None)))
+    masks, written = stack_masks(slices), [output]
     if results:
         columns = assessment.assess_volume([one for _, one in assessed])
-        written = results.add_volume(found, window, **columns)
+        written = results.add_volume(volume, masks, window, **columns)
     else:
-        write_mask(output, volume, found.masks)
+        write_mask(output, volume, masks.labels)
     if lines:
-        print(describe(model, volume.path, found.masks, found.class_masks, found.highest, marked))
-        assessment.print_assessments(assessed, "slices")
-        print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
+        _tell(model, volume.path, masks, assessed, written, "slices")
+
+
+def _make_masks(model, frame, image, prediction, write):
+    return make_masks(model, prediction.probabilities, image.size, frame.spacing, write=write)
+
+
+def _tell(model, path, masks, assessed, written, what="images"):
+    """Print lines on masks of the image or volume at `path`, of which these files are written."""
+    print(describe(path, masks, model.info.class_names, model.inference))
+    assessment.print_assessments(assessed, what)
+    print(f"saved {' and '.join(map(str, written)) or 'nothing'}")

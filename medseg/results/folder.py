@@ -12,10 +12,10 @@ from PIL import Image
 from medseg.device import choose_precision
 from medseg.drawing import montage, overlay, with_legend
 from medseg.files import shorten
-from medseg.formats.medical import mask_name, result_name
+from medseg.formats.medical import result_name
 from medseg.formats.nifti import write_mask
 from medseg.formats.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
-from medseg.full_size import MAX_LEVEL, full_size_levels, sum_probabilities
+from medseg.full_size import MAX_LEVEL
 from medseg.images import save_mask, save_overlay, save_png
 from medseg.pieces import class_masks, number_pieces
 from medseg.results.annotations import coco_record, coco_text, labelme_files, write_labelme
@@ -72,8 +72,8 @@ class Results:
                         f"{path}: is there, and may hold corrections: move it, or choose another "
                         "--output"
                     )
-        planned = [self._picture_paths(frame) for frame in frames]
-        planned += [self._volume_paths(file.path) for file in volumes]
+        planned = [self._paths(frame.name) for frame in frames]
+        planned += [self._paths(result_name(file.path), volume=True) for file in volumes]
         paths = [path for places in planned for own in places.values() for path in own]
         if twice := [path for path, count in Counter(paths).items() if count > 1]:
             raise ValueError(f"{twice[0]}: two files would be called so: predict them apart")
@@ -82,100 +82,84 @@ class Results:
         names += [REPORT, "report.png"] if report else []
         return check_outputs([*paths, *(self.output / name for name in names)])
 
-    def _paths(self, name, mask, drawn, suffix):
-        """{name of WRITTEN: paths} of what is written of an image or a volume."""
-        safe, endings = [re.sub(r"[^\w.-]+", "_", one) for one in self.class_names], []
-        for number, one in enumerate(safe, 1):
-            endings.append(f"{one}_{number}" if safe.count(one) > 1 else one)
-        numbered = [f"{name}_{number}" for number in range(1, len(safe) + 1)]
-        paths = {
-            "mask": [mask],
+    def _paths(self, name, *, volume=False):
+        """{name of WRITTEN: paths} of what is written of an image, or a volume, called so."""
+        safe = [re.sub(r"[^\w.-]+", "_", one) for one in self.class_names]
+        numbers = [f"_{number}" for number in range(1, len(safe) + 1)]
+        suffix, drawn = (".nii.gz", "montage.png") if volume else (".png", "overlay.jpg")
+        classes = [one + n * (safe.count(one) > 1) for one, n in zip(safe, numbers, strict=True)]
+        numbers = numbers if len(safe) > 1 else [""]
+        names = {
+            "mask": [f"{name}_mask{suffix}"],
             "overlay": [f"{name}_{drawn}"],
-            "classes": [f"{shorten(f'{name}_{one}')}_mask{suffix}" for one in endings],
+            "classes": [f"{shorten(f'{name}_{one}')}_mask{suffix}" for one in classes],
             "objects": [f"{name}_objects{suffix}"],
-            "probability": [
-                f"{one}_probability{suffix}" for one in (numbered if len(safe) > 1 else [name])
-            ],
+            "probability": [f"{name}{number}_probability{suffix}" for number in numbers],
         }
-        wanted = {kind: own for kind, own in paths.items() if kind in self.write}
-        return {kind: [self.output / path for path in own] for kind, own in wanted.items()}
+        wanted = {kind: own for kind, own in names.items() if kind in self.write}
+        return {kind: [self.output / one for one in own] for kind, own in wanted.items()}
 
-    def _picture_paths(self, frame):
-        return self._paths(frame.name, f"{frame.name}_mask.png", "overlay.jpg", ".png")
-
-    def _volume_paths(self, path):
-        return self._paths(result_name(path), mask_name(path), "montage.png", ".nii.gz")
-
-    def add(self, frame, image, labels, probabilities, *, masks=None, dice=None, **columns):
+    def add(self, frame, image, masks, **columns):
         """Write the files of one image, and keep what table and COCO file have of it.
 
-        image: PIL RGB image; labels: class numbers, uint8 (height, width); probabilities: float32
-        (C, S, S); masks: of classes that overlap, bool (C, height, width), which count instead of
-        the labels but for what is drawn; dice: of each class, where the image has annotations;
-        columns: further ones of the table, with their values for this image.
+        image: PIL RGB image; masks: its `medseg.results.masks.Masks`; columns: further ones of the
+        table, with their value for this image, or an array of those of each class.
         Returns the paths of the files.
         """
-        paths, names = self._picture_paths(frame), self.class_names
-        masks = labels if masks is None else masks
-        for path in paths.get("mask", ()):
-            save_mask(labels, path, names)
-        for path in paths.get("overlay", ()):
-            save_overlay(image, labels, path, names)
-        for number, path in enumerate(paths.get("classes", ()), 1):
-            save_mask(_own_mask(masks, number), path)
-        for path in paths.get("objects", ()):
-            save_png(Image.fromarray(number_objects(masks, labels, frame.path)), path)
-        for channel, path in zip(probabilities, paths.get("probability", ()), strict=False):
-            save_png(Image.fromarray(full_size_levels(channel, image.size)), path)
-        written = [path for own in paths.values() for path in own]
+        names = self.class_names
+
+        def save(kind, array, path):
+            if kind == "overlay":
+                save_overlay(image, array, path, names)
+            elif array.dtype == np.uint16:
+                save_png(Image.fromarray(array), path)
+            else:
+                save_mask(array, path, *((names,) if kind == "mask" else ()))
+
+        written = _save(self._paths(frame.name), masks, frame.path, save)
         if "labelme" in self.write:
             options = {"simplify": self.simplify}
-            write_labelme(frame, image, labels, self.output, names, **options)
+            write_labelme(frame, image, masks.labels, self.output, names, **options)
             written += labelme_files(frame, self.output)
         if "coco" in self.write:
-            self.records[frame.title] = coco_record(frame, masks)
-        highest, sums = probabilities.max((1, 2)), sum_probabilities(masks, probabilities)
-        sizes = {"spacing": frame.spacing, "depth": frame.depth}
-        rows = measure(masks, names, highest, sums, **sizes)
-        for row, value in zip(rows, () if dice is None else dice, strict=False):
-            row["dice"] = float(value)
-        series = frame.place[0] if frame.place else None
-        self._keep(frame.title, rows, series=series, **columns)
+            self.records[frame.title] = coco_record(frame, masks.measured)
+        columns["series"] = frame.place[0] if frame.place else None
+        self._keep(frame.title, masks, columns, frame.spacing, frame.depth)
         return written
 
-    def add_volume(self, found, window, **columns):
-        """Write the files of a `medseg.results.volume.VolumeMasks` and keep its rows.
+    def add_volume(self, volume, masks, window, **columns):
+        """Write the files of a `medseg.formats.nifti.Volume` and keep its rows.
 
-        window: (center, width) of its pictures, or None; columns: as of `add`. Returns the paths of
-        the files.
+        masks: of its slices, see `stack_masks`; window: (center, width) of its pictures, or None;
+        columns: as of `add`. Returns the paths of the files.
         """
-        volume, spacing, names = found.volume, found.volume.stored_spacing, self.class_names
-        paths, masks = self._volume_paths(volume.path), found.class_masks
-        masks = found.masks if masks is None else masks
-        for path in paths.get("mask", ()):
-            write_mask(path, volume, found.masks)
-        for path in paths.get("overlay", ()):
-            draw = partial(overlay, n_classes=len(names))
-            drawn = montage(volume.pictures(window), found.masks, draw=draw)
-            save_png(with_legend(drawn, names), path)
-        for number, path in enumerate(paths.get("classes", ()), 1):
-            write_mask(path, volume, _own_mask(masks, number))
-        for path in paths.get("objects", ()):
-            write_mask(path, volume, number_objects(masks, found.masks, volume.path), np.uint16)
-        for levels, path in zip(found.levels, paths.get("probability", ()), strict=False):
-            write_mask(path, volume, levels, np.uint16, 1 / MAX_LEVEL)
-        if masks.dtype == bool:
-            voxels = np.stack([volume.stored(mask, bool) for mask in masks])
+        names, measured = self.class_names, masks.measured
+
+        def save(kind, array, path):
+            if kind == "overlay":
+                draw = partial(overlay, n_classes=len(names))
+                drawn = montage(volume.pictures(window), array, draw=draw)
+                return save_png(with_legend(drawn, names), path)
+            dtype = np.uint16 if array.dtype == np.uint16 else np.uint8
+            write_mask(path, volume, array, dtype, 1 / MAX_LEVEL if kind == "probability" else 1)
+
+        paths = self._paths(result_name(volume.path), volume=True)
+        written = _save(paths, masks, volume.path, save)
+        if measured.dtype == bool:
+            voxels = np.stack([volume.stored(mask, bool) for mask in measured])
         else:
-            voxels = volume.stored(masks)
-        rows = measure(voxels, names, found.highest, found.sums, spacing=spacing)
-        self._keep(volume.path.name, rows, **columns)
+            voxels = volume.stored(measured)
+        spacing = volume.stored_spacing
+        self._keep(volume.path.name, masks._replace(measured=voxels), columns, spacing)
         if spacing is None:
             print(f"{volume.path}: its header gives a voxel no size, so no mm or mL are measured")
-        return [path for own in paths.values() for path in own]
+        return written
 
-    def _keep(self, title, rows, **columns):
-        self.rows[title] = [{**row, "image": title, **columns} for row in rows]
+    def _keep(self, title, masks, columns, *sizes):
+        self.rows[title] = rows = measure(masks, self.class_names, *sizes)
+        for index, row in enumerate(rows):
+            own = {k: v[index] if isinstance(v, np.ndarray) else v for k, v in columns.items()}
+            row |= {"image": title, **own}
 
     def what(self):
         """What is written of each image, in words."""
@@ -210,26 +194,38 @@ class Results:
             print(f"annotated: {self.output / COCO}")
 
 
-def _own_mask(masks, number):
-    """The mask of a class; masks: as of `medseg.pieces.class_masks`."""
-    return masks[number - 1] if masks.dtype == bool else masks == number
+def _save(paths, masks, path, save):
+    """Write masks of the image at `path` by save(name of WRITTEN, array, path of the file).
+
+    paths: as of `Results._paths`, of which all are returned.
+    """
+    made = {
+        **dict.fromkeys(("mask", "overlay"), [masks.labels]),
+        "classes": map(masks.of_class, range(1, len(masks.highest) + 1)),
+        "objects": (number_objects(masks, path) for _ in range(1)),
+        "probability": masks.levels,
+    }
+    for kind, own in paths.items():
+        for array, target in zip(made[kind], own, strict=True):
+            save(kind, array, target)
+    return [target for own in paths.values() for target in own]
 
 
-def number_objects(masks, labels, path):
+def number_objects(masks, path):
     """Numbers of all connected pieces, uint16 of the shape of labels, from 1 on class by class.
 
-    masks: as of `medseg.pieces.class_masks`; where they overlap, a pixel is of the class that the
-    labels show. ValueError, which names the image at `path`, where there are too many.
+    Where classes overlap, a pixel is of the class that the labels show. ValueError, which names the
+    image at `path`, where there are too many.
     """
-    numbers, count = np.zeros(labels.shape, np.uint16), 0
-    for number, box, mask in class_masks(masks):
+    numbers, count = np.zeros(masks.labels.shape, np.uint16), 0
+    for number, box, mask in class_masks(masks.measured):
         pieces, sizes, _ = number_pieces(mask)
         if count + len(sizes) > MAX_OBJECTS:
             raise ValueError(
                 f"{path}: more than {MAX_OBJECTS} objects, which 16 bits cannot number: remove "
                 "specks with --clean min-area=9"
             )
-        visible = labels[box] == number
+        visible = masks.labels[box] == number
         numbers[box][visible] = pieces[visible] + count
         count += len(sizes)
     return numbers

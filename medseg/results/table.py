@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,29 +21,28 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is computed 
 ROOT = Path(__file__).parents[2]
 
 
-def measure(masks, class_names, highest, sums, *, spacing=None, depth=None):
+def measure(masks, class_names, spacing=None, depth=None):
     """A dict of measurements for each class of a picture or volume; None is what is not known.
 
-    masks: as of `medseg.pieces.class_masks`, of a picture (H, W), or of a volume (I, J, K) in its
-    stored order. highest: the highest probability of each class, (C,); sums: that of
-    `sum_probabilities`, (C,). spacing: mm of a pixel along each axis, or None. depth: mm that a
-    picture stands for as a slice, or None. The keys are those of COLUMNS;
-    share is of 1; first_object: the number of the first piece, see `number_objects`.
+    masks: its `medseg.results.masks.Masks`, of a volume with what is measured in its stored order.
+    spacing: mm of a pixel along each axis, or None. depth: mm that a picture stands for as a slice,
+    or None. The keys are those of COLUMNS; share is of 1; first_object: the number of the first
+    piece, see `number_objects`.
     """
-    shape = masks.shape[1:] if masks.dtype == bool else masks.shape
+    size, ndim = masks.labels.size, masks.labels.ndim
     mm = spacing and math.prod(spacing)  # mm2 of a pixel, mm3 of a voxel
     measured, rows, first = {}, [], 1
-    for number, box, mask in class_masks(masks):
+    for number, box, mask in class_masks(masks.measured):
         own = {"pixels": int(mask.sum()), "first_object": first}
-        own["mean_probability"] = float(sums[number - 1]) / own["pixels"]
+        own["mean_probability"] = float(masks.sums[number - 1]) / own["pixels"]
         own |= measure_pieces(mask, [side.start for side in box], spacing)
         measured[number], first = own, first + own["pieces"]
     for number, name in enumerate(class_names, 1):
         row = {"class": name, "pixels": 0, "pieces": 0, "largest_pixels": 0}
         row |= measured.get(number, {})
-        row["share"] = row["pixels"] / math.prod(shape)
-        row["highest_probability"] = float(highest[number - 1])
-        if mm and len(shape) == 3:
+        row["share"] = row["pixels"] / size
+        row["highest_probability"] = float(masks.highest[number - 1])
+        if mm and ndim == 3:
             row["volume_ml"] = row["pixels"] * mm / 1000
         elif mm:
             row["area_mm2"] = row["pixels"] * mm
@@ -98,10 +96,6 @@ def settings_text(settings):
 
 def program_version():
     """The commit of this repository, or None where it was not cloned with git."""
-    if not (ROOT / ".git").exists():
-        return None
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        return result.stdout.strip() or None
+    with suppress(OSError, IndexError):  # running git would take longer than all of this file
+        return (ROOT / ".git/logs/HEAD").read_bytes().splitlines()[-1].split()[1].decode()
     return None

@@ -1,0 +1,78 @@
+"""The masks of a picture or a volume, with what is measured of them, and the line on them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from medseg.full_size import full_size_levels, sum_probabilities
+
+
+class Masks(NamedTuple):
+    """The masks of one prediction, (H, W), or of all slices of a volume, (N, H, W).
+
+    labels: class numbers, uint8, as they are drawn. measured: the same, or of classes that overlap
+    the mask of each, bool (C, ...). highest: the highest probability of each class, (C,); sums:
+    what `sum_probabilities` gives, (C,). marked: int64 (256,), the pixels of each class before the
+    clean-up. levels: uint16 (H, W) of each class, (C, N, H, W) of a volume, where they are wanted.
+    """
+
+    labels: np.ndarray
+    measured: np.ndarray
+    highest: np.ndarray
+    sums: np.ndarray
+    marked: np.ndarray | None = None
+    levels: np.ndarray | tuple = ()
+
+    def of_class(self, number):
+        """The mask of a class, bool (H, W) or (N, H, W)."""
+        masks = self.measured
+        return masks[number - 1] if masks.dtype == bool else masks == number
+
+
+def make_masks(model, probabilities, size, spacing=None, *, inference=None, write=()):
+    """The Masks of an image from its probabilities, float32 (C, S, S).
+
+    model: a `medseg.predictor.Predictor`; size: (width, height) of the image; spacing: mm of its
+    pixels along each axis, or None; inference: by default the model's; write: names of
+    `medseg.results.folder.WRITTEN`, which tell whether levels are wanted.
+    """
+    inference, marked = inference or model.inference, np.zeros(256, np.int64)
+    about, order = (probabilities, size, spacing), model.info.draw_order
+    labels = measured = inference.labels(*about, marked=marked, draw_order=order)
+    if not model.info.exclusive:
+        masks = inference.masks(probabilities, size, exclusive=False, spacing=spacing)
+        measured = np.stack([*masks])
+    sums, wanted = sum_probabilities(measured, probabilities), "probability" in write
+    levels = [full_size_levels(one, size) for one in probabilities if wanted]
+    return Masks(labels, measured, probabilities.max((1, 2)), sums, marked, levels)
+
+
+def stack_masks(slices):
+    """The Masks of a volume from those of its slices."""
+    labels, measured, highest, sums, marked, levels = zip(*slices, strict=True)
+    labels = np.stack(labels)
+    measured = np.stack(measured, 1) if measured[0].dtype == bool else labels
+    levels = np.stack(levels, 1) if levels[0] else ()
+    return Masks(labels, measured, np.max(highest, 0), sum(sums), sum(marked), levels)
+
+
+def describe(path, masks, class_names, inference):
+    """A line on a prediction, or with several classes one for each.
+
+    masks: its Masks; inference: the `medseg.inference.Inference` that made them. The highest
+    probability of a class tells why its mask is empty.
+    """
+    lines = [] if len(class_names) == 1 else [f"{path}:"]
+    for number, name in enumerate(class_names, 1):
+        what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
+        count = before = np.count_nonzero(masks.of_class(number))
+        how = f"above {inference.threshold:g}"
+        if inference.clean != "none":
+            before = masks.marked[number]
+        if before != count:
+            change = f"{before - count} removed" if before > count else f"{count - before} added"
+            change = change if count else "all removed"
+            how = f"({before} pixels {how}, {change} by {inference.clean})"
+        share, highest = 100 * count / masks.labels.size, masks.highest[number - 1]
+        lines.append(f"{what} {share:.2f} % {how}, highest probability {highest:.3f}")
+    return "\n".join(lines)
