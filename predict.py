@@ -187,43 +187,43 @@ def predict_images(model, frames, problems=None):
             yield ready.pop(0)
 
 
-def predict_one(model, frame, output, *, results=None):
-    """Write the mask of an image and, where `output` is a folder, what `results` says besides."""
+def predict_one(model, frame, results):
+    """Write the mask of an image and, where `results` has a folder, what it says besides."""
     ((_, image, prediction),) = predict_images(model, [frame])
-    saving.save_one(model, frame, image, prediction, output, results, visualize_result)
+    saving.save_one(model, frame, image, prediction, results, visualize_result)
 
 
-def predict_many(model, frames, output, scores=None, *, results=None, lines=True):
+def predict_many(model, frames, results, scores=None, *, lines=True):
     """Write what `results` says for each image; returns [(path, why)] of those that failed.
 
     scores: a FolderScores to tell of each, or None. lines: print one on each.
     """
-    problems, results = [], results or Results(output, model.info.class_names)
+    problems = []
     predicted = predict_images(model, frames, problems)
     saving.save_many(model, predicted, len(frames), results, scores, lines=lines)
     return problems
 
 
-def predict_volume(model, file, output, window, *, results=None, lines=True):
-    """Write a mask volume and, where `output` is a folder, what `results` says besides."""
+def predict_volume(model, file, results, window, *, lines=True):
+    """Write a mask volume and, where `results` has a folder, what it says besides."""
     frames, volume = inputs.open_file(file, window, model.info.orientation)
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
     predicted = tqdm(
         predict_images(model, frames), file.path.name, len(frames), unit=" slices", disable=None
     )
-    saving.save_volume(model, volume, predicted, output, window, results, lines=lines)
+    saving.save_volume(model, volume, predicted, results, window, lines=lines)
 
 
-def predict_annotated(model, folder, frames, output, problems, **options):
+def predict_annotated(model, folder, frames, results, problems, *, lines=True):
     """`predict_many`, and a report on the folder; what it had to leave out is added to `problems`.
 
-    options: its own. Returns whether there is a report: not where an image could not be predicted.
+    Returns whether there is a report: not where an image could not be predicted.
     """
     from medseg.predicting import report, scoring
 
     spacing = frames[0].spacing if frames else None  # pictures have that of --pixel-size
-    scores = scoring.open_folder(model, folder, spacing)
-    problems += predict_many(model, frames, output, scores, **options)
+    scores, output = scoring.open_folder(model, folder, spacing), results.output
+    problems += predict_many(model, frames, results, scores, lines=lines)
     if problems and scores.missing():
         return False
     written = scoring.report(model, folder, scores, output, partial(predict_image, model))
@@ -275,24 +275,20 @@ def predict_inputs(args, model, window):
     folder, scored = inputs.annotated_folder(paths), True
     results = Results(output, model.info.class_names, args.write, args.simplify)
     results.check(frames, volumes, figure=single, report=folder is not None)
-    if single and not output.is_dir():  # the mask alone, in this file
-        if volumes:
-            return predict_volume(model, volumes[0], output, window)
-        return predict_one(model, frames[0], output)
-    options = {"results": results, "lines": total <= MAX_LINES}
+    lines = total <= MAX_LINES
     titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
     try:
         for file in volumes:
             try:
-                predict_volume(model, file, output, window, **options)
+                predict_volume(model, file, results, window, lines=lines)
             except (FileNotFoundError, ValueError) as error:
                 problems.append((file.path, str(error)))
         if single and frames:
-            predict_one(model, frames[0], output, results=results)
+            predict_one(model, frames[0], results)
         elif folder is None:
-            problems += predict_many(model, frames, output, **options)
+            problems += predict_many(model, frames, results, lines=lines)
         else:
-            scored = predict_annotated(model, folder, frames, output, problems, **options)
+            scored = predict_annotated(model, folder, frames, results, problems, lines=lines)
     finally:  # what was measured is kept, also where a report fails
         results.finish(titles, describe_run(args, model, window), args.model, problems)
     if single and problems:

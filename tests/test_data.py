@@ -1123,7 +1123,7 @@ def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
     np.testing.assert_array_equal(masks, small == np.arange(1, 250)[:, None, None])
     bits = np.unpackbits(dataset.row(0)[..., 3:], axis=2, count=249, bitorder="little")
     np.testing.assert_array_equal(bits.transpose(2, 0, 1), masks)
-    scores, probabilities = FolderScores(dataset, 0.5), masks.astype(np.float32)
+    scores, probabilities = FolderScores(dataset), masks.astype(np.float32)
     assert peak_of(scores.add, dataset.path(0), (1200, 800), probabilities) < limit
     counts, distances = scores.result()
     labels = full_size_labels(probabilities, (1200, 800), 0.5)

@@ -43,6 +43,7 @@ from medseg import device, plots, predictor
 from medseg.cli import ArgumentParser
 from medseg.drawing import class_colors
 from medseg.images import save_overlay
+from medseg.inference import Inference
 from medseg.metrics import (
     SWEEP,
     TOLERANCE,
@@ -738,7 +739,7 @@ def graded(tmp_path):
     images = {f"{n}_x.png": Image.new("RGB", (48, 48), (40 * n,) * 3) for n in range(3)}
     write_split(tmp_path / "test", images, [(n, square(*box)) for n, box in enumerate(BOXES)])
     dataset = data.open_split(tmp_path, "test", 48)
-    scores = FolderScores(dataset, 0.5)
+    scores = FolderScores(dataset)
     for number in (2, 0, 1):
         x, y, side = BOXES[number]
         probabilities = np.full((1, 48, 48), 0.22, np.float32)
@@ -766,7 +767,7 @@ def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
     """The true square, moved by four columns, and a speck that the clean-up removes."""
     write_split(tmp_path / "test", {"a.png": Image.new("RGB", (48, 48))}, [(0, square(5, 8, 10))])
     dataset = data.open_split(tmp_path, "test", 48)
-    scores = FolderScores(dataset, 0.5, clean="largest", spacing=(2.0, 3.0))
+    scores = FolderScores(dataset, Inference(clean="largest"), spacing=(2.0, 3.0))
     probabilities = np.zeros((1, 48, 48), np.float32)
     probabilities[0, 8:18, 9:19] = probabilities[0, 40, 40] = 0.92
     scores.add(tmp_path / "test/a.png", (48, 48), probabilities)

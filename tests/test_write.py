@@ -152,7 +152,7 @@ def test_corrections_are_not_overwritten(place, refused):
     path = Path("predictions/b.json")
     assert json.loads(path.read_text())["imagePath"] == "../scans/b.jpg"
     path.write_text("corrected")
-    refused("predict", "scans", "--write", "labelme", words=["predictions/a.json", "corrections"])
+    refused("predict", "scans", "--write", "labelme", words=["predictions/a.json", "--output"])
     Path("predictions/a.json").unlink()
     refused("predict", "scans/b.jpg", "--output", "predictions", "--write", "labelme", words=[path])
     assert path.read_text() == "corrected" and not Path("predictions/a.json").exists()
@@ -168,6 +168,7 @@ def test_dicom_frames_become_pictures_for_labelme(place, refused):
     mask = np.asarray(Image.open("out/a_mask.png")) > 0
     np.testing.assert_array_equal(draw_as_labelme(content["shapes"], (64, 48))["foreground"], mask)
     Path("out/a.json").unlink()
+    Image.new("L", (4, 4)).save("out/a.png")  # another one than was written
     refused("predict", "ct", "--write", "labelme", "--output", "out", words=["out/a.png"])
 
 

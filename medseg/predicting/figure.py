@@ -94,9 +94,7 @@ def _draw_calibration(axis, calibration, classes):
 
 def _draw_lesion_sizes(axis, groups):
     if not groups:
-        axis.axis("off")
-        axis.text(0.5, 0.5, "no image has a lesion", ha="center")
-        return
+        return _say(axis, "no image has a lesion")
     labels, heights = [], []
     for group in groups:
         low, high = group["pixels"]
@@ -122,10 +120,7 @@ def _draw_groups(axis, dice):
 def _draw_threshold_sweep(axis, valid, threshold):
     """Dice on valid at each threshold; threshold: the one in use."""
     if valid is None:
-        axis.axis("off")
-        reason = "no other split valid\nwith foreground:\nthreshold as given"
-        axis.text(0.5, 0.5, reason, ha="center")
-        return
+        return _say(axis, "no other split valid\nwith foreground:\nthreshold as given")
     chosen, dice = valid["chosen_threshold"], valid["scores_with_it"]["dice"]
     shown = "none" if dice is None else f"{dice:.3f}"
     axis.plot(valid["thresholds"], valid["dice"], marker=".")
@@ -133,6 +128,11 @@ def _draw_threshold_sweep(axis, valid, threshold):
     axis.axvline(threshold, color="gray", linestyle="--", label=f"in use: {threshold:g}")
     axis.legend()
     axis.set(title="Dice on valid", xlabel="threshold", ylabel="Dice", ylim=(0, 1))
+
+
+def _say(axis, text):
+    axis.axis("off")
+    axis.text(0.5, 0.5, text, ha="center")
 
 
 def choose_cases(names, dice, counts):

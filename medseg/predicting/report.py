@@ -1,54 +1,33 @@
 """A folder with annotations, scored: report.json and report.png."""
 
 import json
-import math
 from contextlib import suppress
 
 import numpy as np
-from tqdm import tqdm
 
 from medseg import metrics
 from medseg.coco import recorded_group
 from medseg.files import atomic_write
 from medseg.formats.own_files import REPORT
 from medseg.images import preprocess, read_image, resize_nearest
-from medseg.inference import Inference
+from medseg.inference import PLAIN
 from medseg.plots import reduce_case
 from medseg.predicting.figure import choose_cases, plot_report
-
-
-def threshold_sweep(model, batches, dataset, spacing=None):
-    """The Dice of a split at each threshold of metrics.SWEEP, and the threshold of the highest.
-
-    None where no image of the split has foreground.
-    batches: its images in the order of `dataset`, as `data.Batches` gives them. Flips and clean-up
-    are the model's. spacing: mm of a pixel along each axis, or None.
-    """
-    bar, names = tqdm(batches, "valid", unit=" batches", disable=None), model.info.class_names
-    predicted = (one for images, _ in bar for one in model(images).cpu().numpy())
-    pairs = ((dataset.true_masks(index), one) for index, one in enumerate(predicted))
-    options = {"exclusive": model.info.exclusive, "spacing": spacing}
-    counts = metrics.count_pixels(pairs, metrics.SWEEP, model.inference.clean, **options)
-    dice = [metrics.class_scores(own, names)["dice"] for own in counts.swapaxes(0, 1)]
-    if math.isnan(dice[0]):
-        return None
-    chosen = metrics.SWEEP[int(np.argmax(dice))]
-    return {"thresholds": metrics.SWEEP, "dice": dice, "chosen_threshold": chosen}
 
 
 class FolderScores:
     """The predictions of an annotated folder, compared with its annotations as they are made.
 
     What is scored are the masks that are written, at the size of each image. dataset: the folder as
-    `data.COCOSegmentationDataset`. threshold, flips, clean: those of the predictions, see
-    `medseg.inference.Inference`. exclusive: whether a pixel has one class, which is then the most
-    probable. spacing: mm of a pixel along each axis, or None.
+    `data.COCOSegmentationDataset`. inference: the `medseg.inference.Inference` of the predictions.
+    exclusive: whether a pixel has one class, which is then the most probable. spacing: mm of a
+    pixel along each axis, or None.
     """
 
-    def __init__(self, dataset, threshold, *, flips=(), clean="none", exclusive=True, spacing=None):
-        self.dataset, self.thresholds = dataset, [threshold, *metrics.SWEEP]
-        self.flips, self.clean, self.spacing = flips, clean, spacing
-        self.exclusive = exclusive
+    def __init__(self, dataset, inference=PLAIN, *, exclusive=True, spacing=None):
+        self.dataset, self.inference, self.spacing = dataset, inference, spacing
+        self.thresholds = [inference.threshold, *metrics.SWEEP]
+        self._options = {"exclusive": exclusive, "spacing": spacing}
         self._indices = {}  # of a file; several records may name it
         for index in range(len(dataset)):
             self._indices.setdefault(_identity(dataset.path(index)), []).append(index)
@@ -73,21 +52,17 @@ class FolderScores:
         """As `add`, of image `index`. Raises ValueError where its annotations are damaged."""
         from pycocotools import mask as coco_mask
 
-        targets = self.dataset.true_masks(index, size)
-        options = {"exclusive": self.exclusive, "spacing": self.spacing}
-        inference = Inference(self.thresholds[0], clean=self.clean)
-        preds = inference.masks(probabilities, size, **options)
-        counts, distances, encoded, calibration = [], [], [], []
-        for target, pred, channel in zip(targets, preds, probabilities, strict=True):
-            counts.append(metrics.count_masks([target], [pred])[0])
+        targets, options = self.dataset.true_masks(index, size), self._options
+        preds = self.inference.masks(probabilities, size, **options)
+        distances, encoded, reduced = [], [], []
+        for target, pred in zip(targets, preds, strict=True):
             distances.append(metrics.surface_scores(pred, target, self.spacing or (1, 1)))
             encoded.append(coco_mask.encode(np.asfortranarray(pred, dtype=np.uint8)))
-            reduced = resize_nearest(target, *channel.shape)
-            calibration.append(metrics.count_calibration(reduced[None], channel[None])[0])
-        thresholds = self.thresholds[1:]
-        swept = metrics.count_image(targets, probabilities, thresholds, self.clean, **options)
-        counts = np.stack([counts, *swept])
-        self._images[index] = counts, distances, encoded, np.stack(calibration)
+            reduced.append(resize_nearest(target, *probabilities.shape[1:]))
+        calibration = metrics.count_calibration(reduced, probabilities)
+        clean = self.inference.clean
+        counts = metrics.count_image(targets, probabilities, self.thresholds, clean, **options)
+        self._images[index] = counts, distances, encoded, calibration
         return metrics.image_dice(counts[0])
 
     def missing(self):
@@ -133,7 +108,7 @@ def _identity(path):
 def write_report(output, folder, scores, valid, class_names):
     """Write report.json and report.png on a folder to `output`. Returns what the first holds.
 
-    folder: what it is called; scores: its FolderScores; valid: the `threshold_sweep` of the split
+    folder: what it is called; scores: its FolderScores; valid: the `sweep_thresholds` of the split
     in which the threshold that suits the model is sought, or None: it is never sought in the
     folder itself. With several classes a score is the mean over them, and SCORE/CLASS is of each.
     A class of which no image has a pixel has None for its scores and is left out of the means.
@@ -153,9 +128,7 @@ def write_report(output, folder, scores, valid, class_names):
         "images": len(dataset),
         "image_size": dataset.image_size,
         "class_names": list(class_names),
-        "threshold": scores.thresholds[0],
-        "flips": list(scores.flips),
-        "clean": scores.clean,
+        **scores.inference.as_dict(),
         "scores": metrics.without_nan(metrics.class_scores(counts, class_names, groups)),
         "confidence_95": metrics.without_nan(metrics.bootstrap(counts, class_names, groups=groups)),
         "distance_unit": "mm" if scores.spacing else "px",

@@ -8,18 +8,16 @@ from tqdm import tqdm
 from medseg import images
 from medseg.files import available_cores
 from medseg.predicting import assessment, reading
-from medseg.results.folder import Results
 from medseg.results.masks import describe, make_masks, stack_masks
 
 
-def save_one(model, frame, image, prediction, output, results, draw):
-    """Write one prediction: the mask alone to the file `output`, or all to the folder `output`.
+def save_one(model, frame, image, prediction, results, draw):
+    """Write one prediction: where results have a file for output, the mask alone, else all.
 
-    model: a `medseg.predictor.Predictor`, here and below. results: a Results of this folder, or
-    None. draw: `predict.visualize_result`.
+    model: a `medseg.predictor.Predictor`, results: a Results, here and below. draw:
+    `predict.visualize_result`.
     """
-    names, written = model.info.class_names, [output]
-    results = results or Results(output, names)
+    output, names, written = results.output, model.info.class_names, [results.output]
     masks = _make_masks(model, frame, image, prediction, results.write)
     if output.is_dir():
         written = results.add(frame, image, masks, **assessment.assess_volume([prediction]))
@@ -34,8 +32,8 @@ def save_one(model, frame, image, prediction, output, results, draw):
 def save_many(model, predicted, total, results, scores=None, *, lines=True):
     """Write the predictions of images, in threads, a few batches behind at most.
 
-    predicted: as `predict.predict_images` yields them, `total` at most. results: a Results that is
-    to have their rows. scores: a FolderScores to tell of each, or None. lines: print one on each.
+    predicted: as `predict.predict_images` yields them, `total` at most. scores: a FolderScores to
+    tell of each, or None. lines: print one on each.
     """
 
     def write(frame, image, prediction):
@@ -70,25 +68,24 @@ def save_many(model, predicted, total, results, scores=None, *, lines=True):
         print(f"saved {count} {what} in {results.output}" if what else f"{count} done")
 
 
-def save_volume(model, volume, predicted, output, window, results=None, *, lines=True):
-    """Write the predictions of the slices of a volume: the mask alone to the file `output`, or all.
+def save_volume(model, volume, predicted, results, window, *, lines=True):
+    """Write the predictions of the slices of a volume: the mask alone to a file, or all.
 
     volume: a `medseg.formats.nifti.Volume`; predicted: as `predict.predict_images` yields its
-    slices. results: a Results of a folder, which is to have the rows of the volume. window:
-    (center, width) or None. lines: print some.
+    slices. window: (center, width) or None. lines: print some.
     """
     from medseg.formats.nifti import write_mask
 
-    assessed, slices, write = [], [], results.write if results else ()
+    assessed, slices, written = [], [], [results.output]
     for frame, image, prediction in predicted:
-        slices.append(_make_masks(model, frame, image, prediction, write))
+        slices.append(_make_masks(model, frame, image, prediction, results.write))
         assessed.append((frame.title, prediction._replace(probabilities=None)))
-    masks, written = stack_masks(slices), [output]
-    if results:
+    masks, slices = stack_masks(slices), None  # as large
+    if results.output.is_dir():
         columns = assessment.assess_volume([one for _, one in assessed])
         written = results.add_volume(volume, masks, window, **columns)
     else:
-        write_mask(output, volume, masks.labels)
+        write_mask(results.output, volume, masks.labels)
     if lines:
         _tell(model, volume.path, masks, assessed, written, "slices")
 

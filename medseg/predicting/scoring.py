@@ -1,10 +1,14 @@
 """A folder with annotations: its predictions scored, and reported."""
 
+import math
 from pathlib import Path
 
+import numpy as np
+from tqdm import tqdm
+
 from data import Batches, load_split, open_split
-from medseg import coco
-from medseg.predicting.report import FolderScores, threshold_sweep, write_report
+from medseg import coco, metrics
+from medseg.predicting.report import FolderScores, write_report
 
 
 def open_folder(model, folder, spacing=None):
@@ -13,12 +17,10 @@ def open_folder(model, folder, spacing=None):
     spacing: mm of a pixel along each axis, or None.
     Raises ValueError where the annotations are damaged or of other classes.
     """
-    place = folder.resolve()  # `dataset/test/` and `.` have a parent too
-    dataset = open_split(place.parent, place.name, model.info.image_size, **_content(model))
+    dataset = _open(open_split, model, folder.resolve())  # `dataset/test/` and `.` have a parent
     coco.check_classes(dataset.coco, dataset.classes, folder)
-    inference, exclusive = model.inference, model.info.exclusive
-    chosen = {"flips": inference.flips, "clean": inference.clean, "spacing": spacing}
-    return FolderScores(dataset, inference.threshold, exclusive=exclusive, **chosen)
+    exclusive = model.info.exclusive
+    return FolderScores(dataset, model.inference, exclusive=exclusive, spacing=spacing)
 
 
 def report(model, folder, scores, output, predict_image):
@@ -33,13 +35,33 @@ def report(model, folder, scores, output, predict_image):
     scores.complete(predict_image)
     valid, sweep = Path(folder).resolve().parent / "valid", None
     if (valid / coco.ANNOTATIONS).exists() and not valid.samefile(folder):
-        split, content = (valid.parent, valid.name, model.info.image_size), _content(model)
-        sizes = {"n_channels": model.n_channels, "n_classes": len(model.info.class_names)}
-        batches = Batches(load_split(*split, **content), model.batch_size, model.device, **sizes)
-        sweep = threshold_sweep(model, batches, open_split(*split, **content), scores.spacing)
+        sweep = sweep_thresholds(model, valid, scores.spacing)
     return write_report(output, str(folder), scores, sweep, model.info.class_names)
 
 
-def _content(model):
-    names = list(model.info.class_names)
-    return {"classes": names if len(names) > 1 else None, "n_channels": model.n_channels}
+def sweep_thresholds(model, folder, spacing=None):
+    """The Dice of a split at each threshold of metrics.SWEEP, and the threshold of the highest.
+
+    None where no image of the split has foreground. Flips and clean-up are the model's. spacing: mm
+    of a pixel along each axis, or None.
+    """
+    dataset, names = _open(open_split, model, folder), model.info.class_names
+    sizes = {"n_channels": model.n_channels, "n_classes": len(names)}
+    batches = Batches(_open(load_split, model, folder), model.batch_size, model.device, **sizes)
+    bar = tqdm(batches, "valid", unit=" batches", disable=None)
+    predicted = (one for images, _ in bar for one in model(images).cpu().numpy())
+    pairs = ((dataset.true_masks(index), one) for index, one in enumerate(predicted))
+    options = {"exclusive": model.info.exclusive, "spacing": spacing}
+    counts = metrics.count_pixels(pairs, metrics.SWEEP, model.inference.clean, **options)
+    dice = [metrics.class_scores(own, names)["dice"] for own in counts.swapaxes(0, 1)]
+    if math.isnan(dice[0]):
+        return None
+    chosen = metrics.SWEEP[int(np.argmax(dice))]
+    return {"thresholds": metrics.SWEEP, "dice": dice, "chosen_threshold": chosen}
+
+
+def _open(function, model, folder):
+    """What `open_split` or `load_split` gives of a folder, as the model takes it."""
+    names, channels = list(model.info.class_names), model.n_channels
+    content = {"classes": names if len(names) > 1 else None, "n_channels": channels}
+    return function(folder.parent, folder.name, model.info.image_size, **content)

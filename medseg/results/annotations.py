@@ -69,36 +69,27 @@ def coco_record(frame, masks):
     annotations, (height, width) = [], masks.shape[-2:]
     for number, box, mask in class_masks(masks):
         pieces = np.zeros((height, width), np.int32)
-        pieces[box], _, boxes = number_pieces(mask)
-        starts = [side.start for side in box]
+        pieces[box], *_ = number_pieces(mask)
         for index, runs in sorted(encode_labels(pieces).items()):
             if index == 0:
                 continue
             plain = {"size": [height, width], "counts": runs.counts().tolist()}
             encoded = coco_mask.frPyObjects(plain, height, width)
-            first, last = boxes[index - 1].T
-            annotations.append(
-                {
-                    "category_id": number,
-                    "segmentation": {**plain, "counts": encoded["counts"].decode()},
-                    "area": runs.area,
-                    "bbox": [*(first + starts)[::-1].tolist(), *(last - first)[::-1].tolist()],
-                    "iscrowd": 0,
-                }
-            )
+            one = {"category_id": number}
+            one["segmentation"] = {**plain, "counts": encoded["counts"].decode()}
+            one["area"] = runs.area
+            one["bbox"] = [int(value) for value in coco_mask.toBbox(encoded)]
+            annotations.append({**one, "iscrowd": 0})
     image = {"file_name": frame.title, "width": width, "height": height}
     return {"image": image, "annotations": annotations}
 
 
 def coco_text(records, class_names):
     """The text of a COCO file of [what `coco_record` returns]; categories are numbered from 1."""
-    images = [{"id": number, **record["image"]} for number, record in enumerate(records, 1)]
-    pairs = [(of, one) for of, record in enumerate(records, 1) for one in record["annotations"]]
-    annotations = [
-        {"id": number, "image_id": of, **one} for number, (of, one) in enumerate(pairs, 1)
-    ]
-    categories = [
-        {"id": number, "name": name, "supercategory": ""}
-        for number, name in enumerate(class_names, 1)
-    ]
+    images, annotations, numbered = [], [], enumerate(class_names, 1)
+    for number, record in enumerate(records, 1):
+        images.append({"id": number, **record["image"]})
+        for one in record["annotations"]:
+            annotations.append({"id": len(annotations) + 1, "image_id": number, **one})
+    categories = [{"id": of, "name": name, "supercategory": ""} for of, name in numbered]
     return settings_text({"images": images, "categories": categories, "annotations": annotations})

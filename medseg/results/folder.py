@@ -65,16 +65,11 @@ class Results:
                 f"{volumes[0].path}: --write labelme and --write coco are for pictures; the mask "
                 "of a volume can be corrected in 3D Slicer or ITK-SNAP"
             )
-        for frame in frames if "labelme" in self.write else ():
-            for path in labelme_files(frame, self.output):
-                if path.exists():
-                    raise ValueError(
-                        f"{path}: is there, and may hold corrections: move it, or choose another "
-                        "--output"
-                    )
         planned = [self._paths(frame.name) for frame in frames]
         planned += [self._paths(result_name(file.path), volume=True) for file in volumes]
         paths = [path for places in planned for own in places.values() for path in own]
+        if "labelme" in self.write:
+            paths += [path for frame in frames for path in labelme_files(frame, self.output)]
         if twice := [path for path, count in Counter(paths).items() if count > 1]:
             raise ValueError(f"{twice[0]}: two files would be called so: predict them apart")
         names = [TABLE, SETTINGS, *((COCO,) if "coco" in self.write else ())]
