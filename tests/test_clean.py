@@ -169,6 +169,13 @@ def test_areas_count_pixels_of_the_image_or_mm2():
     assert not counts[..., :2].any()
 
 
+def test_the_pixels_before_the_clean_up_are_counted_where_classes_overlap():
+    probabilities = np.array([[[0.9, 0.9, 0.1, 0.9]], [[0.9, 0.1, 0.1, 0.1]]], np.float32)
+    marked, inference = np.zeros(256, np.int64), Inference(0.5, clean="min-area=2")
+    labels = inference.labels(probabilities, (4, 1), marked=marked, draw_order=(1, 2))
+    assert (labels.tolist(), marked[:3].tolist()) == ([[1, 1, 0, 0]], [0, 3, 1])
+
+
 def test_it_is_recorded_and_told():
     inference = Inference(0.4, clean="largest,min-area=50,fill,min-mm2=0.5,split")
     assert read_inference(json.loads(json.dumps(inference.as_dict()))) == inference
