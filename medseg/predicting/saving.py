@@ -98,4 +98,4 @@ def _tell(model, path, masks, assessed, written, what="images"):
     """Print lines on masks of the image or volume at `path`, of which these files are written."""
     print(describe(path, masks, model.info.class_names, model.inference))
     assessment.print_assessments(assessed, what)
-    print(f"saved {' and '.join(map(str, written)) or 'nothing'}")
+    print(f"saved {', '.join(map(str, written)) or 'nothing'}")
