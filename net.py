@@ -59,10 +59,9 @@ class ModelInfo:
     def of(cls, n_classes=1, *, class_names=None, **settings):
         """That of so many classes; settings: further fields, or those of `Architecture`."""
         own = {field.name for field in fields(cls)} & settings.keys()
-        layers = {name: value for name, value in settings.items() if name not in own}
-        info = cls(
-            **({"architecture": Architecture(**layers)} | {name: settings[name] for name in own})
-        )
+        info = cls(**{name: settings.pop(name) for name in own})
+        if settings:
+            info.architecture = Architecture(**settings)
         info.class_names = tuple(class_names or default_class_names(n_classes))
         if len(info.class_names) != n_classes:
             raise ValueError(f"{len(info.class_names)} class names for {n_classes} classes")

@@ -38,6 +38,7 @@ from medseg import images as pictures
 from medseg.predicting import flags, inputs, reading, saving
 from medseg.pretrained import default_model
 from medseg.results.folder import MAX_LINES, Results, describe_run
+from medseg.results.masks import make_masks
 from medseg.settings import choose_window
 
 # ---- the tutorial's functions ----------------------------------------------------------------
@@ -144,8 +145,7 @@ def predict(model, image, *, threshold=None):
     inference = model.inference
     if threshold is not None:
         inference = inference._replace(threshold=threshold)
-    order = model.info.draw_order
-    return inference.labels(prediction.probabilities, image.size, draw_order=order)
+    return make_masks(model, prediction.probabilities, image.size, inference=inference).labels
 
 
 def predict_image(model, image):

@@ -60,7 +60,7 @@ def choose_precision(name, device):
 def computes_bf16():
     """Whether the CPU is faster in bf16: one with Intel AMX, or an AMD one with avx512_bf16.
 
-    Measured as 2 to 4 times as fast on both. Intel's vectors of bf16 without AMX are not.
+    Intel's vectors of bf16 without AMX are no faster than those of fp32.
     """
     flags = cpu_flags()
     return "amx_bf16" in flags or ("avx512_bf16" in flags and is_amd())

@@ -1,4 +1,4 @@
-"""Probabilities of a network at the size of the image: labels, 16-bit levels, sums. No torch.
+"""Probabilities of a network at the size of the image: labels, 16-bit levels, sums.
 
 A few rows or columns at a time, so that a large image needs few megabytes besides its labels.
 """

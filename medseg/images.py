@@ -1,4 +1,4 @@
-"""One picture: reading it, resizing it, writing masks and overlays. No torch."""
+"""One picture: reading it, resizing it, writing masks and overlays."""
 
 import contextlib
 import ctypes

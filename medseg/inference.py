@@ -29,36 +29,27 @@ class Inference(NamedTuple):
     flips: tuple = ()
     clean: str = "none"
 
-    def labels(self, probabilities, size, spacing=None, *, marked=None, draw_order=()):
+    def labels(self, probabilities, size, spacing=None, *, marked=None):
         """float32 (C, S, S) -> class numbers, uint8 (height, width), as they are written.
 
         The most probable class counts. size: (width, height) of the image; spacing: mm of its
         pixels along each axis, or None. marked: int64 (256,), to which the pixels of each number
-        before the clean-up are added, where there is one. draw_order: of classes that overlap, all
-        numbers: the mask of each is drawn over those before it.
+        before the clean-up are added, where there is one.
         """
-        if draw_order:
-            masks = [*self._masks(probabilities, size, spacing, marked)]
-            labels = np.zeros(size[::-1], np.uint8)
-            for number in draw_order:
-                labels[masks[number - 1]] = number
-            return labels
         labels = full_size_labels(probabilities, size, self.threshold)
         if marked is not None and self.clean != "none":
             marked += count_numbers(labels)
         return clean_labels(labels, self.clean, pixel_area(spacing))
 
-    def masks(self, probabilities, size, *, exclusive=True, spacing=None):
-        """The same as an iterator over the mask of each class, bool (height, width).
+    def masks(self, probabilities, size, *, exclusive=True, spacing=None, marked=None):
+        """Yield the same as the mask of each class, bool (height, width).
 
         exclusive: whether a pixel has one class; if not, each class counts by its own mask.
         """
         if exclusive or len(probabilities) == 1:
-            labels = self.labels(probabilities, size, spacing)
-            return (labels == number for number in range(1, len(probabilities) + 1))
-        return self._masks(probabilities, size, spacing)
-
-    def _masks(self, probabilities, size, spacing, marked=None):
+            labels = self.labels(probabilities, size, spacing, marked=marked)
+            yield from (labels == number for number in range(1, len(probabilities) + 1))
+            return
         for number, channel in enumerate(probabilities, 1):
             own = full_size_mask(channel, size, self.threshold).view(np.uint8)
             if marked is not None:

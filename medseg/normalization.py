@@ -1,18 +1,18 @@
-"""Pixels as a network takes them: mean 0 and deviation 1. Arrays need no PyTorch for it."""
+"""Pixels as a network takes them: mean 0 and deviation 1."""
 
 import functools
+
+import torch
 
 from medseg.images import mean_and_std
 
 
-def normalize(pixels, statistics=None):
-    """uint8 (B, H, W, C) -> float32 (B, C, H, W); both are arrays, or both tensors on one device.
+def normalize(pixels):
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W), on the same device; C is 3, or 1 for grey.
 
-    C is 3, or 1 for grey. statistics: mean and deviation, float32 (C,), of 0..255; default, for
-    tensors: the tutorial's. The memory stays in the order of the pixels, which is what PyTorch
-    calls channels_last.
+    The memory stays in the order of the pixels, which is what PyTorch calls channels_last.
     """
-    mean, std = statistics or mean_and_std_tensors(pixels.shape[-1], pixels.device, white=255)
+    mean, std = mean_and_std_tensors(pixels.shape[-1], pixels.device, white=255)
     images = pixels - mean
     images /= std  # in place: one array, not two
     return images.swapaxes(3, 2).swapaxes(2, 1)
@@ -24,7 +24,5 @@ def mean_and_std_tensors(n_channels, device, white=1):
 
     Made once: a copy in every step would wait for the GPU.
     """
-    import torch
-
     mean, std = mean_and_std(n_channels)
     return torch.tensor(mean, device=device) * white, torch.tensor(std, device=device) * white

@@ -1,4 +1,4 @@
-"""Connected pieces of masks: numbered, measured, removed, filled, taken apart. No torch."""
+"""Connected pieces of masks: numbered, measured, removed, filled, taken apart."""
 
 import math
 

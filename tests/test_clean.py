@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from medseg.inference import Inference, combine, read_inference
 from medseg.metrics import count_image, count_pixels
 from medseg.pieces import clean_labels, number_pieces, pixel_area
 from medseg.predicting.page import Session
+from medseg.results.masks import make_masks
+from net import ModelInfo
 
 
 def drawing(text):
@@ -171,9 +174,10 @@ def test_areas_count_pixels_of_the_image_or_mm2():
 
 def test_the_pixels_before_the_clean_up_are_counted_where_classes_overlap():
     probabilities = np.array([[[0.9, 0.9, 0.1, 0.9]], [[0.9, 0.1, 0.1, 0.1]]], np.float32)
-    marked, inference = np.zeros(256, np.int64), Inference(0.5, clean="min-area=2")
-    labels = inference.labels(probabilities, (4, 1), marked=marked, draw_order=(1, 2))
-    assert (labels.tolist(), marked[:3].tolist()) == ([[1, 1, 0, 0]], [0, 3, 1])
+    info = ModelInfo(class_names=("one", "other"), draw_order=(1, 2))
+    model = SimpleNamespace(info=info, inference=Inference(0.5, clean="min-area=2"))
+    masks = make_masks(model, probabilities, (4, 1))
+    assert (masks.labels.tolist(), masks.marked[:3].tolist()) == ([[1, 1, 0, 0]], [0, 3, 1])
 
 
 def test_it_is_recorded_and_told():

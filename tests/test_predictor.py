@@ -25,7 +25,7 @@ from medseg.inference import FLIPS, PLAIN, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
 from medseg.ood import count_features, fit, fit_with_threshold
 from medseg.phantoms import make_phantoms
-from medseg.predicting.assessment import assess_volume, print_assessments
+from medseg.predicting.assessment import print_assessments, reliability_columns
 from medseg.predictor import Prediction, Predictor, pairwise_dice
 from net import UNet, load_model
 
@@ -444,8 +444,8 @@ def test_what_is_said(capsys):
     assert line.startswith("7 of 9 slices are unlike") and "8.png, 7.png" in line
     assert lines((None, None)) == []
     slices = [Prediction(None, *one) for one in ((0.5, 0.1), (0.9, 9.0), (1.0, 0.2))]
-    assert assess_volume(slices) == {"agreement": pytest.approx(0.8), "unlike": 0.2}
-    assert assess_volume([Prediction(None)]) == {"agreement": None, "unlike": None}
+    assert reliability_columns(slices) == {"agreement": pytest.approx(0.8), "unlike": 0.2}
+    assert reliability_columns([Prediction(None)]) == {"agreement": None, "unlike": None}
 
 
 @pytest.fixture(scope="module")

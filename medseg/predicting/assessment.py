@@ -6,7 +6,7 @@ MAX_LISTED = 5  # images named on the screen
 FAR = "unlike the training images"
 
 
-def assess_volume(slices):
+def reliability_columns(slices):
     """What the table has of one image or a volume, from the `Prediction`s of its slices.
 
     The mean agreement and the median distance of those that have any.

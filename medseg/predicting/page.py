@@ -164,7 +164,7 @@ class Session:
 
     def _columns(self, predictions, threshold):
         """How far to rely on them; the agreement is of masks at the threshold of the network."""
-        columns = assessment.assess_volume([one.assessed for one in predictions])
+        columns = assessment.reliability_columns([one.assessed for one in predictions])
         return columns if threshold == self.threshold else {**columns, "agreement": None}
 
     def download(self, what, threshold, clean="none"):

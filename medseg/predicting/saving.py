@@ -20,7 +20,7 @@ def save_one(model, frame, image, prediction, results, draw):
     output, names, written = results.output, model.info.class_names, [results.output]
     masks = _make_masks(model, frame, image, prediction, results.write)
     if output.is_dir():
-        written = results.add(frame, image, masks, **assessment.assess_volume([prediction]))
+        written = results.add(frame, image, masks, **assessment.reliability_columns([prediction]))
         if "overlay" in results.write:
             written.append(output / f"{frame.name}_prediction.png")
             draw(image, masks.labels, path=written[-1], class_names=names, name=frame.title)
@@ -38,7 +38,7 @@ def save_many(model, predicted, total, results, scores=None, *, lines=True):
 
     def write(frame, image, prediction):
         masks = _make_masks(model, frame, image, prediction, results.write)
-        columns = assessment.assess_volume([prediction])
+        columns = assessment.reliability_columns([prediction])
         dice = scores.add(frame.path, image.size, prediction.probabilities) if scores else None
         columns |= {} if dice is None else {"dice": dice}
         results.add(frame, image, masks, **columns)
@@ -82,7 +82,7 @@ def save_volume(model, volume, predicted, results, window, *, lines=True):
         assessed.append((frame.title, prediction._replace(probabilities=None)))
     masks, slices = stack_masks(slices), None  # as large
     if results.output.is_dir():
-        columns = assessment.assess_volume([one for _, one in assessed])
+        columns = assessment.reliability_columns([one for _, one in assessed])
         written = results.add_volume(volume, masks, window, **columns)
     else:
         write_mask(results.output, volume, masks.labels)

@@ -1,1 +1,1 @@
-"""What is made of predicted masks: files, annotations, tables. No torch."""
+"""What is made of predicted masks: files, annotations, tables."""

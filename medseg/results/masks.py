@@ -37,11 +37,14 @@ def make_masks(model, probabilities, size, spacing=None, *, inference=None, writ
     `medseg.results.folder.WRITTEN`, which tell whether levels are wanted.
     """
     inference, marked = inference or model.inference, np.zeros(256, np.int64)
-    about, order = (probabilities, size, spacing), model.info.draw_order
-    labels = measured = inference.labels(*about, marked=marked, draw_order=order)
-    if not model.info.exclusive:
-        masks = inference.masks(probabilities, size, exclusive=False, spacing=spacing)
-        measured = np.stack([*masks])
+    if model.info.exclusive:
+        labels = measured = inference.labels(probabilities, size, spacing, marked=marked)
+    else:
+        options = {"exclusive": False, "spacing": spacing, "marked": marked}
+        measured = np.stack([*inference.masks(probabilities, size, **options)])
+        labels = np.zeros(size[::-1], np.uint8)
+        for number in model.info.draw_order:  # each is drawn over those before it
+            labels[measured[number - 1]] = number
     sums, wanted = sum_probabilities(measured, probabilities), "probability" in write
     levels = [full_size_levels(one, size) for one in probabilities if wanted]
     return Masks(labels, measured, probabilities.max((1, 2)), sums, marked, levels)
