@@ -187,12 +187,6 @@ def predict_images(model, frames, problems=None):
             yield ready.pop(0)
 
 
-def predict_one(model, frame, results):
-    """Write the mask of an image and, where `results` has a folder, what it says besides."""
-    ((_, image, prediction),) = predict_images(model, [frame])
-    saving.save_one(model, frame, image, prediction, results, visualize_result)
-
-
 def predict_many(model, frames, results, scores=None, *, lines=True):
     """Write what `results` says for each image; returns [(path, why)] of those that failed.
 
@@ -200,7 +194,7 @@ def predict_many(model, frames, results, scores=None, *, lines=True):
     """
     problems = []
     predicted = predict_images(model, frames, problems)
-    saving.save_many(model, predicted, len(frames), results, scores, lines=lines)
+    saving.save_images(predicted, len(frames), results, scores, lines=lines)
     return problems
 
 
@@ -211,7 +205,10 @@ def predict_volume(model, file, results, window, *, lines=True):
     predicted = tqdm(
         predict_images(model, frames), file.path.name, len(frames), unit=" slices", disable=None
     )
-    saving.save_volume(model, volume, predicted, results, window, lines=lines)
+    line, written = results.add_volume(volume, predicted, window)
+    if lines:
+        print(line)
+        saving.print_saved(written)
 
 
 def predict_annotated(model, folder, frames, results, problems, *, lines=True):
@@ -273,8 +270,9 @@ def predict_inputs(args, model, window):
     single = named and total == 1
     output = inputs.choose_output(args.output, single, files)
     folder, scored = inputs.annotated_folder(paths), True
-    results = Results(output, model.info.class_names, args.write, args.simplify)
-    results.check(frames, volumes, figure=single, report=folder is not None)
+    draw = visualize_result if single else None
+    results = Results(output, model, args.write, args.simplify, draw=draw)
+    results.check(frames, volumes, report=folder is not None)
     lines = total <= MAX_LINES
     titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
     try:
@@ -283,12 +281,10 @@ def predict_inputs(args, model, window):
                 predict_volume(model, file, results, window, lines=lines)
             except (FileNotFoundError, ValueError) as error:
                 problems.append((file.path, str(error)))
-        if single and frames:
-            predict_one(model, frames[0], results)
-        elif folder is None:
-            problems += predict_many(model, frames, results, lines=lines)
-        else:
+        if folder is not None:
             scored = predict_annotated(model, folder, frames, results, problems, lines=lines)
+        elif frames:
+            problems += predict_many(model, frames, results, lines=lines)
     finally:  # what was measured is kept, also where a report fails
         results.finish(titles, describe_run(args, model, window), args.model, problems)
     if single and problems:

@@ -33,10 +33,6 @@ SIZES = [(40, 60), (33, 20), (64, 64), (50, 41)]  # height, width
 BRIGHT = 170  # of the square that is the mask
 
 
-def results_in(folder):
-    return Results(folder, ["foreground"])
-
-
 def write_images(root, seed=0):
     """root/{train,valid,test}, each with four images of noise of different sizes and a square."""
     rng = np.random.default_rng(seed)
@@ -346,18 +342,18 @@ class Threshold(torch.nn.Module):
         return torch.sigmoid(10 * images.mean(1, keepdim=True))
 
 
+def predict_all(network, frames, folder):
+    model = Predictor([network], "cpu")
+    return predict.predict_many(model, frames, Results(folder, model))
+
+
 def test_images_are_predicted_at_their_own_size(own_sizes, tmp_path):
     tensor, picture = predict.preprocess_image(own_sizes / "test" / "0.png", image_size=None)
     assert tensor.shape == (1, 3, 40, 60) and picture.size == (60, 40)
     pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
-    predict.predict_one(Predictor([Threshold()], "cpu"), pictures[1], results_in(tmp_path))
+    predict_all(Threshold(), pictures[1:2], tmp_path)
     (tmp_path / "many").mkdir()
-    assert (
-        predict.predict_many(
-            Predictor([Threshold()], "cpu"), pictures, results_in(tmp_path / "many")
-        )
-        == []
-    )
+    assert predict_all(Threshold(), pictures, tmp_path / "many") == []
     for number in range(4):
         mask = np.asarray(Image.open(tmp_path / "many" / f"{number}_mask.png")) > 0
         assert mask.shape == SIZES[number]
@@ -414,14 +410,10 @@ def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path
             return super().forward(images)
 
     pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
-    ((_, problem),) = predict.predict_many(
-        Predictor([Greedy()], "cpu"), pictures, results_in(tmp_path)
-    )
+    ((_, problem),) = predict_all(Greedy(), pictures, tmp_path)
     for word in ("2.png", "out of memory", "64x64", "smaller"):
         assert word in problem
     assert len(list(tmp_path.glob("*_mask.png"))) == 3  # the others are predicted
-    with pytest.raises(ValueError, match=r"2\.png.*out of memory"):
-        predict.predict_one(Predictor([Greedy()], "cpu"), pictures[2], results_in(tmp_path))
 
 
 def test_a_large_image_is_gone_when_the_next_one_is_read(own_sizes, tmp_path, monkeypatch):
@@ -439,7 +431,7 @@ def test_a_large_image_is_gone_when_the_next_one_is_read(own_sizes, tmp_path, mo
 
     pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
     frames = [frame._replace(read=partial(read, frame.path)) for frame in pictures]
-    predict.predict_many(Predictor([Threshold()], "cpu"), frames, results_in(tmp_path))
+    predict_all(Threshold(), frames, tmp_path)
     assert alive == [0, 0, 0, 0]
 
 

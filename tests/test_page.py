@@ -45,7 +45,7 @@ from PIL import Image
 from medseg.images import save_mask
 from medseg.predicting import page
 from medseg.predicting.inputs import EXAMPLE, learned_images
-from medseg.predictor import Prediction
+from medseg.predictor import Prediction, Predictor
 from medseg.pretrained import pretrained_path
 from net import ModelInfo
 
@@ -76,14 +76,14 @@ def prepare(place):
             file.write(b".")
         while (place / "slow").exists():
             time.sleep(0.1)
-        return assess(*arguments)
+        return predict(*arguments)
 
     def note(event, args):
         if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
             with open(place / "connections", "a") as file:
                 file.write(f"{args}\n")
 
-    assess, page.assess = page.assess, counted
+    predict, Predictor.predict = Predictor.predict, counted
     os.chdir(place)
     os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     (place / "tmp").mkdir()

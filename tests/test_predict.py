@@ -341,7 +341,7 @@ def test_long_and_odd_names_lose_nothing(place):
     volume.to_filename(place / "scans" / f"{'v' * 248}.nii")
     environment = {"PYTHONIOENCODING": "utf-8:strict", "LC_ALL": "C.UTF-8"}
     out = assert_done(script("predict.py", "scans", cwd=place, **environment))
-    assert "saved 5 masks and overlays in predictions" in out
+    assert "saved 10 files in predictions" in out
     written = pictures(place / "predictions")
     assert len(written) == 2 * 6 and {"b_mask.png", f"{odd}_mask.png"} < written
     for start, end, count in [("x", ".png", 2), ("é", ".png", 1), ("v", ".nii.gz", 1)]:

@@ -25,8 +25,8 @@ from medseg.inference import FLIPS, PLAIN, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
 from medseg.ood import count_features, fit, fit_with_threshold
 from medseg.phantoms import make_phantoms
-from medseg.predicting.assessment import print_assessments, reliability_columns
 from medseg.predictor import Prediction, Predictor, pairwise_dice
+from medseg.results.assessment import describe_assessments, reliability_columns
 from net import UNet, load_model
 
 
@@ -430,18 +430,17 @@ def test_weights_carry_what_they_know(here):
             UNet.from_state_dict(state)
 
 
-def test_what_is_said(capsys):
-    def lines(*values, **what):
+def test_what_is_said():
+    def lines(*values):
         images = [(f"{number}.png", Prediction(None, *one)) for number, one in enumerate(values)]
-        print_assessments(images, **what)
-        return capsys.readouterr().out.splitlines()
+        return describe_assessments(images)
 
     (line,) = lines(*((0.9 - number / 10, 0.5) for number in range(7)))
     assert "6.png 0.30, 5.png 0.40" in line and "1.png" not in line
     (line,) = lines((1.0, 1.0), (1.0, 2.34))
     assert line.startswith("1.png: unlike") and "distance 2.3" in line
-    (line,) = lines(*((None, number) for number in range(9)), what="slices")
-    assert line.startswith("7 of 9 slices are unlike") and "8.png, 7.png" in line
+    (line,) = lines(*((None, number) for number in range(9)))
+    assert line.startswith("7 of 9 images are unlike") and "8.png, 7.png" in line
     assert lines((None, None)) == []
     slices = [Prediction(None, *one) for one in ((0.5, 0.1), (0.9, 9.0), (1.0, 0.2))]
     assert reliability_columns(slices) == {"agreement": pytest.approx(0.8), "unlike": 0.2}
@@ -489,4 +488,4 @@ def test_predict_py_and_the_table_tell_unlike_images(trained):
         agreements = [float(row["agreement"] or -1) for row in rows.values()]
         assert all((0 <= one <= 1) == known for one in agreements)
     alone = output_of("predict.py", "scans/blank.png", *model, "--tta", cwd=trained)
-    assert "scans/blank.png: unlike the training" in alone and "agreement " in alone
+    assert "blank.png: unlike the training" in alone and "agreement " in alone

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -21,10 +22,12 @@ from scipy import ndimage
 
 import predict
 from medseg.full_size import full_size_labels
+from medseg.inference import Inference
 from medseg.predicting.inputs import Frame
+from medseg.predictor import Prediction
 from medseg.results.folder import Results
-from medseg.results.masks import Masks
 from medseg.results.outlines import trace_labels
+from net import ModelInfo
 
 
 def draw_as_labelme(shapes, size):
@@ -219,11 +222,15 @@ def test_several_classes(place):
 
 
 def save_one(labels, write, masks=None):
-    """The files of class numbers, written as --write says into the current folder."""
+    """The files of class numbers, or of masks that overlap, as --write says, in this folder."""
     frame = Frame(Path("scans/a.png"), "a", "a.png", None)
-    results = Results(Path("."), ("a/b", "a b", "脑"), write)
-    masks = labels if masks is None else masks
-    results.add(frame, None, Masks(labels, masks, np.ones(3), np.ones(3)))
+    order = () if masks is None else (2, 3, 1)
+    info = ModelInfo(class_names=("a/b", "a b", "脑"), draw_order=order)
+    model = SimpleNamespace(info=info, inference=Inference())
+    masks = labels == np.arange(1, 4)[:, None, None] if masks is None else masks
+    prediction = Prediction(masks.astype(np.float32))
+    results = Results(Path("."), model, write)
+    results.add(frame, SimpleNamespace(size=masks.shape[:0:-1]), prediction)
     return results.rows["a.png"], results.records.get("a.png")
 
 
@@ -260,8 +267,7 @@ def test_classes_that_overlap_have_files_of_their_own_masks(place):
     """A class within another: its objects are drawn over, and both are measured in full."""
     masks = np.zeros((3, 20, 20), bool)
     masks[0, 5:9, 5:9], masks[2, 2:18, 2:18] = True, True
-    labels = np.where(masks[0], 1, 3 * masks[2]).astype(np.uint8)
-    rows, record = save_one(labels, ("objects", "classes", "coco"), masks)
+    rows, record = save_one(None, ("objects", "classes", "coco"), masks)
     assert [row["pixels"] for row in rows] == [16, 0, 256]
     assert [one["area"] for one in record["annotations"]] == [16, 256]
     np.testing.assert_array_equal(Image.open("a_脑_mask.png"), 255 * masks[2])

@@ -22,12 +22,14 @@ import torch
 from PIL import Image
 
 from medseg import cli, drawing, images, pieces
+from medseg.formats.medical import file_format
 from medseg.formats.own_files import TABLE
 from medseg.inference import Inference, flips_to_average
-from medseg.predicting import assessment, inputs
+from medseg.predicting import inputs
+from medseg.results.assessment import describe_unlike, reliability_columns
 from medseg.results.folder import Results
-from medseg.results.masks import describe, make_masks, stack_masks
-from medseg.results.table import COLUMNS, table_text, write_text
+from medseg.results.masks import describe, make_masks
+from medseg.results.table import COLUMNS, measure, table_text, write_text
 from medseg.signals import Signals
 
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
@@ -53,27 +55,19 @@ START_DOWNLOAD = """file => file && Object.assign(document.createElement("a"),
 # ---- what was predicted: probabilities, kept so that threshold and clean-up can change -------
 
 
-def assess(model, image, threshold, tta):
-    """PIL image -> its `medseg.predictor.Prediction`."""
-    info = model.info
-    flips = flips_to_average(info.inference, info.trained_flips) if tta else ()
-    model.inference = model.inference._replace(threshold=threshold, flips=flips)
-    pixels = images.preprocess(image, info.image_size, model.n_channels)
-    return model.predict(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2))[0]
-
-
 class Session:
     """The predictions of some files, below `folder`, removed when nothing refers to them.
 
     model: a `medseg.predictor.Predictor`; window, pixel_size: as of `inputs.open_file`.
     predictions: of each image its frame, size, `Prediction`, how many pixels are `marked`, and
-    `arrays`, a file with the picture as it is shown and the probabilities; first: the index of that
-    to show first. problems: a line on each file that could not be predicted.
+    `arrays`, a file with the picture as it is shown and the probabilities; volumes are the last.
+    first: the index of that to show first. problems: a line on each file that could not be
+    predicted.
     """
 
     def __init__(self, folder, model, window=None, pixel_size=None):
         self.model, self.names, self.threshold = model, model.info.class_names, None
-        self._settings, self._volumes = (window, model.info.orientation, pixel_size), {}
+        self._window, self._pixel_size = window, pixel_size
         self.predictions, self.problems, self.first = [], [], 0
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, True)
@@ -81,24 +75,32 @@ class Session:
     def predict(self, paths, threshold, tta=False, progress=lambda done, title: None):
         """Run the network on image, DICOM and NIfTI files; tta: average over flips.
 
-        progress(done, title): called before each image; done is 0..1.
+        progress((done, None), title): called before each image; done: how many are.
         """
-        self.threshold = threshold
+        info, self.threshold = self.model.info, threshold
+        flips = flips_to_average(info.inference, info.trained_flips) if tta else ()
+        self.model.inference = self.model.inference._replace(threshold=threshold, flips=flips)
+        for number, frame in enumerate(self._open(paths)):
+            progress((number, None), frame.title)
+            with self._noting_problems():
+                self._add(frame)
+        if len({one.frame.path for one in self.predictions}) == 1:  # the slice with most foreground
+            self.first = int(np.argmax([one.marked for one in self.predictions]))
+
+    def _open(self, paths):
+        """Yield the Frame of each image and slice that can be read."""
         with self._noting_problems():
             files = inputs.expand(map(self._own_copy, paths))
-            for number, file in enumerate(files):
+            frames, volumes, problems = inputs.sort_files(files, self._window, self._pixel_size)
+            for _, why in problems:
+                self._note(why)
+            yield from frames
+            for file in volumes:
                 with self._noting_problems():
-                    frames, volume = inputs.open_file(file, *self._settings)
-                    self._volumes |= {file.path: file} if volume else {}
-                    for index, frame in enumerate(frames):
-                        progress((number + index / len(frames)) / len(files), frame.title)
-                        with self._noting_problems():
-                            self._add(frame, threshold, tta)
-        frames = inputs.add_depths([one.frame for one in self.predictions])
-        for one, frame in zip(self.predictions, frames, strict=True):
-            one.frame = frame
-        if len({frame.path for frame in frames}) == 1:  # the slice with most foreground
-            self.first = int(np.argmax([one.marked for one in self.predictions]))
+                    yield from self._open_volume(file)[0]
+
+    def _open_volume(self, file):
+        return inputs.open_file(file, self._window, self.model.info.orientation)
 
     def _own_copy(self, path):
         """The path of the file in the folder; the second scan.png becomes 2_scan.png."""
@@ -107,44 +109,63 @@ class Session:
             own = own.with_name(f"2_{own.name}")
         return Path(shutil.copyfile(path, own))
 
-    def _add(self, frame, threshold, tta):
-        image = frame.read()
-        assessed = assess(self.model, image, threshold, tta)
-        view, arrays = image.copy(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
-        view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
-        np.savez(arrays, view=np.asarray(view), probabilities=assessed.probabilities)
-        if frame.path in self._volumes:
-            frame = frame._replace(read=None)  # which keeps the whole volume in memory
-        one = SimpleNamespace(frame=frame, size=image.size, arrays=arrays)
-        one.marked = int((assessed.probabilities > threshold).sum())
-        one.assessed = assessed._replace(probabilities=None)  # they are on the disk
-        self.predictions.append(one)
+    def _note(self, problem):
+        self.problems.append(cli.one_line(problem).replace(f"{self._folder}{os.sep}", ""))
 
     @contextlib.contextmanager
     def _noting_problems(self):
         try:
             yield
         except (FileNotFoundError, ValueError) as error:
-            self.problems.append(cli.one_line(error).replace(f"{self._folder}{os.sep}", ""))
+            self._note(error)
+
+    def _add(self, frame):
+        image, model = frame.read(), self.model
+        pixels = images.preprocess(image, model.info.image_size, model.n_channels)
+        (prediction,) = model.predict(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2))
+        view, arrays = image.copy(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
+        view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
+        np.savez(arrays, view=np.asarray(view), probabilities=prediction.probabilities)
+        if file_format(frame.path) == "nifti":
+            frame = frame._replace(read=None)  # which keeps the whole volume in memory
+        one = SimpleNamespace(frame=frame, size=image.size, arrays=arrays)
+        one.marked = int((prediction.probabilities > self.threshold).sum())
+        one.assessed = prediction._replace(probabilities=None)  # they are on the disk
+        self.predictions.append(one)
+
+    def _load(self, one, threshold, clean):
+        """(picture as it is shown, `Prediction`): its agreement is at the network's threshold."""
+        pieces.check_clean(clean, one.frame.spacing, one.frame.path.name)
+        with np.load(one.arrays) as arrays:
+            view, prediction = (
+                arrays["view"],
+                one.assessed._replace(probabilities=arrays["probabilities"]),
+            )
+        if threshold != self.threshold:
+            prediction = prediction._replace(agreement=None)
+        return Image.fromarray(view), prediction
 
     def view(self, index, threshold, clean="none", **looks):
         """([image, mask, overlay], PIL images; lines on them; rows of measurements, of each class).
 
         clean: as --clean; looks: of the overlay. ValueError where the mask cannot be cleaned up.
         """
-        one, count = self.predictions[index], len(self.names)
-        masks, inference = self._masks(one, threshold, clean), Inference(threshold, clean=clean)
-        line = describe(one.frame.title, masks, self.names, inference)
-        results, columns = Results(None, self.names, ()), self._columns([one], threshold)
-        results.add(one.frame, None, masks, **columns)
-        with np.load(one.arrays) as arrays:
-            image = images.enlarge_small(Image.fromarray(arrays["view"]))
+        one, names, inference = self.predictions[index], self.names, Inference(threshold, (), clean)
+        (image, prediction), spacing = self._load(one, threshold, clean), one.frame.spacing
+        probabilities, image = prediction.probabilities, images.enlarge_small(image)
+        masks = make_masks(self.model, probabilities, one.size, spacing, inference=inference)
+        line, columns = (
+            describe(one.frame.title, masks, names, inference),
+            reliability_columns([prediction]),
+        )
+        rows = [row | columns for row in measure(masks, names, spacing, one.frame.depth)]
         labels = images.resize_nearest(masks.labels, image.height, image.width)
-        mask = drawing.with_legend(drawing.draw_labels(labels, count), self.names)
-        assessed = [(shown.frame.title, shown.assessed) for shown in self.predictions]
-        lines = [line, *assessment.describe_unlike(assessed), *self.problems]
-        drawn = drawing.overlay(image, labels, count, **looks)
-        return [image, mask, drawn], lines, results.rows[one.frame.title]
+        mask = drawing.with_legend(drawing.draw_labels(labels, len(names)), names)
+        drawn = drawing.overlay(image, labels, len(names), **looks)
+        unlike = describe_unlike(
+            [(shown.frame.title, shown.assessed) for shown in self.predictions]
+        )
+        return [image, mask, drawn], [line, *unlike, *self.problems], rows
 
     def save(self, image):
         """Write a picture of `view`; return its path, which is the same every time."""
@@ -154,39 +175,23 @@ class Session:
         (images.save_png if exact else images.save_jpeg)(image, path)
         return str(path)
 
-    def _masks(self, one, threshold, clean):
-        """The `medseg.results.masks.Masks` of a prediction."""
-        with np.load(one.arrays) as arrays:
-            probabilities, spacing = arrays["probabilities"], one.frame.spacing
-        pieces.check_clean(clean, spacing, one.frame.path.name)
-        inference = Inference(threshold, clean=clean)
-        return make_masks(self.model, probabilities, one.size, spacing, inference=inference)
-
-    def _columns(self, predictions, threshold):
-        """How far to rely on them; the agreement is of masks at the threshold of the network."""
-        columns = assessment.reliability_columns([one.assessed for one in predictions])
-        return columns if threshold == self.threshold else {**columns, "agreement": None}
-
     def download(self, what, threshold, clean="none"):
         """The path of one of DOWNLOADS, of the bytes that predict.py writes: a file, or a zip."""
         folder = Path(tempfile.mkdtemp(dir=self._folder), what)
         folder.mkdir()
-        results = Results(folder, self.names, DOWNLOADS[what])
-        ordered = sorted(self.predictions, key=lambda one: one.frame.path in self._volumes)
-        for path, group in groupby(ordered, lambda one: one.frame.path):  # volumes are the last
-            volume, slices = self._volumes.get(path), list(group)
-            if volume:
-                volume = inputs.open_file(volume, *self._settings)[1]
-                masks = stack_masks(self._masks(one, threshold, clean) for one in slices)
-                columns = self._columns(slices, threshold)
-                results.add_volume(volume, masks, self._settings[0], **columns)
+        inference = Inference(threshold, clean=clean)
+        results = Results(folder, self.model, DOWNLOADS[what], inference=inference)
+        for path, group in groupby(self.predictions, lambda one: one.frame.path):
+            predicted = ((one, self._load(one, threshold, clean)[1]) for one in group)
+            if file_format(path) == "nifti":
+                volume = self._open_volume(inputs.ImageFile(path, path.name, "nifti"))[1]
+                slices = ((one.frame, one, prediction) for one, prediction in predicted)
+                results.add_volume(volume, slices, self._window)
                 continue
             if what == "all":
                 path = Path(shutil.copy(path, folder))  # LabelMe needs it beside its file
-            for one in slices:
-                frame, columns = one.frame._replace(path=path), self._columns([one], threshold)
-                masks = self._masks(one, threshold, clean)
-                results.add(frame, frame.read(), masks, **columns)
+            for one, prediction in predicted:
+                results.add(one.frame._replace(path=path), one.frame.read(), prediction)
         if what != "masks":
             write_text(folder / TABLE, table_text([*chain(*results.rows.values())]))
         written = list(folder.iterdir())

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from medseg.files import atomic_write
-from medseg.formats.medical import file_format
-from medseg.images import save_png
 from medseg.pieces import class_masks, number_pieces
 from medseg.results.outlines import trace_labels
 from medseg.results.table import settings_text
@@ -18,31 +16,18 @@ LABELME_VERSION = "5.5.0"  # of the format: versions 4 to 7 read it
 BACKGROUND = "_background_"  # LabelMe's label of what cuts a hole
 
 
-def labelme_files(frame, folder):
-    """Paths of the LabelMe file of a frame, and of the picture to write beside it, if any.
+def write_labelme(path, pictured, labels, class_names, *, simplify=0):
+    """Write the outlines of one prediction as a LabelMe file at `path`.
 
-    LabelMe does not open DICOM, whose frames are written as pictures.
+    pictured: the path of its image, which the file names by the way that leads there; labels: class
+    numbers, uint8 (height, width). simplify: as for `trace_labels`.
     """
-    picture = [folder / f"{frame.name}.png"] if file_format(frame.path) else []
-    return [folder / f"{frame.name}.json", *picture]
-
-
-def write_labelme(frame, image, labels, folder, class_names, *, simplify=0):
-    """Write the outlines of one prediction as a LabelMe file.
-
-    image: PIL RGB image; labels: class numbers, uint8 (height, width). The file names its image by
-    the way that leads there from `folder`. simplify: as for `trace_labels`.
-    """
-    path, *pictures = labelme_files(frame, folder)
-    for picture in pictures:
-        save_png(image, picture)
     names, shapes = (BACKGROUND, *class_names), []
     for number, points in trace_labels(labels, simplify):
         shape = {"label": names[number], "points": points, "group_id": None}
         shapes.append({**shape, "description": "", "shape_type": "polygon", "flags": {}})
     content = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes}
-    named = pictures[0] if pictures else frame.path
-    content |= {"imagePath": _way(named, folder), "imageData": None}
+    content |= {"imagePath": _way(pictured, path.parent), "imageData": None}
     content |= {"imageHeight": labels.shape[0], "imageWidth": labels.shape[1]}
     with atomic_write(path, sync=False) as file:
         file.write(json.dumps(content, indent=1).encode())

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from medseg.full_size import full_size_levels, sum_probabilities
+from medseg.pieces import class_masks, number_pieces
+
+MAX_OBJECTS = 65535  # which 16 bits count
 
 
 class Masks(NamedTuple):
@@ -79,3 +82,23 @@ def describe(path, masks, class_names, inference):
         share, highest = 100 * count / masks.labels.size, masks.highest[number - 1]
         lines.append(f"{what} {share:.2f} % {how}, highest probability {highest:.3f}")
     return "\n".join(lines)
+
+
+def number_objects(masks, path):
+    """Numbers of all connected pieces, uint16 of the shape of labels, from 1 on class by class.
+
+    Where classes overlap, a pixel is of the class that the labels show. ValueError, which names the
+    image at `path`, where there are too many.
+    """
+    numbers, count = np.zeros(masks.labels.shape, np.uint16), 0
+    for number, box, mask in class_masks(masks.measured):
+        pieces, sizes, _ = number_pieces(mask)
+        if count + len(sizes) > MAX_OBJECTS:
+            raise ValueError(
+                f"{path}: more than {MAX_OBJECTS} objects, which 16 bits cannot number: remove "
+                "specks with --clean min-area=9"
+            )
+        visible = masks.labels[box] == number
+        numbers[box][visible] = pieces[visible] + count
+        count += len(sizes)
+    return numbers

@@ -18,36 +18,29 @@ def reliability_columns(slices):
     return columns
 
 
-def describe_unlike(assessed, what="images"):
-    """Lines on the images that are unlike the training.
-
-    assessed: [(title, `Prediction`)]; what: they are.
-    """
-    far = sorted(
-        (-one.unlike, title) for title, one in assessed if one.unlike is not None and one.unlike > 1
-    )
+def describe_unlike(assessed):
+    """Lines on the images that are unlike the training; assessed: [(title, `Prediction`)]."""
+    far = [(one.unlike, title) for title, one in assessed if (one.unlike or 0) > 1]
+    far.sort(key=lambda entry: -entry[0])
     if len(far) <= MAX_LISTED:
         return [
-            f"{title}: {FAR} (distance {-ratio:.1f}, limit 1): do not rely on its mask"
+            f"{title}: {FAR} (distance {ratio:.1f}, limit 1): do not rely on its mask"
             for ratio, title in far
         ]
-    farthest = ", ".join(str(title) for _, title in far[:MAX_LISTED])
+    farthest = ", ".join(title for _, title in far[:MAX_LISTED])
     return [
-        f"{len(far)} of {len(assessed)} {what} are {FAR}: do not rely on their masks; "
+        f"{len(far)} of {len(assessed)} images are {FAR}: do not rely on their masks; "
         f"the farthest: {farthest}"
     ]
 
 
-def print_assessments(assessed, what="images"):
-    """Print which images are unlike the training and, of several, which to check first.
-
-    assessed: [(title, `Prediction`)]; what: they are.
-    """
-    for line in describe_unlike(assessed, what):
-        print(line)
+def describe_assessments(assessed):
+    """Lines on the images that are unlike the training and, of several, on which to check first."""
+    lines = describe_unlike(assessed)
     known = [(one.agreement, title) for title, one in assessed if one.agreement is not None]
     if len(known) == 1:
-        print(f"agreement {known[0][0]:.2f}: the mean Dice between members")
+        lines.append(f"agreement {known[0][0]:.2f}: the mean Dice between members")
     elif lowest := sorted(entry for entry in known if entry[0] < 1)[:MAX_LISTED]:
         listed = ", ".join(f"{title} {agreement:.2f}" for agreement, title in lowest)
-        print(f"to check first, for there the members agree least (mean Dice): {listed}")
+        lines.append(f"to check first, for there the members agree least (mean Dice): {listed}")
+    return lines
