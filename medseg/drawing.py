@@ -164,7 +164,9 @@ def montage(pictures, masks, *, draw, side=256, limit=20):
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for place, index in enumerate(chosen):
         left, top = 4 + place % columns * (width + 4), 24 + place // columns * (height + 24)
-        tile = draw(Image.fromarray(pictures[index]).convert("RGB"), np.asarray(masks[index]))
+        pixels = pictures[index]
+        pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+        tile = draw(Image.fromarray(pixels).convert("RGB"), np.asarray(masks[index]))
         sheet.paste(tile.resize((width, height), Image.Resampling.BILINEAR), (left, top))
         pen.text((left, top - 4), f"slice {index}", fill="black", font=font, anchor="ls")
     return sheet

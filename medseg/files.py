@@ -1,19 +1,27 @@
-"""Files written whole or not at all, and marked as ours; JSON, locks, a map over all cores."""
+"""Files: their kinds and names, written whole or not at all, marked as ours; JSON, locks, a map."""
 
 import contextlib
 import gc
 import hashlib
+import importlib
 import io
 import json
 import os
 import re
 import stat
 import sys
+import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from medseg.cli import one_line
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")  # of NRRD and MetaImage
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 NAME_BYTES = 200  # of a file name, so that endings fit too: file systems take 255
 
 
@@ -28,6 +36,93 @@ def check_regular(path):
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(f"{path}: not a regular file, but a FIFO, a socket or a device")
+
+
+def file_format(path):
+    """'dicom', 'volume' or None: by the suffix; without one, or with a number, by the content.
+
+    A folder is a volume where a file directly in it is DICOM: see `medseg.dicom.open_series`.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if name.endswith(DICOM_SUFFIXES):
+        return "dicom"
+    if name.endswith(VOLUME_SUFFIXES):
+        return "volume"
+    if path.is_dir():
+        return "volume" if any(map(is_dicom, path.iterdir())) else None
+    if path.suffix and not path.suffix[1:].isdecimal():
+        return None
+    head = _read_head(path)
+    if head[128:132] == b"DICM":
+        return "dicom"
+    return "volume" if nifti_version(head) else None
+
+
+def is_dicom(path):
+    """Whether a Path is a DICOM file by its content."""
+    return _read_head(path)[128:132] == b"DICM"
+
+
+def _read_head(path):
+    try:
+        if not path.is_file():  # reading a FIFO may never end
+            return b""
+        with open(path, "rb") as file:
+            return file.read(348)
+    except OSError:
+        return b""
+
+
+def nifti_version(head):
+    """1 or 2 by the first 348 bytes of a file that holds header and voxels, else None."""
+    if head[344:348] == b"n+1\0":
+        return 1
+    return 2 if head[4:8] == b"n+2\0" else None
+
+
+def base_name(path):
+    """The name of an image file without its suffix: 'a.nii.gz' -> 'a', '1.2.840' -> '1.2.840'."""
+    path = Path(path)
+    if path.name.lower().endswith(".nii.gz"):
+        return path.name[:-7]
+    return path.name if path.suffix[1:].isdecimal() else path.stem
+
+
+def result_name(path):
+    """What the results of an image file are called: its `base_name`, shortened where it is long."""
+    return shorten(base_name(path))
+
+
+@contextlib.contextmanager
+def name_file(path):
+    """Turn whatever a reader raises into one line that begins with the file's name.
+
+    Only regular files are read: see `check_regular`.
+    """
+    try:
+        check_regular(path)
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, not a file") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # pydicom, nibabel, zlib and decoders raise many kinds
+        line = one_line(error)
+        raise ValueError(line if line.startswith(f"{path}: ") else f"{path}: {line}") from None
+
+
+def import_reader(name, format_name):
+    """Import an optional library, with its warnings off. ValueError where it is missing."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"reading {format_name} needs {name}: run `pip install {name}`") from None
+    # They warn of odd metadata and mend it; pixels they cannot read are errors.
+    warnings.filterwarnings("ignore", module=rf"{name}\.")
+    return module
 
 
 def shorten(name):

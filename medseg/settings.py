@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import numpy as np
+
 # What grey values are scaled from where no --window was given: a volume's percentiles, or the
 # window in the file.
 OF_VOLUME, OF_FILE = "percentiles", "file"
@@ -20,6 +22,32 @@ def window_limits(window):
     if not (math.isfinite(center) and 0 < width < math.inf):
         raise ValueError(f"a window of center {center:g} and width {width:g} shows nothing")
     return center - width / 2, center + width / 2
+
+
+def window_to_uint8(values, low, high, *, inverted=False):
+    """Array of numbers -> uint8 array: low and below 0, high and above 255, linear between.
+
+    NaN becomes 0. Where high is not above low, everything above low becomes 255. inverted: low is
+    255 and high 0.
+    """
+    scaled = np.array(values, np.float64)  # a copy, and no other: a slice may have 89 megapixels
+    if high > low:
+        with np.errstate(all="ignore"):
+            np.clip(scaled, low, high, out=scaled)
+            scaled -= low
+            scaled *= 255
+            scaled /= high - low
+            picture = np.nan_to_num(scaled, copy=False).round(out=scaled).astype(np.uint8)
+    else:
+        picture = np.where(scaled > low, np.uint8(255), np.uint8(0))
+    if inverted:
+        np.subtract(255, picture, out=picture, where=~np.isnan(values))
+    return picture
+
+
+def is_spacing(numbers):
+    """Whether these can be mm from pixel to pixel: areas of others would overflow, or be 0."""
+    return all(1e-9 < number < 1e9 for number in numbers)
 
 
 def read_settings(mapping):

@@ -24,7 +24,7 @@ from helpers import (
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from medseg.formats.dicom import read_dicom
+from medseg.dicom import read_dicom
 from medseg.importing import volumes
 
 THIRDS = ("--split", 34, 33, 33)

@@ -2,9 +2,8 @@
 
 import re
 
-from medseg.files import check_replaceable, is_sealed, read_json
-from medseg.formats.medical import NIFTI_SUFFIXES, base_name
-from medseg.formats.nifti import is_sealed_mask
+from medseg.files import VOLUME_SUFFIXES, base_name, check_replaceable, is_sealed, read_json
+from medseg.volumes import is_sealed_mask
 
 TABLE, SETTINGS, COCO = "predictions.csv", "predictions.json", "predictions.coco.json"
 REPORT = "report.json"
@@ -44,7 +43,7 @@ def _is_unchanged(path):
     if name in KEYS:
         content = read_json(path)
         return isinstance(content, dict) and KEYS[name] <= content.keys()
-    if name.lower().endswith(NIFTI_SUFFIXES):
+    if name.lower().endswith(VOLUME_SUFFIXES):
         return is_sealed_mask(path)
     return is_sealed(path)
 

@@ -5,9 +5,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
-from medseg.formats.dicom import read_any_image
+from PIL import Image
+
+from medseg.dicom import read_dicom
+from medseg.files import file_format
 from medseg.formats.mask_files import read_mask
-from medseg.formats.medical import file_format
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example
 from medseg.settings import OF_FILE, OF_VOLUME, check_window
@@ -70,7 +72,7 @@ def mask_examples(
     places = {name: files.text for name, files in masks.items()}
     info = {"window": _window_of(formats, window)}
     check_window(present, info["window"])
-    if "nifti" in formats:
+    if "volume" in formats:
         turned_to = ((own["orientation"], folder) for folder, own in present if own["orientation"])
         examples, meanings, info["orientation"] = volume_examples(
             *(pairs, names, groups, places, classes, window),
@@ -115,13 +117,23 @@ def _window_of(formats, window):
     """The window to record of images of these formats, where --window is `window`."""
     if window:
         return tuple(window)
-    return OF_VOLUME if "nifti" in formats else OF_FILE if "dicom" in formats else None
+    return OF_VOLUME if "volume" in formats else OF_FILE if "dicom" in formats else None
+
+
+def _read_frame(path, window):
+    """The picture of a DICOM file, a PIL image; ValueError where it has several frames."""
+    frames = read_dicom(path, window)
+    if len(frames) > 1:
+        raise ValueError(
+            f"{path}: holds {len(frames)} frames, not one image: `python predict.py` takes it"
+        )
+    return Image.fromarray(frames[0]).convert("RGB")
 
 
 def _read_example(image, masks, meanings, window):
     """What `Example.read` returns, of the path of a picture and [(class name or None, mask)]."""
     if file_format(image) == "dicom":
-        picture = read_any_image(image, window)
+        picture = _read_frame(image, window)
         upright = Upright(picture, picture.size, 1)
     else:
         upright = read_upright(image)
@@ -155,7 +167,7 @@ def _find_pairs(images, masks, skip_unpaired):
         name: pair_files(images.keys, files.keys, files.text, one_class=name is not None)
         for name, files in masks.items()
     }
-    if None in masks and file_format(next(iter(images.keys))) == "nifti":
+    if None in masks and file_format(next(iter(images.keys))) == "volume":
         pairing = pairings[None]  # volumes are united only where their class is named
         pairing.several += [pair for pair in pairing.pairs if len(pair[1]) > 1]
         pairing.pairs = [pair for pair in pairing.pairs if len(pair[1]) == 1]

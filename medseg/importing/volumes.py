@@ -1,4 +1,4 @@
-"""Pairs of NIfTI volumes -> an example for each slice."""
+"""Pairs of volumes -> an example for each slice."""
 
 import functools
 import threading
@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from medseg.formats.nifti import Volume, open_nifti, read_orientation
 from medseg.importing.writing import Example
 from medseg.sources.mask_values import (
     classes_of_counts,
@@ -18,6 +17,7 @@ from medseg.sources.mask_values import (
     one_class_of_counts,
 )
 from medseg.sources.value_counts import VOLUME
+from medseg.volumes import Volume, open_volume, read_orientation
 
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
 SAME_PLACE = 0.01  # of a voxel: corners of image and mask this near differ by rounding only
@@ -48,7 +48,7 @@ def volume_examples(
             for index in range(len(pair)):
                 counts.update(count_values(mask.class_numbers(index)))
             counted[name].append((mask.volume.path, VOLUME, counts))
-            said = f"{spell_distance(mask.distance, pair.image)} ({mask.volume.path.name})"
+            said = f"{mask.distance:.3g} mm ({mask.volume.path.name})"
             checks.append((mask.distance, said, mask.turned))
     meanings = {
         name: classes_of_counts(counted[None], place, classes, invert=invert)
@@ -110,7 +110,7 @@ def _pair_opener(window, orientation, meanings):
 def _read_slice(open_once, image, masks, index):
     """What `Example.read` returns, of a slice of a volume."""
     pictures, united = open_once(image, masks)
-    return Image.fromarray(pictures[index]), united[index]
+    return Image.fromarray(pictures[index][..., 0]), united[index]
 
 
 def _united_masks(pair, meanings):
@@ -174,8 +174,8 @@ def _report(lengths, axes, checks):
 class MaskVolume:
     """A mask volume, cut across the same axis as its image.
 
-    distance: that their corners lie apart, in header units, 0 where it is rounding. turned: whether
-    it was stored in another orientation than the image.
+    distance: mm that their corners lie apart, 0 where it is rounding. turned: whether it was stored
+    in another orientation than the image.
     """
 
     volume: Volume
@@ -194,7 +194,7 @@ class MaskVolume:
                 f"{self.volume.path}: slice {index} holds something else than class numbers "
                 "0, 1, 2, ..."
             )
-        return numbers.astype(np.uint16)
+        return numbers[..., 0].astype(np.uint16)
 
 
 @dataclass(frozen=True)
@@ -223,38 +223,23 @@ class VolumePair:
 
 
 def open_pair(image_path, masks, window=None, orientation=None):
-    """The VolumePair of a NIfTI file and [(class name or None, NIfTI file of a mask)].
+    """The VolumePair of a volume and [(class name or None, volume of a mask)].
 
-    window as in `Volume.pictures`; orientation as in `open_nifti`: each is turned by its own
+    window as in `Volume.pictures`; orientation as in `open_volume`: each is turned by its own
     affine. Raises FileNotFoundError or ValueError.
     """
-    image = open_nifti(image_path, orientation)
+    image = open_volume(image_path, orientation)
     return VolumePair(image, image.pictures(window), masks, orientation)
 
 
 def open_mask(path, image, orientation=None):
-    """The MaskVolume in a NIfTI file, of a Volume that was turned to the orientation.
+    """The MaskVolume in a file, of a Volume that was turned to the orientation.
 
     Raises FileNotFoundError; ValueError where the two lie a voxel apart or more.
     """
-    mask = open_nifti(path, orientation, is_mask=True)
-    if image.shape != mask.shape:
-        sizes = [" x ".join(map(str, volume.shape)) for volume in (image, mask)]
-        raise ValueError(f"{path}: {sizes[1]} voxels, but {image.path} has {sizes[0]}")
-    corners = np.stack([*np.meshgrid(*([0, side - 1] for side in image.shape)), np.ones((2, 2, 2))])
-    offsets = (image.affine - mask.affine)[:3] @ corners.reshape(4, -1)
-    distance, voxel = float(np.linalg.norm(offsets, axis=0).max()), min(image.spacing)
-    if distance and not distance < voxel:
-        raise ValueError(
-            f"{path}: lies elsewhere than {image.path}: their affines differ by "
-            f"{spell_distance(distance, image)}, and a voxel has {spell_distance(voxel, image)}"
-        )
+    mask = open_volume(path, orientation, is_mask=True)
+    distance = image.distance_to(mask)
     mask.axis = image.axis  # equal but for rounding
     turned = image.stored_orientation != mask.stored_orientation
+    voxel = min(image.spacing) * image.header.unit
     return MaskVolume(mask, distance if distance > SAME_PLACE * voxel else 0.0, turned)
-
-
-def spell_distance(distance, volume):
-    """A length in the units of a volume's header: '0.5 mm'."""
-    unit = {1: "m", 2: "mm", 3: "µm"}.get(int(volume.header["xyzt_units"]) & 7, "units of length")
-    return f"{distance:.3g} {unit}"

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from medseg.cli import ArgumentParser, add_device_flags, add_pixel_limit, named_values, number
-from medseg.formats.medical import is_spacing
 from medseg.images import FORMAT_NAMES
 from medseg.inference import PLAIN, flips_to_average
 from medseg.pieces import CLEANINGS
 from medseg.results.folder import DEFAULT, WRITTEN
+from medseg.settings import is_spacing
 
 MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".torchscript")
 

@@ -12,19 +12,12 @@ from PIL import Image
 from medseg.cli import output_folder
 from medseg.coco import ANNOTATIONS
 from medseg.dataset_folder import finish_import
-from medseg.files import shorten
-from medseg.formats.dicom import read_dicom
-from medseg.formats.medical import (
-    NIFTI_SUFFIXES,
-    base_name,
-    file_format,
-    name_file,
-    result_name,
-)
-from medseg.formats.nifti import open_nifti
+from medseg.dicom import read_dicom
+from medseg.files import base_name, file_format, name_file, result_name, shorten
 from medseg.formats.own_files import is_own
 from medseg.images import FORMAT_NAMES, SUFFIXES, read_image
 from medseg.pretrained import pretrained_path
+from medseg.volumes import SINGLE_SUFFIXES, open_volume
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
@@ -32,11 +25,11 @@ MAX_NAMED = 3  # of the files that could not be predicted, in the line on them
 
 
 class ImageFile(NamedTuple):
-    """A file with an image, with frames (DICOM) or with a volume (NIfTI)."""
+    """A file with an image, with frames (DICOM) or with a volume (NIfTI, NRRD, MetaImage)."""
 
     path: Path
     name: str  # what its masks are called, without the ending
-    format: str | None  # as `medseg.formats.medical.file_format` has it
+    format: str | None  # as `medseg.files.file_format` has it
 
 
 class Frame(NamedTuple):
@@ -52,7 +45,7 @@ class Frame(NamedTuple):
 
 
 def open_file(file, window=None, orientation=None, pixel_size=None):
-    """([Frame], volume) in an ImageFile; volume: a `medseg.formats.nifti.Volume`, or None.
+    """([Frame], volume) in an ImageFile; volume: a `medseg.volumes.Volume`, or None.
 
     window: (center, width) of DICOM and NIfTI values, or None for the file's own limits;
     orientation: to turn a volume to, or None; pixel_size: (height, width) in mm of the pixels of
@@ -62,8 +55,8 @@ def open_file(file, window=None, orientation=None, pixel_size=None):
     path = file.path
     if file.format is None:
         return [Frame(path, file.name, path.name, partial(read_image, path), pixel_size)], None
-    if file.format == "nifti":
-        volume = open_nifti(path, orientation)
+    if file.format == "volume":
+        volume = open_volume(path, orientation)
         arrays, what = volume.pictures(window), "slice"
     else:
         volume, arrays, what = None, read_dicom(path, window), "frame"
@@ -93,7 +86,8 @@ def as_frame(image):
 
 
 def _read_array(arrays, index):
-    return Image.fromarray(arrays[index]).convert("RGB")
+    pixels = arrays[index]
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
 
 
 def sort_files(files, window, pixel_size=None):
@@ -103,7 +97,7 @@ def sort_files(files, window, pixel_size=None):
     """
     frames, volumes, problems = [], [], []
     for file in files:
-        if file.format == "nifti":
+        if file.format == "volume":
             volumes.append(file)
             continue
         try:
@@ -150,7 +144,7 @@ def expand(inputs):
         if given.is_dir():
             if not (images := images_in(given)):
                 but = f", but {aside}" if (aside := left_aside(given)) else ""
-                kinds = f"DICOM, NIfTI, {FORMAT_NAMES}"
+                kinds = f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}"
                 raise ValueError(f"{given}: no images ({kinds}) in this folder{but}")
             paths += images
         elif given.exists():
@@ -162,7 +156,7 @@ def expand(inputs):
     for _ in range(2):  # again, for a_png.png may be there too
         count = Counter((path.parent, name) for path, name in names.items())
         for path, name in names.items():
-            if count[path.parent, name] > 1 and formats[path] != "nifti":
+            if count[path.parent, name] > 1 and formats[path] != "volume":
                 base = base_name(path)
                 names[path] = shorten(base + path.name[len(base) :].replace(".", "_"))
     _check_names([(name, path) for path, name in names.items()])
@@ -277,11 +271,11 @@ def is_input(path):
 def choose_output(given, single, files):
     """The folder to write to, made if need be, or for a single input the file that was named."""
     path = Path(given or ("." if single else "predictions"))
-    if not given or path.is_dir() or not path.name.lower().endswith((*SUFFIXES, *NIFTI_SUFFIXES)):
+    if not given or path.is_dir() or not path.name.lower().endswith((*SUFFIXES, *SINGLE_SUFFIXES)):
         return output_folder(path, "--output")
     if not single:
         raise ValueError(f"--output {given}: several images need a folder, not one file")
-    endings = NIFTI_SUFFIXES if files[0].format == "nifti" else (".png",)
+    endings = SINGLE_SUFFIXES if files[0].format == "volume" else (".png",)
     if not path.name.lower().endswith(endings):
         raise ValueError(f"--output {given}: this mask is written as {' or '.join(endings)}")
     if path.exists() and any(path.samefile(file.path) for file in files):

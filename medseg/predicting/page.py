@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from medseg import cli, drawing, images, pieces
-from medseg.formats.medical import file_format
+from medseg.files import file_format
 from medseg.formats.own_files import TABLE
 from medseg.inference import Inference, flips_to_average
 from medseg.predicting import inputs
@@ -126,7 +126,7 @@ class Session:
         view, arrays = image.copy(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
         np.savez(arrays, view=np.asarray(view), probabilities=prediction.probabilities)
-        if file_format(frame.path) == "nifti":
+        if file_format(frame.path) == "volume":
             frame = frame._replace(read=None)  # which keeps the whole volume in memory
         one = SimpleNamespace(frame=frame, size=image.size, arrays=arrays)
         one.marked = int((prediction.probabilities > self.threshold).sum())
@@ -183,8 +183,8 @@ class Session:
         results = Results(folder, self.model, DOWNLOADS[what], inference=inference)
         for path, group in groupby(self.predictions, lambda one: one.frame.path):
             predicted = ((one, self._load(one, threshold, clean)[1]) for one in group)
-            if file_format(path) == "nifti":
-                volume = self._open_volume(inputs.ImageFile(path, path.name, "nifti"))[1]
+            if file_format(path) == "volume":
+                volume = self._open_volume(inputs.ImageFile(path, path.name, "volume"))[1]
                 slices = ((one.frame, one, prediction) for one, prediction in predicted)
                 results.add_volume(volume, slices, self._window)
                 continue

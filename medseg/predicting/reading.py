@@ -2,8 +2,7 @@
 
 from contextlib import suppress
 
-from medseg.files import parallel_map
-from medseg.formats.medical import file_format
+from medseg.files import file_format, parallel_map
 from medseg.images import open_image
 
 AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or written behind it

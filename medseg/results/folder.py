@@ -11,9 +11,7 @@ from PIL import Image
 
 from medseg.device import choose_precision
 from medseg.drawing import montage, overlay, with_legend
-from medseg.files import shorten
-from medseg.formats.medical import file_format, result_name
-from medseg.formats.nifti import write_mask
+from medseg.files import file_format, result_name, shorten
 from medseg.formats.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
 from medseg.full_size import MAX_LEVEL
 from medseg.images import save_mask, save_overlay, save_png
@@ -21,6 +19,7 @@ from medseg.results.annotations import coco_record, coco_text, write_labelme
 from medseg.results.assessment import describe_assessments, reliability_columns
 from medseg.results.masks import describe, make_masks, number_objects, stack_masks
 from medseg.results.table import measure, program_version, settings_text, table_text, write_text
+from medseg.volumes import write_mask
 
 MAX_LINES = 20  # images of which each gets a line on the screen
 # What --write knows; of all images, coco is one file.
@@ -79,7 +78,7 @@ class Results:
         if not self.output.is_dir():
             return {"mask": [self.output]}
         source_format, numbers = file_format(source), [""]
-        volume = source_format == "nifti"
+        volume = source_format == "volume"
         suffix, drawn = (".nii.gz", "montage.png") if volume else (".png", "overlay.jpg")
         classes = [re.sub(r"[^\w.-]+", "_", one) for one in self.class_names]
         if len(classes) > 1:
@@ -146,7 +145,7 @@ class Results:
         return describe(frame.path, masks, names, self.inference), written
 
     def add_volume(self, volume, predicted, window=None):
-        """As `add`, of a `medseg.formats.nifti.Volume`.
+        """As `add`, of a `medseg.volumes.Volume`.
 
         predicted: (frame, PIL image, `Prediction`) of each slice. window: (center, width) of the
         pictures, or None.

@@ -8,8 +8,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from medseg.coco import listed
-from medseg.files import escape
-from medseg.formats.medical import base_name, file_format
+from medseg.files import base_name, escape, file_format
 from medseg.images import Page, count_pages, read_oriented, stored_orientation, turn
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
@@ -18,7 +17,7 @@ SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01
 def list_files(folder, suffixes, *, medical=False):
     """The files below `folder` whose names end with one of `suffixes`, sorted.
 
-    medical: DICOM and NIfTI files too, also those that only their content tells.
+    medical: DICOM files and volumes too, also those that only their content tells.
     Hidden files and folders are left out. Raises FileNotFoundError without a folder.
     """
     folder, suffixes = Path(folder), tuple(suffixes)

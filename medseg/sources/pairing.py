@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from os.path import commonprefix
 
-from medseg.formats.medical import base_name
+from medseg.files import base_name
 from medseg.sources.collect import same_form
 
 COMMONEST = 12  # ends (or beginnings) of names that are tried, of images and of masks each

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medseg.coco import MAX_CLASSES, listed
-from medseg.files import check_regular
+from medseg.files import (
+    DICOM_SUFFIXES,
+    VOLUME_SUFFIXES,
+    base_name,
+    check_regular,
+    file_format,
+)
 from medseg.formats.mask_files import MASK_SUFFIXES as PICTURE_SUFFIXES
-from medseg.formats.medical import DICOM_SUFFIXES, NIFTI_SUFFIXES, base_name, file_format
 from medseg.formats.own_files import drawn_beside_masks
 from medseg.images import SUFFIXES
 from medseg.sources.collect import is_wanted, list_files, named_alike, printable, same_form
 
 IMAGE_SUFFIXES = SUFFIXES
-MASK_SUFFIXES = (*PICTURE_SUFFIXES, *NIFTI_SUFFIXES)
+MASK_SUFFIXES = (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)
 EACH = "*"  # in place of a class name: a class for each text that the last wildcard matches
 COMMA = re.compile(r",(?![^{}]*\})")  # none of those in {png,jpg}
 WILDCARD = re.compile(r"(\*+)|(\?)|\[([^]]+)\]|\{([^{}]*,[^{}]*)\}|(.)", re.DOTALL)
@@ -119,7 +124,7 @@ def _find_matches(text, suffixes, medical=False):
             elif text == piece and not stars or is_wanted(path, suffixes, medical=medical):
                 matches.append(_Match(path, stars, () if stars else (base_name(path),)))
     if not matches:
-        known = ", ".join((*suffixes, *((*DICOM_SUFFIXES, *NIFTI_SUFFIXES) if medical else ())))
+        known = ", ".join((*suffixes, *((*DICOM_SUFFIXES, *VOLUME_SUFFIXES) if medical else ())))
         raise ValueError(f"{text}: holds no {known} files")
     return matches, bases, places
 
@@ -256,9 +261,9 @@ def _check_one_class(masks):
 
 def _check_formats(files):
     """ValueError where some files are volumes and others are not."""
-    volumes = [path for path in files if file_format(path) == "nifti"]
+    volumes = [path for path in files if file_format(path) == "volume"]
     if volumes and len(volumes) < len(files):
-        other = next(path for path in files if file_format(path) != "nifti")
+        other = next(path for path in files if file_format(path) != "volume")
         raise ValueError(
             f"{volumes[0]} is a volume and {other} is not: volumes need masks that are volumes, "
             "and folders or patterns of their own"

@@ -1,46 +1,29 @@
-"""DICOM: the frames of a file as 8-bit pictures. pydicom is optional, and imported when used."""
+"""DICOM: frames as 8-bit pictures, a series as a volume. pydicom is optional."""
 
-import importlib
 import math
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from medseg.formats.medical import (
-    file_format,
-    import_reader,
-    is_spacing,
-    name_file,
-    window_to_uint8,
-)
-from medseg.images import pixel_limit, read_image, too_many_pixels
-from medseg.settings import window_limits
+from medseg.files import import_reader, is_dicom, name_file
+from medseg.images import pixel_limit, too_many_pixels
+from medseg.settings import is_spacing, window_limits, window_to_uint8
 
 MAX_INFLATED_BYTES = 512 << 20  # of a deflated file
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
+# The slices of a series: closer than SAME_PLACE (mm) two are in one place; gaps between them may
+# differ by UNEVEN of their mean, and the way from one to the next lean by TILT from their axis.
+SAME_PLACE, UNEVEN, TILT = 1e-3, 0.01, 1e-3
+WAY_OUT = "`pip install dcm2niix` and `dcm2niix -z y -o OUTPUT FOLDER` make NIfTI files of it"
 
 
-def read_any_image(path, window=None):
-    """The one picture in an image or DICOM file as a PIL image of mode RGB, its size kept.
-
-    Raises FileNotFoundError; ValueError, also for a volume and for a DICOM file of many frames.
-    """
-    found = file_format(path)
-    if found is None:
-        return read_image(path)
-    if found == "nifti":
-        raise ValueError(f"{path}: a volume, not one image: `python predict.py` takes it by itself")
-    frames = read_dicom(path, window)
-    if len(frames) > 1:
-        raise ValueError(
-            f"{path}: holds {len(frames)} frames, not one image: `python predict.py` takes it"
-        )
-    return Image.fromarray(frames[0]).convert("RGB")
+class NoImageError(ValueError):
+    """A DICOM file without pixels, such as a plan or a set of contours."""
 
 
 def read_dicom(path, window=None):
@@ -49,7 +32,8 @@ def read_dicom(path, window=None):
     Frames are decoded when they are asked for, so memory stays flat; iterating is fastest.
     window: (center, width) after slope and intercept (or the modality LUT); default: the file's
     own first window, else the range of all its values. Limits are center -+ width / 2. MONOCHROME1
-    is inverted, so that more is brighter; YBR and palettes become RGB, which no window changes.
+    is inverted, so that more is brighter; padding does not count, and is 0; YBR and palettes
+    become RGB, which no window changes.
     Raises FileNotFoundError; ValueError for what is not DICOM, is damaged or needs a missing
     decoder, here or when the frame is decoded.
     """
@@ -60,14 +44,13 @@ def read_dicom(path, window=None):
 class DicomFrames(Sequence):
     """What `read_dicom` returns."""
 
-    def __init__(self, path, limits):
+    def __init__(self, path, limits=None):
         self.path, self._limits = Path(path), limits
-        self._header, self._source = _read_dicom_header(self.path)
-        self._length = int(self._header.get("NumberOfFrames") or 1)
-        self._photometric = str(self._header.get("PhotometricInterpretation"))
-        self._packed = _packed_bits(self._header) if len(self) > 1 else 0
-        if self._photometric not in GREY + COLOUR:
-            raise ValueError(f"photometric interpretation {self._photometric} is not supported")
+        self.header, self._source = _read_header(self.path)
+        self._length = int(self.header.get("NumberOfFrames") or 1)
+        self.photometric = str(self.header.get("PhotometricInterpretation"))
+        if self.photometric not in GREY + COLOUR:
+            raise ValueError(f"photometric interpretation {self.photometric} is not supported")
 
     def __len__(self):
         return self._length
@@ -80,6 +63,10 @@ class DicomFrames(Sequence):
     def __iter__(self):
         return self._decode(None if len(self) > 1 else [0], self._picture)
 
+    def values(self, index):
+        """The values (H, W) of a grey frame after slope and intercept; NaN is padding."""
+        return next(self._decode([index], self._rescale))
+
     def spacing(self, index):
         """mm from row to row and from column to column of a frame, or None where it is not told.
 
@@ -88,18 +75,22 @@ class DicomFrames(Sequence):
         spacing = self._numbers("PixelMeasuresSequence", index, "PixelSpacing", 2)
         return spacing if spacing and is_spacing(spacing) else None
 
+    def position(self, index):
+        """(position of a frame in mm, (3,), directions of its rows and columns, (6,)), or None."""
+        position = self._numbers("PlanePositionSequence", index, "ImagePositionPatient", 3)
+        axes = self._numbers("PlaneOrientationSequence", index, "ImageOrientationPatient", 6)
+        return (position, axes) if position and axes else None
+
     def place(self, index):
         """(series, mm) of a frame: which series it is of, and where along the axis of its slices.
 
         None where the file does not tell. The axis is perpendicular to rows and columns.
         """
-        position = self._numbers("PlanePositionSequence", index, "ImagePositionPatient", 3)
-        axes = self._numbers("PlaneOrientationSequence", index, "ImageOrientationPatient", 6)
-        series = self._header.get("SeriesInstanceUID")
-        if not (position and axes and series):
+        told, series = self.position(index), self.header.get("SeriesInstanceUID")
+        if not (told and series):
             return None
         with np.errstate(all="ignore"):
-            place = float(np.cross(axes[:3], axes[3:]) @ position)
+            place = float(np.cross(told[1][:3], told[1][3:]) @ told[0])
         return (str(series), place) if math.isfinite(place) else None
 
     def _numbers(self, sequence, index, keyword, count):
@@ -115,8 +106,9 @@ class DicomFrames(Sequence):
         from pydicom.pixels import iter_pixels
 
         with name_file(self.path):
-            if self._packed:
-                frames = self._unpack(indices)
+            if self._is_packed():
+                frames = import_reader("pydicom", "DICOM").dcmread(self.path).pixel_array
+                frames = iter(frames if indices is None else frames[indices])
             else:
                 frames = iter_pixels(self._source, indices=indices)
             for index in range(len(self)) if indices is None else indices:
@@ -125,44 +117,42 @@ class DicomFrames(Sequence):
                     raise ValueError(f"is cut short: it has {index} of {len(self)} frames")
                 yield function(frame, index)
 
-    def _unpack(self, indices):
-        """As iter_pixels, which refuses frames of 1-bit pixels that do not begin on a byte."""
-        rows, columns = self._header.Rows, self._header.Columns
-        for index in range(len(self)) if indices is None else indices:
-            first, last = index * self._packed, (index + 1) * self._packed
-            part = self._pixel_data[first // 8 : -(-last // 8)]
-            bits = np.unpackbits(np.frombuffer(part, np.uint8), bitorder="little")
-            yield bits[first % 8 :][: self._packed].reshape(rows, columns)
-
-    @cached_property
-    def _pixel_data(self):
-        """The stored pixels of all frames, as bytes."""
-        if self._source is self._header:
-            return self._header.PixelData
-        return importlib.import_module("pydicom").dcmread(self._source).PixelData
+    def _is_packed(self):
+        """Whether frames of 1 bit may begin within a byte, which iter_pixels refuses."""
+        bits = self.header.Rows * self.header.Columns
+        return len(self) > 1 and self.header.get("BitsAllocated") == 1 and bits % 8 > 0
 
     def _picture(self, frame, index):
-        if self._photometric in COLOUR:
+        if self.photometric in COLOUR:
             return self._rgb(frame)
         limits = self._limits or self._own_limits(index) or self._range
-        picture = window_to_uint8(self._rescale(frame, index), *limits)
-        return 255 - picture if self._photometric == "MONOCHROME1" else picture
+        inverted = self.photometric == "MONOCHROME1"
+        return window_to_uint8(self._rescale(frame, index), *limits, inverted=inverted)
 
     def _rgb(self, frame):
-        if self._photometric == "PALETTE COLOR":
+        if self.photometric == "PALETTE COLOR":
             from pydicom.pixels import apply_color_lut
 
-            frame = apply_color_lut(frame, self._header)
+            frame = apply_color_lut(frame, self.header)
             return (frame >> 8 * (frame.itemsize - 1)).astype(np.uint8)
         if frame.dtype.kind != "u" or frame.ndim != 3:
             raise ValueError("a colour image of other than three unsigned samples a pixel")
-        return (frame >> max(self._header.BitsStored - 8, 0)).astype(np.uint8)
+        return (frame >> max(self.header.BitsStored - 8, 0)).astype(np.uint8)
 
     def _rescale(self, frame, index):
+        """A grey frame as stored -> its values, NaN where it is padding (PS3.3 C.7.5.1.1.2)."""
         from pydicom.pixels import apply_modality_lut
 
+        macro = self._macro("PixelValueTransformationSequence", index)
         with np.errstate(all="ignore"):
-            return apply_modality_lut(frame, self._macro("PixelValueTransformationSequence", index))
+            values = apply_modality_lut(frame, macro)
+        ends = [self.header.get(f"PixelPadding{end}") for end in ("Value", "RangeLimit")]
+        if type(ends[0]) is not int:
+            return values
+        # As they are stored: files give -2000 as 63536, and the other way around.
+        ends = [end for end in ends if type(end) is int]
+        low, *_, high = sorted(np.array(ends * 2).astype(frame.dtype))
+        return np.where((frame >= low) & (frame <= high), np.nan, values)
 
     def _own_limits(self, index):
         """(low, high) of the first window that the file gives for a frame, or None."""
@@ -182,12 +172,12 @@ class DicomFrames(Sequence):
 
     def _macro(self, sequence, index):
         """Where the values for a frame are: its own or the shared group, or the header itself."""
-        groups = list(self._header.get("PerFrameFunctionalGroupsSequence") or ())[index : index + 1]
-        groups += self._header.get("SharedFunctionalGroupsSequence") or ()
+        groups = list(self.header.get("PerFrameFunctionalGroupsSequence") or ())[index : index + 1]
+        groups += self.header.get("SharedFunctionalGroupsSequence") or ()
         for group in groups:
             if group.get(sequence):
                 return group[sequence][0]
-        return self._header
+        return self.header
 
     @cached_property
     def _range(self):
@@ -202,7 +192,68 @@ class DicomFrames(Sequence):
         return min(lows), max(highs)
 
 
-def _read_dicom_header(path):
+# ---- a series ----------------------------------------------------------------------------------
+
+
+def open_series(folder):
+    """(slices in their order, as [(DicomFrames, index)], affine, mm along x, y, z) of a folder.
+
+    The affine (4, 4) leads from column, row and slice to mm in RAS, as NIfTI has it. Files without
+    pixels are passed over. Raises ValueError where the folder holds other than one series of grey
+    slices at even distances on a straight line.
+    """
+    slices = []
+    for path in filter(is_dicom, sorted(Path(folder).iterdir())):
+        with name_file(path), suppress(NoImageError):
+            frames = DicomFrames(path)
+            slices += [(frames, index) for index in range(len(frames))]
+    if not slices:
+        raise ValueError("a folder that holds no DICOM images")
+    try:
+        return _order_slices(slices)
+    except ValueError as error:
+        raise ValueError(f"{error}: {WAY_OUT}, or name its files as pictures") from None
+
+
+def _order_slices(slices):
+    """As `open_series`, of [(DicomFrames, index)]."""
+    series = {str(frames.header.get("SeriesInstanceUID")) for frames, _ in slices}
+    if len(series) != 1 or len(slices) < 2:
+        raise ValueError(f"holds {len(series)} series with {len(slices)} slices, not one volume")
+    told = [(frames.position(index), frames.spacing(index)) for frames, index in slices]
+    if any(None in one for one in told):
+        raise ValueError("some of its slices do not tell place, directions and PixelSpacing")
+    positions, axes = (np.array([place[part] for place, _ in told]) for part in (0, 1))
+    spacings = np.array([spacing for _, spacing in told])
+    kinds = {(one.photometric, one.header.Rows, one.header.Columns) for one, _ in slices}
+    if len(kinds) > 1 or max(np.ptp(axes, 0).max(), np.ptp(spacings, 0).max()) > TILT:
+        raise ValueError("its slices differ in size, kind, direction or PixelSpacing")
+    if slices[0][0].photometric not in GREY:
+        raise ValueError("its slices are in colour")
+    normal = np.cross(axes[0, :3], axes[0, 3:])
+    order = np.argsort(positions @ normal)
+    positions = positions[order] - positions[order[0]]
+    heights = positions @ normal
+    gaps = np.diff(heights)
+    if gaps.min() < SAME_PLACE:
+        raise ValueError("two of its slices lie in one place")
+    if np.abs(gaps - gaps.mean()).max() > UNEVEN * gaps.mean():
+        raise ValueError(f"its slices lie {gaps.min():.4g} to {gaps.max():.4g} mm apart")
+    aside = np.linalg.norm(positions - np.outer(heights, normal), axis=1)
+    if (aside > UNEVEN * gaps.mean() + TILT * heights).any():
+        raise ValueError("its slices do not lie above each other (a tilted gantry?)")
+    affine, (row_mm, column_mm) = np.eye(4), spacings[0]
+    affine[:3, 0], affine[:3, 1] = axes[0, :3] * column_mm, axes[0, 3:] * row_mm
+    affine[:3, 2] = positions[-1] / len(gaps)
+    affine[:3, 3] = told[order[0]][0][0]
+    spacing = (column_mm, row_mm, float(np.linalg.norm(affine[:3, 2])))
+    return [slices[place] for place in order], np.diag([-1, -1, 1, 1]) @ affine, spacing
+
+
+# ---- headers -----------------------------------------------------------------------------------
+
+
+def _read_header(path):
     """(header, what iter_pixels takes the pixels from: the path, or the header where it has them).
 
     Raises ValueError where the header cannot be true or there is no decoder for the pixels.
@@ -224,23 +275,15 @@ def _read_dicom_header(path):
         file.seek(0)
         header = pydicom.dcmread(file, stop_before_pixels=not syntax.is_deflated)
         start = file.tell() + (8 if syntax.is_implicit_VR else 12)  # of the pixels
-        _check_dicom_size(header, path.stat().st_size - start)
+        _check_size(header, path.stat().st_size - start)
     _check_decoder(syntax, header)
     return header, (header if syntax.is_deflated else path)
 
 
-def _packed_bits(header):
-    """The bits of a frame where frames follow each other without a gap within a byte, else 0."""
-    syntax, bits = header.file_meta.TransferSyntaxUID, header.Rows * header.Columns
-    one_bit = header.get("BitsAllocated") == header.get("SamplesPerPixel", 1) == 1
-    packed = one_bit and syntax.is_little_endian and not syntax.is_encapsulated
-    return bits if packed and bits % 8 else 0
-
-
-def _check_dicom_size(header, available):
+def _check_size(header, available):
     """ValueError where the header claims too many pixels, or more than the bytes `available`."""
     if "Rows" not in header or "Columns" not in header:
-        raise ValueError("holds no image")
+        raise NoImageError("holds no image")
     rows, columns, frames = header.Rows, header.Columns, int(header.get("NumberOfFrames") or 1)
     samples, bits = header.get("SamplesPerPixel", 1), header.get("BitsAllocated", 0)
     if min(rows, columns, frames) < 1 or samples not in (1, 3) or not 1 <= bits <= 64:
