@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medseg.coco import listed
+from medseg.files import DICOM_SUFFIXES, VOLUME_SUFFIXES
 from medseg.images import SUFFIXES
 
 IDENTITY = ("group", "id", "n")
 SIDES = {"images": (*IDENTITY, "channel"), "masks": (*IDENTITY, "class", "part")}
 PLACEHOLDERS = ("id", "n", "group", "channel", "class", "part")
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-KNOWN_SUFFIXES = (*SUFFIXES, ".npy", *VOLUME_SUFFIXES, ".dcm", ".dicom", ".ima")
-KNOWN = "|".join(map(re.escape, KNOWN_SUFFIXES))
+KNOWN = "|".join(map(re.escape, (*SUFFIXES, ".npy", *VOLUME_SUFFIXES, *DICOM_SUFFIXES)))
 TOKEN = re.compile(r"(\*+)|\{([^{}]*,[^{}]*)\}|\{([^{},]*)\}|(.)", re.DOTALL)
 WITH_SLASH = re.compile(r"\{([^{}]*/[^{}]*,[^{}]*|[^{}]*,[^{}]*/[^{}]*)\}")
 ANY_FOLDER = re.compile(".*", re.DOTALL)

@@ -15,7 +15,7 @@ CLASS_EXAMPLE = "axon='masks/*_axon.png'"
 IMPORTERS = ("masks", "labelme", "coco")
 NEED_AN_IMPORTER = (
     *("split", "into", "add", "duplicates", "prefix", "group", "classes", "invert"),
-    *("skip_unpaired", "boxes"),
+    *("skip_unpaired", "boxes", "channels"),
 )
 
 
@@ -26,8 +26,15 @@ def add_arguments(parser):
         nargs="+",
         metavar=("IMAGES", "MASKS"),
         help="a folder of images or NIfTI volumes and one of their masks; two files; or patterns "
-        "in quotes: 'scans/*.jpg' 'scans/*_mask.png'; a class each by NAME=MASKS NAME=MASKS, or "
-        "by '*=masks/*_*.png' named as the last * matches",
+        "in quotes, in which {id} identifies an image: 'scans/{id}.jpg' 'scans/{id}_mask.png', and "
+        "{group} {n} {channel} {class} {part} say what else a path names; a class each by "
+        "NAME=MASKS NAME=MASKS, or by '*=masks/*_*.png' named as the last * matches",
+    )
+    own.add_argument(
+        "--channels",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="A,B",
+        help="which {channel} of the pattern of images to use, in this order; default: all, sorted",
     )
     own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
     own.add_argument(
@@ -112,7 +119,7 @@ def check_arguments(parser, args):
         parser.error("--duplicates: goes with --add")
     if args.boxes and not args.coco:
         parser.error("--boxes: goes with --coco")
-    for name in ("window", "invert"):
+    for name in ("window", "invert", "channels"):
         if getattr(args, name) and not args.masks:
             parser.error(f"{flag_name(name)}: goes with --masks")
     if args.window:

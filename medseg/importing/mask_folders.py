@@ -7,8 +7,9 @@ from itertools import chain
 
 from PIL import Image
 
+from medseg.coco import listed
 from medseg.dicom import read_dicom
-from medseg.files import file_format
+from medseg.files import base_name, file_format
 from medseg.formats.mask_files import read_mask
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example
@@ -64,12 +65,63 @@ def mask_examples(
     if None not in masks and classes:
         masks, classes = _choose_classes(masks, classes), None
     pairs = _find_pairs(images, masks, skip_unpaired)
-    formats = {file_format(image) for image, _ in pairs}
-    if window and formats == {None}:
-        raise ValueError(f"{images.text}: holds no DICOM or NIfTI files, which --window is for")
     relative = [images.relative(image) for image, _ in pairs]
     names, groups = unique_names(relative, prefix), find_groups(relative, group)
     places = {name: files.text for name, files in masks.items()}
+    options = {"classes": classes, "invert": invert, "window": window, "present": present}
+    return _examples_of_pairs(images.text, pairs, names, groups, places, **options)
+
+
+def pattern_examples(
+    cases, texts, *, classes=None, group=None, prefix="", skip_unpaired=False, **options
+):
+    """As `mask_examples`, of the [Pair] and the two patterns of `medseg.importing.pairs.pair`.
+
+    An image is named by what identifies it. Without {group} in the pattern, group is as there.
+    """
+    class_names = sorted({name for case in cases for name in case.masks if name})
+    if class_names and classes:
+        class_names, classes = [name for name in classes if name in class_names], None
+    pairs, relative = [], []
+    for case in cases:
+        (image,) = case.images.values()
+        pairs.append((image, [(name, path) for name, own in case.masks.items() for path in own]))
+        suffix = image.name.removeprefix(base_name(image))
+        relative.append("/".join(case.parts) + suffix)
+    groups = [case.group for case in cases]
+    if not any(groups):
+        groups = find_groups([image for image, _ in pairs], group)
+    elif group:
+        raise ValueError(f"--group {group!r}: {texts[0]} has {{group}} already: leave out one")
+    _report_cases(cases, pairs, class_names)
+    places = dict.fromkeys(class_names or [None], texts[1])
+    names = unique_names(relative, prefix)
+    return _examples_of_pairs(texts[0], pairs, names, groups, places, classes=classes, **options)
+
+
+def _report_cases(cases, pairs, class_names):
+    """Print how many images, masks, classes and groups the patterns have found."""
+    n_masks = sum(len(own) for _, own in pairs)
+    image, own = pairs[0]
+    of_classes = f" of {len(class_names)} classes ({listed(class_names)})" if class_names else ""
+    united = sum(len(paths) > 1 for case in cases for paths in case.masks.values())
+    several = f"; {united} times several masks, united" if united else ""
+    print(
+        f"pairs: {len(pairs)} images with {n_masks} masks{of_classes}, such as {printable(image)} "
+        f"with {_first([str(path) for _, path in own])}{several}"
+    )
+    if groups := {case.group for case in cases} - {""}:
+        print(f"groups: {len(groups)}, such as {printable(min(groups))}: each stays in one split")
+
+
+def _examples_of_pairs(text, pairs, names, groups, places, *, classes, invert, window, present):
+    """What `mask_examples` returns, of pairs with a name and a group each.
+
+    text: the folder or pattern of the images, places: {class name or None: that of its masks}.
+    """
+    formats = {file_format(image) for image, _ in pairs}
+    if window and formats == {None}:
+        raise ValueError(f"{text}: holds no DICOM or NIfTI files, which --window is for")
     info = {"window": _window_of(formats, window)}
     check_window(present, info["window"])
     if "volume" in formats:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 
 from medseg.cli import one_line
@@ -9,10 +10,12 @@ from medseg.coco import SPLITS
 from medseg.importing.adding import add_images
 from medseg.importing.coco_files import coco_examples
 from medseg.importing.labelme import labelme_examples
-from medseg.importing.mask_folders import mask_examples
+from medseg.importing.mask_folders import mask_examples, pattern_examples
+from medseg.importing.pairs import pair
 from medseg.importing.writing import check_free, present_settings, write_dataset
+from medseg.patterns import has_placeholder
 from medseg.settings import check_window
-from medseg.sources.class_names import parse_classes, parse_labels
+from medseg.sources.class_names import ClassValues, parse_classes, parse_labels
 from medseg.sources.patterns import find_sides
 from medseg.splits import next_training, present_splits, wanted_splits
 
@@ -29,12 +32,12 @@ def import_data(root, args):
     elif args.into not in stay:
         raise ValueError(f"{root / args.into}: no such split to add to: write it without --add")
     try:
-        images, masks = find_sides(*args.masks) if args.masks else (None, {})
-        sources = [place for files in (images, *masks.values()) if files for place in files.places]
-        sources += [Path(name) for name in (*(args.coco or ()), args.labelme) if name]
-        _check_sources(root, splits, sources, args.add)
         parse = parse_classes if args.masks else parse_labels
         classes = args.classes if args.classes is None else parse(args.classes)
+        sources = [Path(name) for name in (*(args.coco or ()), args.labelme) if name]
+        if args.masks:
+            sources, named, read_masks = _find_masks(args, classes)
+        _check_sources(root, splits, sources, args.add)
         options = {"classes": classes, "group": args.group, "prefix": args.prefix or ""}
         present, info, wrong = present_settings(root, stay), {}, []
         if not args.masks:
@@ -42,20 +45,21 @@ def import_data(root, args):
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
             options["invert"] = args.invert
-            examples, classes, info = mask_examples(images, masks, **options, present=present)
+            examples, classes, info = read_masks(**options, present=present)
         elif args.labelme:
             examples, classes, wrong = labelme_examples(args.labelme, **options)
         else:
             options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
             examples, classes = coco_examples(*args.coco, **options)
         if not classes and not args.add:
-            name = masks[None].text if masks else sources[0]
+            place = args.masks[1].get(None) if args.masks else sources[0]
             raise ValueError(
-                f"{name}: all masks are empty: --add takes such images, into a split that has "
+                f"{place}: all masks are empty: --add takes such images, into a split that has "
                 "classes"
             )
         # The names of labels and categories do not depend on their order, those of values do.
-        choice = {"into": args.into, "any_order": not (None in masks or args.classes)}
+        any_order = not args.classes and (not args.masks or named)
+        choice = {"into": args.into, "any_order": any_order}
         if args.add:
             prefix = f"{args.prefix or sources[0].resolve().stem}_"
             choice |= {"prefix": prefix, "duplicates": args.duplicates}
@@ -70,6 +74,32 @@ def import_data(root, args):
             )
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
+
+
+def _find_masks(args, classes):
+    """(files and folders that --masks names, whether its classes have names, how to read them).
+
+    The last is `mask_examples` or `pattern_examples`, but for the options.
+    """
+    images, masks = args.masks
+    if not any(map(has_placeholder, (images, *masks.values()))):
+        if args.channels:
+            raise ValueError(f"--channels: say with {{channel}} where {images} names them")
+        images, masks = find_sides(images, masks)
+        places = [place for files in (images, *masks.values()) for place in files.places]
+        return places, None not in masks, partial(mask_examples, images, masks)
+    if None not in masks:
+        name = next(iter(masks))
+        raise ValueError(f"--masks: {name}={masks[name]}: write {{class}} where the class is named")
+    texts = (images, masks[None])
+    named = "{class}" in texts[1]
+    if named and isinstance(classes, ClassValues):
+        raise ValueError("--classes: {class} names the classes, and these are of values")
+    cases = pair(*texts, args.channels, classes if named else None, args.skip_unpaired)
+    files = [path for case in cases for path in case.images.values()]
+    files += [path for case in cases for own in case.masks.values() for path in own]
+    places = {path.parent: path for path in files}.values()
+    return list(places), named, partial(pattern_examples, cases, texts)
 
 
 def _check_sources(root, splits, sources, add):
