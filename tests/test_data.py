@@ -57,7 +57,7 @@ from medseg.images import (
     resize_nearest,
 )
 from medseg.planning.audit import audit
-from medseg.predicting.report import FolderScores
+from medseg.predicting.scoring import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
 from medseg.sources.mask_values import read_mask
 from medseg.splits import grouped_split, next_training, slice_number
@@ -1125,7 +1125,7 @@ def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
     np.testing.assert_array_equal(bits.transpose(2, 0, 1), masks)
     scores, probabilities = FolderScores(dataset), masks.astype(np.float32)
     assert peak_of(scores.add, dataset.path(0), (1200, 800), probabilities) < limit
-    counts, distances = scores.result()
+    counts, distances, _ = scores.result()
     labels = full_size_labels(probabilities, (1200, 800), 0.5)
     assert counts[0, 0, :, 0].sum() == ((labels == large) & (large > 0)).sum() > 0
 

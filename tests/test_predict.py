@@ -1,6 +1,5 @@
 """Prediction: the functions, the files it writes, and what it refuses; and scores of a folder."""
 
-import csv
 import hashlib
 import importlib
 import itertools
@@ -27,7 +26,6 @@ from helpers import (
     scan,
     script,
     square,
-    write_dicom,
     write_split,
 )
 from matplotlib.colors import to_hex
@@ -59,7 +57,8 @@ from medseg.phantoms import draw_phantom
 from medseg.predicting import inputs
 from medseg.predicting.figure import choose_cases, shorten_name
 from medseg.predicting.inputs import EXAMPLE
-from medseg.predicting.report import FolderScores, write_report
+from medseg.predicting.report import write_report
+from medseg.predicting.scoring import FolderScores
 from medseg.predictor import Predictor
 from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
 from medseg.training.checkpoint import history_row
@@ -95,17 +94,17 @@ def test_before_any_training_the_repositorys_weights_are_used(place, refused, mo
     """A stranger's first prediction; with best_model.pth, that one is taken."""
     pixels, _ = draw_phantom(np.random.default_rng(1), 256)
     Image.fromarray(pixels).save("scan.png")
-    predict.main(["scan.png", "--output", "own.png"])
-    (place / "best_model.pth").unlink()
-    assert "no best_model.pth" not in capsys.readouterr().out
-    predict.main(["scan.png", "--output", "mask.png"])
-    (note,) = [line for line in capsys.readouterr().out.splitlines() if "no best_model.pth" in line]
+    masks, notes, named = {}, {}, ("--model", str(PRETRAINED))
+    for name, flags in {"own": (), "first": (), "named": named}.items():
+        predict.main(["scan.png", "--output", f"{name}.png", *flags])
+        masks[name] = np.asarray(Image.open(f"{name}.png"))
+        notes[name] = [line for line in capsys.readouterr().out.splitlines() if "no best" in line]
+        Path("best_model.pth").unlink(missing_ok=True)
+    assert notes["own"] == notes["named"] == []
+    (note,) = notes["first"]
     assert str(PRETRAINED) in note and ABOUT_PRETRAINED in note
-    predict.main(["scan.png", "--output", "named.png", "--model", str(PRETRAINED)])
-    assert "no best_model.pth" not in capsys.readouterr().out
-    own, mask, named = (np.asarray(Image.open(f"{name}.png")) for name in ("own", "mask", "named"))
-    np.testing.assert_array_equal(mask, named)
-    assert mask.shape == (256, 256) and (mask != own).any()
+    np.testing.assert_array_equal(masks["first"], masks["named"])
+    assert masks["first"].shape == (256, 256) and (masks["first"] != masks["own"]).any()
     monkeypatch.setattr("medseg.pretrained.PRETRAINED", place / "none.pth")
     refused("predict", "scan.png", words=["best_model.pth", "python train.py"])
 
@@ -174,14 +173,12 @@ def test_the_tutorials_functions(place):
 
 @pytest.mark.parametrize("side, factor", [(40, 10), (200, 2), (500, 1)])
 def test_a_small_overlay_is_enlarged(tmp_path, side, factor):
-    labels = np.zeros((side, side), np.uint8)
+    labels, path = np.zeros((side, side), np.uint8), tmp_path / "overlay.jpg"
     labels[side // 2 :] = 1
-    path = tmp_path / "overlay.jpg"
     save_overlay(Image.new("RGB", (side, side), (90, 90, 90)), labels, path, ["one"])
-    drawn = np.asarray(Image.open(path)).astype(int)
-    assert drawn.shape == (side * factor, side * factor, 3)
+    drawn, edge = np.asarray(Image.open(path)).astype(int), side * factor // 2
     red = drawn[..., 0] - drawn[..., 1] > 60
-    edge = side * factor // 2
+    assert red.shape == (2 * edge, 2 * edge)
     assert red[edge + 5 :].all() and not red[: edge - 5].any()
 
 
@@ -229,22 +226,18 @@ def test_one_image(place, capsys):
     """Into this folder, into a file, and into folders with a dot in their names."""
     scan(200, 120, 60, 40, 40).save(place / "scan.png")
     predict.main(["scan.png"])
-    out = capsys.readouterr().out
+    out, mask = capsys.readouterr().out, Image.open(place / "scan_mask.png")
     assert pictures(place) == {"best_model.pth", "scan.png", *ONE}
-    mask = Image.open(place / "scan_mask.png")
     assert mask.size == (200, 120) and mask.mode == "L" and set(np.unique(mask)) == {0, 255}
-    foreground = np.asarray(mask) > 0
-    expected = np.zeros((120, 200), bool)
+    foreground, expected = np.asarray(mask) > 0, np.zeros((120, 200), bool)
     expected[40:80, 60:100] = True
     assert overlap(foreground, expected) > 0.75
     assert f"foreground {100 * foreground.mean():.2f} %" in out and "highest probability" in out
-    assert np.asarray(Image.open(place / "scan_prediction.png")).std() > 10
     (place / "folder.tif").mkdir()
     for folder in ("folder.v2", "folder.tif"):
         predict.main(["scan.png", "--output", folder])
         assert pictures(place / folder) == ONE
-    before = pictures(place)
-    long = "x" * 250 + ".png"  # which just fits
+    before, long = pictures(place), "x" * 250 + ".png"  # which just fits
     predict.main(["scan.png", "--output", long])
     assert pictures(place) == {*before, long}
     assert (place / long).read_bytes() == (place / "scan_mask.png").read_bytes()
@@ -271,34 +264,17 @@ def test_a_folder_of_every_format(place, refused):
     refused("predict", "predictions", "--output", "twice", words=["no images"])
 
 
-def test_many_are_predicted_as_one_is(place):
-    folder = place / "scans"
-    folder.mkdir()
-    for number in range(3 * 16 + 5):
-        scan(40 + number, 50, number % 20, number % 15, 20).save(folder / f"{number:03}.png")
-    predict.main(["scans", "--output", "all"])
-    table = (place / "all" / "predictions.csv").read_text(encoding="utf-8-sig").splitlines()
-    predicted = [row.split(",")[0] for row in table[1:]]
-    assert predicted == [f"{number:03}.png" for number in range(53)]
-    for number in ("000", "017", "052"):
-        predict.main([f"scans/{number}.png"])
-        alone, many = (Image.open(f"{parent}/{number}_mask.png") for parent in (".", "all"))
-        np.testing.assert_array_equal(alone, many)
-
-
 def test_what_a_folder_holds_besides_is_counted_in_one_line(place, capsys, refused):
-    write_scans(place / "scans", ["a", "b_mask", "contact_sheet"])
-    (place / "scans" / "contact_sheet.png").rename(place / "scans" / "contact_sheet.jpg")
+    write_scans(place / "scans", ["a", "b_mask"])
     (place / "scans" / "deeper").mkdir()
-    for name in ("a.mat", "b.MAT", "notes.txt", "README"):
+    for name in ("a.mat", "b.MAT", "README"):
         (place / "scans" / name).write_text("no picture")
     os.mkfifo(place / "scans" / "pipe.png")
-    predict.main(["scans", "--write", "none"])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left aside" in line]
-    for part in (".mat (2)", ".txt (1)", "no suffix (1)", "folders (1)", "special", "scripts (2)"):
-        assert part in line
     (place / "scans" / "_annotations.coco.json").write_text("belongs to a data set")
-    assert "json" not in inputs.left_aside(place / "scans")
+    aside = inputs.left_aside(place / "scans")
+    for part in (".mat (2)", "no suffix (1)", "folders (1)", "special", "scripts (1)"):
+        assert part in aside
+    assert "json" not in aside
     (place / "outer" / "inner").mkdir(parents=True)
     refused("predict", "outer", words=["outer: no images", "folders (1)"])
 
@@ -350,51 +326,32 @@ def test_long_and_odd_names_lose_nothing(place):
 
 
 def test_files_that_cannot_be_read_are_counted_and_the_others_predicted(place, refused):
-    """A picture, one frame of two or both, and a DICOM file with a damaged element."""
+    """A picture, and one frame of two or both."""
     content = Path(get_testdata_file("SC_rgb_rle_2frame.dcm", download=False)).read_bytes()
     write_scans(place / "scans", ["a"])
     for name, kept in {"one.dcm": 2600, "both.dcm": 1600, "fine.dcm": 2696}.items():
         (place / "scans" / name).write_bytes(content[:kept])
     refused("predict", "scans/both.dcm", words=["2 of 2 pictures", "1 of 1 files"])
     (place / "scans" / "b.png").write_bytes(b"damaged")
-    axes = {"ImagePositionPatient": [0, 0, 1], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
-    series = write_dicom(place / "scans" / "series.dcm", SeriesInstanceUID="1.2", **axes)
-    content = series.read_bytes()
-    series.write_bytes(content.replace(b"\x20\x00\x0e\x00UI", b"\x20\x00\x0e\x00ZZ"))
-    assert series.read_bytes() != content
-    words = ["5 of 9 pictures", "4 of 6 files", "b.png", "both.dcm", "; and 1 more"]
-    line = refused("predict", "scans", "--output", "out", words=words)
-    assert line.count("series.dcm") == 1
+    words = ["4 of 8 pictures", "3 of 5 files", "b.png", "both.dcm"]
+    refused("predict", "scans", "--output", "out", words=words)
     masks = {name for name in pictures(place / "out") if name.endswith("_mask.png")}
     assert masks == {"a_mask.png", "one_f000_mask.png", "fine_f000_mask.png", "fine_f001_mask.png"}
 
 
-def test_a_spacing_that_no_scanner_has_is_none(place):
-    (place / "scans").mkdir()
-    for name, spacing in {"a": [1, 1], "b": ["1e200", "0.5"]}.items():
-        write_dicom(place / "scans" / f"{name}.dcm", PixelSpacing=spacing)
-    predict.main(["scans"])
-    table = (place / "predictions" / "predictions.csv").read_text("utf-8-sig").splitlines()
-    areas = {row["image"]: row["area_mm2"] for row in csv.DictReader(table)}
-    assert areas["a.dcm"] and not areas["b.dcm"]
-
-
-@pytest.mark.parametrize("threshold", [0.02, 0.97])
-def test_the_threshold_holds_for_volumes(place, capsys, threshold):
+def test_the_threshold_holds_for_volumes(place, capsys):
     """A mask of each slice as that of the same picture alone; the line says its share."""
     ramp = np.linspace(0, 255, 40)[:, None, None] * np.linspace(0.4, 1, 6)  # to each slice its own
     voxels = np.broadcast_to(ramp, (40, 30, 6)).astype(np.uint8)
     Nifti1Image(voxels, np.eye(4)).to_filename(place / "ramp.nii")
-    predict.main(["ramp.nii", "--window", "127.5", "255", "--threshold", str(threshold)])
+    predict.main(["ramp.nii", "--window", "127.5", "255", "--threshold", "0.97"])
     out, mask = capsys.readouterr().out, np.asarray(nibabel.load("ramp_mask.nii.gz").dataobj)
     assert 0 < mask.mean() < 1 and f"foreground {100 * mask.mean():.2f} %" in out
     for index in range(6):
         Image.fromarray(voxels[..., index]).save("slice.png")
-        predict.main(["slice.png", "--threshold", str(threshold), "--output", "slice_mask.png"])
+        predict.main(["slice.png", "--threshold", "0.97", "--output", "slice_mask.png"])
         own = np.asarray(Image.open("slice_mask.png")) > 0
         np.testing.assert_array_equal(mask[..., index] > 0, own)
-    highest = [float(part) for part in re.findall(r"probability (\S+)", capsys.readouterr().out)]
-    assert f"highest probability {max(highest):.3f}" in out  # of all slices, the last the brightest
 
 
 def test_without_an_image_it_takes_the_example(place, refused, capsys):
@@ -487,14 +444,13 @@ def test_a_single_prediction_loads_no_more_than_it_needs(place):
 def test_help_explains_every_option_and_shows_its_default(name, capsys, monkeypatch):
     parsers, parse_args = [], ArgumentParser.parse_args
 
-    def keep(parser, *_):
+    def show(parser, *_):
         parsers.append(parser)
         return parse_args(parser, ["--help"])
 
-    monkeypatch.setattr(ArgumentParser, "parse_args", keep)
-    with pytest.raises(SystemExit) as leaving:
+    monkeypatch.setattr(ArgumentParser, "parse_args", show)
+    with pytest.raises(SystemExit, match="^0$"):
         importlib.import_module(name).main([])
-    assert leaving.value.code == 0
     shown = "".join(capsys.readouterr().out.split())  # long texts are wrapped
     for action in parsers[0]._actions:
         help = action.help.removesuffix(" (default: %(default)s)")  # Python 3.10 adds it
@@ -518,12 +474,10 @@ def report_on(folder, *flags):
 
 
 def random_masks(count, seed):
-    """Rectangles of many sizes, the first mask empty: bool (count, 40, 40)."""
-    rng = np.random.default_rng(seed)
-    masks = np.zeros((count, 40, 40), bool)
-    for mask in masks[1:]:
-        for _ in range(rng.integers(1, 3)):
-            x, y, width, height = rng.integers(0, 25, 2).tolist() + rng.integers(1, 15, 2).tolist()
+    """Rectangles of many sizes: bool (count, 40, 40)."""
+    rng, masks = np.random.default_rng(seed), np.zeros((count, 40, 40), bool)
+    for mask in masks:
+        for x, y, width, height in rng.integers(1, 20, (rng.integers(1, 3), 4)):
             mask[y : y + height, x : x + width] = True
     return masks
 
@@ -538,20 +492,16 @@ def test_distances_by_hand_and_against_monai():
     assert surface_scores(pred, target, (1, 0.5)) == (2, 1)  # in mm
     assert np.isnan(surface_scores(pred, empty)).tolist() == [True, False]
     assert np.isnan(surface_scores(empty, empty)).all() and surface_scores(pred, empty)[1] == 0
-    preds, targets = random_masks(20, 0)[1:], random_masks(20, 1)[1:]
+    preds, targets = random_masks(20, 0), random_masks(20, 1)
     tensors = [torch.from_numpy(masks)[:, None] for masks in (preds, targets)]
-    pairs = list(zip(preds, targets, strict=True))
     for spacing in (1.0, 1.0), (0.7, 0.3), (0.5, 2.0):  # mm from row to row, column to column
+        pairs = zip(preds, targets, strict=True)
         scores = np.array([surface_scores(*pair, spacing) for pair in pairs])
         options = {"include_background": True, "spacing": spacing}
         distances = compute_hausdorff_distance(*tensors, percentile=95, **options)
         np.testing.assert_allclose(scores[:, 0], distances[:, 0], atol=1e-5)
         dice = compute_surface_dice(*tensors, class_thresholds=[TOLERANCE], **options)
         np.testing.assert_allclose(scores[:, 1], dice[:, 0], atol=1e-6)
-    # Outlines of 30,000 pixels: every pixel of one is 5 columns from the other.
-    pred = np.zeros((1000, 900), bool)
-    pred[:, ::30] = True
-    assert surface_scores(pred, np.roll(pred, 5, 1)) == (5, 0)
 
 
 def test_a_folder_with_annotations_is_scored(place, dataset, monkeypatch, capsys):
@@ -591,7 +541,7 @@ def test_a_folder_with_annotations_is_scored(place, dataset, monkeypatch, capsys
         assert report_on(f"{dataset}/{folder}")["valid"] is None and len(seen) == 4
 
 
-def test_groups_have_scores(place, dataset, capsys):
+def test_groups_have_scores(place, dataset):
     """Of four images two are of one patient, and one has no group; by hand, from the counts."""
 
     def group(content):
@@ -602,19 +552,17 @@ def test_groups_have_scores(place, dataset, capsys):
     torch.save(brightness_model(image_size=48).state_dict(), "best_model.pth")
     scan(48, 48, 30, 30, 17).save(dataset / "test" / "0_test.png")  # partly outside its annotation
     scan(48, 48, 0, 0, 5).save(dataset / "test" / "1_test.png")
-    report = report_on(dataset / "test")
-    assert "per-group Dice" in capsys.readouterr().out
-    test, pixels = data.open_split(dataset, "test"), []
-    for index in range(4):
-        _, (target,) = test.load(index)
-        mask = np.asarray(Image.open(f"scored/{index}_test_mask.png")) > 0
-        pixels.append([2 * (mask & (target > 0)).sum(), mask.sum() + target.sum()])
-    pixels = np.array([np.add(pixels[0], pixels[2]), pixels[1], pixels[3]])
-    dice = pixels[:, 0] / pixels[:, 1]
-    expected = dict(zip(["patient 1", "1_test.png", "patient 2"], dice.round(4), strict=True))
-    assert report["per_group"] == pytest.approx(expected) and report["groups"] == 3
-    assert report["scores"]["group_dice"] == pytest.approx(dice.mean())
-    assert report["confidence_95"]["group_dice"] == pytest.approx([min(dice), max(dice)], abs=0.1)
+    report, test = report_on(dataset / "test"), data.open_split(dataset, "test")
+    masks = [np.asarray(Image.open(f"scored/{n}_test_mask.png")) > 0 for n in range(4)]
+    targets = [test.load(number)[1][0] > 0 for number in range(4)]
+    dice = {}
+    for name, own in {"patient 1": [0, 2], "1_test.png": [1], "patient 2": [3]}.items():
+        mask, target = (np.stack([these[n] for n in own]) for these in (masks, targets))
+        dice[name] = 2 * (mask & target).sum() / (mask.sum() + target.sum())
+    assert report["per_group"] == pytest.approx(dice, abs=1e-4) and report["groups"] == 3
+    assert report["scores"]["group_dice"] == pytest.approx(np.mean([*dice.values()]))
+    interval = [min(dice.values()), max(dice.values())]
+    assert report["confidence_95"]["group_dice"] == pytest.approx(interval, abs=0.1)
 
 
 def test_the_bootstrap_and_groups_of_several_classes():
@@ -699,32 +647,28 @@ def test_a_report_names_false_alarms_and_missed_lesions():
 def test_a_report_shows_each_image_once_and_of_few_all(count):
     dice = np.random.default_rng(count).permutation(count) / 20 + 0.1
     cases = choose_cases([f"{n}.png" for n in range(count)], dice, np.ones((count, 4), int))
-    shown = [index for index, _ in cases]
+    shown, kinds = [index for index, _ in cases], {"best": [], "median": [], "worst": []}
     assert len(shown) == len(set(shown)) == min(count, 8)
-    kinds = {"best": [], "median": [], "worst": []}
     for index, title in cases:
-        kind, _, rest = title.partition(": ")
-        kinds[kind].append(dice[index])
-        assert rest == f"{index}.png, Dice {dice[index]:.2f}"
+        kinds[title.partition(":")[0]].append(dice[index])
+        assert title.endswith(f" {index}.png, Dice {dice[index]:.2f}")
     best, median, worst = kinds.values()
     ranked = sorted(dice, reverse=True)
     assert best == ranked[: len(best)] and worst == ranked[-len(worst) :]
-    if count > 8:
-        assert (len(best), len(median), len(worst)) == (2, 3, 3)
-        assert min(median) <= np.median(dice) <= max(median)
+    assert count <= 8 or min(median) <= np.median(dice) <= max(median)
 
 
-def test_only_what_roboflow_adds_and_the_middle_are_cut_from_a_name():
-    for name, shown in {
-        "27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg": "27",
-        "left_eye_PNG.rf.B2a2b9811786cc32a23c46c560f04d07.png": "left_eye",
-        "scan_0001.png": "scan_0001.png",
-        "scan.rf.1_2.png": "scan.rf.1_2.png",
-    }.items():
-        assert shorten_name(name) == shown
-    first, second = (shorten_name(f"{'patient' * 9}_{number}.png") for number in (1, 2))
-    assert first != second and first.startswith("patient") and first.endswith("_1.png")
-    assert len(first) <= 28
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg", "27"),
+        ("left_eye_PNG.rf.B2a2b9811786cc32a23c46c560f04d07.png", "left_eye"),
+        ("scan.rf.1_2.png", "scan.rf.1_2.png"),
+        ("patient" * 9 + "_1.png", "patientpatien…patient_1.png"),
+    ],
+)
+def test_only_what_roboflow_adds_and_the_middle_are_cut_from_a_name(name, shown):
+    assert shorten_name(name) == shown
 
 
 BOXES = [(4, 4, 20), (20, 8, 10), (10, 20, 16)]  # x, y, side: lesions of the images below
@@ -750,17 +694,36 @@ def graded(tmp_path):
 
 
 @pytest.mark.parametrize("chosen, columns", [(0.3, 4), (0.45, 0), (0.05, None)])
-def test_the_scores_with_the_threshold_from_valid_by_hand(graded, tmp_path, chosen, columns):
+def test_a_report_by_hand(graded, tmp_path, monkeypatch, chosen, columns):
+    """Scores with the threshold from valid, calibration, and what the panels of the figure show."""
+    drawn = []
+    monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *given: drawn.extend(given))
     valid = {"thresholds": SWEEP, "dice": [0.5] * len(SWEEP), "chosen_threshold": chosen}
     report = write_report(tmp_path, "test", graded, valid, ["foreground"])
-    lesion = np.array([side**2 for _, _, side in BOXES])
-    predicted = np.full(3, 48**2)
-    if columns is not None:
-        predicted = np.array([side * (side + columns) for _, _, side in BOXES])
-    with_it = report["valid"]["scores_with_it"]
-    assert with_it["dice"] == pytest.approx(2 * lesion.sum() / (lesion + predicted).sum())
-    assert with_it["precision"] == pytest.approx(lesion.sum() / predicted.sum())
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    sides = np.array([side for _, _, side in BOXES])
+    predicted = np.full(3, 48**2) if columns is None else sides * (sides + columns)
+    with_it, lesion = report["valid"]["scores_with_it"], (sides**2).sum()
+    assert with_it["dice"] == pytest.approx(2 * lesion / (lesion + predicted.sum()))
+    assert with_it["precision"] == pytest.approx(lesion / predicted.sum())
     assert report["scores"]["dice"] == 1  # at 0.5
+    # 0.62 where there are lesions alone, 0.42 and 0.22 where there is none: three of 15 bins.
+    right, total = 4 * sides.sum(), 3 * 48**2
+    rest, calibration = total - lesion - right, report["calibration"]
+    error = (0.38 * lesion + 0.42 * right + 0.22 * rest) / total
+    assert calibration["expected_calibration_error"] == pytest.approx(error)
+    curve = calibration["classes"]["foreground"]
+    assert curve["pixels"] == [rest, right, lesion] and curve["foreground"] == [0, 0, 1]
+    assert curve["mean_probability"] == pytest.approx([0.22, 0.42, 0.62])
+    _, dice, cases, _ = drawn
+    assert dice.tolist() == [1, 1, 1] and len(cases) == 3
+    for picture, target, pred, title in cases:
+        number = int(re.search(r"(\d)_x\.png", title)[1])
+        x, y, side = BOXES[number]
+        expected = np.zeros((1, 48, 48), bool)
+        expected[0, y : y + side, x : x + side] = True
+        assert (picture == 40 * number).all() and picture.shape == (48, 48, 3)
+        assert (target == expected).all() and (pred == expected).all()
 
 
 def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
@@ -771,7 +734,7 @@ def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
     probabilities = np.zeros((1, 48, 48), np.float32)
     probabilities[0, 8:18, 9:19] = probabilities[0, 40, 40] = 0.92
     scores.add(tmp_path / "test/a.png", (48, 48), probabilities)
-    counts, distances = scores.result()
+    counts, distances, _ = scores.result()
     assert {tuple(own) for own in counts[0, :, 0]} == {
         (60, 40, 40, 48 * 48 - 140),
         (0, 0, 100, 2204),
@@ -780,36 +743,8 @@ def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
     assert distances[0, 0].tolist() == [12, 14 / 36]
 
 
-def test_a_panel_shows_the_image_that_its_title_names(graded, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *given: drawn.extend(given))
-    write_report(tmp_path, "test", graded, None, ["foreground"])
-    _, dice, cases, _ = drawn
-    assert dice.tolist() == [1, 1, 1] and len(cases) == 3
-    for picture, target, pred, title in cases:
-        number = int(re.search(r"(\d)_x\.png", title)[1])
-        x, y, side = BOXES[number]
-        expected = np.zeros((48, 48), bool)
-        expected[y : y + side, x : x + side] = True
-        assert (picture == 40 * number).all() and picture.shape == (48, 48, 3)
-        np.testing.assert_array_equal(target[0] > 0, expected)
-        np.testing.assert_array_equal(pred[0] > 0, expected)
-
-
-def test_calibration_by_hand(graded, tmp_path):
-    """0.62 where there are lesions alone, 0.42 and 0.22 where there is none: three of 15 bins."""
-    report = write_report(tmp_path, "test", graded, None, ["foreground"])["calibration"]
-    total, lesion = 3 * 48**2, sum(side**2 for _, _, side in BOXES)
-    right = sum(4 * side for _, _, side in BOXES)
-    rest = total - lesion - right
-    error = (0.38 * lesion + 0.42 * right + 0.22 * rest) / total
-    assert report["expected_calibration_error"] == pytest.approx(error)
-    curve = report["classes"]["foreground"]
-    assert curve["pixels"] == [rest, right, lesion] and curve["foreground"] == [0, 0, 1]
-    assert curve["mean_probability"] == pytest.approx([0.22, 0.42, 0.62])
-    written = json.loads((tmp_path / "report.json").read_text())
-    assert written["calibration"] == report
-    # 1/15 counts to the first bin, what is just above to the second; 0 and 1 to the outer ones.
+def test_calibration_of_bins_by_hand():
+    """1/15 counts to the first bin, what is just above to the second; 0 and 1 to the outer ones."""
     values = np.array([0, 1 / 15, np.nextafter(np.float32(1 / 15), 1), 1, np.nan], np.float32)
     sums = count_calibration(np.array([[[0, 1, 1, 1, 1]]], bool), values.reshape(1, 1, 5))[0]
     assert sums[:, 0].tolist() == [2, 1, *[0] * 12, 1] and sums[:, 1].tolist()[:2] == [1, 1]
@@ -821,9 +756,10 @@ def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monke
     counts = [[size // 2, 0, size // 2, 100 - size] for size in range(10, 70, 10)]
     counts += [[0, alarm, 0, 100 - alarm] for alarm in (0, 5, 7)]
     distances = np.array([[[1, 0.5]], [[2, 1]], [[9, 0]], *[[[math.nan, math.nan]]] * 6])
-    monkeypatch.setattr("medseg.predicting.report.image_names", lambda _: list("abcdefghi"))
+    monkeypatch.setattr(graded.dataset, "names", lambda: list("abcdefghi"))
+    monkeypatch.setattr("medseg.predicting.report.group_images", lambda *_: (None, None))
     monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *_: None)
-    graded.result = lambda: (np.array(counts)[:, None, None], distances)
+    graded.result = lambda: (np.array(counts)[:, None, None], distances, np.zeros((1, 15, 3)))
     graded.case = lambda index: (None,) * 3
     report = write_report(tmp_path, "test", graded, None, ["foreground"])
     thirds = report["by_lesion_size"]
@@ -897,16 +833,13 @@ def test_a_report_is_in_words_and_its_ticks_lie_apart(graded, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 50])
-def test_curves_have_whole_epochs_and_words(epochs, monkeypatch, tmp_path):
+def test_curves_have_whole_epochs(epochs, monkeypatch, tmp_path):
     row = history_row(RunningScores("cpu").keys())
-    history = [
-        {**row, "epoch": number + 1, "val_loss": 1 / (number + 1)} for number in range(epochs)
-    ]
+    history = [{**row, "epoch": n + 1, "val_loss": 1 / (n + 1)} for n in range(epochs)]
     path = tmp_path / "curves.png"
     figure = figure_of(monkeypatch, plots.plot_curves, history, path, title=r"a $\frac$")
     words = {text.get_text() for text in figure.findobj(Text)}
-    assert {r"a $\frac$", "val pixel accuracy", "train Dice", "val IoU", "train loss"} <= words
-    assert f"best weights (epoch {epochs})" in words
+    assert {r"a $\frac$", f"best weights (epoch {epochs})"} <= words
     for axis in figure.axes:
         ticks = ticks_in_view(axis.xaxis)
         assert ticks and all(tick == round(tick) for tick in ticks)
@@ -941,8 +874,6 @@ def test_images_of_one_name_and_records_of_one_file_are_all_in_the_report(place,
         content["annotations"].append({**content["annotations"][0], "id": 99, "image_id": 99})
 
     edit_annotations(test, move)
-    per_image = report_on(test)["per_image"]
-    first, second = (dice for name, dice in per_image.items() if "0_test" in name)
-    assert first == second and len(per_image) == 5
-    names = {name.partition(",")[0] for name in per_image}
-    assert names == {"0_test.png", "1/same.png", "2/same.png", "3_test.png"}
+    report = report_on(test)
+    assert set(report["per_image"]) == {"0_test.png", "1/same.png", "2/same.png", "3_test.png"}
+    assert report["images"] == 5

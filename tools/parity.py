@@ -95,7 +95,7 @@ def compare_masks(path, images, folder):
     print(f"{path}, {images}: {len(dataset)} images, {size} pixels")
     print_row("", "mask pixels that differ", "in so many images", "Dice")
     for name in models:
-        counts, _ = scores[name].result()
+        counts, *_ = scores[name].result()
         dice = class_scores(counts[:, 0], predictor.info.class_names)["dice"]
         different = np.array(differing[name])
         print_row(name, different.sum(), np.count_nonzero(different), f"{dice:.6f}")

@@ -45,31 +45,36 @@ def plot_report(report, dice, cases, path):
     return plots.save_figure(figure, path)
 
 
+def spell_scores(report, digits):
+    """{name: '0.77 [0.75, 0.79]', or '' where there is none} of the scores in a report."""
+    texts = {}
+    for name, value in report["scores"].items():
+        numbers = (value, *report["confidence_95"][name]) if value is not None else ()
+        texts[name] = (
+            "{} [{}, {}]".format(*(f"{one:.{digits}f}" for one in numbers)) if numbers else ""
+        )
+    return texts
+
+
 def _draw_score_table(axis, report):
     lines = []
-    for name, value in report["scores"].items():
-        if "/" in name and not name.startswith("dice/"):
-            continue  # of a class: report.json has them all
+    for name, text in spell_scores(report, 3).items():
         score, _, class_name = name.partition("/")
-        label = f"{plots.SCORE_LABELS.get(score, score)} {class_name}"
-        shown = "none"
-        if value is not None:
-            shown = "{:.3f}  [{:.3f}, {:.3f}]".format(value, *report["confidence_95"][name])
-        lines.append(f"{label:<23.23} {shown}")
+        if not class_name or score == "dice":  # report.json has them all
+            label = f"{plots.SCORE_LABELS.get(score, score)} {class_name}"
+            lines.append(f"{label:<23.23} {text or 'none'}")
     if len(lines) > MAX_SCORES:
         more = len(lines) - MAX_SCORES + 1
         lines = [*lines[: MAX_SCORES - 1], f"and {more} more: report.json has them"]
-    distances = "HD95: no image has both masks"
-    if (median := report["hd95"]["median"]) is not None:
-        unit, left_out = report["distance_unit"], report["hd95"]["left_out"]
-        distances = f"HD95 median {median:.1f} {unit}, {left_out} left out"
-    if (mean := report["surface_dice"]["mean"]) is not None:
-        within = f"{report['surface_tolerance']:g} {report['distance_unit']}"
-        distances += f"\nsurface Dice at {within}: {mean:.3f}"
-    drawn = f"{report['groups']} groups" if "groups" in report else "images"
     settings = Inference(report["threshold"], report.get("flips"), report.get("clean", "none"))
-    about = textwrap.wrap(f"{settings}, images:\N{NO-BREAK SPACE}{report['images']}", TABLE_WIDTH)
-    lines += ["", *about, f"95 % intervals: bootstrap over {drawn}", *distances.splitlines()]
+    about = f"{settings}, images:\N{NO-BREAK SPACE}{report['images']}"
+    drawn = f"{report['groups']} groups" if "groups" in report else "images"
+    lines += ["", *textwrap.wrap(about, TABLE_WIDTH), f"95 % intervals: bootstrap over {drawn}"]
+    unit, hd95, mean = report["distance_unit"], report["hd95"], report["surface_dice"]["mean"]
+    if hd95["median"] is not None:
+        lines.append(f"HD95 median {hd95['median']:.1f} {unit}, {hd95['left_out']} left out")
+    if mean is not None:
+        lines.append(f"surface Dice at {report['surface_tolerance']:g} {unit}: {mean:.3f}")
     lines, path = drawable(*lines)  # class names are among them
     font = {"family": "monospace"} if path in (None, dejavu()) else {"font": Path(path)}
     place = {"va": "top", "transform": axis.transAxes, "fontsize": 11, "parse_math": False}
@@ -93,15 +98,12 @@ def _draw_calibration(axis, calibration, classes):
 
 
 def _draw_lesion_sizes(axis, groups):
-    if not groups:
-        return _say(axis, "no image has a lesion")
-    labels, heights = [], []
+    labels = []
     for group in groups:
         low, high = group["pixels"]
         sizes = f"{low}\nto {high}" if low < high else str(low)
         labels.append(f"{sizes}\n({group['images']})")
-        heights.append(group["image_dice"])
-    axis.bar(labels, heights, width=0.8 * len(groups) / 3)
+    axis.bar(labels, [group["image_dice"] for group in groups], width=0.8 * len(groups) / 3)
     axis.margins(x=0.1)
     axis.set(title="mean Dice by lesion size", xlabel="pixels (images)", ylim=(0, 1))
 
@@ -119,20 +121,15 @@ def _draw_groups(axis, dice):
 
 def _draw_threshold_sweep(axis, valid, threshold):
     """Dice on valid at each threshold; threshold: the one in use."""
+    axis.set(title="Dice on valid", xlabel="threshold", ylabel="Dice", ylim=(0, 1))
+    axis.axvline(threshold, color="gray", linestyle="--", label=f"in use: {threshold:g}")
     if valid is None:
-        return _say(axis, "no other split valid\nwith foreground:\nthreshold as given")
+        return axis.legend(title="no other split valid\nwith foreground")
     chosen, dice = valid["chosen_threshold"], valid["scores_with_it"]["dice"]
     shown = "none" if dice is None else f"{dice:.3f}"
     axis.plot(valid["thresholds"], valid["dice"], marker=".")
     axis.plot(chosen, max(valid["dice"]), "k*", label=f"best: {chosen:g}, here Dice {shown}")
-    axis.axvline(threshold, color="gray", linestyle="--", label=f"in use: {threshold:g}")
-    axis.legend()
-    axis.set(title="Dice on valid", xlabel="threshold", ylabel="Dice", ylim=(0, 1))
-
-
-def _say(axis, text):
-    axis.axis("off")
-    axis.text(0.5, 0.5, text, ha="center")
+    return axis.legend()
 
 
 def choose_cases(names, dice, counts):

@@ -137,13 +137,9 @@ class Session:
         """(picture as it is shown, `Prediction`): its agreement is at the network's threshold."""
         pieces.check_clean(clean, one.frame.spacing, one.frame.path.name)
         with np.load(one.arrays) as arrays:
-            view, prediction = (
-                arrays["view"],
-                one.assessed._replace(probabilities=arrays["probabilities"]),
-            )
-        if threshold != self.threshold:
-            prediction = prediction._replace(agreement=None)
-        return Image.fromarray(view), prediction
+            image = Image.fromarray(arrays["view"])
+            known = one.assessed._replace(probabilities=arrays["probabilities"])
+        return image, known if threshold == self.threshold else known._replace(agreement=None)
 
     def view(self, index, threshold, clean="none", **looks):
         """([image, mask, overlay], PIL images; lines on them; rows of measurements, of each class).
@@ -151,21 +147,20 @@ class Session:
         clean: as --clean; looks: of the overlay. ValueError where the mask cannot be cleaned up.
         """
         one, names, inference = self.predictions[index], self.names, Inference(threshold, (), clean)
-        (image, prediction), spacing = self._load(one, threshold, clean), one.frame.spacing
+        (image, prediction), frame = self._load(one, threshold, clean), one.frame
         probabilities, image = prediction.probabilities, images.enlarge_small(image)
-        masks = make_masks(self.model, probabilities, one.size, spacing, inference=inference)
-        line, columns = (
-            describe(one.frame.title, masks, names, inference),
-            reliability_columns([prediction]),
-        )
-        rows = [row | columns for row in measure(masks, names, spacing, one.frame.depth)]
+        masks = make_masks(self.model, probabilities, one.size, frame.spacing, inference=inference)
         labels = images.resize_nearest(masks.labels, image.height, image.width)
         mask = drawing.with_legend(drawing.draw_labels(labels, len(names)), names)
         drawn = drawing.overlay(image, labels, len(names), **looks)
-        unlike = describe_unlike(
-            [(shown.frame.title, shown.assessed) for shown in self.predictions]
+        unlike = describe_unlike([(each.frame.title, each.assessed) for each in self.predictions])
+        lines = [describe(frame.title, masks, names, inference), *unlike, *self.problems]
+        rows = measure(masks, names, frame.spacing, frame.depth)
+        return (
+            [image, mask, drawn],
+            lines,
+            [row | reliability_columns([prediction]) for row in rows],
         )
-        return [image, mask, drawn], [line, *unlike, *self.problems], rows
 
     def save(self, image):
         """Write a picture of `view`; return its path, which is the same every time."""

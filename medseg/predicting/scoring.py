@@ -1,6 +1,7 @@
-"""A folder with annotations: its predictions scored, and reported."""
+"""A folder with annotations: its predictions compared with them, and reported."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,87 @@ from tqdm import tqdm
 
 from data import Batches, load_split, open_split
 from medseg import coco, metrics
-from medseg.predicting.report import FolderScores, write_report
+from medseg.images import preprocess, read_image, resize_nearest
+from medseg.inference import PLAIN
+from medseg.plots import reduce_case
+from medseg.predicting.report import write_report
+
+
+class FolderScores:
+    """The predictions of an annotated folder, compared with its annotations as they are made.
+
+    What is scored are the masks that are written, at the size of each image. dataset: the folder as
+    `data.COCOSegmentationDataset`. inference: the `medseg.inference.Inference` of the predictions.
+    exclusive: whether a pixel has one class, which is then the most probable. spacing: mm of a
+    pixel along each axis, or None.
+    """
+
+    def __init__(self, dataset, inference=PLAIN, *, exclusive=True, spacing=None):
+        self.dataset, self.inference, self.spacing = dataset, inference, spacing
+        self.thresholds = [inference.threshold, *metrics.SWEEP]
+        self._options = {"exclusive": exclusive, "spacing": spacing}
+        self._indices = {dataset.path(index).resolve(): index for index in range(len(dataset))}
+        # index -> counts (T, C, 4), `surface_scores` (C, 2), calibration (C, BINS, 3), run lengths
+        self._images = {}
+
+    def add(self, path, size, probabilities):
+        """Compare the probabilities, float32 (C, S, S), of an image with its annotations.
+
+        size: (width, height) of the image. May be called from several threads. Images without a
+        record are left out, and so are those whose annotations are damaged: `missing` has them.
+        Returns the Dice of each class, (C,), or None of such an image.
+        """
+        index = self._indices.get(path.resolve())
+        with suppress(ValueError):
+            return None if index is None else self._compare(index, size, probabilities)
+
+    def _compare(self, index, size, probabilities):
+        from pycocotools import mask as coco_mask
+
+        targets, options = self.dataset.true_masks(index, size), self._options
+        preds = self.inference.masks(probabilities, size, **options)
+        distances, encoded, reduced = [], [], []
+        for target, pred in zip(targets, preds, strict=True):
+            distances.append(metrics.surface_scores(pred, target, self.spacing or (1, 1)))
+            encoded.append(coco_mask.encode(np.asfortranarray(pred, dtype=np.uint8)))
+            reduced.append(resize_nearest(target, *probabilities.shape[1:]))
+        calibration = metrics.count_calibration(reduced, probabilities)
+        clean = self.inference.clean
+        counts = metrics.count_image(targets, probabilities, self.thresholds, clean, **options)
+        self._images[index] = counts, distances, calibration, encoded
+        return metrics.image_dice(counts[0])
+
+    def missing(self):
+        """The indices of the annotated images that have not been compared."""
+        return [index for index in range(len(self.dataset)) if index not in self._images]
+
+    def complete(self, predict_image):
+        """Predict the images that are missing, as those with a record in a folder further down.
+
+        predict_image(PIL image) -> `medseg.predictor.Prediction`.
+        Raises FileNotFoundError or ValueError where one cannot be read or predicted.
+        """
+        for index in self.missing():
+            image = read_image(self.dataset.path(index))
+            self._compare(index, image.size, predict_image(image).probabilities)
+
+    def result(self):
+        """Counts (N, T, C, 4), at `thresholds`, and `surface_scores` (N, C, 2) of all images.
+
+        And `count_calibration` (C, BINS, 3) of their probabilities.
+        """
+        images = [self._images[index] for index in range(len(self.dataset))]
+        counts, distances, calibration, _ = zip(*images, strict=True)
+        return np.stack(counts), np.array(distances), sum(calibration)
+
+    def case(self, index):
+        """`medseg.plots.reduce_case` of an image, its true and its predicted masks."""
+        from pycocotools import mask as coco_mask
+
+        image = read_image(self.dataset.path(index))
+        pixels = preprocess(image, None, self.dataset.n_channels)
+        preds = (coco_mask.decode(one) for one in self._images[index][-1])
+        return reduce_case(pixels, self.dataset.true_masks(index, image.size), preds)
 
 
 def open_folder(model, folder, spacing=None):

@@ -227,18 +227,19 @@ def summarize(rows):
     for row in rows:
         classes.setdefault(row["class"], []).append(row)
         if row["volume_ml"] is not None and row.get("series"):
-            volumes = series.setdefault(row["series"], {})
-            volumes[row["class"]] = volumes.get(row["class"], 0) + row["volume_ml"]
+            series.setdefault(row["series"], Counter())[row["class"]] += row["volume_ml"]
     if len(rows) == len(classes):  # one image, which has its own lines
         return []
-    for name, of_class in classes.items():
-        share = 100 * np.mean([row["share"] for row in of_class])
-        marked = sum(row["pixels"] > 0 for row in of_class)
-        count = f"in {marked} of {len(of_class)} images"
-        lines.append(f"  {name:12} {share:5.2f} % of an image on average, {count}")
+    for name, own in classes.items():
+        share, marked = (
+            np.mean([row["share"] for row in own]),
+            sum(row["pixels"] > 0 for row in own),
+        )
+        count = f"in {marked} of {len(own)} images"
+        lines.append(f"  {name:12} {100 * share:5.2f} % of an image on average, {count}")
     for name, volumes in list(series.items())[:MAX_LINES]:
-        told = ", ".join(f"{of} {volume:.4g} mL" for of, volume in volumes.items())
-        lines.append(f"series {name}: {told}")
+        parts = ", ".join(f"{of} {volume:.4g} mL" for of, volume in volumes.items())
+        lines.append(f"series {name}: {parts}")
     return lines
 
 
