@@ -165,41 +165,26 @@ def test_a_folder_of_pictures_and_a_picture_alone(place):
     assert not Path("predictions.csv").exists()
 
 
-def test_a_dicom_series(place):
-    """Slices that lie 2, 2 and 4 mm apart, in no order; the sum of the rows is the volume."""
-    Path("ct").mkdir()
-    axes = {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}  # sagittal: slices along x
-    for name, x in {"a": 4, "b": 0, "c": 8, "d": 2}.items():
-        write_dicom(
-            Path("ct", f"{name}.dcm"),
-            bright_squares(32, 32, (8, 6, 10, 12)).astype(np.uint16),
-            **{"PixelSpacing": [0.5, 0.8], "SeriesInstanceUID": "1.2.9", "WindowCenter": 128},
-            **{"WindowWidth": 256, "ImagePositionPatient": [x, 70, 90], **axes},
-        )
-    printed = output_of("predict.py", "ct", cwd=place)
-    rows = {row["image"]: row for row in read_table()}
-    pixels = int(rows["a.dcm"]["pixels"])
-    assert 100 < pixels < 150
-    for name, depth in {"b": 2, "d": 2, "a": 3, "c": 4}.items():
-        row = rows[f"{name}.dcm"]
-        assert float(row["area_mm2"]) == pytest.approx(pixels * 0.4)
-        assert float(row["volume_ml"]) == pytest.approx(pixels * 0.4 * depth / 1000)
-        assert row["series"] == "1.2.9"
-    assert f"series 1.2.9: foreground {pixels * 0.4 * 11 / 1000:.4g} mL" in printed
-
-
 def test_pixel_size_is_that_of_files_that_tell_none(place):
     Path("scans").mkdir()
     pixels = bright_squares(32, 32, (8, 6, 10, 12))
     Image.fromarray(pixels).save("scans/a.png")
     told = {"b": {}, "c": {"PixelSpacing": [0.5, 0.8]}, "e": {"PixelSpacing": [0, 0.5]}}
     told["f"] = {"ImagerPixelSpacing": [0.5, 0.5]}  # at the detector, not in the patient
+    told["g"] = {"PixelSpacing": ["1e200", "0.5"]}
     for name, values in told.items():
         write_dicom(f"scans/{name}.dcm", pixels.astype(np.uint16), **values)
     write_nifti("scans/d.nii.gz", np.repeat(pixels.T[..., None], 3, 2), zooms=(0.5, 0.8, 3))
     predict.main(["scans", "--pixel-size", "0.3"])
     rows = {row["image"]: row for row in read_table()}
-    areas = {"a.png": 0.09, "b.dcm": 0.09, "c.dcm": 0.4, "e.dcm": 0.09, "f.dcm": 0.09}
+    areas = {
+        "a.png": 0.09,
+        "b.dcm": 0.09,
+        "c.dcm": 0.4,
+        "e.dcm": 0.09,
+        "f.dcm": 0.09,
+        "g.dcm": 0.09,
+    }
     for name, area in areas.items():
         own = float(rows[name]["area_mm2"])
         assert own == pytest.approx(int(rows[name]["pixels"]) * area), name
@@ -213,24 +198,21 @@ def test_a_volume(place, unit, mm):
     """Two boxes, of which one reaches through three slices; spacing and places are the file's."""
     voxels = np.full((40, 36, 5), 20, np.uint8)
     voxels[5:15, 4:20, 1:4], voxels[30:36, 28:34, 2] = 235, 235
-    write_nifti("brain.nii.gz", voxels, zooms=(0.5, 0.75, 3))
-    image = nibabel.load("brain.nii.gz")
+    image = nibabel.Nifti1Image(voxels, np.diag([0.5, 0.75, 3, 1]))
     image.header.set_xyzt_units(unit)
-    nibabel.Nifti1Image(image.dataobj, image.affine, image.header).to_filename("brain.nii.gz")
+    image.to_filename("brain.nii.gz")
     predict.main(["brain.nii.gz", "--output", "out"])
     (row,) = read_table("out")
     mask = np.asarray(nibabel.load("out/brain_mask.nii.gz").dataobj) > 0
-    numbers, count = ndimage.label(mask, np.ones((3, 3, 3)))
-    largest = np.argwhere(numbers == 1)
-    assert (row["image"], int(row["pieces"])) == ("brain.nii.gz", count) and count == 2
+    largest = np.argwhere(ndimage.label(mask, np.ones((3, 3, 3)))[0] == 1)
+    assert (row["image"], row["pieces"], row["area_mm2"]) == ("brain.nii.gz", "2", "")
     assert int(row["pixels"]) == mask.sum() and int(row["largest_pixels"]) == len(largest)
-    zooms = np.array(nibabel.load("brain.nii.gz").header.get_zooms()) * mm
-    assert float(row["volume_ml"]) == pytest.approx(mask.sum() * np.prod(zooms) / 1000)
+    zooms = np.array([0.5, 0.75, 3]) * mm
     center = [float(row[f"largest_{axis}"]) for axis in "xyz"]
-    assert center == pytest.approx(largest.mean(0).tolist()) and row["area_mm2"] == ""
-    expected = [pdist(largest * scale).max() for scale in (1, zooms)]
-    found = [float(row["largest_diameter"]), float(row["largest_diameter_mm"])]
-    assert found == pytest.approx(expected)
+    numbers = [float(row[name]) for name in ("volume_ml", "largest_diameter_mm")]
+    assert center == pytest.approx(largest.mean(0).tolist())
+    expected = [mask.sum() * np.prod(zooms) / 1000, pdist(largest * zooms).max()]
+    assert numbers == pytest.approx(expected)
 
 
 def test_a_volume_whose_voxels_have_no_size(place):
@@ -276,7 +258,7 @@ def test_a_table_of_somebody_else_stays(place, refused, name):
 
 def test_a_table_that_is_locked_is_kept_beside(place, refused, monkeypatch):
     save_scans("ab")
-    replace = os.replace
+    replace, other = os.replace, f"predictions.{os.getpid()}.csv"
 
     def locked(source, target):
         if Path(target).name == "predictions.csv":
@@ -284,7 +266,6 @@ def test_a_table_that_is_locked_is_kept_beside(place, refused, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", locked)
-    other = f"predictions.{os.getpid()}.csv"
     refused("predict", "scans", words=["predictions/predictions.csv", other])
     (kept,) = Path("predictions").glob("*.csv")
     assert kept.name == other and kept.read_text(encoding="utf-8-sig").count("\n") == 3
@@ -302,12 +283,10 @@ def test_failed_images_have_no_row_and_do_not_count(place, other, write):
         Path("scans", name).write_bytes(b"damaged")
     result = script_here("predict.py", "scans", "--write", write, cwd=place)
     assert result.returncode == 2 and "2 of 4" in result.stderr
-    assert "in 2 of 2 images" in result.stdout
     assert [row["image"] for row in read_table()] == ["a.png", "c.png"]
     settings = json.loads(Path("predictions/predictions.json").read_text())
-    assert settings["images"] == 2
     left_out = {one["file"]: one["why"] for one in settings["left_out"]}
-    assert sorted(left_out) == ["scans/b.png", f"scans/{other}"]
+    assert settings["images"] == 2 and left_out.keys() == {"scans/b.png", f"scans/{other}"}
     assert all(name in why for name, why in left_out.items())
     for path in Path("predictions").glob("*.coco.json"):
         records = json.loads(path.read_text())["images"]
