@@ -63,6 +63,7 @@ class COCOSegmentationDataset(Dataset):
     ):
         self.coco, self.image_dir, self.transform = coco, Path(image_dir), transform
         self.image_size, self.n_channels, self.classes = image_size, n_channels, classes
+        self.window = coco_json.recorded_window(coco.dataset)
         self.turned = set()  # indices of the images that `row` has read and turned (EXIF)
         self.channel_of = None  # {category id: channel of the mask}
         if classes is not None:
@@ -98,8 +99,8 @@ class COCOSegmentationDataset(Dataset):
             row = torch.from_numpy(self.row(index))[None]
             image, masks = split_rows(row, self.n_channels, self.n_classes)
             return image[0], masks[0]
-        picture = pictures.read_image(self.path(index))
-        image = self.transform(np.array(picture))
+        picture = self.read(index)
+        image = self.transform(np.array(picture.rgb()))
         masks = self.load_masks(index, picture.size, image.shape[-2:])
         return image, torch.from_numpy(masks).float()
 
@@ -125,9 +126,13 @@ class COCOSegmentationDataset(Dataset):
         ]
         return kept
 
+    def read(self, index):
+        """The `Picture` of image `index`; grey values by the recorded window."""
+        return pictures.read_image(self.path(index), self.window)
+
     def load(self, index):
-        """Image `index` as shown: PIL RGB image and its masks, uint8 (C, H, W) of 0 and 1."""
-        image = pictures.read_image(self.path(index))
+        """Image `index` as shown, a `Picture`, and its masks, uint8 (C, H, W) of 0 and 1."""
+        image = self.read(index)
         return image, self.load_masks(index, image.size)
 
     def load_masks(self, index, size, shape=None):
@@ -151,7 +156,7 @@ class COCOSegmentationDataset(Dataset):
             record, path = self.coco.imgs[self.image_ids[index]], self.path(index)
             # Where height and width are exchanged, the record may have either size.
             turned = pictures.stored_orientation(path)[0] > 4
-            size = pictures.read_image(path).size if turned else (record["width"], record["height"])
+            size = self.read(index).size if turned else (record["width"], record["height"])
         shape = (self.n_classes, *size[::-1])
         return ClassMasks(self.run_lengths(index, size), shape)
 
@@ -191,7 +196,7 @@ class COCOSegmentationDataset(Dataset):
 
     def preprocess(self, index):
         """Image `index` at training size, uint8 (S, S, n_channels), and its masks (C, S, S)."""
-        image = pictures.read_image(self.path(index))
+        image = self.read(index)
         pixels = pictures.preprocess(image, self.image_size, self.n_channels)
         return pixels, self.load_masks(index, image.size, pixels.shape[:2])
 
@@ -200,8 +205,8 @@ class COCOSegmentationDataset(Dataset):
 
         The mask of class k is bit k % 8 of the byte k // 8.
         """
-        image, orientation = pictures.read_oriented(self.path(index))
-        if orientation > 1:
+        image = self.read(index)
+        if image.orientation > 1:
             self.turned.add(index)
         pixels = pictures.preprocess(image, self.image_size, self.n_channels)
         height, width = pixels.shape[:2]
@@ -268,6 +273,24 @@ def load_split(
         root, split, image_size, skipped=skipped, classes=classes, n_channels=n_channels
     )
     return cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
+
+
+def count_channels(root, chosen):
+    """The channels of the images of a data set: as the import recorded, or its first image has.
+
+    chosen: 1 or 3, which is returned where that is grey or colour. ValueError for another number
+    that the images do not have.
+    """
+    count, dataset = len(coco_json.recorded_settings(Path(root) / "train")["channels"]), None
+    if not count:
+        dataset = open_split(root, "train", skipped=[])
+        of_tiff = dataset.path(0).suffix.lower() in (".tif", ".tiff")  # no other has more than 3
+        count = dataset.read(0).pixels.shape[2] if of_tiff else 3
+    if count in (1, 3) and chosen in (1, 3):
+        return chosen
+    if chosen not in (1, 3, count):
+        raise ValueError(f"--n-channels {chosen}: the images of {root} have {count}")
+    return count
 
 
 def split_rows(rows, n_channels, n_classes):
@@ -417,12 +440,12 @@ class Batches:
         return self.dataset is not None and len(self.dataset) == len(self.rows)
 
     def original(self, position):
-        """Image `position` of this pass at its own size: uint8 (H, W, n_channels), bool (C, H, W).
+        """Image `position` of this pass as shown: uint8 (H, W, 3) and its masks, bool (C, H, W).
 
         Only where `knows_images`.
         """
         image, masks = self.dataset.load(self.row_numbers()[position])
-        return pictures.preprocess(image, None, self.n_channels), masks > 0
+        return np.asarray(image.rgb()), masks > 0
 
     def _order(self, generator):
         """The numbers of the images of an epoch, int64 (images_per_epoch,)."""

@@ -21,7 +21,7 @@ from medseg.images import IMAGE_SIZE
 from medseg.inference import Inference, read_flips, read_inference
 from medseg.layers import Architecture
 from medseg.ood import FeatureStatistics, count_features, read_statistics
-from medseg.settings import read_settings
+from medseg.settings import OF_IMPORT, read_settings
 from medseg.weights import load_weights
 
 TUTORIAL = Architecture()
@@ -32,9 +32,9 @@ class ModelInfo:
     """What travels with weights besides the tensors, in the metadata of their state dict.
 
     architecture: the layers. image_size: the side in pixels that the network was trained at, or
-    None where images keep their own. class_names: a name for each class. window, orientation: what
-    was done to the grey values and the axes of DICOM and NIfTI files at their import, which
-    prediction repeats; see `medseg.settings.read_settings`. inference: how masks are made of the
+    None where images keep their own. class_names: a name for each class. window, orientation,
+    channels, pattern, context: what the import did, which prediction repeats; see
+    `medseg.settings.read_settings`. inference: how masks are made of the
     probabilities, where that was chosen on valid, else None. trained_flips: names of
     `medseg.inference.VIEWS` that the training has shown. feature_statistics: what its images look
     like, or None. draw_order: the numbers of classes that overlap in the masks of the training, in
@@ -46,14 +46,17 @@ class ModelInfo:
     class_names: tuple = ("foreground",)
     window: tuple | str | None = None
     orientation: str | None = None
+    channels: tuple = ()
+    pattern: str | None = None
+    context: int = 0
     inference: Inference | None = None
     trained_flips: tuple = ()
     feature_statistics: FeatureStatistics | None = None
     draw_order: tuple = ()
 
     def __post_init__(self):
-        settings = read_settings({"window": self.window, "orientation": self.orientation})
-        self.window, self.orientation = settings["window"], settings["orientation"]
+        for name, value in read_settings(vars(self)).items():
+            setattr(self, name, value)
 
     @classmethod
     def of(cls, n_classes=1, *, class_names=None, **settings):
@@ -99,8 +102,7 @@ class ModelInfo:
                 "feature_statistics", lambda value: read_statistics(value, n_features)
             ),
             draw_order=read_draw_order(metadata, n_classes),
-            window=metadata.get("window"),
-            orientation=metadata.get("orientation"),
+            **{name: metadata[name] for name in OF_IMPORT if name in metadata},
         )
 
     @property
@@ -113,7 +115,7 @@ class ModelInfo:
         metadata = {"architecture": self.architecture.as_dict(), "image_size": self.image_size}
         metadata |= {"class_names": list(self.class_names), "exclusive": self.exclusive}
         metadata["draw_order"] = list(self.draw_order)
-        metadata |= {"window": self.window, "orientation": self.orientation}
+        metadata |= {name: getattr(self, name) for name in OF_IMPORT}
         metadata["trained_flips"] = list(self.trained_flips)
         for name in ("inference", "feature_statistics"):
             if (value := getattr(self, name)) is not None:

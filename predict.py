@@ -20,6 +20,7 @@ numbers. The architecture and the size the model was trained at are read from th
 trained on crops takes each image at its own size.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -58,22 +59,18 @@ def load_model(model_path="best_model.pth", device="cuda"):
 def preprocess_image(image_path, *, image_size=pictures.IMAGE_SIZE, n_channels=3, normalized=True):
     """Image file -> (normalised float32 tensor (1, n_channels, S, S), the resized PIL image).
 
-    image_path: a path, a PIL image, or an array of uint8, (H, W) or (H, W, 3). S = image_size; None
-    keeps the image's own height and width. n_channels is 3, or 1 for grey. Without `normalized` the
-    tensor is of uint8: a `Predictor` normalises it on its device. Raises FileNotFoundError
-    or ValueError as `medseg.images.read_image` does.
+    image_path: a path, or a `medseg.images.Picture`, a PIL image, an array of uint8, (H, W) or
+    (H, W, C). S = image_size; None keeps the image's own height and width. Without `normalized` the
+    tensor is of uint8, for a `Predictor` normalises it on its device, and comes with the `Picture`
+    as it was read. Raises FileNotFoundError or ValueError as `medseg.images.read_image` does.
     """
-    image = image_path
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    elif not isinstance(image, Image.Image):
-        image = pictures.read_image(image_path)
+    is_file = isinstance(image_path, (str, os.PathLike))
+    image = pictures.read_image(image_path) if is_file else pictures.as_picture(image_path)
     pixels = pictures.preprocess(image, image_size, n_channels)
-    shown = image
-    if image_size is not None:
-        shown = Image.fromarray(pixels[..., 0] if n_channels == 1 else pixels)
     tensor = torch.from_numpy(pixels)[None]
-    return normalize(tensor) if normalized else tensor.permute(0, 3, 1, 2), shown
+    if not normalized:
+        return tensor.permute(0, 3, 1, 2), image
+    return normalize(tensor), pictures.Picture(pixels).rgb()
 
 
 def predict_mask(model, image_tensor, device="cuda", threshold=0.5, *, return_predictions=False):
@@ -134,9 +131,8 @@ def open_models(paths, device="auto", precision="auto"):
 def predict(model, image, *, threshold=None):
     """Class numbers, uint8 (height, width), 0 for background, of an image at its own size.
 
-    model: a UNet, as of `load_model`, or a `Predictor`. image: a path, a PIL image, or an array of
-    uint8, (H, W) or (H, W, 3). threshold: by default that in the weights, else 0.5; flips and
-    clean-up are those in the weights.
+    model: a UNet, as of `load_model`, or a `Predictor`. image: as of `preprocess_image`.
+    threshold: by default that in the weights, else 0.5; flips and clean-up are as recorded.
     """
     if not isinstance(model, predictor.Predictor):
         model = predictor.Predictor([model], next(model.parameters()).device)
@@ -149,13 +145,13 @@ def predict(model, image, *, threshold=None):
 
 
 def predict_image(model, image):
-    """The `Prediction` of a path, a PIL image, or an array of uint8, (H, W) or (H, W, 3)."""
+    """The `Prediction` of an image, as `predict` takes it."""
     ((_, _, prediction),) = predict_images(model, [inputs.as_frame(image)])
     return prediction
 
 
 def predict_images(model, frames, problems=None):
-    """Yield (`Frame`, PIL image, `Prediction`) of each; model: a `Predictor`, here and below.
+    """Yield (`Frame`, `Picture`, `Prediction`) of each; model: a `Predictor`, here and below.
 
     problems: a list; those that cannot be predicted are left out and each adds (path, why).
     Without it, the first of them is raised as a FileNotFoundError or ValueError.

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Batches, make_loaders, open_split
+from data import Batches, count_channels, make_loaders, open_split
 from medseg import cli, coco, dist, inference, layers, metrics, phantoms, plots, predictor
 from medseg import device as devices
 from medseg.planning.plan import planned_flags
@@ -447,7 +447,7 @@ def new_model(args, root):
                 "each takes 1 to 255"
             )
     model = UNet(
-        args.n_channels,
+        count_channels(root, args.n_channels),
         len(names) if names else 1,
         args.n_filters,
         image_size=None if args.crop else args.image_size,

@@ -67,7 +67,7 @@ def read_coco(path, skipped=None, *, advice=""):
 
 
 def recorded_settings(folder):
-    """The window and the orientation that the import of a split recorded; see `read_settings`.
+    """What the import of a split recorded for prediction; see `read_settings`.
 
     Raises as `read_annotations` does for a missing or unreadable file.
     """
@@ -76,6 +76,13 @@ def recorded_settings(folder):
         return read_settings(info if isinstance(info, dict) else {})
     except ValueError as error:
         raise ValueError(f"{Path(folder) / ANNOTATIONS}: its info has the {error}") from None
+
+
+def recorded_window(content):
+    """(center, width) of the grey values of a split's images, or None; content: of its file."""
+    info = content.get("info")
+    window = info.get("window") if isinstance(info, dict) else None
+    return tuple(window) if isinstance(window, list) and len(window) == 2 else None
 
 
 def _missing(folder):

@@ -30,6 +30,13 @@ def class_colors(n_classes):
     return colors
 
 
+def rgb_image(pixels):
+    """uint8 (H, W) or (H, W, C) -> PIL RGB image: one of two channels, else the first three."""
+    if pixels.ndim == 3:
+        pixels = pixels[..., 0] if pixels.shape[2] < 3 else pixels[..., :3]
+    return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+
+
 def draw_labels(labels, n_classes=1):
     """Class numbers (H, W) -> PIL image in the colours of the legend; of a single class, white."""
     if n_classes == 1:
@@ -146,7 +153,7 @@ def outline_labels(labels, n_classes=1):
 def montage(pictures, masks, *, draw, side=256, limit=20):
     """Up to `limit` slices with their masks drawn on them, numbered, as one PIL RGB image.
 
-    pictures: sequence of uint8 arrays (H, W) or (H, W, 3); masks: sequence of arrays (H, W). The
+    pictures: sequence of uint8 arrays, as of `rgb_image`; masks: sequence of arrays (H, W). The
     slices are spread over those with foreground, or over all where there is none.
     draw(PIL RGB image, mask) -> PIL image.
     side: pixels of the longer side of a slice.
@@ -164,9 +171,7 @@ def montage(pictures, masks, *, draw, side=256, limit=20):
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for place, index in enumerate(chosen):
         left, top = 4 + place % columns * (width + 4), 24 + place // columns * (height + 24)
-        pixels = pictures[index]
-        pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
-        tile = draw(Image.fromarray(pixels).convert("RGB"), np.asarray(masks[index]))
+        tile = draw(rgb_image(pictures[index]), np.asarray(masks[index]))
         sheet.paste(tile.resize((width, height), Image.Resampling.BILINEAR), (left, top))
         pen.text((left, top - 4), f"slice {index}", fill="black", font=font, anchor="ls")
     return sheet

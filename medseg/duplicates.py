@@ -21,12 +21,12 @@ SERIES = 0.25
 FLAT = 1.0  # grey levels; a thumbnail that deviates less shows nothing
 
 
-def thumbnail(image):
-    """An image as 16x16 grey values, each less the mean of the nine around it.
+def thumbnail(picture):
+    """A `Picture` as 16x16 grey values, each less the mean of the nine around it.
 
     So the brightness of large areas, which images of one kind have in common, counts for little.
     """
-    small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    small = picture.rgb().convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     values = np.asarray(small, np.float32)
     padded = np.pad(values, 1, mode="edge")
     nine = sliding_window_view(padded, (3, 3)).mean((2, 3))
@@ -133,7 +133,8 @@ class _Look(NamedTuple):
 
 def _look(path):
     image = read_image(path)
-    content = repr(image.size).encode() + image.tobytes()
+    pixels = image.pixels.repeat(3, 2) if image.pixels.shape[2] == 1 else image.pixels
+    content = repr(image.size).encode() + pixels.tobytes()  # grey stored as colours is the same
     return _Look(hashlib.sha256(content).digest(), thumbnail(image))
 
 

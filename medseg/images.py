@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +16,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medseg.cli import MAX_MEGAPIXELS
-from medseg.drawing import class_colors, draw_labels, draw_panels, overlay, with_legend
+from medseg.drawing import class_colors, draw_labels, draw_panels, overlay, rgb_image, with_legend
 from medseg.files import check_regular, write_picture
 from medseg.samples import has_16_bits, stored_samples
+from medseg.settings import MAX_CHANNELS
 
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green, blue, in 0..1: the tutorial's
 STD = (0.229, 0.224, 0.225)
-GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # of one channel: the means of those
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # of any other channel: the means of those
 # Pillow's names, listed so that no rare decoder meets a stranger's file; PPM is all of PNM.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "GIF")
 FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
@@ -173,21 +175,74 @@ def image_errors(path, what):
         raise ValueError(line if line.startswith(f"{path}: ") else f"{path}: {line}") from None
 
 
-def read_image(path):
-    """The picture in a file of one of FORMATS as it is shown: a PIL image of mode RGB.
+@dataclass(frozen=True)
+class Picture:
+    """One image as it is shown, whatever its file: a slice, a frame, several modalities.
+
+    pixels: uint8 (H, W, C), C being 1 of grey, 3 of colour, else 2 or 4 to MAX_CHANNELS.
+    orientation: EXIF's, 1 to 8, by which what is stored was turned. spacing: mm from row to row
+    and from column to column, where known. channels: their names, where known.
+    """
+
+    pixels: np.ndarray
+    orientation: int = 1
+    spacing: tuple | None = None
+    channels: tuple = ()
+
+    @property
+    def height(self):
+        return self.pixels.shape[0]
+
+    @property
+    def width(self):
+        return self.pixels.shape[1]
+
+    @property
+    def size(self):
+        """(width, height)."""
+        return self.width, self.height
+
+    def rgb(self):
+        """A PIL RGB image for eyes: of two channels the first, else the first three."""
+        return rgb_image(self.pixels)
+
+
+def as_picture(image):
+    """The Picture of a Picture, of a PIL image, or of an array of uint8, (H, W) or (H, W, C)."""
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, Image.Image):
+        return Picture(_pixels(image if image.mode in ("L", "RGB") else image.convert("RGB")))
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(
+            f"an image is an array of uint8, (H, W) or (H, W, C), not {image.dtype} {image.shape}"
+        )
+    pixels = image if image.ndim == 3 else image[..., None]
+    if not 1 <= pixels.shape[2] <= MAX_CHANNELS:
+        raise ValueError(f"{pixels.shape[2]} channels: an image has 1 to {MAX_CHANNELS}")
+    return Picture(pixels)
+
+
+def _pixels(image):
+    """PIL image of mode L or RGB -> uint8 (H, W, C), by stripes: few megabytes more."""
+    pixels = large_array((image.height, image.width, len(image.getbands())), np.uint8)
+    for top in range(0, image.height, STRIPE):
+        stripe = image.crop((0, top, image.width, min(top + STRIPE, image.height)))
+        pixels[top : top + STRIPE] = np.asarray(stripe).reshape(pixels[top : top + STRIPE].shape)
+    return pixels
+
+
+def read_image(path, window=None):
+    """The `Picture` in a file of one of FORMATS.
 
     path: or a binary file. A picture that is stored turned or mirrored (EXIF) is turned upright;
-    its size is kept otherwise. More than 8 bits a sample are scaled linearly to 0..255 from the
-    range that holds the largest value: 8, 10, 12 or 16 bits (0..1 for floating point). The values
-    of PGM and PPM files are scaled from the range that the file names. Alpha is dropped.
+    its size is kept otherwise. More than 8 bits a sample are scaled linearly to 0..255: by window,
+    (center, width), or else from the range that holds the largest value: 8, 10, 12 or 16 bits
+    (0..1 for floating point). The values of PGM and PPM files are scaled from the range that the
+    file names. Alpha is dropped.
     Raises FileNotFoundError; ValueError for what is not one whole picture of at most
     `pixel_limit` pixels.
     """
-    return read_oriented(path)[0]
-
-
-def read_oriented(path):
-    """(what `read_image` returns, the EXIF orientation, 1 to 8, by which it was turned)."""
     with image_errors(path, "image"), open_image(path) as image:
         samples = stored_samples(image, path)
         orientation, left = exif_orientation(image)
@@ -198,12 +253,11 @@ def read_oriented(path):
             picture = image
             if image.mode[0] in "IF":
                 picture = _to_8_bits(image)
-            elif image.mode != "RGB":  # else a copy
-                picture = image.convert("RGB")
+            elif image.mode not in ("L", "RGB"):
+                picture = image.convert("L" if image.mode in ("1", "LA") else "RGB")
         if left > 1:
             picture = picture.transpose(TURNS[left])
-            picture.info.clear()  # a file written with its EXIF would be turned again
-        return picture, orientation
+        return Picture(_pixels(picture), orientation)
 
 
 def exif_orientation(image):
@@ -263,7 +317,7 @@ def _to_8_bits(image):
     if not np.isfinite(values).all() or values.min() < 0:
         raise ValueError("has negative or non-finite pixels: rescale it to 0..65535 first")
     white = _white([1, *RANGES] if image.mode == "F" else RANGES, values.max())
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
 def _table_to_8_bits(samples, white):
@@ -271,7 +325,7 @@ def _table_to_8_bits(samples, white):
     if samples.ndim == 3:
         samples = samples[..., 0] if samples.shape[2] == 2 else samples[..., :3]
     table = np.arange(65536) * (255 / (white or _white(RANGES, samples.max())))
-    return Image.fromarray(table.clip(max=255).round().astype(np.uint8)[samples]).convert("RGB")
+    return Image.fromarray(table.clip(max=255).round().astype(np.uint8)[samples])
 
 
 def _white(ranges, highest):
@@ -279,30 +333,49 @@ def _white(ranges, highest):
     return next((top for top in ranges if highest <= top), highest)
 
 
-def preprocess(image, image_size=IMAGE_SIZE, n_channels=3):
-    """PIL image -> uint8 array (image_size, image_size, n_channels), bilinear and antialiased.
+def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
+    """Picture -> uint8 array (image_size, image_size, n_channels), bilinear and antialiased.
 
-    image_size: None keeps the image's own height and width. n_channels: 3, or 1 for grey.
+    image_size: None keeps the image's own height and width. n_channels: grey becomes colour and
+    colour grey; ValueError for other than the picture's own channels besides.
     The one resizing of the project: training, evaluation and prediction all come through here.
     """
-    mode = "L" if n_channels == 1 else "RGB"
-    if image_size is None:  # by stripes: of a large image, a second copy would be one too many
-        pixels = large_array((image.height, image.width, n_channels), np.uint8)
-        for top in range(0, image.height, STRIPE):
-            stripe = image.crop((0, top, image.width, min(top + STRIPE, image.height)))
-            pixels[top : top + STRIPE] = np.asarray(stripe.convert(mode)).reshape(
-                stripe.height, image.width, n_channels
-            )
-        return pixels
-    image = image if image.mode == mode else image.convert(mode)
-    resized = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
-    return resized[..., None] if n_channels == 1 else resized
+    pixels = picture.pixels
+    own = pixels.shape[2]
+    if own != n_channels and {own, n_channels} != {1, 3}:
+        raise ValueError(f"the image has {own} channels, and {n_channels} are needed")
+    if own == 3 and n_channels == 1:
+        pixels = _to_grey(pixels)
+    if image_size is not None:
+        pixels = _resize(pixels, image_size)
+    return pixels.repeat(3, 2) if pixels.shape[2] < n_channels else pixels
 
 
-def is_grey(image):
-    """Whether red, green and blue are equal in 64x64 evenly spaced pixels of a PIL RGB image."""
-    samples = np.asarray(image.resize((64, 64), Image.Resampling.NEAREST))
-    return bool((samples == samples[..., :1]).all())
+def _to_grey(pixels):
+    """uint8 (H, W, 3) -> (H, W, 1), as Pillow has it; by stripes."""
+    grey = large_array((*pixels.shape[:2], 1), np.uint8)
+    for top in range(0, len(pixels), STRIPE):
+        stripe = Image.fromarray(np.ascontiguousarray(pixels[top : top + STRIPE]))
+        grey[top : top + STRIPE, :, 0] = np.asarray(stripe.convert("L"))
+    return grey
+
+
+def _resize(pixels, side):
+    """uint8 (H, W, C) -> (side, side, C), channel by channel where it is no colour."""
+    if pixels.shape[2] == 3:
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        return np.array(image.resize((side, side), Image.Resampling.BILINEAR))
+    planes = (Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(pixels, 2, 0))
+    return np.stack([plane.resize((side, side), Image.Resampling.BILINEAR) for plane in planes], 2)
+
+
+def is_grey(picture):
+    """Whether red, green and blue are equal in 64x64 evenly spaced pixels, or it has no colour."""
+    rows, columns = (((np.arange(64) + 0.5) * side / 64).astype(int) for side in picture.size[::-1])
+    samples = picture.pixels[rows[:, None], columns]
+    return (
+        samples.shape[2] == 1 or samples.shape[2] == 3 and bool((samples == samples[..., :1]).all())
+    )
 
 
 def large_array(shape, dtype):
@@ -324,7 +397,7 @@ def give_memory_back():
 
 def mean_and_std(n_channels):
     """What images of so many channels are normalised by, of values in 0..1."""
-    return (GREY_MEAN, GREY_STD) if n_channels == 1 else (MEAN, STD)
+    return (MEAN, STD) if n_channels == 3 else (GREY_MEAN * n_channels, GREY_STD * n_channels)
 
 
 def resize_nearest(mask, height, width):
@@ -343,6 +416,32 @@ def resize_nearest(mask, height, width):
 def save_png(image, path, **options):
     """Write a PIL image as a PNG file of ours that is whole or absent; see `write_picture`."""
     write_picture(path, lambda file: image.save(file, "PNG", **options))
+
+
+def save_picture(picture, path):
+    """Write a `Picture` as PATH.png, of other than 1 or 3 channels as PATH.tif; returns the Path.
+
+    Not as `save_png`: it belongs to the user.
+    """
+    pixels = picture.pixels
+    if pixels.shape[2] in (1, 3):
+        path = Path(f"{path}.png")
+        Image.fromarray(
+            np.ascontiguousarray(pixels).squeeze(2) if pixels.shape[2] == 1 else pixels
+        ).save(path)
+        return path
+    import tifffile  # which takes as long to import as NumPy
+
+    path = Path(f"{path}.tif")
+    tifffile.imwrite(
+        path,
+        pixels,
+        photometric="minisblack",
+        planarconfig="contig",
+        compression="zlib",
+        metadata=None,
+    )
+    return path
 
 
 def save_jpeg(image, path):

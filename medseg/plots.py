@@ -52,9 +52,13 @@ def as_drawn(text, **style):
 
 
 def denormalize(images):
-    """float32 tensor (B, C, H, W) as `data.normalize` gives -> array (B, H, W, C) of 0..1."""
+    """float32 tensor (B, C, H, W) as `data.normalize` gives -> array (B, H, W, 1 or 3) of 0..1.
+
+    Of two channels the first, of more than three the first three.
+    """
     mean, std = mean_and_std(images.shape[1])
-    return (images.permute(0, 2, 3, 1).cpu().numpy() * std + mean).clip(0, 1)
+    pixels = (images.permute(0, 2, 3, 1).cpu().numpy() * std + mean).clip(0, 1)
+    return pixels[..., : 1 if pixels.shape[3] < 3 else 3]
 
 
 def outline_colors(n_classes):

@@ -8,6 +8,8 @@ import numpy as np
 # What grey values are scaled from where no --window was given: a volume's percentiles, or the
 # window in the file.
 OF_VOLUME, OF_FILE = "percentiles", "file"
+MAX_CHANNELS = 16  # of an image
+OF_IMPORT = ("window", "orientation", "channels", "pattern", "context")
 # Where the three axes of an array lead, as `nibabel.aff2axcodes` has it: "RAS", "LPS", ... (48).
 ORIENTATIONS = frozenset(
     "".join(letters)
@@ -51,11 +53,14 @@ def is_spacing(numbers):
 
 
 def read_settings(mapping):
-    """What prediction has to do as the import did: {"window": ..., "orientation": ...}.
+    """What prediction has to do as the import did: a dict with these keys.
 
-    mapping: anything's metadata, which may lack both and hold more. window: (center, width),
+    mapping: anything's metadata, which may lack them and hold more. window: (center, width),
     OF_VOLUME (the percentiles of each), OF_FILE (DICOM's own window), or None of pictures.
-    orientation: that all volumes were turned to, one of ORIENTATIONS, or None.
+    orientation: that all volumes were turned to, one of ORIENTATIONS, or None. channels: the names
+    of those of an image, a tuple, empty of pictures that are grey or colour. pattern: what the
+    files of channels are called, see `medseg.patterns`, or None. context: how many slices on
+    either side of a slice are channels of it, 0 or more.
     Raises ValueError for other values.
     """
     window, orientation = mapping.get("window"), mapping.get("orientation")
@@ -70,7 +75,15 @@ def read_settings(mapping):
     if orientation is not None:
         if not isinstance(orientation, str) or orientation not in ORIENTATIONS:
             raise ValueError(f"orientation {orientation!r:.60}")
-    return {"window": window, "orientation": orientation}
+    channels, context = mapping.get("channels") or (), mapping.get("context") or 0
+    names = isinstance(channels, (list, tuple)) and all(isinstance(name, str) for name in channels)
+    if not names or len(channels) > MAX_CHANNELS:
+        raise ValueError(f"channels {channels!r:.60}")
+    if type(context) is not int or not 0 <= context < MAX_CHANNELS:
+        raise ValueError(f"context {context!r:.60}")
+    pattern = mapping.get("pattern")
+    settings = {"window": window, "orientation": orientation, "channels": tuple(channels)}
+    return {**settings, "pattern": None if pattern is None else str(pattern), "context": context}
 
 
 def spell_window(window):

@@ -86,7 +86,7 @@ def test_the_numbers_of_a_data_set_counted_by_hand(tmp_path):
     assert (look.width, look.height, look.largest) == (40, 20, 90)
     assert look.class_names == ["liver", "tumour"] and look.n_classes == 2
     assert look.foreground == pytest.approx([128 / 2400, 16 / 2400])
-    assert look.together == pytest.approx(1 / 3) and look.overlap and look.grey
+    assert look.together == pytest.approx(1 / 3) and look.overlap and look.channels == 1
     assert look.boxes == 0.5  # the two in the first are no rectangle together
     assert look.empty == {"train": pytest.approx(1 / 3), "valid": 0, "test": 0}
 
@@ -95,7 +95,7 @@ def test_one_colour_pixel_makes_an_image_a_colour_image(tmp_path):
     image = picture(30, 30, 90)
     image.putpixel((17, 4), (90, 91, 90))
     images, annotations = {"a.png": picture(30, 30), "b.png": image}, [(0, square(1, 1, 9))]
-    assert not look_at(write_set(tmp_path / "set", images, annotations)).grey
+    assert look_at(write_set(tmp_path / "set", images, annotations)).channels == 3
 
 
 def disc(radius, side):
@@ -202,7 +202,7 @@ def test_images_from_first_to_last_are_read_and_measured(tmp_path, monkeypatch):
     images = {f"{n}.png": Image.new("RGB", (64, 64), (9, 9, 9 + n // 4)) for n in range(8)}
     outlines = [(n, square(2, 2, 8 if n < 4 else 40)) for n in range(8)]
     measured = look_at(write_set(tmp_path / "set", images, outlines))
-    assert not measured.grey
+    assert measured.channels == 3
     assert measured.foreground == [pytest.approx((8**2 + 40**2) / (2 * 64**2))]
     assert measured.thickness == pytest.approx((8 + 40) / 2 / (math.pi / 2), rel=0.01)
 

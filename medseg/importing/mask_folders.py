@@ -5,12 +5,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
-from PIL import Image
-
 from medseg.coco import listed
 from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format
 from medseg.formats.mask_files import read_mask
+from medseg.images import as_picture
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example
 from medseg.settings import OF_FILE, OF_VOLUME, check_window
@@ -173,13 +172,13 @@ def _window_of(formats, window):
 
 
 def _read_frame(path, window):
-    """The picture of a DICOM file, a PIL image; ValueError where it has several frames."""
+    """The `Picture` of a DICOM file; ValueError where it has several frames."""
     frames = read_dicom(path, window)
     if len(frames) > 1:
         raise ValueError(
             f"{path}: holds {len(frames)} frames, not one image: `python predict.py` takes it"
         )
-    return Image.fromarray(frames[0]).convert("RGB")
+    return as_picture(frames[0])
 
 
 def _read_example(image, masks, meanings, window):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from medseg.images import as_picture
 from medseg.importing.writing import Example
 from medseg.sources.mask_values import (
     classes_of_counts,
@@ -110,7 +110,7 @@ def _pair_opener(window, orientation, meanings):
 def _read_slice(open_once, image, masks, index):
     """What `Example.read` returns, of a slice of a volume."""
     pictures, united = open_once(image, masks)
-    return Image.fromarray(pictures[index][..., 0]), united[index]
+    return as_picture(pictures[index]), united[index]
 
 
 def _united_masks(pair, meanings):

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, MAX_CLASSES, listed, read_annotations, recorded_settings
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, open_image
+from medseg.images import SUFFIXES, Picture, open_image, save_picture
 from medseg.phantoms import is_phantom
 from medseg.run_lengths import RunLengths, encode
 from medseg.splits import (
@@ -41,7 +40,7 @@ class Example:
     name: the stem of the file to write, unique in the data set whatever the case. group: images
     of one group stay in one split, and their records name it; "" is a group of its own.
     read(): (image, masks). image is an
-    upright PIL image, saved as PNG, or the Path of a file of `medseg.images.FORMATS` that is
+    `Picture`, saved as PNG or TIFF, or the Path of a file of `medseg.images.FORMATS` that is
     upright and was read without an error, copied as it is. masks is {class name: RunLengths, or
     bool array (H, W)} of the image's size; a class that is not there need not be named. read
     raises FileNotFoundError, or ValueError naming the file; it is called from several threads.
@@ -240,13 +239,12 @@ def _convert(example, folder, ids):
 
 
 def _save_image(image, folder, name):
-    """Save a PIL image, or copy the file of a Path, to folder/name.*.
+    """Save a `Picture`, or copy the file of a Path, to folder/name.*.
 
     Returns (file name, (width, height)).
     """
-    if isinstance(image, Image.Image):
-        image.save(folder / f"{name}.png")  # not `save_png`: it belongs to the user
-        return f"{name}.png", image.size
+    if isinstance(image, Picture):
+        return save_picture(image, folder / name).name, image.size
     with open_image(image) as picture:
         if picture.format == "TIFF":
             picture.load()  # which turns it, where it has an orientation

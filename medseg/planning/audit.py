@@ -17,7 +17,7 @@ from medseg.coco import (
 )
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, pixel_format, read_image, read_oriented
+from medseg.images import SUFFIXES, pixel_format, read_image
 from medseg.planning.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
 from medseg.run_lengths import unite
 
@@ -89,12 +89,12 @@ def _examine_split(dataset, split, problems):
 
     def examine(index):
         path = dataset.path(index)
-        image, orientation = read_oriented(path)
+        image = read_image(path)
         masks = dataset.run_lengths(index, image.size)
         areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
         area = unite(list(masks.values())).area if masks else 0
         small = path.name, thumbnail(image)
-        return image.size, pixel_format(path), orientation > 1, area, areas, small
+        return image.size, pixel_format(path), image.orientation > 1, area, areas, small
 
     results = parallel_map(examine, range(total))
     for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):
@@ -130,7 +130,7 @@ def _tiles(dataset, shares, n_shown):
         about = f"{percent:.2f} % foreground" if percent >= 0.01 else "below 0.01 % foreground"
         if not percent:
             about = "no foreground"
-        return draw_tile(image, masks, dataset.n_classes), name, about
+        return draw_tile(image.rgb(), masks, dataset.n_classes), name, about
 
     return list(parallel_map(tile, spread_by_foreground(shares, n_shown), catch=()))
 

@@ -37,7 +37,7 @@ class Fingerprint:
     width: int  # pixels, median
     height: int
     largest: int  # pixels of the longest side of any image, in any split
-    grey: bool  # whether the channels of every image are equal
+    channels: int  # of the images; 1 where the colours of every one of them are equal
     class_names: list  # of the categories that have annotations
     together: float  # share of the images that have two classes or more
     overlap: bool  # whether a pixel belongs to two classes
@@ -113,7 +113,7 @@ def _measure(datasets, skip_bad):
         width=width,
         height=height,
         largest=max(map(max, sizes)),
-        grey=all(image.grey for images in seen.values() for image in images),
+        channels=max(image.channels for images in seen.values() for image in images),
         class_names=list(dataset.classes),
         together=float(np.mean([sum(map(bool, image.areas)) > 1 for image in train])),
         overlap=any(sum(image.areas) > image.area for image in train),
@@ -136,7 +136,7 @@ class _Seen:
 
     index: int
     size: tuple  # (width, height)
-    grey: bool
+    channels: int  # 1 of a colour image whose colours are equal
     areas: list  # pixels of each class
     area: int  # pixels of any class
     box: bool  # whether these are an upright rectangle
@@ -155,12 +155,12 @@ def _examine(split, dataset, part, skip_bad):
         return _Seen(
             index,
             image.size,
-            is_grey(image),
+            1 if is_grey(image) else image.pixels.shape[2],
             [masks[channel].area if channel in masks else 0 for channel in range(n_classes)],
             union.area if masks else 0,
             masks != {} and _is_box(union),
             (path.name, thumbnail(image)),
-            np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), np.float32),
+            np.asarray(image.rgb().convert("L").resize((16, 16), Image.Resampling.BOX), np.float32),
         )
 
     n_classes, total = dataset.n_classes, len(dataset)

@@ -113,10 +113,9 @@ def choose_what_data_decide(plan, look, device_type):
 
 
 def choose_input(plan, look):
-    if look.grey:
-        plan.choose(f"the channels are equal in all {look.read} images read", n_channels=1)
-    else:
-        plan.choose("there are colours", n_channels=3)
+    reasons = {1: f"the channels are equal in all {look.read} images read", 3: "there are colours"}
+    reason = reasons.get(look.channels, f"an image has {look.channels} channels")
+    plan.choose(reason, n_channels=look.channels)
     if look.n_classes < 2:
         plan.choose(classes="union")
     elif look.together:

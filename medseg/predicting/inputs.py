@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from medseg.cli import output_folder
 from medseg.coco import ANNOTATIONS
@@ -15,7 +14,7 @@ from medseg.dataset_folder import finish_import
 from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format, name_file, result_name, shorten
 from medseg.formats.own_files import is_own
-from medseg.images import FORMAT_NAMES, SUFFIXES, read_image
+from medseg.images import FORMAT_NAMES, SUFFIXES, as_picture, read_image
 from medseg.pretrained import pretrained_path
 from medseg.volumes import SINGLE_SUFFIXES, open_volume
 
@@ -38,7 +37,7 @@ class Frame(NamedTuple):
     path: Path
     name: str  # what its mask is called, without the ending; of a slice, the volume's
     title: str  # the file's name, with the number of the frame or slice
-    read: object  # read() -> PIL image, or ValueError naming the file
+    read: object  # read() -> `medseg.images.Picture`, or ValueError naming the file
     spacing: tuple | None = None  # mm from row to row and from column to column, where known
     place: tuple | None = None  # (series, mm along the axis of its slices) of DICOM, where known
     depth: float | None = None  # mm that a slice of a DICOM series stands for, where known
@@ -76,18 +75,15 @@ def open_file(file, window=None, orientation=None, pixel_size=None):
 
 
 def as_frame(image):
-    """The Frame of a path, a PIL image, or an array of uint8 (H, W) or (H, W, 3)."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return Frame(Path("image"), "image", "image", lambda: image.convert("RGB"))
+    """The Frame of a path, or of whatever `medseg.images.as_picture` takes."""
+    if not isinstance(image, (str, Path)):
+        return Frame(Path("image"), "image", "image", partial(as_picture, image))
     path = Path(image)
     return Frame(path, result_name(path), path.name, partial(read_image, path))
 
 
 def _read_array(arrays, index):
-    pixels = arrays[index]
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
+    return as_picture(arrays[index])
 
 
 def sort_files(files, window, pixel_size=None):

@@ -123,7 +123,7 @@ class Session:
         image, model = frame.read(), self.model
         pixels = images.preprocess(image, model.info.image_size, model.n_channels)
         (prediction,) = model.predict(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2))
-        view, arrays = image.copy(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
+        view, arrays = image.rgb(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
         np.savez(arrays, view=np.asarray(view), probabilities=prediction.probabilities)
         if file_format(frame.path) == "volume":
@@ -209,7 +209,9 @@ def layout(model, title, examples, folder, settings):
             looks = {"columns": EXAMPLES, "object_fit": "contain", "visible": bool(examples)}
             looks |= {"allow_preview": False, "interactive": False, "buttons": [], **tall}
             looks |= {"label": "Examples: click one", "elem_id": "examples"}
-            parts.examples = gr.Gallery(list(map(images.read_image, examples)), **looks)
+            parts.examples = gr.Gallery(
+                [images.read_image(path).rgb() for path in examples], **looks
+            )
         with gr.Row():
             image = gr.Image(label="Image", elem_id="image", **wide)
             mask = gr.Image(label="Mask", elem_id="mask", **wide)

@@ -9,15 +9,15 @@ AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or writ
 
 
 def read_ahead(frames, prepare, leave_out):
-    """Yield (frame, PIL image, tensor (1, C, S, S)) of the `Frame`s that can be read.
+    """Yield (frame, Picture, tensor (1, C, S, S)) of the `Frame`s that can be read.
 
-    A few are read ahead, in threads. prepare(PIL image): `predict.preprocess_image`.
+    A few are read ahead, in threads. prepare(Picture): `predict.preprocess_image`.
     leave_out(frame, error) is told of the others.
     """
 
     def read(frame):
-        image = frame.read()
-        return frame, image, prepare(image)[0]
+        tensor, image = prepare(frame.read())
+        return frame, image, tensor
 
     ahead = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
     for frame in frames:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data import Batches, load_split, open_split
 from medseg import coco, metrics
-from medseg.images import preprocess, read_image, resize_nearest
+from medseg.images import resize_nearest
 from medseg.inference import PLAIN
 from medseg.plots import reduce_case
 from medseg.predicting.report import write_report
@@ -66,11 +66,11 @@ class FolderScores:
     def complete(self, predict_image):
         """Predict the images that are missing, as those with a record in a folder further down.
 
-        predict_image(PIL image) -> `medseg.predictor.Prediction`.
+        predict_image(Picture) -> `medseg.predictor.Prediction`.
         Raises FileNotFoundError or ValueError where one cannot be read or predicted.
         """
         for index in self.missing():
-            image = read_image(self.dataset.path(index))
+            image = self.dataset.read(index)
             self._compare(index, image.size, predict_image(image).probabilities)
 
     def result(self):
@@ -86,8 +86,8 @@ class FolderScores:
         """`medseg.plots.reduce_case` of an image, its true and its predicted masks."""
         from pycocotools import mask as coco_mask
 
-        image = read_image(self.dataset.path(index))
-        pixels = preprocess(image, None, self.dataset.n_channels)
+        image = self.dataset.read(index)
+        pixels = np.asarray(image.rgb())
         preds = (coco_mask.decode(one) for one in self._images[index][-1])
         return reduce_case(pixels, self.dataset.true_masks(index, image.size), preds)
 
@@ -108,7 +108,7 @@ def report(model, folder, scores, output, predict_image):
     """Write report.json and report.png of an annotated folder to `output`.
 
     scores: its FolderScores after the predictions; images that it has not met are predicted here.
-    predict_image(PIL image) -> `medseg.predictor.Prediction`. Returns what report.json holds.
+    predict_image(Picture) -> `medseg.predictor.Prediction`. Returns what report.json holds.
     The threshold that suits the model best is sought in the split `valid` beside the folder, never
     in the folder itself.
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.

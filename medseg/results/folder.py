@@ -113,7 +113,7 @@ class Results:
     def add(self, frame, image, prediction, **columns):
         """Write the files of one image, and keep what table and COCO file have of it.
 
-        May be called from several threads. image: PIL RGB image; prediction: its
+        May be called from several threads. image: a `Picture`; prediction: its
         `medseg.predictor.Prediction`; columns: further ones of the table, with their value for this
         image, or an array of those of each class. Returns the line on it, and the paths of the
         files.
@@ -122,14 +122,14 @@ class Results:
 
         def save(kind, array, path):
             if kind == "overlay":
-                save_overlay(image, array, path, names)
+                save_overlay(image.rgb(), array, path, names)
             elif kind == "figure":
-                self.draw(image, array, path=path, class_names=names, name=frame.title)
+                self.draw(image.rgb(), array, path=path, class_names=names, name=frame.title)
             elif path.suffix == ".json":
                 shown = (*paths[kind][1:], frame.path)[0]
                 write_labelme(path, shown, array, names, simplify=self.simplify)
             elif kind == "labelme":
-                save_png(image, path)
+                save_png(image.rgb(), path)
             elif array.dtype == np.uint16:
                 save_png(Image.fromarray(array), path)
             else:
@@ -147,7 +147,7 @@ class Results:
     def add_volume(self, volume, predicted, window=None):
         """As `add`, of a `medseg.volumes.Volume`.
 
-        predicted: (frame, PIL image, `Prediction`) of each slice. window: (center, width) of the
+        predicted: (frame, `Picture`, `Prediction`) of each slice. window: (center, width) of the
         pictures, or None.
         """
         first, names, slices = len(self.assessed), self.class_names, []

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from medseg.coco import listed
 from medseg.files import base_name, escape, file_format
-from medseg.images import Page, count_pages, read_oriented, stored_orientation, turn
+from medseg.images import Page, count_pages, read_image, stored_orientation, turn
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 
@@ -180,7 +180,7 @@ def split_pages(pairs, names, groups):
 class Upright(NamedTuple):
     """An image that was read and is upright: see `Example` for `image`."""
 
-    image: object  # Path or PIL image
+    image: object  # Path or Picture
     size: tuple  # (width, height)
     orientation: int  # EXIF's, 1 to 8; how the stored pixels were turned
 
@@ -189,14 +189,14 @@ def read_upright(file):
     """Read an image as `read_image` does, into an Upright.
 
     file: a Path, which is the `image` where it is upright once Pillow has loaded it; or a binary
-    file, which becomes a PIL image. What is turned is 8-bit RGB, as training reads it.
+    file, which becomes a Picture, as training reads it; so does what is turned.
     Raises as `read_image` does.
     """
-    picture, orientation = read_oriented(file)
+    picture = read_image(file)
     stays = isinstance(file, Path)
-    if stays and orientation != 1:
+    if stays and picture.orientation != 1:
         stays = stored_orientation(file)[1] == 1  # a TIFF
-    return Upright(file if stays else picture, picture.size, orientation)
+    return Upright(file if stays else picture, picture.size, picture.orientation)
 
 
 def fit_mask(mask, upright):

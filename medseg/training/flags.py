@@ -18,6 +18,7 @@ from medseg.cli import (
 )
 from medseg.images import IMAGE_SIZE, set_pixel_limit
 from medseg.layers import ARCHITECTURES, CHOICES, arch_flags, network_flags
+from medseg.settings import MAX_CHANNELS
 from medseg.training.checkpoint import (
     BEST,
     NOT_RECORDED,
@@ -70,7 +71,12 @@ def _add_data_flags(parser):
         default="union",
         help="union: all categories are one foreground; each: a class for each category",
     )
-    add("--n-channels", type=int, choices=(1, 3), default=3, help="3, or 1 for grey images")
+    add(
+        "--n-channels",
+        type=number(1, MAX_CHANNELS),
+        default=3,
+        help="3, or 1 for grey images; a data set whose images have others has its own",
+    )
     add("--skip-bad", action="store_true", help="omit damaged images, list them in skipped.txt")
     add_pixel_limit(add)
 
