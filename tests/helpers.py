@@ -368,6 +368,11 @@ def class_names(split="train", root="dataset"):
     return [category["name"] for category in annotations(split, root)["categories"]]
 
 
+def read_rgb(path):
+    """The image of a file as it is shown: uint8 (H, W, 3)."""
+    return np.asarray(read_image(path).rgb())
+
+
 def stored(split="train", root="dataset"):
     """{file stem: {class: bool array}} of a split; what pycocotools decodes has to be the same."""
     coco, masks = annotations(split, root), {}

@@ -29,6 +29,7 @@ from helpers import (
     fork_script,
     output_of,
     rasterize,
+    read_rgb,
     save_turned,
     script,
     script_here,
@@ -53,7 +54,6 @@ from medseg.images import (
     Page,
     count_pages,
     pixel_format,
-    read_image,
     resize_nearest,
 )
 from medseg.planning.audit import audit
@@ -251,14 +251,13 @@ def test_formats_and_modes(tmp_path):
     }
     for name, picture in pictures.items():
         picture.save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
-        image = read_image(tmp_path / name)
-        assert image.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(image), rgb, err_msg=name)
+        image = read_rgb(tmp_path / name)
+        np.testing.assert_array_equal(image, rgb, err_msg=name)
     Image.fromarray(rgb).save(tmp_path / "photo.jpg", quality=95)
-    photo = np.asarray(read_image(tmp_path / "photo.jpg")).astype(int)
+    photo = read_rgb(tmp_path / "photo.jpg").astype(int)
     assert np.abs(photo - rgb).max() < 12
     Image.fromarray(rgb).convert("1").save(tmp_path / "bilevel.png")
-    assert set(np.unique(np.asarray(read_image(tmp_path / "bilevel.png")))) == {0, 255}
+    assert set(np.unique(read_rgb(tmp_path / "bilevel.png"))) == {0, 255}
 
 
 # ---- 16 bits a colour, and formats, by bytes that are written here ---------------------------
@@ -341,15 +340,15 @@ def test_16_bit_colours_are_scaled_as_grey_is(tmp_path, bits):
     expected = (rgb * (255 / white)).round().astype(np.uint8)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        np.testing.assert_array_equal(read_image(tmp_path / name), expected, err_msg=name)
+        np.testing.assert_array_equal(read_rgb(tmp_path / name), expected, err_msg=name)
         assert pixel_format(tmp_path / name).startswith("16-bit RGB")
-    np.testing.assert_array_equal(read_image(io.BytesIO(files["rgb.png"])), expected)
+    np.testing.assert_array_equal(read_rgb(io.BytesIO(files["rgb.png"])), expected)
     Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
     assert pixel_format(tmp_path / "grey.png") == "16-bit grey"
-    grey = np.asarray(read_image(tmp_path / "grey.png"))[..., 0]
+    grey = read_rgb(tmp_path / "grey.png")[..., 0]
     np.testing.assert_array_equal(grey, expected[..., 0])
     (tmp_path / "la.png").write_bytes(png(values[..., [0, 3]]))
-    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "la.png"))[..., 0], grey)
+    np.testing.assert_array_equal(read_rgb(tmp_path / "la.png")[..., 0], grey)
 
 
 def test_pages_of_16_bit_colours(tmp_path):
@@ -367,7 +366,7 @@ def test_pages_of_16_bit_colours(tmp_path):
         assert count_pages(path) == 2
         for number in range(2):
             expected = (values[number] * (255 / 65535)).round().astype(np.uint8)
-            read = read_image(Page(path, number))
+            read = read_rgb(Page(path, number))
             np.testing.assert_array_equal(read, expected, err_msg=f"{path.name} {number}")
 
 
@@ -376,7 +375,7 @@ def test_16_bit_colours_are_divided_by_the_alpha_they_were_multiplied_by(tmp_pat
     values = np.full((4, 4, 4), 60000, np.uint16)
     values[1], values[2] = (8000, 4000, 2000, 16384), 0  # a quarter opaque, and not at all
     (tmp_path / "a.tif").write_bytes(tiff(values, "<", 1, planar, extra=[1]))
-    pixels = np.asarray(read_image(tmp_path / "a.tif"))
+    pixels = read_rgb(tmp_path / "a.tif")
     assert pixels[0, 0].tolist() == [255] * 3 and pixels[2, 0].tolist() == [0] * 3
     assert pixels[1, 0].tolist() == [125, 62, 31]  # 4 x 8000 of 65535, ...
 
@@ -400,13 +399,13 @@ PNM = {
 def test_pnm_is_scaled_from_the_range_that_it_names(tmp_path, name):
     content, red = PNM[name]
     (tmp_path / name).write_bytes(content)
-    assert np.asarray(read_image(tmp_path / name))[..., 0].ravel().tolist() == red
+    assert read_rgb(tmp_path / name)[..., 0].ravel().tolist() == red
     bits = {"c.ppm": 16, "e.pgm": 16, "f.pgm": 16, "i.pbm": 1}.get(name, 8)
     assert pixel_format(tmp_path / name).startswith(f"{bits}-bit")
     for damaged in (content.rstrip()[:-2], content[:6]):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(ValueError, match=name) as caught:
-            read_image(tmp_path / name)
+            read_rgb(tmp_path / name)
         assert "reshape" not in str(caught.value)  # it says what is wrong with the file
 
 
@@ -414,7 +413,7 @@ def test_pnm_is_scaled_from_the_range_that_it_names(tmp_path, name):
 def test_text_that_is_no_pgm(tmp_path, value):
     (tmp_path / "a.pgm").write_text(f"P2 2 1 9 3 {value}")
     with pytest.raises(ValueError, match="a.pgm"):
-        read_image(tmp_path / "a.pgm")
+        read_rgb(tmp_path / "a.pgm")
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
@@ -422,10 +421,10 @@ def test_animations_are_refused(tmp_path, suffix):
     moving = tmp_path / f"moving{suffix}"
     Image.fromarray(GREY).save(moving, save_all=True, append_images=[Image.fromarray(255 - GREY)])
     with pytest.raises(ValueError, match=f"{moving.name}.*2 pictures"):
-        read_image(moving)
+        read_rgb(moving)
     moving.write_bytes(moving.read_bytes()[:90])
     with pytest.raises(ValueError, match=moving.name):
-        read_image(moving)
+        read_rgb(moving)
 
 
 def test_a_million_pages_are_not_counted(tmp_path):
@@ -434,7 +433,7 @@ def test_a_million_pages_are_not_counted(tmp_path):
     (tmp_path / "many.gif").write_bytes(head + picture * 300_000 + b";")
     with mock.patch("PIL.GifImagePlugin.GifImageFile.n_frames", property(lambda _: 1 / 0)):
         with pytest.raises(ValueError, match="many.gif"):
-            read_image(tmp_path / "many.gif")
+            read_rgb(tmp_path / "many.gif")
 
 
 def test_a_file_too_large_for_one_picture_is_not_opened(tmp_path):
@@ -443,7 +442,7 @@ def test_a_file_too_large_for_one_picture_is_not_opened(tmp_path):
         file.truncate(3 << 30)  # of zeros, which take no space
     with mock.patch.object(Image, "open", side_effect=AssertionError("opened")):
         with pytest.raises(ValueError, match="a.webp: larger"):
-            read_image(tmp_path / "a.webp")
+            read_rgb(tmp_path / "a.webp")
 
 
 def test_masks_of_every_format_keep_their_values(tmp_path):
@@ -495,24 +494,23 @@ def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
         path = tmp_path / f"a{suffix}"
         options = {"lossless": True} if suffix == ".webp" else {}
         save_turned(shown[..., 0], path, orientation, **options)
-        np.testing.assert_array_equal(np.asarray(read_image(path))[..., 1], shown[..., 0])
+        np.testing.assert_array_equal(read_rgb(path)[..., 1], shown[..., 0])
         np.testing.assert_array_equal(read_mask(path)[1] & 255, shown[..., 0])
         save_turned(shown, path, orientation, **options)
-        np.testing.assert_array_equal(read_image(path), shown, err_msg=suffix)
+        np.testing.assert_array_equal(read_rgb(path), shown, err_msg=suffix)
         encoding, codes = read_mask(path)
         assert encoding == "colour"
         np.testing.assert_array_equal(codes, shown.astype(int) @ (65536, 256, 1), err_msg=suffix)
     save_turned(shown, tmp_path / "a.jpg", orientation, quality=95)
     inverse = {6: 8, 8: 6}.get(orientation, orientation)  # turns a picture back
     expected = STORED_TURNED[inverse](np.asarray(Image.open(tmp_path / "a.jpg")))  # of the file
-    picture = read_image(tmp_path / "a.jpg")
+    picture = read_rgb(tmp_path / "a.jpg")
     np.testing.assert_array_equal(picture, expected)
-    assert picture.getexif().get(0x0112, 1) == 1  # a file saved with it would be turned again
     grey = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 60
     for name, values in {"grey": grey[..., None], "rgb": np.stack([grey] * 3, 2)}.items():
         path, stored = tmp_path / f"{name}.png", STORED_TURNED[orientation](values)
         path.write_bytes(with_exif(png(stored), orientation))
-        pixels = np.asarray(read_image(path))[..., 0]
+        pixels = read_rgb(path)[..., 0]
         np.testing.assert_array_equal(pixels, (grey * (255 / 65535)).round())
     np.testing.assert_array_equal(read_mask(tmp_path / "grey.png")[1], grey)
     codes = STORED_TURNED[orientation](shown) * np.uint16(257)
@@ -528,7 +526,7 @@ def test_a_damaged_png_is_refused_though_its_exif_is_looked_for(tmp_path):
     content[900] ^= 255
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match="a.png"):
-        read_image(tmp_path / "a.png")
+        read_rgb(tmp_path / "a.png")
 
 
 def test_pages_of_a_tiff_have_their_own_orientation(tmp_path):
@@ -538,7 +536,7 @@ def test_pages_of_a_tiff_have_their_own_orientation(tmp_path):
             save_turned(page, file, orientation, format="TIFF")
             file.newFrame()
     for number, expected in enumerate(shown):
-        read = read_image(Page(tmp_path / "a.tif", number))
+        read = read_rgb(Page(tmp_path / "a.tif", number))
         np.testing.assert_array_equal(np.asarray(read)[..., 0], expected)
 
 
@@ -579,7 +577,7 @@ def test_outlines_lie_on_pictures_that_are_stored_turned(tmp_path, case):
     root = turned_data_set(tmp_path / "set", size, orientation, recorded_as_stored=as_stored)
     dataset = open_split(root, "train", None)
     picture, (mask,) = dataset.load(0)
-    for row in [np.dstack([picture, mask]), dataset.row(0), *load_split(root, "valid", None)]:
+    for row in [np.dstack([picture.rgb(), mask]), dataset.row(0), *load_split(root, "valid", None)]:
         assert row.shape == (*size, 4)
         assert np.ptp(row[8:20, 4:16, 3]) == 0 and row[..., 3].sum() == 144
         assert row[row[..., 3] > 0][:, 0].mean() > 158 and row[row[..., 3] == 0][:, 0].mean() < 63
@@ -735,7 +733,7 @@ def test_only_regular_files_are_read(reader, fifos):
 def test_a_link_to_a_regular_file_is_read(tmp_path):
     Image.new("L", (9, 9), 70).save(tmp_path / "a.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
-    assert np.asarray(read_image(tmp_path / "link.png"))[0, 0, 0] == 70
+    assert read_rgb(tmp_path / "link.png")[0, 0, 0] == 70
 
 
 def test_pictures_that_are_refused(tmp_path):
@@ -750,11 +748,11 @@ def test_pictures_that_are_refused(tmp_path):
     (tmp_path / "big.png").write_bytes(png(GREY[..., None], size=(10_000, 10_000)))
     for name in ("stack.tif", "text.png", "empty.jpg", "cut.jpg", "bomb.png", "big.png"):
         with pytest.raises(ValueError, match=name):
-            read_image(tmp_path / name)
+            read_rgb(tmp_path / name)
     with pytest.raises(ValueError, match="folder"):
-        read_image(tmp_path)
+        read_rgb(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing.png"):
-        read_image(tmp_path / "nothing.png")
+        read_rgb(tmp_path / "nothing.png")
 
 
 # ---- the cache -------------------------------------------------------------------------------
@@ -768,7 +766,7 @@ def test_cache_is_made_once_and_read_from_disk(dataset, monkeypatch):
     first = load_split(dataset, "train", 32)
     assert isinstance(first, np.memmap) and first.shape == (6, 32, 32, 4)
     assert len(cached(dataset)) == 1
-    monkeypatch.setattr(data.pictures, "read_oriented", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data.pictures, "read_image", lambda *_: pytest.fail("decoded again"))
     np.testing.assert_array_equal(load_split(dataset, "train", 32), first)
     moved = dataset.parent / "elsewhere"
     shutil.move(dataset, moved)  # the cache does not depend on where the data set is

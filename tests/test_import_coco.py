@@ -13,6 +13,7 @@ from helpers import (
     labels,
     photo,
     polygon,
+    read_rgb,
     refuse_download,
     run_download,
     save,
@@ -22,8 +23,6 @@ from helpers import (
 from numpy.testing import assert_array_equal
 from PIL import Image
 from pycocotools import mask as coco_mask
-
-from medseg.images import read_image
 
 COCO = ("--coco", "c.json", "images", *ALL)
 ONE = [(0, 2, polygon(3, 4, 6))]
@@ -85,7 +84,7 @@ def test_coco_file_names(here):
     save(photo(99), "c.png")
     run_download(*COCO)
     assert set(stored()) == {"a", "b", "c", "d", "e"}
-    assert_array_equal(read_image("dataset/train/c.png"), photo(2))  # not the one outside
+    assert_array_equal(read_rgb("dataset/train/c.png"), photo(2))  # not the one outside
     save(photo(5), "images/sub/a.png")
     refuse_download(*COCO, "--force", words=["c.json", "images/a.png", "images/sub/a.png"])
 
@@ -96,11 +95,11 @@ def test_images_of_a_coco_file_are_found_in_any_unicode_form(here):
         Path(f"images/{form}.png").unlink()
         save(photo(seed), f"images/{place}")
     run_download(*COCO)
-    assert_array_equal(read_image(f"dataset/train/p_{NFC}.png"), photo(5))
-    assert_array_equal(read_image(f"dataset/train/q_{NFC}.png"), photo(6))
+    assert_array_equal(read_rgb(f"dataset/train/p_{NFC}.png"), photo(5))
+    assert_array_equal(read_rgb(f"dataset/train/q_{NFC}.png"), photo(6))
     save(photo(9), f"images/p/{NFC}.png")  # two of them: the one that is named exactly
     run_download(*COCO, "--force")
-    assert_array_equal(read_image(f"dataset/train/p_{NFC}.png"), photo(9))
+    assert_array_equal(read_rgb(f"dataset/train/p_{NFC}.png"), photo(9))
 
 
 def test_coco_missing_images(here):

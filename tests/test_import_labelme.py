@@ -18,6 +18,7 @@ from helpers import (
     labelme,
     photo,
     png,
+    read_rgb,
     refuse_download,
     run_download,
     save,
@@ -31,7 +32,6 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageDraw
 
 from data import load_split
-from medseg.images import read_image
 from medseg.importing.labelme import draw_shapes
 from medseg.sources.collect import existing_file
 
@@ -124,7 +124,7 @@ def test_labelme_image_places(here, monkeypatch):
         save(photo(10), f"outside/{name}.png")
     run_download(*LABELME)
     for name, (_, seed) in places.items():
-        assert_array_equal(read_image(f"dataset/train/{name}.png"), photo(seed))
+        assert_array_equal(read_rgb(f"dataset/train/{name}.png"), photo(seed))
         assert stored()[name]["a"].sum() == 25
     monkeypatch.chdir("lm")
     run_download("--labelme", ".", *ALL)
@@ -156,9 +156,9 @@ def test_image_data_counts_where_image_path_names_another_picture(here):
     assert "note: 4 of 8 LabelMe files" in out and "(nothing.json)" in out
     for name, (picture, taken) in pictures.items():
         wanted = picture if taken else meant
-        assert_array_equal(read_image(f"dataset/train/{name}.png"), wanted)
+        assert_array_equal(read_rgb(f"dataset/train/{name}.png"), wanted)
     for name in ("damaged data", "small data"):
-        assert_array_equal(read_image(f"dataset/train/{name}.png"), meant)
+        assert_array_equal(read_rgb(f"dataset/train/{name}.png"), meant)
     labelme("smaller", areas, image=False)  # without imageData
     refuse_download(*LABELME, "--force", words=["lm/smaller.json", "20x20"])
 
@@ -185,7 +185,7 @@ def test_images_of_labelme_files_are_found_in_any_unicode_form(here):
     save(photo(7), f"lm/{NFD}/{NFC}.png")
     run_download(*LABELME, "--classes", NFD)
     assert class_names() == [NFC]
-    assert_array_equal(read_image(f"dataset/train/{NFC}.png"), photo(7))
+    assert_array_equal(read_rgb(f"dataset/train/{NFC}.png"), photo(7))
     assert stored()[NFC][NFC].sum() == stored()["y"][NFC].sum() == 25
     assert existing_file(f"lm/{NFC}") is None  # a folder
 

@@ -16,6 +16,7 @@ from helpers import (
     grey,
     labels,
     photo,
+    read_rgb,
     refuse_download,
     run_download,
     save,
@@ -29,7 +30,7 @@ from PIL import Image, ImageOps
 
 import predict
 from medseg.formats.own_files import drawn_beside_masks
-from medseg.images import read_image, turn
+from medseg.images import turn
 from medseg.sources.mask_values import classes_of_counts
 from medseg.sources.pairing import pair_files
 
@@ -601,7 +602,7 @@ def test_images_are_stored_upright(here, suffix, orientation):
     save(grey([0, 1])(label_map), "masks/a.png")
     run_download(*MASKS)
     (file,) = (path for path in Path("dataset/train").iterdir() if path.suffix != ".json")
-    assert_array_equal(np.asarray(read_image(file)), shown)
+    assert_array_equal(read_rgb(file), shown)
     assert_array_equal(stored()["a"]["foreground"], label_map == 1)
     copied = file.read_bytes() == Path(f"images/a{suffix}").read_bytes()
     assert copied == (orientation == 1 or suffix == ".tif")

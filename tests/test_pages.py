@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ALL, annotations, photo, refuse_download, run_download, save, stored
+from helpers import ALL, annotations, photo, read_rgb, refuse_download, run_download, save, stored
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from medseg import images
 from medseg.cli import MAX_MEGAPIXELS
-from medseg.images import read_image
 
 FLAGS = ("--masks", "images", "masks")
 
@@ -45,10 +44,10 @@ def test_pages_come_back_bit_for_bit(here, compression):
         assert_array_equal(stored()[name]["x"], mask == 1)
         assert_array_equal(stored()[name]["y"], mask == 2)
     for number, page in enumerate(grey):
-        image = read_image(f"dataset/train/a_p{number:03d}.png")
+        image = read_rgb(f"dataset/train/a_p{number:03d}.png")
         assert_array_equal(image, np.stack([page] * 3, 2))
     for number, page in enumerate(deep):
-        image = np.asarray(read_image(f"dataset/train/b_p{number:03d}.png"))[..., 0]
+        image = read_rgb(f"dataset/train/b_p{number:03d}.png")[..., 0]
         assert_array_equal(image, (page * (255 / 65535)).round())
     groups = {
         record["file_name"][0]: record.get("group") for record in annotations("train")["images"]

@@ -223,7 +223,7 @@ def look(**changes):
             "width": 300,
             "height": 200,
             "largest": 300,
-            "grey": True,
+            "channels": 1,
             "class_names": ["tumour"],
             "together": 0.0,
             "overlap": False,
@@ -250,7 +250,7 @@ def decide(given=(), device="cpu", passes=100, **changes):
 
 def test_each_rule_follows_what_it_looks_at():
     usual = decide()
-    assert usual["n_channels"] == 1 and decide(grey=False)["n_channels"] == 3
+    assert usual["n_channels"] == 1 and decide(channels=3)["n_channels"] == 3
     assert usual["crop"] == 0 and BLOBS[usual["image_size"]] >= 0.96
     thin = decide(kept=LINES, thickness=3.0)
     assert thin["crop"] and "image_size" not in thin
