@@ -321,7 +321,7 @@ def _to_8_bits(image):
 
 
 def _table_to_8_bits(samples, white):
-    """What `stored_samples` returns -> PIL image of mode L or RGB. A table, for it takes less memory."""
+    """What `stored_samples` returns -> PIL image, L or RGB. A table: it takes less memory."""
     if samples.ndim == 3:
         samples = samples[..., 0] if samples.shape[2] == 2 else samples[..., :3]
     table = np.arange(65536) * (255 / (white or _white(RANGES, samples.max())))
