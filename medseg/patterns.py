@@ -47,6 +47,12 @@ def has_placeholder(text):
     return not os.path.lexists(text) and bool(re.search(r"\{[^{},]*\}", text))
 
 
+def name_pattern(text):
+    """The last parts of a pattern, from its {channel} on: what the files of a case are called."""
+    parts = text.replace(os.sep, "/").split("/")
+    return "/".join(parts[min(n for n, part in enumerate(parts) if "{channel}" in part) :])
+
+
 def match(pattern, channels=None, *, need_id=True):
     """[Pair] of the images that a pattern names, without masks, sorted by what identifies them.
 

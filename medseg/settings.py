@@ -141,3 +141,19 @@ def check_window(present, window):
             raise ValueError(f"{differ}: leave --window out")
         else:
             raise ValueError(f"{differ}: give --window {spell_window(recorded)}")
+
+
+def check_channels(present, channels):
+    """ValueError where the splits that stay have other channels than the new images.
+
+    present: of `present_settings`. channels: a tuple of names, empty where they have none.
+    """
+    for folder, settings in present:
+        if settings["channels"] != channels:
+            recorded, new = (
+                ", ".join(names) or "none" for names in (settings["channels"], channels)
+            )
+            raise ValueError(
+                f"{folder}: its images have the channels {recorded}, the new ones {new}: give "
+                "--channels, or name another folder with --data"
+            )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from helpers import (
     ALL,
     annotations,
@@ -18,6 +19,8 @@ from helpers import (
     write_nifti,
 )
 from numpy.testing import assert_array_equal
+from PIL import Image
+from pycocotools.mask import decode
 
 VOXELS = (8, 6, 5)  # cut across the last axis
 
@@ -39,6 +42,44 @@ def volume(path, seed=0, values=900):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_nifti(path, voxels, zooms=(1, 1, 3))
     return voxels
+
+
+def brats(*cases, modalities=("flair", "t1", "t1ce", "t2"), odd=None):
+    """Cases of BraTS 2020, `odd` with a mask of another name: {case: {channel or seg: voxels}}."""
+    made = {}
+    for number, case in enumerate(cases):
+        own = made[case] = {}
+        for seed, name in enumerate(modalities):
+            own[name] = volume(f"B/{case}/{case}_{name}.nii", 10 * number + seed)
+        seg = "W39_1998.09.19_Segm" if case == odd else f"{case}_seg"
+        own["seg"] = np.array([0, 1, 2, 4], np.int16)[volume("x.nii", number, 4)]
+        write_nifti(f"B/{case}/{seg}.nii", own["seg"], zooms=(1, 1, 3))
+    return made
+
+
+BRATS = "B/{id}/{id}_{channel}.nii", "B/{id}/*_{seg,Segm}.nii"
+
+
+def shown(voxels, index):
+    """A slice as it is stored: from the 0.5 to 99.5 percentiles of its volume."""
+    low, high = np.percentile(voxels, (0.5, 99.5))
+    return ((voxels[..., index].clip(low, high) - low) / (high - low) * 255).round()
+
+
+def pixels(name, split="train"):
+    return tifffile.imread(f"dataset/{split}/{name}.tif")
+
+
+def masks_of(name, split="train"):
+    """{class: mask} of an image by its annotations."""
+    coco = annotations(split)
+    classes = {category["id"]: category["name"] for category in coco["categories"]}
+    (number,) = (one["id"] for one in coco["images"] if one["file_name"] == f"{name}.tif")
+    return {
+        classes[one["category_id"]]: decode(one["segmentation"])
+        for one in coco["annotations"]
+        if one["image_id"] == number
+    }
 
 
 def groups(split):
@@ -116,11 +157,87 @@ def test_a_split_is_not_read_into_itself(here):
         (["i/{ID}.png", "m/{id}_x.png"], ["{ID}"]),
         (["i", "m/{id}_x.png"], ["i:", "{id}"]),
         (["i/{id}.png", "a=m/{id}_x.png"], ["a=", "{class}"]),
-        (["i/{id}.png", "m/{id}_x.png", "--channels", "a"], ["--channels", "{channel}"]),
-        (["i", "m", "--channels", "a"], ["--channels", "{channel}"]),
+        (["i/{id}.png", "m/{id}_x.png", "--channels", "a"], ["i/a.png", "colours"]),
+        (["i", "m", "--channels", "a,b"], ["i/a.png", "3 channels", "a, b"]),
     ],
 )
 def test_wrong_patterns_are_refused(here, arguments, words):
     image("i/a.png")
     mask("m/a_x.png")
     refuse_download("--masks", *arguments, *ALL, words=words)
+
+
+def test_modalities_become_the_channels_of_each_slice(here):
+    made = brats("B_1", "B_2", "B_355", odd="B_355")
+    out = run_download("--masks", *BRATS, *ALL, "--classes", "1=core,2=oedema,4=enhancing")
+    assert "flair, t1, t1ce, t2" in out
+    info = annotations("train")["info"]
+    assert info["channels"] == ["flair", "t1", "t1ce", "t2"]
+    assert info["pattern"] == "{id}_{channel}.nii"
+    for case, own in made.items():
+        for index in range(VOXELS[2]):
+            name = f"{case}_z{index:03}"
+            expected = np.stack([shown(own[channel], index) for channel in info["channels"]], -1)
+            assert_array_equal(pixels(name), expected)
+            assert pixels(name).dtype == np.uint8
+            seg, masks = own["seg"][..., index], masks_of(name)
+            for number, class_name in {1: "core", 2: "oedema", 4: "enhancing"}.items():
+                assert_array_equal(masks[class_name], seg == number)
+    assert groups("train") == set(made)
+
+
+def test_channels_are_chosen_in_their_order(here):
+    made = brats("B_1")
+    run_download("--masks", *BRATS, *ALL, "--channels", "t2,flair")
+    assert annotations("train")["info"]["channels"] == ["t2", "flair"]
+    expected = np.stack([shown(made["B_1"][name], 2) for name in ("t2", "flair")], -1)
+    assert_array_equal(pixels("B_1_z002"), expected)
+    into = ("--masks", *BRATS, "--into", "valid")
+    refuse_download(*into, words=["t2, flair", "--channels"])
+    run_download(*into, "--channels", "t2,flair")
+
+
+def test_a_missing_modality_is_named(here):
+    brats("B_1", "B_2")
+    Path("B/B_2/B_2_t1ce.nii").unlink()
+    refuse_download("--masks", *BRATS, *ALL, words=["B/B_2/B_2_t1ce.nii", "--skip-unpaired"])
+    run_download("--masks", *BRATS, *ALL, "--skip-unpaired")
+    assert groups("train") == {"B_1"}
+
+
+def test_modalities_that_lie_apart_are_refused(here):
+    made = brats("B_1")
+    shifted = np.diag([1.0, 1, 3, 1])
+    shifted[0, 3] = 7.5
+    write_nifti("B/B_1/B_1_t2.nii", made["B_1"]["t2"], shifted)
+    refuse_download("--masks", *BRATS, *ALL, words=["B_1_t2.nii", "7.5 mm"])
+
+
+def test_the_channels_of_one_volume_are_named(here):
+    voxels = np.random.default_rng(0).integers(0, 900, (*VOXELS, 2)).astype(np.int16)
+    Path("imagesTr").mkdir()
+    write_nifti("imagesTr/b.nii", voxels, zooms=(1, 1, 3, 1))
+    volume("labelsTr/b.nii", 1, 2)
+    for sides in (("imagesTr", "labelsTr"), ("imagesTr/{id}.nii", "labelsTr/{id}.nii")):
+        run_download("--masks", *sides, *ALL, "--channels", "FLAIR,T1w", "--force")
+        assert annotations("train")["info"]["channels"] == ["FLAIR", "T1w"]
+        for index in range(VOXELS[2]):
+            expected = np.stack([shown(voxels[..., k], index) for k in range(2)], -1)
+            assert_array_equal(pixels(f"b_z{index:03}"), expected)
+    words = ["imagesTr/b.nii", "2 channels"]
+    refuse_download("--masks", *sides, *ALL, "--force", "--channels", "a,b,c", words=words)
+
+
+def test_pictures_are_channels_too(here):
+    stains = np.random.default_rng(0).integers(0, 256, (2, 30, 40), np.uint8)
+    for name, one in zip(("dapi", "gfp"), stains, strict=True):
+        save(Image.fromarray(one), f"i/a_{name}.png")
+    drawn = mask("m/a.png")
+    patterns = ("--masks", "i/{id}_{channel}.png", "m/{id}.png", *ALL, "--force")
+    run_download(*patterns)
+    assert_array_equal(pixels("a"), np.moveaxis(stains, 0, -1))
+    assert_array_equal(masks_of("a")["foreground"], drawn)
+    image("i/a_gfp.png")
+    refuse_download(*patterns, words=["i/a_gfp.png", "colours"])
+    save(Image.fromarray(stains[1, 1:]), "i/a_gfp.png")
+    refuse_download(*patterns, words=["i/a_gfp.png", "40x29"])

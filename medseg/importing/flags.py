@@ -21,25 +21,7 @@ NEED_AN_IMPORTER = (
 
 def add_arguments(parser):
     own = parser.add_argument_group("your own data, instead of a download")
-    own.add_argument(
-        "--masks",
-        nargs="+",
-        metavar=("IMAGES", "MASKS"),
-        help="a folder of images or NIfTI volumes and one of their masks; two files; or patterns "
-        "in quotes, in which {id} identifies an image: 'scans/{id}.jpg' 'scans/{id}_mask.png', and "
-        "{group} {n} {channel} {class} {part} say what else a path names; a class each by "
-        "NAME=MASKS NAME=MASKS, or by '*=masks/*_*.png' named as the last * matches",
-    )
-    own.add_argument(
-        "--channels",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        metavar="A,B",
-        help="which {channel} of the pattern of images to use, in this order; default: all, sorted",
-    )
-    own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
-    own.add_argument(
-        "--coco", nargs=2, metavar=("JSON", "IMAGES"), help="a COCO file and a folder of images"
-    )
+    _add_sources(own)
     splits = own.add_mutually_exclusive_group()
     splits.add_argument(
         "--split",
@@ -79,6 +61,29 @@ def add_arguments(parser):
         help="of DICOM or NIfTI values; default: the file's own, or 0.5 to 99.5 %% of a volume",
     )
     own.add_argument("--boxes", action="store_true", help="COCO: boxes alone become rectangles")
+
+
+def _add_sources(own):
+    own.add_argument(
+        "--masks",
+        nargs="+",
+        metavar=("IMAGES", "MASKS"),
+        help="a folder of images or NIfTI volumes and one of their masks; two files; or patterns "
+        "in quotes, in which {id} identifies an image: 'scans/{id}.jpg' 'scans/{id}_mask.png', and "
+        "{group} {n} {channel} {class} {part} say what else a path names; a class each by "
+        "NAME=MASKS NAME=MASKS, or by '*=masks/*_*.png' named as the last * matches",
+    )
+    own.add_argument(
+        "--channels",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="A,B",
+        help="which {channel} of the pattern of images to use, in this order (default: all, "
+        "sorted); without {channel} there, names for the channels that each file has",
+    )
+    own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
+    own.add_argument(
+        "--coco", nargs=2, metavar=("JSON", "IMAGES"), help="a COCO file and a folder of images"
+    )
 
 
 def _add_growing(own):

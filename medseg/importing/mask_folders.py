@@ -9,10 +9,12 @@ from medseg.coco import listed
 from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format
 from medseg.formats.mask_files import read_mask
-from medseg.images import as_picture
+from medseg.images import as_picture, read_image
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example
-from medseg.settings import OF_FILE, OF_VOLUME, check_window
+from medseg.modalities import Modalities, channels_of, format_of, read_channels
+from medseg.patterns import name_pattern
+from medseg.settings import OF_FILE, OF_VOLUME, check_channels, check_window
 from medseg.sources.class_names import ClassValues
 from medseg.sources.collect import (
     Upright,
@@ -43,6 +45,7 @@ def mask_examples(
     window=None,
     skip_unpaired=False,
     present=(),
+    channels=(),
 ):
     """(examples, class names, info) of images and their masks, as `find_sides` finds them.
 
@@ -57,8 +60,8 @@ def mask_examples(
     the images get. window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out
     images with no mask or with several that may be meant, and masks of no image, else a ValueError.
     present: of `present_settings`, the splits that stay: the window has to be theirs, and volumes
-    are turned to their orientation. info: what to record of window and orientation, as
-    `read_settings` reads it.
+    are turned to their orientation. channels: the names of those of each file, where they have
+    any. info: what to record of window, orientation and channels, as `read_settings` reads it.
     Raises ValueError or FileNotFoundError that names the file.
     """
     if None not in masks and classes:
@@ -67,35 +70,53 @@ def mask_examples(
     relative = [images.relative(image) for image, _ in pairs]
     names, groups = unique_names(relative, prefix), find_groups(relative, group)
     places = {name: files.text for name, files in masks.items()}
+    if channels:
+        pairs = [(Modalities(tuple(channels), (image,)), own) for image, own in pairs]
     options = {"classes": classes, "invert": invert, "window": window, "present": present}
     return _examples_of_pairs(images.text, pairs, names, groups, places, **options)
 
 
 def pattern_examples(
-    cases, texts, *, classes=None, group=None, prefix="", skip_unpaired=False, **options
+    cases,
+    texts,
+    *,
+    classes=None,
+    group=None,
+    prefix="",
+    skip_unpaired=False,
+    channels=(),
+    **options,
 ):
     """As `mask_examples`, of the [Pair] and the two patterns of `medseg.importing.pairs.pair`.
 
     An image is named by what identifies it. Without {group} in the pattern, group is as there.
+    channels: names of those of each file, where {channel} does not name them.
     """
     class_names = sorted({name for case in cases for name in case.masks if name})
     if class_names and classes:
         class_names, classes = [name for name in classes if name in class_names], None
     pairs, relative = [], []
     for case in cases:
-        (image,) = case.images.values()
+        names, paths = zip(*case.images.items(), strict=True)
+        if channels and names == (None,):
+            names = tuple(channels)
+        image = paths[0] if names == (None,) else Modalities(names, paths)
         pairs.append((image, [(name, path) for name, own in case.masks.items() for path in own]))
-        suffix = image.name.removeprefix(base_name(image))
-        relative.append("/".join(case.parts) + suffix)
+        relative.append("/".join(case.parts) + paths[0].name.removeprefix(base_name(paths[0])))
     groups = [case.group for case in cases]
     if not any(groups):
-        groups = find_groups([image for image, _ in pairs], group)
+        groups = find_groups([str(image) for image, _ in pairs], group)
     elif group:
         raise ValueError(f"--group {group!r}: {texts[0]} has {{group}} already: leave out one")
     _report_cases(cases, pairs, class_names)
     places = dict.fromkeys(class_names or [None], texts[1])
     names = unique_names(relative, prefix)
-    return _examples_of_pairs(texts[0], pairs, names, groups, places, classes=classes, **options)
+    examples, class_names, info = _examples_of_pairs(
+        *(texts[0], pairs, names, groups, places), classes=classes, **options
+    )
+    if "{channel}" in texts[0]:
+        info["pattern"] = name_pattern(texts[0])
+    return examples, class_names, info
 
 
 def _report_cases(cases, pairs, class_names):
@@ -118,11 +139,14 @@ def _examples_of_pairs(text, pairs, names, groups, places, *, classes, invert, w
 
     text: the folder or pattern of the images, places: {class name or None: that of its masks}.
     """
-    formats = {file_format(image) for image, _ in pairs}
+    formats, channels = {format_of(image) for image, _ in pairs}, channels_of(pairs[0][0])
     if window and formats == {None}:
         raise ValueError(f"{text}: holds no DICOM or NIfTI files, which --window is for")
-    info = {"window": _window_of(formats, window)}
+    info = {"window": _window_of(formats, window), "channels": list(channels)}
     check_window(present, info["window"])
+    check_channels(present, channels)
+    if channels:
+        print(f"channels: {', '.join(channels)}")
     if "volume" in formats:
         turned_to = ((own["orientation"], folder) for folder, own in present if own["orientation"])
         examples, meanings, info["orientation"] = volume_examples(
@@ -131,7 +155,8 @@ def _examples_of_pairs(text, pairs, names, groups, places, *, classes, invert, w
             present=next(turned_to, None),
         )
     else:
-        pairs, names, groups = split_pages(pairs, names, groups)
+        if not channels:
+            pairs, names, groups = split_pages(pairs, names, groups)
         meanings = _find_meanings(pairs, places, classes, invert)
         examples = []
         for (image, own_masks), name, own_group in zip(pairs, names, groups, strict=True):
@@ -181,9 +206,16 @@ def _read_frame(path, window):
     return as_picture(frames[0])
 
 
+def _read_picture(path, window):
+    return _read_frame(path, window) if file_format(path) == "dicom" else read_image(path, window)
+
+
 def _read_example(image, masks, meanings, window):
     """What `Example.read` returns, of the path of a picture and [(class name or None, mask)]."""
-    if file_format(image) == "dicom":
+    if isinstance(image, Modalities):
+        picture = read_channels(image, window, _read_picture)
+        upright = Upright(picture, picture.size, picture.orientation)
+    elif file_format(image) == "dicom":
         picture = _read_frame(image, window)
         upright = Upright(picture, picture.size, 1)
     else:

@@ -44,7 +44,7 @@ def import_data(root, args):
             check_window(present, None)
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
-            options["invert"] = args.invert
+            options |= {"invert": args.invert, "channels": args.channels or ()}
             examples, classes, info = read_masks(**options, present=present)
         elif args.labelme:
             examples, classes, wrong = labelme_examples(args.labelme, **options)
@@ -83,8 +83,6 @@ def _find_masks(args, classes):
     """
     images, masks = args.masks
     if not any(map(has_placeholder, (images, *masks.values()))):
-        if args.channels:
-            raise ValueError(f"--channels: say with {{channel}} where {images} names them")
         images, masks = find_sides(images, masks)
         places = [place for files in (images, *masks.values()) for place in files.places]
         return places, None not in masks, partial(mask_examples, images, masks)
@@ -95,7 +93,8 @@ def _find_masks(args, classes):
     named = "{class}" in texts[1]
     if named and isinstance(classes, ClassValues):
         raise ValueError("--classes: {class} names the classes, and these are of values")
-    cases = pair(*texts, args.channels, classes if named else None, args.skip_unpaired)
+    channels = args.channels if "{channel}" in images else None
+    cases = pair(*texts, channels, classes if named else None, args.skip_unpaired)
     files = [path for case in cases for path in case.images.values()]
     files += [path for case in cases for own in case.masks.values() for path in own]
     places = {path.parent: path for path in files}.values()

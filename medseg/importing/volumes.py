@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from medseg.images import as_picture
 from medseg.importing.writing import Example
+from medseg.modalities import open_channels, orientation_of
 from medseg.sources.mask_values import (
     classes_of_counts,
     count_values,
     one_class_of_counts,
 )
 from medseg.sources.value_counts import VOLUME
-from medseg.volumes import Volume, open_volume, read_orientation
+from medseg.volumes import Volume, open_volume
 
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
 SAME_PLACE = 0.01  # of a voxel: corners of image and mask this near differ by rounding only
@@ -28,12 +29,12 @@ def volume_examples(
 ):
     """(examples of all slices, {class name or None: MaskClasses}, orientation) of volumes.
 
-    pairs: [(image, [(class name or None, mask), ...])], paths. names and groups: of each volume;
-    one without a group is a group of its own, so that its slices stay in one split. places: {class
-    name or None: folder or pattern of its masks}, for messages. classes, of masks without a class,
-    and invert as in `find_classes`. window as in `open_pair`. orientation: that all are turned to,
-    as "RAS": that of the first volume, or `present`, (orientation, where it comes from), of the
-    splits that stay; None where the affines tell none.
+    pairs: [(image, [(class name or None, mask), ...])], paths, of images also `Modalities`. names
+    and groups: of each volume; one without a group is a group of its own, so that its slices stay
+    in one split. places: {class name or None: folder or pattern of its masks}, for messages.
+    classes, of masks without a class, and invert as in `find_classes`. window as in `open_pair`.
+    orientation: that all are turned to, as "RAS": that of the first volume, or `present`,
+    (orientation, where it comes from), of the splits that stay; None where the affines tell none.
     Every volume is read once here, and what is wrong with it raises ValueError or
     FileNotFoundError; the slices are read again later.
     """
@@ -72,7 +73,7 @@ def _common_orientation(images, wanted=None, source=None):
     wanted: one that is given, by `source`; else it is that of the first volume. None where no
     affine tells one; ValueError where some do.
     """
-    stored = [read_orientation(image) for image in images]
+    stored = [orientation_of(image) for image in images]
     if wanted is None and any(stored):
         wanted = next(filter(None, stored))
         source = images[stored.index(wanted)].name
@@ -222,13 +223,13 @@ class VolumePair:
             yield name, open_mask(path, self.image, self.orientation)
 
 
-def open_pair(image_path, masks, window=None, orientation=None):
-    """The VolumePair of a volume and [(class name or None, volume of a mask)].
+def open_pair(image, masks, window=None, orientation=None):
+    """The VolumePair of a Path or `Modalities` and [(class name or None, volume of a mask)].
 
     window as in `Volume.pictures`; orientation as in `open_volume`: each is turned by its own
     affine. Raises FileNotFoundError or ValueError.
     """
-    image = open_volume(image_path, orientation)
+    image = open_channels(image, orientation)
     return VolumePair(image, image.pictures(window), masks, orientation)
 
 
