@@ -217,19 +217,17 @@ def test_an_older_pytorch_exports_to_onnx(place, monkeypatch):
 
 def test_exports_that_are_refused(place, refused, monkeypatch):
     before = sorted(place.iterdir())
-    for arguments, words in {
-        ("--export", "model.pt2"): (".onnx, .torchscript, .pth",),
-        ("--export", "model"): (".onnx",),
-        ("scan.png", "--export", "m.torchscript"): ("--export",),
-        ("--export", "m.torchscript", "--model", "none.pth"): ("none.pth", "train.py"),
-        ("--export", "scan.png/m.torchscript"): ("scan.png",),
+    for flags, word in {
+        "--export model.pt2": ".onnx, .torchscript, .pth",
+        "scan.png --export m.torchscript": "--export",
+        "--export m.torchscript --model none.pth": "none.pth",
+        "--export scan.png/m.torchscript": "scan.png",
     }.items():
-        refused("predict", *arguments, words=words)
+        refused("predict", *flags.split(), words=[word])
     for name in export.ONNX_LIBRARIES:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            words = ["model.onnx", f"pip install {name}"]
-            refused("predict", "--export", "model.onnx", words=words)
+            refused("predict", "--export", "m.onnx", words=["m.onnx", f"pip install {name}"])
     assert sorted(place.iterdir()) == before
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,8 @@ def write_labelme(path, pictured, labels, class_names, *, simplify=0):
 def _way(path, folder):
     """How a file is named from a folder, with / in it; from the top on another drive."""
     path = path.parent.resolve() / path.name
-    try:
+    with suppress(ValueError):  # Windows has no way from one drive to another
         path = Path(os.path.relpath(path, folder.resolve()))
-    except ValueError:  # Windows has no way from one drive to another
-        pass
     return path.as_posix()
 
 
@@ -60,21 +59,21 @@ def coco_record(frame, masks):
                 continue
             plain = {"size": [height, width], "counts": runs.counts().tolist()}
             encoded = coco_mask.frPyObjects(plain, height, width)
-            one = {"category_id": number}
+            one = {"category_id": number, "area": runs.area, "iscrowd": 0}
             one["segmentation"] = {**plain, "counts": encoded["counts"].decode()}
-            one["area"] = runs.area
             one["bbox"] = [int(value) for value in coco_mask.toBbox(encoded)]
-            annotations.append({**one, "iscrowd": 0})
+            annotations.append(one)
     image = {"file_name": frame.title, "width": width, "height": height}
     return {"image": image, "annotations": annotations}
 
 
 def coco_text(records, class_names):
     """The text of a COCO file of [what `coco_record` returns]; categories are numbered from 1."""
-    images, annotations, numbered = [], [], enumerate(class_names, 1)
+    names = enumerate(class_names, 1)
+    categories = [{"id": number, "name": name, "supercategory": ""} for number, name in names]
+    images, annotations = [], []
     for number, record in enumerate(records, 1):
         images.append({"id": number, **record["image"]})
         for one in record["annotations"]:
             annotations.append({"id": len(annotations) + 1, "image_id": number, **one})
-    categories = [{"id": of, "name": name, "supercategory": ""} for of, name in numbered]
     return settings_text({"images": images, "categories": categories, "annotations": annotations})

@@ -150,7 +150,7 @@ class Results:
         predicted: (frame, `Picture`, `Prediction`) of each slice. window: (center, width) of the
         pictures, or None.
         """
-        first, names, slices = len(self.assessed), self.class_names, []
+        first, names = len(self.assessed), self.class_names
 
         def save(kind, array, path):
             if kind == "overlay":
@@ -160,21 +160,16 @@ class Results:
             dtype = np.uint16 if array.dtype == np.uint16 else np.uint8
             write_mask(path, volume, array, dtype, 1 / MAX_LEVEL if kind == "probability" else 1)
 
-        for frame, image, prediction in predicted:
-            slices.append(self._make_masks(frame, image, prediction))
-        masks, slices, spacing = (
-            stack_masks(slices),
-            None,
-            volume.stored_spacing,
-        )  # slices are large
+        masks = stack_masks(self._make_masks(*one) for one in predicted)
         paths = self._paths(result_name(volume.path), volume.path)
         written, stored = self._write(paths, masks, volume.path, save), masks.measured
         if stored.dtype == bool:
             stored = np.stack([volume.stored(mask, bool) for mask in stored])
         else:
             stored = volume.stored(stored)
+        masks, spacing = masks._replace(measured=stored), volume.stored_spacing
         columns = reliability_columns([prediction for _, prediction in self.assessed[first:]])
-        self._keep(volume.path.name, masks._replace(measured=stored), columns, spacing)
+        self._keep(volume.path.name, masks, columns, spacing)
         if spacing is None:
             print(f"{volume.path}: its header gives a voxel no size, so no mm or mL are measured")
         return describe(volume.path, masks, names, self.inference), written

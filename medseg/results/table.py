@@ -61,9 +61,7 @@ def table_text(rows):
     columns = [*COLUMNS, *others]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(row.get(column)) for column in columns])
+    writer.writerows([columns, *([_cell(row.get(column)) for column in columns] for row in rows)])
     return "\ufeff" + out.getvalue()
 
 
