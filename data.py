@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import mmap
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +65,7 @@ class COCOSegmentationDataset(Dataset):
         self.coco, self.image_dir, self.transform = coco, Path(image_dir), transform
         self.image_size, self.n_channels, self.classes = image_size, n_channels, classes
         self.window = coco_json.recorded_window(coco.dataset)
+        self.forgiven = {}  # what `load_coco` counted
         self.turned = set()  # indices of the images that `row` has read and turned (EXIF)
         self.channel_of = None  # {category id: channel of the mask}
         if classes is not None:
@@ -250,11 +252,13 @@ def open_split(
 
     coco: what `load_coco` has read of it, where that is at hand.
     """
-    folder = Path(root) / split
-    coco = coco or coco_json.load_coco(folder, skipped)
-    return COCOSegmentationDataset(
+    folder, forgiven = Path(root) / split, Counter()
+    coco = coco or coco_json.load_coco(folder, skipped, forgiven)
+    dataset = COCOSegmentationDataset(
         coco, folder, image_size=image_size, classes=classes, n_channels=n_channels
     )
+    dataset.forgiven = forgiven
+    return dataset
 
 
 def load_split(
@@ -530,6 +534,8 @@ def make_loaders(args, root, model, device, skipped):
                 n_channels=n_channels,
             )
             rows = cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
+            if dist.is_first():
+                coco_json.print_forgiven(dataset.forgiven, f"{split}: ")
             if dataset.turned:  # once, when the cache is made
                 print(f"{split}: {describe_turned(len(dataset.turned), len(dataset))}")
             train = split == "train"

@@ -229,9 +229,11 @@ def is_sealed(path):
     return found >= head and seal(picture[:begin] + picture[end:]) == picture
 
 
-def read_json(path, max_memory=JSON_MEMORY):
+def read_json(path, max_memory=JSON_MEMORY, *, guessed=None):
     """The content of a JSON file (a Path).
 
+    guessed: a list; a file in GB18030 (GBK) rather than Unicode, as far as its characters tell, is
+    read and added to it. Without it that is a ValueError too.
     Raises ValueError for what is not JSON, and for what would take more than max_memory bytes:
     `{},` takes 24 times the bytes that it has in the file.
     """
@@ -241,7 +243,12 @@ def read_json(path, max_memory=JSON_MEMORY):
         try:
             text = content.decode(json.detect_encoding(content), "surrogatepass")
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
+            text = _decode_chinese(content)
+            if text is None:
+                raise ValueError(f"{path}: not JSON in UTF-8 ({error})") from None
+            if guessed is None:
+                raise ValueError(f"{path}: is in GB18030 (GBK): save it as UTF-8") from None
+            guessed.append(path)
         del content
         size = sys.getsizeof(text) + sum(n * text.count(mark) for mark, n in JSON_COSTS.items())
     if size > max_memory:
@@ -258,6 +265,20 @@ def read_json(path, max_memory=JSON_MEMORY):
     finally:
         if collecting:
             gc.enable()
+
+
+def _decode_chinese(content):
+    """Bytes of GB18030 as text, or None where its characters beyond ASCII are mostly rare ones.
+
+    That is what letters with accents become that are in another encoding.
+    """
+    try:
+        text = content.decode("gb18030")
+    except ValueError:
+        return None
+    beyond = re.sub(r"[\0-\x7f]", "", text)
+    common = beyond.encode("gb2312", "ignore").decode("gb2312")
+    return text if 2 * len(common) >= len(beyond) else None
 
 
 @contextlib.contextmanager

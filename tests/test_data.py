@@ -921,7 +921,7 @@ BAD = {
     "record of another kind": (edit(lambda content: content["images"].append(5)), "images[6]"),
     "two records": (edit(lambda content: content["images"].extend("ab")), "images[6]", "(2 such"),
     "id used twice": (update("images", 1, id=0), "images[1] has id 0"),
-    "no width": (edit(lambda content: content["images"][1].pop("width")), "images[1] has no"),
+    "width below 0": (update("images", 1, width=-5), "images[1] has no"),
     "of no image": (update("annotations", 1, image_id=99), "image_id 99"),
     "empty split": (edit(lambda content: content.update(images=[], annotations=[])), ANNOTATIONS),
     "image missing": (rewrite("3_train.png", None), "3_train.png"),
@@ -931,7 +931,7 @@ BAD = {
     "climbs out": (update("images", 3, file_name="../../secret.png"), "../../secret.png"),
     "absolute": (update("images", 3, file_name="/etc/passwd"), "/etc/passwd"),
     "climbs out on Windows": (update("images", 3, file_name="..\\a.png"), "..\\\\a.png"),
-    "damaged polygon": (update("annotations", 3, segmentation=[[1, 2]]), "annotation 3"),
+    "damaged polygon": (update("annotations", 3, segmentation=[[1, 2] * 3 + [4]]), "annotation 3"),
 }
 
 

@@ -120,6 +120,89 @@ def change_annotation(**fields):
     return lambda content: content["annotations"][0].update(fields)
 
 
+def outline(make):
+    """A change of the outline [x1, y1, ...] of the first annotation."""
+
+    def change(content):
+        annotation = content["annotations"][0]
+        annotation["segmentation"] = make(annotation["segmentation"][0])
+
+    return change
+
+
+def no_category(content):
+    content["categories"] = [{"id": 2, "name": "k2"}]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = None
+
+
+def add_annotation(**fields):
+    own = {"id": 9, "image_id": 11, "category_id": 2}
+    return lambda content: content["annotations"].append({**own, **fields})
+
+
+def scaled(x, y):
+    def change(content):
+        for annotation in content["annotations"]:
+            (values,) = annotation["segmentation"]
+            own = [value / (y if place % 2 else x) for place, value in enumerate(values)]
+            annotation["segmentation"] = [own]
+
+    return change
+
+
+FORGIVEN = {  # change of a file with two annotations, how many things are counted in a line
+    "ids as text": (change_annotation(image_id="10", category_id="2"), "2 "),
+    "ids as fractions": (change_annotation(image_id=10.0), "1 "),
+    "text in the list": (change_record(id="10"), "1 "),
+    "no category": (no_category, "2 "),
+    "flat": (outline(lambda own: own), "1 "),
+    "nested": (outline(lambda own: [[[own]]]), "1 "),
+    "points": (outline(lambda own: [own[i : i + 2] for i in range(0, 8, 2)]), "1 "),
+    "nested points": (outline(lambda own: [[own[i : i + 2] for i in range(0, 8, 2)]]), "1 "),
+    "no point": (outline(lambda own: [own, []]), "1 "),
+    "one point": (outline(lambda own: [[5, 5], own]), "1 "),
+    "two points": (outline(lambda own: [own, [5, 5, 6, 6], [1]]), "2 "),
+    "no outline": (add_annotation(segmentation=[[]]), "1 "),
+    "a box of no size": (add_annotation(segmentation=[], bbox=[0, 0, 0, 0]), "1 "),
+    "no size": (change_record(width=0, height=0), "1 "),
+    "null": (change_record(width=None, height=30), "1 "),
+    "64.0": (change_record(width=40.0, height=30.0), "1 "),
+    "size as text": (change_record(width="40", height="30"), "1 "),
+    "encoded": (change_record(file_name="x%2fa.png"), "1 "),
+    "address": (change_record(file_name="https://x.org/y/a.png?t=1"), "1 "),
+    "Label Studio": (change_record(file_name="/data/local-files/?d=b%5Ca.png"), "1 "),
+    "no pixel": (add_annotation(segmentation=[[20.1, 3, 20.2, 9, 20.3, 3]]), "1 "),
+}
+
+
+@pytest.mark.parametrize("case", FORGIVEN)
+def test_what_others_write_is_read_and_counted(here, case):
+    change, count = FORGIVEN[case]
+    coco_file([*ONE, (1, 2, polygon(8, 4, 6))], ["a.png", "b.png"])
+    content = json.loads(Path("c.json").read_text())
+    change(content)
+    Path("c.json").write_text(json.dumps(content))
+    notes = [line for line in run_download(*COCO).splitlines() if line.startswith("note: ")]
+    assert notes and all(line.startswith(f"note: {count}") for line in notes)
+    assert_array_equal(stored()["a"]["k2"], square_mask(3, 4, 6, 6))
+    assert_array_equal(stored()["b"]["k2"], square_mask(8, 4, 6, 6))
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-8-sig", "utf-16", "latin-1"])
+def test_other_encodings_are_read_or_named(here, encoding):
+    coco_file([*ONE, (0, 3, polygon(20, 4, 6))])
+    name = "lésion-äpfel" if encoding == "latin-1" else "肿瘤"
+    text = Path("c.json").read_text().replace('"k2"', f'"{name}"')
+    Path("c.json").write_text(text, encoding=encoding)
+    if encoding == "latin-1":  # whose letters GB18030 would take for rare characters
+        refuse_download(*COCO, words=["c.json", "UTF-8"])
+        return
+    out = run_download(*COCO)
+    assert ("GB18030" in out) == (encoding == "gb18030")
+    assert class_names() == ["k3", name]
+
+
 BAD_COCO = {  # change of the content, what the message names
     "no images": (lambda content: content.update(images=[], annotations=[]), "c.json"),
     "no annotations": (lambda content: content.update(annotations=[]), "c.json"),
@@ -134,6 +217,8 @@ BAD_COCO = {  # change of the content, what the message names
     ),
     "hostile": (change_record(file_name="../../etc/passwd"), "passwd"),
     "no name": (change_record(file_name=None), "images[0]"),
+    "fractions": (scaled(40, 30), "fractions"),
+    "no pixel": (change_annotation(segmentation=[[20.1, 3, 20.2, 9, 20.3, 3]]), "cover no"),
     "box": (change_annotation(segmentation=None, bbox=[1, 2, "3", 4]), "annotation 0 of a.png"),
 }
 

@@ -201,6 +201,55 @@ def mask_of(**fields):
     return {"shapes": [shape("a", [[1, 1], [4, 4]], "mask", **fields)]}
 
 
+CORNERS = [[4, 3], [9, 3], [9, 8], [4, 8]]  # 6 x 6 pixels
+OTHERS = {  # a shape as other programs write it, what it is counted as
+    "rectangle of four points": (shape("a", CORNERS, "rectangle"), "note: 1 rect"),
+    "closed rectangle": (shape("a", [*CORNERS, CORNERS[0]], "rectangle"), "note: 1 rect"),
+    "rotation": (shape("a", CORNERS, "rotation", direction=0.3), "areas: a (1)"),
+    "number": (shape(1, CORNERS), "note: 1 labels"),
+    "fraction": (shape(1.0, CORNERS), "note: 1 labels"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_shapes_of_other_programs(here, case):
+    other, line = OTHERS[case]
+    labelme("x", [other])
+    assert line in run_download(*LABELME)
+    assert_array_equal(
+        stored()["x"]["1" if "note: 1 labels" in line else "a"], square_mask(4, 3, 6, 6)
+    )
+
+
+def test_labelme_files_in_gb18030(here):
+    for number in range(3):
+        labelme(f"x{number}", [shape("label", CORNERS)])
+        path = Path(f"lm/x{number}.json")
+        encoding = "gb18030" if number else "utf-8"
+        path.write_text(path.read_text().replace('"label": "label"', '"label": "肿瘤"'), encoding)
+    assert "note: 2 files" in run_download(*LABELME) and class_names() == ["肿瘤"]
+
+
+def test_images_in_a_folder_beside_that_of_the_json_files(here):
+    for seed, place in enumerate(("p", "q")):
+        labelme("x", [shape("a", CORNERS)], f"lm-{place}", image=False)
+        Path(f"lm/{place}/json").mkdir(parents=True)
+        Path(f"lm-{place}/x.json").rename(f"lm/{place}/json/x.json")
+        save(photo(seed), f"lm/{place}/img/x.png")
+    assert "note: 2 of 2" in run_download(*LABELME)
+    for seed, place in enumerate(("p", "q")):
+        assert_array_equal(read_rgb(f"dataset/train/{place}_json_x.png"), photo(seed))
+    save(photo(3), "lm/p/other/x.png")
+    refuse_download(*LABELME, "--force", words=["x.json", "img/x.png", "other/x.png"])
+
+
+def test_points_that_are_fractions_are_refused(here):
+    small = [[x / 40, y / 30] for x, y in CORNERS]
+    labelme("x", [shape("a", small)])
+    labelme("y", [])
+    refuse_download(*LABELME, words=["x.json", "fractions"])
+
+
 BAD_LABELME = {  # what is changed, what the message names
     "no label": ({"shapes": [{"points": []}]}, "shapes[0]"),
     "unknown shape": ({"shapes": [shape("a", [], "spiral")]}, "spiral"),
@@ -213,8 +262,8 @@ BAD_LABELME = {  # what is changed, what the message names
     "mask elsewhere": (mask_of(mask=png(np.eye(9, dtype=np.uint8))), "(9, 9)"),
     "no image": ({"imagePath": "none.png"}, "'none.png'"),
     "hostile path": ({"imagePath": "../../../etc/passwd"}, "passwd"),
-    "NUL": ({"imagePath": "a\0b"}, "not below lm"),
-    "path of another kind": ({"imagePath": 5}, "not below lm"),
+    "NUL": ({"imagePath": "a\0b"}, "imageData"),
+    "path of another kind": ({"imagePath": 5}, "imageData"),
     "data damaged": ({"imagePath": "none.png", "imageData": "%%%é"}, "imageData"),
     "data no image": ({"imagePath": "none.png", "imageData": "AAAA"}, "imageData"),
     "another size": ({"imageWidth": 41}, "41x30"),

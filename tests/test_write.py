@@ -147,6 +147,15 @@ def test_labelme_files_are_read_back_bit_for_bit(place):
         np.testing.assert_array_equal(stored()[name]["foreground"], mask)
 
 
+def test_labelme_files_of_predictions_lead_to_their_images(place):
+    predict.main(["scans", "--write", "labelme,mask", "--output", "m"])
+    run_download("--labelme", "m", "--split", 100, 0, 0)
+    mask = np.asarray(Image.open("m/a_mask.png")) > 0
+    np.testing.assert_array_equal(stored()["a"]["foreground"], mask)
+    picture = np.asarray(Image.open("dataset/train/a.png"))
+    np.testing.assert_array_equal(picture, np.asarray(Image.open("scans/a.png")))
+
+
 def test_corrections_are_not_overwritten(place, refused):
     predict.main(["scans", "--write", "labelme"])
     path = Path("predictions/b.json")

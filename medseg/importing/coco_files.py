@@ -9,7 +9,14 @@ from collections import Counter
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
-from medseg.coco import MAX_CLASSES, listed, read_coco, read_segmentation
+from medseg.coco import (
+    MAX_CLASSES,
+    listed,
+    name_forms,
+    print_forgiven,
+    read_coco,
+    read_segmentation,
+)
 from medseg.files import check_regular
 from medseg.images import SUFFIXES
 from medseg.importing.writing import Example
@@ -29,8 +36,9 @@ from medseg.sources.collect import (
 def coco_examples(
     annotations, images, *, classes=None, group=None, prefix="", skip_unpaired=False, boxes=False
 ):
-    """(examples, class names) of the images that a COCO file lists, below a folder.
+    """(examples, class names, late) of the images that a COCO file lists, below a folder.
 
+    late: {what to print once the examples are read: paths that it is about}.
     Prints what is left out. classes: categories to use, in their order; without it all that have
     an annotation, in the file's. group: a regular expression on the path of the image, see
     `find_groups`. prefix: of names. skip_unpaired: leave out listed images that are not there, else
@@ -41,7 +49,11 @@ def coco_examples(
     check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    content = read_coco(path)
+    forgiven, guessed, no_pixel = Counter(), [], []
+    content = read_coco(path, forgiven=forgiven, guessed=guessed, boxes=boxes)
+    print_forgiven(forgiven)
+    if guessed:
+        print(f"note: {path} is read as GB18030 (GBK), for it is not UTF-8: look at the names")
     of_image = _by_image(path, content, boxes)
     names, chosen = _choose_classes(path, content, classes)
     pairs = _find_images(path, content["images"], images, skip_unpaired)
@@ -52,18 +64,21 @@ def coco_examples(
     for stem, own_group, (record, image_path) in zip(stems, groups, pairs, strict=True):
         named = [(names[a["category_id"]], a) for a in of_image.get(record["id"], ())]
         outlines = [(name, annotation) for name, annotation in named if name in wanted]
-        read = partial(_read_example, path, image_path, record, outlines)
+        read = partial(_read_example, path, image_path, record, outlines, no_pixel)
         examples.append(Example(stem, own_group, read))
-    return examples, chosen
+    return examples, chosen, {"annotations whose outline covers no pixel": no_pixel}
 
 
-def _read_example(path, image_path, record, outlines):
+def _read_example(path, image_path, record, outlines, no_pixel):
     """What `Example.read` returns, of a record of an image in the COCO file at `path`.
 
-    outlines: [(class name, annotation)] of the image.
+    outlines: [(class name, annotation)] of the image. no_pixel: a list to which it is added for
+    each of them that covers no pixel.
     """
     upright = read_upright(image_path)
     width, height = record["width"], record["height"]
+    if not width:
+        width, height = upright.size
     sizes = [upright.size] + [upright.size[::-1]] * (upright.orientation >= 5)
     if (width, height) not in sizes:
         actual = "x".join(map(str, upright.size))
@@ -78,6 +93,8 @@ def _read_example(path, image_path, record, outlines):
         except ValueError as error:
             label = f"annotation {annotation['id']!r:.40} of {image_path.name}"
             raise ValueError(f"{path}: {label}: {error}") from None
+        if not runs.area:
+            no_pixel.append(image_path)
         runs_of.setdefault(name, []).append(runs)
     masks = {name: unite(parts) for name, parts in runs_of.items()}
     if upright.size != (width, height):  # the annotations are of the picture before turning
@@ -152,9 +169,12 @@ def _find_images(path, records, images, skip_missing):
     by_name = {}
     for image_path in list_files(images, SUFFIXES):
         by_name.setdefault(same_form(image_path.name), []).append(image_path)
-    pairs, missing, taken = [], [], set()
+    pairs, missing, taken, decoded = [], [], set(), 0
     for record in records:
-        candidates = find_image(images, record["file_name"], by_name)
+        for number, form in enumerate(name_forms(record["file_name"])):
+            if candidates := find_image(images, form, by_name):
+                decoded += number > 0
+                break
         if len(candidates) > 1:
             several = " and ".join(map(str, candidates[:2]))
             raise ValueError(f"{path}: {record['file_name']!r:.120} may be {several}")
@@ -165,6 +185,8 @@ def _find_images(path, records, images, skip_missing):
             taken.add(candidates[0])
         else:
             missing.append(record["file_name"])
+    if decoded:
+        print(f"note: {decoded} file names are addresses of the web, such as 'a%20b.png': decoded")
     if missing:
         first = ", ".join(f"{name!r:.120}" for name in missing[:3])
         more = ", ..." if len(missing) > 3 else ""

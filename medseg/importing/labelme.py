@@ -17,7 +17,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medseg.coco import MAX_CLASSES, listed
+from medseg.coco import MAX_CLASSES, are_fractions, listed, name_forms, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.formats.own_files import OWN_JSON
@@ -44,11 +44,11 @@ FAR = 10  # coordinates may lie this many sides outside the image
 
 
 def labelme_examples(folder, *, classes=None, group=None, prefix=""):
-    """(examples, class names, wrong) of the LabelMe files below a folder.
+    """(examples, class names, late) of the LabelMe files below a folder.
 
     Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
-    wrong: a list to which the examples, when they are read, add the LabelMe files whose imagePath
-    names another picture than the one in imageData, or none at all; the latter was taken then.
+    late: {what to print once the examples are read: LabelMe files that it is about}, such as those
+    whose imagePath names another picture than the one in imageData, or none at all.
     group: a regular expression on the path of the JSON file, see `find_groups`. prefix: of names.
     Raises ValueError or FileNotFoundError that names the file.
     """
@@ -61,24 +61,32 @@ def labelme_examples(folder, *, classes=None, group=None, prefix=""):
     check_known(classes, sorted(labels), "no area is labelled")
     names = list(classes or sorted(labels))
     numbers = {BACKGROUND: 0, IGNORED: 0, **{name: n for n, name in enumerate(names, start=1)}}
-    _report(folder, paths, counts, left_out, names)
+    pictures = list_files(folder, SUFFIXES)
+    _report(pictures, paths, counts, left_out, names)
     relative = [path.relative_to(folder) for path in paths]
     stems, groups = unique_names(relative, prefix), find_groups(relative, group)
-    examples, wrong = [], []
+    examples, wrong, elsewhere = [], [], []
+    find = partial(find_image, folder, by_name(pictures), elsewhere)
     for stem, path, own_group in zip(stems, paths, groups, strict=True):
-        read = partial(_read_example, path, folder, names, numbers, wrong)
+        read = partial(_read_example, path, find, names, numbers, wrong)
         examples.append(Example(stem, own_group, read))
-    return examples, names, wrong
+    ours = f"of {len(paths)} LabelMe files have"
+    late = {
+        f"{ours} an imagePath that leads to nothing or to another picture: their imageData was "
+        "taken": wrong,
+        f"{ours} their image elsewhere than imagePath says: it was found by its name": elsewhere,
+    }
+    return examples, names, late
 
 
-def _read_example(path, folder, names, numbers, wrong):
+def _read_example(path, find, names, numbers, wrong):
     """What `Example.read` returns, of the LabelMe file at `path`.
 
-    names: of the classes. numbers: {label: number of its class, from 1 on, or 0}. wrong: see
-    `labelme_examples`.
+    find: `find_image` of its folder. names: of the classes. numbers: {label: number of its class,
+    from 1 on, or 0}. wrong: the list of files whose imageData was taken.
     """
     content = read_labelme(path)
-    upright = _read_picture(path, folder, content, wrong)
+    upright = _read_picture(path, find, content, wrong)
     recorded = recorded_size(content)
     if recorded and recorded != upright.size:
         raise ValueError(
@@ -94,20 +102,36 @@ def _read_example(path, folder, names, numbers, wrong):
 
 
 def _count_labels(paths):
-    """Counter of the labels of areas, and Counter of the types of shapes that are left out."""
+    """Counter of the labels of areas, and Counter of the types of shapes that are left out.
+
+    Prints what is not as LabelMe writes it. ValueError where all points are fractions.
+    """
 
     def list_shapes(path):
-        return [(shape["label"], shape["shape_type"]) for shape in read_labelme(path)["shapes"]]
+        forgiven = Counter()
+        shapes = read_labelme(path, forgiven)["shapes"]
+        areas = [shape for shape in shapes if shape["shape_type"] not in LEFT_OUT]
+        points = [shape.get("points") for shape in areas]
+        types = [shape["shape_type"] for shape in shapes if shape["shape_type"] in LEFT_OUT]
+        return [shape["label"] for shape in areas], types, are_fractions(points), forgiven
 
-    counts, left_out = Counter(), Counter()
+    counts, left_out, forgiven, fractions = Counter(), Counter(), Counter(), []
     with contextlib.closing(parallel_map(list_shapes, paths, catch=())) as results:
-        for shapes in results:
-            counts.update(label for label, shape_type in shapes if shape_type not in LEFT_OUT)
-            left_out.update(shape_type for _, shape_type in shapes if shape_type in LEFT_OUT)
+        for labels, types, are_small, own_forgiven in results:
+            counts.update(labels)
+            left_out.update(types)
+            forgiven.update(own_forgiven)
+            fractions += [are_small] * bool(labels)
+    if fractions and all(fractions):
+        raise ValueError(
+            f"{paths[0]}: its points, as those of all files, are fractions of the image's size, "
+            "from 0 to 1: multiply x by the width, y by the height"
+        )
+    print_forgiven(forgiven)
     return counts, left_out
 
 
-def _report(folder, paths, counts, left_out, names):
+def _report(pictures, paths, counts, left_out, names):
     """Print what the files hold: the areas of each class, and what is left out."""
     areas = [f"{name} ({counts[name]})" for name in names]
     print(f"{len(paths)} LabelMe files; areas: {listed(areas, MAX_CLASSES) or 'none'}")
@@ -119,8 +143,8 @@ def _report(folder, paths, counts, left_out, names):
             print(f"left out: {what}: {listed(shown, MAX_CLASSES)}")
     if counts[IGNORED]:
         print(f"warning: {counts[IGNORED]} areas labelled {IGNORED} count as background")
-    stems = {path.with_suffix("") for path in paths}
-    unlabelled = [f for f in list_files(folder, SUFFIXES) if f.with_suffix("") not in stems]
+    stems = {path.stem for path in paths}
+    unlabelled = [path for path in pictures if path.stem not in stems]
     if unlabelled:
         print(f"note: {len(unlabelled)} images have no LabelMe file of their name")
 
@@ -128,19 +152,26 @@ def _report(folder, paths, counts, left_out, names):
 # ---------------------------------------------------------------- one file
 
 
-def read_labelme(path):
+def read_labelme(path, forgiven=None):
     """The content of a LabelMe file, a shape_type filled in where it is missing.
 
+    forgiven: a Counter, to which is added, in words, what LabelMe writes otherwise.
     Raises FileNotFoundError; ValueError for what is not LabelMe: a list of shapes, each with a
     label and a known shape_type.
     """
     check_regular(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no LabelMe file is")
-    content = read_json(path, MAX_MEMORY)
+    forgiven, guessed = Counter() if forgiven is None else forgiven, []
+    content = read_json(path, MAX_MEMORY, guessed=guessed)
+    if guessed:
+        forgiven["files are read as GB18030 (GBK), for they are not UTF-8: look at the labels"] += 1
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise ValueError(f"{path}: not a LabelMe file (no list of shapes): move it elsewhere")
     for number, shape in enumerate(content["shapes"]):
+        if isinstance(shape, dict) and type(shape.get("label")) in (int, float):
+            shape["label"] = str(shape["label"]).removesuffix(".0")
+            forgiven["labels are numbers: taken as text"] += 1
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
             raise ValueError(f"{path}: shapes[{number}] has no label")
         shape["label"] = same_form(shape["label"])
@@ -148,7 +179,12 @@ def read_labelme(path):
             raise ValueError(
                 f"{path}: shapes[{number}] has the label {shape['label']!r:.40}: no text"
             )
-        shape["shape_type"] = shape_type = shape.get("shape_type") or "polygon"
+        shape_type = shape.get("shape_type") or "polygon"
+        shape_type = "polygon" if shape_type == "rotation" else shape_type  # X-AnyLabeling's
+        shape["shape_type"] = shape_type
+        if shape_type == "rectangle" and len(shape.get("points") or ()) > 2:
+            _take_corners(shape)
+            forgiven["rectangles of more than two points: the box around these is taken"] += 1
         if shape_type not in ["polygon", *POINTS, *LEFT_OUT]:
             raise ValueError(
                 f"{path}: shapes[{number}] has the unknown shape_type {shape_type!r:.40}"
@@ -156,19 +192,27 @@ def read_labelme(path):
     return content
 
 
-def _read_picture(path, folder, content, wrong):
+def _take_corners(shape):
+    """Replace the points of a rectangle by two corners of the box around them."""
+    with contextlib.suppress(TypeError, ValueError):  # which `_read_points` reports
+        sides = [sorted(values) for values in zip(*shape["points"], strict=True)]
+        shape["points"] = [[own[place] for own in sides] for place in (0, -1)]
+
+
+def _read_picture(path, find, content, wrong):
     """The Upright picture of a LabelMe file: the image that imagePath names, else imageData.
 
     LabelMe shows imageData, where there is any, whatever imagePath names. The named image, of which
     that may be a poor copy, is taken where both are alike; `wrong` is added to where not.
     """
     name, data = content.get("imagePath"), content.get("imageData")
-    named = find_image(path, folder, name) if isinstance(name, str) else None
+    named = find(path, name) if isinstance(name, str) else None
     if not isinstance(data, str):
         if named:
             return read_upright(named)
         raise ValueError(
-            f"{path}: its image {name!r:.120} is not below {folder}, nor is it in imageData"
+            f"{path}: its image {name!r:.120} is not there, nor is it in imageData: name the "
+            "folder that holds both"
         )
     try:
         inside = _read_data(data)
@@ -214,22 +258,40 @@ def _are_alike(upright, inside):
     return is_flat(one) or is_flat(other) or correlate([one], [other])[0, 0] >= NEAR_DUPLICATE
 
 
-def find_image(path, folder, name):
+def by_name(pictures):
+    """{name in one form: paths} of image files."""
+    named = {}
+    for picture in pictures:
+        named.setdefault(same_form(picture.name), []).append(picture)
+    return named
+
+
+def find_image(folder, named, elsewhere, path, name):
     """The file that a LabelMe file at `path` means by its imagePath `name`, or None.
 
-    Windows separators are understood. A path that leads out of `folder`, or to nothing, is tried
-    by its last part beside the LabelMe file.
+    Windows separators and the encoding of web addresses are understood. A path that leads out of
+    `folder`, or to nothing, is tried by its last part beside the LabelMe file, then as it is, then
+    by its last part anywhere in the folder: the nearest, and the file is added to `elsewhere`.
+    named: `by_name` of the images in the folder. ValueError where several are the nearest.
     """
-    name = PureWindowsPath(name)
-    if not name.name or "\0" in name.name:
-        return None
-    beside = path.parent / name.name
-    if not name.anchor:
-        meant = Path(os.path.normpath(path.parent / name.as_posix()))
+    for form in map(PureWindowsPath, name_forms(name)):
+        if not form.name or "\0" in form.name:
+            continue
+        meant = Path(os.path.normpath(path.parent / form.as_posix()))
         inside = Path(os.path.abspath(folder)) in Path(os.path.abspath(meant)).parents
-        if inside and (image_path := existing_file(meant)):
-            return image_path
-    return existing_file(beside)
+        beside = path.parent / form.name
+        for place in (meant, beside) if inside else (beside, meant):
+            if place.name.lower().endswith(SUFFIXES) and (image := existing_file(place)):
+                return image
+        candidates = named.get(same_form(form.name), ())
+        shared = [len(os.path.commonpath([path, candidate])) for candidate in candidates]
+        nearest = [own for own, n in zip(candidates, shared, strict=True) if n == max(shared)]
+        if len(nearest) > 1:
+            raise ValueError(f"{path}: its image {name!r:.120} may be {nearest[0]} or {nearest[1]}")
+        if nearest:
+            elsewhere.append(path)
+            return nearest[0]
+    return None
 
 
 # ---------------------------------------------------------------- drawing

@@ -39,7 +39,7 @@ def import_data(root, args):
             sources, named, read_masks = _find_masks(args, classes)
         _check_sources(root, splits, sources, args.add)
         options = {"classes": classes, "group": args.group, "prefix": args.prefix or ""}
-        present, info, wrong = present_settings(root, stay), {}, []
+        present, info, late = present_settings(root, stay), {}, {}
         if not args.masks:
             check_window(present, None)
         if args.masks:
@@ -47,12 +47,12 @@ def import_data(root, args):
             options |= {"invert": args.invert, "channels": args.channels or ()}
             examples, classes, info = read_masks(**options, present=present)
         elif args.labelme:
-            examples, classes, wrong = labelme_examples(args.labelme, **options)
+            examples, classes, late = labelme_examples(args.labelme, **options)
         else:
             options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
-            examples, classes = coco_examples(*args.coco, **options)
+            examples, classes, late = coco_examples(*args.coco, **options)
+        place = next(iter(args.masks[1].values())) if args.masks else sources[0]
         if not classes and not args.add:
-            place = args.masks[1].get(None) if args.masks else sources[0]
             raise ValueError(
                 f"{place}: all masks are empty: --add takes such images, into a split that has "
                 "classes"
@@ -66,12 +66,11 @@ def import_data(root, args):
             add_images(root, examples, classes, **choice)
         else:
             choice |= {"split": args.split, "seed": args.seed, "force": args.force, "info": info}
+            choice["source"] = place
             write_dataset(root, examples, classes, **choice)
-        if wrong:
-            print(
-                f"note: {len(wrong)} of {len(examples)} LabelMe files have an imagePath that leads "
-                f"to nothing or to another picture ({min(wrong).name}): their imageData was taken"
-            )
+        for what, paths in late.items():
+            if paths:
+                print(f"note: {len(paths)} {what} ({min(paths).name})")
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
 

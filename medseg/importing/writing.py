@@ -71,6 +71,7 @@ def write_dataset(
     force=False,
     info=None,
     any_order=False,
+    source=None,
 ):
     """Write `examples` as splits of `root`, whole or not at all, and print what each split holds.
 
@@ -78,9 +79,9 @@ def write_dataset(
     the same; where they have some more besides, these are added. any_order: theirs counts. split:
     percent of the images in train, valid and test; 0 writes no such split. into: the one split to
     write instead. Other splits are never touched. info: {name: JSON value} to record with each
-    split.
-    Raises ValueError where a split is there already (without `force`), the classes disagree, or
-    there are fewer groups than splits; and what an example's read() raises.
+    split. source: what the message names where all masks are empty.
+    Raises ValueError where a split is there already (without `force`), the classes disagree, there
+    are fewer groups than splits, or all masks are empty; and what an example's read() raises.
     """
     root, splits = Path(root), wanted_splits(split, into)
     check_free(root, splits, force, into)
@@ -94,6 +95,9 @@ def write_dataset(
         with tqdm(desc="importing", total=len(examples), unit="image", disable=None) as bar:
             for name, chosen in drawn.items():
                 counts[name] = write_split(folder / name, chosen, head, bar)
+        if not any(own.class_pixels.total() for own in counts.values()):
+            what = f"the masks or outlines of all {len(examples)} images cover no pixel"
+            raise ValueError(f"{source or root}: {what}")
 
     install(root, write_splits, splits)
     for name, chosen in drawn.items():

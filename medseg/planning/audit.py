@@ -13,6 +13,7 @@ from medseg.coco import (
     SPLITS,
     listed,
     load_coco,
+    print_forgiven,
     used_categories,
 )
 from medseg.duplicates import near_duplicates, thumbnail
@@ -48,9 +49,11 @@ def audit(root, out, n_shown=SHOWN):
     Returns the list of problems, a line each, in the order of the splits.
     """
     problems, damaged, summaries, cocos, categories, rows = [], {}, {}, {}, {}, []
+    forgiven = {}
     for split in SPLITS:
         try:
-            cocos[split] = load_coco(root / split, damaged.setdefault(split, []))
+            forgiven[split] = Counter()
+            cocos[split] = load_coco(root / split, damaged.setdefault(split, []), forgiven[split])
             categories[split] = used_categories(cocos[split])
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
@@ -64,6 +67,7 @@ def audit(root, out, n_shown=SHOWN):
             continue
         summaries[split] = _examine_split(dataset, split, problems)
         _print_split(split, dataset, summaries[split])
+        print_forgiven(forgiven[split], "  note         ")
         rows.append(_tiles(dataset, summaries[split].shares, n_shown))
         lacking = [name for name in names if name not in categories[split]]
         if lacking:
@@ -138,7 +142,7 @@ def _tiles(dataset, shares, n_shown):
 def _print_split(split, dataset, summary):
     names = {PurePosixPath(record["file_name"]).name for record in dataset.coco.imgs.values()}
     unlisted = sum(
-        path.suffix.lower() in SUFFIXES and path.name not in names
+        path.suffix.lower() in SUFFIXES and path.name not in names and path.name[0] != "."
         for path in dataset.image_dir.iterdir()
     )
     pixels = max(summary.pixels, 1)
