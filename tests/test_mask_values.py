@@ -220,6 +220,17 @@ def write(name, content):
     Path(name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
+@pytest.mark.parametrize("mode", ["P", "RGB"])
+def test_names_by_colour_of_cvat(here, mode):
+    rows = ["# label:color_rgb:parts:actions", "background:0,0,0::", "b: 2:255,0,0:x:"]
+    write("labelmap.txt", "\n".join([*rows, "a:0,0,255::", "absent:9,9,9::"]) + "\n")
+    label_map = labels(1, 2)
+    save_pair("a", Image.fromarray(COLOURS[label_map]).convert(mode))
+    assert "absent" in again("--classes", "labelmap.txt")
+    assert sorted(class_names()) == ["a", "absent", "b: 2"]
+    assert_stored(label_map, **{"a": [1], "b: 2": [2]})
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_names(here, name):
     content, numbers = FILES[name]
@@ -406,6 +417,102 @@ def test_class_numbers_are_no_strays():
     # Where small values have 1 % of the pixels together, or more, they are no strays either.
     many = {0: 10**5, 255: 10**5} | dict.fromkeys(range(1, 16), 199)
     assert len(classes_of_counts([("a", "grey", many)], "masks").names) == 16
+
+
+def averaged(mask, factor, step=1):
+    """A mask of 0 and 255 made smaller: the means of blocks of `factor` times `step` pixels."""
+    height, width = mask.shape[0] // step, mask.shape[1] // factor
+    blocks = mask[: height * step, : width * factor].reshape(height, step, width, factor)
+    return blocks.mean((1, 3)).round().astype(np.uint8)
+
+
+def discs(seed, size=(120, 160), count=12):
+    rng, mask = np.random.default_rng(seed), np.zeros(size, np.uint8)
+    y, x = np.mgrid[: size[0], : size[1]]
+    for center_y, center_x, radius in rng.integers(
+        (9, 9, 3), (size[0] - 9, size[1] - 9, 9), (count, 3)
+    ):
+        mask[np.hypot(y - center_y, x - center_x) < radius] = 255
+    return mask
+
+
+def saved_as(kind, values):
+    """uint8 (H, W) as a picture of one channel or of three alike."""
+    return Image.fromarray(values).convert(kind)
+
+
+@pytest.mark.parametrize("kind", ["L", "RGB"])
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_averaged_masks_are_cut_at_half(here, factor, kind):
+    masks = {f"{seed}": averaged(discs(seed), factor, factor) for seed in range(3)}
+    for stem, mask in masks.items():
+        save_pair(stem, saved_as(kind, mask))
+    for flags in ((*MASKS,), ("--masks", "images", "x=masks", *ALL)):
+        assert "cut at half" in run_download(*flags, "--force")
+        for stem, mask in masks.items():
+            assert_array_equal(stored()[stem][class_names()[0]], mask > 127)
+
+
+def drawn_classes(case):
+    """Masks of 0 to 255 whose values between are classes, not edges."""
+    y, x = np.mgrid[:60, :80]
+    distance = np.hypot(y - 30, x - 40)
+    if case == "rings":
+        return np.digitize(distance, [9, 11, 13])[..., None].choose([255, 170, 85, 0])[..., 0]
+    if case == "lines":  # vessels of two kinds, and what crosses them
+        return np.where(y % 9 == 3, 170, np.where(x % 11 == 4, 85, np.where(distance < 6, 255, 0)))
+    if case == "border":  # of one value, such as the border of a cell, which averaging makes too
+        return np.digitize(distance, [9, 10.5]).choose([255, 128, 0])
+    return np.select([y + x < 30, y + x < 40, y + x < 45], [255, 191, 64], 0)
+
+
+@pytest.mark.parametrize("case", ["rings", "lines", "border", "stripes"])
+def test_classes_beside_255_stay_classes(here, case):
+    mask = drawn_classes(case).astype(np.uint8)
+    save_pair("a", Image.fromarray(mask))
+    run_download(*MASKS)
+    assert class_names() == [str(value) for value in np.unique(mask)[1:]]
+
+
+MIXED = {  # the foreground of masks of one class; the types of these
+    "1 and 255": ({"a": 1, "b": 255, "c": 1, "d": 255}, np.uint8),
+    "16 bits": ({"a": 1, "b": 255, "c": 65535}, np.uint16),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_masks_of_0_and_1_beside_0_and_255(here, case):
+    values, dtype = MIXED[case]
+    for stem, value in values.items():
+        save_pair(stem, grey([0, value], dtype)(labels(ord(stem), 1)))
+    for flags in ((), ("--classes", "x")):
+        assert "one class" in run_download(*MASKS, "--force", *flags)
+        for stem in values:
+            assert_array_equal(stored()[stem][class_names()[0]], labels(ord(stem), 1) == 1)
+    run_download(*MASKS, "--force", "--classes", "*")  # what is asked for is done
+    assert len(class_names()) == len(set(values.values()))
+
+
+def test_masks_of_0_and_1_beside_averaged_ones(here):
+    mask = averaged(discs(1), 2, 2)
+    save_pair("a", Image.fromarray(mask))
+    save_pair("b")
+    run_download(*MASKS)
+    assert_array_equal(stored()["a"]["foreground"], mask > 127)
+    assert_array_equal(stored()["b"]["foreground"], labels(0) == 1)
+
+
+def test_values_1_and_255_of_one_mask_are_two_classes(here):
+    save_pair("a", grey([0, 1, 255])(labels(1, 2)))
+    save_pair("b")
+    save_pair("c", grey([0, 255])(labels(2, 1)))
+    run_download(*MASKS)
+    assert class_names() == ["1", "255"]
+
+
+def test_masks_that_are_all_empty_are_refused_where_their_class_is_named(here):
+    save_pair("a", grey([0, 0])(labels(0)))
+    refuse_download("--masks", "images", "x=masks", *ALL, words=["no pixel"])
 
 
 def test_the_values_of_all_files_are_classes(here):

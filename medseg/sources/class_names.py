@@ -19,6 +19,7 @@ IGNORED = ("ignore", "__ignore__")  # nnU-Net's and LabelMe's: there is no such 
 REST = "*"  # every value that is not 0 and not named otherwise
 NUMBER = re.compile(r"(-?\d{1,10})(?:-(-?\d{1,10}))?")
 COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
+LABELMAP = re.compile(r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3}):[^:]*:[^:]*")  # CVAT's labelmap.txt
 HALVES = (0, 255)  # the values that are left of masks that are cut at half
 
 
@@ -69,6 +70,11 @@ class ClassValues:
         """Whether no other numbers than 0 and 255 are named: masks may be cut at half."""
         numbers = (entry for entry in self.entries if entry.space == "number")
         return all(entry.first == entry.last and entry.first in HALVES for entry in numbers)
+
+    @property
+    def only_rest(self):
+        """Whether all that is no background is one class, whatever its value."""
+        return all(entry.space == REST for entry in self.entries)
 
     @property
     def only_ranges(self):
@@ -240,7 +246,8 @@ def _read_file(path):
     """What `parse_classes` returns, of a file.
 
     Text has a name a line: with the background first, line by line those of 0, 1, 2, ..., as
-    PaddleSeg's class_names.txt; else in ascending order of the values; or VALUE=NAME. JSON is an
+    PaddleSeg's class_names.txt; else in ascending order of the values; or VALUE=NAME; or a colour
+    each, as CVAT's labelmap.txt. JSON is an
     object of label numbers, or has one as "labels", as nnU-Net's dataset.json.
     """
     check_regular(path)
@@ -264,6 +271,10 @@ def _from_lines(lines, path):
         raise ValueError(f"{path}: holds no names")
     if all("=" in line for line in lines):
         return _parse_pairs(lines, str(path))
+    if all(LABELMAP.fullmatch(line) for line in lines if not line.startswith("# label:")):
+        rows = [match for match in map(LABELMAP.fullmatch, lines) if match]
+        colours = ["#" + "".join(f"{int(part):02x}" for part in row.groups()[1:]) for row in rows]
+        return _numbered([(c, row[1]) for c, row in zip(colours, rows, strict=True)], path)
     if lines[0] in IGNORED:  # the first line of LabelMe's labels.txt
         lines = lines[1:]
     for number, line in enumerate(lines, start=1):

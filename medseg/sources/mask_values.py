@@ -9,7 +9,8 @@ No mask says so, and all are looked at first. Where --classes gives no values:
 - JPEG and lossy WebP change values, so such masks are cut at half: above 127 is foreground. The
   same for grey masks whose edges were smoothed: more than SMOOTHED distinct values that reach from
   0 to 255 with none of eight equal ranges empty, while at least half of the pixels are exactly 0
-  or 255.
+  or 255; and for few values, such as 0, 64, 128, 191, 255, that lie along edges: `is_averaged`.
+- Masks of 0 and 1 beside masks of 0 and 255 are of one class.
 - Palette masks count by index, not by colour, and index 255 beside other classes is background:
   PASCAL VOC's "ignore".
 - A pixel whose alpha is below half is background.
@@ -34,14 +35,17 @@ from medseg.samples import LOSSY
 from medseg.sources.class_names import REST, ClassValues, Entry
 from medseg.sources.value_counts import (
     EACH,
+    FULL,
     MANY,
     OBJECT,
     ONE_CLASS,
     STRAY,
     Tally,
     ask,
+    count_edges,
     find_strays,
     ignores_255,
+    is_averaged,
     is_smoothed,
     spell,
     spell_all,
@@ -56,7 +60,8 @@ class MaskClasses:
     """The classes that the values of a folder of masks stand for.
 
     names: in their order. names_of: {(encoding, value): names of its classes}. fractions:
-    {(encoding, value): fraction of all pixels}. cut: encodings that are cut at HALF.
+    {(encoding, value): fraction of all pixels}. cut: encodings that are cut at HALF. full:
+    encodings in whose masks the one value beside 0 of FULL counts as 255.
     grey_colours: whether all colours are greys, and count as these. palette_colours: whether
     palette masks are read as the colours that they show. warnings: lines to print.
     """
@@ -68,6 +73,7 @@ class MaskClasses:
     grey_colours: bool
     palette_colours: bool
     warnings: list
+    full: set = frozenset()
 
     def read(self, path):
         """(encoding, values) of a mask file, as `to_masks` takes them; see `read_mask`."""
@@ -77,6 +83,10 @@ class MaskClasses:
         """The values of one mask, an integer array (H, W) -> {class name: RunLengths}."""
         if encoding == "colour" and self.grey_colours:
             encoding, values = "grey", values & 255
+        if encoding in self.full:
+            top = values.max()
+            if top in FULL and not ((values > 0) & (values < top)).any():
+                values = np.where(values, 255, 0).astype(np.uint8)
         if encoding in self.cut:
             values = np.where(values > HALF, 255, 0).astype(np.uint8)
         parts = {}
@@ -133,7 +143,8 @@ def _count_files(paths, palette_colours=False):
         objects = [value for value in counts if value and counts[value] >= OBJECT]
         numbers_objects = len(objects) >= MANY and are_single_pieces(values)
         stated = read_names(path) if encoding == "palette" else {}
-        return path, encoding, counts, numbers_objects, stated
+        edges = count_edges(encoding, values, counts)
+        return path, encoding, counts, numbers_objects, stated, edges
 
     return parallel_map(count, paths, catch=())
 
@@ -162,11 +173,14 @@ def classes_of_counts(counted, folder, names=None, *, invert=False, palette_colo
     for mask in counted:
         tally.add(*mask)
     tally.merge_greys()
+    one_name = chosen.only_rest if chosen else not names or (len(names) == 1 and names != [EACH])
+    full = tally.merge_full() if one_name else set()
     cut = {encoding for encoding in tally.counts_of if _is_cut(encoding, tally, chosen)}
     warnings = [line for encoding in sorted(cut) for line in tally.cut_at_half(encoding)]
+    warnings += [f"{own} masks of 0 and 1 and of 0 and 255: one class" for own in sorted(full)]
     named_zero = chosen and chosen.classes_of(chosen.entries_of("grey", 0))
     if not tally.foreground() and not invert and not named_zero:  # of healthy images
-        return MaskClasses([], {}, {}, cut, tally.grey_colours, palette_colours, warnings)
+        return MaskClasses([], {}, {}, cut, tally.grey_colours, palette_colours, warnings, full)
     if chosen:
         chosen = chosen.resolved(tally.stated_names() if chosen.has_names else {})
         classes, names_of = chosen.names, _chosen_values(tally, chosen, warnings)
@@ -176,7 +190,8 @@ def classes_of_counts(counted, folder, names=None, *, invert=False, palette_colo
         classes, names_of = _default_classes(tally, names, warnings)
     fractions = {(e, value): tally.counts_of[e][value] / tally.total for e, value in names_of}
     return MaskClasses(
-        classes, names_of, fractions, cut, tally.grey_colours, palette_colours, warnings
+        *(classes, names_of, fractions, cut),
+        *(tally.grey_colours, palette_colours, warnings, full),
     )
 
 
@@ -192,7 +207,8 @@ def one_class_of_counts(counted, folder, name, *, invert=False):
 def _is_cut(encoding, tally, chosen):
     """Whether the masks of an encoding are cut at half; ValueError where lossy ones cannot be."""
     counts = tally.counts_of[encoding]
-    if encoding == "grey" and is_smoothed(counts):
+    averaged = is_averaged(counts, tally.edges[encoding])
+    if encoding == "grey" and (averaged or is_smoothed(counts)):
         # Of 255 objects the last is small, but what a smoothed mask shows is mostly 255.
         numbers = tally.numbered_mask() and 4 * counts[255] < counts.total() - counts[0]
         return not numbers and (not chosen or chosen.only_halves)
