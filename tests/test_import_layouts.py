@@ -54,6 +54,40 @@ def slices(name, **masks):
     }
 
 
+@pytest.mark.parametrize("ways", [("images", "masks"), ("images/**/*.png", "masks/**/*.png")])
+def test_folders_that_are_links_are_followed(tmp_path, monkeypatch, ways):
+    monkeypatch.chdir(tmp_path)
+    maps = {}
+    for number, patient in enumerate(("p0", "p1", "p2")):
+        for side, write in (("images", image), ("masks", mask)):
+            place = Path(side) if patient == "p0" else Path("store", side)
+            maps[f"{patient}_a"] = write(place / patient / "a.png", number)
+            if patient != "p0":
+                Path(side, patient).symlink_to(Path("..", "store", side, patient))
+    for side in ("images", "masks"):
+        Path(side, "p0", "up").symlink_to("..")  # in a circle
+        Path(side, "again").symlink_to("p0")  # the same once more
+    run_download("--masks", *ways, *ALL)
+    assert stored().keys() == maps.keys()
+    for name, label_map in maps.items():
+        assert_array_equal(stored()[name]["foreground"], label_map)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_pictures_that_are_made_of_the_images_lie_beside_them(here, suffix):
+    """ISIC 2017: the message names the pattern that tells them apart, and it works."""
+    maps = {}
+    for number in range(3):
+        image(f"data/S_{number}.jpg", number)
+        image(f"data/S_{number}_superpixels{suffix}", number)
+        maps[f"S_{number}"] = mask(f"truth/S_{number}_segmentation.png", number)
+    line = refuse_download("--masks", "data", "truth", *ALL, words=["data/"])
+    run_download("--masks", line.split("'")[-2], "truth", *ALL)
+    assert stored().keys() == maps.keys()
+    for name, label_map in maps.items():
+        assert_array_equal(stored()[name]["foreground"], label_map)
+
+
 def wbc():
     """The same names, and suffixes that tell images from masks."""
     maps = {}

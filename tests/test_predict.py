@@ -267,10 +267,12 @@ def test_what_a_folder_holds_besides_is_counted_in_one_line(place, capsys, refus
     (place / "scans" / "deeper").mkdir()
     for name in ("a.mat", "b.MAT", "README"):
         (place / "scans" / name).write_text("no picture")
+    for name in ("._a.png", ".hidden.nii.gz"):  # macOS writes the former
+        (place / "scans" / name).write_text("no picture")
     os.mkfifo(place / "scans" / "pipe.png")
     (place / "scans" / "_annotations.coco.json").write_text("belongs to a data set")
     aside = inputs.left_aside(place / "scans")
-    for part in (".mat (2)", "no suffix (1)", "folders (1)", "special", "scripts (1)"):
+    for part in (".mat (2)", "no suffix (1)", "folders (1)", "special", "scripts (1)", "hidden"):
         assert part in aside
     assert "json" not in aside
     (place / "outer" / "inner").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Images and their masks, as `--masks` names them -> examples for `write_dataset`."""
 
+import fnmatch
 import os
 from dataclasses import replace
 from functools import partial
@@ -363,7 +364,8 @@ def _describe_unpaired(pairings, images, masks, pairs):
             listed = _first([str(files.relative(mask)) for mask in candidates])
             names.append(f"{images.relative(image)}: {listed}{shared}")
         total_several = f"{len(several)} of {total} images have several candidates"
-        parts.append(f"{total_several} ({_first(names, '; ')}){_advise(several, files)}")
+        advice = _advise_images(several, images) or _advise(several, files)
+        parts.append(f"{total_several} ({_first(names, '; ')}){advice}")
     for name, pairing in pairings.items():
         if pairing.surplus:
             files = masks[name]
@@ -372,6 +374,27 @@ def _describe_unpaired(pairings, images, masks, pairs):
             n_surplus = f"{len(pairing.surplus)} of {total_masks} masks"
             parts.append(f"{n_surplus} in {files.text} belong to no image ({names})")
     return f"{images.text}: {' and '.join(parts)}" if parts else ""
+
+
+def _advise_images(several, images):
+    """': name the images by a pattern, ...' where a mask may be that of two (x and x_superpixels).
+
+    The images are those with the shorter name; "" where no pattern tells them.
+    """
+    owners = {}
+    for image, masks in several.items():
+        owners.setdefault(tuple(masks), []).append(image)
+    if max(map(len, owners.values())) == 1:
+        return ""
+    wanted = {min(own, key=lambda path: len(path.stem)) for own in owners.values()}
+    first, others = min(wanted), {path.name for path in images.keys} - {p.name for p in wanted}
+    same = os.path.commonprefix([path.stem for path in wanted])
+    single = f"{same}{'?' * (len(first.stem) - len(same))}{first.suffix}"
+    for pattern in (f"*{first.suffix}", single):
+        hits = fnmatch.filter([path.name for path in images.keys], pattern)
+        if others and others.isdisjoint(hits) and len(hits) == len(wanted):
+            return f": name the images by a pattern, as '{first.parent / pattern}'"
+    return ""
 
 
 def _advise(several, files):

@@ -182,6 +182,8 @@ def left_aside(folder):
             counts["folders"] += 1
         elif not path.is_file():
             counts["special files and broken links"] += 1
+        elif path.name.startswith("."):
+            counts["hidden files"] += 1
         elif is_own(path):
             counts["files of these scripts"] += 1
         elif path.name != ANNOTATIONS and not is_input(path):
@@ -258,8 +260,8 @@ def annotated_folder(inputs):
 
 
 def is_input(path):
-    """Whether a file in a folder is an image or volume, and not one that these scripts wrote."""
-    if is_own(path) or not path.is_file():
+    """Whether a file in a folder is an image or volume, not hidden, and not one of our results."""
+    if path.name.startswith(".") or is_own(path) or not path.is_file():
         return False
     return path.suffix.lower() in SUFFIXES or file_format(path) is not None
 

@@ -18,16 +18,32 @@ def list_files(folder, suffixes, *, medical=False):
     """The files below `folder` whose names end with one of `suffixes`, sorted.
 
     medical: DICOM files and volumes too, also those that only their content tells.
-    Hidden files and folders are left out. Raises FileNotFoundError without a folder.
+    Hidden files and folders are left out. Raises FileNotFoundError without a folder; see `walk`.
     """
     folder, suffixes = Path(folder), tuple(suffixes)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     paths = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(place, name) for name in names if not name.startswith(".")]
+    for place, names in walk(folder):
+        paths += [place / name for name in names if not name.startswith(".")]
     return sorted(path for path in paths if is_wanted(path, suffixes, medical=medical))
+
+
+def walk(folder):
+    """Yield (folder, names of its files) of a folder and those below it that are not hidden.
+
+    Links to folders are followed; a folder that several ways lead to is there once, by the first.
+    """
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
+        yield Path(place), names
 
 
 def is_wanted(path, suffixes, *, medical=False):

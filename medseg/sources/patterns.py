@@ -18,7 +18,14 @@ from medseg.files import (
 from medseg.formats.mask_files import MASK_SUFFIXES as PICTURE_SUFFIXES
 from medseg.formats.own_files import drawn_beside_masks
 from medseg.images import SUFFIXES
-from medseg.sources.collect import is_wanted, list_files, named_alike, printable, same_form
+from medseg.sources.collect import (
+    is_wanted,
+    list_files,
+    named_alike,
+    printable,
+    same_form,
+    walk,
+)
 
 IMAGE_SUFFIXES = SUFFIXES
 MASK_SUFFIXES = (*PICTURE_SUFFIXES, *VOLUME_SUFFIXES)
@@ -165,10 +172,9 @@ def _match(place, parts, stars=()):
     if not parts:
         yield place, stars
     elif parts[0] == "**":
-        for folder, folders, _ in os.walk(place):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            between = Path(folder).relative_to(place).parts
-            yield from _match(Path(folder), parts[1:], (*stars, "/".join(between)))
+        for folder, _ in walk(place):
+            between = folder.relative_to(place).parts
+            yield from _match(folder, parts[1:], (*stars, "/".join(between)))
     else:
         for child, matched in _children(place, parts[0]):
             yield from _match(child, parts[1:], (*stars, *matched))
