@@ -36,6 +36,7 @@ from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
 from medseg.normalization import normalize
 from medseg.run_lengths import encode, unite
+from medseg.settings import count_recorded
 
 
 class COCOSegmentationDataset(Dataset):
@@ -285,13 +286,13 @@ def count_channels(root, chosen):
     chosen: 1 or 3, which is returned where that is grey or colour. ValueError for another number
     that the images do not have.
     """
-    count, dataset = len(coco_json.recorded_settings(Path(root) / "train")["channels"]), None
-    if not count:
+    count = count_recorded(coco_json.recorded_settings(Path(root) / "train"))
+    if count is None:
         dataset = open_split(root, "train", skipped=[])
         of_tiff = dataset.path(0).suffix.lower() in (".tif", ".tiff")  # no other has more than 3
         count = dataset.read(0).pixels.shape[2] if of_tiff else 3
-    if count in (1, 3) and chosen in (1, 3):
-        return chosen
+        if count in (1, 3) and chosen in (1, 3):
+            return chosen
     if chosen not in (1, 3, count):
         raise ValueError(f"--n-channels {chosen}: the images of {root} have {count}")
     return count
@@ -401,7 +402,7 @@ class Batches:
     def __iter__(self):
         generator = self._generator()
         order = self._order(generator)
-        columns = [count_draws(self.strengths), self.images.n_draws]
+        columns = [count_draws(self.strengths, self.n_channels), self.images.n_draws]
         draws = torch.rand(len(order), sum(columns), generator=generator)
         for_augment, for_images = draws.split(columns, 1)
         for first, end in self._bounds(len(order)):

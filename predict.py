@@ -136,7 +136,7 @@ def predict(model, image, *, threshold=None):
     """
     if not isinstance(model, predictor.Predictor):
         model = predictor.Predictor([model], next(model.parameters()).device)
-    frame = inputs.as_frame(image)
+    frame = inputs.as_frame(image, choose_window(None, model.info.window))
     ((_, image, prediction),) = predict_images(model, [frame])
     inference = model.inference
     if threshold is not None:
@@ -163,7 +163,11 @@ def predict_images(model, frames, problems=None):
         problems.append((frame.path, str(error)))
 
     sizes = {"image_size": model.info.image_size, "n_channels": model.n_channels}
-    prepare = partial(preprocess_image, **sizes, normalized=False)
+
+    def prepare(picture):
+        inputs.check_channels(picture, model.info)
+        return preprocess_image(picture, **sizes, normalized=False)
+
     readable = reading.read_ahead(frames, prepare, leave_out)
     while batch := reading.take_batch(readable, model.batch_size):
         frames, images, tensors = zip(*batch, strict=True)
@@ -196,7 +200,7 @@ def predict_many(model, frames, results, scores=None, *, lines=True):
 
 def predict_volume(model, file, results, window, *, lines=True):
     """Write a mask volume and, where `results` has a folder, what it says besides."""
-    frames, volume = inputs.open_file(file, window, model.info.orientation)
+    frames, volume = inputs.open_file(file, window, model.info)
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
     predicted = tqdm(
         predict_images(model, frames), file.path.name, len(frames), unit=" slices", disable=None

@@ -28,11 +28,17 @@ SPLINE_POINTS = 7  # a side of the grid that spans an elastic displacement
 # Uniform numbers that each change needs for an image.
 DRAWS = {**dict.fromkeys(AUGMENTATIONS, 1), "shift": 2, "flip": 2, "elastic": 2 * SPLINE_POINTS**2}
 GEOMETRIC = ("rotate", "scale", "shift", "elastic")  # those that resample
+OF_GREY_VALUES = ("contrast", "brightness", "gamma", "noise")
 
 
-def count_draws(strengths):
+def count_draws(strengths, n_channels=3):
     """Columns of `draws` that `augment` needs for these strengths."""
-    return sum(DRAWS[name] for name in strengths)
+    return sum(_draws_of(name, n_channels) for name in strengths)
+
+
+def _draws_of(name, n_channels):
+    """Grey values change a channel at a time; colours, which belong together, in one way."""
+    return n_channels if name in OF_GREY_VALUES and n_channels not in (1, 3) else DRAWS[name]
 
 
 def resamples(strengths):
@@ -53,12 +59,12 @@ def window_side(crop, strengths):
 def augment(images, masks, draws, strengths, *, size=None, noise=None):
     """Rotate, scale, shift, brighten ... each image in a way of its own.
 
-    images: float32 (B, 1 or 3, H, W) normalised; masks: float32 (B, C, H, W) of 0 and 1, and so
-    they stay; strengths: {name of AUGMENTATIONS: number}; draws: uniform in 0..1, on the CPU,
-    (B, at least `count_draws(strengths)`), which decide what happens to each image.
+    images: float32 (B, n_channels, H, W) normalised; masks: float32 (B, C, H, W) of 0 and 1, and so
+    they stay; strengths: {name of AUGMENTATIONS: number}; draws: uniform in 0..1, on the CPU, (B,
+    at least `count_draws(strengths, n_channels)`), which decide what happens to each image.
     size: (height, width) of what is returned, by default (H, W); what lies around it in the images
-    is where its pixels may come from. noise: standard normal float32 (B, 1 or 3, *size), where
-    strengths has it.
+    is where its pixels may come from. noise: standard normal float32 (B, n_channels, *size),
+    where strengths has it.
     Image and mask are resampled once, through the same map: the image bilinear, its border
     repeated, and the mask nearest, zero outside; not at all where no change moves pixels to places
     between pixels. turn takes square images.
@@ -66,7 +72,7 @@ def augment(images, masks, draws, strengths, *, size=None, noise=None):
     ICDAR 2003, with a cubic B-spline for their Gaussian filter.
     """
     height, width = size or images.shape[-2:]
-    draws = Draws(draws.to(images.device, non_blocking=True), strengths)
+    draws = Draws(draws.to(images.device, non_blocking=True), strengths, images.shape[1])
     if resamples(strengths):
         grid = _make_grid(draws, height, width)
         if (height, width) != images.shape[-2:]:
@@ -102,15 +108,16 @@ def augment(images, masks, draws, strengths, *, size=None, noise=None):
 
 
 class Draws:
-    """The uniform numbers of each change, float32 (B, DRAWS[name]), and what they stand for.
+    """The uniform numbers of each change, float32 (B, its draws), and what they stand for.
 
-    values: (B, at least `count_draws(strengths)`), in the order of AUGMENTATIONS.
+    values: (B, at least `count_draws(strengths, n_channels)`), in the order of AUGMENTATIONS.
     """
 
-    def __init__(self, values, strengths):
+    def __init__(self, values, strengths, n_channels=3):
         self.strengths, self.zeros = strengths, torch.zeros_like(values[:, :1])
         given = [name for name in AUGMENTATIONS if name in strengths]
-        parts = values[:, : count_draws(strengths)].split([DRAWS[name] for name in given], 1)
+        counts = [_draws_of(name, n_channels) for name in given]
+        parts = values[:, : sum(counts)].split(counts, 1)
         self._uniform = dict(zip(given, parts, strict=True))
 
     def uniform(self, name):
@@ -165,8 +172,11 @@ def spline_basis(side, device):
 
 
 def _gamma(images, exponents):
-    """Normalised images (B, C, H, W) with their pixels of 0..1 to the power of exponents (B, 1)."""
+    """Normalised images (B, C, H, W) with their pixels of 0..1 to the power of exponents.
+
+    exponents: (B, 1), or (B, C) of a channel each.
+    """
     mean, std = mean_and_std_tensors(images.shape[1], images.device)
     pixels = torch.addcmul(mean, images.permute(0, 2, 3, 1), std).clamp_(0, 1)
-    pixels.pow_(exponents[..., None, None]).sub_(mean).div_(std)
+    pixels.pow_(exponents[:, None, None]).sub_(mean).div_(std)
     return pixels.permute(0, 3, 1, 2)

@@ -343,7 +343,7 @@ def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
     pixels = picture.pixels
     own = pixels.shape[2]
     if own != n_channels and {own, n_channels} != {1, 3}:
-        raise ValueError(f"the image has {own} channels, and {n_channels} are needed")
+        raise ValueError(f"has {own} channels, and the network takes {n_channels}")
     if own == 3 and n_channels == 1:
         pixels = _to_grey(pixels)
     if image_size is not None:

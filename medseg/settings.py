@@ -86,6 +86,13 @@ def read_settings(mapping):
     return {**settings, "pattern": None if pattern is None else str(pattern), "context": context}
 
 
+def count_recorded(settings):
+    """How many channels the images of these settings have; None of what is grey or colour."""
+    if settings["channels"] or settings["context"]:
+        return max(len(settings["channels"]), 1) * (2 * settings["context"] + 1)
+    return None
+
+
 def spell_window(window):
     """The window of `read_settings` in words."""
     words = {

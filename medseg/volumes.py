@@ -129,13 +129,14 @@ class Volume:
         voxels = np.moveaxis(self._voxels, self.axis, 0)[index]
         return voxels[..., time : time + 1] if self.times > 1 else voxels
 
-    def pictures(self, window=None):
+    def pictures(self, window=None, context=0):
         """The slices as a sequence of uint8 arrays (H, W, C).
 
-        window: (center, width); default: each channel from its `limits`.
+        window: (center, width); default: each channel from its `limits`. context: how many slices
+        on either side are channels too, in their order; at the ends the last one is repeated.
         """
         limits = [window_limits(window)] * self.n_channels if window else self.limits
-        return VolumePictures(self, limits)
+        return VolumePictures(self, limits, context)
 
     def turn(self, stored):
         """A view of an array in stored order, its first three axes turned as the volume is."""
@@ -224,13 +225,22 @@ class Volume:
 class VolumePictures(Sequence):
     """What `Volume.pictures` returns."""
 
-    def __init__(self, volume, limits):
-        self._volume, self._limits = volume, limits
+    def __init__(self, volume, limits, context=0):
+        self._volume, self._limits, self._context = volume, limits, context
 
     def __len__(self):
         return len(self._volume)
 
     def __getitem__(self, index):
+        if not self._context:
+            return self._picture(index)
+        depth = len(self) // self._volume.times
+        first = index // depth * depth  # of the same time
+        around = range(index - self._context, index + self._context + 1)
+        places = [min(max(place, first), first + depth - 1) for place in around]
+        return np.concatenate([self._picture(place) for place in places], axis=-1)
+
+    def _picture(self, index):
         values, inverted = self._volume[index], self._volume.header.inverted
         channels = [
             window_to_uint8(values[..., channel : channel + 1], *limits, inverted=inverted)

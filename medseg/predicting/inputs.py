@@ -16,6 +16,7 @@ from medseg.files import base_name, file_format, name_file, result_name, shorten
 from medseg.formats.own_files import is_own
 from medseg.images import FORMAT_NAMES, SUFFIXES, as_picture, read_image
 from medseg.pretrained import pretrained_path
+from medseg.settings import count_recorded
 from medseg.volumes import SINGLE_SUFFIXES, open_volume
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
@@ -43,20 +44,23 @@ class Frame(NamedTuple):
     depth: float | None = None  # mm that a slice of a DICOM series stands for, where known
 
 
-def open_file(file, window=None, orientation=None, pixel_size=None):
+def open_file(file, window=None, info=None, pixel_size=None):
     """([Frame], volume) in an ImageFile; volume: a `medseg.volumes.Volume`, or None.
 
-    window: (center, width) of DICOM and NIfTI values, or None for the file's own limits;
-    orientation: to turn a volume to, or None; pixel_size: (height, width) in mm of the pixels of
-    files that do not tell it, or None. Here alone a file is opened by its format.
+    window: (center, width) of grey values of more than 8 bits, or None for the file's own limits;
+    info: the `net.ModelInfo` of what will see it; pixel_size: (height, width) in mm of the pixels
+    of files that do not tell it, or None. Here alone a file is opened by its format.
     Raises FileNotFoundError; ValueError where the file cannot be read.
     """
     path = file.path
     if file.format is None:
-        return [Frame(path, file.name, path.name, partial(read_image, path), pixel_size)], None
+        read = partial(read_image, path, window)
+        return [Frame(path, file.name, path.name, read, pixel_size)], None
     if file.format == "volume":
-        volume = open_volume(path, orientation)
-        arrays, what = volume.pictures(window), "slice"
+        volume = open_volume(
+            path, info and info.orientation, time=False if info and info.channels else None
+        )
+        arrays, what = volume.pictures(window, info.context if info else 0), "slice"
     else:
         volume, arrays, what = None, read_dicom(path, window), "frame"
     frames = []
@@ -74,12 +78,24 @@ def open_file(file, window=None, orientation=None, pixel_size=None):
     return frames, volume
 
 
-def as_frame(image):
-    """The Frame of a path, or of whatever `medseg.images.as_picture` takes."""
+def as_frame(image, window=None):
+    """The Frame of a path, or of whatever `medseg.images.as_picture` takes; window: of a file."""
     if not isinstance(image, (str, Path)):
         return Frame(Path("image"), "image", "image", partial(as_picture, image))
     path = Path(image)
-    return Frame(path, result_name(path), path.name, partial(read_image, path))
+    return Frame(path, result_name(path), path.name, partial(read_image, path, window))
+
+
+def check_channels(picture, info):
+    """ValueError where a `Picture` lacks channels that the import of the training set named.
+
+    info: the `net.ModelInfo`. What is grey or colour alone is turned into each other elsewhere.
+    """
+    count, own = count_recorded(vars(info)), picture.pixels.shape[2]
+    if count not in (None, own):
+        around = f", and of {info.context} slices on either side" if info.context else ""
+        names = ", ".join(info.channels) or "grey"
+        raise ValueError(f"has {own} channels, and the weights take {count}: {names}{around}")
 
 
 def _read_array(arrays, index):

@@ -100,7 +100,7 @@ class Session:
                     yield from self._open_volume(file)[0]
 
     def _open_volume(self, file):
-        return inputs.open_file(file, self._window, self.model.info.orientation)
+        return inputs.open_file(file, self._window, self.model.info)
 
     def _own_copy(self, path):
         """The path of the file in the folder; the second scan.png becomes 2_scan.png."""
@@ -121,6 +121,7 @@ class Session:
 
     def _add(self, frame):
         image, model = frame.read(), self.model
+        inputs.check_channels(image, model.info)
         pixels = images.preprocess(image, model.info.image_size, model.n_channels)
         (prediction,) = model.predict(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2))
         view, arrays = image.rgb(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")

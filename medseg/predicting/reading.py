@@ -3,7 +3,7 @@
 from contextlib import suppress
 
 from medseg.files import file_format, parallel_map
-from medseg.images import open_image
+from medseg.images import image_errors, open_image
 
 AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or written behind it
 
@@ -16,7 +16,9 @@ def read_ahead(frames, prepare, leave_out):
     """
 
     def read(frame):
-        tensor, image = prepare(frame.read())
+        image = frame.read()
+        with image_errors(frame.path, "image"):
+            tensor, image = prepare(image)
         return frame, image, tensor
 
     ahead = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
