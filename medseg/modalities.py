@@ -51,13 +51,13 @@ def orientation_of(image):
     return read_orientation(image.paths[0] if isinstance(image, Modalities) else image)
 
 
-def open_channels(image, orientation=None):
+def open_channels(image, orientation=None, time=None):
     """The Volume in a Path, or of Modalities together; as `open_volume` has it.
 
     Raises ValueError where the files of Modalities lie apart, or are not so many channels.
     """
     if not isinstance(image, Modalities):
-        return open_volume(image, orientation)
+        return open_volume(image, orientation, time=time)
     time = False if len(image.paths) < len(image.names) else None
     volumes = [open_volume(path, orientation, time=time) for path in image.paths]
     volume = stack_volumes(volumes, image.names)

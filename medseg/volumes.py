@@ -3,6 +3,7 @@
 The libraries are optional, and imported when used. nibabel turns volumes whatever their format.
 """
 
+import contextlib
 import gzip
 import hashlib
 import importlib
@@ -104,7 +105,10 @@ class Volume:
         shape = self.header.shape
         extra, said = math.prod(shape[3:]), " x ".join(map(str, shape))
         if extra > 1 and time is None and not self.header.has_vectors:
-            raise ValueError(f"holds more than one volume ({said}): save one in a file of its own")
+            raise ValueError(
+                f"holds more than one volume ({said}): --channels A,B names them as channels of "
+                "each slice, --time takes them as volumes in time"
+            )
         if extra > MAX_CHANNELS and not time:
             raise ValueError(f"has {extra} channels ({said}), and {MAX_CHANNELS} are the most")
         return (*shape, 1, 1)[:3] + (extra,)
@@ -207,8 +211,10 @@ class Volume:
 
         Raises ValueError that names both where they differ in shape, or by a voxel or more.
         """
-        if self.shape != other.shape:
-            sizes = [" x ".join(map(str, volume.shape)) for volume in (other, self)]
+        if (self.shape, self.times) != (other.shape, other.times):
+            in_time = (self.times, other.times) != (1, 1)
+            sizes = [(*one.shape, *[one.times] * in_time) for one in (other, self)]
+            sizes = [" x ".join(map(str, size)) for size in sizes]
             raise ValueError(f"{other.path}: {sizes[0]} voxels, but {self.path} has {sizes[1]}")
         sides = ([0, side - 1] for side in self.shape)
         corners = np.stack([*np.meshgrid(*sides), np.ones((2, 2, 2))]).reshape(4, -1)
@@ -424,10 +430,16 @@ def _read_itk(path):
     """The Header of an NRRD or MetaImage file."""
     itk, is_nrrd = import_reader("SimpleITK", "NRRD and MetaImage"), path.suffix.lower()[1] == "n"
     fields, data, start = _read_fields(path, ":" if is_nrrd else "=")
+    needed = (
+        {"type", "sizes"} if is_nrrd else {"ndims", "dimsize", "elementtype", "elementdatafile"}
+    )
+    if missing := needed - fields.keys():
+        raise ValueError(f"not an NRRD or MetaImage file: its header has no {min(missing)}")
     reader = itk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")
     reader.SetFileName(str(path))
-    reader.ReadImageInformation()
+    with _no_itk_words():
+        reader.ReadImageInformation()
     ndim, vectors = reader.GetDimension(), reader.GetNumberOfComponents()
     shape = (*reader.GetSize(), *((1,) * (3 - ndim)), *((vectors,) if vectors > 1 else ()))
     one_voxel = itk.Image([1] * ndim, reader.GetPixelID(), vectors)
@@ -444,7 +456,8 @@ def _read_itk(path):
     affine = LPS_TO_RAS @ affine
 
     def read():
-        voxels = itk.GetArrayFromImage(reader.Execute())
+        with _no_itk_words():
+            voxels = itk.GetArrayFromImage(reader.Execute())
         return (voxels if vectors == 1 else np.moveaxis(voxels, -1, 0)).T.reshape(shape, order="F")
 
     sizes = {"space directions", "spacings", "elementspacing", "elementsize"}
@@ -458,6 +471,15 @@ def _read_itk(path):
         has_vectors=vectors > 1,
         seal=fields.get("medseg", "").lstrip("=").encode(),
     )
+
+
+@contextlib.contextmanager
+def _no_itk_words():
+    """Its errors name its own source files, in many lines."""
+    try:
+        yield
+    except RuntimeError:
+        raise ValueError("not an NRRD or MetaImage file, or a damaged one") from None
 
 
 def _read_fields(path, sign):

@@ -315,9 +315,30 @@ def write_dicom(path, pixels=STORED, *, syntax=EXPLICIT, **values):
     dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
     dataset["PixelData"].VR = "OW"
     for name, value in values.items():
-        setattr(dataset, name, value)
+        if isinstance(value, pydicom.DataElement):
+            dataset[name] = value
+        else:
+            setattr(dataset, name, value)
     dataset.save_as(path, enforce_file_format=True)
     return path
+
+
+def write_series(folder, voxels, *, spacing=(0.5, 0.8, 2), axes=(1, 0, 0, 0, 1, 0), **values):
+    """A DICOM file of each of the slices (N, H, W), whose names are not in their order.
+
+    spacing: mm from row to row, column to column and slice to slice. values: of every file, or
+    functions of the number of its slice.
+    """
+    folder.mkdir()
+    normal = np.cross(axes[:3], axes[3:])
+    for number, pixels in enumerate(voxels):
+        position = np.array([5, 70, -10]) + number * spacing[2] * normal
+        fields = {"ImagePositionPatient": position, "ImageOrientationPatient": axes}
+        fields = {key: [f"{one:.10g}" for one in value] for key, value in fields.items()}
+        fields |= {"PixelSpacing": list(spacing[:2]), "SeriesInstanceUID": "1.2.9", **values}
+        fields = {key: one(number) if callable(one) else one for key, one in fields.items()}
+        write_dicom(folder / f"{number * 5 % 7}_{number}.dcm", pixels, **fields)
+    return folder
 
 
 def write_nifti(path, voxels, affine=None, *, version=1, slope=None, intercept=0, zooms=None):

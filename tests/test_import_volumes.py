@@ -251,3 +251,56 @@ def test_missing_libraries_are_one_line(here, monkeypatch, library, folder):
     monkeypatch.setitem(sys.modules, library, None)
     flags = DICOM if library == "pydicom" else (*VOLUMES, *ALL)
     refuse_download(*flags, words=[f"{folder}/", f"install {library}`"])
+
+
+def four(number, times=3):
+    """(voxels, class numbers), written to vi/ and vm/ as volumes in time."""
+    rng = np.random.default_rng(number)
+    voxels = rng.integers(0, 1000, (12, 10, 4, times)).astype(np.int16)
+    numbers = rng.integers(0, 2, voxels.shape).astype(np.uint8)
+    for folder, array in (("vi", voxels), ("vm", numbers)):
+        Path(folder).mkdir(exist_ok=True)
+        write_nifti(Path(folder, f"c{number}.nii.gz"), array, zooms=(1, 1, 3, 1))
+    return voxels, numbers
+
+
+def test_four_axes_are_volumes_in_time_or_channels(here):
+    made = [four(number) for number in range(2)]
+    refuse_download(*VOLUMES, *ALL, words=["vi/c0.nii.gz", "--channels", "--time"])
+    run_download(*VOLUMES, *ALL, "--time")
+    masks = stored()
+    assert len(masks) == 2 * 3 * 4
+    for number, (voxels, numbers) in enumerate(made):
+        low, high = np.percentile(voxels, [0.5, 99.5])
+        for index in range(12):
+            time, z = divmod(index, 4)
+            mask = masks[f"c{number}_z{index:03}"]["foreground"]
+            assert_array_equal(mask, numbers[..., z, time] == 1)
+            shown = (voxels[..., z, time].clip(low, high) - low) * 255 / (high - low)
+            with Image.open(f"dataset/train/c{number}_z{index:03}.png") as picture:
+                assert_array_equal(np.asarray(picture), shown.round())
+    for number, (_, numbers) in enumerate(made):
+        write_nifti(Path(f"vm/c{number}.nii.gz"), numbers[..., 0], zooms=(1, 1, 3))
+    refuse_download(*VOLUMES, *ALL, "--time", "--force", words=["vm/c0.nii.gz", "12 x 10 x 4 x 1"])
+    run_download(*VOLUMES, *ALL, "--force", "--channels", "t1,t2,flair")
+    assert annotations("train")["info"]["channels"] == ["t1", "t2", "flair"]
+    for number, (_, numbers) in enumerate(made):
+        for z in range(4):
+            mask = stored()[f"c{number}_z{z:03}"]["foreground"]
+            assert_array_equal(mask, numbers[..., z, 0] == 1)
+
+
+@pytest.mark.parametrize("step, refused", [(1.0000153, False), (0.99, False), (1.3, True)])
+def test_numbers_that_are_nearly_whole_are_rounded_with_a_warning(here, step, refused):
+    _, numbers = volume(0)
+    volume(1)
+    write_nifti(MASK, numbers.astype(np.float32) * np.float32(step), zooms=(1, 3, 1))
+    if refused:
+        return refuse_download(*VOLUMES, *ALL, words=[MASK])
+    out = run_download(*VOLUMES, *ALL)
+    (line,) = (line for line in out.splitlines() if line.startswith("warning"))
+    assert "1 of 2" in line and str(step)[:8] in line and MASK.name in line
+    for index in range(1, 4):
+        masks = stored()[f"case_000_0000_z{index:03}"]
+        for value, name in ((1, "1"), (2, "2")):
+            assert_array_equal(masks[name], numbers[:, index] == value)

@@ -15,7 +15,7 @@ CLASS_EXAMPLE = "axon='masks/*_axon.png'"
 IMPORTERS = ("masks", "labelme", "coco")
 NEED_AN_IMPORTER = (
     *("split", "into", "add", "duplicates", "prefix", "group", "classes", "invert"),
-    *("skip_unpaired", "boxes", "channels"),
+    *("skip_unpaired", "boxes", "channels", "time"),
 )
 
 
@@ -80,6 +80,12 @@ def _add_sources(own):
         help="which {channel} of the pattern of images to use, in this order (default: all, "
         "sorted); without {channel} there, names for the channels that each file has",
     )
+    own.add_argument(
+        "--time",
+        action="store_true",
+        help="volumes of four axes are volumes in time, and so are their masks; with --channels "
+        "they are channels",
+    )
     own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
     own.add_argument(
         "--coco", nargs=2, metavar=("JSON", "IMAGES"), help="a COCO file and a folder of images"
@@ -124,7 +130,7 @@ def check_arguments(parser, args):
         parser.error("--duplicates: goes with --add")
     if args.boxes and not args.coco:
         parser.error("--boxes: goes with --coco")
-    for name in ("window", "invert", "channels"):
+    for name in ("window", "invert", "channels", "time"):
         if getattr(args, name) and not args.masks:
             parser.error(f"{flag_name(name)}: goes with --masks")
     if args.window:

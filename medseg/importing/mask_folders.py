@@ -47,6 +47,7 @@ def mask_examples(
     skip_unpaired=False,
     present=(),
     channels=(),
+    time=None,
 ):
     """(examples, class names, info) of images and their masks, as `find_sides` finds them.
 
@@ -62,7 +63,8 @@ def mask_examples(
     images with no mask or with several that may be meant, and masks of no image, else a ValueError.
     present: of `present_settings`, the splits that stay: the window has to be theirs, and volumes
     are turned to their orientation. channels: the names of those of each file, where they have
-    any. info: what to record of window, orientation and channels, as `read_settings` reads it.
+    any. time: True takes volumes of four axes as volumes in time. info: what to record of window,
+    orientation and channels, as `read_settings` reads it.
     Raises ValueError or FileNotFoundError that names the file.
     """
     if None not in masks and classes:
@@ -74,6 +76,7 @@ def mask_examples(
     if channels:
         pairs = [(Modalities(tuple(channels), (image,)), own) for image, own in pairs]
     options = {"classes": classes, "invert": invert, "window": window, "present": present}
+    options["time"] = time
     return _examples_of_pairs(images.text, pairs, names, groups, places, **options)
 
 
@@ -135,7 +138,9 @@ def _report_cases(cases, pairs, class_names):
         print(f"groups: {len(groups)}, such as {printable(min(groups))}: each stays in one split")
 
 
-def _examples_of_pairs(text, pairs, names, groups, places, *, classes, invert, window, present):
+def _examples_of_pairs(
+    text, pairs, names, groups, places, *, classes, invert, window, present, time
+):
     """What `mask_examples` returns, of pairs with a name and a group each.
 
     text: the folder or pattern of the images, places: {class name or None: that of its masks}.
@@ -154,6 +159,7 @@ def _examples_of_pairs(text, pairs, names, groups, places, *, classes, invert, w
             *(pairs, names, groups, places, classes, window),
             invert=invert,
             present=next(turned_to, None),
+            time=time,
         )
     else:
         if not channels:

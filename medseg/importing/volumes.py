@@ -21,11 +21,21 @@ from medseg.sources.value_counts import VOLUME
 from medseg.volumes import Volume, open_volume
 
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
+ROUNDING = 0.02  # of class numbers that were stored with a slope: 1.0000153 is 1
 SAME_PLACE = 0.01  # of a voxel: corners of image and mask this near differ by rounding only
 
 
 def volume_examples(
-    pairs, names, groups, places, classes=None, window=None, *, invert=False, present=None
+    pairs,
+    names,
+    groups,
+    places,
+    classes=None,
+    window=None,
+    *,
+    invert=False,
+    present=None,
+    time=None,
 ):
     """(examples of all slices, {class name or None: MaskClasses}, orientation) of volumes.
 
@@ -35,13 +45,14 @@ def volume_examples(
     classes, of masks without a class, and invert as in `find_classes`. window as in `open_pair`.
     orientation: that all are turned to, as "RAS": that of the first volume, or `present`,
     (orientation, where it comes from), of the splits that stay; None where the affines tell none.
+    time: True takes volumes of four axes as volumes in time.
     Every volume is read once here, and what is wrong with it raises ValueError or
     FileNotFoundError; the slices are read again later.
     """
     orientation = _common_orientation([image for image, _ in pairs], *(present or ()))
-    counted, lengths, axes, checks = {name: [] for name in places}, [], [], []
+    counted, lengths, axes, checks, rounded = {name: [] for name in places}, [], [], [], []
     for image, own in tqdm(pairs, "volumes", unit="volume", disable=None):
-        pair = open_pair(image, own, window, orientation)
+        pair = open_pair(image, own, window, orientation, time)
         lengths.append(len(pair))
         axes.append(pair.image.axis)
         for name, mask in pair.open_masks():
@@ -51,6 +62,7 @@ def volume_examples(
             counted[name].append((mask.volume.path, VOLUME, counts))
             said = f"{mask.distance:.3g} mm ({mask.volume.path.name})"
             checks.append((mask.distance, said, mask.turned))
+            rounded += [(mask.volume.path, mask.rounded)] * (mask.rounded is not None)
     meanings = {
         name: classes_of_counts(counted[None], place, classes, invert=invert)
         if name is None
@@ -58,7 +70,12 @@ def volume_examples(
         for name, place in places.items()
     }
     _report(lengths, axes, checks)
-    open_once = _pair_opener(window, orientation, meanings)
+    if rounded:
+        print(
+            f"warning: {len(rounded)} of {len(checks)} masks hold numbers that are not whole, but "
+            f"nearly, such as {rounded[0][1]:.8g} ({rounded[0][0].name}): they are rounded"
+        )
+    open_once = _pair_opener(window, orientation, time, meanings)
     examples = []
     for (image, own), name, group, length in zip(pairs, names, groups, lengths, strict=True):
         for index in range(length):
@@ -89,7 +106,7 @@ def _common_orientation(images, wanted=None, source=None):
     return wanted
 
 
-def _pair_opener(window, orientation, meanings):
+def _pair_opener(window, orientation, time, meanings):
     """(image, masks) -> (its slices as pictures, the masks of each), the last OPEN_PAIRS kept.
 
     Slices are read in the order of their names, on several threads: each pair is opened once.
@@ -98,7 +115,7 @@ def _pair_opener(window, orientation, meanings):
 
     @functools.lru_cache(OPEN_PAIRS)
     def open_cached(image, masks):
-        pair = open_pair(image, masks, window, orientation)
+        pair = open_pair(image, masks, window, orientation, time)
         return pair.pictures, _united_masks(pair, meanings)
 
     def open_locked(image, masks):
@@ -171,17 +188,18 @@ def _report(lengths, axes, checks):
 # ---------------------------------------------------------------- one pair
 
 
-@dataclass(frozen=True)
+@dataclass
 class MaskVolume:
     """A mask volume, cut across the same axis as its image.
 
     distance: mm that their corners lie apart, 0 where it is rounding. turned: whether it was stored
-    in another orientation than the image.
+    in another orientation than the image. rounded: a number of it that had to be rounded, or None.
     """
 
     volume: Volume
     distance: float
     turned: bool
+    rounded: float | None = None
 
     def class_numbers(self, index):
         """The mask of one slice, uint16 array (H, W); ValueError for other than whole numbers."""
@@ -189,8 +207,11 @@ class MaskVolume:
         numbers = values
         if values is None:
             values = self.volume[index]
-            numbers = np.nan_to_num(values, nan=-1).clip(-1, 65536).astype(np.int32)
-        if (numbers != values).any() or numbers.min() < 0 or numbers.max() > 65535:
+            numbers = np.nan_to_num(values, nan=-1).clip(-1, 65536).round().astype(np.int32)
+            if (apart := numbers != values).any():
+                self.rounded = float(values[apart][0])
+        whole = np.abs(values - numbers).max() <= ROUNDING
+        if not whole or numbers.min() < 0 or numbers.max() > 65535:
             raise ValueError(
                 f"{self.volume.path}: slice {index} holds something else than class numbers "
                 "0, 1, 2, ..."
@@ -203,13 +224,14 @@ class VolumePair:
     """A volume of `len(pair)` slices with its masks.
 
     pictures: the slices of the image, uint8 arrays (H, W). masks: [(class name or None, path)].
-    orientation: that all are turned to, or None.
+    orientation: that all are turned to, or None. time: whether all are volumes in time.
     """
 
     image: Volume
     pictures: Sequence
     masks: Sequence
     orientation: str | None
+    time: bool | None
 
     def __len__(self):
         return len(self.pictures)
@@ -220,25 +242,25 @@ class VolumePair:
         Raises FileNotFoundError; ValueError where a mask lies a voxel or more beside the image.
         """
         for name, path in self.masks:
-            yield name, open_mask(path, self.image, self.orientation)
+            yield name, open_mask(path, self.image, self.orientation, self.time)
 
 
-def open_pair(image, masks, window=None, orientation=None):
+def open_pair(image, masks, window=None, orientation=None, time=None):
     """The VolumePair of a Path or `Modalities` and [(class name or None, volume of a mask)].
 
-    window as in `Volume.pictures`; orientation as in `open_volume`: each is turned by its own
-    affine. Raises FileNotFoundError or ValueError.
+    window as in `Volume.pictures`; orientation and time as in `open_volume`: each is turned by its
+    own affine. Raises FileNotFoundError or ValueError.
     """
-    image = open_channels(image, orientation)
-    return VolumePair(image, image.pictures(window), masks, orientation)
+    image = open_channels(image, orientation, time)
+    return VolumePair(image, image.pictures(window), masks, orientation, time)
 
 
-def open_mask(path, image, orientation=None):
+def open_mask(path, image, orientation=None, time=None):
     """The MaskVolume in a file, of a Volume that was turned to the orientation.
 
     Raises FileNotFoundError; ValueError where the two lie a voxel apart or more.
     """
-    mask = open_volume(path, orientation, is_mask=True)
+    mask = open_volume(path, orientation, is_mask=True, time=time)
     distance = image.distance_to(mask)
     mask.axis = image.axis  # equal but for rounding
     turned = image.stored_orientation != mask.stored_orientation
