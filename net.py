@@ -117,9 +117,10 @@ class ModelInfo:
         metadata["draw_order"] = list(self.draw_order)
         metadata |= {name: getattr(self, name) for name in OF_IMPORT}
         metadata["trained_flips"] = list(self.trained_flips)
-        for name in ("inference", "feature_statistics"):
-            if (value := getattr(self, name)) is not None:
-                metadata[name] = value.as_dict()
+        if self.inference is not None:
+            metadata["inference"] = self.inference._asdict()
+        if self.feature_statistics is not None:
+            metadata["feature_statistics"] = self.feature_statistics.as_dict()
         return metadata
 
 

@@ -1,70 +1,64 @@
-"""How masks are made with a network: threshold, averaging over flips, clean-up.
+"""How masks are made with a network: averaging over flips, threshold, clean-up.
 
 `medseg.training.tuning` chooses it on valid, the weights carry it, and prediction follows it.
+Probabilities are brought to the size of the image a few columns at a time, so that a large image
+needs few megabytes besides its masks.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from medseg.cli import parse_named_values
-from medseg.full_size import full_size_labels, full_size_mask
-from medseg.pieces import CLEANINGS, clean_labels, count_numbers, describe_clean, pixel_area
+from medseg.images import STRIPE
+from medseg.pieces import WORDS, class_mask, class_masks, clean_masks, read_clean, spell_clean
 
-# {name: axes of (..., H, W) that are reversed}
-FLIPS = {"horizontal": (-1,), "vertical": (-2,), "both": (-2, -1)}
-# The same after H and W have changed places; the degrees are counterclockwise.
-TURNS = {"transpose": (), "turn90": (-2,), "turn270": (-1,), "antitranspose": (-2, -1)}
-VIEWS = (*FLIPS, *TURNS)  # with the image as it is, all symmetries of a square
+# {name: (whether H and W change places, axes of (..., H, W) that are reversed then)}; the degrees
+# are counterclockwise. With the image as it is, all symmetries of a square.
+SYMMETRIES = {
+    "horizontal": (False, (-1,)),
+    "vertical": (False, (-2,)),
+    "both": (False, (-2, -1)),
+    "transpose": (True, ()),
+    "turn90": (True, (-2,)),
+    "turn270": (True, (-1,)),
+    "antitranspose": (True, (-2, -1)),
+}
+VIEWS = tuple(SYMMETRIES)
+FLIPS, LEARNED_TURNS = VIEWS[:3], ("both", "turn90", "turn270")
+SPELLED = {FLIPS: "flips", VIEWS: "flips and turns", LEARNED_TURNS: "turns"}
+MAX_LEVEL = 65535  # of a probability as 16 bits: 1.0
 
 
 class Inference(NamedTuple):
     """What turns a network into masks; by default, the tutorial's threshold and nothing else.
 
     threshold: foreground is above this probability. flips: names of VIEWS, over which and the image
-    as it is the probabilities are averaged. clean: as --clean, see `medseg.pieces`.
+    as it is the probabilities are averaged. clean: as of `medseg.pieces.read_clean`.
     """
 
     threshold: float = 0.5
     flips: tuple = ()
-    clean: str = "none"
+    clean: dict = {}
 
-    def labels(self, probabilities, size, spacing=None, *, marked=None):
-        """float32 (C, S, S) -> class numbers, uint8 (height, width), as they are written.
+    def masks(self, probabilities, size, *, exclusive=True, spacing=None):
+        """Yield the mask of each class as it is written, bool (height, width).
 
-        The most probable class counts. size: (width, height) of the image; spacing: mm of its
-        pixels along each axis, or None. marked: int64 (256,), to which the pixels of each number
-        before the clean-up are added, where there is one.
+        The others as of `full_size_masks`. spacing: mm of a pixel along each axis, or None.
         """
-        labels = full_size_labels(probabilities, size, self.threshold)
-        if marked is not None and self.clean != "none":
-            marked += count_numbers(labels)
-        return clean_labels(labels, self.clean, pixel_area(spacing))
-
-    def masks(self, probabilities, size, *, exclusive=True, spacing=None, marked=None):
-        """Yield the same as the mask of each class, bool (height, width).
-
-        exclusive: whether a pixel has one class; if not, each class counts by its own mask.
-        """
-        if exclusive or len(probabilities) == 1:
-            labels = self.labels(probabilities, size, spacing, marked=marked)
-            yield from (labels == number for number in range(1, len(probabilities) + 1))
-            return
-        for number, channel in enumerate(probabilities, 1):
-            own = full_size_mask(channel, size, self.threshold).view(np.uint8)
-            if marked is not None:
-                marked[number] += np.count_nonzero(own)
-            yield clean_labels(own, self.clean, pixel_area(spacing)).view(bool)
+        masks = full_size_masks(probabilities, size, self.threshold, exclusive=exclusive)
+        masks = clean_masks(masks, self.clean, spacing)
+        yield from (class_mask(masks, number) for number in range(1, len(probabilities) + 1))
 
     def as_dict(self):
-        """As it is recorded: plain values, which JSON has too."""
-        return {"threshold": self.threshold, "flips": list(self.flips), "clean": self.clean}
+        """As reports have it: plain values, the clean-up as the text of --clean."""
+        clean = spell_clean(self.clean)
+        return {"threshold": self.threshold, "flips": list(self.flips), "clean": clean}
 
     def extras(self):
         """What is done beside the threshold, in words: ['flips', 'largest piece'], or less."""
-        flips = tuple(self.flips or ())  # a list, where a report has them
-        parts = [SPELLED.get(flips, f"flips ({', '.join(flips)})")] if flips else []
-        return [*parts, *describe_clean(self.clean)]
+        parts = [SPELLED.get(self.flips, f"flips ({', '.join(self.flips)})")] if self.flips else []
+        return [*parts, *(WORDS[name].format(value) for name, value in self.clean.items())]
 
     def __str__(self):
         """'threshold 0.45, flips, largest piece'"""
@@ -72,22 +66,23 @@ class Inference(NamedTuple):
 
 
 PLAIN = Inference()
-LEARNED_TURNS = ("both", "turn90", "turn270")
-SPELLED = {tuple(FLIPS): "flips", VIEWS: "flips and turns", LEARNED_TURNS: "turns"}
 
 
 def read_inference(value):
-    """The Inference that metadata hold as `Inference.as_dict` gives it; None for None.
+    """The Inference that weights or a report hold as a dict; what is missing is as in PLAIN.
 
-    Raises ValueError where a value is none that it can have.
+    None for None. Raises ValueError where a value is none that it can have.
     """
     if value is None:
         return None
-    threshold, clean = float(value["threshold"]), value["clean"]
+    value = {**PLAIN._asdict(), **value}
+    threshold = float(value["threshold"])
     if not 0 <= threshold <= 1:
         raise ValueError(f"inference at threshold {threshold:g}")
-    parse_named_values(clean, CLEANINGS)
-    return Inference(threshold, read_flips(value["flips"]), clean)
+    return Inference(threshold, read_flips(value["flips"]), read_clean(value["clean"]))
+
+
+# ---- flips -----------------------------------------------------------------------------------
 
 
 def read_flips(value):
@@ -103,7 +98,7 @@ def learned_flips(strengths):
     if strengths.get("turn"):
         return VIEWS if flips else LEARNED_TURNS
     if strengths.get("flip"):
-        return tuple(FLIPS)
+        return FLIPS
     return ("horizontal",) if flips else ()
 
 
@@ -112,34 +107,87 @@ def flips_to_average(recorded, trained_flips=()):
 
     recorded: the Inference in the weights, or None. Where neither is known, those of FLIPS.
     """
-    return (recorded or PLAIN).flips or trained_flips or tuple(FLIPS)
-
-
-def combine(inferences):
-    """The Inference of several models whose probabilities are averaged.
-
-    inferences: that of each, None where a file records none. The mean of their thresholds, and the
-    flips and the clean-up where all have the same. None where no file records any.
-    """
-    if all(one is None for one in inferences):
-        return None
-    thresholds, flips, clean = zip(*(one or PLAIN for one in inferences), strict=True)
-    return Inference(
-        sum(thresholds) / len(thresholds),
-        flips[0] if len(set(flips)) == 1 else PLAIN.flips,
-        clean[0] if len(set(clean)) == 1 else PLAIN.clean,
-    )
+    return (recorded or PLAIN).flips or trained_flips or FLIPS
 
 
 def view(images, name):
     """A tensor (..., H, W) as one of VIEWS; None is the image as it is."""
-    if name in TURNS:
-        return images.swapaxes(-1, -2).flip(TURNS[name])
-    return images.flip(FLIPS[name]) if name else images
+    swapped, axes = SYMMETRIES.get(name, (False, ()))
+    images = images.swapaxes(-1, -2) if swapped else images
+    return images.flip(axes) if axes else images
 
 
 def undo_view(images, name):
     """What `view` has made into these."""
-    if name in TURNS:
-        return images.flip(TURNS[name]).swapaxes(-1, -2)
-    return view(images, name)
+    swapped, axes = SYMMETRIES.get(name, (False, ()))
+    images = images.flip(axes) if axes else images
+    return images.swapaxes(-1, -2) if swapped else images
+
+
+# ---- at the size of the image ----------------------------------------------------------------
+
+
+def full_size_stripes(probabilities, size, columns=None, above=-1):
+    """Yield (slice of columns, float32 (C, height, columns)) of probabilities at the image's size.
+
+    probabilities: float32 (C, S, S); size: (width, height). Few columns are resized at a time:
+    along the rows, then the columns, as Pillow does it. columns: the slice of those that are
+    needed, or None for all. above: stripes without a probability above it are left out.
+    """
+    width, height = size
+    if above >= probabilities.max():  # and so is every value between those of its pixels
+        return
+    probabilities = _resize(probabilities, (width, probabilities.shape[1]))
+    first, last, _ = (columns or slice(None)).indices(width)
+    for start in range(first, last, STRIPE):
+        part = slice(start, min(start + STRIPE, last))
+        stripe = probabilities[..., part]
+        if not stripe.max() <= above:  # a value may be no number
+            yield part, _resize(stripe, (stripe.shape[2], height))
+
+
+def _resize(channels, size):
+    """float32 (C, H, W) -> (C, height, width)."""
+    if channels.shape[:0:-1] == size:
+        return channels
+    resized = (Image.fromarray(np.ascontiguousarray(one)) for one in channels)
+    return np.stack([one.resize(size, Image.Resampling.BILINEAR) for one in resized])
+
+
+def full_size_masks(probabilities, size, threshold, *, exclusive=True):
+    """float32 array (C, S, S) of 0..1 -> class numbers, uint8 (height, width), 0 for background.
+
+    size: (width, height). The most probable class counts. exclusive: whether a pixel has one class;
+    if not, the mask of each is made by itself, bool (C, height, width).
+    """
+    shape, count = size[::-1], len(probabilities)
+    masks = np.zeros(shape, np.uint8) if exclusive else np.zeros((count, *shape), bool)
+    for columns, stripe in full_size_stripes(probabilities, size, above=threshold):
+        marked = stripe > np.float32(threshold)
+        if exclusive:
+            number = np.where(marked, stripe, 0).argmax(0) + 1 if count > 1 else 1
+            masks[:, columns] = marked.any(0) * number
+        else:
+            masks[..., columns] = marked
+    return masks
+
+
+def full_size_levels(probabilities, size):
+    """float32 (C, S, S) of 0..1 -> uint16 (C, height, width) of 0..MAX_LEVEL."""
+    levels = np.zeros((len(probabilities), *size[::-1]), np.uint16)
+    for columns, stripe in full_size_stripes(probabilities, size):
+        levels[..., columns] = np.rint(stripe * MAX_LEVEL)
+    return levels
+
+
+def sum_probabilities(masks, probabilities):
+    """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
+
+    masks: as of `medseg.pieces.class_masks`, of a picture; probabilities: float32 (C, S, S).
+    """
+    sums, size = np.zeros(len(probabilities)), masks.shape[:-3:-1]
+    for number, (rows, sides), mask in class_masks(masks):
+        for columns, (stripe,) in full_size_stripes(probabilities[[number - 1]], size, sides):
+            marked = mask[:, columns.start - sides.start : columns.stop - sides.start]
+            sums[number - 1] += stripe[rows][marked].sum(dtype=np.float64)
+    return sums

@@ -7,12 +7,11 @@ import torch
 
 from medseg.dist import all_gather, all_reduce_sum, is_first
 from medseg.drawing import outline
-from medseg.full_size import full_size_labels, full_size_stripes
-from medseg.inference import Inference
-from medseg.pieces import COUNTED_PIXELS
+from medseg.inference import Inference, full_size_masks, full_size_stripes
 
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
 TOLERANCE = 2  # pixels, or mm where known: about what two readers of an outline differ by
+COUNTED_PIXELS = 1 << 16  # that are counted at a time: 24 bytes of each stay in the cache
 BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
 
 
@@ -186,7 +185,7 @@ class RunningScores:
 # ---- of a folder: numpy counts, an image a row -----------------------------------------------
 
 
-def count_image(targets, probabilities, thresholds, clean="none", *, exclusive=True, spacing=None):
+def count_image(targets, probabilities, thresholds, clean=None, *, exclusive=True, spacing=None):
     """Counts of one image, of the masks that are written: int (T, C, 4) of tp, fp, fn, tn.
 
     targets: bool (C, H, W) at the image's own size, or a `data.ClassMasks`; probabilities: float32
@@ -194,7 +193,7 @@ def count_image(targets, probabilities, thresholds, clean="none", *, exclusive=T
     `medseg.inference.Inference.masks`.
     """
     size = targets.shape[:0:-1]
-    if clean != "none":
+    if clean:
         masks = (
             Inference(threshold, clean=clean).masks(
                 probabilities, size, exclusive=exclusive, spacing=spacing
@@ -208,12 +207,12 @@ def count_image(targets, probabilities, thresholds, clean="none", *, exclusive=T
     counts = np.zeros((bins, len(probabilities), 4), np.int64)
     labels = None
     if exclusive and len(probabilities) > 1:  # the most probable class is that at any threshold
-        labels = full_size_labels(probabilities, size, lowest)
+        labels = full_size_masks(probabilities, size, lowest)
     for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
         # A pixel of bin k is above falling[k:], and not above falling[:k]. Those above none, and
         # those that are no number, are most and are in no bin.
         histogram = np.zeros(2 * bins, np.int64)
-        for columns, stripe in full_size_stripes(probability, size, above=lowest):
+        for columns, (stripe,) in full_size_stripes(probability[None], size, above=lowest):
             marked = stripe > lowest
             if labels is not None:
                 marked &= labels[:, columns] == channel + 1
@@ -242,7 +241,7 @@ def count_masks(targets, preds):
     return np.array(counts)
 
 
-def count_pixels(pairs, thresholds, clean="none", **options):
+def count_pixels(pairs, thresholds, clean=None, **options):
     """`count_image` of every image, int (N, T, C, 4), of all processes one after the other.
 
     pairs: iterable of (targets (C, H, W), probabilities (C, S, S)) of the images of this process.

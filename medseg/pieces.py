@@ -7,43 +7,52 @@ import numpy as np
 from medseg.cli import parse_named_values
 
 # The steps of --clean, in the order in which they are taken: {name: (value where none is given,
-# highest)}, for `medseg.cli.parse_named_values`.
+# highest)}, for `medseg.cli.parse_named_values`. 0: leave the step out.
 CLEANINGS = {
     "min-area": (None, 1e9),  # remove pieces of fewer pixels of the image
     "min-mm2": (None, 1e9),  # remove pieces of less area
-    "largest": (1.0, 1.0),  # of the pieces that are left, keep the largest; 0: do not
-    "fill": (1.0, 1.0),  # fill the holes of those; 0: do not
-    "split": (1.0, 1.0),  # take objects that touch apart; 0: do not
+    "largest": (1.0, 1.0),  # of the pieces that are left, keep the largest
+    "fill": (1.0, 1.0),  # fill the holes of those
+    "split": (1.0, 1.0),  # take objects that touch apart
 }
-
-COUNTED_PIXELS = 1 << 16  # that are counted at a time: the 8 bytes of each stay in the cache
+WORDS = {
+    "min-area": "no piece below {:g} pixels",
+    "min-mm2": "no piece below {:g} mm2",
+    "largest": "largest piece",
+    "fill": "holes filled",
+    "split": "touching objects split",
+}
 # A neck between two objects is lower than the lower of their peaks by this part of it, and by so
 # many pixels: heights are distances to the background.
 NECK, NECK_PIXELS = 0.25, 1.0
 
 
-def pixel_area(spacing):
-    """mm2 of a pixel of an image; spacing: mm of it along each axis, or None."""
-    return None if spacing is None else math.prod(spacing)
+def read_clean(value):
+    """{name of CLEANINGS: value above 0} of the steps to take: a clean-up, as `Inference` has it.
+
+    value: such a dict, as weights hold it, or its text as --clean, reports and older weights have
+    it: 'min-area=50,largest' or 'none'. Raises ValueError.
+    """
+    if isinstance(value, str):
+        value = parse_named_values(value, CLEANINGS)
+    return {name: float(value[name]) for name in CLEANINGS if value.get(name)}
+
+
+def spell_clean(clean):
+    """A clean-up as --clean has it, 'min-area=50,largest' or 'none'."""
+    steps = [
+        name if CLEANINGS[name][0] else f"{name}={value:.12g}" for name, value in clean.items()
+    ]
+    return ",".join(steps) or "none"
 
 
 def check_clean(clean, spacing, path):
     """ValueError that names the image at `path` where --clean counts mm2 and has no `spacing`."""
-    if "min-mm2" in parse_named_values(clean, CLEANINGS) and spacing is None:
+    if "min-mm2" in clean and spacing is None:
         raise ValueError(
-            f"{path}: does not tell the size of its pixels, which --clean {clean} needs: give it "
-            "with --pixel-size, or use min-area, which counts pixels"
+            f"{path}: does not tell the size of its pixels, which --clean {spell_clean(clean)} "
+            "needs: give it with --pixel-size, or use min-area, which counts pixels"
         )
-
-
-def describe_clean(clean):
-    """What --clean does, in words: ['no piece below 50 pixels', 'largest piece', ...] or []."""
-    steps, words = parse_named_values(clean, CLEANINGS), []
-    for name, unit in (("min-area", "pixels"), ("min-mm2", "mm2")):
-        if steps.get(name):
-            words.append(f"no piece below {steps[name]:g} {unit}")
-    told = {"largest": "largest piece", "fill": "holes filled", "split": "touching objects split"}
-    return words + [text for name, text in told.items() if steps.get(name)]
 
 
 def number_pieces(mask, connectivity=8):
@@ -66,7 +75,8 @@ def number_pieces(mask, connectivity=8):
 
     numbers, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
     boxes = [[(side.start, side.stop) for side in box] for box in ndimage.find_objects(numbers)]
-    return numbers, count_numbers(numbers, count)[1:], np.reshape(boxes, (count, mask.ndim, 2))
+    sizes = [np.count_nonzero(numbers[inside(box)] == n) for n, box in enumerate(boxes, 1)]
+    return numbers, np.array(sizes), np.reshape(boxes, (count, mask.ndim, 2))
 
 
 def inside(box):
@@ -74,28 +84,23 @@ def inside(box):
     return tuple(slice(*side) for side in box)
 
 
+def class_mask(masks, number):
+    """The mask of a class, a bool array, of masks as of `class_masks`."""
+    return masks[number - 1] if masks.dtype == bool else masks == number
+
+
 def class_masks(masks):
     """Yield (number, index of its box, bool array of that box) of each class that has pixels.
 
     masks: class numbers, uint8 of any shape, or the mask of each class by itself, bool (C, ...).
     """
-    count = len(masks) if masks.dtype == bool else masks.max()
-    for number in range(1, count + 1):
-        mask, box = masks[number - 1] if masks.dtype == bool else masks == number, ()
+    for number in range(1, (len(masks) if masks.dtype == bool else masks.max()) + 1):
+        mask, box = class_mask(masks, number), ()
         for axis in range(mask.ndim):
             places = np.flatnonzero(mask.any(tuple({*range(mask.ndim)} - {axis})))
             box += tuple(slice(int(first), int(places[-1]) + 1) for first in places[:1])
         if box:
             yield number, box, mask[box]
-
-
-def count_numbers(numbers, count=255):
-    """How often each of 1 to `count` is in an array: int64 (count + 1), with 0 for 0."""
-    counts, flat = np.zeros(count + 1, np.int64), numbers.ravel(order="K")
-    for start in range(0, flat.size, COUNTED_PIXELS):  # a pixel takes eight bytes
-        counts += np.bincount(flat[start : start + COUNTED_PIXELS], minlength=count + 1)
-    counts[0] = 0
-    return counts
 
 
 def are_single_pieces(labels, tolerance=0.1):
@@ -116,43 +121,31 @@ def are_single_pieces(labels, tolerance=0.1):
 # ---- --clean ---------------------------------------------------------------------------------
 
 
-def clean_labels(labels, clean, area=None):
-    """Class numbers, uint8 (H, W), as --clean has them; 0 is background.
+def clean_masks(masks, clean, spacing=None):
+    """Masks, uint8 or bool as of `class_masks`, of a picture, after a clean-up; each class alone.
 
-    clean: text such as 'min-area=50,largest,fill', or 'none'; its steps are taken in the order of
-    CLEANINGS, for each class by itself. Where holes are filled, no other class is overwritten.
-    area: mm2 of a pixel. Raises ValueError for min-mm2 where that is unknown.
+    clean: as of `read_clean`; its steps are taken in the order of CLEANINGS. Where holes are
+    filled, no other class number is overwritten. spacing: mm of a pixel along each axis, which
+    min-mm2 needs.
     """
-    steps = parse_named_values(clean, CLEANINGS)
-    if not any(steps.values()):
-        return labels
-    labels = labels.copy()
-    if any(steps.get(name) for name in ("min-area", "min-mm2", "largest")):
-        for _, box, mask in class_masks(labels):
-            labels[box][mask & ~_keep_pieces(mask, steps, area)] = 0
-    if steps.get("fill"):
+    if not clean:
+        return masks
+    if masks.dtype == bool:  # classes that overlap
+        return np.array([clean_masks(mask.view(np.uint8), clean, spacing) for mask in masks], bool)
+    labels, fewest = masks.copy(), clean.get("min-area", 0)
+    if "min-mm2" in clean:
+        fewest = max(fewest, clean["min-mm2"] / math.prod(spacing))
+    for _, box, mask in class_masks(labels) if fewest or "largest" in clean else ():
+        numbers, sizes, _ = number_pieces(mask)
+        kept = sizes >= fewest * (1 - 1e-9)  # 0.3 mm2 of 0.1 are 3 pixels
+        if "largest" in clean:  # of pieces of one size the first, row by row from the top left
+            kept &= np.arange(len(sizes)) == sizes.argmax()
+        labels[box][mask & ~np.append(False, kept)[numbers]] = 0
+    if "fill" in clean:
         _fill_holes(labels)
-    if steps.get("split"):
-        for _, box, mask in class_masks(labels):
-            labels[box][find_cuts(mask)] = 0
+    for _, box, mask in class_masks(labels) if "split" in clean else ():
+        labels[box][find_cuts(mask)] = 0
     return labels
-
-
-def _keep_pieces(mask, steps, area):
-    """bool (H, W) -> bool (H, W) with the pieces that min-area, min-mm2 and largest leave.
-
-    Of pieces of one size the first is kept, row by row from the top left.
-    """
-    fewest = steps.get("min-area", 0)
-    if steps.get("min-mm2"):
-        if area is None:
-            raise ValueError("min-mm2 needs the size of the pixels in mm")
-        fewest = max(fewest, steps["min-mm2"] / area)
-    numbers, sizes, _ = number_pieces(mask)
-    kept = sizes >= fewest * (1 - 1e-9)  # 0.3 mm2 of 0.1 are 3 pixels
-    if steps.get("largest"):
-        kept &= np.arange(len(sizes)) == sizes.argmax()
-    return np.append(False, kept)[numbers]
 
 
 def _fill_holes(labels):
@@ -162,16 +155,16 @@ def _fill_holes(labels):
     (4-connectivity, as scipy's binary_fill_holes has it). A hole in an island in a hole belongs to
     the island.
     """
-    holes, free = [], labels == 0
-    for number, box, mask in class_masks(labels):
-        numbers, sizes, boxes = number_pieces(~mask, connectivity=4)
-        closed = (boxes[..., 0] > 0).all(1) & (boxes[..., 1] < mask.shape).all(1)
-        for index in np.flatnonzero(closed):
-            part = inside(boxes[index])
-            hole = (numbers[part] == index + 1) & free[box][part]
-            holes.append((sizes[index], number, labels[box][part], hole))
-    for _, number, place, hole in sorted(holes, key=lambda hole: -hole[0]):  # the outer ones first
-        place[hole] = number
+    import cv2
+
+    filled, outlines = np.zeros_like(labels), []
+    for number, (rows, columns), mask in class_masks(labels):
+        way = {"mode": cv2.RETR_LIST, "method": cv2.CHAIN_APPROX_SIMPLE}
+        lines, _ = cv2.findContours(mask.view(np.uint8), **way, offset=(columns.start, rows.start))
+        outlines += [(cv2.contourArea(line), number, line) for line in lines]
+    for _, number, line in sorted(outlines, key=lambda outline: -outline[0]):  # outer ones first
+        cv2.drawContours(filled, [line], -1, number, cv2.FILLED)
+    np.copyto(labels, filled, where=labels == 0)
 
 
 def find_cuts(mask):
@@ -251,23 +244,20 @@ def measure_pieces(mask, start, spacing=None):
 
 
 def hull_corners(piece):
-    """Pixels of a bool array that are the corners of its convex hull, float64 (N, axes).
+    """Pixels of a bool array, among them the corners of its convex hull, float64 (N, axes).
 
     The longest distance within it is between two of them (Shamos, "Computational Geometry", 1978).
+    Of a volume, the corners of each of its slices.
     """
-    inner = np.zeros_like(piece)  # any other pixel lies between the two ends of its row
-    inner[..., 1:-1] = piece[..., :-2] & piece[..., 2:]
-    points = np.argwhere(piece & ~inner).astype(np.int32)
-    if piece.ndim == 2:
-        import cv2
+    import cv2
 
-        return cv2.convexHull(points)[:, 0].astype(float)
-    from scipy.spatial import ConvexHull
-
-    # Around each, so that a straight row has a volume too: the corners stay those of the same ones.
-    around = np.concatenate([np.eye(3), -np.eye(3)]) / 4
-    around = (points[:, None] + around).reshape(-1, 3)
-    return np.unique(np.rint(around[ConvexHull(around).vertices]), axis=0)
+    corners = []
+    for index, part in enumerate(piece if piece.ndim == 3 else piece[None]):
+        way = {"mode": cv2.RETR_EXTERNAL, "method": cv2.CHAIN_APPROX_SIMPLE}
+        if lines := cv2.findContours(part.view(np.uint8), **way)[0]:
+            hull = cv2.convexHull(np.concatenate(lines))[:, 0, ::-1]
+            corners.append(np.insert(hull, 0, index, 1))
+    return np.concatenate(corners)[:, -piece.ndim :].astype(float)
 
 
 def longest_distance(points):

@@ -9,17 +9,12 @@ import numpy as np
 import torch
 
 from medseg.device import available_device, out_of_memory
-from medseg.inference import PLAIN, combine, undo_view, view
+from medseg.inference import PLAIN, Inference, undo_view, view
+from medseg.metrics import dice_score
 from medseg.ood import FeatureRecorder
 from medseg.tiles import apply_by_tiles
 
-# What several models have in common, and what to call it.
-COMMON = {
-    "class_names": "classes",
-    "image_size": "image size",
-    "window": "window",
-    "orientation": "orientation",
-}
+COMMON = ("class_names", "image_size", "window", "orientation")  # what several models share
 
 
 class Prediction(NamedTuple):
@@ -87,7 +82,7 @@ class Predictor:
 
         The last two are empty without `assess`; see `pairwise_dice` and `medseg.ood`.
         """
-        total, masks, ratios = None, [], []
+        total, masks, ratios, count = 0, [], [], self.members
         for network, name in itertools.product(self.networks, (None, *self.inference.flips)):
             known = getattr(network, "info", self.info).feature_statistics
             recorder = FeatureRecorder(network) if assess and known and name is None else None
@@ -97,11 +92,11 @@ class Predictor:
             one = undo_view(one, name)
             if recorder:
                 ratios.append(known.ratios(recorder.pooled()))
-            if assess and self.members > 1:
+            if assess and count > 1:
                 marked = (one > self.inference.threshold).flatten(2)
                 masks.append(np.packbits(marked.cpu().numpy(), axis=-1))
-            total = one if total is None else total.add_(one)  # in place: large images fill memory
-        return (total if self.members == 1 else total.div_(self.members)), masks, ratios
+            total = one.add_(total)  # in place: large images fill the memory
+        return (total.div_(count) if count > 1 else total), masks, ratios
 
 
 @contextmanager
@@ -126,30 +121,34 @@ def common_info(networks, names=()):
     names: their files. Thresholds are averaged; flips and clean-up count where all have the same.
     Raises ValueError that names the first network that differs in what all must share.
     """
-    first, *others = infos = [network.info for network in networks]
-    for index, info in enumerate(others, 1):
-        pairs = {what: (getattr(first, key), getattr(info, key)) for key, what in COMMON.items()}
-        pairs["channels"] = networks[0].n_channels, networks[index].n_channels
-        for what, (expected, value) in pairs.items():
-            if value != expected:
+    infos = [network.info for network in networks]
+    shared = [
+        {"channels": network.n_channels, **{key: getattr(network.info, key) for key in COMMON}}
+        for network in networks
+    ]
+    for name, values in zip(names, shared, strict=False):
+        for key, value in values.items():
+            if value != shared[0][key]:
                 raise ValueError(
-                    f"{names[index]}: {what} {_spell(value)}, but {names[0]} has "
-                    f"{_spell(expected)}: models predict together only where they agree"
+                    f"{name}: {key} {value}, but {names[0]} has {shared[0][key]}: models predict "
+                    "together only where they agree"
                 )
-    same_flips = len({info.trained_flips for info in infos}) == 1
+    inference = None
+    if any(info.inference for info in infos):
+        thresholds, flips, cleans = zip(*(info.inference or PLAIN for info in infos), strict=True)
+        mean = sum(thresholds) / len(thresholds)
+        inference = Inference(mean, _shared(flips, ()), _shared(cleans, {}))
     return replace(
-        first,
-        inference=combine([info.inference for info in infos]),
-        trained_flips=first.trained_flips if same_flips else (),
+        infos[0],
+        inference=inference,
+        trained_flips=_shared([info.trained_flips for info in infos], ()),
         draw_order=next((info.draw_order for info in infos if info.draw_order), ()),
         feature_statistics=None,
     )
 
 
-def _spell(value):
-    if value is None:
-        return "none"
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _shared(values, otherwise):
+    return values[0] if all(value == values[0] for value in values) else otherwise
 
 
 def pairwise_dice(masks):
@@ -160,19 +159,8 @@ def pairwise_dice(masks):
     Control from Fully ConvNet Monte Carlo Sampling", MICCAI 2018, have this mean as d_MC, for
     samples of one network.
     """
-    if len(masks) < 2:
-        return None
-    sizes, pairs = [_count(mask) for mask in masks], []
-    for second in range(1, len(masks)):
-        for first in range(second):
-            total = sizes[first] + sizes[second]
-            shared = 2 * _count(masks[first] & masks[second])
-            pairs.append(np.where(total, shared / np.maximum(total, 1), 1.0))
-    return np.mean(pairs, axis=(0, 2))
-
-
-_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
-
-
-def _count(packed):
-    return _BITS[packed].sum(-1, dtype=np.int64)
+    pairs, bits = [], np.array([number.bit_count() for number in range(256)], np.uint8)
+    for one, other in itertools.combinations(masks, 2):
+        either, both = (bits[packed].sum(-1) for packed in (one | other, one & other))
+        pairs.append(dice_score(both, either - both, 0))
+    return np.mean(pairs, axis=(0, 2)) if pairs else None

@@ -27,9 +27,8 @@ from data import Batches, COCOSegmentationDataset, load_split, open_split, split
 from medseg import plots
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.drawing import class_colors, overlay
-from medseg.full_size import full_size_labels
 from medseg.images import save_mask
-from medseg.inference import PLAIN, Inference
+from medseg.inference import PLAIN, Inference, full_size_masks
 from medseg.metrics import (
     SCORE_NAMES,
     RunningScores,
@@ -147,7 +146,7 @@ def test_labels_at_the_threshold_and_of_equal_probability():
     probabilities[:, 0, 1] = (0.4, 0.7, 0.7)  # of equal ones the first
     probabilities[:, 1, 0] = (0.6, 0.5, 0.8)  # where classes overlap, the more probable one
     probabilities[:, 1, 1] = (0.55, 0, 0.5)
-    assert full_size_labels(probabilities, (2, 2), 0.5).tolist() == [[0, 2], [3, 1]]
+    assert full_size_masks(probabilities, (2, 2), 0.5).tolist() == [[0, 2], [3, 1]]
 
 
 def test_a_mask_of_classes_is_a_palette_image_with_their_names(tmp_path):
@@ -329,7 +328,7 @@ def test_the_scores_are_those_of_the_files_that_were_written(apart, monkeypatch,
 def test_the_test_line_is_that_of_the_files_that_were_written(apart, monkeypatch, capsys):
     place, model = apart
     monkeypatch.chdir(place)
-    model.info.inference = Inference(0.45, ("horizontal",), "largest")
+    model.info.inference = Inference(0.45, ("horizontal",), {"largest": 1.0})
     (place / "run").mkdir()
     torch.save(model.state_dict(), "run/best_model.pth")
     flags = ("--classes", "each", "--swanlab", "disabled", "--device", "cpu")
@@ -574,7 +573,7 @@ def test_labels_are_those_of_whole_probability_maps(size):
         resized = Image.fromarray(channel).resize(size, Image.Resampling.BILINEAR)
         labels[resized > highest] = number
         highest = np.maximum(resized, highest)
-    np.testing.assert_array_equal(full_size_labels(probabilities, size, 0.6), labels)
+    np.testing.assert_array_equal(full_size_masks(probabilities, size, 0.6), labels)
 
 
 def test_shares_are_counted_in_little_memory():

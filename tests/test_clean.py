@@ -12,10 +12,9 @@ from PIL import Image
 from scipy import ndimage
 
 import predict
-from medseg.full_size import full_size_labels
-from medseg.inference import Inference, combine, read_inference
+from medseg.inference import Inference, full_size_masks, read_inference
 from medseg.metrics import count_image, count_pixels
-from medseg.pieces import clean_labels, number_pieces, pixel_area
+from medseg.pieces import clean_masks, number_pieces, read_clean
 from medseg.predicting.page import Session
 from medseg.results.masks import make_masks
 from net import ModelInfo
@@ -25,6 +24,11 @@ def drawing(text):
     """Lines of digits and dots -> class numbers, uint8 (H, W)."""
     rows = [[0 if pixel == "." else int(pixel) for pixel in row] for row in text.split()]
     return np.array(rows, np.uint8)
+
+
+def cleaned(labels, text, spacing=None):
+    """As --clean has it."""
+    return clean_masks(labels, read_clean(text), spacing)
 
 
 SPECKS = "11111..1... 1...1...1.. 1.1.1...... 1...1.222.. 11111.2.2.1 ......222.."
@@ -73,7 +77,7 @@ RINGS = "1111111. 1.....1. 1.222.1. 1.2.2.1. 1.222.1. 1.....1. 1111111. 3333....
 )
 def test_a_drawing_cleaned(text, clean, expected):
     labels = drawing(text)
-    np.testing.assert_array_equal(clean_labels(labels, clean), drawing(expected))
+    np.testing.assert_array_equal(cleaned(labels, clean), drawing(expected))
     np.testing.assert_array_equal(labels, drawing(text))  # left as it was
 
 
@@ -88,14 +92,14 @@ def test_forty_classes_against_each_by_itself():
         sizes[0] = 0
         expected[sizes[numbers] >= 7] = number
         largest[numbers == sizes.argmax()] = number  # the first of the largest
-    np.testing.assert_array_equal(clean_labels(labels, "largest"), largest)
-    np.testing.assert_array_equal(clean_labels(labels, "min-area=7"), expected)
+    np.testing.assert_array_equal(cleaned(labels, "largest"), largest)
+    np.testing.assert_array_equal(cleaned(labels, "min-area=7"), expected)
     filled = expected.copy()
     for number in range(1, 41):
         holes = ndimage.binary_fill_holes(expected == number) & (expected == 0)
         filled[holes] = number
     assert (filled != expected).any()
-    np.testing.assert_array_equal(clean_labels(labels, "min-area=7,fill"), filled)
+    np.testing.assert_array_equal(cleaned(labels, "min-area=7,fill"), filled)
 
 
 def test_discs_that_touch_are_split():
@@ -109,7 +113,7 @@ def test_discs_that_touch_are_split():
         disc[:] = np.hypot(y - centre[0], x - centre[1]) < rng.uniform(11, 13)
     labels = discs.any(0).astype(np.uint8)
     assert len(number_pieces(labels > 0)[1]) < 60
-    split = clean_labels(labels, "split")
+    split = cleaned(labels, "split")
     numbers, sizes, _ = number_pieces(split > 0)
     assert len(sizes) == 100 and not (split > labels).any()
     owners = [np.bincount(numbers[disc & (split > 0)]).argmax() for disc in discs]
@@ -128,14 +132,14 @@ def test_what_has_no_neck_is_not_split(shape):
         "empty": x > 500,
     }[shape]
     labels = mask.astype(np.uint8)
-    np.testing.assert_array_equal(clean_labels(labels, "split"), labels)
+    np.testing.assert_array_equal(cleaned(labels, "split"), labels)
 
 
 def test_each_class_is_split_by_itself():
     (y, x), labels = np.mgrid[:60, :120], np.zeros((60, 120), np.uint8)
     for number, column in zip((1, 1, 2, 2), (20, 38, 62, 80), strict=True):
         labels[np.hypot(y - 30, x - column) < 11] = number
-    split = clean_labels(labels, "min-area=9,split")
+    split = cleaned(labels, "min-area=9,split")
     assert [len(number_pieces(split == number)[1]) for number in (1, 2)] == [2, 2]
     assert (split[labels != split] == 0).all()
 
@@ -144,51 +148,48 @@ def test_counts_of_cleaned_masks_by_hand():
     """At 0.5 a piece of 3 and one of 2 pixels; at 0.8 what is left of the second is larger."""
     target = np.array([[[1, 1, 1, 0, 0, 0]]], bool)
     probabilities = np.array([[[0.9, 0.6, 0.6, 0.1, 0.9, 0.9]]], np.float32)
-    counts = count_image(target, probabilities, [0.8, 0.5], "largest")
+    counts = count_image(target, probabilities, [0.8, 0.5], {"largest": 1.0})
     assert counts.tolist() == [[[0, 2, 3, 1]], [[3, 0, 0, 3]]]
     assert count_image(target, probabilities, [0.5]).tolist() == [[[3, 2, 0, 1]]]
 
 
 def test_areas_count_pixels_of_the_image_or_mm2():
     labels = drawing("11.1 11.. ...1")
-    assert (clean_labels(labels, "min-area=2") > 0).sum() == 4
-    tenth = pixel_area((0.5, 0.2))
-    assert (clean_labels(labels, "min-mm2=0.1", tenth) > 0).sum() == 6
-    assert (clean_labels(labels, "min-mm2=0.4", tenth) > 0).sum() == 4
-    assert (clean_labels(labels, "min-mm2=0.3", pixel_area((0.1, 1))) > 0).sum() == 4  # 3 or more
+    assert (cleaned(labels, "min-area=2") > 0).sum() == 4
+    tenth = (0.5, 0.2)  # mm: 0.1 mm2
+    assert (cleaned(labels, "min-mm2=0.1", tenth) > 0).sum() == 6
+    assert (cleaned(labels, "min-mm2=0.4", tenth) > 0).sum() == 4
+    assert (cleaned(labels, "min-mm2=0.3", (0.1, 1)) > 0).sum() == 4  # 3 or more
     assert 2.1 / 0.7 > 3  # as computers count
-    assert clean_labels(drawing("111"), "min-mm2=2.1", pixel_area((0.7, 1))).all()
-    with pytest.raises(ValueError, match="min-mm2"):
-        clean_labels(labels, "min-mm2=1")
+    assert cleaned(drawing("111"), "min-mm2=2.1", (0.7, 1)).all()
     # Of probabilities at a quarter of the image's sides, an area is counted in the image.
     target = labels[None].repeat(4, 1).repeat(4, 2) > 0
     probabilities = labels[None].astype(np.float32)
     for clean, some in (("min-area=16", True), ("min-area=150", False)):
-        preds = clean_labels(full_size_labels(probabilities, (16, 12), 0.4), clean) > 0
+        preds = cleaned(full_size_masks(probabilities, (16, 12), 0.4), clean) > 0
         assert preds.any() == some
-        ((counts,),) = count_image(target, probabilities, [0.4], clean)
+        ((counts,),) = count_image(target, probabilities, [0.4], read_clean(clean))
         assert counts[:2].tolist() == [(preds & target[0]).sum(), (preds & ~target[0]).sum()]
-    counts = count_pixels([(target, probabilities)], [0.4], "min-mm2=99", spacing=(1, 1))
+    counts = count_pixels([(target, probabilities)], [0.4], {"min-mm2": 99.0}, spacing=(1, 1))
     assert not counts[..., :2].any()
 
 
 def test_the_pixels_before_the_clean_up_are_counted_where_classes_overlap():
     probabilities = np.array([[[0.9, 0.9, 0.1, 0.9]], [[0.9, 0.1, 0.1, 0.1]]], np.float32)
     info = ModelInfo(class_names=("one", "other"), draw_order=(1, 2))
-    model = SimpleNamespace(info=info, inference=Inference(0.5, clean="min-area=2"))
+    model = SimpleNamespace(info=info, inference=Inference(0.5, clean={"min-area": 2.0}))
     masks = make_masks(model, probabilities, (4, 1))
-    assert (masks.labels.tolist(), masks.marked[:3].tolist()) == ([[1, 1, 0, 0]], [0, 3, 1])
+    assert (masks.labels.tolist(), masks.marked.tolist()) == ([[1, 1, 0, 0]], [3, 1])
 
 
 def test_it_is_recorded_and_told():
-    inference = Inference(0.4, clean="largest,min-area=50,fill,min-mm2=0.5,split")
+    inference = Inference(0.4, clean=read_clean("largest,min-area=50,fill,min-mm2=0.5,split"))
     assert read_inference(json.loads(json.dumps(inference.as_dict()))) == inference
     told = "threshold 0.4, no piece below 50 pixels, no piece below 0.5 mm2, largest piece, "
     assert str(inference) == told + "holes filled, touching objects split"
-    flips = Inference(0.45, ("horizontal", "vertical", "both"), "largest")
+    flips = Inference(0.45, ("horizontal", "vertical", "both"), {"largest": 1.0})
     assert str(flips) == "threshold 0.45, flips, largest piece"
-    assert str(flips._replace(flips=("both",), clean="none")) == "threshold 0.45, flips (both)"
-    assert combine([inference, inference]).clean == inference.clean
+    assert str(flips._replace(flips=("both",), clean={})) == "threshold 0.45, flips (both)"
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_a_line_names_the_threshold_and_what_clean_up_took(place):
         assert "0.00 %" in line and "above 0.45, all removed by min-area=3000" in line
     session = Session(place, predict.open_models(["best_model.pth"], "cpu"))
     session.predict([place / "scans" / "a.png"], 0.5)
-    _, (line,), _ = session.view(0, 0.5, "min-area=30")
+    _, (line,), _ = session.view(0, 0.5, {"min-area": 30.0})
     assert f"{plain - cleaned_up} removed by min-area=30" in line
     assert "removed" not in session.view(0, 0.5)[1][0]
 
@@ -245,12 +246,12 @@ def test_predictions_are_cleaned_and_say_so(place):
     model = predict.open_models(["best_model.pth"], "cpu")
     session = Session(place, model, pixel_size=(0.2, 0.4))
     session.predict([place / "scans" / "a.png"], 0.5)
-    written = np.asarray(Image.open(session.download("masks", 0.5, area[1]))) > 0
+    written = np.asarray(Image.open(session.download("masks", 0.5, read_clean(area[1])))) > 0
     np.testing.assert_array_equal(written, expected)
     session = Session(place, model)
     session.predict([place / "scans" / "a.png"], 0.5)
     with pytest.raises(ValueError, match="a.png: does not tell"):
-        session.view(0, 0.5, area[1])
+        session.view(0, 0.5, read_clean(area[1]))
     labels = predict.predict(model, Image.open("scans/a.png"))
     np.testing.assert_array_equal(labels > 0, plain)
 

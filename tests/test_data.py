@@ -47,7 +47,6 @@ from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.duplicates import near_duplicates
 from medseg.files import read_json
-from medseg.full_size import full_size_labels
 from medseg.images import (
     MEAN,
     STD,
@@ -56,6 +55,7 @@ from medseg.images import (
     pixel_format,
     resize_nearest,
 )
+from medseg.inference import full_size_masks
 from medseg.planning.audit import audit
 from medseg.predicting.scoring import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
@@ -1124,7 +1124,7 @@ def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
     scores, probabilities = FolderScores(dataset), masks.astype(np.float32)
     assert peak_of(scores.add, dataset.path(0), (1200, 800), probabilities) < limit
     counts, distances, _ = scores.result()
-    labels = full_size_labels(probabilities, (1200, 800), 0.5)
+    labels = full_size_masks(probabilities, (1200, 800), 0.5)
     assert counts[0, 0, :, 0].sum() == ((labels == large) & (large > 0)).sum() > 0
 
 

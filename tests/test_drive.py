@@ -7,7 +7,7 @@ from drive import measure, roc_auc, scores_at
 from PIL import Image
 
 import predict
-from medseg.full_size import full_size_labels
+from medseg.inference import full_size_masks
 from medseg.predictor import Predictor
 from net import UNet
 
@@ -52,7 +52,7 @@ def test_a_folder_as_published(image_size, tmp_path):
     for path in sorted((tmp_path / "images").iterdir()):
         tensor, _ = predict.preprocess_image(path, image_size=image_size)
         probabilities = Predictor([model], "cpu")(tensor)[0].numpy()
-        preds.append(full_size_labels(probabilities, (40, 30), 0.5) > 0)
+        preds.append(full_size_masks(probabilities, (40, 30), 0.5) > 0)
     preds = np.stack(preds)
     parts = {
         "whole image": (preds, targets),

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 # One level where the depth does not matter: an export takes seconds for each.
 SCANNED = {"window": (40, 400), "orientation": "LPS"}
-CHOSEN = Inference(0.86, VIEWS, "none")
+CHOSEN = Inference(0.86, VIEWS)
 REGIONS = {"draw_order": (2, 1, 3), "inference": Inference(0.8)}
 NETWORKS = {
     **{name: {**architecture, "depth": 1} for name, architecture in ARCHITECTURES.items()},

@@ -35,7 +35,7 @@ import predict
 import train
 from data import open_split
 from medseg.files import file_lock
-from medseg.full_size import full_size_labels
+from medseg.inference import full_size_masks
 from medseg.metrics import bootstrap
 from medseg.predictor import Predictor
 from medseg.signals import Stopped
@@ -208,7 +208,7 @@ def test_every_image_is_scored_by_the_network_that_has_not_seen_it(done):
             tensor, _ = predict.preprocess_image(path, image_size=32)
             probabilities = Predictor([model], "cpu")(tensor)[0].numpy()
             image, (target,) = original.load(int(name[0]))
-            pred, target = full_size_labels(probabilities, image.size, 0.5) > 0, target > 0
+            pred, target = full_size_masks(probabilities, image.size, 0.5) > 0, target > 0
             tp, fp, fn = (pred & target).sum(), (pred & ~target).sum(), (~pred & target).sum()
             counts.append((tp, fp, fn, pred.size - tp - fp - fn))
             names.append((number, name, 2 * tp / (2 * tp + fp + fn)))

@@ -143,7 +143,7 @@ EARLIER = {  # the mean probabilities of a ramp from -1 to 1, and the ModelInfo;
             Architecture(depth=1, norm="batch"),
             32,
             ("cell", "nucleus"),
-            inference=Inference(0.35, ("horizontal",), "largest,fill"),
+            inference=Inference(0.35, ("horizontal",), {"largest": 1.0, "fill": 1.0}),
             trained_flips=("horizontal",),
         ),
     ),

@@ -727,7 +727,7 @@ def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
     """The true square, moved by four columns, and a speck that the clean-up removes."""
     write_split(tmp_path / "test", {"a.png": Image.new("RGB", (48, 48))}, [(0, square(5, 8, 10))])
     dataset = data.open_split(tmp_path, "test", 48)
-    scores = FolderScores(dataset, Inference(clean="largest"), spacing=(2.0, 3.0))
+    scores = FolderScores(dataset, Inference(clean={"largest": 1.0}), spacing=(2.0, 3.0))
     probabilities = np.zeros((1, 48, 48), np.float32)
     probabilities[0, 8:18, 9:19] = probabilities[0, 40, 40] = 0.92
     scores.add(tmp_path / "test/a.png", (48, 48), probabilities)

@@ -275,13 +275,13 @@ def test_a_folder_is_scored_as_its_masks_are_written(place):
 
 def test_what_models_have_in_common():
     """The threshold is the mean; flips and clean-up are those that all have."""
-    chosen = Inference(0.2, ("both",), "largest")
+    chosen = Inference(0.2, ("both",), {"largest": 1.0})
     one, two = (UNet(n_filters=2, inference=chosen, trained_flips=("both",)) for _ in range(2))
     plain, other = UNet(n_filters=2), UNet(n_filters=2, inference=Inference(0.8, ("both",)))
     for networks, expected, flips in (
         ([one, two], chosen, ("both",)),
-        ([one, plain], (0.35, (), "none"), ()),
-        ([other, one], (0.5, ("both",), "none"), ()),
+        ([one, plain], (0.35, (), {}), ()),
+        ([other, one], (0.5, ("both",), {}), ()),
     ):
         for ordered in (networks, networks[::-1]):
             predictor = Predictor(ordered, "cpu")
@@ -291,10 +291,10 @@ def test_what_models_have_in_common():
 def test_models_that_differ_are_refused_by_name(place, refused):
     for options, words in (
         ({"image_size": 64}, ["64", "32"]),
-        ({"image_size": None}, ["none", "32"]),
+        ({"image_size": None}, ["None", "32"]),
         ({"n_channels": 1}, ["channels 1", "3"]),
-        ({"n_classes": 2, "class_names": ("a", "b")}, ["a, b", "foreground"]),
-        ({"window": (40.0, 80.0)}, ["window 40", "none"]),
+        ({"n_classes": 2, "class_names": ("a", "b")}, ["'a', 'b'", "foreground"]),
+        ({"window": (40.0, 80.0)}, ["window", "40", "None"]),
         ({"orientation": "LPS"}, ["LPS"]),
     ):
         model = UNet(n_filters=2, **{"image_size": 32} | options)

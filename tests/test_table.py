@@ -18,7 +18,7 @@ from scipy import ndimage
 from scipy.spatial.distance import pdist
 
 import predict
-from medseg.full_size import full_size_stripes, sum_probabilities
+from medseg.inference import full_size_stripes, sum_probabilities
 from medseg.results.masks import Masks
 from medseg.results.table import COLUMNS, measure, program_version, table_text
 
@@ -109,7 +109,9 @@ def test_probabilities_at_the_size_of_the_image():
     sums = []
     for number, channel in enumerate(probabilities, 1):
         resized = Image.fromarray(channel).resize((150, 70), Image.Resampling.BILINEAR)
-        full = np.concatenate([stripe for _, stripe in full_size_stripes(channel, (150, 70))], 1)
+        full = np.concatenate(
+            [stripe[0] for _, stripe in full_size_stripes(channel[None], (150, 70))], 1
+        )
         np.testing.assert_array_equal(full, np.asarray(resized))
         sums.append(np.asarray(resized, float)[labels == number].sum())
     assert sum_probabilities(labels, probabilities) == pytest.approx(sums)

@@ -27,7 +27,7 @@ from scipy import ndimage
 import predict
 import train
 from data import Batches, load_split, open_split
-from medseg.inference import FLIPS, PLAIN, VIEWS, Inference, combine, learned_flips, read_inference
+from medseg.inference import FLIPS, PLAIN, VIEWS, Inference, learned_flips, read_inference
 from medseg.metrics import SWEEP, count_image
 from medseg.predicting.flags import choose_inference
 from medseg.predicting.flags import parse_arguments as predict_flags
@@ -38,7 +38,7 @@ from medseg.weights import load_weights
 from net import UNet, load_model
 
 ALL_FLIPS = ("horizontal", "vertical", "both")
-TUNED = Inference(0.35, ("horizontal",), "largest")
+TUNED = Inference(0.35, ("horizontal",), {"largest": 1.0})
 
 
 # ---- flips -----------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_a_gain_is_of_the_split_too():
         assert gains(counts_of(*before, size=10**6), counts_of(*after, size=10**6)) is expected
 
 
-def counted(targets, probabilities, thresholds, clean="none"):
+def counted(targets, probabilities, thresholds, clean=None):
     """Counts (N, T, C, 4) of images."""
     pairs = zip(targets, probabilities, strict=True)
     return np.stack([count_image(*pair, thresholds, clean) for pair in pairs])
@@ -179,7 +179,7 @@ def lesions(count=5, *, inside=0.9, halo=0.0, speck=0.0, side=20):
 
 def test_nothing_gains_on_perfect_masks():
     chosen, lines = choice(*lesions())
-    assert chosen == PLAIN == Inference(0.5, (), "none")
+    assert chosen == PLAIN == Inference(0.5, (), {})
     assert all("not chosen" in line for line in lines)
 
 
@@ -189,8 +189,8 @@ def test_nothing_gains_on_perfect_masks():
         # By hand: above the halo the square alone is left, and its Dice is 1.
         ({"inside": 0.9, "halo": 0.62}, Inference(0.65)),
         ({"inside": 0.32, "halo": 0.12}, Inference(0.15)),
-        ({"speck": 0.95}, Inference(clean="largest")),
-        ({"inside": 0.32, "halo": 0.12, "speck": 0.4}, Inference(0.15, (), "largest")),
+        ({"speck": 0.95}, Inference(clean={"largest": 1.0})),
+        ({"inside": 0.32, "halo": 0.12, "speck": 0.4}, Inference(0.15, (), {"largest": 1.0})),
     ],
 )
 def test_threshold_and_pieces_by_hand(drawn, expected):
@@ -286,22 +286,14 @@ def test_it_is_read_as_it_was_written():
 
 @pytest.mark.parametrize(
     "change",
-    [{"threshold": 1.1}, {"flips": ["up"]}, {"clean": "smallest"}, {"clean": 1}, None],
+    [{"threshold": 1.1}, {"flips": ["up"]}, {"clean": "smallest"}, {"clean": 1}],
     ids=str,
 )
 def test_damaged_choices_are_refused(change):
     state = UNet(n_filters=2).state_dict()
-    state._metadata[""]["inference"] = {**TUNED.as_dict(), **change} if change else {"threshold": 1}
+    state._metadata[""]["inference"] = {**TUNED.as_dict(), **change}
     with pytest.raises(ValueError, match="not the weights of a UNet.* inference"):
         UNet.from_state_dict(state)
-
-
-def test_the_choices_of_an_ensemble():
-    """The mean threshold, and what all have chosen."""
-    other = Inference(0.45, ("horizontal",), "none")
-    assert combine([TUNED, other]) == Inference(pytest.approx(0.4), ("horizontal",), "none")
-    assert combine([TUNED, None]) == Inference(pytest.approx(0.425), (), "none")
-    assert combine([TUNED]) == TUNED and combine([None, None]) is None
 
 
 # ---- predict.py ------------------------------------------------------------------------------
@@ -345,7 +337,7 @@ def by_hand(pixels, inference):
         mirrored = np.ascontiguousarray(colours[:, ::-1])
         total = (total + probabilities_of(model, mirrored[None])[0, 0, :, ::-1]) / 2
     mask = total > inference.threshold
-    if inference.clean == "none":
+    if not inference.clean:
         return mask
     numbers, count = ndimage.label(mask, np.ones((3, 3)))
     assert count > 1  # else there is nothing to see
@@ -371,7 +363,7 @@ def run_on_blobs(place, *arguments):
         (("--threshold", 0.6), TUNED._replace(threshold=0.6), "--threshold"),
         (("--no-tta",), TUNED._replace(flips=()), "--no-tta"),
         (("--tta",), TUNED, "--tta"),
-        (("--clean=none",), TUNED._replace(clean="none"), "--clean"),
+        (("--clean=none",), TUNED._replace(clean={}), "--clean"),
         (("--clean=none", "--no-tta", "--threshold=0.5"), PLAIN, "--threshold and --no-tta and "),
     ],
 )
@@ -402,7 +394,10 @@ def test_flips_that_were_neither_chosen_nor_trained_are_told():
 
 
 def test_weights_without_a_choice_predict_as_ever_and_take_flags(place):
-    for flags, inference in ((), PLAIN), (("--clean=largest",), PLAIN._replace(clean="largest")):
+    for flags, inference in (
+        ((), PLAIN),
+        (("--clean=largest",), PLAIN._replace(clean={"largest": 1.0})),
+    ):
         said, mask = run_on_blobs(place, "--model", "plain.pth", *flags)
         assert "chosen" not in said
         np.testing.assert_array_equal(mask, by_hand(blobs(), inference))
@@ -458,7 +453,7 @@ def test_the_report_scores_masks_as_they_are_written(place, dataset):
         assert report["valid"]["dice"][index] == pytest.approx(dice)
     run(place, dataset / "test", "--model", "plain.pth", "--output", "plain")
     plain = json.loads(Path("plain/report.json").read_text())
-    assert (plain["threshold"], plain["flips"], plain["clean"]) == (0.5, [], "none")
+    assert (plain["threshold"], plain["flips"], plain["clean"]) == (0.5, [], {})
     assert plain["scores"]["dice"] != report["scores"]["dice"]
 
 

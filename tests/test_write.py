@@ -23,8 +23,7 @@ from pycocotools.coco import COCO
 from scipy import ndimage
 
 import predict
-from medseg.full_size import full_size_labels
-from medseg.inference import Inference
+from medseg.inference import Inference, full_size_masks
 from medseg.predicting.inputs import Frame
 from medseg.predictor import Prediction
 from medseg.results.folder import Results
@@ -306,7 +305,7 @@ def test_probabilities_of_16_bits(place, refused):
     probabilities = predict.predict_image(model, Image.open("scans/a.png")).probabilities
     resized = Image.fromarray(probabilities[0]).resize((64, 48), Image.Resampling.BILINEAR)
     assert np.abs(levels / 65535 - np.asarray(resized)).max() < 0.51 / 65535
-    labels = full_size_labels(probabilities, (64, 48), 0.5)
+    labels = full_size_masks(probabilities, (64, 48), 0.5)
     np.testing.assert_array_equal(levels > 0.5 * 65535, labels > 0)
     refused("predict", "predictions", "--output", "twice", words=["no images"])
 

@@ -70,8 +70,7 @@ def compare_networks(models, folder):
 def compare_masks(path, images, folder):
     """Print a row for each format and for bf16: mask pixels that differ from fp32, and Dice."""
     import predict
-    from medseg.full_size import full_size_labels
-    from medseg.inference import PLAIN
+    from medseg.inference import PLAIN, full_size_masks
     from medseg.metrics import class_scores
     from medseg.predicting import scoring
     from medseg.predictor import Predictor
@@ -90,7 +89,7 @@ def compare_masks(path, images, folder):
         for name, run in models.items():
             probabilities = torch.as_tensor(run(tensor)).detach().numpy()[0]
             scores[name].add(dataset.path(index), image.size, probabilities)
-            masks[name] = full_size_labels(probabilities, image.size, 0.5)
+            masks[name] = full_size_masks(probabilities, image.size, 0.5)
             differing[name].append(np.count_nonzero(masks[name] != masks["fp32"]))
     print(f"{path}, {images}: {len(dataset)} images, {size} pixels")
     print_row("", "mask pixels that differ", "in so many images", "Dice")

@@ -9,7 +9,7 @@ import numpy as np
 
 from medseg import plots
 from medseg.fonts import dejavu, drawable
-from medseg.inference import Inference
+from medseg.inference import read_inference
 
 MAX_GROUPS = 16  # whose names are written beside their Dice
 MAX_SCORES = 14  # lines of the table in a report: more would run into the panels below
@@ -66,7 +66,7 @@ def _draw_score_table(axis, report):
     if len(lines) > MAX_SCORES:
         more = len(lines) - MAX_SCORES + 1
         lines = [*lines[: MAX_SCORES - 1], f"and {more} more: report.json has them"]
-    settings = Inference(report["threshold"], report.get("flips"), report.get("clean", "none"))
+    settings = read_inference(report)
     about = f"{settings}, images:\N{NO-BREAK SPACE}{report['images']}"
     drawn = f"{report['groups']} groups" if "groups" in report else "images"
     lines += ["", *textwrap.wrap(about, TABLE_WIDTH), f"95 % intervals: bootstrap over {drawn}"]

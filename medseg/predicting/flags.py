@@ -6,7 +6,7 @@ from pathlib import Path
 from medseg.cli import ArgumentParser, add_device_flags, add_pixel_limit, named_values, number
 from medseg.images import FORMAT_NAMES
 from medseg.inference import PLAIN, flips_to_average
-from medseg.pieces import CLEANINGS
+from medseg.pieces import CLEANINGS, read_clean
 from medseg.results.folder import DEFAULT, WRITTEN
 from medseg.settings import is_spacing
 
@@ -135,7 +135,7 @@ def _add_model_flags(parser):
     )
     add(
         "--clean",
-        type=named_values(CLEANINGS),
+        type=named_values(CLEANINGS, read_clean),
         metavar="NAME,...",
         help="what to do to the mask of each class, in this order. min-area=50: remove pieces of "
         "fewer pixels of the image; min-mm2=5: of less area; largest: keep the largest piece; "

@@ -24,7 +24,7 @@ from PIL import Image
 from medseg import cli, drawing, images, pieces
 from medseg.files import file_format
 from medseg.formats.own_files import TABLE
-from medseg.inference import Inference, flips_to_average
+from medseg.inference import PLAIN, Inference, flips_to_average
 from medseg.predicting import inputs
 from medseg.results.assessment import describe_unlike, reliability_columns
 from medseg.results.folder import Results
@@ -142,10 +142,10 @@ class Session:
             known = one.assessed._replace(probabilities=arrays["probabilities"])
         return image, known if threshold == self.threshold else known._replace(agreement=None)
 
-    def view(self, index, threshold, clean="none", **looks):
+    def view(self, index, threshold, clean=PLAIN.clean, **looks):
         """([image, mask, overlay], PIL images; lines on them; rows of measurements, of each class).
 
-        clean: as --clean; looks: of the overlay. ValueError where the mask cannot be cleaned up.
+        clean: as `Inference` has it; looks: of the overlay. ValueError where it cannot clean up.
         """
         one, names, inference = self.predictions[index], self.names, Inference(threshold, (), clean)
         (image, prediction), frame = self._load(one, threshold, clean), one.frame
@@ -171,7 +171,7 @@ class Session:
         (images.save_png if exact else images.save_jpeg)(image, path)
         return str(path)
 
-    def download(self, what, threshold, clean="none"):
+    def download(self, what, threshold, clean=PLAIN.clean):
         """The path of one of DOWNLOADS, of the bytes that predict.py writes: a file, or a zip."""
         folder = Path(tempfile.mkdtemp(dir=self._folder), what)
         folder.mkdir()
@@ -237,7 +237,7 @@ def layout(model, title, examples, folder, settings):
 def add_settings(gr, model, parts):
     """Threshold, looks, flips and clean-up, which begin as the weights or the flags have them."""
     info, (threshold, flips, clean) = model.info, model.inference
-    steps, sizes = cli.parse_named_values(clean, pieces.CLEANINGS), {"step": 0.01, "min_width": 300}
+    sizes = {"step": 0.01, "min_width": 300}
     with gr.Row(equal_height=True):
         threshold = gr.Slider(0, 1, threshold, label="Threshold", elem_id="threshold", **sizes)
         opacity = gr.Slider(0, 1, 0.4, label="Overlay: opacity", elem_id="opacity", **sizes)
@@ -249,7 +249,7 @@ def add_settings(gr, model, parts):
         for name, (default, highest) in pieces.CLEANINGS.items():
             looks = {"label": LABELS.get(name, name), "elem_id": name, "elem_classes": "switch"}
             part = gr.Checkbox if default else partial(gr.Number, minimum=0, maximum=highest)
-            parts.cleaning.append(part(steps.get(name, 0), **looks))
+            parts.cleaning.append(part(clean.get(name, 0), **looks))
     parts.threshold, parts.settings = threshold, [threshold, opacity, outlined, *parts.cleaning]
 
 
@@ -273,7 +273,7 @@ def connect(gr, parts, examples, new_session):
             lines = (session and session.problems) or [WAITING]
             return None, None, None, "\n".join(lines), table_of(gr, [])
         index, looks = step(0, session, number) - 1, {"opacity": opacity, "outlined": outlined}
-        pictures, lines, rows = told(session.view, index, threshold, spell(cleaning), **looks)
+        pictures, lines, rows = told(session.view, index, threshold, clean_of(cleaning), **looks)
         image, mask, drawn = map(session.save, pictures)
         return image, mask, (image, drawn), "\n".join(lines), table_of(gr, rows)
 
@@ -281,7 +281,7 @@ def connect(gr, parts, examples, new_session):
         return min(max(int(number) + by, 1), len(session.predictions) if session else 1)
 
     def write(what, session, threshold, *cleaning):
-        return session and str(told(session.download, what, threshold, spell(cleaning)))
+        return session and str(told(session.download, what, threshold, clean_of(cleaning)))
 
     def told(method, *given, **looks):
         try:
@@ -308,12 +308,9 @@ def connect(gr, parts, examples, new_session):
         click.then(None, parts.written, None, js=START_DOWNLOAD)
 
 
-def spell(cleaning):
-    """Values of the controls of the clean-up, in the order of CLEANINGS -> as --clean has it."""
-    steps = []
-    for (name, (default, _)), value in zip(pieces.CLEANINGS.items(), cleaning, strict=True):
-        steps += [name if default else f"{name}={value:g}"] if value else []
-    return ",".join(steps) or "none"
+def clean_of(cleaning):
+    """Values of the controls of the clean-up, in the order of CLEANINGS -> of `Inference`."""
+    return pieces.read_clean(dict(zip(pieces.CLEANINGS, cleaning, strict=True)))
 
 
 def table_of(gr, rows):

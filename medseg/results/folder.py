@@ -13,8 +13,8 @@ from medseg.device import choose_precision
 from medseg.drawing import montage, overlay, with_legend
 from medseg.files import file_format, result_name, shorten
 from medseg.formats.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
-from medseg.full_size import MAX_LEVEL
 from medseg.images import save_mask, save_overlay, save_png
+from medseg.inference import MAX_LEVEL
 from medseg.results.annotations import coco_record, coco_text, write_labelme
 from medseg.results.assessment import describe_assessments, reliability_columns
 from medseg.results.masks import describe, make_masks, number_objects, stack_masks

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medseg.full_size import full_size_levels, sum_probabilities
-from medseg.pieces import class_masks, number_pieces
+from medseg.inference import full_size_levels, full_size_masks, sum_probabilities
+from medseg.pieces import class_mask, class_masks, clean_masks, number_pieces, spell_clean
 
 MAX_OBJECTS = 65535  # which 16 bits count
 
@@ -15,8 +15,8 @@ class Masks(NamedTuple):
 
     labels: class numbers, uint8, as they are drawn. measured: the same, or of classes that overlap
     the mask of each, bool (C, ...). highest: the highest probability of each class, (C,); sums:
-    what `sum_probabilities` gives, (C,). marked: int64 (256,), the pixels of each class before the
-    clean-up. levels: uint16 (H, W) of each class, (C, N, H, W) of a volume, where they are wanted.
+    what `sum_probabilities` gives, (C,). marked: the pixels of each class before the clean-up,
+    (C,). levels: uint16 (H, W) of each class, (C, N, H, W) of a volume, where they are wanted.
     """
 
     labels: np.ndarray
@@ -28,8 +28,7 @@ class Masks(NamedTuple):
 
     def of_class(self, number):
         """The mask of a class, bool (H, W) or (N, H, W)."""
-        masks = self.measured
-        return masks[number - 1] if masks.dtype == bool else masks == number
+        return class_mask(self.measured, number)
 
 
 def make_masks(model, probabilities, size, spacing=None, *, inference=None, write=()):
@@ -39,17 +38,17 @@ def make_masks(model, probabilities, size, spacing=None, *, inference=None, writ
     pixels along each axis, or None; inference: by default the model's; write: names of
     `medseg.results.folder.WRITTEN`, which tell whether levels are wanted.
     """
-    inference, marked = inference or model.inference, np.zeros(256, np.int64)
-    if model.info.exclusive:
-        labels = measured = inference.labels(probabilities, size, spacing, marked=marked)
-    else:
-        options = {"exclusive": False, "spacing": spacing, "marked": marked}
-        measured = np.stack([*inference.masks(probabilities, size, **options)])
+    inference, exclusive = inference or model.inference, model.info.exclusive
+    masks = full_size_masks(probabilities, size, inference.threshold, exclusive=exclusive)
+    classes = range(1, len(probabilities) + 1)
+    marked = np.array([np.count_nonzero(class_mask(masks, number)) for number in classes])
+    labels = measured = clean_masks(masks, inference.clean, spacing)
+    if not exclusive:
         labels = np.zeros(size[::-1], np.uint8)
         for number in model.info.draw_order:  # each is drawn over those before it
             labels[measured[number - 1]] = number
     sums, wanted = sum_probabilities(measured, probabilities), "probability" in write
-    levels = [full_size_levels(one, size) for one in probabilities if wanted]
+    levels = full_size_levels(probabilities, size) if wanted else ()
     return Masks(labels, measured, probabilities.max((1, 2)), sums, marked, levels)
 
 
@@ -58,7 +57,7 @@ def stack_masks(slices):
     labels, measured, highest, sums, marked, levels = zip(*slices, strict=True)
     labels = np.stack(labels)
     measured = np.stack(measured, 1) if measured[0].dtype == bool else labels
-    levels = np.stack(levels, 1) if levels[0] else ()
+    levels = np.stack(levels, 1) if len(levels[0]) else ()
     return Masks(labels, measured, np.max(highest, 0), sum(sums), sum(marked), levels)
 
 
@@ -71,14 +70,12 @@ def describe(path, masks, class_names, inference):
     lines = [] if len(class_names) == 1 else [f"{path}:"]
     for number, name in enumerate(class_names, 1):
         what = f"{path}: foreground" if len(class_names) == 1 else f"  {name}"
-        count = before = np.count_nonzero(masks.of_class(number))
+        count, before = np.count_nonzero(masks.of_class(number)), masks.marked[number - 1]
         how = f"above {inference.threshold:g}"
-        if inference.clean != "none":
-            before = masks.marked[number]
         if before != count:
             change = f"{before - count} removed" if before > count else f"{count - before} added"
             change = change if count else "all removed"
-            how = f"({before} pixels {how}, {change} by {inference.clean})"
+            how = f"({before} pixels {how}, {change} by {spell_clean(inference.clean)})"
         share, highest = 100 * count / masks.labels.size, masks.highest[number - 1]
         lines.append(f"{what} {share:.2f} % {how}, highest probability {highest:.3f}")
     return "\n".join(lines)

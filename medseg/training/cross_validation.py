@@ -85,8 +85,7 @@ def read_folds(args):
             if fold["class_names"] != record["folds"][0]["class_names"]:
                 raise ValueError("its folds have different classes")
             counts = np.array(fold["counts"], np.int64)
-            chosen = {name: fold.get(name, plain) for name, plain in PLAIN.as_dict().items()}
-            chosen = read_inference(chosen)
+            chosen = read_inference(fold)
             images = {"per_image": dict(fold["per_image"]), "groups": fold.get("groups", [])}
             folds.append(_fold_result(number, counts, fold["class_names"], images, chosen))
         if flags["folds"] < max(2, len(folds)):

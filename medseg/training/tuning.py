@@ -80,7 +80,7 @@ def choose(count, flips):
         if take(other, after[:, best], expected=True):
             chosen, counts, at = other, after, best
     if enough:
-        other = chosen._replace(clean="largest")
+        other = chosen._replace(clean={"largest": 1.0})
         if take(other, count(other, [other.threshold])[:, 0]):
             chosen = other
     return chosen, lines
