@@ -9,13 +9,12 @@ probabilistic PCA (Tipping, Bishop, JRSS B 1999), which needs few images and few
 
 import base64
 import math
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from medseg.tiles import WHOLE
 
 LEVELS = 2  # of the encoder, from the finest: deeper features tell less, see docs/unlike.md
 COMPONENTS = 32  # at most, of the covariance
@@ -112,49 +111,37 @@ def fit_with_threshold(train, valid):
     return statistics._replace(threshold=max(float(threshold), TINY))
 
 
-class FeatureRecorder:
-    """Pools the features of the next pass of a UNet, or of its passes over the tiles of an image.
+@contextmanager
+def recording_features(network):
+    """A context that pools the features of a UNet's passes, over an image or over its tiles.
 
-    A context, within which the network has hooks; nothing else changes.
+    Yields a function that returns them, float64 (B, D), of the images that have passed. Margins of
+    tiles count like other pixels.
     """
+    levels = range(min(LEVELS, network.architecture.depth))
+    sums, pixels = [0] * len(levels), [0] * len(levels)  # of features and of their squares
 
-    def __init__(self, network):
-        self._network, self._inside = network, WHOLE
-        self._sums, self._pixels = {}, {}  # {level: of features and of their squares}
-
-    def __enter__(self):
-        self._hooks = []
-        for level in range(1, min(LEVELS, self._network.architecture.depth) + 1):
-            block = self._network.get_submodule(f"down{level}")
-            self._hooks.append(block.register_forward_hook(partial(self._record, level)))
-        return self
-
-    def __exit__(self, *error):
-        for hook in self._hooks:
-            hook.remove()
-
-    def look(self, inside):
-        """Look at these pixels of the next pass; see `medseg.tiles.apply_by_tiles`."""
-        self._inside = inside
-
-    def _record(self, level, block, inputs, outputs):
-        scale = 2 ** (level - 1)  # pixels of the image in one of this level
-        inside = (
-            slice(side.start and side.start // scale, side.stop and -(-side.stop // scale))
-            for side in self._inside
-        )
-        features = outputs[1][(..., *inside)].float()  # before pooling to the next level
-        pixels = features[0, 0].numel()
+    def record(level, block, inputs, outputs):
+        features = outputs[1].float()  # before pooling to the next level
         # Of a tile the means, not the sums: those of float32 would lose digits.
         moments = torch.cat([features.mean((2, 3)), features.square().mean((2, 3))], 1)
-        moments = moments.cpu().numpy().astype(float) * pixels
-        self._sums[level] = self._sums.get(level, 0) + moments
-        self._pixels[level] = self._pixels.get(level, 0) + pixels
+        count = features[0, 0].numel()
+        sums[level] = sums[level] + moments.cpu().numpy().astype(float) * count
+        pixels[level] += count
 
-    def pooled(self):
-        """Pooled features, float64 (B, D), of the images that have passed."""
-        pooled = []
-        for level, sums in sorted(self._sums.items()):
-            mean, square = np.split(sums / self._pixels[level], 2, axis=1)
-            pooled += [mean, np.sqrt(np.maximum(square - mean**2, 0))]
-        return np.concatenate(pooled, 1)
+    def pooled():
+        columns = []
+        for level in levels:
+            mean, square = np.split(sums[level] / pixels[level], 2, axis=1)
+            columns += [mean, np.sqrt(np.maximum(square - mean**2, 0))]
+        return np.concatenate(columns, 1)
+
+    blocks = [network.get_submodule(f"down{level + 1}") for level in levels]
+    hooks = [
+        block.register_forward_hook(partial(record, level)) for level, block in enumerate(blocks)
+    ]
+    try:
+        yield pooled
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -11,7 +11,7 @@ import torch
 from medseg.device import available_device, out_of_memory
 from medseg.inference import PLAIN, Inference, undo_view, view
 from medseg.metrics import dice_score
-from medseg.ood import FeatureRecorder
+from medseg.ood import recording_features
 from medseg.tiles import apply_by_tiles
 
 COMMON = ("class_names", "image_size", "window", "orientation")  # what several models share
@@ -85,13 +85,13 @@ class Predictor:
         total, masks, ratios, count = 0, [], [], self.members
         for network, name in itertools.product(self.networks, (None, *self.inference.flips)):
             known = getattr(network, "info", self.info).feature_statistics
-            recorder = FeatureRecorder(network) if assess and known and name is None else None
-            with self.autocast, _out_of_memory(images, self.device), recorder or nullcontext():
-                look = {"look": recorder.look} if recorder else {}
-                one = apply_by_tiles(network, view(images, name), self.device, **look)
+            assessed = assess and known and name is None
+            recording = recording_features(network) if assessed else nullcontext()
+            with self.autocast, _out_of_memory(images, self.device), recording as pooled:
+                one = apply_by_tiles(network, view(images, name), self.device)
             one = undo_view(one, name)
-            if recorder:
-                ratios.append(known.ratios(recorder.pooled()))
+            if assessed:
+                ratios.append(known.ratios(pooled()))
             if assess and count > 1:
                 marked = (one > self.inference.threshold).flatten(2)
                 masks.append(np.packbits(marked.cpu().numpy(), axis=-1))

@@ -8,10 +8,8 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,31 +22,14 @@ TILE_MEMORY = 3 << 28  # bytes that a pass through the network may take before a
 # Of the memory that is free: for an image whose tiles would differ, or for the tiles on a GPU.
 WHOLE_SHARE, GPU_SHARE = 1 / 2, 1 / 4
 UNKNOWN_MEMORY = 4 << 30  # where the system does not tell what is free
-WHOLE = slice(None), slice(None)  # of height and width
 
 
-class Part(NamedTuple):
-    """Part of a side in pixels: what is kept, and what the network is shown for it."""
-
-    start: int
-    end: int
-    first: int
-    last: int
-
-    @property
-    def kept(self):
-        """Which of the pixels shown are kept; open at the end of a side, where padding follows."""
-        end = None if self.end == self.last else self.end - self.first
-        return slice(self.start - self.first, end)
-
-
-def apply_by_tiles(network, images, device, *, forward=None, look=lambda inside: None):
+def apply_by_tiles(network, images, device, *, forward=None):
     """network(images), by tiles where that takes more memory than `tile_memory`.
 
     images: tensor (B, n_channels, H, W) on any device, normalised float32, or uint8, which is
     normalised part by part: a large image in float32 would fill the memory. forward: by default
-    the network itself. look(inside): called before each pass, with the slices of height and width
-    that are kept of it. Returns float32 (B, n_classes, H, W), on the device, or on the CPU of an
+    the network itself. Returns float32 (B, n_classes, H, W), on the device, or on the CPU of an
     image that is divided. Only networks that take images at their own size are divided;
     one whose tiles would differ from the whole image only where the memory cannot hold it, and a
     line on stderr says so, once.
@@ -62,17 +43,16 @@ def apply_by_tiles(network, images, device, *, forward=None, look=lambda inside:
 
     count, _, height, width = images.shape
     if not must_divide(network, count * height * width, device):
-        look(WHOLE)
         return apply(images)
     stride, margin = 2**network.architecture.depth, margin_of(network)
     pixels = tile_memory(device) // (count * pass_memory(network))
     tiles = make_tiles(height, width, stride, margin, pixels)
     result = torch.from_numpy(large_array((count, network.n_classes, height, width), np.float32))
-    for row, column in tqdm(tiles, f"{width}x{height}", unit=" tiles", disable=None, leave=False):
-        look((row.kept, column.kept))
-        part = apply(images[..., row.first : row.last, column.first : column.last])
-        kept = part[..., row.kept, column.kept]
-        result[..., row.start : row.end, column.start : column.end] = kept
+    for kept, shown in tqdm(tiles, f"{width}x{height}", unit=" tiles", disable=None, leave=False):
+        part = apply(images[(..., *shown)])
+        pairs = zip(kept, shown, strict=True)
+        inner = [slice(own.start - all.start, own.stop - all.start) for own, all in pairs]
+        result[(..., *kept)] = part[(..., *inner)]
     give_memory_back()  # what follows has large arrays of other sizes
     return result
 
@@ -82,14 +62,13 @@ def must_divide(network, pixels, device):
     layers = getattr(network, "architecture", None)
     if layers is None or network.info.image_size is not None:
         return False
-    needed = pixels * pass_memory(network)
-    if needed <= TILE_MEMORY:
-        return False
     differs = ["group normalisation"] if layers.norm == "group" else []
     if layers.up == "bilinear":  # whose corners are aligned: a step depends on the side
         differs.append("bilinear upsampling")
-    whole = WHOLE_SHARE * available_memory(device) if differs else 0
-    if needed <= max(tile_memory(device), whole):
+    needed = pixels * pass_memory(network)
+    if needed <= TILE_MEMORY or needed <= tile_memory(device):
+        return False
+    if differs and needed <= WHOLE_SHARE * available_memory(device):
         return False
     if differs:
         note_difference(" and ".join(differs))
@@ -123,45 +102,21 @@ def margin_of(network):
 
 
 def make_tiles(height, width, stride, margin, pixels):
-    """[(`Part` of the height, `Part` of the width)], in each of which the network sees few pixels.
+    """[(slices that are kept, slices that the network sees)], each of height and width.
 
-    At most `pixels`, and of all such tiles those with the least to compute; where that would leave
-    less between the margins than half of one, more.
+    It sees at most `pixels` of a tile; where that would leave less between the margins than half
+    of one, more.
     """
-    least = round_up(2 * margin + max(margin // 2, stride), stride)
-    pixels = max(pixels, min(least, height) * min(least, width))
-    tilings = []
-    for tall in range(least, max(height, least) + stride, stride):
-        wide = pixels // min(tall, height)
-        if wide < width:
-            wide = wide // stride * stride
-        if wide < min(least, width):
-            break
-        rows, columns = divide(height, tall, margin, stride), divide(width, wide, margin, stride)
-        tilings.append((rows, columns))
-    return list(itertools.product(*min(tilings, key=count_shown)))
-
-
-def count_shown(sides):
-    """The pixels that the network sees in all tiles of an image."""
-    return math.prod(sum(part.last - part.first for part in parts) for parts in sides)
-
-
-def divide(side, shown, margin, stride):
-    """A side in `Part`s, for each of which the network sees `shown` pixels or fewer.
-
-    Nearly equally many: the memory that one tile has freed is then what the next one takes.
-    """
-    count = max(math.ceil((side - 2 * margin) / (shown - 2 * margin)), 1) if shown < side else 1
-    shown = min(round_up(math.ceil((side + 2 * margin * (count - 1)) / count), stride), side)
-    parts, start = [], 0
-    while start < side:
-        first = min(max(start - margin, 0), round_up(side - shown, stride))
-        last = min(first + shown, side)
-        end = side if last == side else last - margin
-        parts.append(Part(start, end, first, last))
-        start = end
-    return parts
+    sides = []
+    for side, other in ((height, width), (width, height)):
+        shown = max(math.isqrt(pixels), pixels // other)
+        step = max(shown // stride * stride - 2 * margin, round_up(margin // 2, stride))
+        parts = -(-side // step) if side > shown else 1
+        step = round_up(-(-side // parts), stride)  # nearly equal: one takes the memory of another
+        kept = [slice(first, min(first + step, side)) for first in range(0, side, step)]
+        ends = [(max(one.start - margin, 0), min(one.stop + margin, side)) for one in kept]
+        sides.append([(one, slice(*end)) for one, end in zip(kept, ends, strict=True)])
+    return [tuple(zip(*tile, strict=True)) for tile in itertools.product(*sides)]
 
 
 def round_up(number, multiple):
@@ -188,13 +143,10 @@ def available_memory(device="cpu"):
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with contextlib.suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")  # of a container
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            limits.append(int(most) - int((group / "memory.current").read_text()))
-    if not limits and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(min(limits, default=UNKNOWN_MEMORY), 0)
+        group = Path("/sys/fs/cgroup")  # of a container; no limit is "max"
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        limits.append(max(most - used, 0))
+    return min(limits, default=UNKNOWN_MEMORY)

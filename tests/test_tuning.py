@@ -27,7 +27,7 @@ from scipy import ndimage
 import predict
 import train
 from data import Batches, load_split, open_split
-from medseg.inference import FLIPS, PLAIN, VIEWS, Inference, learned_flips, read_inference
+from medseg.inference import PLAIN, VIEWS, Inference, learned_flips, read_inference
 from medseg.metrics import SWEEP, count_image
 from medseg.predicting.flags import choose_inference
 from medseg.predicting.flags import parse_arguments as predict_flags
@@ -406,8 +406,8 @@ def test_weights_without_a_choice_predict_as_ever_and_take_flags(place):
         patch.setattr(UNet, "forward", lambda net, x: seen.append(x) or forward(net, x))
         run(place, "a.png", "--model", "plain.pth", "--tta")
     assert len(seen) == 4
-    for name, image in zip(ALL_FLIPS, seen[1:], strict=True):
-        assert torch.equal(image, seen[0].flip(FLIPS[name]))
+    for axes, image in zip(((3,), (2,), (2, 3)), seen[1:], strict=True):  # those of ALL_FLIPS
+        assert torch.equal(image, seen[0].flip(axes))
 
 
 def test_every_road_makes_the_same_masks(place):

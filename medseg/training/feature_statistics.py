@@ -5,7 +5,7 @@ import torch
 
 from medseg.dist import is_first
 from medseg.inference import view
-from medseg.ood import MIN_IMAGES, FeatureRecorder, fit_with_threshold
+from medseg.ood import MIN_IMAGES, fit_with_threshold, recording_features
 from medseg.tiles import apply_by_tiles
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
@@ -47,11 +47,10 @@ def pool_features(model, batches, device, autocast):
         seen += len(images)
         for number in which.unique().tolist():
             part = view(images[which == number].to(device), views[number])
-            with torch.inference_mode(), autocast, FeatureRecorder(model) as recorder:
+            with torch.inference_mode(), autocast, recording_features(model) as features:
                 # Not as it is compiled, which would leave the hooks out.
-                options = {"forward": model.forward, "look": recorder.look}
-                apply_by_tiles(model, part, device, **options)
-            pooled.append(recorder.pooled())
+                apply_by_tiles(model, part, device, forward=model.forward)
+            pooled.append(features())
     return np.concatenate(pooled)
 
 
