@@ -83,8 +83,8 @@ def predict_mask(model, image_tensor, device="cuda", threshold=0.5, *, return_pr
     if not isinstance(model, predictor.Predictor):
         model = predictor.Predictor([model], device, info=net.info_of(model))
     predictions = model.predict(image_tensor)
-    masks = torch.stack([torch.from_numpy(one.probabilities > threshold) for one in predictions])
-    masks = masks.float()
+    masks = np.stack([one.probabilities > threshold for one in predictions])
+    masks = torch.from_numpy(masks).float()
     return (masks, predictions) if return_predictions else masks
 
 
@@ -117,9 +117,6 @@ def visualize_result(
 
 def open_models(paths, device="auto", precision="auto"):
     """The `Predictor` of the weights in these files; ValueError where they differ."""
-    for path in paths:
-        if Path(path).suffix.lower() in (".onnx", ".torchscript"):
-            raise ValueError(f"{path}: made for other programs; give --model the weights (.pth)")
     device = devices.pick_device(device)
     networks = [load_model(path, device) for path in paths]
     if len(networks) > 1:
@@ -138,9 +135,8 @@ def predict(model, image, *, threshold=None):
         model = predictor.Predictor([model], next(model.parameters()).device)
     frame = inputs.as_frame(image, choose_window(None, model.info.window))
     ((_, image, prediction),) = predict_images(model, [frame])
-    inference = model.inference
-    if threshold is not None:
-        inference = inference._replace(threshold=threshold)
+    threshold = model.inference.threshold if threshold is None else threshold
+    inference = model.inference._replace(threshold=threshold)
     return make_masks(model, prediction.probabilities, image.size, inference=inference).labels
 
 
@@ -163,6 +159,7 @@ def predict_images(model, frames, problems=None):
         problems.append((frame.path, str(error)))
 
     sizes = {"image_size": model.info.image_size, "n_channels": model.n_channels}
+    options = {"threshold": model.inference.threshold, "return_predictions": True}
 
     def prepare(picture):
         inputs.check_channels(picture, model.info)
@@ -173,10 +170,7 @@ def predict_images(model, frames, problems=None):
         frames, images, tensors = zip(*batch, strict=True)
         try:
             tensor = torch.cat(tensors) if len(batch) > 1 else tensors[0]
-            threshold = model.inference.threshold
-            _, predictions = predict_mask(
-                model, tensor, threshold=threshold, return_predictions=True
-            )
+            _, predictions = predict_mask(model, tensor, **options)
         except ValueError as error:  # out of memory
             for frame in frames:
                 leave_out(frame, ValueError(f"{frame.path}: {error}"))
@@ -187,45 +181,37 @@ def predict_images(model, frames, problems=None):
             yield ready.pop(0)
 
 
-def predict_many(model, frames, results, scores=None, *, lines=True):
-    """Write what `results` says for each image; returns [(path, why)] of those that failed.
+def predict_many(model, frames, results, problems, folder=None, *, lines=True):
+    """Write what `results` says for each image; those that cannot be predicted add to `problems`.
 
-    scores: a FolderScores to tell of each, or None. lines: print one on each.
+    folder: that of the images where it has annotations, for a report; there is none where one of
+    them could not be predicted. lines: print one on each. Returns whether there is a report.
     """
-    problems = []
+    scores = None
+    if folder is not None:
+        from medseg.predicting import report, scoring
+
+        # Pictures have the spacing of --pixel-size.
+        scores = scoring.open_folder(model, folder, frames[0].spacing if frames else None)
     predicted = predict_images(model, frames, problems)
     saving.save_images(predicted, len(frames), results, scores, lines=lines)
-    return problems
+    if not scores or (problems and scores.missing()):
+        return False
+    written = scoring.report(model, folder, scores, results.output, partial(predict_image, model))
+    report.print_report(folder, results.output, written)
+    return True
 
 
 def predict_volume(model, file, results, window, *, lines=True):
     """Write a mask volume and, where `results` has a folder, what it says besides."""
     frames, volume = inputs.open_file(file, window, model.info)
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
-    predicted = tqdm(
-        predict_images(model, frames), file.path.name, len(frames), unit=" slices", disable=None
-    )
+    bar = {"total": len(frames), "unit": " slices", "disable": None}
+    predicted = tqdm(predict_images(model, frames), file.path.name, **bar)
     line, written = results.add_volume(volume, predicted, window)
     if lines:
         print(line)
         saving.print_saved(written)
-
-
-def predict_annotated(model, folder, frames, results, problems, *, lines=True):
-    """`predict_many`, and a report on the folder; what it had to leave out is added to `problems`.
-
-    Returns whether there is a report: not where an image could not be predicted.
-    """
-    from medseg.predicting import report, scoring
-
-    spacing = frames[0].spacing if frames else None  # pictures have that of --pixel-size
-    scores, output = scoring.open_folder(model, folder, spacing), results.output
-    problems += predict_many(model, frames, results, scores, lines=lines)
-    if problems and scores.missing():
-        return False
-    written = scoring.report(model, folder, scores, output, partial(predict_image, model))
-    report.print_report(folder, output, written)
-    return True
 
 
 # ---- the command line ------------------------------------------------------------------------
@@ -267,13 +253,12 @@ def predict_inputs(args, model, window):
         raise ValueError(problems[0][1])
     for frame in frames:
         pieces.check_clean(model.inference.clean, frame.spacing, frame.path)
-    single = named and total == 1
+    single, lines = named and total == 1, total <= MAX_LINES
     output = inputs.choose_output(args.output, single, files)
-    folder, scored = inputs.annotated_folder(paths), True
+    folder, scored = inputs.annotated_folder(paths), False
     draw = visualize_result if single else None
     results = Results(output, model, args.write, args.simplify, draw=draw)
     results.check(frames, volumes, report=folder is not None)
-    lines = total <= MAX_LINES
     titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
     try:
         for file in volumes:
@@ -281,17 +266,14 @@ def predict_inputs(args, model, window):
                 predict_volume(model, file, results, window, lines=lines)
             except (FileNotFoundError, ValueError) as error:
                 problems.append((file.path, str(error)))
-        if folder is not None:
-            scored = predict_annotated(model, folder, frames, results, problems, lines=lines)
-        elif frames:
-            problems += predict_many(model, frames, results, lines=lines)
+        if folder is not None or frames:
+            scored = predict_many(model, frames, results, problems, folder, lines=lines)
     finally:  # what was measured is kept, also where a report fails
         results.finish(titles, describe_run(args, model, window), args.model, problems)
-    if single and problems:
-        raise ValueError(problems[0][1])
     if problems:
-        unscored = "" if scored else f"; {folder} has no report without them"
-        raise ValueError(inputs.describe_left_out(problems, len(files), total) + unscored)
+        left_out = inputs.describe_left_out(problems, len(files), total)
+        left_out += f"; {folder} has no report without them" if folder and not scored else ""
+        raise ValueError(problems[0][1] if single else left_out)
 
 
 if __name__ == "__main__":

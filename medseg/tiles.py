@@ -4,12 +4,10 @@ A tile begins on the grid on which the network halves the sides, and has a margi
 network looks: what is beyond it changes none of the pixels that are kept.
 """
 
-import contextlib
 import functools
 import itertools
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,20 +17,18 @@ from medseg.images import give_memory_back, large_array
 from medseg.normalization import normalize
 
 TILE_MEMORY = 3 << 28  # bytes that a pass through the network may take before an image is divided
-# Of the memory that is free: for an image whose tiles would differ, or for the tiles on a GPU.
-WHOLE_SHARE, GPU_SHARE = 1 / 2, 1 / 4
-UNKNOWN_MEMORY = 4 << 30  # where the system does not tell what is free
+WHOLE_MEMORY = 4 << 30  # the same, of a network whose tiles differ from the whole image
 
 
 def apply_by_tiles(network, images, device, *, forward=None):
-    """network(images), by tiles where that takes more memory than `tile_memory`.
+    """network(images), by tiles where that takes more memory than `memory_limits`.
 
     images: tensor (B, n_channels, H, W) on any device, normalised float32, or uint8, which is
     normalised part by part: a large image in float32 would fill the memory. forward: by default
     the network itself. Returns float32 (B, n_classes, H, W), on the device, or on the CPU of an
     image that is divided. Only networks that take images at their own size are divided;
-    one whose tiles would differ from the whole image only where the memory cannot hold it, and a
-    line on stderr says so, once.
+    one whose tiles would differ from the whole image only above WHOLE_MEMORY, and a line on stderr
+    says so, once.
     """
 
     def apply(part):
@@ -45,7 +41,7 @@ def apply_by_tiles(network, images, device, *, forward=None):
     if not must_divide(network, count * height * width, device):
         return apply(images)
     stride, margin = 2**network.architecture.depth, margin_of(network)
-    pixels = tile_memory(device) // (count * pass_memory(network))
+    pixels = memory_limits(device)[0] // (count * pass_memory(network))
     tiles = make_tiles(height, width, stride, margin, pixels)
     result = torch.from_numpy(large_array((count, network.n_classes, height, width), np.float32))
     for kept, shown in tqdm(tiles, f"{width}x{height}", unit=" tiles", disable=None, leave=False):
@@ -66,9 +62,7 @@ def must_divide(network, pixels, device):
     if layers.up == "bilinear":  # whose corners are aligned: a step depends on the side
         differs.append("bilinear upsampling")
     needed = pixels * pass_memory(network)
-    if needed <= TILE_MEMORY or needed <= tile_memory(device):
-        return False
-    if differs and needed <= WHOLE_SHARE * available_memory(device):
+    if needed <= TILE_MEMORY or needed <= memory_limits(device)[bool(differs)]:
         return False
     if differs:
         note_difference(" and ".join(differs))
@@ -126,27 +120,15 @@ def round_up(number, multiple):
 @functools.cache
 def note_difference(differs):
     print(
-        f"an image is larger than the free memory can hold whole, so it is predicted by tiles: "
+        f"an image takes too much memory to be predicted whole, so it is predicted by tiles: "
         f"{differs} sees each tile by itself, and masks differ somewhat from the whole image's",
         file=sys.stderr,
     )
 
 
-def tile_memory(device):
-    """Bytes for the tiles of an image: TILE_MEMORY, or more on a GPU where more is free."""
-    on_gpu = torch.device(device).type == "cuda"
-    return max(TILE_MEMORY, int(GPU_SHARE * available_memory(device)) if on_gpu else 0)
-
-
-def available_memory(device="cpu"):
-    """Bytes that are free, of a GPU or of this machine as far as this process may use it."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")  # of a container; no limit is "max"
-        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        limits.append(max(most - used, 0))
-    return min(limits, default=UNKNOWN_MEMORY)
+def memory_limits(device):
+    """Bytes that the tiles of an image may take, and an image whose tiles would differ from it."""
+    if torch.device(device).type != "cuda":
+        return TILE_MEMORY, WHOLE_MEMORY
+    free = torch.cuda.mem_get_info(device)[0]
+    return max(TILE_MEMORY, free // 4), free // 2

@@ -343,8 +343,9 @@ class Threshold(torch.nn.Module):
 
 
 def predict_all(network, frames, folder):
-    model = Predictor([network], "cpu")
-    return predict.predict_many(model, frames, Results(folder, model))
+    model, problems = Predictor([network], "cpu"), []
+    predict.predict_many(model, frames, Results(folder, model), problems)
+    return problems
 
 
 def test_images_are_predicted_at_their_own_size(own_sizes, tmp_path):

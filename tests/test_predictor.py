@@ -140,24 +140,11 @@ def test_what_sees_the_whole_image_keeps_it_where_it_fits(option, small_tiles, m
     whole, kept = whole_and_tiled(monkeypatch, predictor, pixels)
     np.testing.assert_array_equal(kept, whole)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(tiles, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(tiles, "WHOLE_MEMORY", 1000)
     for _ in range(2):  # it is said once
         assert (predictor(pixels) != whole).any()
     (line,) = capsys.readouterr().err.splitlines()
     assert "tiles" in line and next(iter(option.values())) in line
-
-
-def test_memory_in_use_is_not_free(here, monkeypatch):
-    monkeypatch.setattr(tiles, "Path", lambda path: here / path.lstrip("/"))
-    (here / "proc").mkdir()
-    (here / "proc/meminfo").write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 2 kB\n")
-    assert tiles.available_memory() == 2048  # no container
-    group = here / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    for most, used, free in (("4096", 3072, 1024), ("4096", 5000, 0), ("max", 3072, 2048)):
-        (group / "memory.max").write_text(f"{most}\n")
-        (group / "memory.current").write_text(f"{used}\n")
-        assert tiles.available_memory() == free
 
 
 def test_images_of_one_size_are_never_divided():

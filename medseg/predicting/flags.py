@@ -10,7 +10,7 @@ from medseg.pieces import CLEANINGS, read_clean
 from medseg.results.folder import DEFAULT, WRITTEN
 from medseg.settings import is_spacing
 
-MODEL_SUFFIXES = (".pth", ".pt", ".onnx", ".torchscript")
+MODEL_SUFFIXES = (".pth", ".pt")
 
 
 def parse_arguments(argv, doc):
@@ -117,7 +117,7 @@ def _add_model_flags(parser):
         "--model",
         nargs="+",
         metavar="FILE",
-        help="weights or an ONNX file; of several, the mean of their probabilities counts; "
+        help="weights; of several, the mean of their probabilities counts; "
         "default: best_model.pth, and where there is none dataset/tumor.pth, which comes with the "
         "repository",
     )

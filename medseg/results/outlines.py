@@ -15,25 +15,15 @@ def trace_labels(labels, simplify=0):
     """[(number, points)]: polygons that, one drawn over the other, give back labels to the pixel.
 
     labels: class numbers, uint8 (H, W). number: of the class, 0 for background. points: [(x, y)], 3
-    or more, in pixels whose first one reaches from 0 to 1. A piece is one polygon, and what it
-    surrounds is drawn after it: holes as background, pieces in them. Pixels that touch at a corner
-    are of one piece. Only where two classes cross at corners, as on a chessboard, pieces have to be
-    connected over sides.
+    or more, in pixels whose first one reaches from 0 to 1. A piece, whose pixels are connected over
+    their sides, is one polygon, and what it surrounds is drawn after it: holes as background,
+    pieces in them.
     simplify: pixels by which an outline may pass its pixels' centres, for fewer points; 0: exact.
     """
-    for connectivity in (8, 4):
-        outlines, drawn = _trace(labels, connectivity, simplify)
-        if simplify or np.array_equal(drawn, labels):
-            break
-    return outlines
-
-
-def _trace(labels, connectivity, simplify):
-    """(outlines, what they give when they are drawn) with the pixels of a piece so connected."""
     regions = []  # (pixels of its box, number, x and y of its box, bool array of that box)
     whole = np.s_[: labels.shape[0], : labels.shape[1]]
     for number, box, mask in (*class_masks(labels), (0, whole, labels == 0)):
-        numbers, _, boxes = number_pieces(mask, connectivity if number else 4)
+        numbers, _, boxes = number_pieces(mask, connectivity=4)
         for index, ends in enumerate(boxes, 1):
             if number or ((ends[:, 0] > 0) & (ends[:, 1] < labels.shape)).all():  # a hole
                 region = numbers[inside(ends)] == index
@@ -48,7 +38,7 @@ def _trace(labels, connectivity, simplify):
             continue  # background between classes, which no polygon covers
         draw.polygon(points, outline=number, fill=number)
         outlines.append((number, points))
-    return outlines, np.asarray(canvas)
+    return outlines
 
 
 def _trace_region(region, corner, simplify):
