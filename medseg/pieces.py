@@ -175,37 +175,29 @@ def find_cuts(mask):
     """
     import cv2
 
-    padded = np.pad(mask, 1).view(np.uint8)
+    padded, square = np.pad(mask, 1).view(np.uint8), np.ones((3, 3))
     heights = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    flat, pixels, width = heights.ravel(), np.flatnonzero(padded), heights.shape[1]
-    place, count = np.zeros(flat.size, np.int64), len(pixels)
-    place[pixels] = uphill = np.arange(count)
-    highest, steps = flat[pixels], [row * width + x for row in (-1, 0, 1) for x in (-1, 0, 1)]
-    for step in steps:
-        higher = flat[pixels + step] > highest
-        uphill = np.where(higher, place[pixels + step], uphill)
-        highest = np.maximum(highest, flat[pixels + step])
-    peaks, saddles = _follow(uphill), []  # (height, peak, peak) where two basins touch
-    for step in steps[5:]:  # of two neighbours, one way
-        near = place[pixels + step]
-        here = np.flatnonzero((peaks != peaks[near]) & (flat[pixels + step] > 0))
-        lower = np.minimum(flat[pixels[here]], flat[pixels[near[here]]])
-        saddles.append(np.stack([lower, *np.sort([peaks[here], peaks[near[here]]], 0)]))
-    saddles = np.concatenate(saddles, 1)
-    saddles = saddles[:, np.argsort(-saddles[0], kind="stable")]
-    _, first = np.unique(saddles[1] * count + saddles[2], return_index=True)  # of two peaks
-    objects, highest = np.arange(count), flat[pixels]
-    for saddle, *ends in saddles[:, np.sort(first)].T.tolist():
-        ends = [int(end) for end in ends]
+    flat, size, width = heights.ravel(), heights.size, heights.shape[1]
+    # Each pixel leads to the highest of its neighbours and itself, of equal ones to the first.
+    ranks = np.rint(heights.astype(float) ** 2) * size - np.arange(size).reshape(heights.shape)
+    uphill = (-cv2.dilate(ranks, square) % size).astype(np.int64).ravel()
+    peaks, saddles = _follow(uphill), {}
+    for step in (1, width - 1, width, width + 1):  # to half of the neighbours
+        lower = np.minimum(flat[:-step], flat[step:])
+        for here in np.flatnonzero((peaks[:-step] != peaks[step:]) & (lower > 0)).tolist():
+            ends = tuple(sorted((peaks[here], peaks[here + step])))
+            saddles[ends] = max(saddles.get(ends, 0), lower[here])
+    objects = np.arange(size)
+    for ends, saddle in sorted(saddles.items(), key=lambda item: -item[1]):
+        ends = list(ends)
         while ends != (further := objects[ends].tolist()):
             ends = further
-        low, high = sorted(ends, key=highest.__getitem__)
-        if highest[low] - saddle < max(NECK * highest[low], NECK_PIXELS):
+        low, high = sorted(ends, key=flat.__getitem__)
+        if flat[low] - saddle < max(NECK * flat[low], NECK_PIXELS):
             objects[low] = high
-    numbers = np.zeros(heights.shape, np.float32)  # OpenCV dilates it, and it counts to 2^24
-    objects = np.unique(_follow(objects)[peaks], return_inverse=True)[1]
-    numbers.ravel()[pixels] = objects.ravel() + 1
-    cuts = (cv2.dilate(numbers, np.ones((3, 3))) > numbers) & (numbers > 0)
+    numbers = np.unique(_follow(objects)[peaks], return_inverse=True)[1].reshape(heights.shape)
+    numbers = (numbers + 1.0) * padded  # OpenCV dilates it
+    cuts = (cv2.dilate(numbers, square) > numbers) & (numbers > 0)
     return cuts[1:-1, 1:-1]
 
 

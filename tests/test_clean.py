@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import brightness_model, output_of, write_dicom, write_split
+from helpers import brightness_model, output_of, write_split
 from PIL import Image
 from scipy import ndimage
 
 import predict
-from medseg.inference import Inference, full_size_masks, read_inference
-from medseg.metrics import count_image, count_pixels
+from medseg.inference import Inference, read_inference
+from medseg.metrics import count_image
 from medseg.pieces import clean_masks, number_pieces, read_clean
 from medseg.predicting.page import Session
 from medseg.results.masks import make_masks
@@ -103,22 +103,23 @@ def test_forty_classes_against_each_by_itself():
 
 
 def test_discs_that_touch_are_split():
-    """A hundred discs that overlap a little, in rows: each becomes a piece of its own."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:300, :300]
-    discs = np.zeros((100, 300, 300), bool)
-    for index, disc in enumerate(discs):
-        row, column = divmod(index, 10)
-        centre = 40 + 24 * np.array([row, column])
-        disc[:] = np.hypot(y - centre[0], x - centre[1]) < rng.uniform(11, 13)
-    labels = discs.any(0).astype(np.uint8)
-    assert len(number_pieces(labels > 0)[1]) < 60
+    """A hundred discs of two classes that overlap a little, in rows: each becomes a piece."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:300, :300]
+    discs, labels = [], np.zeros((300, 300), np.uint8)
+    for row, column in np.ndindex(10, 10):
+        distance = np.hypot(y - 40 - 24 * row, x - 40 - 24 * column)
+        discs.append((distance < rng.uniform(11, 13)) & (labels == 0))
+        labels[discs[-1]] = 1 + column // 5
+    assert sum(len(number_pieces(labels == number)[1]) for number in (1, 2)) < 60
     split = cleaned(labels, "split")
-    numbers, sizes, _ = number_pieces(split > 0)
-    assert len(sizes) == 100 and not (split > labels).any()
-    owners = [np.bincount(numbers[disc & (split > 0)]).argmax() for disc in discs]
-    assert len(set(owners)) == 100
-    assert ((labels > 0) & (split == 0)).sum() < 0.02 * labels.sum()  # lines of one pixel
+    numbers = [number_pieces(split == number)[0] for number in (1, 2)]
+    owners = {
+        tuple(np.bincount(one[disc & (one > 0)], minlength=1).argmax() for one in numbers)
+        for disc in discs
+    }
+    assert len(owners) == 100 and [one.max() for one in numbers] == [50, 50]
+    assert ((labels != split) == ((split == 0) & (labels > 0))).all()
+    assert (labels != split).sum() < 0.025 * np.count_nonzero(labels)  # lines of one pixel
 
 
 @pytest.mark.parametrize("shape", ["rod", "ellipse", "dots", "lines", "empty"])
@@ -133,15 +134,6 @@ def test_what_has_no_neck_is_not_split(shape):
     }[shape]
     labels = mask.astype(np.uint8)
     np.testing.assert_array_equal(cleaned(labels, "split"), labels)
-
-
-def test_each_class_is_split_by_itself():
-    (y, x), labels = np.mgrid[:60, :120], np.zeros((60, 120), np.uint8)
-    for number, column in zip((1, 1, 2, 2), (20, 38, 62, 80), strict=True):
-        labels[np.hypot(y - 30, x - column) < 11] = number
-    split = cleaned(labels, "min-area=9,split")
-    assert [len(number_pieces(split == number)[1]) for number in (1, 2)] == [2, 2]
-    assert (split[labels != split] == 0).all()
 
 
 def test_counts_of_cleaned_masks_by_hand():
@@ -163,15 +155,10 @@ def test_areas_count_pixels_of_the_image_or_mm2():
     assert 2.1 / 0.7 > 3  # as computers count
     assert cleaned(drawing("111"), "min-mm2=2.1", (0.7, 1)).all()
     # Of probabilities at a quarter of the image's sides, an area is counted in the image.
-    target = labels[None].repeat(4, 1).repeat(4, 2) > 0
-    probabilities = labels[None].astype(np.float32)
-    for clean, some in (("min-area=16", True), ("min-area=150", False)):
-        preds = cleaned(full_size_masks(probabilities, (16, 12), 0.4), clean) > 0
-        assert preds.any() == some
-        ((counts,),) = count_image(target, probabilities, [0.4], read_clean(clean))
-        assert counts[:2].tolist() == [(preds & target[0]).sum(), (preds & ~target[0]).sum()]
-    counts = count_pixels([(target, probabilities)], [0.4], {"min-mm2": 99.0}, spacing=(1, 1))
-    assert not counts[..., :2].any()
+    target, probabilities = labels[None].repeat(4, 1).repeat(4, 2) > 0, labels[None] * np.float32(1)
+    for clean, some in (("min-area=16", True), ("min-area=150", False), ("min-mm2=999", False)):
+        counts = count_image(target, probabilities, [0.4], read_clean(clean), spacing=(1, 1))
+        assert counts[..., :2].any() == some
 
 
 def test_the_pixels_before_the_clean_up_are_counted_where_classes_overlap():
@@ -213,56 +200,43 @@ def mask_of(*flags, output):
 
 
 def test_a_line_names_the_threshold_and_what_clean_up_took(place):
-    """The pixels of the masks that are written, counted; a single image, a folder, the page."""
+    """The pixels of the masks that are written, counted; on the command line, on the page."""
     some, every = ("--clean", "min-area=30"), ("--clean", "min-area=3000", "--threshold", "0.45")
-    plain, cleaned_up = mask_of(output="plain").sum(), mask_of(*some, output="some").sum()
-    assert 0 < cleaned_up < plain
-    for path in ("scans", "scans/a.png"):
-        said = output_of("predict.py", path, "--output", "out", *some, cwd=place)
-        assert f"{plain} pixels above 0.5, {plain - cleaned_up} removed by min-area=30" in said
-        said = output_of("predict.py", path, "--output", "out", *every, cwd=place)
-        line = next(line for line in said.splitlines() if "foreground" in line)
-        assert "0.00 %" in line and "above 0.45, all removed by min-area=3000" in line
+    plain, kept = mask_of(output="plain").sum(), mask_of(*some, output="some").sum()
+    said = output_of("predict.py", "scans", "--output", "out", *some, cwd=place)
+    expected = f"{plain} pixels above 0.5, {plain - kept} removed by min-area=30"
+    assert 0 < kept < plain and expected in said
+    said = output_of("predict.py", "scans/a.png", "--output", "out", *every, cwd=place)
+    assert "0.00 %" in said and "above 0.45, all removed by min-area=3000" in said
     session = Session(place, predict.open_models(["best_model.pth"], "cpu"))
     session.predict([place / "scans" / "a.png"], 0.5)
-    _, (line,), _ = session.view(0, 0.5, {"min-area": 30.0})
-    assert f"{plain - cleaned_up} removed by min-area=30" in line
+    assert expected in session.view(0, 0.5, {"min-area": 30.0})[1][0]
     assert "removed" not in session.view(0, 0.5)[1][0]
 
 
 def test_predictions_are_cleaned_and_say_so(place):
-    plain = mask_of(output="plain")
-    numbers, count = ndimage.label(plain, np.ones((3, 3)))
-    assert count == 3 and not plain[20, 20]
-    sizes = np.bincount(numbers[plain])[1:]
+    numbers, count = ndimage.label(mask_of(output="plain"), np.ones((3, 3)))
+    sizes = np.bincount(numbers.ravel())[1:]
     limit = int(np.median(sizes))  # the dot goes, the speck of this size stays
-    two = mask_of("--clean", f"fill,min-area={limit}", output="two")
+    assert count == 3
     expected = ndimage.binary_fill_holes(np.isin(numbers, np.flatnonzero(sizes >= limit) + 1))
+    two = mask_of("--clean", f"fill,min-area={limit}", output="two")
     np.testing.assert_array_equal(two, expected)
-    area = ["--clean", f"min-mm2={limit * 0.08},fill", "--pixel-size", "0.4x0.2"]
-    np.testing.assert_array_equal(mask_of(*area, output="mm"), expected)
-    recorded = json.loads(Path("mm/predictions.json").read_text())
-    assert recorded["clean"] == area[1]
+    text = f"min-mm2={limit * 0.08},fill"
+    area = mask_of("--clean", text, "--pixel-size", "0.4x0.2", output="mm")
+    np.testing.assert_array_equal(area, expected)
+    assert json.loads(Path("mm/predictions.json").read_text())["clean"] == text
     model = predict.open_models(["best_model.pth"], "cpu")
-    session = Session(place, model, pixel_size=(0.2, 0.4))
-    session.predict([place / "scans" / "a.png"], 0.5)
-    written = np.asarray(Image.open(session.download("masks", 0.5, read_clean(area[1])))) > 0
-    np.testing.assert_array_equal(written, expected)
-    session = Session(place, model)
-    session.predict([place / "scans" / "a.png"], 0.5)
+    for settings in ({"pixel_size": (0.2, 0.4)}, {}):
+        session = Session(place, model, **settings)
+        session.predict([place / "scans" / "a.png"], 0.5)
+        if settings:
+            written = session.download("masks", 0.5, read_clean(text))
+            np.testing.assert_array_equal(np.asarray(Image.open(written)) > 0, expected)
     with pytest.raises(ValueError, match="a.png: does not tell"):
-        session.view(0, 0.5, read_clean(area[1]))
+        session.view(0, 0.5, read_clean(text))
     labels = predict.predict(model, Image.open("scans/a.png"))
-    np.testing.assert_array_equal(labels > 0, plain)
-
-
-def test_dicom_files_tell_the_size_of_their_pixels(place):
-    pixels = np.asarray(Image.open("scans/a.png")).astype(np.uint16)
-    Path("scans/a.png").unlink()
-    window = {"WindowCenter": 128, "WindowWidth": 256}
-    write_dicom("scans/a.dcm", pixels, PixelSpacing=[0.2, 0.4], **window)
-    mask = mask_of("--clean", "min-mm2=20", output="out")
-    assert ndimage.label(mask)[1] == 1
+    np.testing.assert_array_equal(labels > 0, numbers > 0)
 
 
 def test_a_report_is_of_cleaned_masks(place, dataset):

@@ -453,7 +453,7 @@ def test_the_report_scores_masks_as_they_are_written(place, dataset):
         assert report["valid"]["dice"][index] == pytest.approx(dice)
     run(place, dataset / "test", "--model", "plain.pth", "--output", "plain")
     plain = json.loads(Path("plain/report.json").read_text())
-    assert (plain["threshold"], plain["flips"], plain["clean"]) == (0.5, [], {})
+    assert (plain["threshold"], plain["flips"], plain["clean"]) == (0.5, [], "none")
     assert plain["scores"]["dice"] != report["scores"]["dice"]
 
 
