@@ -45,7 +45,7 @@ class Predictor:
     ):
         self.networks, self.device = networks, available_device(device)
         self.info = info or common_info(networks, names)
-        self.n_channels = getattr(networks[0], "n_channels", 3)
+        self.n_channels = channels_of(networks[0])
         self.inference = inference or self.info.inference or PLAIN
         self.autocast = autocast
         # How many images at a time: more do not fit a CPU's caches.
@@ -115,6 +115,11 @@ def _out_of_memory(images, device):
         ) from None
 
 
+def channels_of(network):
+    """Those that a UNet has, or the three of the tutorial."""
+    return getattr(network, "n_channels", 3)
+
+
 def common_info(networks, names=()):
     """The `net.ModelInfo` of networks whose probabilities are averaged.
 
@@ -123,7 +128,7 @@ def common_info(networks, names=()):
     """
     infos = [network.info for network in networks]
     shared = [
-        {"channels": network.n_channels, **{key: getattr(network.info, key) for key in COMMON}}
+        {"channels": channels_of(network), **{key: getattr(network.info, key) for key in COMMON}}
         for network in networks
     ]
     for name, values in zip(names, shared, strict=False):
