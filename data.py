@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import Dataset
 
 from medseg import coco as coco_json
-from medseg import dist
+from medseg import dist, samples
 from medseg import images as pictures
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
@@ -158,7 +158,7 @@ class COCOSegmentationDataset(Dataset):
         if size is None:
             record, path = self.coco.imgs[self.image_ids[index]], self.path(index)
             # Where height and width are exchanged, the record may have either size.
-            turned = pictures.stored_orientation(path)[0] > 4
+            turned = samples.stored_orientation(path)[0] > 4
             size = self.read(index).size if turned else (record["width"], record["height"])
         shape = (self.n_classes, *size[::-1])
         return ClassMasks(self.run_lengths(index, size), shape)
@@ -173,7 +173,7 @@ class COCOSegmentationDataset(Dataset):
         width, height, orientation = record["width"], record["height"], 1
         if (width, height) != tuple(size):
             if (height, width) == tuple(size):
-                orientation, _ = pictures.stored_orientation(path)
+                orientation, _ = samples.stored_orientation(path)
             if orientation < 5:
                 actual, recorded = f"{size[0]}x{size[1]}", f"{width}x{height}"
                 raise ValueError(f"{path}: is {actual}, but its record says {recorded}")
@@ -193,9 +193,7 @@ class COCOSegmentationDataset(Dataset):
         if orientation == 1:
             return masks
         drawn = {channel: mask.draw() > 0 for channel, mask in masks.items()}
-        return {
-            channel: encode(pictures.turn(mask, orientation)) for channel, mask in drawn.items()
-        }
+        return {channel: encode(samples.turn(mask, orientation)) for channel, mask in drawn.items()}
 
     def preprocess(self, index):
         """Image `index` at training size, uint8 (S, S, n_channels), and its masks (C, S, S)."""

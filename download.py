@@ -33,11 +33,11 @@ from medseg.archive import is_intact, unpack
 from medseg.cli import ArgumentParser, add_pixel_limit, number, one_line, run_main
 from medseg.dataset_folder import finish_import
 from medseg.files import check_regular
-from medseg.images import set_pixel_limit
 from medseg.importing.flags import add_arguments, check_arguments, chosen_importer
 from medseg.importing.own_data import import_data, print_next
 from medseg.importing.writing import holds_own_data
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
+from medseg.samples import set_pixel_limit
 from medseg.splits import check_disk_space, install, present_splits, read_splits
 
 SLUG = "pkdarabi/brain-tumor-image-dataset-semantic-segmentation"

@@ -40,6 +40,7 @@ from medseg.predicting import flags, inputs, reading, saving
 from medseg.pretrained import default_model
 from medseg.results.folder import MAX_LINES, Results, describe_run
 from medseg.results.masks import make_masks
+from medseg.samples import set_pixel_limit
 from medseg.settings import choose_window
 
 # ---- the tutorial's functions ----------------------------------------------------------------
@@ -219,7 +220,7 @@ def predict_volume(model, file, results, window, *, lines=True):
 
 def main(argv=None):
     args = flags.parse_arguments(argv, __doc__)
-    pictures.set_pixel_limit(args.max_megapixels)
+    set_pixel_limit(args.max_megapixels)
     args.model = paths = args.model or [default_model()]
     if args.export:
         from medseg.predicting.export import export_model

@@ -9,8 +9,8 @@ from urllib.parse import parse_qsl, unquote
 
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import check_regular, read_json
-from medseg.images import open_image, stored_orientation
 from medseg.run_lengths import decode, decompress_counts
+from medseg.samples import image_errors, open_picture
 from medseg.settings import read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
@@ -197,9 +197,8 @@ def _stored_name(folder, name):
 def _shown_size(path):
     """(width, height) of an image as it is shown; (0, 0) where it cannot be read."""
     try:
-        with open_image(path) as image:
-            size = image.size
-        return size[::-1] if stored_orientation(path)[0] > 4 else size
+        with image_errors(path, "image"), open_picture(path) as picture:
+            return picture.size[::-1] if picture.orientation() > 4 else picture.size
     except (OSError, ValueError):
         return 0, 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.files import import_reader, is_dicom, name_file
-from medseg.images import pixel_limit, too_many_pixels
+from medseg.samples import pixel_limit, too_many_pixels
 from medseg.settings import is_spacing, window_limits, window_to_uint8
 
 MAX_INFLATED_BYTES = 512 << 20  # of a deflated file

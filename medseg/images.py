@@ -3,176 +3,36 @@
 import contextlib
 import ctypes
 import math
-import mmap
-import os
-import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medseg.cli import MAX_MEGAPIXELS
 from medseg.drawing import class_colors, draw_labels, draw_panels, overlay, rgb_image, with_legend
-from medseg.files import check_regular, write_picture
-from medseg.samples import has_16_bits, stored_samples
+from medseg.files import write_picture
+from medseg.samples import (
+    STRIPE,
+    image_errors,
+    large_array,
+    pixels_of,
+    read_samples,
+    to_uint8,
+)
 from medseg.settings import MAX_CHANNELS
 
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green, blue, in 0..1: the tutorial's
 STD = (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # of any other channel: the means of those
-# Pillow's names, listed so that no rare decoder meets a stranger's file; PPM is all of PNM.
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "GIF")
-FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".webp", ".gif"),
 )
-PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that fill the memory
-BYTES_PER_PIXEL = 12  # of a file, at most: 1 GiB with that limit
-MAX_PAGES, MAX_PAGES_PIXELS = 1000, 1 << 32  # of a TIFF file whose pages become images
-MAX_COUNTED_BYTES = 4 << 20  # of a file whose pages are counted: a million take seconds
 
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
-TURNS = {
-    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180},
-    **{4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE},
-    **{6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90},
-}
 MAX_JPEG_SIDE = 65_500  # pixels that the format has room for
 SHOWN_SIDE = 384  # pixels at least, of the longer side of what is shown
-STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
-RANGES = [255, 1023, 4095, 65535]  # of 8, 10, 12 and 16 bits
-
-# Pillow warns above its limit and refuses at twice that: refuse at once.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# Odd metadata: the pixels are what counts, and an error where they are damaged.
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-
-
-def set_pixel_limit(megapixels):
-    """Read images of up to so many million pixels in this process: the flag --max-megapixels."""
-    own = megapixels == MAX_MEGAPIXELS
-    Image.MAX_IMAGE_PIXELS = PILLOWS_LIMIT if own else megapixels * 10**6
-
-
-def pixel_limit():
-    """How many pixels an image may have."""
-    return Image.MAX_IMAGE_PIXELS
-
-
-def too_many_pixels(pixels, what):
-    """The ValueError for an image of so many pixels, more than the limit; what: these in words."""
-    return ValueError(
-        f"{what} are more than {pixel_limit() // 10**6} million; if you trust the file: "
-        f"--max-megapixels {-(-pixels // 10**6)}"
-    )
-
-
-def check_file_size(size):
-    """ValueError where a file of so many bytes is larger than any image within the limit."""
-    if size > (most := BYTES_PER_PIXEL * pixel_limit()):
-        raise ValueError(f"larger than {most >> 20} MiB: --max-megapixels allows more")
-
-
-class Page(NamedTuple):
-    """One of the pages of a TIFF file, which can be read wherever the path of an image can."""
-
-    path: Path
-    number: int  # from 0 on
-
-    def __fspath__(self):
-        return str(self.path)
-
-    def __str__(self):
-        return f"{self.path}, page {self.number + 1}"
-
-
-def count_pages(path):
-    """How many pages a TIFF file has, from its headers; 1 of what is none, by its name.
-
-    Raises ValueError that names the file where they are damaged, more than MAX_PAGES, or together
-    of more than MAX_PAGES_PIXELS.
-    """
-    if not str(path).lower().endswith((".tif", ".tiff")):
-        return 1
-    pages = pixels = 0
-    with image_errors(path, "image"):
-        check_regular(path)
-        with _open_picture(path, ["TIFF"]) as image, contextlib.suppress(EOFError):
-            while True:
-                image.seek(pages)
-                pages, pixels = pages + 1, pixels + image.width * image.height
-                if pages > MAX_PAGES or pixels > MAX_PAGES_PIXELS:
-                    raise ValueError(
-                        f"has more than {MAX_PAGES} pages, or {MAX_PAGES_PIXELS >> 20} million "
-                        "pixels in them: split it into several files"
-                    )
-    return pages
-
-
-@contextlib.contextmanager
-def _open_picture(file, formats):
-    """Pillow's image of a file; ValueError where its first picture is larger than the limit."""
-    try:
-        image = Image.open(file, formats=formats)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        pixels = int(re.search(r"\d+", str(error))[0])  # the first of its numbers
-        raise too_many_pixels(pixels, f"{pixels} pixels") from None
-    with image:
-        yield image
-
-
-@contextlib.contextmanager
-def open_image(file):
-    """The one picture in a path or binary file, a PIL image that is not loaded yet.
-
-    Raises ValueError for several pictures (pages, of which a Page is one, or the frames of an
-    animation) and for what is no regular file or too large; and what Pillow raises.
-    """
-    if hasattr(file, "read"):
-        size = file.seek(0, os.SEEK_END)
-    else:
-        check_regular(file)
-        size = os.stat(file).st_size
-    check_file_size(size)
-    with _open_picture(file, FORMATS) as image:
-        if isinstance(file, Page):
-            image.seek(file.number)
-            width, height = image.size
-            if width * height > pixel_limit():  # Pillow looked at the first page only
-                raise too_many_pixels(width * height, f"{width}x{height} pixels")
-        elif getattr(image, "is_animated", False):
-            count = image.n_frames if size <= MAX_COUNTED_BYTES else "several"
-            raise ValueError(f"holds {count} pictures: save each in a file of its own")
-        if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) in range(5, 9):
-            image.filename = ""  # Pillow would map a grey file with width and height exchanged
-        yield image
-
-
-@contextlib.contextmanager
-def image_errors(path, what):
-    """Within, whatever decoders raise on a damaged file becomes a ValueError that names it.
-
-    what: 'image' or 'mask'. Also turns a missing file into a FileNotFoundError of one line.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such {what}") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not an {what}") from None
-    except PermissionError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not a {FORMAT_NAMES} {what}") from None
-    except Exception as error:  # many kinds: SyntaxError, struct.error, ...
-        line = str(error)
-        raise ValueError(line if line.startswith(f"{path}: ") else f"{path}: {line}") from None
 
 
 @dataclass(frozen=True)
@@ -212,7 +72,7 @@ def as_picture(image):
     if isinstance(image, Picture):
         return image
     if isinstance(image, Image.Image):
-        return Picture(_pixels(image if image.mode in ("L", "RGB") else image.convert("RGB")))
+        return Picture(pixels_of(image if image.mode in ("L", "RGB") else image.convert("RGB")))
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise ValueError(
             f"an image is an array of uint8, (H, W) or (H, W, C), not {image.dtype} {image.shape}"
@@ -223,17 +83,8 @@ def as_picture(image):
     return Picture(pixels)
 
 
-def _pixels(image):
-    """PIL image of mode L or RGB -> uint8 (H, W, C), by stripes: few megabytes more."""
-    pixels = large_array((image.height, image.width, len(image.getbands())), np.uint8)
-    for top in range(0, image.height, STRIPE):
-        stripe = image.crop((0, top, image.width, min(top + STRIPE, image.height)))
-        pixels[top : top + STRIPE] = np.asarray(stripe).reshape(pixels[top : top + STRIPE].shape)
-    return pixels
-
-
 def read_image(path, window=None):
-    """The `Picture` in a file of one of FORMATS.
+    """The `Picture` in a file of one of `medseg.samples.FORMATS`.
 
     path: or a binary file. A picture that is stored turned or mirrored (EXIF) is turned upright;
     its size is kept otherwise. More than 8 bits a sample are scaled linearly to 0..255: by window,
@@ -243,94 +94,9 @@ def read_image(path, window=None):
     Raises FileNotFoundError; ValueError for what is not one whole picture of at most
     `pixel_limit` pixels.
     """
-    with image_errors(path, "image"), open_image(path) as image:
-        samples = stored_samples(image, path)
-        orientation, left = exif_orientation(image)
-        if samples:
-            picture = _table_to_8_bits(*samples)
-        else:
-            image.load()
-            picture = image
-            if image.mode[0] in "IF":
-                picture = _to_8_bits(image)
-            elif image.mode not in ("L", "RGB"):
-                picture = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-        if left > 1:
-            picture = picture.transpose(TURNS[left])
-        return Picture(_pixels(picture), orientation)
-
-
-def exif_orientation(image):
-    """(EXIF orientation of an opened PIL image, what is left of it once Pillow has loaded it).
-
-    Both are 1 to 8. Pillow itself turns a TIFF, which must not be loaded yet.
-    """
-    if image.format == "PNG":  # its EXIF may lie behind the pixels
-        image.load()
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged metadata raises many kinds; the pixels are what counts
-        orientation = 1
-    if orientation not in range(1, 9):
-        orientation = 1
-    return orientation, 1 if image.format == "TIFF" else orientation
-
-
-def stored_orientation(path):
-    """What `exif_orientation` returns of an image file. Raises as `read_image` does."""
-    with image_errors(path, "image"), open_image(path) as image:
-        return exif_orientation(image)
-
-
-def turn(pixels, orientation):
-    """Array (H, W, ...) as stored -> as shown, by its EXIF orientation (1 to 8)."""
-    if orientation in (5, 7):
-        pixels = np.swapaxes(pixels, 0, 1)
-    quarters = {3: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)
-    pixels = np.rot90(pixels, quarters)
-    if orientation == 2:
-        pixels = pixels[:, ::-1]
-    if orientation == 4:
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
-
-
-PIXEL_FORMATS = {
-    **{"1": "1-bit", "L": "8-bit grey", "LA": "8-bit grey with alpha", "P": "8-bit palette"},
-    **{"RGB": "8-bit RGB", "RGBA": "8-bit RGB with alpha", "CMYK": "8-bit CMYK"},
-    **{"I": "32-bit grey", "F": "floating-point grey"},
-}
-
-
-def pixel_format(path):
-    """How the pixels of an image file are stored: '8-bit RGB', '16-bit grey', ..."""
-    with open_image(path) as image:
-        if image.mode[0] == "I" and has_16_bits(image):
-            return "16-bit grey"
-        name = PIXEL_FORMATS.get(image.mode, image.mode)
-        return name.replace("8-bit", "16-bit") if has_16_bits(image) else name
-
-
-def _to_8_bits(image):
-    with np.errstate(invalid="ignore"):  # what is not a number is refused below
-        values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all() or values.min() < 0:
-        raise ValueError("has negative or non-finite pixels: rescale it to 0..65535 first")
-    white = _white([1, *RANGES] if image.mode == "F" else RANGES, values.max())
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-
-
-def _table_to_8_bits(samples, white):
-    """What `stored_samples` returns -> PIL image, L or RGB. A table: it takes less memory."""
-    if samples.ndim == 3:
-        samples = samples[..., 0] if samples.shape[2] == 2 else samples[..., :3]
-    table = np.arange(65536) * (255 / (white or _white(RANGES, samples.max())))
-    return Image.fromarray(table.clip(max=255).round().astype(np.uint8)[samples])
-
-
-def _white(ranges, highest):
-    """The value that is shown white: the end of the first of the ranges that holds the highest."""
-    return next((top for top in ranges if highest <= top), highest)
+    with image_errors(path, "image"):
+        values, white, orientation = read_samples(path)
+        return Picture(to_uint8(values, white, window), orientation)
 
 
 def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
@@ -376,17 +142,6 @@ def is_grey(picture):
     return (
         samples.shape[2] == 1 or samples.shape[2] == 3 and bool((samples == samples[..., :1]).all())
     )
-
-
-def large_array(shape, dtype):
-    """An array of zeros, whose memory goes back to the system when it is freed.
-
-    Of the C library the process may have asked to keep it (`medseg.device.keep_freed_memory`),
-    in pieces that the next large array does not fit.
-    """
-    count = math.prod(shape)
-    memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))
-    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def give_memory_back():

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from medseg.images import STRIPE
 from medseg.pieces import WORDS, class_mask, class_masks, clean_masks, read_clean, spell_clean
+from medseg.samples import STRIPE
 
 # {name: (whether H and W change places, axes of (..., H, W) that are reversed then)}; the degrees
 # are counterclockwise. With the image as it is, all symmetries of a square.

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from medseg.files import file_format
-from medseg.images import count_pages, read_image
+from medseg.images import read_image
+from medseg.samples import count_pages
 from medseg.volumes import open_volume, read_orientation, stack_volumes
 
 

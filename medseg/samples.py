@@ -1,179 +1,488 @@
-"""Samples of an image file as they are stored, where Pillow would change them.
+"""One picture file to its samples as they are stored: by Pillow where it is right, else tifffile.
 
-Pillow has no mode for colours of 16 bits: it keeps the high byte of each sample, and the low one
-where it is told that the bytes are in the other order. It scales the values of PNM files.
+Pillow has no mode for colours of 16 bits, scales the values of PNM files, and knows few kinds of
+TIFF. tifffile reads the others; some compressions need imagecodecs, which is optional.
 """
 
-import io
+import contextlib
+import logging
 import math
+import mmap
 import os
 import re
-import struct
-import sys
 import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import COMPRESSION_INFO
 
-SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-COLOUR = ("RGB", "RGBA", "RGBX")  # Pillow's modes of images with samples of 16 bits
-# Tags of TIFF.
-WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 262, 266
-STRIPS, ORIENTATION, SAMPLES, ROWS_PER_STRIP, STRIP_BYTES = 273, 274, 277, 278, 279
-PLANAR, PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_BYTES = 284, 317, 322, 323, 324, 325
-EXTRA_SAMPLES, ALPHA_MULTIPLIED, BLACK_IS_ZERO = 338, 1, 1
-OF_A_PLANE = (
-    *(WIDTH, HEIGHT, COMPRESSION, FILL_ORDER, ORIENTATION, ROWS_PER_STRIP, PREDICTOR),
-    *(TILE_WIDTH, TILE_HEIGHT),
-)
+from medseg.cli import MAX_MEGAPIXELS
+from medseg.files import check_regular
+from medseg.settings import MAX_CHANNELS, window_limits
+
+# Pillow's names, listed so that no rare decoder meets a stranger's file; PPM is all of PNM.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "GIF")
+FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
 LOSSY = ("JPEG", "lossy WebP")
+PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that fill the memory
+BYTES_PER_PIXEL = 12  # of a file and of its samples, at most: 1 GiB with that limit
+MAX_PAGES, MAX_PAGES_PIXELS = 1000, 1 << 32  # of a TIFF file whose pages become images
+MAX_COUNTED_BYTES = 4 << 20  # of an animation whose frames are counted: a million take seconds
 MAX_TEXT = 64 << 20  # bytes of a plain PGM or PPM file
+STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
+RANGES = (255, 1023, 4095, 65535)  # of 8, 10, 12 and 16 bits
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
+MODES = {"L": "grey", "I": "grey", "LA": "grey with alpha", "RGBA": "RGB with alpha"}
+MODES |= {"P": "palette"}  # Pillow's, in words
+# Numbers of TIFF: photometric interpretations and their channels, sample formats, extra samples.
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
+CHANNELS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}
+UNSIGNED, FLOATING = 1, 3
+MULTIPLIED_ALPHA, ALPHA = 1, 2
+COPY_OR_MASK = 1 | 4  # kinds of pages: a smaller copy, or the transparency, of another
+WEBP = 50001  # a compression that not all of Pillow's builds have
+
+# Pillow warns above its limit and refuses at twice that: refuse at once.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# Odd metadata: the pixels are what counts, and an error where they are damaged.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
-def stored_samples(image, file):
-    """(samples, white) of an image that Pillow would change, else None.
+class Samples(NamedTuple):
+    """What an image file stores, as it is shown: see `read_samples`."""
 
-    image: a PIL image that was opened and not loaded; file: its path or binary file. samples:
-    unsigned integers (H, W) of grey, (H, W, 2) of grey and alpha, (H, W, 3) of RGB or (H, W, 4) of
-    RGB and alpha; a TIFF is turned by its orientation. white: the value that the file says is
-    white, or None. Raises ValueError, and what Pillow raises for a damaged file.
+    values: np.ndarray  # (H, W, C), of any real type
+    white: float | None  # the value that the file says is white; None where only the type tells
+    orientation: int  # EXIF's, 1 to 8, by which the values were turned
+
+
+class Page(NamedTuple):
+    """One of the pages of a TIFF file, which can be read wherever the path of an image can."""
+
+    path: Path
+    number: int  # from 0 on
+
+    def __fspath__(self):
+        return str(self.path)
+
+    def __str__(self):
+        return f"{self.path}, page {self.number + 1}"
+
+
+def set_pixel_limit(megapixels):
+    """Read images of up to so many million pixels in this process: the flag --max-megapixels."""
+    own = megapixels == MAX_MEGAPIXELS
+    Image.MAX_IMAGE_PIXELS = PILLOWS_LIMIT if own else megapixels * 10**6
+
+
+def pixel_limit():
+    """How many pixels an image may have."""
+    return Image.MAX_IMAGE_PIXELS
+
+
+def too_many_pixels(pixels, what):
+    """The ValueError for an image of so many pixels, more than the limit; what: these in words."""
+    return ValueError(
+        f"{what} are more than {pixel_limit() // 10**6} million; if you trust the file: "
+        f"--max-megapixels {-(-pixels // 10**6)}"
+    )
+
+
+def check_file_size(size):
+    """ValueError where so many bytes are more than any image within the limit has."""
+    if size > (most := BYTES_PER_PIXEL * pixel_limit()):
+        raise ValueError(f"larger than {most >> 20} MiB: --max-megapixels allows more")
+
+
+@contextlib.contextmanager
+def image_errors(path, what):
+    """Within, whatever decoders raise on a damaged file becomes a ValueError that names it.
+
+    what: 'image' or 'mask'. Also turns a missing file into a FileNotFoundError of one line.
     """
-    if image.format == "PPM":
-        scaled = image.tile[0][0] != "raw" and image.mode != "1"
-        return _pnm_samples(image) if scaled else None
-    if image.mode not in COLOUR or not has_16_bits(image):
-        return None
-    mode, _, order = _raw_mode(image).partition(";16")
-    multiplied = image.format == "TIFF" and image.tag_v2.get(EXTRA_SAMPLES) == (ALPHA_MULTIPLIED,)
-    if image.format == "TIFF" and image.tag_v2.get(PLANAR) == 2:
-        samples = _read_planes(image)
-    elif mode == "LA":  # four bytes a pixel, as RGBA has
-        samples = _decode(image, file, "RGBA").view(">u2").astype(np.uint16)
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such {what}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, not an {what}") from None
+    except PermissionError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path}: not a {FORMAT_NAMES} {what}") from None
+    except Exception as error:  # many kinds: SyntaxError, struct.error, ...
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(line if line.startswith(f"{path}: ") else f"{path}: {line}") from None
+
+
+def read_samples(file):
+    """The Samples of the one picture in a path, a Page or a binary file.
+
+    They are turned upright (EXIF). Palettes, CMYK and YCbCr are the colours that they show, one
+    bit 0 or 255, and what stores white as 0 is inverted; alpha is dropped.
+    Raises ValueError for several pictures (pages, of which a Page is one, or the frames of an
+    animation), what is no regular file, damaged or too large; and what decoders raise.
+    """
+    with open_picture(file) as picture:
+        values, has_alpha, palette = picture.decode()
+        orientation = picture.orientation()
+    if palette is not None:
+        values = palette[values[..., 0], :3]
+    if has_alpha:
+        values = np.ascontiguousarray(values[..., :-1])
+    if values.dtype == bool:
+        values = values * np.uint8(255)
+    white = None if picture.white == 65535 else picture.white  # of which few files use all
+    return Samples(values, white, orientation)
+
+
+def to_uint8(values, white=None, window=None):
+    """What `read_samples` returns as uint8 of the same shape, 8 bits as they are.
+
+    white: is shown as 255; default: the end of the first range that holds the highest value, of
+    0..1 (floating point), 8, 10, 12 or 16 bits. window: (center, width), which counts for more
+    than 8 bits only. ValueError without it for negative values, and infinite ones.
+    """
+    if values.dtype == np.uint8 and white in (None, 255):
+        return values
+    if window is not None and values.dtype.itemsize > 1:
+        low, high = window_limits(window)
     else:
-        mode = mode.upper()  # RGBa would be divided by alpha, each byte by its own
-        samples = _decode(image, file, f"{mode};16{order}").astype(np.uint16) << 8
-        samples |= _decode(image, file, f"{mode};16{SWAPPED[order]}")
-    return (_divide_by_alpha(samples) if multiplied else samples), None
+        low, high = 0, float(values.max())
+        if not (values.min() >= 0 and high < math.inf):
+            raise ValueError("has negative or non-finite pixels: rescale it to 0..65535 first")
+        ranges = (1, *RANGES) if values.dtype.kind == "f" else RANGES
+        high = white or next((top for top in ranges if high <= top), high)
+    by_table = values.dtype in (np.uint8, np.uint16)  # takes less memory
+    scaled = np.arange(1 << 16) if by_table else values
+    scaled = (scaled.astype(np.float64) - low) * (255 / (high - low))
+    scaled = np.nan_to_num(scaled, copy=False).clip(0, 255).round().astype(np.uint8)
+    return scaled[values] if by_table else scaled
 
 
-def has_16_bits(image):
-    """Whether a PIL image that was opened and not loaded has samples of 16 bits."""
-    if image.format == "TIFF":
-        return 16 in image.tag_v2.get(BITS, ())
-    if image.format == "PPM":
-        decoder, _, _, args = image.tile[0]
-        return image.mode == "I" or (decoder != "raw" and image.mode != "1" and args[1] > 255)
-    return image.format == "PNG" and ";16" in _raw_mode(image)
+@contextlib.contextmanager
+def open_picture(file):
+    """The one picture in what `read_samples` takes, a _Picture that is not decoded yet."""
+    if not hasattr(file, "read"):
+        check_regular(file)
+    with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as opened:
+        check_file_size(opened.seek(0, os.SEEK_END))
+        opened.seek(0)
+        if opened.read(4) in TIFF_HEADS:
+            pictures = _list_pictures(opened)
+            if not isinstance(file, Page) and len(pictures) > 1:
+                raise ValueError(f"holds {len(pictures)} pictures: save each in a file of its own")
+            yield _Tiff(opened, pictures[getattr(file, "number", 0)])
+        else:
+            with _open_by_pillow(opened, FORMATS) as image:
+                yield _Picture(image, opened)
 
 
-def lossy_format(image, path):
-    """Which of LOSSY changed the values of an opened image, else None."""
-    if image.format != "WEBP":
-        return "JPEG" if image.format == "JPEG" else None
-    with open(path, "rb") as file:
-        file.seek(12)
-        while len(head := file.read(8)) == 8:  # the chunks of the file: RFC 9649
+def count_pages(path):
+    """How many pictures a TIFF file has, from its headers; 1 of what is none, by its name.
+
+    Smaller copies of a page and masks of its transparency do not count, and pages that the file
+    itself (OME, ImageJ, tifffile) calls channels are one picture. Raises ValueError that names the
+    file where they are damaged, more than MAX_PAGES, or of more than MAX_PAGES_PIXELS together.
+    """
+    if not str(path).lower().endswith((".tif", ".tiff")):
+        return 1
+    with image_errors(path, "image"):
+        check_regular(path)
+        with open(path, "rb") as file:
+            return len(_list_pictures(file))
+
+
+def stored_orientation(path):
+    """The EXIF orientation of an image file, 1 to 8, and whether it is a TIFF file."""
+    with image_errors(path, "image"), open_picture(path) as picture:
+        return picture.orientation(), picture.format == "TIFF"
+
+
+def pixel_format(path):
+    """How the pixels of an image file are stored: '8-bit RGB', '16-bit grey', ..."""
+    with open_picture(path) as picture:
+        return picture.pixel_format
+
+
+def turn(pixels, orientation):
+    """Array (H, W, ...) as stored -> as shown, by its EXIF orientation (1 to 8)."""
+    if orientation > 4:
+        pixels = np.swapaxes(pixels, 0, 1)
+    rows, columns = (-1 if orientation in own else 1 for own in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return np.ascontiguousarray(pixels[::rows, ::columns])
+
+
+def large_array(shape, dtype):
+    """An array of zeros, whose memory goes back to the system when it is freed.
+
+    Of the C library the process may have asked to keep it (`medseg.device.keep_freed_memory`),
+    in pieces that the next large array does not fit.
+    """
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1))
+    return np.frombuffer(memory, dtype, count).reshape(shape)
+
+
+def pixels_of(image):
+    """PIL image -> array (H, W, C), by stripes: few megabytes more."""
+    shape = image.height, image.width, len(image.getbands())
+    dtype = np.asarray(image.crop((0, 0, 1, 1))).dtype.newbyteorder("=")
+    pixels = large_array(shape, dtype)
+    for top in range(0, image.height, STRIPE):
+        stripe = image.crop((0, top, image.width, min(top + STRIPE, image.height)))
+        pixels[top : top + STRIPE] = np.asarray(stripe).reshape(stripe.height, *shape[1:])
+    return pixels
+
+
+# ---------------------------------------------------------------- Pillow
+
+
+@contextlib.contextmanager
+def _open_by_pillow(file, formats):
+    """Pillow's image of a binary file; ValueError where its picture is larger than the limit."""
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=formats)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        pixels = int(re.search(r"\d+", str(error))[0])  # the first of its numbers
+        raise too_many_pixels(pixels, f"{pixels} pixels") from None
+    with image:
+        yield image
+
+
+class _Picture:
+    """A picture that Pillow has opened.
+
+    size: (width, height) as stored. format: Pillow's name of it. pixel_format: '8-bit RGB', ...
+    white: the highest value of PGM and PPM files where Pillow would scale. text: the names of
+    classes that the file states, as `medseg.images.save_mask` writes them, or None.
+    """
+
+    def __init__(self, image, file):
+        self.image, self.file, self.size = image, file, image.size
+        self.format = "JPEG" if image.format == "MPO" else image.format  # its first picture
+        if self.format != "JPEG" and getattr(image, "is_animated", False):
+            count = image.n_frames if file.seek(0, 2) <= MAX_COUNTED_BYTES else "several"
+            raise ValueError(f"holds {count} pictures: save each in a file of its own")
+        self.text = image.info.get("classes")
+        self.decoder, _, self.offset, args = image.tile[0] if image.tile else ("", None, 0, "")
+        self.raw_mode = args if isinstance(args, str) else str(args[0])
+        scaled = self.format == "PPM" and image.mode != "1" and self.decoder != "raw"
+        self.white = args[1] if scaled else None
+        deep = ";16" in self.raw_mode or (self.white or 0) > 255
+        mode = image.mode.partition(";")[0]
+        name = f"{16 if deep else 8}-bit {MODES.get(mode, mode)}"
+        self.pixel_format = "1-bit" if mode == "1" else name
+
+    def orientation(self):
+        """EXIF's, 1 to 8."""
+        orientation = 1
+        with contextlib.suppress(Exception):  # of damaged metadata: the pixels are what counts
+            orientation = self.image.getexif().get(ORIENTATION, 1)
+        return orientation if orientation in range(1, 9) else 1
+
+    def lossy(self):
+        """Which of LOSSY changed the values, or None."""
+        if self.format != "WEBP":
+            return "JPEG" if self.format == "JPEG" else None
+        self.file.seek(12)
+        while len(head := self.file.read(8)) == 8:  # the chunks of the file: RFC 9649
             name, size = head[:4], int.from_bytes(head[4:], "little")
             if name in (b"VP8 ", b"VP8L"):  # the picture, lossy or lossless
                 return "lossy WebP" if name == b"VP8 " else None
-            file.seek(size + size % 2, os.SEEK_CUR)
-    return None
+            self.file.seek(size + size % 2, os.SEEK_CUR)
+        return None
+
+    def decode(self):
+        """(values, whether the last channel is alpha, palette), turned upright.
+
+        values: (H, W, C), bool of one bit; with a palette, uint8 (N, 4) of red, green, blue and
+        alpha, these are indices.
+        """
+        has_alpha, palette = False, None
+        if self.white:
+            values = self._read_pnm()
+        elif self.format == "PNG" and ";16" in self.raw_mode and self.image.mode[0] != "I":
+            values = self._read_16_bit_png()
+            has_alpha = values.shape[2] % 2 == 0
+        else:
+            values, has_alpha, palette = _decode_by_pillow(self.image)
+        return turn(values, self.orientation()), has_alpha, palette
+
+    def _read_16_bit_png(self):
+        """uint16 (H, W, C): Pillow unpacks the high bytes, and the low ones in the other order."""
+
+        def unpack(raw_mode):
+            with _open_by_pillow(self.file, ["PNG"]) as image:
+                image.tile = [getattr(t, "_make", tuple)((*t[:3], raw_mode)) for t in image.tile]
+                return np.asarray(image)
+
+        mode = self.raw_mode.partition(";")[0]
+        if mode == "LA":  # four bytes a pixel, as RGBA has
+            return unpack("RGBA").view(">u2").astype(np.uint16)
+        return unpack(f"{mode};16B").astype(np.uint16) << 8 | unpack(f"{mode};16L")
+
+    def _read_pnm(self):
+        """The values (H, W, C) of a PGM or PPM file, as its header has them."""
+        shape = (*self.size[::-1], len(self.image.getbands()))
+        count, dtype = math.prod(shape), np.dtype(">u2" if self.white > 255 else "u1")
+        self.file.seek(self.offset)
+        if self.decoder == "ppm_plain":
+            text = re.sub(rb"#[^\r\n]*", b" ", self.file.read(MAX_TEXT))
+            values = np.array(text.split()[:count]).astype(np.int64)
+        else:
+            values = np.frombuffer(self.file.read(count * dtype.itemsize), dtype)
+        if len(values) < count:
+            raise ValueError(f"is cut short: it has {len(values)} of {count} samples")
+        if not 0 <= values.min() <= values.max() <= self.white:
+            raise ValueError(f"holds other values than 0 to {self.white}, as its header has them")
+        return values.astype(dtype.newbyteorder("=")).reshape(shape)
 
 
-def _raw_mode(image):
-    args = image.tile[0][3]
-    return args if isinstance(args, str) else args[0]
+def _decode_by_pillow(image):
+    """What `_Picture.decode` returns, of a PIL image, not turned."""
+    image.load()
+    palette = None
+    if image.mode == "P":
+        palette = np.full((256, 4), (0, 0, 0, 255), np.uint8)
+        mode = "RGBA" if "transparency" in image.info else "RGB"
+        colours = np.array(image.getpalette(mode), np.uint8).reshape(-1, len(mode))
+        palette[: len(colours), : len(mode)] = colours
+    elif image.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and image.mode[0] != "I":
+        image = image.convert("RGBA" if "A" in image.mode else "RGB")
+    return pixels_of(image), image.mode in ("LA", "RGBA"), palette
 
 
-def _decode(image, file, raw_mode):
-    """The pixels of `file`, unpacked as `raw_mode` has it: uint8 (H, W, C)."""
-    with Image.open(file, formats=[image.format]) as again:
-        if page := image.tell():
-            again.seek(page)
-        tiles = []
-        for tile in again.tile:
-            args = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])
-            tiles.append(getattr(tile, "_make", tuple)((*tile[:3], args)))  # by Pillow's version
-        again.tile = tiles
-        return np.asarray(again)
+# ---------------------------------------------------------------- TIFF
 
 
-def _divide_by_alpha(samples):
-    """uint16 (H, W, 4) whose colours were multiplied by alpha -> as they were before."""
-    alpha = np.maximum(samples[..., 3:], 1).astype(np.uint32)
-    colours = np.minimum(samples[..., :3].astype(np.uint32) * 65535 // alpha, 65535)
-    return np.concatenate([colours.astype(np.uint16), samples[..., 3:]], 2)
+def _list_pictures(file):
+    """[[tifffile's pages of a picture, ...], ...], several where the file calls them channels."""
+    import tifffile  # a quarter of a second, for TIFF files alone
+
+    logging.getLogger("tifffile").disabled = True  # it logs what it mends; the rest it raises
+    file.seek(0)
+    tiff = tifffile.TiffFile(file, _multifile=False)
+    if not 0 < len(tiff.pages) <= MAX_PAGES:
+        raise ValueError(f"has {len(tiff.pages)} pages, not 1 to {MAX_PAGES}: split it")
+    pages = [page for page in tiff.pages if not page.subfiletype & COPY_OR_MASK]
+    pages = pages or [tiff.pages[0]]
+    if sum(page.imagewidth * page.imagelength for page in pages) > MAX_PAGES_PIXELS:
+        raise ValueError(
+            f"has pages of more than {MAX_PAGES_PIXELS >> 20} million pixels: split it"
+        )
+    if len(pages) == 1 or not (tiff.is_ome or tiff.is_imagej or tiff.is_shaped):
+        return [[page] for page in pages]
+    axes, shape = tiff.series[0].axes, tiff.series[0].shape
+    outer = shape[: len(shape) - pages[0].ndim]  # along which pages lie
+    if "C" not in axes[: len(outer)]:
+        return [[page] for page in pages]
+    series = [own.pages for own in tiff.series if (own.axes, own.shape) == (axes, shape)]
+    if any(len(own) != math.prod(outer) or None in own for own in series):
+        raise ValueError(f"has other pages than its axes {axes} {shape} say")
+    channel = axes.index("C")
+    numbers = np.moveaxis(np.arange(math.prod(outer)).reshape(outer), channel, -1)
+    numbers = numbers.reshape(-1, outer[channel]).tolist()
+    return [[own[number] for number in channels] for own in series for channels in numbers]
 
 
-# ---- TIFF with each colour in a plane of its own ---------------------------------------------
+class _Tiff:
+    """A picture in a TIFF file, as _Picture is; pages: those of tifffile that are its channels."""
 
+    format, white, text = "TIFF", None, None
 
-def _read_planes(image):
-    """uint16 (H, W, C) of a TIFF whose planes Pillow would read 8 bits of, or mistake.
+    def __init__(self, file, pages):
+        self.file, self.pages, self.page = file, pages, (page := pages[0].aspage())
+        self.size, pixels = (page.imagewidth, page.imagelength), page.imagewidth * page.imagelength
+        self.bits = max(np.atleast_1d(page.bitspersample).tolist())
+        self.extra = tuple(map(int, page.extrasamples))
+        if not self.extra and page.photometric == RGB and page.samplesperpixel == 4:
+            self.extra = (ALPHA,)  # as it is not said to be anything
+        self.has_alpha = self.extra[-1:] in ((ALPHA,), (MULTIPLIED_ALPHA,))
+        count = len(pages) * page.samplesperpixel - self.has_alpha
+        if pixels > pixel_limit():
+            raise too_many_pixels(pixels, "{}x{} pixels".format(*self.size))
+        if count > MAX_CHANNELS:
+            raise ValueError(f"has {count} channels: {MAX_CHANNELS} can be read")
+        check_file_size(pixels * count * self.bits // 8)
+        name = {1: "grey", 3: "RGB"}.get(count, f"{count} channels")
+        name = {PALETTE: "palette", CMYK: "CMYK"}.get(page.photometric, name)
+        kind = "floating-point" if page.sampleformat == FLOATING else f"{self.bits}-bit"
+        self.pixel_format = f"{kind} {name}{' with alpha' * self.has_alpha}"
 
-    Each plane is read as the grey image that it is, through a directory written behind the file.
-    """
-    image.fp.seek(0)
-    content, planes = image.fp.read(), []
-    for number in range(len(image.getbands())):
-        patched = _grey_tiff(content, image.tag_v2, number)
-        with Image.open(io.BytesIO(patched), formats=["TIFF"]) as plane:
-            planes.append(np.asarray(plane).astype(np.uint16))
-    return np.stack(planes, 2)
+    def orientation(self):
+        tag = self.page.tags.get(ORIENTATION)
+        return tag.value if tag and tag.value in range(1, 9) else 1
 
+    def lossy(self):
+        return "JPEG" if self.page.compression in (6, 7) else None
 
-def _grey_tiff(content, tags, number):
-    """The bytes of a TIFF with a directory that describes plane `number` alone."""
-    order = "<" if tags.prefix == b"II" else ">"
-    entries = {tag: (tags[tag],) for tag in OF_A_PLANE if tag in tags}
-    entries |= {BITS: (16,), PHOTOMETRIC: (BLACK_IS_ZERO,), SAMPLES: (1,)}
-    for tag in (STRIPS, STRIP_BYTES, TILES, TILE_BYTES):
-        if tag in tags:
-            count = len(tags[tag]) // tags[SAMPLES]
-            entries[tag] = tags[tag][number * count : (number + 1) * count]
-    start = len(content) + len(content) % 2
-    directory, values = struct.pack(order + "H", len(entries)), b""
-    behind = start + 2 + 12 * len(entries) + 4  # where values lie that are more than one
-    for tag, own in sorted(entries.items()):
-        packed = struct.pack(f"{order}{len(own)}L", *own)
-        place = packed if len(own) == 1 else struct.pack(order + "L", behind + len(values))
-        values += b"" if len(own) == 1 else packed
-        directory += struct.pack(order + "HHL", tag, 4, len(own)) + place  # 4: unsigned, 32 bits
-    header = tags.prefix + struct.pack(order + "HL", 42, start)
-    padding = bytes(start - len(content))
-    return header + content[8:] + padding + directory + bytes(4) + values
+    def decode(self):
+        if self._is_right_in_pillow():
+            with contextlib.suppress(Image.UnidentifiedImageError):
+                with _open_by_pillow(self.file, ["TIFF"]) as image:
+                    image.seek(self.page.index)
+                    return _decode_by_pillow(image)  # which turns it
+        try:
+            values, palette = self._decode_by_tifffile()
+        except Exception as error:
+            if "imagecodecs" not in str(error):
+                raise
+            name = getattr(self.page.compression, "name", self.page.compression)
+            line = f"this TIFF ({name}) needs imagecodecs: run `pip install imagecodecs`"
+            raise ValueError(line) from None
+        return turn(values, self.orientation()), self.has_alpha, palette
 
+    def _is_right_in_pillow(self):
+        """Whether Pillow reads the samples as they are, which needs no imagecodecs."""
+        page, extra = self.page, self.extra
+        return (
+            len(self.pages) == 1
+            and page.sampleformat == UNSIGNED
+            and page.samplesperpixel - len(extra) == CHANNELS.get(page.photometric)
+            and extra in ((), (ALPHA,), (MULTIPLIED_ALPHA,))
+            and (self.bits <= 8 or self.bits == 16 and self.pixel_format[7:] in ("grey", "CMYK"))
+            and (self.bits <= 8 or page.photometric != WHITE_IS_ZERO)
+            and page.compression in COMPRESSION_INFO.keys() - {WEBP}
+            and (page.compression, page.predictor) != (1, 2)
+            and not (page.parent.is_bigtiff and page.parent.byteorder == ">")
+        )
 
-# ---- PNM -------------------------------------------------------------------------------------
+    def _decode_by_tifffile(self):
+        """(values, palette), not turned."""
+        page, palette = self.page, None
+        values = np.concatenate([self._read_page(own) for own in self.pages], 2)
+        if values.dtype.kind not in "buif":
+            raise ValueError(f"holds samples of {values.dtype}: save it with real numbers")
+        white = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
+        if page.photometric == PALETTE:
+            colours = page.colormap.T >> (8 if page.colormap.max() > 255 else 0)
+            palette = np.insert(colours, 3, 255, 1).astype(np.uint8)
+        elif page.photometric == WHITE_IS_ZERO:
+            top = {"u": 2**self.bits - 1, "i": -1}.get(values.dtype.kind, max(values.max(), 1))
+            values = values.dtype.type(top) - values
+        elif page.photometric not in (BLACK_IS_ZERO, RGB, YCBCR):  # the last: by a JPEG decoder
+            name = getattr(page.photometric, "name", page.photometric)
+            raise ValueError(f"holds colours as {name}: save it as grey or RGB")
+        if self.extra[-1:] == (MULTIPLIED_ALPHA,):
+            colours, alpha = values[..., :-1].astype(np.float64), values[..., -1:]
+            values[..., :-1] = (colours * white / np.where(alpha, alpha, 1)).clip(0, white)
+        return values, palette
 
-
-def _pnm_samples(image):
-    """(samples, white) of a PGM or PPM file; white is None where it is all of 16 bits."""
-    decoder, _, offset, (_, white) = image.tile[0]
-    shape = (image.height, image.width, 3)[: 3 if image.mode == "RGB" else 2]
-    count, dtype = math.prod(shape), np.dtype(">u2" if white > 255 else "u1")
-    image.fp.seek(offset)
-    if decoder == "ppm_plain":
-        samples = _read_text(image.fp)[:count]
-    else:
-        samples = np.frombuffer(image.fp.read(count * dtype.itemsize), dtype)
-    if len(samples) < count:
-        raise ValueError(f"is cut short: it has {len(samples)} of {count} samples")
-    if samples.max() > white:
-        raise ValueError(f"holds {samples.max()}, and its header allows {white} at most")
-    return samples.astype(dtype.newbyteorder("=")).reshape(shape), None if white == 65535 else white
-
-
-def _read_text(file):
-    """The numbers in the rest of a plain PGM or PPM file, uint16."""
-    text = file.read(MAX_TEXT + 1)
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"is text of more than {MAX_TEXT >> 20} MiB: save it as binary PGM or PPM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)  # of older NumPy, for what is no number
-        numbers = np.fromstring(re.sub(rb"#[^\r\n]*", b" ", text), np.float32, sep=" ")
-    with np.errstate(invalid="ignore"):
-        samples = numbers.astype(np.uint16)
-    if (samples != numbers).any():
-        raise ValueError("holds something else than whole numbers from 0 to 65535")
-    return samples
+    def _read_page(self, page):
+        """The samples (H, W, C) of one page."""
+        keyframe, size = page.keyframe, self.file.seek(0, os.SEEK_END)
+        parts = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+        if len(parts) < math.prod(keyframe.chunked) and not keyframe.is_contiguous:
+            raise ValueError("is damaged: it lacks parts of its picture")
+        if any(offset + count > size for offset, count in parts):
+            raise ValueError("is cut short: its picture is not whole")
+        check_file_size(math.prod(keyframe.chunks) * self.bits // 8)
+        values, axes = page.asarray(maxworkers=1), keyframe.axes
+        if values.shape != keyframe.shape or axes not in ("YX", "YXS", "SYX"):
+            raise ValueError(f"has axes {axes} {values.shape}: save each picture in a page")
+        return np.moveaxis(values, 0, 2) if axes == "SYX" else np.atleast_3d(values)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medseg.images import give_memory_back, large_array
+from medseg.images import give_memory_back
 from medseg.normalization import normalize
+from medseg.samples import large_array
 
 TILE_MEMORY = 3 << 28  # bytes that a pass through the network may take before an image is divided
 WHOLE_MEMORY = 4 << 30  # the same, of a network whose tiles differ from the whole image

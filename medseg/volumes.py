@@ -26,7 +26,7 @@ from medseg.files import (
     name_file,
     nifti_version,
 )
-from medseg.images import pixel_limit, too_many_pixels
+from medseg.samples import pixel_limit, too_many_pixels
 from medseg.settings import is_spacing, window_limits, window_to_uint8
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored

@@ -47,18 +47,12 @@ from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.duplicates import near_duplicates
 from medseg.files import read_json
-from medseg.images import (
-    MEAN,
-    STD,
-    Page,
-    count_pages,
-    pixel_format,
-    resize_nearest,
-)
+from medseg.images import MEAN, STD, resize_nearest
 from medseg.inference import full_size_masks
 from medseg.planning.audit import audit
 from medseg.predicting.scoring import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
+from medseg.samples import Page, count_pages, pixel_format
 from medseg.sources.mask_values import read_mask
 from medseg.splits import grouped_split, next_training, slice_number
 

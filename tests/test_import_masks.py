@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 
 import predict
 from medseg.formats.own_files import drawn_beside_masks
-from medseg.images import turn
+from medseg.samples import turn
 from medseg.sources.mask_values import classes_of_counts
 from medseg.sources.pairing import pair_files
 
@@ -70,7 +70,7 @@ ENCODINGS = {  # suffix, image of a label map, class names
     "0/255 BMP": (".bmp", grey([0, 255]), FOREGROUND),
     "0/128 TIFF": (".tiff", grey([0, 128]), FOREGROUND),
     "0/255 GIF": (".gif", grey([0, 255]), FOREGROUND),
-    "palette GIF": (".gif", palette([0, 1], [(9, 9, 9), (0, 0, 0)]), FOREGROUND),
+    "palette GIF": (".gif", palette([1, 0], [(9, 9, 9), (0, 0, 0)]), FOREGROUND),
     "grey levels": (".png", grey([0, 85, 170, 255]), ["85", "170", "255"]),
     "grey alpha": (".png", lambda m: grey([0, 255])(m).convert("LA"), FOREGROUND),
     "no black": (".png", grey([3, 7]), ["3", "7"]),

@@ -9,7 +9,7 @@ from helpers import ALL, annotations, photo, read_rgb, refuse_download, run_down
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from medseg import images
+from medseg import samples
 from medseg.cli import MAX_MEGAPIXELS
 
 FLAGS = ("--masks", "images", "masks")
@@ -86,10 +86,10 @@ def test_bad_pages_are_one_line(here, monkeypatch):
     Path("images/a.tif").write_bytes(content)
     for limit, value in (("MAX_PAGES", 2), ("MAX_PAGES_PIXELS", 3 * 1200 - 1)):
         with monkeypatch.context() as patch:
-            patch.setattr(images, limit, value)
+            patch.setattr(samples, limit, value)
             refuse_download(*FLAGS, *ALL, words=["images/a.tif", "split it"])
     stack("images/a.tif", [page, np.ones((1000, 1200), np.uint8), page])
     limit = ("--max-megapixels", "1")
     refused = ["images/a.tif, page 2", "1200x1000 pixels", "--max-megapixels 2"]
     refuse_download(*FLAGS, *ALL, *limit, words=refused)
-    images.set_pixel_limit(MAX_MEGAPIXELS)
+    samples.set_pixel_limit(MAX_MEGAPIXELS)

@@ -18,7 +18,7 @@ from scipy.spatial.distance import mahalanobis
 
 import train
 from data import Batches, load_split, normalize
-from medseg import images, tiles
+from medseg import images, samples, tiles
 from medseg.cache import RaggedRows
 from medseg.inference import FLIPS, PLAIN, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
@@ -198,9 +198,9 @@ def test_a_folder_of_large_images_is_taken_one_at_a_time(place, monkeypatch):
 def test_limits_of_pictures(place, refused):
     """A bomb of 144 megapixels in 18 kB is refused; an overlay fits its format."""
     Image.new("1", (12000, 12000)).save("bomb.png")
-    images.set_pixel_limit(144)
-    with images.open_image("bomb.png") as image:
-        assert image.size == (12000, 12000)
+    samples.set_pixel_limit(144)
+    with samples.open_picture("bomb.png") as picture:
+        assert picture.size == (12000, 12000)
     bomb = ("bomb.png", "--model", "often.pth")
     refused("predict", *bomb, words=["bomb.png", "--max-megapixels 144"])  # by default
     refused("predict", *bomb, "--max-megapixels", 143, words=["bomb.png", "144"])

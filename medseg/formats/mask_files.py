@@ -1,54 +1,52 @@
 """Mask files, pictures or arrays that NumPy saved, to arrays of the values that they store."""
 
+import functools
 import os
 import re
 
 import numpy as np
 
 from medseg.files import check_regular
-from medseg.images import (
-    SUFFIXES,
+from medseg.images import SUFFIXES
+from medseg.samples import (
     check_file_size,
-    exif_orientation,
     image_errors,
-    open_image,
+    open_picture,
     pixel_limit,
     too_many_pixels,
-    turn,
 )
-from medseg.samples import lossy_format, stored_samples
 
 ARRAY = ".npy"
 MASK_SUFFIXES = (*SUFFIXES, ARRAY)
 HALF = 127  # the highest grey value that is background where masks are cut at half
-OPAQUE = 32767  # the same of 16 bits, for alpha
 MAX_WHOLE = 2**24  # up to which 32-bit floating point has all whole numbers
+ROUNDING = 1e-4  # part by which whole numbers may be off that went through a scale: 1.0000153
 
 
 def read_mask(path, palette_colours=False):
     """A mask file as (encoding, integer array (H, W) of its stored values), turned by its EXIF.
 
-    encoding: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB), or one of
-    `medseg.samples.LOSSY` (grey values). palette_colours: read a palette picture as the colours
-    that it shows.
+    encoding: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB), "alpha"
+    (255 where a picture that is black everywhere is opaque), or one of `medseg.samples.LOSSY`
+    (grey values). palette_colours: read a palette picture as the colours that it shows, as is done
+    anyway where `_is_order_of_writer`.
     Raises FileNotFoundError; ValueError for what is not one whole picture or array, and for
     colours in a lossy format, which cannot be told apart any more.
     """
-    if str(path).lower().endswith(ARRAY):
-        with image_errors(path, "mask"):
-            return _read_array(path)
-    with image_errors(path, "mask"), open_image(path) as image:
-        lossy = lossy_format(image, path)
-        samples = stored_samples(image, path)
-        _, left = exif_orientation(image)
-        if samples:
-            encoding, values = _values_of_samples(samples[0])
-        else:
-            image.load()  # turns a TIFF
-            if palette_colours and image.mode == "P":
-                image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-            encoding, values = _stored_values(image)
-        values = turn(values, left)
+    with image_errors(path, "mask"):
+        if str(path).lower().endswith(ARRAY):
+            return _stored_values(_read_array(path)[..., None], False, path)
+        with open_picture(path) as picture:
+            if "CMYK" in picture.pixel_format:
+                raise ValueError("holds CMYK, which is no mask: save it as PNG")
+            lossy, decoded = picture.lossy(), picture.decode()
+        values, has_alpha, palette = decoded
+        if palette is not None:
+            of_writer = picture.format == "GIF" or _is_order_of_writer(palette, values)
+            if not (palette_colours or of_writer):
+                return "palette", values[..., 0]
+            values, has_alpha = palette[values[..., 0]], True
+        encoding, values = _stored_values(values, has_alpha, path)
         if not lossy:
             return encoding, values
         if encoding == "colour":
@@ -62,42 +60,46 @@ def read_mask(path, palette_colours=False):
         return lossy, values
 
 
-def _values_of_samples(samples):
-    """(encoding, integers (H, W)) of what `stored_samples` returns."""
-    if samples.ndim == 2:
-        return "grey", samples
-    if samples.shape[2] == 2:
-        return "grey", np.where(samples[..., 1] > OPAQUE, samples[..., 0], 0)
-    colours, low = samples[..., :3], samples[..., :3] & 255
-    high = colours >> 8
-    if high.any() and low.any() and (high != low).any():  # not 8 bits in either byte, or in both
-        raise ValueError("holds colours of 16 bits: save it with 8 bits a colour")
-    codes = _color_codes(high if high.any() else low)
-    return "colour", np.where(samples[..., 3] > OPAQUE, codes, 0) if samples.shape[2] > 3 else codes
+def _is_order_of_writer(palette, indices):
+    """Whether the indices of a palette mask are in the order of whatever program wrote it.
+
+    Class numbers begin with the background, 0. Where black, the background of every mask that is
+    drawn in colours, has another index (but 255, which stands for "ignore"), the writer has put the
+    colours into the palette as it met them. GIF files are always written so.
+    """
+    if not palette[0, :3].any():
+        return False
+    used = np.flatnonzero(np.bincount(indices.ravel()))
+    return not palette[used[used != 255], :3].any(1).all()
 
 
-def _stored_values(image):
-    """(encoding, integers (H, W)) of a decoded picture."""
-    pixels = np.asarray(image)
-    if image.mode == "1":
-        return "1-bit", pixels.astype(np.uint8)
-    if image.mode == "P":
-        return "palette", pixels
-    if image.mode == "F":
-        return "grey", _whole_numbers(pixels)
-    if image.mode == "L" or image.mode[0] == "I":
-        return "grey", pixels
-    if image.mode == "LA":
-        return "grey", np.where(pixels[..., 1] > HALF, pixels[..., 0], 0)
-    if image.mode in ("RGB", "RGBA"):
-        codes = _color_codes(pixels)
-        return "colour", np.where(pixels[..., 3] > HALF, codes, 0) if image.mode[3:] else codes
-    raise ValueError(f"a picture of mode {image.mode} is no mask: save it as PNG")
+def _stored_values(values, has_alpha, path):
+    """(encoding, integers (H, W)) of samples (H, W, C)."""
+    alpha = values[..., -1] if has_alpha else None
+    values = values[..., :-1] if has_alpha else values
+    if values.shape[2] not in (1, 3):
+        raise ValueError(f"has {values.shape[2]} channels: a mask has 1, or the 3 of colours")
+    if values.dtype == bool:
+        return "1-bit", values[..., 0].astype(np.uint8)
+    encoding = "grey" if values.shape[2] == 1 else "colour"
+    whole = whole_numbers(values, path)
+    codes = whole[..., 0] if encoding == "grey" else _color_codes(whole)
+    if alpha is None:
+        return encoding, codes
+    shown = alpha > (0.5 if alpha.dtype.kind == "f" else np.iinfo(alpha.dtype).max // 2)
+    if not codes.any() and shown.any() and not shown.all():
+        return "alpha", np.where(shown, np.uint8(255), np.uint8(0))
+    return encoding, np.where(shown, codes, 0)
 
 
-def _color_codes(pixels):
-    """(H, W, 3 or more) of 0..255 -> uint32 (H, W) of 0xRRGGBB."""
-    red, green, blue = (pixels[..., channel].astype(np.uint32) for channel in range(3))
+def _color_codes(colours):
+    """Whole numbers (H, W, 3) -> uint32 (H, W) of 0xRRGGBB."""
+    if colours.max() > 255:
+        high, low = colours >> 8, colours & 255
+        if colours.max() > 65535 or (low.any() and (high != low).any()):
+            raise ValueError("holds colours of 16 bits: save it with 8 bits a colour")
+        colours = high  # 8 bits in the upper byte, or in both
+    red, green, blue = (colours[..., channel].astype(np.uint32) for channel in range(3))
     return red << 16 | green << 8 | blue
 
 
@@ -109,7 +111,7 @@ def is_grey_code(codes, tolerance=0):
 
 
 def _read_array(path):
-    """`read_mask` of a file that numpy.save wrote; nothing of it is read before its header is."""
+    """The array (H, W) that numpy.save wrote; nothing of it is read before its header is."""
     check_regular(path)
     check_file_size(os.stat(path).st_size)
     try:
@@ -123,21 +125,32 @@ def _read_array(path):
         raise ValueError(f"an array {shape} of {array.dtype}: a mask has whole numbers (H, W)")
     if array.size > pixel_limit():
         raise too_many_pixels(array.size, f"{array.size} pixels")
-    values = array.astype(array.dtype.newbyteorder("="))
-    if values.dtype == bool:
-        return "1-bit", values.astype(np.uint8)
+    return array.astype(array.dtype.newbyteorder("="))
+
+
+def whole_numbers(values, path):
+    """Numbers -> whole ones, of the smallest type that is counted fast.
+
+    What is whole but for ROUNDING is rounded, with a warning for the folder of the path.
+    ValueError for fractions and numbers too large.
+    """
     if values.dtype.kind == "f":
-        values = _whole_numbers(values)
-    if 0 <= values.min() and values.max() <= 65535:
+        whole = np.round(values)
+        with np.errstate(invalid="ignore"):
+            close = np.abs(values - whole) <= ROUNDING * np.maximum(np.abs(whole), 1)
+        if not close.all() or np.abs(whole).max() > MAX_WHOLE:
+            raise ValueError("holds fractions: a mask needs whole numbers")
+        if (whole != values).any():
+            _warn_of_rounding(os.path.dirname(path))
+        values = whole.astype(np.int32)
+    if values.itemsize > 2 and 0 <= values.min() and values.max() <= 65535:
         values = values.astype(np.uint16)  # whose values are counted in a fraction of the time
-    return "grey", values
+    return values
 
 
-def _whole_numbers(values):
-    """Floating point (H, W) -> int32; ValueError for fractions and numbers too large."""
-    if not (values == np.round(values)).all() or np.abs(values).max() > MAX_WHOLE:
-        raise ValueError("holds fractions: a mask needs whole numbers")
-    return values.astype(np.int32)
+@functools.cache
+def _warn_of_rounding(folder):
+    print(f"warning: {folder}: labels such as 1.0000153 are rounded to whole numbers")
 
 
 # ---------------------------------------------------------------- names within the file
@@ -148,8 +161,8 @@ def read_names(path):
 
     {} where there is none. Raises as `read_mask`.
     """
-    with image_errors(path, "mask"), open_image(path) as image:
-        text = image.info.get("classes")
+    with image_errors(path, "mask"), open_picture(path) as picture:
+        text = picture.text
     parts = re.split(r", (?=\d+=)", text) if isinstance(text, str) else []
     stated = [part.partition("=") for part in parts]
     numbers = [number for number, _, _ in stated]

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, MAX_CLASSES, listed, read_annotations, recorded_settings
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, Picture, open_image, save_picture
+from medseg.images import SUFFIXES, Picture, save_picture
 from medseg.phantoms import is_phantom
 from medseg.run_lengths import RunLengths, encode
+from medseg.samples import open_picture
 from medseg.splits import (
     PERCENTAGES,
     draw_splits,
@@ -40,7 +41,7 @@ class Example:
     name: the stem of the file to write, unique in the data set whatever the case. group: images
     of one group stay in one split, and their records name it; "" is a group of its own.
     read(): (image, masks). image is an
-    `Picture`, saved as PNG or TIFF, or the Path of a file of `medseg.images.FORMATS` that is
+    `Picture`, saved as PNG or TIFF, or the Path of a file of `medseg.samples.FORMATS` that is
     upright and was read without an error, copied as it is. masks is {class name: RunLengths, or
     bool array (H, W)} of the image's size; a class that is not there need not be named. read
     raises FileNotFoundError, or ValueError naming the file; it is called from several threads.
@@ -249,10 +250,10 @@ def _save_image(image, folder, name):
     """
     if isinstance(image, Picture):
         return save_picture(image, folder / name).name, image.size
-    with open_image(image) as picture:
-        if picture.format == "TIFF":
-            picture.load()  # which turns it, where it has an orientation
+    with open_picture(image) as picture:
         size, file_format = picture.size, picture.format
+        if picture.orientation() > 4:
+            size = size[::-1]
     suffix = image.suffix.lower()
     if suffix not in SUFFIXES:
         suffix = SUFFIXES[0] if file_format == "JPEG" else f".{file_format.lower()}"

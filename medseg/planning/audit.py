@@ -18,9 +18,10 @@ from medseg.coco import (
 )
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, pixel_format, read_image
+from medseg.images import SUFFIXES, read_image
 from medseg.planning.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
 from medseg.run_lengths import unite
+from medseg.samples import pixel_format
 
 SHOWN = 8  # images of each split in the contact sheet
 

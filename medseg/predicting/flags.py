@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from medseg.cli import ArgumentParser, add_device_flags, add_pixel_limit, named_values, number
-from medseg.images import FORMAT_NAMES
 from medseg.inference import PLAIN, flips_to_average
 from medseg.pieces import CLEANINGS, read_clean
 from medseg.results.folder import DEFAULT, WRITTEN
+from medseg.samples import FORMAT_NAMES
 from medseg.settings import is_spacing
 
 MODEL_SUFFIXES = (".pth", ".pt")

@@ -14,8 +14,9 @@ from medseg.dataset_folder import finish_import
 from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format, name_file, result_name, shorten
 from medseg.formats.own_files import is_own
-from medseg.images import FORMAT_NAMES, SUFFIXES, as_picture, read_image
+from medseg.images import SUFFIXES, as_picture, read_image
 from medseg.pretrained import pretrained_path
+from medseg.samples import FORMAT_NAMES
 from medseg.settings import count_recorded
 from medseg.volumes import SINGLE_SUFFIXES, open_volume
 

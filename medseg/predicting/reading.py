@@ -1,9 +1,10 @@
 """Images read ahead of the network: several at a time, as long as they are small."""
 
+import math
 from contextlib import suppress
 
 from medseg.files import file_format, parallel_map
-from medseg.images import image_errors, open_image
+from medseg.samples import image_errors, open_picture
 
 AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or written behind it
 
@@ -45,6 +46,6 @@ def take_batch(readable, size):
 def count_pixels(frame):
     """How many pixels the image file of a Frame says it has; 0 of a frame of another file."""
     if file_format(frame.path) is None:
-        with suppress(Exception), open_image(frame.path) as image:  # told when it is read
-            return image.width * image.height
+        with suppress(Exception), open_picture(frame.path) as picture:  # told when read
+            return math.prod(picture.size)
     return 0

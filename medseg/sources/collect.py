@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from medseg.coco import listed
 from medseg.files import base_name, escape, file_format
-from medseg.images import Page, count_pages, read_image, stored_orientation, turn
+from medseg.images import read_image
+from medseg.samples import Page, count_pages, stored_orientation, turn
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 
@@ -211,7 +212,7 @@ def read_upright(file):
     picture = read_image(file)
     stays = isinstance(file, Path)
     if stays and picture.orientation != 1:
-        stays = stored_orientation(file)[1] == 1  # a TIFF
+        _, stays = stored_orientation(file)  # a TIFF
     return Upright(file if stays else picture, picture.size, picture.orientation)
 
 

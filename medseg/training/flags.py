@@ -16,8 +16,9 @@ from medseg.cli import (
     parse_named_values,
     spell_flags,
 )
-from medseg.images import IMAGE_SIZE, set_pixel_limit
+from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES, arch_flags, network_flags
+from medseg.samples import set_pixel_limit
 from medseg.settings import MAX_CHANNELS
 from medseg.training.checkpoint import (
     BEST,
