@@ -150,17 +150,18 @@ def check_window(present, window):
             raise ValueError(f"{differ}: give --window {spell_window(recorded)}")
 
 
-def check_channels(present, channels):
+def check_channels(present, info):
     """ValueError where the splits that stay have other channels than the new images.
 
-    present: of `present_settings`. channels: a tuple of names, empty where they have none.
+    present: of `present_settings`; info: what is to be recorded of the new images.
     """
     for folder, settings in present:
-        if settings["channels"] != channels:
-            recorded, new = (
-                ", ".join(names) or "none" for names in (settings["channels"], channels)
-            )
+        recorded, new = (
+            ", ".join(map(str, (*own["channels"], f"--context {own['context']}")))
+            for own in (settings, info)
+        )
+        if recorded != new:
             raise ValueError(
-                f"{folder}: its images have the channels {recorded}, the new ones {new}: give "
-                "--channels, or name another folder with --data"
+                f"{folder}: its images have the channels {recorded}, the new ones {new}: give the "
+                "same, or name another folder with --data"
             )

@@ -4,19 +4,24 @@ import shutil
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
+import torch
 from helpers import (
     ALL,
     NIBABEL_DATA,
     annotations,
+    assert_refused,
     grey,
     labels,
+    output_of,
     photo,
     refuse_download,
     run_download,
     sample,
     save,
+    script,
     stored,
     write_dicom,
     write_nifti,
@@ -26,6 +31,7 @@ from PIL import Image
 
 from medseg.dicom import read_dicom
 from medseg.importing import volumes
+from net import UNet
 
 THIRDS = ("--split", 34, 33, 33)
 
@@ -304,3 +310,35 @@ def test_numbers_that_are_nearly_whole_are_rounded_with_a_warning(here, step, re
         masks = stored()[f"case_000_0000_z{index:03}"]
         for value, name in ((1, "1"), (2, "2")):
             assert_array_equal(masks[name], numbers[:, index] == value)
+
+
+def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
+    """The written slices have those beside them, and predict.py puts them together alike."""
+    for number in range(3):
+        volume(number, classes=1)
+    for folder in ("p", "q"):
+        save(photo(1), f"{folder}/1.png")
+    refuse_download("--masks", "p", "q", "--context", "1", words=["--context"])
+    run_download(*VOLUMES, *THIRDS, "--context", "1", "--window", "500", "1000")
+    split, name = "test", min(stored("test")).rpartition("_")[0]
+    voxels = nibabel.load(f"vi/{name}.nii.gz").get_fdata()
+    shown = [(voxels[:, index] * 0.255).round() for index in range(voxels.shape[1])]
+    last = len(shown) - 1
+    for index in range(len(shown)):
+        pixels = np.asarray(Image.open(f"dataset/{split}/{name}_z{index:03}.png"))
+        beside = [shown[place] for place in (max(index - 1, 0), index, min(index + 1, last))]
+        assert_array_equal(pixels, np.stack(beside, 2))
+    info = {"image_size": None, "window": (500, 1000), "context": 1}
+    model = UNet(3, 1, 2, depth=1, **info)
+    torch.nn.init.constant_(model.outc.bias, -0.1)
+    torch.save(model.state_dict(), "three.pth")
+    flags = "--model three.pth --precision fp32 --threshold 0.45 --write probability".split()
+    output_of("predict.py", f"vi/{name}.nii.gz", *flags, "--output", "whole", cwd=here)
+    output_of("predict.py", f"dataset/{split}", *flags, "--output", "slices", cwd=here)
+    whole = nibabel.load(f"whole/{name}_probability.nii.gz").get_fdata()
+    assert whole.std() > 0
+    for index in range(len(shown)):
+        alone = np.asarray(Image.open(f"slices/{name}_z{index:03}_probability.png")) / 65535
+        assert np.abs(whole[:, index] - alone).max() < 1e-4
+    Image.fromarray(pixels[..., 0]).save("grey.png")
+    assert_refused(script("predict.py", "grey.png", *flags, cwd=here), "grey.png", "channels")

@@ -15,7 +15,7 @@ CLASS_EXAMPLE = "axon='masks/*_axon.png'"
 IMPORTERS = ("masks", "labelme", "coco")
 NEED_AN_IMPORTER = (
     *("split", "into", "add", "duplicates", "prefix", "group", "classes", "invert"),
-    *("skip_unpaired", "boxes", "channels", "time"),
+    *("skip_unpaired", "boxes", "channels", "time", "context"),
 )
 
 
@@ -86,6 +86,13 @@ def _add_sources(own):
         help="volumes of four axes are volumes in time, and so are their masks; with --channels "
         "they are channels",
     )
+    own.add_argument(
+        "--context",
+        type=number(0, 7),
+        default=0,
+        metavar="N",
+        help="of volumes: the N slices before and after each slice are channels of it",
+    )
     own.add_argument("--labelme", metavar="FOLDER", help="LabelMe files with their images")
     own.add_argument(
         "--coco", nargs=2, metavar=("JSON", "IMAGES"), help="a COCO file and a folder of images"
@@ -130,7 +137,7 @@ def check_arguments(parser, args):
         parser.error("--duplicates: goes with --add")
     if args.boxes and not args.coco:
         parser.error("--boxes: goes with --coco")
-    for name in ("window", "invert", "channels", "time"):
+    for name in ("window", "invert", "channels", "time", "context"):
         if getattr(args, name) and not args.masks:
             parser.error(f"{flag_name(name)}: goes with --masks")
     if args.window:

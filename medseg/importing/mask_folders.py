@@ -15,7 +15,14 @@ from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example
 from medseg.modalities import Modalities, channels_of, format_of, read_channels
 from medseg.patterns import name_pattern
-from medseg.settings import OF_FILE, OF_VOLUME, check_channels, check_window
+from medseg.settings import (
+    MAX_CHANNELS,
+    OF_FILE,
+    OF_VOLUME,
+    check_channels,
+    check_window,
+    count_recorded,
+)
 from medseg.sources.class_names import ClassValues
 from medseg.sources.collect import (
     Upright,
@@ -44,6 +51,7 @@ def mask_examples(
     group=None,
     prefix="",
     window=None,
+    context=0,
     skip_unpaired=False,
     present=(),
     channels=(),
@@ -59,7 +67,8 @@ def mask_examples(
     overlap. Prints which mask was found for which image and what the values mean.
     classes and invert: as `find_classes` has them; where classes are named by their files, those to
     use, in their order. group: a regular expression, see `find_groups`. prefix: of the names that
-    the images get. window: (center, width) of DICOM and NIfTI values. skip_unpaired: leave out
+    the images get. window: (center, width) of DICOM and NIfTI values.
+    context: as of `Volume.pictures`. skip_unpaired: leave out
     images with no mask or with several that may be meant, and masks of no image, else a ValueError.
     present: of `present_settings`, the splits that stay: the window has to be theirs, and volumes
     are turned to their orientation. channels: the names of those of each file, where they have
@@ -76,7 +85,7 @@ def mask_examples(
     if channels:
         pairs = [(Modalities(tuple(channels), (image,)), own) for image, own in pairs]
     options = {"classes": classes, "invert": invert, "window": window, "present": present}
-    options["time"] = time
+    options |= {"time": time, "context": context}
     return _examples_of_pairs(images.text, pairs, names, groups, places, **options)
 
 
@@ -139,7 +148,7 @@ def _report_cases(cases, pairs, class_names):
 
 
 def _examples_of_pairs(
-    text, pairs, names, groups, places, *, classes, invert, window, present, time
+    text, pairs, names, groups, places, *, classes, invert, window, context, present, time
 ):
     """What `mask_examples` returns, of pairs with a name and a group each.
 
@@ -148,15 +157,19 @@ def _examples_of_pairs(
     formats, channels = {format_of(image) for image, _ in pairs}, channels_of(pairs[0][0])
     if window and formats == {None}:
         raise ValueError(f"{text}: holds no DICOM or NIfTI files, which --window is for")
-    info = {"window": _window_of(formats, window), "channels": list(channels)}
+    if context and "volume" not in formats:
+        raise ValueError(f"{text}: holds no volumes, whose slices --context is for")
+    info = {"window": _window_of(formats, window), "channels": list(channels), "context": context}
+    if (count_recorded(info) or 1) > MAX_CHANNELS:
+        raise ValueError(f"--context {context}: makes more than {MAX_CHANNELS} channels")
     check_window(present, info["window"])
-    check_channels(present, channels)
+    check_channels(present, info)
     if channels:
         print(f"channels: {', '.join(channels)}")
     if "volume" in formats:
         turned_to = ((own["orientation"], folder) for folder, own in present if own["orientation"])
         examples, meanings, info["orientation"] = volume_examples(
-            *(pairs, names, groups, places, classes, window),
+            *(pairs, names, groups, places, classes, {"window": window, "context": context}),
             invert=invert,
             present=next(turned_to, None),
             time=time,

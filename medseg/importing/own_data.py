@@ -45,7 +45,7 @@ def import_data(root, args):
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
             options |= {"invert": args.invert, "channels": args.channels or ()}
-            options["time"] = args.time or None
+            options |= {"time": args.time or None, "context": args.context}
             examples, classes, info = read_masks(**options, present=present)
         elif args.labelme:
             examples, classes, late = labelme_examples(args.labelme, **options)

@@ -31,7 +31,7 @@ def volume_examples(
     groups,
     places,
     classes=None,
-    window=None,
+    looks=None,
     *,
     invert=False,
     present=None,
@@ -42,7 +42,7 @@ def volume_examples(
     pairs: [(image, [(class name or None, mask), ...])], paths, of images also `Modalities`. names
     and groups: of each volume; one without a group is a group of its own, so that its slices stay
     in one split. places: {class name or None: folder or pattern of its masks}, for messages.
-    classes, of masks without a class, and invert as in `find_classes`. window as in `open_pair`.
+    classes, of masks without a class, and invert as in `find_classes`. looks as in `open_pair`.
     orientation: that all are turned to, as "RAS": that of the first volume, or `present`,
     (orientation, where it comes from), of the splits that stay; None where the affines tell none.
     time: True takes volumes of four axes as volumes in time.
@@ -52,7 +52,7 @@ def volume_examples(
     orientation = _common_orientation([image for image, _ in pairs], *(present or ()))
     counted, lengths, axes, checks, rounded = {name: [] for name in places}, [], [], [], []
     for image, own in tqdm(pairs, "volumes", unit="volume", disable=None):
-        pair = open_pair(image, own, window, orientation, time)
+        pair = open_pair(image, own, looks, orientation, time)
         lengths.append(len(pair))
         axes.append(pair.image.axis)
         for name, mask in pair.open_masks():
@@ -75,7 +75,7 @@ def volume_examples(
             f"warning: {len(rounded)} of {len(checks)} masks hold numbers that are not whole, but "
             f"nearly, such as {rounded[0][1]:.8g} ({rounded[0][0].name}): they are rounded"
         )
-    open_once = _pair_opener(window, orientation, time, meanings)
+    open_once = _pair_opener(looks, orientation, time, meanings)
     examples = []
     for (image, own), name, group, length in zip(pairs, names, groups, lengths, strict=True):
         for index in range(length):
@@ -106,7 +106,7 @@ def _common_orientation(images, wanted=None, source=None):
     return wanted
 
 
-def _pair_opener(window, orientation, time, meanings):
+def _pair_opener(looks, orientation, time, meanings):
     """(image, masks) -> (its slices as pictures, the masks of each), the last OPEN_PAIRS kept.
 
     Slices are read in the order of their names, on several threads: each pair is opened once.
@@ -115,7 +115,7 @@ def _pair_opener(window, orientation, time, meanings):
 
     @functools.lru_cache(OPEN_PAIRS)
     def open_cached(image, masks):
-        pair = open_pair(image, masks, window, orientation, time)
+        pair = open_pair(image, masks, looks, orientation, time)
         return pair.pictures, _united_masks(pair, meanings)
 
     def open_locked(image, masks):
@@ -245,14 +245,14 @@ class VolumePair:
             yield name, open_mask(path, self.image, self.orientation, self.time)
 
 
-def open_pair(image, masks, window=None, orientation=None, time=None):
+def open_pair(image, masks, looks=None, orientation=None, time=None):
     """The VolumePair of a Path or `Modalities` and [(class name or None, volume of a mask)].
 
-    window as in `Volume.pictures`; orientation and time as in `open_volume`: each is turned by its
+    looks: keywords of `Volume.pictures`; orientation and time as in `open_volume`: each is turned by its
     own affine. Raises FileNotFoundError or ValueError.
     """
     image = open_channels(image, orientation, time)
-    return VolumePair(image, image.pictures(window), masks, orientation, time)
+    return VolumePair(image, image.pictures(**looks or {}), masks, orientation, time)
 
 
 def open_mask(path, image, orientation=None, time=None):
