@@ -157,11 +157,12 @@ def check_channels(present, info):
     """
     for folder, settings in present:
         recorded, new = (
-            ", ".join(map(str, (*own["channels"], f"--context {own['context']}")))
+            ", ".join((*own["channels"], *[f"--context {own['context']}"] * bool(own["context"])))
+            or "none"
             for own in (settings, info)
         )
         if recorded != new:
             raise ValueError(
                 f"{folder}: its images have the channels {recorded}, the new ones {new}: give the "
-                "same, or name another folder with --data"
+                "same by --channels and --context, or name another folder with --data"
             )

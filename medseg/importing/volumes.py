@@ -248,8 +248,8 @@ class VolumePair:
 def open_pair(image, masks, looks=None, orientation=None, time=None):
     """The VolumePair of a Path or `Modalities` and [(class name or None, volume of a mask)].
 
-    looks: keywords of `Volume.pictures`; orientation and time as in `open_volume`: each is turned by its
-    own affine. Raises FileNotFoundError or ValueError.
+    looks: keywords of `Volume.pictures`; orientation and time as in `open_volume`: each is turned
+    by its own affine. Raises FileNotFoundError or ValueError.
     """
     image = open_channels(image, orientation, time)
     return VolumePair(image, image.pictures(**looks or {}), masks, orientation, time)
