@@ -209,7 +209,7 @@ def predict_volume(model, file, results, window, *, lines=True):
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
     bar = {"total": len(frames), "unit": " slices", "disable": None}
     predicted = tqdm(predict_images(model, frames), file.path.name, **bar)
-    line, written = results.add_volume(volume, predicted, window)
+    line, written = results.add_volume(volume, predicted, window, name=file.name)
     if lines:
         print(line)
         saving.print_saved(written)
@@ -245,8 +245,8 @@ def main(argv=None):
 def predict_inputs(args, model, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
     paths = args.inputs or [inputs.example_image()]
-    files = inputs.expand(paths)
-    inputs.print_left_aside(paths)
+    files = inputs.expand(paths, model.info)
+    inputs.print_left_aside(paths, files)
     frames, volumes, problems = inputs.sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
     named = len(files) == 1 and not Path(paths[0]).is_dir()

@@ -53,15 +53,22 @@ def name_pattern(text):
     return "/".join(parts[min(n for n, part in enumerate(parts) if "{channel}" in part) :])
 
 
-def match(pattern, channels=None, *, need_id=True):
+def match(pattern, channels=None, *, need_id=True, only=None):
     """[Pair] of the images that a pattern names, without masks, sorted by what identifies them.
 
     channels: names of {channel} to use, in this order; by default all, sorted. need_id: whether
-    {id} has to be there; without one all files are one image. Raises ValueError or
-    FileNotFoundError, also where an image lacks a channel.
+    {id} has to be there; without one all files are one image. only: a Path, of whose image alone
+    files are taken. Raises FileNotFoundError where there are none, ValueError where an image lacks
+    a channel.
     """
     side = Side(pattern, "images", need_id)
-    cases, problem = make_cases(side.find(channels).values(), side.identity(), side, channels)
+    files, names = side.find(channels), side.identity()
+    if only is not None:
+        own = [file.key(names) for file in files.values() if Path(file.path) == only]
+        files = {path: file for path, file in files.items() if [file.key(names)] == own}
+        if not files:
+            raise FileNotFoundError(f"{pattern}: does not match {only}")
+    cases, problem = make_cases(files.values(), names, side, channels)
     if problem:
         raise ValueError(f"{pattern}: {problem}")
     return [case for _, case in sorted(cases.items())]
@@ -114,7 +121,7 @@ class Side:
         return tuple(name for name in self.names if name in IDENTITY)
 
     def find(self, channels=None):
-        """{path: File}; channels: those of {channel} alone. ValueError where there are none."""
+        """{path: File}; channels: those of {channel} alone. FileNotFoundError for none."""
         if channels and "channel" not in self.names:
             raise ValueError(f"{self.text}: --channels goes with {{channel}} in this pattern")
         found = {}
@@ -127,11 +134,12 @@ class Side:
                     found.setdefault(path, file)
         if not found and channels:
             there = sorted({file.values["channel"] for file in self.find().values()})
-            raise ValueError(
-                f"{self.text}: none has the --channels {channels}, but {listed(there)}"
+            raise FileNotFoundError(
+                f"{self.text}: none has the channels {listed(channels)}, but {listed(there)}"
             )
         if not found:
-            raise ValueError(f"{self.text}: matches nothing; {_describe_nearest(*self.places[0])}")
+            problem = f"matches nothing; {_describe_nearest(*self.places[0])}"
+            raise FileNotFoundError(f"{self.text}: {problem}")
         return found
 
 

@@ -259,7 +259,7 @@ def test_channels_are_chosen_and_ordered(tmp_path):
     assert chosen == [f"x_y={n}_x_y.nii + t1={n}_t1.nii < {n}_seg.nii" for n in "ab"]
     with pytest.raises(ValueError, match="c_t2.nii"):
         pairs(tmp_path, *patterns, channels=["t2", "t1"])
-    with pytest.raises(ValueError, match="flair.*t1"):
+    with pytest.raises(FileNotFoundError, match="flair.*t1"):
         pairs(tmp_path, *patterns, channels=["flair"])
     with pytest.raises(ValueError, match="--channels"):
         pairs(tmp_path, "{id}_t1.nii", "{id}_seg.nii", channels=["t1"])

@@ -15,10 +15,12 @@ from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format, name_file, result_name, shorten
 from medseg.formats.own_files import is_own
 from medseg.images import SUFFIXES, as_picture, read_image
+from medseg.modalities import Modalities, format_of, open_channels, read_channels
+from medseg.predicting.cases import find_cases
 from medseg.pretrained import pretrained_path
 from medseg.samples import FORMAT_NAMES
 from medseg.settings import count_recorded
-from medseg.volumes import SINGLE_SUFFIXES, open_volume
+from medseg.volumes import SINGLE_SUFFIXES
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
@@ -31,6 +33,7 @@ class ImageFile(NamedTuple):
     path: Path
     name: str  # what its masks are called, without the ending
     format: str | None  # as `medseg.files.file_format` has it
+    modalities: Modalities | None = None  # its files, where they are one for each channel
 
 
 class Frame(NamedTuple):
@@ -56,11 +59,12 @@ def open_file(file, window=None, info=None, pixel_size=None):
     path = file.path
     if file.format is None:
         read = partial(read_image, path, window)
+        if file.modalities:
+            read = partial(read_channels, file.modalities, window)
         return [Frame(path, file.name, path.name, read, pixel_size)], None
     if file.format == "volume":
-        volume = open_volume(
-            path, info and info.orientation, time=False if info and info.channels else None
-        )
+        in_one_file = False if info and info.channels else None
+        volume = open_channels(file.modalities or path, info and info.orientation, in_one_file)
         arrays, what = volume.pictures(window, info.context if info else 0), "slice"
     else:
         volume, arrays, what = None, read_dicom(path, window), "frame"
@@ -143,15 +147,21 @@ def add_depths(frames):
     return [frame._replace(depth=depths.get(frame.place)) for frame in frames]
 
 
-def expand(inputs):
+def expand(inputs, info=None):
     """Files and folders -> [ImageFile] of what is in them.
 
-    Its masks are named as the file is, without its suffix; of images in one folder that differ in
-    nothing else, with it: a.png and a.jpg become a_png and a_jpg. A long name is shortened.
+    info: a `net.ModelInfo`; where it names channels, the files of a case are one image: see
+    `find_cases`. Masks are named as the file is, without its suffix; of images in one folder that
+    differ in nothing else, with it: a.png and a.jpg become a_png and a_jpg. A long name is
+    shortened.
     Raises FileNotFoundError, and ValueError where there are none or two would share a name.
     """
-    paths = []
-    for given in map(Path, inputs):
+    paths, cases = [], {}
+    for given in inputs:
+        if info and (found := find_cases(given, info)):
+            cases |= {modalities: shorten(name) for name, modalities in found}
+            continue
+        given = Path(given)
         if not given.is_file():  # a split, maybe, that a killed import has moved aside
             finish_import(given.absolute().parent)
         if given.is_dir():
@@ -172,8 +182,10 @@ def expand(inputs):
             if count[path.parent, name] > 1 and formats[path] != "volume":
                 base = base_name(path)
                 names[path] = shorten(base + path.name[len(base) :].replace(".", "_"))
-    _check_names([(name, path) for path, name in names.items()])
-    return [ImageFile(path, name, formats[path]) for path, name in names.items()]
+    files = [ImageFile(one.paths[0], name, format_of(one), one) for one, name in cases.items()]
+    files += [ImageFile(path, name, formats[path]) for path, name in names.items()]
+    _check_names([(file.name, file.path) for file in files])
+    return files
 
 
 def _check_names(named):
@@ -208,10 +220,14 @@ def left_aside(folder):
     return ", ".join(f"{what} ({count})" for what, count in sorted(counts.items()))
 
 
-def print_left_aside(inputs):
-    """A line on each folder among the inputs that holds more than is predicted."""
-    for folder in filter(Path.is_dir, map(Path, inputs)):
-        if aside := left_aside(folder):
+def print_left_aside(inputs, files):
+    """A line on each folder among the inputs that holds more than is predicted.
+
+    files: [ImageFile] in them. Folders of cases are passed over.
+    """
+    plain = {file.path.parent for file in files if not file.modalities}
+    for folder in map(Path, inputs):
+        if folder in plain and (aside := left_aside(folder)):
             print(f"left aside in {folder}: {aside}")
 
 

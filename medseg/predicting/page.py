@@ -69,7 +69,7 @@ class Session:
     def __init__(self, folder, model, window=None, pixel_size=None):
         self.model, self.names, self.threshold = model, model.info.class_names, None
         self._window, self._pixel_size = window, pixel_size
-        self.predictions, self.problems, self.first = [], [], 0
+        self.predictions, self.problems, self.first, self._files = [], [], 0, {}
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, True)
 
@@ -91,7 +91,8 @@ class Session:
     def _open(self, paths):
         """Yield the Frame of each image and slice that can be read."""
         with self._noting_problems():
-            files = inputs.expand(map(self._own_copy, paths))
+            files = inputs.expand([self._own_copy(path) for path in paths], self.model.info)
+            self._files |= {file.path: file for file in files}
             frames, volumes, problems = inputs.sort_files(files, self._window, self._pixel_size)
             for _, why in problems:
                 self._note(why)
@@ -181,9 +182,10 @@ class Session:
         for path, group in groupby(self.predictions, lambda one: one.frame.path):
             predicted = ((one, self._load(one, threshold, clean)[1]) for one in group)
             if file_format(path) == "volume":
-                volume = self._open_volume(inputs.ImageFile(path, path.name, "volume"))[1]
+                file = self._files[path]
                 slices = ((one.frame, one, prediction) for one, prediction in predicted)
-                results.add_volume(volume, slices, self._window)
+                volume = self._open_volume(file)[1]
+                results.add_volume(volume, slices, self._window, name=file.name)
                 continue
             if what == "all":
                 path = Path(shutil.copy(path, folder))  # LabelMe needs it beside its file

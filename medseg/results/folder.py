@@ -144,11 +144,11 @@ class Results:
         self._keep(frame.title, masks, columns, frame.spacing, frame.depth)
         return describe(frame.path, masks, names, self.inference), written
 
-    def add_volume(self, volume, predicted, window=None):
+    def add_volume(self, volume, predicted, window=None, *, name=None):
         """As `add`, of a `medseg.volumes.Volume`.
 
         predicted: (frame, `Picture`, `Prediction`) of each slice. window: (center, width) of the
-        pictures, or None.
+        pictures, or None. name: of its files; by default, the volume's.
         """
         first, names = len(self.assessed), self.class_names
 
@@ -161,7 +161,7 @@ class Results:
             write_mask(path, volume, array, dtype, 1 / MAX_LEVEL if kind == "probability" else 1)
 
         masks = stack_masks(self._make_masks(*one) for one in predicted)
-        paths = self._paths(result_name(volume.path), volume.path)
+        paths = self._paths(name or result_name(volume.path), volume.path)
         written, stored = self._write(paths, masks, volume.path, save), masks.measured
         if stored.dtype == bool:
             stored = np.stack([volume.stored(mask, bool) for mask in stored])

@@ -1,0 +1,41 @@
+"""The files of a case, one for each channel that the weights were trained with."""
+
+from pathlib import Path
+
+from medseg.modalities import Modalities
+from medseg.patterns import has_placeholder, match
+
+
+def find_cases(given, info):
+    """[(name, Modalities)] that an input names by the pattern in the weights, [] by another way.
+
+    given: a pattern, one of the files of a case, its folder, a folder of such files or of such
+    folders. info: a `net.ModelInfo`. Raises ValueError that names the file of a missing channel.
+    """
+    if not (info.channels and info.pattern):
+        return []
+    path, pattern = Path(given), info.pattern
+    if has_placeholder(str(given)):
+        return _match(str(given), info, name=path.name)
+    if path.is_dir():
+        number = "{group}" if "{n}" in pattern else "{n}"
+        return _match(f"{given}/{pattern}", info, name=path.resolve().name) or _match(
+            f"{given}/{number}/{pattern}", info, below=1
+        )
+    folder = path.parents[pattern.count("/")] if path.is_file() else None
+    return _match(f"{folder}/{pattern}", info, name=path.stem, only=path) if folder else []
+
+
+def _match(pattern, info, name=None, below=0, only=None):
+    """As `find_cases`. name: of a case without {id}; below: texts that do not name it."""
+    try:
+        cases = match(pattern, info.channels, need_id=False, only=only)
+    except FileNotFoundError:
+        return []
+    return [
+        (
+            "_".join(case.parts[below:] or case.parts).replace("/", "_") or name,
+            Modalities(tuple(info.channels), tuple(case.images.values())),
+        )
+        for case in cases
+    ]
