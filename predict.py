@@ -192,7 +192,6 @@ def predict_many(model, frames, results, problems, folder=None, *, lines=True):
     if folder is not None:
         from medseg.predicting import report, scoring
 
-        # Pictures have the spacing of --pixel-size.
         scores = scoring.open_folder(model, folder, frames[0].spacing if frames else None)
     predicted = predict_images(model, frames, problems)
     saving.save_images(predicted, len(frames), results, scores, lines=lines)

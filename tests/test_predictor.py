@@ -5,7 +5,6 @@ import json
 import math
 import random
 import shutil
-from functools import partial
 from pathlib import Path
 
 import helpers
@@ -16,11 +15,10 @@ from helpers import brightness_model, output_of, scan
 from PIL import Image, ImageChops
 from scipy.spatial.distance import mahalanobis
 
-import train
 from data import Batches, load_split, normalize
 from medseg import images, samples, tiles
 from medseg.cache import RaggedRows
-from medseg.inference import FLIPS, PLAIN, VIEWS, Inference
+from medseg.inference import PLAIN, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
 from medseg.ood import count_features, fit, fit_with_threshold
 from medseg.phantoms import make_phantoms
@@ -153,38 +151,13 @@ def test_images_of_one_size_are_never_divided():
         assert not tiles.must_divide(model, 1 << 20, "cpu")
 
 
-def test_the_evaluation_of_a_training_takes_tiles(small_tiles, monkeypatch):
-    """Loss and scores of `evaluate`, with chosen flips too."""
-    model, widths = network(depth=3), []
-    pixels = torch.cat([noise(51, 223, 3), noise(51, 223, 1) > 127], 2).numpy()
-    loader = Batches(RaggedRows.of_array(pixels[None]), 1)
-    model.register_forward_hook(lambda module, given, found: widths.append(found.shape[-1]))
-    for inference in (None, Inference(0.5, FLIPS)):
-        evaluate = partial(train.evaluate, inference=inference)
-        arguments = model, loader, train.combined_loss, "cpu"
-        whole, tiled = whole_and_tiled(monkeypatch, evaluate, *arguments)
-        assert whole == pytest.approx(tiled, rel=1e-4) and whole["dice"] > 0.1
-        passes = 1 + len(inference.flips if inference else ())
-        assert widths[:passes] == passes * [223] and max(widths[passes:]) < 223
-        widths.clear()
-
-
-def test_a_bright_square_across_tiles(small_tiles, here):
-    torch.save(brightness_model(image_size=None).state_dict(), "model.pth")
-    scan(1100, 150, 500, 20, 100).save("scan.png")
-    said = output_of("predict.py", "scan.png", "--model", "model.pth", "--device", "cpu", cwd=here)
-    assert "foreground 6.06 %" in said  # 10000 of 165000 pixels
-    mask = np.asarray(Image.open("scan_mask.png"))
-    np.testing.assert_array_equal(mask, np.uint8(255) * (np.asarray(Image.open("scan.png")) > 99))
-
-
 def test_a_folder_of_large_images_is_taken_one_at_a_time(place, monkeypatch):
     """Of more pixels than may wait, none is read before the last one is written."""
     for number in range(4):
         helpers.save(scan(40, 30, 5, 5, 20), f"scans/{number}.png")
     events, read, write = [], images.read_image, images.save_overlay
     for name, function in (
-        ("predicting.inputs.read_image", lambda path: events.append("read") or read(path)),
+        ("predicting.inputs.read_image", lambda *given: events.append("read") or read(*given)),
         ("results.folder.save_overlay", lambda *given: write(*given) or events.append("write")),
     ):
         monkeypatch.setattr(f"medseg.{name}", function)
@@ -290,9 +263,8 @@ def test_models_that_differ_are_refused_by_name(place, refused):
         refused("predict", "scan.png", "--model", *models, words=[*models, *words])
     # And other wrong use:
     refused("predict", "--export", "m.onnx", *MODELS, words=["--export", "--model"])
-    refused("predict", "scan.png", *MODELS, "gone.pth", words=["gone.pth"])
-    refused("predict", *MODELS, "gone.png", words=["gone.png"])
-    refused("predict", "--model", words=["--model"])
+    for gone in ("gone.pth", "gone.png"):
+        refused("predict", "scan.png", *MODELS, gone, words=[gone])
     Path("m.onnx").write_bytes(bytes(99))
     refused("predict", "scan.png", "--model", "m.onnx", words=["m.onnx"])
     Path("m.onnx").unlink()
