@@ -241,3 +241,13 @@ def test_pictures_are_channels_too(here):
     refuse_download(*patterns, words=["i/a_gfp.png", "colours"])
     save(Image.fromarray(stains[1, 1:]), "i/a_gfp.png")
     refuse_download(*patterns, words=["i/a_gfp.png", "40x29"])
+
+
+def test_the_channels_of_one_picture_are_named(here):
+    values = np.random.default_rng(0).integers(0, 256, (30, 40, 5), np.uint8)
+    Path("i").mkdir()
+    tifffile.imwrite("i/a.tif", values, photometric="minisblack", planarconfig="contig")
+    mask("m/a.png")
+    run_download("--masks", "i", "m", *ALL, "--channels", "a,b,c,d,e")
+    assert annotations("train")["info"]["channels"] == list("abcde")
+    assert_array_equal(pixels("a"), values)
