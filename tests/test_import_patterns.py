@@ -251,3 +251,8 @@ def test_the_channels_of_one_picture_are_named(here):
     run_download("--masks", "i", "m", *ALL, "--channels", "a,b,c,d,e")
     assert annotations("train")["info"]["channels"] == list("abcde")
     assert_array_equal(pixels("a"), values)
+    run_download("--masks", "i", "m", *ALL, "--force")
+    assert annotations("train")["info"]["channels"] == list("12345")
+    tifffile.imwrite("i/b.tif", values[..., :4], photometric="minisblack", planarconfig="contig")
+    mask("m/b.png")
+    refuse_download("--masks", "i", "m", *ALL, "--force", words=["i/b.tif", "4 channels"])

@@ -15,6 +15,7 @@ from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example
 from medseg.modalities import Modalities, channels_of, format_of, read_channels
 from medseg.patterns import name_pattern
+from medseg.samples import count_pages
 from medseg.settings import (
     MAX_CHANNELS,
     OF_FILE,
@@ -154,7 +155,10 @@ def _examples_of_pairs(
 
     text: the folder or pattern of the images, places: {class name or None: that of its masks}.
     """
-    formats, channels = {format_of(image) for image, _ in pairs}, channels_of(pairs[0][0])
+    formats = {format_of(image) for image, _ in pairs}
+    if formats == {None}:
+        pairs = _number_channels(pairs)
+    channels = channels_of(pairs[0][0])
     if window and formats == {None}:
         raise ValueError(f"{text}: holds no DICOM or NIfTI files, which --window is for")
     if context and "volume" not in formats:
@@ -187,6 +191,18 @@ def _examples_of_pairs(
             meaning.report()  # else a mask of the class has one value, and its name says it all
     class_names = chain.from_iterable(meaning.names for meaning in meanings.values())
     return examples, list(class_names), {key: value for key, value in info.items() if value}
+
+
+def _number_channels(pairs):
+    """The pairs, with the numbers as names where the first picture has other channels than RGB."""
+    image = pairs[0][0]
+    if isinstance(image, Modalities) or count_pages(image) > 1:
+        return pairs
+    count = read_image(image).pixels.shape[2]
+    if count in (1, 3):
+        return pairs
+    names = tuple(str(number) for number in range(1, count + 1))
+    return [(Modalities(names, (image,)), masks) for image, masks in pairs]
 
 
 def _choose_classes(masks, names):
