@@ -236,9 +236,8 @@ def main(argv=None):
         from medseg.predicting.page import serve
 
         address = args.host, args.port, args.auth
-        serve(model, paths, address, window=window, pixel_size=args.pixel_size)
-    else:
-        predict_inputs(args, model, window)
+        return serve(model, paths, address, window=window, pixel_size=args.pixel_size)
+    predict_inputs(args, model, window)
 
 
 def predict_inputs(args, model, window):
