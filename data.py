@@ -32,6 +32,7 @@ from medseg import images as pictures
 from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
 from medseg.cache import RaggedRows, cached_rows
 from medseg.cli import parse_named_values, run_main
+from medseg.coco_dialects import print_forgiven
 from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
 from medseg.normalization import normalize
@@ -534,7 +535,7 @@ def make_loaders(args, root, model, device, skipped):
             )
             rows = cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
             if dist.is_first():
-                coco_json.print_forgiven(dataset.forgiven, f"{split}: ")
+                print_forgiven(dataset.forgiven, f"{split}: ")
             if dataset.turned:  # once, when the cache is made
                 print(f"{split}: {describe_turned(len(dataset.turned), len(dataset))}")
             train = split == "train"

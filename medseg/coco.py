@@ -5,8 +5,8 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import NoneType
-from urllib.parse import parse_qsl, unquote
 
+from medseg.coco_dialects import are_fractions, drop_without_outline, mend_records, name_forms
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import check_regular, read_json
 from medseg.run_lengths import decode, decompress_counts
@@ -16,7 +16,6 @@ from medseg.settings import read_settings
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
 MAX_RECORDS = 10_000_000  # images, or annotations, of one file
 MAX_NAME = 4096  # characters of a file_name
-FRACTION = 1.1  # outlines without a larger coordinate are fractions of their image's size
 MAX_CLASSES = 255  # that are told apart: a mask has a byte a pixel, and 0 is background
 _FOLDERS = "{}/, {}/ and {}/".format(*SPLITS)
 LAYOUT = f"a data set is a folder with {_FOLDERS}, each with images and {ANNOTATIONS}"
@@ -43,9 +42,10 @@ def read_annotations(folder, skipped=None, forgiven=None):
         raise FileNotFoundError(f"{path}: no such file; {LAYOUT}")
     advice = f": `python data.py {folder.parent}` lists them"
     content = read_coco(path, skipped, advice=advice, forgiven=forgiven)
+    names = {image["file_name"] for image in content["images"]}
     for image in content["images"]:
         if set(image["file_name"]) & set("%?\\"):
-            image["file_name"] = _stored_name(folder, image["file_name"])
+            image["file_name"] = _stored_name(folder, image["file_name"], names)
         if not image["width"]:
             image["width"], image["height"] = _shown_size(folder / image["file_name"])
     return content
@@ -69,7 +69,7 @@ def read_coco(path, skipped=None, *, advice="", forgiven=None, guessed=None, box
         if (records := len(content[key])) > MAX_RECORDS:
             raise ValueError(f"{path}: lists {records:,} {key}: split it into several files")
     forgiven = Counter() if forgiven is None else forgiven
-    _mend_records(content, forgiven)
+    mend_records(content, forgiven)
     damaged = _drop_damaged_records(content)
     lines = [f"{path}: not COCO annotations: {line}" for line in islice(damaged, MAX_PROBLEMS)]
     more = sum(1 for _ in damaged)
@@ -80,7 +80,7 @@ def read_coco(path, skipped=None, *, advice="", forgiven=None, guessed=None, box
         lines.append(f"{path}: not COCO annotations: {more:,} more damaged records")
     if lines:
         skipped.extend(lines)
-    _drop_without_outline(content, forgiven, boxes)
+    drop_without_outline(content, forgiven, boxes)
     outlines = (annotation.get("segmentation") for annotation in content["annotations"])
     if are_fractions([outline for outline in outlines if outline]):
         raise ValueError(
@@ -175,21 +175,16 @@ def image_path(folder, name):
     return folder / name
 
 
-def name_forms(name):
-    """A file_name as it is written, then what it means where it is an address of the web.
+def _stored_name(folder, name, taken):
+    """That form of a file_name by which there is a file in the folder, else the name itself.
 
-    %20 is a space, and what follows ? is no part of the name, or holds it (Label Studio's ?d=PATH).
+    taken: names of other images, to which that of the file is added.
     """
-    place, _, query = name.partition("?")
-    forms = [unquote(name), place, unquote(place), *(value for _, value in parse_qsl(query))]
-    return list(dict.fromkeys([name, *filter(None, forms)]))
-
-
-def _stored_name(folder, name):
-    """That form of a file_name by which there is a file in the folder, else the name itself."""
-    for form in (*name_forms(name), *name_forms(name.replace("\\", "/"))):
+    forms = [name, *name_forms(name.replace("\\", "/"))]
+    for form in (*forms, *(PurePosixPath(form).name for form in forms)):
         with contextlib.suppress(ValueError):  # it leads out of the folder
-            if image_path(folder, form).is_file():
+            if (form == name or form not in taken) and image_path(folder, form).is_file():
+                taken.add(form)
                 return form
     return name
 
@@ -201,116 +196,6 @@ def _shown_size(path):
             return picture.size[::-1] if picture.orientation() > 4 else picture.size
     except (OSError, ValueError):
         return 0, 0
-
-
-# ---------------------------------------------------------------- records as others write them
-
-
-def print_forgiven(forgiven, begin="note: "):
-    """Print what `read_coco` counted, a line each."""
-    for what, count in forgiven.items():
-        print(f"{begin}{count} {what}")
-
-
-def _mend_records(content, forgiven):
-    """Bring ids, sizes and outlines into COCO's form; see `read_coco`."""
-    known = {"image_id": _ids(content["images"]), "category_id": _ids(content["categories"])}
-    for image in content["images"]:
-        if isinstance(image, dict):
-            _mend_size(image, forgiven)
-    for annotation in content["annotations"]:
-        if not isinstance(annotation, dict):
-            continue
-        for key, ids in known.items():
-            value = annotation.get(key)
-            if value is None and key == "category_id" and len(content["categories"]) == 1:
-                annotation[key] = next(iter(ids.values()), None)
-                forgiven["annotations without a category: they are of the only one"] += 1
-            elif isinstance(value, (int, float, str)):
-                own = ids.get(value, ids.get(str(value), value))
-                if type(own) is not type(value):
-                    annotation[key] = own
-                    forgiven["ids of another type than in the list of images or categories"] += 1
-        if isinstance(annotation.get("segmentation"), list):
-            _mend_outline(annotation, forgiven)
-
-
-def _ids(records):
-    """{id, or its text: id} of records."""
-    ids = [record.get("id") for record in records if isinstance(record, dict)]
-    ids = [own for own in ids if isinstance(own, (int, str))]
-    return {str(own): own for own in ids} | {own: own for own in ids}
-
-
-def _mend_size(image, forgiven):
-    """Give a record whole numbers as its size, and 0 for both sides where one is not told."""
-    sides = image.get("width"), image.get("height")
-    if all(type(side) is int and side > 0 for side in sides):
-        return
-    try:
-        numbers = [float(side or 0) for side in sides]
-    except (TypeError, ValueError, OverflowError):
-        return
-    if all(number >= 0 and number.is_integer() for number in numbers):
-        told = all(numbers)
-        image["width"], image["height"] = map(int, numbers) if told else (0, 0)
-        what = "that is no whole number" if told else "of 0: the picture's own is taken"
-        forgiven[f"images with a size {what}"] += 1
-
-
-def _mend_outline(annotation, forgiven):
-    """Make a list the list of flat polygons that it means, without those of too few points."""
-    outline = annotation["segmentation"]
-    if all(type(part) is list and len(part) > 5 and type(part[0]) is not list for part in outline):
-        return
-    polygons = _flatten(outline)
-    kept = [own for own in polygons if len(own) > 5 or not all(map(_is_number, own))]
-    if polygons != outline:
-        forgiven["outlines that are nested in another way"] += 1
-    if len(kept) < len(polygons):
-        few = "fragments of outlines, of fewer than three points: left out"
-        forgiven[few] += len(polygons) - len(kept)
-    annotation["segmentation"] = kept
-
-
-def _flatten(outline):
-    """The polygons [x1, y1, x2, ...] in nested lists; those that are lists of points [x, y] too."""
-    parts = [part for part in outline if isinstance(part, list)]
-    if len(parts) < len(outline) or not outline:
-        return [outline]
-    if len(parts) > 2 and all(len(p) == 2 and all(map(_is_number, p)) for p in parts):
-        return [[value for point in parts for value in point]]
-    return [polygon for part in parts for polygon in _flatten(part)]
-
-
-def _is_number(value):
-    return type(value) in (int, float)
-
-
-def are_fractions(outlines):
-    """Whether nested lists of coordinates, some of them there, are all of fractions.
-
-    Anything else in them, such as run lengths, is none.
-    """
-    if not isinstance(outlines, list):
-        return _is_number(outlines) and abs(outlines) <= FRACTION
-    return bool(outlines) and all(map(are_fractions, outlines))
-
-
-def _drop_without_outline(content, forgiven, boxes):
-    """Remove annotations without an outline, unless half have none; see `read_coco`."""
-
-    def is_drawn(annotation):
-        box = annotation.get("bbox")
-        has_area = isinstance(box, list) and len(box) == 4 and box[2] != 0 != box[3]
-        return bool(annotation.get("segmentation")) or (boxes and has_area)
-
-    drawn = list(filter(is_drawn, content["annotations"]))
-    count = len(content["annotations"]) - len(drawn)
-    if 0 < 2 * count < len(content["annotations"]):
-        content["annotations"] = drawn
-        boxed = "" if boxes else " (download.py --boxes draws their boxes)"
-        forgiven[f"annotations without an outline: left out{boxed}"] += count
 
 
 # ---------------------------------------------------------------- records that cannot be used

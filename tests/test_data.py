@@ -952,6 +952,42 @@ def test_no_data_set_is_said_once(there, tmp_path, refused, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def in_other_words(content):
+    """Rewrite annotations as other programs write them, meaning the same."""
+    for number, image in enumerate(content["images"]):
+        image |= {"width": 0, "height": float(SIZE)} if number % 2 else {"width": f"{SIZE}"}
+        image["file_name"] = f"up\\{image['file_name'].replace('_', '%5F')}?t=1"
+    for number, annotation in enumerate(content["annotations"]):
+        (own,) = annotation["segmentation"]
+        points = [own[i : i + 2] for i in range(0, len(own), 2)]
+        annotation["segmentation"] = [[[own]], own, points, [own, [3, 4]]][number % 4]
+        annotation |= {"image_id": str(annotation["image_id"]), "category_id": None}
+    image_id = content["images"][0]["id"]
+    content["annotations"].append({"image_id": image_id, "segmentation": [[]], "area": []})
+
+
+def test_a_data_set_in_the_words_of_other_programs(dataset, tmp_path):
+    before = load_split(dataset, "train", SIZE).copy()
+    edit_annotations(dataset / "train", in_other_words)
+    np.testing.assert_array_equal(load_split(dataset, "train", SIZE), before)
+    out = assert_done(script_here("data.py", dataset, cwd=tmp_path)).split("valid:")[0]
+    counts = [line.split()[1] for line in out.splitlines() if line.startswith("  note")]
+    assert sorted(counts) == ["1", "2", "3", "3", "5", "6", "7"]
+    trained = script_here("train.py", "--data", dataset, "--out", tmp_path, *SMALL, cwd=tmp_path)
+    assert assert_done(trained).count("train: ") >= 7
+
+
+@pytest.mark.parametrize("factor", [SIZE, 2000])
+def test_outlines_that_are_fractions_are_refused(dataset, tmp_path, refused, factor):
+    def divide(content):
+        for annotation in content["annotations"]:
+            (own,) = annotation["segmentation"]
+            annotation["segmentation"] = [[value / factor for value in own]]
+
+    edit_annotations(dataset / "train", divide)
+    refused("train", "--data", dataset, "--out", tmp_path / "o", *SMALL, words=["fractions"])
+
+
 # ---- audit -----------------------------------------------------------------------------------
 
 

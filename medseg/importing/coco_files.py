@@ -12,11 +12,10 @@ from pathlib import Path, PureWindowsPath
 from medseg.coco import (
     MAX_CLASSES,
     listed,
-    name_forms,
-    print_forgiven,
     read_coco,
     read_segmentation,
 )
+from medseg.coco_dialects import name_forms, print_forgiven
 from medseg.files import check_regular
 from medseg.images import SUFFIXES
 from medseg.importing.writing import Example
@@ -138,7 +137,7 @@ def _by_image(path, content, boxes):
 
 def _choose_classes(path, content, classes):
     """({category id: class name}, class names), with what is left out printed."""
-    names = {c["id"]: same_form(str(c.get("name", c["id"]))) for c in content["categories"]}
+    names = {c["id"]: same_form(str(c.get("name") or c["id"])) for c in content["categories"]}
     for name in names.values():
         if not is_text(name):
             raise ValueError(f"{path}: a category has the name {name!r:.40}: no text")

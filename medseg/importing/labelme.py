@@ -17,7 +17,8 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medseg.coco import MAX_CLASSES, are_fractions, listed, name_forms, print_forgiven
+from medseg.coco import MAX_CLASSES, listed
+from medseg.coco_dialects import are_fractions, name_forms, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.formats.own_files import OWN_JSON
@@ -180,7 +181,8 @@ def read_labelme(path, forgiven=None):
                 f"{path}: shapes[{number}] has the label {shape['label']!r:.40}: no text"
             )
         shape_type = shape.get("shape_type") or "polygon"
-        shape_type = "polygon" if shape_type == "rotation" else shape_type  # X-AnyLabeling's
+        if shape_type in ("rotation", "quadrilateral"):  # X-AnyLabeling's
+            shape_type = "polygon"
         shape["shape_type"] = shape_type
         if shape_type == "rectangle" and len(shape.get("points") or ()) > 2:
             _take_corners(shape)
@@ -245,7 +247,7 @@ def _read_data(text):
 def recorded_size(content):
     """(width, height) that a LabelMe file says its image has, or None."""
     size = content.get("imageWidth"), content.get("imageHeight")
-    return size if all(type(side) is int for side in size) else None
+    return size if all(type(side) is int and side > 0 for side in size) else None
 
 
 def _are_alike(upright, inside):

@@ -13,9 +13,9 @@ from medseg.coco import (
     SPLITS,
     listed,
     load_coco,
-    print_forgiven,
     used_categories,
 )
+from medseg.coco_dialects import print_forgiven
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, read_image

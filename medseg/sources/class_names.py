@@ -19,7 +19,7 @@ IGNORED = ("ignore", "__ignore__")  # nnU-Net's and LabelMe's: there is no such 
 REST = "*"  # every value that is not 0 and not named otherwise
 NUMBER = re.compile(r"(-?\d{1,10})(?:-(-?\d{1,10}))?")
 COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
-LABELMAP = re.compile(r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3}):[^:]*:[^:]*")  # CVAT's labelmap.txt
+LABELMAP = re.compile(r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3})(?::.*)?")  # CVAT's labelmap.txt
 HALVES = (0, 255)  # the values that are left of masks that are cut at half
 
 

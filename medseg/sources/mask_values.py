@@ -22,7 +22,7 @@ values, these count, and all others are background.
 
 import contextlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class MaskClasses:
     grey_colours: bool
     palette_colours: bool
     warnings: list
-    full: set = frozenset()
+    full: dict = field(default_factory=dict)
 
     def read(self, path):
         """(encoding, values) of a mask file, as `to_masks` takes them; see `read_mask`."""
@@ -174,10 +174,10 @@ def classes_of_counts(counted, folder, names=None, *, invert=False, palette_colo
         tally.add(*mask)
     tally.merge_greys()
     one_name = chosen.only_rest if chosen else not names or (len(names) == 1 and names != [EACH])
-    full = tally.merge_full() if one_name else set()
+    full = tally.merge_full() if one_name else {}
     cut = {encoding for encoding in tally.counts_of if _is_cut(encoding, tally, chosen)}
     warnings = [line for encoding in sorted(cut) for line in tally.cut_at_half(encoding)]
-    warnings += [f"{own} masks of 0 and 1 and of 0 and 255: one class" for own in sorted(full)]
+    warnings += full.values()
     named_zero = chosen and chosen.classes_of(chosen.entries_of("grey", 0))
     if not tally.foreground() and not invert and not named_zero:  # of healthy images
         return MaskClasses([], {}, {}, cut, tally.grey_colours, palette_colours, warnings, full)

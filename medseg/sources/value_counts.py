@@ -34,7 +34,8 @@ class Tally:
         self.folder, self.most = folder, most
         self.counts_of, self.total, self.grey_colours = {}, 0, False
         self.edges = Counter()  # {encoding: what `count_edges` returned}
-        self._alone = {}  # {encoding: {value: pixels of masks that hold it beside 0 alone}}
+        # {(encoding, value): pixels, and number, of the masks that hold it beside 0 alone}
+        self._alone, self._masks = Counter(), Counter()
         self._numbered = {}  # {hash of the values of masks that look like numbers: [path, masks]}
         self._stated = {}  # {names that masks state, as a tuple of pairs: the first such mask}
 
@@ -46,7 +47,11 @@ class Tally:
         """
         self.edges[encoding] += edges
         if len(values := counts.keys() - {0}) == 1:
-            self._alone.setdefault(encoding, Counter()).update({v: counts[v] for v in values})
+            (value,) = values
+            is_grey = encoding == "colour" and is_grey_code(value)
+            key = ("grey", value & 255) if is_grey else (encoding, value)
+            self._alone[key] += counts[value]
+            self._masks[key] += 1
         if numbers_objects:
             self._numbered.setdefault(hash(frozenset(counts)), [path, 0])[1] += 1
         if stated:
@@ -81,25 +86,25 @@ class Tally:
             for code, pixels in self.counts_of.pop("colour").items():
                 grey[code & 255] += pixels
             self.edges["grey"] += self.edges.pop("colour")
-            alone = self._alone.setdefault("grey", Counter())
-            for code, pixels in self._alone.pop("colour", {}).items():
-                alone[code & 255] += pixels
 
     def merge_full(self):
-        """The encodings whose masks hold 0 and one of FULL each, not all the same; counted as 255.
+        """Count as 255 the values of masks that hold 0 and one of FULL each, not all the same.
 
-        Some may hold 0 to 255 with edges of values between. Numbers of classes are no such values,
-        for masks that show several of them hold several.
+        Other masks may hold 0 to 255 with edges of values between, but none two values of FULL.
+        Returns {encoding of such masks: a line on them}.
         """
-        mixed = set()
+        mixed = {}
         for encoding, counts in self.counts_of.items():
-            alone = self._alone.get(encoding, {})
-            alone = Counter({value: alone[value] for value in FULL if value in alone})
+            keys = [(encoding, value) for value in FULL if (encoding, value) in self._alone]
+            alone = Counter({value: self._alone[encoding, value] for _, value in keys})
             others = counts - alone
             is_edged = is_smoothed(others) or is_averaged(others, self.edges[encoding])
             values = alone.keys() | {255} if is_edged else alone.keys()
             if len(values) > 1 and (is_edged or not others.keys() - {0}):
-                mixed.add(encoding)
+                kinds = [f"{self._masks[key]} hold 0 and {key[1]}" for key in keys]
+                mixed[encoding] = (
+                    f"of the {encoding} masks {', '.join(kinds)}: all are of one class"
+                )
                 self.counts_of[encoding] = others + Counter({255: alone.total()})
         return mixed
 

@@ -1,0 +1,124 @@
+"""COCO annotations as other programs write them: brought into COCO's form, and counted in words."""
+
+from urllib.parse import parse_qsl, unquote
+
+FRACTION = 1.1  # outlines without a larger coordinate are fractions of their image's size
+
+
+def name_forms(name):
+    """A file_name as it is written, then what it means where it is an address of the web.
+
+    %20 is a space, and what follows ? is no part of the name, or holds it (Label Studio's ?d=PATH).
+    """
+    place, _, query = name.partition("?")
+    forms = [unquote(name), place, unquote(place), *(value for _, value in parse_qsl(query))]
+    return list(dict.fromkeys([name, *filter(None, forms)]))
+
+
+def print_forgiven(forgiven, begin="note: "):
+    """Print what `read_coco` counted, a line each."""
+    for what, count in forgiven.items():
+        print(f"{begin}{count} {what}")
+
+
+def mend_records(content, forgiven):
+    """Bring ids, sizes and outlines into COCO's form, and count it."""
+    known = {"image_id": _ids(content["images"]), "category_id": _ids(content["categories"])}
+    for image in content["images"]:
+        if isinstance(image, dict):
+            _mend_size(image, forgiven)
+    for annotation in content["annotations"]:
+        if not isinstance(annotation, dict):
+            continue
+        for key, ids in known.items():
+            value = annotation.get(key)
+            if type(value) is int and value in ids:  # as COCO has it
+                continue
+            if value is None and key == "category_id" and len(content["categories"]) == 1:
+                annotation[key] = next(iter(ids.values()), None)
+                forgiven["annotations without a category: they are of the only one"] += 1
+            elif isinstance(value, (int, float, str)):
+                own = ids.get(value, ids.get(str(value), value))
+                if type(own) is not type(value):
+                    annotation[key] = own
+                    forgiven["ids of another type than in the list of images or categories"] += 1
+        if isinstance(annotation.get("segmentation"), list):
+            _mend_outline(annotation, forgiven)
+
+
+def _ids(records):
+    """{id, or its text: id} of records."""
+    ids = [record.get("id") for record in records if isinstance(record, dict)]
+    ids = [own for own in ids if isinstance(own, (int, str))]
+    return {str(own): own for own in ids} | {own: own for own in ids}
+
+
+def _mend_size(image, forgiven):
+    """Give a record whole numbers as its size, and 0 for both sides where one is not told."""
+    sides = image.get("width"), image.get("height")
+    if all(type(side) is int and side > 0 for side in sides):
+        return
+    try:
+        numbers = [float(side or 0) for side in sides]
+    except (TypeError, ValueError, OverflowError):
+        return
+    if all(number >= 0 and number.is_integer() for number in numbers):
+        told = all(numbers)
+        image["width"], image["height"] = map(int, numbers) if told else (0, 0)
+        what = "that is no whole number" if told else "of 0: the picture's own is taken"
+        forgiven[f"images with a size {what}"] += 1
+
+
+def _mend_outline(annotation, forgiven):
+    """Make a list the list of flat polygons that it means, without those of too few points."""
+    outline = annotation["segmentation"]
+    if all(type(part) is list and len(part) > 5 and type(part[0]) is not list for part in outline):
+        return
+    polygons = _flatten(outline)
+    kept = [own for own in polygons if len(own) > 5 or not all(map(_is_number, own))]
+    if polygons != outline:
+        forgiven["outlines that are nested in another way"] += 1
+    if len(kept) < len(polygons):
+        few = "fragments of outlines, of fewer than three points: left out"
+        forgiven[few] += len(polygons) - len(kept)
+    annotation["segmentation"] = kept
+
+
+def _flatten(outline):
+    """The polygons [x1, y1, x2, ...] in nested lists; those that are lists of points [x, y] too."""
+    parts = [part for part in outline if isinstance(part, list)]
+    if len(parts) < len(outline) or not outline:
+        return [outline]
+    if len(parts) > 2 and all(len(p) == 2 and all(map(_is_number, p)) for p in parts):
+        return [[value for point in parts for value in point]]
+    return [polygon for part in parts for polygon in _flatten(part)]
+
+
+def _is_number(value):
+    return type(value) in (int, float)
+
+
+def are_fractions(outlines):
+    """Whether nested lists of coordinates, some of them there, are all of fractions.
+
+    Anything else in them, such as run lengths, is none.
+    """
+    if not isinstance(outlines, list):
+        return _is_number(outlines) and abs(outlines) <= FRACTION
+    return bool(outlines) and all(map(are_fractions, outlines))
+
+
+def drop_without_outline(content, forgiven, boxes):
+    """Remove annotations without an outline, unless half have none, and count it."""
+
+    def is_drawn(annotation):
+        box = annotation.get("bbox")
+        has_area = isinstance(box, list) and len(box) == 4 and box[2] != 0 != box[3]
+        return bool(annotation.get("segmentation")) or (boxes and has_area)
+
+    drawn = list(filter(is_drawn, content["annotations"]))
+    count = len(content["annotations"]) - len(drawn)
+    if 0 < 2 * count < len(content["annotations"]):
+        content["annotations"] = drawn
+        boxed = "" if boxes else " (download.py --boxes draws their boxes)"
+        forgiven[f"annotations without an outline: left out{boxed}"] += count
