@@ -86,6 +86,7 @@ def prepare(place):
     predict, Predictor.predict = Predictor.predict, counted
     os.chdir(place)
     os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    os.environ["GRADIO_NUM_WORKERS"] = "1"  # of another page
     (place / "tmp").mkdir()
     tempfile.tempdir = str(place / "tmp")
     page.MAX_UPLOAD = LONGEST
@@ -109,6 +110,7 @@ def served(place, *arguments):
 
     try:
         wait_until(listens)
+        assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         yield SimpleNamespace(address=addresses[0], process=process, log=log)
     finally:
         process.kill()
@@ -436,7 +438,7 @@ def test_stopped_while_it_predicts_it_leaves_nothing_and_told_nobody(browser, tm
 
 
 def test_refusals(place, monkeypatch):
-    for name in ("GRADIO_TEMP_DIR", "NO_PROXY", "no_proxy"):
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_NUM_WORKERS", "NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(tempfile, "tempdir", str(place / "tmp"))
     before = medseg_folders(place)

@@ -359,6 +359,7 @@ def temporary_folder(signals):
 def import_gradio(folder):
     """The module, told to send nothing and to keep files in `folder`; ValueError without it."""
     os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_NUM_WORKERS"] = "0"  # which would hand out files to any Host
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # launch() asks itself for the page
     with contextlib.suppress(ImportError):
         import gradio
