@@ -36,6 +36,7 @@ from data import normalize
 from medseg import cli, pieces, predictor
 from medseg import device as devices
 from medseg import images as pictures
+from medseg.files import VOLUME_SUFFIXES
 from medseg.predicting import flags, inputs, reading, saving
 from medseg.pretrained import default_model
 from medseg.results.folder import MAX_LINES, Results, describe_run
@@ -243,11 +244,12 @@ def main(argv=None):
 def predict_inputs(args, model, window):
     """Predict the files and folders of the command line; ValueError on those that failed."""
     paths = args.inputs or [inputs.example_image()]
-    files = inputs.expand(paths, model.info)
+    to_volume = str(args.output).lower().endswith(VOLUME_SUFFIXES)
+    files = inputs.expand(paths, model.info, series=to_volume)
     inputs.print_left_aside(paths, files)
     frames, volumes, problems = inputs.sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
-    named = len(files) == 1 and not Path(paths[0]).is_dir()
+    named = len(files) == 1 and (files[0].path == Path(paths[0]) or not Path(paths[0]).is_dir())
     if named and problems:
         raise ValueError(problems[0][1])
     for frame in frames:

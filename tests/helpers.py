@@ -358,6 +358,14 @@ def write_nifti(path, voxels, affine=None, *, version=1, slope=None, intercept=0
     return path
 
 
+def stored_as(image, orientation):
+    """A copy of a nibabel image whose array lies in another orientation, at the same place."""
+    ornt = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(orientation)
+    )
+    return image.as_reoriented(ornt)
+
+
 # ---- imports by download.py ------------------------------------------------------------------
 
 ALL = ("--split", 100, 0, 0)

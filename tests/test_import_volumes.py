@@ -1,7 +1,10 @@
-"""download.py --masks of NIfTI volumes and DICOM files."""
+"""Volumes and DICOM files from download.py --masks through the weights to predict.py."""
 
+import gzip
 import shutil
+import struct
 import sys
+import zipfile
 from pathlib import Path
 
 import nibabel
@@ -11,8 +14,11 @@ import torch
 from helpers import (
     ALL,
     NIBABEL_DATA,
+    SMALL,
+    STORED,
     annotations,
     assert_refused,
+    edit_annotations,
     grey,
     labels,
     output_of,
@@ -22,16 +28,23 @@ from helpers import (
     sample,
     save,
     script,
+    script_here,
     stored,
+    stored_as,
     write_dicom,
     write_nifti,
+    write_series,
 )
 from numpy.testing import assert_array_equal
 from PIL import Image
 
+import predict
+from medseg import volumes as medseg_volumes
 from medseg.dicom import read_dicom
 from medseg.importing import volumes
-from net import UNet
+from medseg.splits import grouped_split
+from medseg.volumes import open_volume
+from net import UNet, load_model
 
 THIRDS = ("--split", 34, 33, 33)
 
@@ -205,9 +218,12 @@ def test_dicom_images_and_a_window(here):
         by_hand = [[0, 64, 128], [191, 255, 255]]
         assert_array_equal(np.asarray(picture.convert("L")), by_hand)
     assert_array_equal(stored()["scan"]["foreground"], mask)
+    assert "spacing" not in annotations("train")["images"][0]
+    write_dicom(Path("di/scan.dcm"), PixelSpacing=[0.5, 0.8])
     run_download(*DICOM, "--force")  # the range of all its values
     with Image.open("dataset/train/scan.png") as picture:
         assert picture.convert("L").getpixel((1, 0)) == round(25.5)
+    assert annotations("train")["images"][0]["spacing"] == [0.5, 0.8]
 
 
 def test_dicom_files_without_a_suffix(here):
@@ -342,3 +358,444 @@ def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
         assert np.abs(whole[:, index] - alone).max() < 1e-4
     Image.fromarray(pixels[..., 0]).save("grey.png")
     assert_refused(script("predict.py", "grey.png", *flags, cwd=here), "grey.png", "channels")
+
+
+# ---- predict.py ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """The current folder with best_model.pth of a random network of one grey channel."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = UNet(1, 1, 2, image_size=32)
+    torch.nn.init.normal_(model.outc.weight, std=3)
+    torch.save(model.state_dict(), "best_model.pth")
+    return tmp_path
+
+
+def test_a_dicom_file_gets_a_mask_of_its_size_and_its_frames_one_each(weights, capsys):
+    shutil.copy(sample("CT_small.dcm"), "ct.dcm")
+    shutil.copy(sample("SC_rgb_rle_2frame.dcm"), "two.dcm")
+    predict.main(["ct.dcm", "--window", "40", "400", "--device", "cpu"])
+    assert Image.open("ct_mask.png").size == (128, 128) and Path("ct_prediction.png").exists()
+    predict.main(["two.dcm", "--device", "cpu", "--output", "frames"])
+    names = {path.name for path in Path("frames").glob("two_*")}
+    assert names == {f"two_f00{n}_{what}" for n in (0, 1) for what in ("mask.png", "overlay.jpg")}
+    predict.main([".", "--device", "cpu", "--output", "all"])  # a folder, our own files left out
+    assert len(list(Path("all").glob("*_mask.png"))) == 3
+    assert "highest probability" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["anatomical.nii", "brain.nii.gz"])
+def test_a_volume_gets_a_mask_volume_of_the_same_geometry(weights, name):
+    if name == "brain.nii.gz":
+        write_nifti(Path(name), np.random.default_rng(0).integers(0, 900, (20, 24, 6), np.int16))
+    else:
+        shutil.copy(NIBABEL_DATA / name, name)
+    predict.main([name, "--device", "cpu"])
+    stem = name.split(".")[0]
+    image, mask = nibabel.load(name), nibabel.load(f"{stem}_mask.nii.gz")
+    assert mask.shape == image.shape and mask.get_data_dtype() == np.uint8
+    assert_array_equal(mask.affine, image.affine)
+    for field in ("qform_code", "sform_code", "xyzt_units"):
+        assert mask.header[field] == image.header[field]
+    assert Image.open(f"{stem}_montage.png").mode == "RGB"
+    predict.main([name, "--device", "cpu", "--output", "named.nii"])
+    assert_array_equal(nibabel.load("named.nii").dataobj, mask.dataobj)
+    # Each slice is what the same picture gives as an image of its own.
+    volume = open_volume(name)
+    Image.fromarray(volume.pictures()[3][..., 0]).save("slice.png")
+    predict.main(["slice.png", "--device", "cpu"])
+    own = np.asarray(Image.open("slice_mask.png")) > 0
+    assert_array_equal(np.moveaxis(mask.dataobj, volume.axis, 0)[3] > 0, own)
+
+
+def test_volumes_that_predict_refuses(weights, refused):
+    shutil.copy(NIBABEL_DATA / "example4d.nii.gz", "four.nii.gz")
+    Path("cut.nii.gz").write_bytes(Path("four.nii.gz").read_bytes()[:5000])
+    Path("cut.dcm").write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:9000])
+    for name in ("cut.nii.gz", "cut.dcm"):
+        refused("predict", name, "--device", "cpu", words=[name])
+    shutil.copy(sample("CT_small.dcm"), "ct.dcm")
+    refused(
+        "predict", "ct.dcm", "--window", 40, 0, "--device", "cpu", words=["--window: ", "width 0"]
+    )
+    refused("predict", "ct.dcm", "--output", "m.nii.gz", "--device", "cpu", words=["--output"])
+    assert not list(weights.glob("*_mask*"))
+
+
+# ---- what travels from the import through the weights to the prediction ----------------------
+
+
+def save_weights(path="best_model.pth", **recorded):
+    """Weights of a random network of one grey channel whose masks are neither full nor empty."""
+    torch.manual_seed(0)
+    model = UNet(1, 1, 2, image_size=32, depth=2, **recorded)
+    for weight in model.parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def predicted(name, *flags, output=None):
+    """The mask of a volume or DICOM file, an array, and what predict.py printed."""
+    output = output or ("m.nii.gz" if name.endswith(".nii.gz") else "m.png")
+    result = script_here(
+        *("predict.py", name, "--device", "cpu", "--output", output, *flags), cwd=Path.cwd()
+    )
+    assert result.returncode == 0, result.stderr
+    if output == "m.png":
+        return np.asarray(Image.open(output)), result.stdout
+    return np.asarray(nibabel.load(output).dataobj), result.stdout
+
+
+def brain(seed=0, shape=(20, 22, 18), spacing=(1, 1, 1)):
+    """A nibabel image in RAS of blocks of noise, with values like CT's."""
+    rng = np.random.default_rng(seed)
+    voxels = rng.integers(-900, 900, [side // 2 + 1 for side in shape], np.int16)
+    for axis, side in enumerate(shape):
+        voxels = voxels.repeat(2, axis).take(range(side), axis)
+    affine = np.diag([*map(float, spacing), 1])
+    affine[:3, 3] = -10, 20, 5
+    return nibabel.Nifti1Image(voxels, affine)
+
+
+def recorded(split="train", root="dataset"):
+    info = annotations(split, root)["info"]
+    return {key: value for key, value in info.items() if key != "description"}
+
+
+def import_masks(*flags):
+    return run_download("--masks", *flags)
+
+
+def write_pairs(images, masks=None):
+    """Write nibabel images to vi/NAME.nii.gz, and masks of their positive voxels to vm/."""
+    for name, image in images.items():
+        positive = nibabel.Nifti1Image((np.asarray(image.dataobj) > 0).astype("u1"), image.affine)
+        for folder, one in (("vi", image), ("vm", (masks or {}).get(name, positive))):
+            Path(folder).mkdir(exist_ok=True)
+            one.to_filename(f"{folder}/{name}.nii.gz")
+
+
+PAIRS = ("vi", "vm")
+
+
+def test_the_window_of_the_weights_counts_without_being_told(here):
+    brain().to_filename("v.nii.gz")
+    shutil.copy(sample("CT_small.dcm"), "ct.dcm")
+    save_weights("plain.pth")
+    save_weights(window=(300, 500))
+    for name in ("v.nii.gz", "ct.dcm"):
+        own, said = predicted(name)
+        assert "--window" not in said
+        told, said = predicted(name, "--window", 300, 500)
+        assert "--window" not in said
+        assert_array_equal(own, told)
+        plain, said = predicted(name, "--window", 300, 500, "--model", "plain.pth")
+        assert "--window" not in said  # pictures record none: as ever
+        assert_array_equal(own, plain)
+        assert 0.02 < (own > 0).mean() < 0.98
+        other, said = predicted(name, "--window", 100, 200)
+        (line,) = (line for line in said.splitlines() if "--window" in line)
+        assert "--window 100 200" in line and "300 500" in line
+        as_stored, _ = predicted(name, "--model", "plain.pth")
+        assert (other != own).any() and (as_stored != own).any()
+
+
+@pytest.mark.parametrize("window", ["percentiles", "file", None])
+def test_without_a_window_of_numbers_each_file_counts(here, window):
+    brain().to_filename("v.nii.gz")
+    save_weights("plain.pth")
+    save_weights(window=window)
+    as_stored, _ = predicted("v.nii.gz", "--model", "plain.pth")
+    assert_array_equal(predicted("v.nii.gz")[0], as_stored)
+    _, said = predicted("v.nii.gz", "--window", 0.1, 2000000.5)
+    assert ("--window 0.1 2000000.5: " in said) == (window is not None)
+
+
+def test_the_page_takes_window_and_orientation_of_the_weights(here, monkeypatch):
+    from medseg.predicting import page
+
+    stored_as(brain(spacing=(1, 3, 1)), "PSR").to_filename("v.nii.gz")
+    save_weights(window=(300, 500), orientation="LPS")
+    served = {}
+    monkeypatch.setattr(page, "serve", lambda model, *_, **given: served.update(given, model=model))
+    predict.main(["--page", "--device", "cpu"])
+    session = page.Session(here, **served)
+    session.predict([here / "v.nii.gz"], 0.5)
+    marked = [session.view(index, 0.5)[2][0]["pixels"] for index in range(len(session.predictions))]
+    assert session.first == np.argmax(marked)  # the slice that is shown at first
+    predict.main(["v.nii.gz", "--device", "cpu", "--output", "masks"])
+    with zipfile.ZipFile(session.download("all", 0.5)) as archive:
+        for name in ("v_mask.nii.gz", "v_montage.png"):
+            assert archive.read(name) == Path("masks", name).read_bytes()
+
+
+def test_the_import_records_window_and_orientation_in_every_split(here):
+    write_pairs({name: stored_as(brain(seed), "LPS") for seed, name in enumerate("abc")})
+    import_masks(*PAIRS, "--window", 40, 400, "--split", 34, 33, 33)
+    for split in ("train", "valid", "test"):
+        assert recorded(split) == {"window": [40, 400], "orientation": "LPS"}
+    import_masks(*PAIRS, *ALL, "--data", "own")
+    assert recorded("train", "own") == {"window": "percentiles", "orientation": "LPS"}
+    for folder in ("di", "dm", "pi"):
+        Path(folder).mkdir()
+    write_dicom(Path("di/a.dcm"))
+    Image.fromarray(STORED > 150).save("dm/a.png")
+    Image.fromarray(STORED.astype(np.uint8)).save("pi/a.png")
+    import_masks("di", "dm", *ALL, "--data", "dicom")
+    assert recorded("train", "dicom") == {"window": "file"}
+    import_masks("di", "dm", *ALL, "--data", "dicom", "--force", "--window", 0.5, 9)
+    assert recorded("train", "dicom") == {"window": [0.5, 9]}
+    import_masks("pi", "dm", *ALL, "--data", "pictures")
+    assert recorded("train", "pictures") == {}
+
+
+def test_a_training_copies_window_and_orientation_into_its_weights(here, dataset, no_pictures):
+    def record(**values):
+        for split in ("train", "valid", "test"):
+            edit_annotations(dataset / split, lambda content: content.update(info=values))
+
+    def train(*flags, out="one"):
+        flags = ("--data", dataset, *SMALL, "--depth", 1, "--ema", 0.9, "--out", out, *flags)
+        result = script_here("train.py", *flags, cwd=here)
+        assert result.returncode == 0, result.stderr
+        model = load_model(here / out / "best_model.pth")
+        return model.info.window, model.info.orientation
+
+    record(window=[40, 400], orientation="LPS")
+    assert train("--epochs", 1) == ((40, 400), "LPS")
+    assert train("--epochs", 2, "--resume") == ((40, 400), "LPS")
+    assert train("--test-only") == ((40, 400), "LPS")
+    record(window="percentiles")
+    flags = ("--epochs", 1, "--init", "one/best_model.pth")
+    assert train(*flags, out="two") == ("percentiles", None)
+    record(window=[40, 0])
+    flags = ("train.py", "--data", dataset, *SMALL, "--out", "three")
+    result = script_here(*flags, cwd=here)
+    assert_refused(result, dataset / "train" / "_annotations.coco.json", "width 0")
+    record(description="another program's")
+    assert train("--epochs", 1, out="three") == (None, None)
+
+
+def test_a_grouped_split_keeps_window_and_orientation(here):
+    names = [f"{number}" for number in range(6)]
+    write_pairs({name: brain(int(name), (6, 6, 9)) for name in names})
+    import_masks(*PAIRS, "--window", 40, 400, "--split", 34, 33, 33)
+    grouped_split("dataset", "grouped", block=9)
+    for split in ("train", "valid", "test"):
+        assert recorded(split, "grouped") == {"window": [40, 400], "orientation": "RAS"}
+
+
+@pytest.mark.parametrize(
+    "before, now, said",
+    [
+        ((40, 400), None, "give --window 40 400"),
+        ((40, 400), (50, 350), "give --window 40 400"),
+        ((-600.25, 1500), None, "give --window -600.25 1500"),
+        (None, (40, 400), "leave --window out"),
+        ((40, 400), (40, 400), ""),
+        (None, None, ""),
+    ],
+)
+def test_a_split_that_is_added_has_the_window_of_the_others(here, before, now, said):
+    write_pairs({"a": brain(), "b": brain(1)})
+    earlier, flags = (("--window", *window) if window else () for window in (before, now))
+    import_masks("vi/a.nii.gz", "vm/a.nii.gz", *earlier, "--into", "train")
+    new = ("vi/b.nii.gz", "vm/b.nii.gz", *flags)
+    if not said:
+        assert "warning" not in import_masks(*new, "--into", "test")
+        assert recorded("test") == recorded("train")
+        return
+    refuse_download("--masks", *new, "--into", "test", words=["dataset/train", said])
+    assert "warning" not in import_masks(*new, "--into", "train", "--force")  # no other stays
+
+
+def test_a_split_of_another_kind_is_a_warning(here):
+    write_pairs({"a": brain()})
+    import_masks("vi/a.nii.gz", "vm/a.nii.gz", "--into", "train")
+    write_dicom(Path("a.dcm"))
+    Image.fromarray(STORED > 150).save("a.png")
+    coco = ("--coco", "dataset/train/_annotations.coco.json", "dataset/train")
+    for flags in (("--masks", "a.dcm", "a.png"), ("--masks", "a.png", "a.png"), coco):
+        out = run_download(*flags, "--into", "test", "--force")
+        (line,) = (line for line in out.splitlines() if line.startswith("warning"))
+        assert "dataset/train" in line
+
+
+# ---- orientation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (1, 1, 3), (3, 1, 3)])
+def test_one_brain_has_one_mask_however_it_is_stored(here, spacing, monkeypatch):
+    monkeypatch.setattr(medseg_volumes, "SAMPLE", 900)  # so that the percentiles come from a part
+    save_weights(window="percentiles", orientation="RAS")
+    image, masks, as_stored = brain(spacing=spacing), {}, {}
+    for orientation in ("RAS", "LAS", "PSR", "SLA", "IPR"):
+        name = f"{orientation}.nii.gz"
+        stored_as(image, orientation).to_filename(name)
+        as_stored[orientation], _ = predicted(name)
+        mask, given = nibabel.load("m.nii.gz"), nibabel.load(name)
+        assert_array_equal(mask.affine, given.affine)
+        assert mask.shape == given.shape and "".join(nibabel.aff2axcodes(mask.affine)) == name[:3]
+        masks[orientation] = np.asarray(stored_as(mask, "RAS").dataobj)
+        assert_array_equal(masks[orientation], masks["RAS"])
+    assert 0.02 < masks["RAS"].mean() < 0.98
+    save_weights("old.pth")  # these see the slices as they are stored
+    other, _ = predicted("PSR.nii.gz", "--model", "old.pth")
+    assert (other != as_stored["PSR"]).any()
+
+
+def assert_same_images(folder, other, names=None):
+    """Pixels and masks of the images of two splits are equal; names: of the one -> of the other."""
+    masks, other_masks = stored(folder.name, folder.parent), stored(other.name, other.parent)
+    assert len(masks) == len(other_masks)
+    for name, classes in masks.items():
+        other_name = names(name) if names else name
+        pixels = (Image.open(folder / f"{name}.png"), Image.open(other / f"{other_name}.png"))
+        assert_array_equal(*map(np.asarray, pixels))
+        np.testing.assert_equal(other_masks[other_name], classes)
+
+
+def test_volumes_of_several_orientations_become_those_of_the_first(here):
+    images = {name: brain(seed, (8, 9, 10)) for seed, name in enumerate("abcd")}
+    write_pairs({name: stored_as(image, "LPS") for name, image in images.items()})
+    assert "orientation" not in import_masks(*PAIRS, *ALL, "--data", "same")
+    mixed = {"a": "LPS", "b": "RAS", "c": "LPS", "d": "PSR"}
+    turned = {name: stored_as(images[name], word) for name, word in mixed.items()}
+    positive = (np.asarray(images["c"].dataobj) > 0).astype(np.uint8)
+    write_pairs(turned, {"c": nibabel.Nifti1Image(positive, images["c"].affine)})  # stored as RAS
+    said = import_masks(*PAIRS, *ALL, "--data", "mixed")
+    assert "orientation: 2 of 4 volumes turned to LPS, that of a.nii.gz" in said
+    assert "orientation: 1 of 4 masks turned" in said
+    assert len(stored("train", "mixed")) == 40
+    assert_same_images(Path("same/train"), Path("mixed/train"))
+    assert recorded("train", "mixed")["orientation"] == "LPS"
+
+
+def test_a_split_that_is_added_has_the_orientation_of_the_others(here):
+    images = {name: stored_as(brain(2), word) for name, word in {"a": "LPS", "b": "SAR"}.items()}
+    write_pairs(images)
+    for name, split in (("a", "train"), ("b", "valid")):
+        said = import_masks(f"vi/{name}.nii.gz", f"vm/{name}.nii.gz", "--into", split)
+    assert "orientation: 1 of 1 volumes turned to LPS, that of dataset/train" in said
+    assert recorded("valid") == recorded("train")
+    folders = Path("dataset/train"), Path("dataset/valid")
+    assert_same_images(*folders, lambda name: name.replace("a", "b", 1))
+
+
+def without_place(image, path):
+    """Write a NIfTI file whose affine has a column of zeros."""
+    image.to_filename("x.nii")
+    content = bytearray(Path("x.nii").read_bytes())
+    for row in range(3):
+        content[280 + 16 * row : 284 + 16 * row] = bytes(4)  # srow_x, srow_y, srow_z: column 0
+    assert struct.unpack("<h", content[254:256]) != (0,)  # sform_code: they count
+    Path(path).write_bytes(gzip.compress(bytes(content)))
+
+
+def test_an_affine_that_tells_no_orientation(here, refused):
+    write_pairs({"a": brain()})
+    for folder in PAIRS:
+        without_place(nibabel.load(f"{folder}/a.nii.gz"), f"{folder}/a.nii.gz")
+    assert nibabel.aff2axcodes(nibabel.load("vi/a.nii.gz").affine)[0] is None
+    assert "orientation" not in import_masks(*PAIRS, *ALL)  # alone: as stored
+    assert recorded("train") == {"window": "percentiles"}
+    save_weights()
+    assert predicted("vi/a.nii.gz")[0].shape == (20, 22, 18)
+    save_weights("turned.pth", orientation="RAS")
+    flags = ("--device", "cpu", "--model", "turned.pth")
+    refused("predict", "vi/a.nii.gz", *flags, words=["vi/a.nii.gz: ", "RAS"])
+    write_pairs({"b": brain(1)})
+    refused(
+        *("download", "--masks", *PAIRS, *ALL, "--data", "two"), words=["vi/a.nii.gz: ", "b.nii.gz"]
+    )
+
+
+@pytest.mark.parametrize(
+    "spacing, shift, said",
+    [
+        ((1, 1, 1), (0, 0, 0), None),
+        ((1, 1, 1), (0.005, 0, 0), None),
+        ((1, 1, 1), (0.02, 0, 0), "0.02 mm"),
+        ((1, 1, 1), (0.6, 0.7, 0), "0.922 mm"),
+        ((1, 1, 1), (0.8, 0.8, 0), "1.13 mm"),
+        ((1, 1, 5), (0, 0, 0.9), "0.9 mm"),
+        ((1, 1, 5), (0, 0, 2), "2 mm"),
+        ((5, 1, 5), (2, 0, 0), "2 mm"),
+    ],
+)
+def test_affines_that_differ_are_told_with_their_distance(here, spacing, shift, said):
+    images = {name: brain(seed, (8, 9, 10), spacing) for seed, name in enumerate("ab")}
+    for image in images.values():
+        image.header.set_xyzt_units("mm")
+    affine = images["a"].affine.copy()
+    affine[:3, 3] += shift
+    positive = (np.asarray(images["a"].dataobj) > 0).astype(np.uint8)
+    write_pairs(images, {"a": nibabel.Nifti1Image(positive, affine)})
+    if np.linalg.norm(shift) >= 1:  # the smallest side of a voxel
+        refuse_download("--masks", *PAIRS, *ALL, words=["vm/a.nii.gz", said])
+        return
+    out = import_masks(*PAIRS, *ALL)
+    warnings = [line for line in out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == (said is not None)
+    for line in warnings:
+        assert "1 of 2 masks" in line and said in line and "a.nii.gz" in line
+
+
+# ---- a DICOM series, volumes in time -----------------------------------------------------------
+
+
+def series_and_nifti(name, seed):
+    """A series ct/NAME/*.dcm and the same voxels in vi/NAME.nii.gz, with a mask in vm/."""
+    voxels = np.random.default_rng(seed).integers(0, 900, (5, 24, 20)).astype(np.int16)
+    Path("ct").mkdir(exist_ok=True)
+    write_series(Path("ct", name), voxels)
+    affine = np.diag([-0.8, -0.5, 2, 1])  # DICOM's axes lead to the left and to the back
+    affine[:3, 3] = -5, -70, -10
+    write_pairs({name: nibabel.Nifti1Image(voxels.T, affine)})
+
+
+def test_a_series_is_imported_and_predicted_as_the_same_nifti(here):
+    for seed, name in enumerate(("p1", "p2")):
+        series_and_nifti(name, seed)
+    import_masks(*PAIRS, *ALL, "--data", "nifti")
+    out = import_masks("ct", "vm", *ALL, "--data", "series")
+    assert "slices: 10 of 2 volumes" in out
+    assert_same_images(Path("nifti/train"), Path("series/train"))
+    assert recorded("train", "series") == recorded("train", "nifti")
+    for root in ("nifti", "series"):  # the sides of a pixel, from row to row first
+        spacings = [image["spacing"] for image in annotations("train", root)["images"]]
+        np.testing.assert_allclose(spacings, [(0.8, 0.5)] * 10, rtol=1e-6)
+    import_masks("ct/p1", "vm/p1.nii.gz", "--data", "one", "--into", "test")
+    assert len(stored("test", "one")) == 5
+    save_weights(orientation="RAS")
+    wanted, _ = predicted("vi/p1.nii.gz")
+    np.testing.assert_array_equal(predicted("ct/p1", output="m.nii.gz")[0], wanted)
+    assert wanted.any()
+    predict.main(["ct", "--device", "cpu", "--output", "all"])  # two series in a folder
+    np.testing.assert_array_equal(nibabel.load("all/p1_mask.nii.gz").dataobj, wanted)
+    assert Path("all/p2_mask.nii.gz").exists()
+    save_weights("pictures.pth")  # those of pictures take the files one by one
+    predict.main(["ct/p1", "--device", "cpu", "--output", "loose", "--model", "pictures.pth"])
+    assert len(list(Path("loose").glob("*_mask.png"))) == 5
+    next(Path("ct/p1").glob("?_2.dcm")).unlink()
+    words = ["ct/p1", "dcm2niix"]
+    refuse_download("--masks", "ct", "vm", *ALL, "--data", "gap", words=words)
+
+
+def test_volumes_in_time_are_predicted_one_by_one(here):
+    voxels, _ = four(0)
+    save_weights()
+    mask, _ = predicted("vi/c0.nii.gz")
+    assert mask.shape == voxels.shape
+    predict.main(["vi/c0.nii.gz", "--device", "cpu", "--output", "all"])
+    rows = Path("all/predictions.csv").read_text("utf-8-sig").splitlines()
+    assert len(rows) == 4
+    for time, row in enumerate(rows[1:]):
+        _, title, columns = row.split('"')  # for the title has a comma
+        assert title == f"c0.nii.gz, time {time}"
+        assert int(columns.split(",")[2]) == np.count_nonzero(mask[..., time])

@@ -239,7 +239,7 @@ def _read_frame(path, window):
         raise ValueError(
             f"{path}: holds {len(frames)} frames, not one image: `python predict.py` takes it"
         )
-    return as_picture(frames[0])
+    return replace(as_picture(frames[0]), spacing=frames.spacing(0))
 
 
 def _read_picture(path, window):

@@ -4,7 +4,7 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -107,7 +107,7 @@ def _common_orientation(images, wanted=None, source=None):
 
 
 def _pair_opener(looks, orientation, time, meanings):
-    """(image, masks) -> (its slices as pictures, the masks of each), the last OPEN_PAIRS kept.
+    """(image, masks) -> (their VolumePair, the masks of each slice), the last OPEN_PAIRS kept.
 
     Slices are read in the order of their names, on several threads: each pair is opened once.
     """
@@ -116,7 +116,7 @@ def _pair_opener(looks, orientation, time, meanings):
     @functools.lru_cache(OPEN_PAIRS)
     def open_cached(image, masks):
         pair = open_pair(image, masks, looks, orientation, time)
-        return pair.pictures, _united_masks(pair, meanings)
+        return pair, _united_masks(pair, meanings)
 
     def open_locked(image, masks):
         with lock:  # else two threads would open the same pair
@@ -127,8 +127,9 @@ def _pair_opener(looks, orientation, time, meanings):
 
 def _read_slice(open_once, image, masks, index):
     """What `Example.read` returns, of a slice of a volume."""
-    pictures, united = open_once(image, masks)
-    return as_picture(pictures[index]), united[index]
+    pair, united = open_once(image, masks)
+    picture = as_picture(pair.pictures[index])
+    return replace(picture, spacing=pair.image.slice_spacing), united[index]
 
 
 def _united_masks(pair, meanings):

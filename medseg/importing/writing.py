@@ -240,6 +240,8 @@ def _convert(example, folder, ids):
     record = {"file_name": file_name, "width": width, "height": height}
     if example.group:
         record["group"] = example.group  # COCO has no such key, and other readers pass over it
+    if isinstance(image, Picture) and image.spacing:
+        record["spacing"] = list(image.spacing)  # likewise
     return record, annotations
 
 

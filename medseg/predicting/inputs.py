@@ -63,8 +63,8 @@ def open_file(file, window=None, info=None, pixel_size=None):
             read = partial(read_channels, file.modalities, window)
         return [Frame(path, file.name, path.name, read, pixel_size)], None
     if file.format == "volume":
-        in_one_file = False if info and info.channels else None
-        volume = open_channels(file.modalities or path, info and info.orientation, in_one_file)
+        in_time = not (info and info.channels)  # what four axes mean to these weights
+        volume = open_channels(file.modalities or path, info and info.orientation, in_time)
         arrays, what = volume.pictures(window, info.context if info else 0), "slice"
     else:
         volume, arrays, what = None, read_dicom(path, window), "frame"
@@ -147,16 +147,17 @@ def add_depths(frames):
     return [frame._replace(depth=depths.get(frame.place)) for frame in frames]
 
 
-def expand(inputs, info=None):
+def expand(inputs, info=None, *, series=False):
     """Files and folders -> [ImageFile] of what is in them.
 
     info: a `net.ModelInfo`; where it names channels, the files of a case are one image: see
-    `find_cases`. Masks are named as the file is, without its suffix; of images in one folder that
-    differ in nothing else, with it: a.png and a.jpg become a_png and a_jpg. A long name is
-    shortened.
+    `find_cases`. Where it has an orientation, or with series, a folder with a DICOM series is one
+    volume, named or in a folder that is. Masks are named as the file is, without its suffix; of
+    images in one folder that differ in nothing else, with it: a.png and a.jpg become a_png and
+    a_jpg. A long name is shortened.
     Raises FileNotFoundError, and ValueError where there are none or two would share a name.
     """
-    paths, cases = [], {}
+    paths, cases, series = [], {}, series or bool(info and info.orientation)
     for given in inputs:
         if info and (found := find_cases(given, info)):
             cases |= {modalities: shorten(name) for name, modalities in found}
@@ -164,8 +165,11 @@ def expand(inputs, info=None):
         given = Path(given)
         if not given.is_file():  # a split, maybe, that a killed import has moved aside
             finish_import(given.absolute().parent)
-        if given.is_dir():
-            if not (images := images_in(given)):
+        if given.is_dir() and series and file_format(given):
+            paths.append(given)
+        elif given.is_dir():
+            folders = sorted(filter(Path.is_dir, given.iterdir())) if series else []
+            if not (images := images_in(given) + [one for one in folders if file_format(one)]):
                 but = f", but {aside}" if (aside := left_aside(given)) else ""
                 kinds = f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}"
                 raise ValueError(f"{given}: no images ({kinds}) in this folder{but}")

@@ -160,16 +160,24 @@ class Results:
             dtype = np.uint16 if array.dtype == np.uint16 else np.uint8
             write_mask(path, volume, array, dtype, 1 / MAX_LEVEL if kind == "probability" else 1)
 
-        masks = stack_masks(self._make_masks(*one) for one in predicted)
+        slices = [self._make_masks(*one) for one in predicted]
+        masks = stack_masks(slices)
         paths = self._paths(name or result_name(volume.path), volume.path)
         written, stored = self._write(paths, masks, volume.path, save), masks.measured
         if stored.dtype == bool:
             stored = np.stack([volume.stored(mask, bool) for mask in stored])
         else:
             stored = volume.stored(stored)
-        masks, spacing = masks._replace(measured=stored), volume.stored_spacing
-        columns = reliability_columns([prediction for _, prediction in self.assessed[first:]])
-        self._keep(volume.path.name, masks, columns, spacing)
+        name, spacing = volume.path.name, volume.stored_spacing
+        count, predictions = len(slices) // volume.times, [one for _, one in self.assessed[first:]]
+        for time in range(volume.times):  # each is measured by itself
+            places, title = slice(time * count, (time + 1) * count), name
+            own, measured = masks, stored
+            if volume.times > 1:
+                own, title = stack_masks(slices[places]), f"{name}, time {time}"
+                measured = stored[..., time]
+            columns = reliability_columns(predictions[places])
+            self._keep(name, own._replace(measured=measured), columns, spacing, title=title)
         if spacing is None:
             print(f"{volume.path}: its header gives a voxel no size, so no mm or mL are measured")
         return describe(volume.path, masks, names, self.inference), written
@@ -180,13 +188,14 @@ class Results:
         probabilities, spacing = prediction.probabilities, frame.spacing
         return make_masks(self.model, probabilities, image.size, spacing, **options)
 
-    def _keep(self, title, masks, columns, *sizes):
+    def _keep(self, name, masks, columns, *sizes, title=None):
         if not self.output.is_dir():
             return
-        self.rows[title] = rows = measure(masks, self.class_names, *sizes)
+        rows = measure(masks, self.class_names, *sizes)
         for index, row in enumerate(rows):
             own = {k: v[index] if isinstance(v, np.ndarray) else v for k, v in columns.items()}
-            row |= {"image": title, **own}
+            row |= {"image": title or name, **own}
+        self.rows.setdefault(name, []).extend(rows)
 
     def finish(self, titles, settings, model_paths, left_out):
         """Write predictions.csv and predictions.json, the COCO file if wanted, print a summary.

@@ -75,12 +75,14 @@ def find_sides(images_text, texts):
     images = find_files(images_text, IMAGE_SUFFIXES, medical=True)
     if None in texts:
         for file, folder in ((images_text, texts[None]), (texts[None], images_text)):
-            if os.path.isfile(file) and os.path.isdir(folder):
+            series = folder == images_text and file_format(folder) == file_format(file) == "volume"
+            if os.path.isfile(file) and os.path.isdir(folder) and not series:
                 raise ValueError(f"{file} is a file and {folder} a folder: name two of a kind")
     masks = {name: find_files(text, MASK_SUFFIXES) for name, text in texts.items() if name != EACH}
     if EACH in texts:
         masks |= _find_each(texts[EACH], masks)
     images, masks = _leave_drawn_aside(images, masks)
+    images = _fold_series(images, masks)
     _check_one_class(masks)
     _check_formats([*images.keys, *(path for files in masks.values() for path in files.keys)])
     return _separate(images, masks)
@@ -274,6 +276,14 @@ def _check_formats(files):
             f"{volumes[0]} is a volume and {other} is not: volumes need masks that are volumes, "
             "and folders or patterns of their own"
         )
+
+
+def _fold_series(images, masks):
+    """images, each folder of them as one where they are DICOM and the masks are volumes."""
+    of_masks = {file_format(path) for files in masks.values() for path in files.keys}
+    if of_masks != {"volume"} or {*map(file_format, images.keys)} != {"dicom"}:
+        return images
+    return replace(images, keys={path.parent: key[:-1] for path, key in images.keys.items()})
 
 
 def _leave_drawn_aside(images, masks):
