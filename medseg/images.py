@@ -14,6 +14,7 @@ from medseg.drawing import class_colors, draw_labels, draw_panels, overlay, rgb_
 from medseg.files import write_picture
 from medseg.samples import (
     STRIPE,
+    Page,
     image_errors,
     large_array,
     pixels_of,
@@ -22,6 +23,7 @@ from medseg.samples import (
 )
 from medseg.settings import MAX_CHANNELS
 
+MEASURED, MEASURED_PIXELS = 64, 1 << 16  # files, and values of each, that tell a window
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green, blue, in 0..1: the tutorial's
 STD = (0.229, 0.224, 0.225)
@@ -97,6 +99,24 @@ def read_image(path, window=None):
     with image_errors(path, "image"):
         values, white, orientation = read_samples(path)
         return Picture(to_uint8(values, white, window), orientation)
+
+
+def measure_window(paths):
+    """(center, width) that shows the grey values of a set of pictures alike, or None.
+
+    Of up to MEASURED files, evenly spaced, all have to have more than 8 bits: from the 0.5 to the
+    99.5 percentile of the finite values of all, so that single pixels do not count.
+    """
+    values = []
+    for path in paths[:: -(-len(paths) // MEASURED)]:
+        with image_errors(path, "image"):
+            one = read_samples(Page(path, 0)).values
+        if one.dtype.itemsize == 1:
+            return None
+        one = one.ravel()[:: -(-one.size // MEASURED_PIXELS)].astype(np.float64)
+        values.append(one[np.isfinite(one)])
+    low, high = np.percentile(np.concatenate(values), (0.5, 99.5)).tolist()
+    return ((low + high) / 2, high - low) if low < high else None
 
 
 def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):

@@ -12,7 +12,7 @@ from medseg.files import base_name, file_format
 from medseg.formats.mask_files import read_mask
 from medseg.images import as_picture, read_image
 from medseg.importing.volumes import volume_examples
-from medseg.importing.writing import Example
+from medseg.importing.writing import Example, picture_window
 from medseg.modalities import Modalities, channels_of, format_of, read_channels
 from medseg.patterns import name_pattern
 from medseg.samples import count_pages
@@ -158,9 +158,9 @@ def _examples_of_pairs(
     formats = {format_of(image) for image, _ in pairs}
     if formats == {None}:
         pairs = _number_channels(pairs)
+        paths = [path for image, _ in pairs for path in getattr(image, "paths", (image,))]
+        window = picture_window(paths, window, present)
     channels = channels_of(pairs[0][0])
-    if window and formats == {None}:
-        raise ValueError(f"{text}: holds no DICOM or NIfTI files, which --window is for")
     if context and "volume" not in formats:
         raise ValueError(f"{text}: holds no volumes, whose slices --context is for")
     info = {"window": _window_of(formats, window), "channels": list(channels), "context": context}
@@ -255,7 +255,7 @@ def _read_example(image, masks, meanings, window):
         picture = _read_frame(image, window)
         upright = Upright(picture, picture.size, 1)
     else:
-        upright = read_upright(image)
+        upright = read_upright(image, window)
     united = {}
     for class_name, path in masks:
         encoding, values = meanings[class_name].read(path)

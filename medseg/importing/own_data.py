@@ -7,15 +7,22 @@ from pathlib import Path
 
 from medseg.cli import one_line
 from medseg.coco import SPLITS
+from medseg.images import SUFFIXES
 from medseg.importing.adding import add_images
 from medseg.importing.coco_files import coco_examples
 from medseg.importing.labelme import labelme_examples
 from medseg.importing.mask_folders import mask_examples, pattern_examples
 from medseg.importing.pairs import pair
-from medseg.importing.writing import check_free, present_settings, write_dataset
+from medseg.importing.writing import (
+    check_free,
+    picture_window,
+    present_settings,
+    write_dataset,
+)
 from medseg.patterns import has_placeholder
 from medseg.settings import check_window
 from medseg.sources.class_names import ClassValues, parse_classes, parse_labels
+from medseg.sources.collect import list_files
 from medseg.sources.patterns import find_sides
 from medseg.splits import next_training, present_splits, wanted_splits
 
@@ -41,7 +48,10 @@ def import_data(root, args):
         options = {"classes": classes, "group": args.group, "prefix": args.prefix or ""}
         present, info, late = present_settings(root, stay), {}, {}
         if not args.masks:
-            check_window(present, None)
+            pictures = list_files(args.labelme or args.coco[1], SUFFIXES)
+            window = picture_window(pictures, None, present)
+            info |= {"window": window} if window else {}
+            check_window(present, window)
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
             options |= {"invert": args.invert, "channels": args.channels or ()}

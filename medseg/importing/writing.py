@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, MAX_CLASSES, listed, read_annotations, recorded_settings
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, Picture, save_picture
+from medseg.images import SUFFIXES, Picture, measure_window, save_picture
 from medseg.phantoms import is_phantom
 from medseg.run_lengths import RunLengths, encode
 from medseg.samples import open_picture
+from medseg.settings import window_limits
 from medseg.splits import (
     PERCENTAGES,
     draw_splits,
@@ -157,6 +158,24 @@ def check_classes(root, stay, classes, any_order=False):
             )
         classes = present
     return list(classes)
+
+
+def picture_window(paths, window, present):
+    """(center, width) to record of pictures of more than 8 bits, by which they are read, or None.
+
+    window: --window, or None for that of the splits that stay, or else `measure_window`. present:
+    of `present_settings`. Raises ValueError for --window on pictures of 8 bits.
+    """
+    measured = measure_window(paths) if paths else None
+    if measured is None:
+        if window:
+            raise ValueError(f"{paths[0]}: --window is for more than 8 bits")
+        return None
+    recorded = (own["window"] for _, own in present if isinstance(own["window"], tuple))
+    window = tuple(window or next(recorded, measured))
+    low, high = window_limits(window)
+    print(f"grey values: {low:g} to {high:g} are shown as 0 to 255, in every image")
+    return window
 
 
 def present_settings(root, stay):

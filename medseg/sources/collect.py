@@ -202,14 +202,14 @@ class Upright(NamedTuple):
     orientation: int  # EXIF's, 1 to 8; how the stored pixels were turned
 
 
-def read_upright(file):
+def read_upright(file, window=None):
     """Read an image as `read_image` does, into an Upright.
 
     file: a Path, which is the `image` where it is upright once Pillow has loaded it; or a binary
     file, which becomes a Picture, as training reads it; so does what is turned.
     Raises as `read_image` does.
     """
-    picture = read_image(file)
+    picture = read_image(file, window)
     stays = isinstance(file, Path)
     if stays and picture.orientation != 1:
         _, stays = stored_orientation(file)  # a TIFF

@@ -1,0 +1,174 @@
+"""Images of any number of channels: from their files to masks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from helpers import (
+    ALL,
+    assert_refused,
+    brightness_model,
+    output_of,
+    refuse_download,
+    run_download,
+    save,
+    script,
+    write_nifti,
+)
+from PIL import Image
+
+import net
+from data import Batches, count_channels, load_split, normalize
+from medseg.augment import augment, count_draws
+from medseg.volumes import open_volume
+
+SIDE = 48
+LAYOUT = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
+
+
+def channel_image(seed, shown=True):
+    """(uint8 (SIDE, SIDE, 7), corner of the square): channel 5 shows it, the others noise."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (SIDE, SIDE, 7), np.uint8)
+    pixels[..., 5] = generator.integers(60, 100, (SIDE, SIDE))
+    x, y = generator.integers(4, SIDE - 20, 2).tolist()
+    if shown:
+        pixels[y : y + 16, x : x + 16, 5] += 90
+    return pixels, (x, y)
+
+
+def channel_set(root, shown=True, dtype=np.uint8):
+    """A data set of seven channels as it would be anybody's: nothing records how many."""
+    for number, (split, count) in enumerate({"train": 24, "valid": 6, "test": 8}.items()):
+        images, annotations = [], []
+        for index in range(count):
+            pixels, (x, y) = channel_image(1000 * number + index, shown)
+            images.append((f"{index}.tif", pixels.astype(dtype)))
+            annotations.append((index, [[x, y, x + 16, y, x + 16, y + 16, x, y + 16]]))
+        folder = root / split
+        folder.mkdir(parents=True)
+        for name, pixels in images:
+            tifffile.imwrite(folder / name, pixels, **LAYOUT)
+        content = {
+            "images": [
+                {"id": index, "file_name": name, "width": SIDE, "height": SIDE}
+                for index, (name, _) in enumerate(images)
+            ],
+            "annotations": [
+                {"id": index, "image_id": index, "category_id": 1, "segmentation": outline}
+                for index, outline in annotations
+            ],
+            "categories": [{"id": 1, "name": "square"}],
+        }
+        (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    return root
+
+
+def test_a_data_set_has_as_many_channels_as_its_images(tmp_path):
+    root = channel_set(tmp_path / "set")
+    assert count_channels(root, 3) == count_channels(root, 7) == 7
+    with pytest.raises(ValueError, match="--n-channels 5"):
+        count_channels(root, 5)
+    rows = load_split(root, "test", SIDE, n_channels=7)
+    assert rows.shape == (8, SIDE, SIDE, 8)
+    np.testing.assert_array_equal(rows[2, ..., :7], channel_image(2002)[0])
+    images, masks = next(iter(Batches(rows, 8, n_channels=7)))
+    assert images.shape == (8, 7, SIDE, SIDE) and masks.sum() == 8 * 16 * 16
+    expected = (channel_image(2002)[0] / 255 - 0.449) / 0.226
+    np.testing.assert_allclose(images[2].permute(1, 2, 0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shown", "least", "most"), [(True, 0.9, 1), (False, 0, 0.1)])
+def test_what_one_of_seven_channels_shows_is_learned(tmp_path, shown, least, most):
+    """Without the square in channel 5 the masks are of nothing that can be seen."""
+    root = channel_set(tmp_path / "set", shown)
+    flags = f"--data {root} --device cpu --swanlab disabled --image-size {SIDE} --n-filters 8"
+    flags += " --depth 3 --norm batch --lr 0.01 --batch-size 8 --epochs 12 --seed 1"
+    output_of("train.py", *flags.split(), cwd=tmp_path)
+    model = net.load_model(tmp_path / "best_model.pth")
+    assert model.n_channels == 7
+    options = "--model best_model.pth --device cpu --output out".split()
+    output_of("predict.py", root / "test", *options, cwd=tmp_path)
+    report = json.loads(Path(tmp_path, "out/report.json").read_text())
+    assert least <= report["scores"]["dice"] <= most
+
+
+def test_other_channels_than_those_of_the_weights_are_refused(tmp_path):
+    torch.save(net.UNet(7, 1, 2, depth=1, image_size=16).state_dict(), tmp_path / "seven.pth")
+    tifffile.imwrite(tmp_path / "two.tif", np.zeros((9, 9, 2), np.uint8), **LAYOUT)
+    result = script("predict.py", "two.tif", "--model", "seven.pth", cwd=tmp_path)
+    assert_refused(result, "two.tif", "2 channels", "7")
+
+
+def test_grey_values_change_a_channel_at_a_time():
+    """Of images that are 1 everywhere contrast leaves its factor, brightness what it adds."""
+    images, masks = torch.ones(4, 5, 6, 6), torch.zeros(4, 1, 6, 6)
+    draws = torch.rand(4, 20, generator=torch.Generator().manual_seed(0))
+    strengths = {"contrast": 0.5, "brightness": 0.2}
+    assert count_draws(strengths, 5) == 10 and count_draws(strengths, 3) == 2
+    changed, _ = augment(images, masks, draws, strengths)
+    expected = 1.5 ** (2 * draws[:, :5] - 1) + 0.2 * (2 * draws[:, 5:10] - 1)
+    torch.testing.assert_close(changed, expected[..., None, None].expand(4, 5, 6, 6))
+    colours, _ = augment(images[:, :3], masks, draws, strengths)
+    assert (colours == colours[:, :1]).all() and len(colours.unique()) == 4
+    noise = torch.ones(4, 5, 6, 6)
+    noisy, _ = augment(images, masks, draws, {"noise": 0.3}, noise=noise)
+    torch.testing.assert_close(noisy[:, :, 0, 0], 1 + 0.3 * draws[:, :5])
+    pixels = torch.full((1, 2, 2, 4), 100, dtype=torch.uint8)
+    half = torch.tensor([[0.0, 1.0, 0.5, 0.25]])  # exponents 1 / 2, 2, 1, 1 / sqrt(2)
+    darker, _ = augment(normalize(pixels), masks[:1, :, :2, :2], half, {"gamma": 1.0})
+    shown = darker[0, :, 0, 0] * 0.226 + 0.449
+    expected = [(100 / 255) ** power for power in (0.5, 2, 1, 0.5**0.5)]
+    np.testing.assert_allclose(shown, expected, rtol=1e-5)
+
+
+def test_neighbouring_slices_are_channels(tmp_path):
+    voxels = np.arange(5 * 6 * 4, dtype=np.int16).reshape(5, 6, 4)
+    volume = open_volume(write_nifti(tmp_path / "a.nii", voxels, zooms=(1, 1, 3)))
+    alone, pictures = volume.pictures((60, 120)), volume.pictures((60, 120), context=1)
+    assert len(pictures) == 4
+    for place, slices in enumerate([(0, 0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 3)]):
+        expected = np.concatenate([alone[index] for index in slices], axis=-1)
+        np.testing.assert_array_equal(pictures[place], expected)
+
+
+def test_grey_values_of_a_set_are_shown_alike(here):
+    """A hot pixel in every second image of 12 bits does not darken it, here and in predict.py."""
+    for number in range(6):
+        values = np.full((40, 40), 400, np.uint16)
+        values[:, 20:] = 1200
+        mask = np.zeros((40, 40), np.uint8)
+        mask[:, 20:] = 255
+        if number % 2:
+            values[3, 3] = 65000
+        save(Image.fromarray(values), f"images/{number}.png")
+        save(Image.fromarray(mask), f"masks/{number}.png")
+    out = run_download("--masks", "images", "masks", "--split", 50, 50, 0)
+    assert "grey values: 400 to 1200" in out
+    for split in ("train", "valid"):
+        assert json.loads(Path(f"dataset/{split}/_annotations.coco.json").read_text())["info"][
+            "window"
+        ] == [800, 800]
+        rows = load_split("dataset", split, None)
+        assert all(row[8, 8, 0] == 0 and row[8, 30, 0] == 255 for row in rows)
+    into = ("--masks", "images", "masks", "--into", "test")
+    refuse_download(*into, "--window", "800", "1600", words=["--window 800 800"])
+    run_download(*into, "--window", "800", "1600", "--data", "wide")
+    assert [row[8, 8, 0] for row in load_split("wide", "test", None)] == [64] * 6
+    for number in range(6):  # brighter ones are shown as those that are there
+        brighter = np.asarray(Image.open(f"images/{number}.png")) // 2 * 3
+        save(Image.fromarray(brighter.astype(np.uint16)), f"images/{number}.png")
+    run_download(*into)
+    assert [row[8, 8, 0] for row in load_split("dataset", "test", None)] == [64] * 6
+    torch.save(brightness_model(window=(800, 800)).state_dict(), "model.pth")
+    for number in (0, 1):
+        options = f"--model model.pth --device cpu --output {number}.png"
+        output_of("predict.py", f"images/{number}.png", *options.split(), cwd=here)
+        mask = np.asarray(Image.open(f"{number}.png"))
+        assert mask[8, 8] == 0 and mask[8, 30] == 255
+    for number in range(6):  # 8 bits stay as they are
+        save(Image.fromarray(np.full((40, 40), 7, np.uint8)), f"images/{number}.png")
+    assert "grey values" not in run_download("--masks", "images", "masks", "--force", *ALL)
