@@ -37,6 +37,7 @@ from helpers import (
 from PIL import Image
 
 from medseg import phantoms
+from medseg.images import as_picture
 from medseg.importing import writing
 from medseg.importing.writing import Example, write_dataset
 from medseg.sources import collect
@@ -303,7 +304,7 @@ def test_names_are_unique_and_safe():
 
 def test_what_the_masks_of_an_example_may_be(here, capsys):
     def write(folder, **masks):
-        example = Example("x", "", lambda: (Image.new("RGB", PHOTO), masks))
+        example = Example("x", "", lambda: (as_picture(Image.new("RGB", PHOTO)), masks))
         write_dataset(Path(folder), [example], ["a", "b"], split=(100, 0, 0))
 
     full = np.ones(PHOTO[::-1], bool)
@@ -320,7 +321,7 @@ def test_memory_does_not_grow_with_the_images(here):
     def load():
         mask = np.zeros((256, 256), bool)
         mask[50:90, 60:99] = True
-        return Image.new("RGB", (256, 256)), {"a": mask}
+        return as_picture(Image.new("RGB", (256, 256))), {"a": mask}
 
     def peak(count):
         items = [Example(f"{number:04}", "", load) for number in range(count)]
