@@ -7,6 +7,7 @@
     python download.py --masks images masks --data mine     # a folder of images, one of masks
     python download.py --masks 'scans/*.jpg' 'scans/*_1stHO.png' --data mine    # patterns, quoted
     python download.py --masks 'scans/*.png' axon='m/*_axon.png' myelin='m/*_myelin.png'  # classes
+    python download.py --masks 'm/{group}/{id}.tif' 'm/{group}/{id}_mask.tif'   # what a path names
     python download.py --masks scan.nii.gz mask.nii.gz --data mine --into test  # NIfTI, or DICOM
     python download.py --masks images masks --data mine --classes 128=cytoplasm,255=nucleus
     python download.py --labelme folder --data mine         # what LabelMe saved
