@@ -58,7 +58,7 @@ def add_arguments(parser):
         type=float,
         nargs=2,
         metavar=("CENTER", "WIDTH"),
-        help="of DICOM or NIfTI values; default: the file's own, or 0.5 to 99.5 %% of a volume",
+        help="of DICOM or volumes; default: the file's own, or 0.5 to 99.5 %% of a volume",
     )
     own.add_argument("--boxes", action="store_true", help="COCO: boxes alone become rectangles")
 
@@ -68,7 +68,7 @@ def _add_sources(own):
         "--masks",
         nargs="+",
         metavar=("IMAGES", "MASKS"),
-        help="a folder of images or NIfTI volumes and one of their masks; two files; or patterns "
+        help="a folder of images or volumes and one of their masks; two files; or patterns "
         "in quotes, in which {id} identifies an image: 'scans/{id}.jpg' 'scans/{id}_mask.png', and "
         "{group} {n} {channel} {class} {part} say what else a path names; a class each by "
         "NAME=MASKS NAME=MASKS, or by '*=masks/*_*.png' named as the last * matches",

@@ -35,7 +35,7 @@ def make_parser(doc):
         "inputs",
         nargs="*",
         metavar="IMAGE|FOLDER",
-        help=f"DICOM, NIfTI, {FORMAT_NAMES}; without one, the tutorial's example image",
+        help=f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}; without one, the tutorial's example image",
     )
     _add_model_flags(parser)
     add = parser.add_argument_group("files").add_argument
@@ -49,7 +49,7 @@ def make_parser(doc):
         type=float,
         nargs=2,
         metavar=("CENTER", "WIDTH"),
-        help="of DICOM or NIfTI values; default: that of the weights, or the file's own, or 0.5 "
+        help="of DICOM or volumes; default: that of the weights, or the file's own, or 0.5 "
         "to 99.5 %% of a volume",
     )
     add(
