@@ -35,7 +35,7 @@ def make_parser(doc):
         "inputs",
         nargs="*",
         metavar="IMAGE|FOLDER",
-        help=f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}; without one, the tutorial's example image",
+        help=f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}; without one, the tutorial's example",
     )
     _add_model_flags(parser)
     add = parser.add_argument_group("files").add_argument
