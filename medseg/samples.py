@@ -362,13 +362,16 @@ def _decode_by_pillow(image):
 
 def _list_pictures(file):
     """[[tifffile's pages of a picture, ...], ...], several where the file calls them channels."""
-    import tifffile  # a quarter of a second, for TIFF files alone
+    import tifffile  # for TIFF files alone
 
     logging.getLogger("tifffile").disabled = True  # it logs what it mends; the rest it raises
     file.seek(0)
     tiff = tifffile.TiffFile(file, _multifile=False)
     if not 0 < len(tiff.pages) <= MAX_PAGES:
         raise ValueError(f"has {len(tiff.pages)} pages, not 1 to {MAX_PAGES}: split it")
+    file.seek(tiff.pages.next_page_offset)
+    if file.read(tiff.tiff.offsetsize) != bytes(tiff.tiff.offsetsize):
+        raise ValueError("is damaged: not all of its pages are there")
     pages = [page for page in tiff.pages if not page.subfiletype & COPY_OR_MASK]
     pages = pages or [tiff.pages[0]]
     if sum(page.imagewidth * page.imagelength for page in pages) > MAX_PAGES_PIXELS:

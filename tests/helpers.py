@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -286,6 +287,23 @@ def save_turned(shown, path, orientation, **options):
     exif[0x0112] = orientation
     stored = np.ascontiguousarray(STORED_TURNED[orientation](np.asarray(shown)))
     Image.fromarray(stored).save(path, exif=exif, **options)
+
+
+def png_bytes(values, size=None):
+    """The bytes of a PNG of uint8 or uint16 (H, W, C): grey, grey and alpha, RGB, RGB and alpha.
+
+    size: another (width, height) that its header claims.
+    """
+    height, width, channels = values.shape
+    order, bits = values.dtype.newbyteorder(">"), 8 * values.itemsize
+    rows = b"".join(b"\0" + row.astype(order).tobytes() for row in values)
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    head = struct.pack(">2I5B", *(size or (width, height)), bits, colour_type, 0, 0, 0)
+    written = b"\x89PNG\r\n\x1a\n"
+    for name, content in {b"IHDR": head, b"IDAT": zlib.compress(rows), b"IEND": b""}.items():
+        written += struct.pack(">I", len(content)) + name + content
+        written += struct.pack(">I", zlib.crc32(name + content))
+    return written
 
 
 NIBABEL_DATA = Path(nibabel.__file__).parent / "tests" / "data"

@@ -3,17 +3,12 @@
 Checked against torchvision, PIL, pycocotools and masks drawn by hand.
 """
 
-import io
-import itertools
 import json
 import math
 import os
 import re
 import shutil
-import struct
 import tracemalloc
-import zlib
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,6 +23,7 @@ from helpers import (
     edit_annotations,
     fork_script,
     output_of,
+    png_bytes,
     rasterize,
     read_rgb,
     save_turned,
@@ -37,7 +33,6 @@ from helpers import (
     write_split,
 )
 from PIL import Image, ImageDraw
-from PIL.TiffImagePlugin import AppendingTiffWriter
 from pycocotools import mask as coco_mask
 
 import data
@@ -52,11 +47,7 @@ from medseg.inference import full_size_masks
 from medseg.planning.audit import audit
 from medseg.predicting.scoring import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
-from medseg.samples import Page, count_pages, pixel_format
-from medseg.sources.mask_values import read_mask
 from medseg.splits import grouped_split, next_training, slice_number
-
-GREY = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))
 
 # ---- annotations -----------------------------------------------------------------------------
 
@@ -229,309 +220,7 @@ def test_training_and_prediction_see_the_same_pixels(split):
     assert torch.equal(images[2], item)
 
 
-# ---- pictures of every kind ------------------------------------------------------------------
-
-
-def test_formats_and_modes(tmp_path):
-    grey, rgb = Image.fromarray(GREY), np.stack([GREY] * 3, 2)
-    pictures = {
-        **{"grey.png": grey, "palette.png": grey.convert("P"), "la.png": grey.convert("LA")},
-        **{name: Image.fromarray(rgb) for name in ("rgb.bmp", "rgb.tif", "a.webp", "b.gif")},
-        "rgba.png": Image.fromarray(rgb).convert("RGBA"),
-        "16bit.png": Image.fromarray(GREY.astype(np.uint16) * 257),
-        "16bit.tif": Image.fromarray(GREY.astype(np.uint16) * 257),
-        "float.tif": Image.fromarray(GREY.astype(np.float32) / 255),
-        "32bit.tif": Image.fromarray(GREY.astype(np.int32)),
-    }
-    for name, picture in pictures.items():
-        picture.save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
-        image = read_rgb(tmp_path / name)
-        np.testing.assert_array_equal(image, rgb, err_msg=name)
-    Image.fromarray(rgb).save(tmp_path / "photo.jpg", quality=95)
-    photo = read_rgb(tmp_path / "photo.jpg").astype(int)
-    assert np.abs(photo - rgb).max() < 12
-    Image.fromarray(rgb).convert("1").save(tmp_path / "bilevel.png")
-    assert set(np.unique(read_rgb(tmp_path / "bilevel.png"))) == {0, 255}
-
-
-# ---- 16 bits a colour, and formats, by bytes that are written here ---------------------------
-
-
-def lzw(content):
-    """TIFF's LZW without any compression: codes of 9 bits, the table cleared before it grows."""
-    codes = []
-    for place in range(0, len(content), 200):
-        codes += [256, *content[place : place + 200]]
-    bits = "".join(f"{code:09b}" for code in [*codes, 257])
-    bits += "0" * (-len(bits) % 8)
-    return int(bits, 2).to_bytes(len(bits) // 8, "big")
-
-
-COMPRESSIONS = {1: bytes, 5: lzw, 8: zlib.compress}  # by TIFF's numbers
-
-
-def tiff(values, order, compression, planar, extra=(), start=0):
-    """The bytes of a TIFF of uint16 (H, W, C), a strip for every two rows of each plane.
-
-    start: of the bytes in the file.
-    """
-    height, width, channels = values.shape
-    planes = values.transpose(2, 0, 1) if planar else [values]
-    parts = [plane[top : top + 2] for plane in planes for top in range(0, height, 2)]
-    strips = [COMPRESSIONS[compression](part.astype(order + "u2").tobytes()) for part in parts]
-    body, offsets = b"", []
-    for strip in strips:
-        offsets.append(start + 8 + len(body))
-        body += strip
-    tags = {256: [width], 257: [height], 258: [16] * channels, 259: [compression], 262: [2]}
-    tags |= {273: offsets, 277: [channels], 278: [2], 279: list(map(len, strips))}
-    tags |= {284: [1 + planar]} | ({338: extra} if extra else {})
-    directory = struct.pack(order + "H", len(tags))
-    behind = start + 8 + len(body) + 2 + 12 * len(tags) + 4
-    longer = b""
-    for tag, own in tags.items():
-        packed = struct.pack(f"{order}{len(own)}I", *own)
-        place = packed if len(own) == 1 else struct.pack(order + "I", behind + len(longer))
-        longer += packed if len(own) > 1 else b""
-        directory += struct.pack(order + "HHI", tag, 4, len(own)) + place
-    header = (b"II" if order == "<" else b"MM") + struct.pack(
-        order + "HI", 42, start + 8 + len(body)
-    )
-    return header + body + directory + bytes(4) + longer
-
-
-def png(values, size=None):
-    """The bytes of a PNG of uint8 or uint16 (H, W, C): grey, grey and alpha, RGB, RGB and alpha.
-
-    size: another (width, height) that its header claims.
-    """
-    height, width, channels = values.shape
-    order, bits = values.dtype.newbyteorder(">"), 8 * values.itemsize
-    rows = b"".join(b"\0" + row.astype(order).tobytes() for row in values)
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    head = struct.pack(">2I5B", *(size or (width, height)), bits, colour_type, 0, 0, 0)
-    chunks = {b"IHDR": head}
-    chunks |= {b"IDAT": zlib.compress(rows), b"IEND": b""}
-    written = b"\x89PNG\r\n\x1a\n"
-    for name, content in chunks.items():
-        written += struct.pack(">I", len(content)) + name + content
-        written += struct.pack(">I", zlib.crc32(name + content))
-    return written
-
-
-@pytest.mark.parametrize("bits", [8, 12, 16])
-def test_16_bit_colours_are_scaled_as_grey_is(tmp_path, bits):
-    """Of every byte order, compression and arrangement, like the red channel saved as grey."""
-    white = 2**bits - 1
-    values = np.random.default_rng(bits).integers(0, white + 1, (7, 5, 4), dtype=np.uint16)
-    values[3, 3], values[..., 3] = white, white
-    rgb, files = values[..., :3], {}
-    for order, compression, planar in itertools.product("<>", COMPRESSIONS, (False, True)):
-        name = f"{ord(order)}_{compression}_{planar}"
-        files[f"{name}.tif"] = tiff(rgb, order, compression, planar)
-        files[f"{name}_alpha.tif"] = tiff(values, order, compression, planar, extra=[2])
-    files |= {"rgb.png": png(rgb), "rgba.png": png(values)}
-    expected = (rgb * (255 / white)).round().astype(np.uint8)
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-        np.testing.assert_array_equal(read_rgb(tmp_path / name), expected, err_msg=name)
-        assert pixel_format(tmp_path / name).startswith("16-bit RGB")
-    np.testing.assert_array_equal(read_rgb(io.BytesIO(files["rgb.png"])), expected)
-    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
-    assert pixel_format(tmp_path / "grey.png") == "16-bit grey"
-    grey = read_rgb(tmp_path / "grey.png")[..., 0]
-    np.testing.assert_array_equal(grey, expected[..., 0])
-    (tmp_path / "la.png").write_bytes(png(values[..., [0, 3]]))
-    np.testing.assert_array_equal(read_rgb(tmp_path / "la.png")[..., 0], grey)
-
-
-def test_pages_of_16_bit_colours(tmp_path):
-    """The directory of the first page leads to that of the second."""
-    values = np.random.default_rng(3).integers(0, 65536, (2, 7, 5, 3), dtype=np.uint16)
-    for order, compression, planar in itertools.product("<>", COMPRESSIONS, (False, True)):
-        first = bytearray(tiff(values[0], order, compression, planar))
-        second = tiff(values[1], order, compression, planar, start=len(first))
-        (directory,) = struct.unpack_from(order + "I", first, 4)
-        (entries,) = struct.unpack_from(order + "H", first, directory)
-        place = directory + 2 + 12 * entries
-        first[place : place + 4] = second[4:8]
-        path = tmp_path / f"{ord(order)}_{compression}_{planar}.tif"
-        path.write_bytes(bytes(first) + second)
-        assert count_pages(path) == 2
-        for number in range(2):
-            expected = (values[number] * (255 / 65535)).round().astype(np.uint8)
-            read = read_rgb(Page(path, number))
-            np.testing.assert_array_equal(read, expected, err_msg=f"{path.name} {number}")
-
-
-@pytest.mark.parametrize("planar", [False, True])
-def test_16_bit_colours_are_divided_by_the_alpha_they_were_multiplied_by(tmp_path, planar):
-    values = np.full((4, 4, 4), 60000, np.uint16)
-    values[1], values[2] = (8000, 4000, 2000, 16384), 0  # a quarter opaque, and not at all
-    (tmp_path / "a.tif").write_bytes(tiff(values, "<", 1, planar, extra=[1]))
-    pixels = read_rgb(tmp_path / "a.tif")
-    assert pixels[0, 0].tolist() == [255] * 3 and pixels[2, 0].tolist() == [0] * 3
-    assert pixels[1, 0].tolist() == [125, 62, 31]  # 4 x 8000 of 65535, ...
-
-
-# name: (bytes of 3 x 2 pixels, the red ones)
-PNM = {
-    "a.ppm": (b"P6 3 2 255\n" + bytes(range(18)), [0, 3, 6, 9, 12, 15]),
-    "b.ppm": (b"P6\n# by hand\n3 2\n100\n" + bytes(range(0, 90, 5)), [0, 38, 76, 115, 153, 191]),
-    "c.ppm": (b"P6 3 2 65535\n" + bytes([8, 0] * 15 + [15, 255] * 3), [128] * 5 + [255]),
-    "d.pgm": (b"P5 3 2 255\n" + bytes(range(6)), [0, 1, 2, 3, 4, 5]),
-    "e.pgm": (b"P5 3 2 4095\n" + bytes([4, 0] * 6), [64] * 6),
-    "f.pgm": (b"P5 3 2 65535\n" + bytes([8, 0] * 5 + [15, 255]), [128] * 5 + [255]),
-    "g.pgm": (b"P2 3 2 10 # ten\n0 1 2\n10 5 10", [0, 26, 51, 255, 128, 255]),
-    "h.ppm": (b"P3 3 2 1\n1 1 1 0 0 0 1 1 1\n0 0 0 1 1 1 0 0 0\n", [255, 0, 255, 0, 255, 0]),
-    "i.pbm": (b"P4 3 2\n\x40\xa0", [255, 0, 255, 0, 255, 0]),
-    "j.pnm": (b"P5 3 2 255\n" + bytes(range(6)), [0, 1, 2, 3, 4, 5]),
-}
-
-
-@pytest.mark.parametrize("name", PNM)
-def test_pnm_is_scaled_from_the_range_that_it_names(tmp_path, name):
-    content, red = PNM[name]
-    (tmp_path / name).write_bytes(content)
-    assert read_rgb(tmp_path / name)[..., 0].ravel().tolist() == red
-    bits = {"c.ppm": 16, "e.pgm": 16, "f.pgm": 16, "i.pbm": 1}.get(name, 8)
-    assert pixel_format(tmp_path / name).startswith(f"{bits}-bit")
-    for damaged in (content.rstrip()[:-2], content[:6]):
-        (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(ValueError, match=name) as caught:
-            read_rgb(tmp_path / name)
-        assert "reshape" not in str(caught.value)  # it says what is wrong with the file
-
-
-@pytest.mark.parametrize("value", ["x", "-1", "10", "1.5"])
-def test_text_that_is_no_pgm(tmp_path, value):
-    (tmp_path / "a.pgm").write_text(f"P2 2 1 9 3 {value}")
-    with pytest.raises(ValueError, match="a.pgm"):
-        read_rgb(tmp_path / "a.pgm")
-
-
-@pytest.mark.parametrize("suffix", [".webp", ".gif"])
-def test_animations_are_refused(tmp_path, suffix):
-    moving = tmp_path / f"moving{suffix}"
-    Image.fromarray(GREY).save(moving, save_all=True, append_images=[Image.fromarray(255 - GREY)])
-    with pytest.raises(ValueError, match=f"{moving.name}.*2 pictures"):
-        read_rgb(moving)
-    moving.write_bytes(moving.read_bytes()[:90])
-    with pytest.raises(ValueError, match=moving.name):
-        read_rgb(moving)
-
-
-def test_a_million_pages_are_not_counted(tmp_path):
-    picture = b"\x2c" + bytes(4) + b"\1\0\1\0\0" + b"\x02\x02\x44\x01\x00"
-    head = b"GIF89a\1\0\1\0\x80\0\0" + bytes(6)
-    (tmp_path / "many.gif").write_bytes(head + picture * 300_000 + b";")
-    with mock.patch("PIL.GifImagePlugin.GifImageFile.n_frames", property(lambda _: 1 / 0)):
-        with pytest.raises(ValueError, match="many.gif"):
-            read_rgb(tmp_path / "many.gif")
-
-
-def test_a_file_too_large_for_one_picture_is_not_opened(tmp_path):
-    with open(tmp_path / "a.webp", "wb") as file:
-        file.write(b"RIFF\0\0\0\0WEBPVP8 ")
-        file.truncate(3 << 30)  # of zeros, which take no space
-    with mock.patch.object(Image, "open", side_effect=AssertionError("opened")):
-        with pytest.raises(ValueError, match="a.webp: larger"):
-            read_rgb(tmp_path / "a.webp")
-
-
-def test_masks_of_every_format_keep_their_values(tmp_path):
-    values = np.random.default_rng(0).integers(0, 4, (9, 12)).astype(np.uint8)
-    grey = Image.fromarray(values)
-    files = {
-        "a.pgm": b"P5 12 9 3\n" + values.tobytes(),
-        "b.pgm": b"P2 12 9 3\n" + " ".join(map(str, values.ravel())).encode(),
-        "c.pgm": b"P5 12 9 300\n" + values.astype(">u2").tobytes(),
-        "d.tif": tiff(np.stack([values] * 3, 2).astype(np.uint16), "<", 1, True),
-        "e.png": png(np.stack([values] * 3, 2) * np.uint16(257)),
-        "f.png": png(np.stack([values, np.full_like(values, 255)], 2) * np.uint16(257)),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    grey.save(tmp_path / "g.webp", lossless=True)
-    grey.save(tmp_path / "h.gif")
-    grey.convert("RGB").save(tmp_path / "i.ppm")
-    for path in sorted(tmp_path.iterdir()):
-        kind, read = read_mask(path)
-        colour = path.name in ("d.tif", "e.png", "g.webp", "i.ppm")
-        assert kind == ("colour" if colour else "grey"), path.name
-        factor = 0x010101 if colour else 257 if path.name == "f.png" else 1
-        np.testing.assert_array_equal(read, values.astype(int) * factor, err_msg=path.name)
-    clear = np.stack([values, np.zeros_like(values)], 2).astype(np.uint16)
-    (tmp_path / "f.png").write_bytes(png(clear))
-    assert not read_mask(tmp_path / "f.png")[1].any()  # all of it is transparent
-    (tmp_path / "d.tif").write_bytes(tiff(np.full((2, 2, 3), 300, np.uint16), "<", 1, False))
-    with pytest.raises(ValueError, match="d.tif.*16 bits"):
-        read_mask(tmp_path / "d.tif")
-
-
 # ---- pictures that are stored turned (EXIF) --------------------------------------------------
-
-
-def with_exif(content, orientation):
-    """The bytes of a PNG with an eXIf chunk behind its pixels, where the format allows it too."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    chunk = b"eXIf" + exif.tobytes(8)[6:]
-    packed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return content[:-12] + packed + content[-12:]  # 12: IEND
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
-    shown = np.random.default_rng(orientation).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-    for suffix in (".png", ".webp", ".tif"):
-        path = tmp_path / f"a{suffix}"
-        options = {"lossless": True} if suffix == ".webp" else {}
-        save_turned(shown[..., 0], path, orientation, **options)
-        np.testing.assert_array_equal(read_rgb(path)[..., 1], shown[..., 0])
-        np.testing.assert_array_equal(read_mask(path)[1] & 255, shown[..., 0])
-        save_turned(shown, path, orientation, **options)
-        np.testing.assert_array_equal(read_rgb(path), shown, err_msg=suffix)
-        encoding, codes = read_mask(path)
-        assert encoding == "colour"
-        np.testing.assert_array_equal(codes, shown.astype(int) @ (65536, 256, 1), err_msg=suffix)
-    save_turned(shown, tmp_path / "a.jpg", orientation, quality=95)
-    inverse = {6: 8, 8: 6}.get(orientation, orientation)  # turns a picture back
-    expected = STORED_TURNED[inverse](np.asarray(Image.open(tmp_path / "a.jpg")))  # of the file
-    picture = read_rgb(tmp_path / "a.jpg")
-    np.testing.assert_array_equal(picture, expected)
-    grey = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 60
-    for name, values in {"grey": grey[..., None], "rgb": np.stack([grey] * 3, 2)}.items():
-        path, stored = tmp_path / f"{name}.png", STORED_TURNED[orientation](values)
-        path.write_bytes(with_exif(png(stored), orientation))
-        pixels = read_rgb(path)[..., 0]
-        np.testing.assert_array_equal(pixels, (grey * (255 / 65535)).round())
-    np.testing.assert_array_equal(read_mask(tmp_path / "grey.png")[1], grey)
-    codes = STORED_TURNED[orientation](shown) * np.uint16(257)
-    (tmp_path / "rgb.png").write_bytes(with_exif(png(codes), orientation))
-    np.testing.assert_array_equal(
-        read_mask(tmp_path / "rgb.png")[1], shown.astype(int) @ (65536, 256, 1)
-    )
-
-
-def test_a_damaged_png_is_refused_though_its_exif_is_looked_for(tmp_path):
-    """Pillow looks for it behind the pixels, and forgets the damage that it met on the way."""
-    content = bytearray(png(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)))
-    content[900] ^= 255
-    (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ValueError, match="a.png"):
-        read_rgb(tmp_path / "a.png")
-
-
-def test_pages_of_a_tiff_have_their_own_orientation(tmp_path):
-    shown = np.random.default_rng(0).integers(0, 256, (3, 9, 14), dtype=np.uint8)
-    with AppendingTiffWriter(tmp_path / "a.tif", True) as file:
-        for orientation, page in zip((6, 1, 3), shown, strict=True):
-            save_turned(page, file, orientation, format="TIFF")
-            file.newFrame()
-    for number, expected in enumerate(shown):
-        read = read_rgb(Page(tmp_path / "a.tif", number))
-        np.testing.assert_array_equal(np.asarray(read)[..., 0], expected)
 
 
 def turned_data_set(root, size, orientation, *, recorded_as_stored=False):
@@ -630,18 +319,6 @@ def test_lossy_webp_masks_are_cut_at_half_as_jpeg_is(tmp_path, refused, alpha):
     refused("download", *command, words=["a.webp"])
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-@pytest.mark.parametrize("profile", [b"", b"odd", b"even"])
-def test_lossy_webp_is_told_by_whatever_chunks_it_has(tmp_path, mode, profile):
-    """A profile lies before the pixels, and a chunk of odd length has a byte of padding."""
-    mask = Image.fromarray(np.eye(40, dtype=np.uint8) * 255).convert(mode)
-    for name, lossless in (("lossy", False), ("lossless", True)):
-        path = tmp_path / f"{name}.webp"
-        mask.save(path, lossless=lossless, icc_profile=profile)
-        assert (b"ICCP" in path.read_bytes()) == bool(profile)
-        assert read_mask(path)[0] == ("colour" if lossless else "lossy WebP")
-
-
 def test_a_data_set_of_new_formats_trains_and_predicts(tmp_path, no_pictures):
     rng = np.random.default_rng(0)
     saved = {".ppm": {}, ".webp": {"lossless": True}, ".gif": {}, ".pgm": {}}
@@ -728,25 +405,6 @@ def test_a_link_to_a_regular_file_is_read(tmp_path):
     Image.new("L", (9, 9), 70).save(tmp_path / "a.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
     assert read_rgb(tmp_path / "link.png")[0, 0, 0] == 70
-
-
-def test_pictures_that_are_refused(tmp_path):
-    frames = [Image.new("L", (64, 64)) for _ in range(2)]
-    frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
-    (tmp_path / "text.png").write_text("not a picture")
-    (tmp_path / "empty.jpg").touch()
-    Image.effect_noise((200, 200), 50).save(tmp_path / "complete.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:3000])
-    (tmp_path / "bomb.png").write_bytes(png(GREY[..., None], size=(40_000, 40_000)))
-    # Above the limit from which on Pillow warns, below the one from which on it refuses.
-    (tmp_path / "big.png").write_bytes(png(GREY[..., None], size=(10_000, 10_000)))
-    for name in ("stack.tif", "text.png", "empty.jpg", "cut.jpg", "bomb.png", "big.png"):
-        with pytest.raises(ValueError, match=name):
-            read_rgb(tmp_path / name)
-    with pytest.raises(ValueError, match="folder"):
-        read_rgb(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nothing.png"):
-        read_rgb(tmp_path / "nothing.png")
 
 
 # ---- the cache -------------------------------------------------------------------------------
@@ -903,6 +561,7 @@ def update(key, index, **values):
 
 
 # name: (a function that spoils the data set, what the message names, ...)
+PNG = png_bytes(np.zeros((40, 50, 1), np.uint8))
 BAD = {
     "no folder": (remove(""), "dataset:", "download.py"),
     "no split": (remove("valid"), "valid"),
@@ -919,8 +578,16 @@ BAD = {
     "of no image": (update("annotations", 1, image_id=99), "image_id 99"),
     "empty split": (edit(lambda content: content.update(images=[], annotations=[])), ANNOTATIONS),
     "image missing": (rewrite("3_train.png", None), "3_train.png"),
-    "image truncated": (rewrite("3_train.png", png(GREY[..., None])[:200]), "3_train.png"),
-    "another size": (rewrite("3_train.png", png(GREY[..., None])), "3_train.png", "50x40", "48x48"),
+    "image truncated": (
+        rewrite("3_train.png", PNG[:200]),
+        "3_train.png",
+    ),
+    "another size": (
+        rewrite("3_train.png", PNG),
+        "3_train.png",
+        "50x40",
+        "48x48",
+    ),
     "size of terabytes": (update("images", 3, width=10**7, height=10**7), "10000000x10000000"),
     "climbs out": (update("images", 3, file_name="../../secret.png"), "../../secret.png"),
     "absolute": (update("images", 3, file_name="/etc/passwd"), "/etc/passwd"),

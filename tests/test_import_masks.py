@@ -54,10 +54,10 @@ def colours(values, mode="RGB"):
 COLOURS = [(0, 0, 0), (0, 0, 255), (255, 0, 0), (255, 255, 255)]
 
 
-def with_alpha(m):
-    """White everywhere, and transparent where it is background."""
-    rgba = np.full((*m.shape, 4), 255, np.uint8)
-    rgba[m == 0, 3] = 0
+def with_alpha(m, colour=255):
+    """Of one colour everywhere, and transparent where it is background."""
+    rgba = np.full((*m.shape, 4), colour, np.uint8)
+    rgba[..., 3] = np.where(m == 0, 0, 255)
     return Image.fromarray(rgba)
 
 
@@ -88,6 +88,10 @@ ENCODINGS = {  # suffix, image of a label map, class names
     "RGB": (".png", colours(COLOURS), ["#0000ff", "#ff0000", "#ffffff"]),
     "RGBA": (".png", colours(COLOURS, "RGBA"), ["#0000ff", "#ff0000", "#ffffff"]),
     "alpha": (".png", with_alpha, FOREGROUND),
+    "alpha of black": (".png", lambda m: with_alpha(m, 0), FOREGROUND),
+    "GIF of RGB": (".gif", colours([(0, 0, 0), (255, 255, 255)]), FOREGROUND),
+    "GIF of RGBA": (".gif", colours([(0, 0, 0), (255, 255, 255)], "RGBA"), FOREGROUND),
+    "palette, white first": (".png", palette([1, 0], [(255, 255, 255), (0, 0, 0)]), FOREGROUND),
 }
 
 
@@ -107,6 +111,17 @@ def test_masks_come_back_bit_for_bit(here, case):
     categories = annotations("train")["categories"]
     assert [category["id"] for category in categories] == list(range(1, len(names) + 1))
     assert Path("dataset/train/0.png").read_bytes() == Path("images/0.png").read_bytes()
+
+
+def test_alpha_of_a_black_mask_beside_others_is_no_mask(here):
+    label_map = labels(1)
+    save_pair("a", with_alpha(label_map, 0))
+    assert "opaque" in run_download(*MASKS)
+    assert_array_equal(stored()["a"]["foreground"], label_map == 1)
+    save_pair("b", colours([(0, 0, 0), (7, 200, 0)])(label_map))
+    assert "opaque" not in run_download(*MASKS, "--force")
+    assert not stored()["a"]
+    assert_array_equal(stored()["b"]["foreground"], label_map == 1)
 
 
 def blob():

@@ -138,7 +138,7 @@ def whole_numbers(values, path):
         whole = np.round(values)
         with np.errstate(invalid="ignore"):
             close = np.abs(values - whole) <= ROUNDING * np.maximum(np.abs(whole), 1)
-        if not close.all() or np.abs(whole).max() > MAX_WHOLE:
+        if not close.all() or float(np.abs(whole).max()) > MAX_WHOLE:
             raise ValueError("holds fractions: a mask needs whole numbers")
         if (whole != values).any():
             _warn_of_rounding(os.path.dirname(path))

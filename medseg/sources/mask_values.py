@@ -12,8 +12,10 @@ No mask says so, and all are looked at first. Where --classes gives no values:
   or 255; and for few values, such as 0, 64, 128, 191, 255, that lie along edges: `is_averaged`.
 - Masks of 0 and 1 beside masks of 0 and 255 are of one class.
 - Palette masks count by index, not by colour, and index 255 beside other classes is background:
-  PASCAL VOC's "ignore".
-- A pixel whose alpha is below half is background.
+  PASCAL VOC's "ignore". Where the order of the palette is that of the writer, they count by colour:
+  in GIF files, and where black has an index but 0 is another colour.
+- A pixel whose alpha is below half is background. Where the colours of all masks are black, what is
+  opaque is foreground.
 - The values of volumes are class numbers: no volume is cut at half.
 
 Masks of several encodings may be mixed where each has one foreground value. Where --classes gives
@@ -176,7 +178,8 @@ def classes_of_counts(counted, folder, names=None, *, invert=False, palette_colo
     one_name = chosen.only_rest if chosen else not names or (len(names) == 1 and names != [EACH])
     full = tally.merge_full() if one_name else {}
     cut = {encoding for encoding in tally.counts_of if _is_cut(encoding, tally, chosen)}
-    warnings = [line for encoding in sorted(cut) for line in tally.cut_at_half(encoding)]
+    warnings = tally.use_alpha()
+    warnings += [line for encoding in sorted(cut) for line in tally.cut_at_half(encoding)]
     warnings += full.values()
     named_zero = chosen and chosen.classes_of(chosen.entries_of("grey", 0))
     if not tally.foreground() and not invert and not named_zero:  # of healthy images

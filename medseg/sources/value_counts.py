@@ -87,6 +87,19 @@ class Tally:
                 grey[code & 255] += pixels
             self.edges["grey"] += self.edges.pop("colour")
 
+    def use_alpha(self):
+        """Count masks that are black everywhere by their alpha, or as empty beside others.
+
+        Returns the lines of warning.
+        """
+        shown = self.counts_of.get("alpha")
+        if not shown:
+            return []
+        if any(encoding != "alpha" for encoding, _ in self.foreground()):
+            self.counts_of["alpha"] = Counter({0: shown.total()})
+            return []
+        return [f"{self.folder}: the masks are black everywhere: what is opaque is foreground"]
+
     def merge_full(self):
         """Count as 255 the values of masks that hold 0 and one of FULL each, not all the same.
 
