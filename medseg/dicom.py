@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from medseg.files import import_reader, is_dicom, name_file
 from medseg.samples import pixel_limit, too_many_pixels
 from medseg.settings import is_spacing, window_limits, window_to_uint8
 
+JPEG = "1.2.840.10008.1.2.4."  # transfer syntaxes of all its kinds begin so
 MAX_INFLATED_BYTES = 512 << 20  # of a deflated file
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
@@ -157,18 +158,11 @@ class DicomFrames(Sequence):
     def _own_limits(self, index):
         """(low, high) of the first window that the file gives for a frame, or None."""
         header = self._macro("FrameVOILUTSequence", index)
-        window = []
-        for keyword in ("WindowCenter", "WindowWidth"):
-            value = header.get(keyword)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                value = value[0] if value else None
-            window.append(value)
-        if None in window:
-            return None
-        try:
+        values = (header.get(keyword) for keyword in ("WindowCenter", "WindowWidth"))
+        window = [value[0] if isinstance(value, MutableSequence) else value for value in values]
+        with suppress(ValueError, TypeError, IndexError):  # missing, or a width of 0
             return window_limits(window)
-        except ValueError:  # a width of 0, as some files have where there is no window
-            return None
+        return None
 
     def _macro(self, sequence, index):
         """Where the values for a frame are: its own or the shared group, or the header itself."""
@@ -311,17 +305,14 @@ def _check_decoder(syntax, header):
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise ValueError(f"its transfer syntax, {syntax.name}, is not supported") from None
-    jpeg_12_bits = syntax == "1.2.840.10008.1.2.4.51" and header.get("BitsStored", 8) > 8
+    jpeg_12_bits = syntax == JPEG + "51" and header.get("BitsStored", 8) > 8
     if jpeg_12_bits and "pylibjpeg" not in decoder.available_plugins:
         raise ValueError(
             "JPEG of 12 bits has one decoder, under the GPLv3: convert the file with `dcmdjpeg`, "
             "or run `pip install pylibjpeg pylibjpeg-libjpeg`"
         )
-    if decoder.is_available:
-        return
-    packages = "python-gdcm"
-    if syntax.startswith("1.2.840.10008.1.2.4.8"):  # JPEG-LS
-        packages = "pyjpegls"
-    elif syntax.startswith("1.2.840.10008.1.2.4.20"):  # JPEG 2000, high throughput
-        packages = "pylibjpeg pylibjpeg-openjpeg"
-    raise ValueError(f"no decoder for {syntax.name}: run `pip install {packages}`")
+    if not decoder.is_available:
+        packages = {"8": "pyjpegls", "20": "pylibjpeg pylibjpeg-openjpeg"}  # JPEG-LS, HTJ2K
+        packages = [own for end, own in packages.items() if syntax.startswith(JPEG + end)]
+        command = f"pip install {(*packages, 'python-gdcm')[0]}"
+        raise ValueError(f"no decoder for {syntax.name}: run `{command}`")

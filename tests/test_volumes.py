@@ -39,7 +39,8 @@ from medseg.drawing import class_colors, montage, overlay
 from medseg.files import base_name, file_format
 from medseg.predicting.inputs import expand, open_file
 from medseg.settings import window_limits, window_to_uint8
-from medseg.volumes import is_sealed_mask, open_volume, stack_volumes, write_mask
+from medseg.volume_files import is_sealed_mask
+from medseg.volumes import open_volume, stack_volumes, write_mask
 
 
 def refuse(read, path, *words):

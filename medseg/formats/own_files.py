@@ -3,7 +3,7 @@
 import re
 
 from medseg.files import VOLUME_SUFFIXES, base_name, check_replaceable, is_sealed, read_json
-from medseg.volumes import is_sealed_mask
+from medseg.volume_files import is_sealed_mask
 
 TABLE, SETTINGS, COCO = "predictions.csv", "predictions.json", "predictions.coco.json"
 REPORT = "report.json"

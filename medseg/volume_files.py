@@ -1,0 +1,268 @@
+"""Files of volumes: their headers, whatever the format, and the masks that are written.
+
+NIfTI by nibabel, NRRD and MetaImage by SimpleITK, DICOM series by `medseg.dicom`. The libraries are
+optional, and imported when used.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import importlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from medseg import dicom
+from medseg.files import ITK_SUFFIXES, import_reader, name_file, nifti_version
+
+MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
+UNITS = {1: 1e3, 2: 1.0, 3: 1e-3}  # mm of a metre, millimetre, micrometre, by their codes
+LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])  # between the axes of DICOM and ITK and those of NIfTI
+
+
+class Header(NamedTuple):
+    """What the header of a file says of its volume, whatever the format; all as it is stored.
+
+    shape: of two axes or more; spacing: of three, in units of so many mm; is_told: whether the
+    file gives one. read(): the voxels. has_vectors: whether what comes after three axes is certain
+    to be channels. nifti: nibabel's header. seal: by which `write_mask` marks a file.
+    """
+
+    shape: tuple
+    affine: np.ndarray  # (4, 4)
+    spacing: Sequence
+    read: Callable
+    nifti: object
+    unit: float = 1.0
+    is_told: bool = True
+    slope: float = 1.0
+    intercept: float = 0.0
+    inverted: bool = False  # MONOCHROME1 of DICOM: low is bright
+    has_vectors: bool = False
+    seal: bytes = b""
+
+
+def read_header(path):
+    """The Header of the volume at a Path; ValueError where it cannot be true."""
+    if path.is_dir():
+        return _read_series(path)
+    if path.name.lower().endswith(ITK_SUFFIXES):
+        return _read_itk(path)
+    return _read_nifti(path)
+
+
+def _check_claim(shape, dtype):
+    """The bytes of voxels of this shape and type; ValueError where there can be none."""
+    said, size = " x ".join(map(str, shape)), math.prod(map(int, shape)) * dtype.itemsize
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(f"holds no volume: its shape is {said or 'missing'}")
+    if dtype.kind not in "iuf":
+        raise ValueError(f"its voxels are {dtype.name}: only real numbers can be shown as grey")
+    if size > MAX_VOLUME_BYTES:
+        raise ValueError(f"claims {size / 2**30:.0f} GiB ({said}): more than 4 GiB")
+    return size
+
+
+def _read_nifti(path):
+    """The Header of a NIfTI file, compressed or not, whatever its suffix."""
+    nibabel = import_reader("nibabel", "NIfTI")
+    nibabel.imageglobals.logger.disabled = True  # it writes on stderr what it mends in a header
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if compressed else open(path, "rb") as file:
+        head = file.read(540)
+    version = nifti_version(head)
+    if version is None:
+        raise ValueError("not a NIfTI file (.nii or .nii.gz, header and voxels in one)")
+    make = nibabel.Nifti1Header if version == 1 else nibabel.Nifti2Header
+    header, unmended = (make(head[: make.sizeof_hdr], check=check) for check in (True, False))
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    offset = header.get_data_offset()
+    size = offset + _check_claim(shape, dtype)
+
+    def read():
+        if compressed:
+            with gzip.open(path) as file:
+                content = file.read(size + 1)  # to its end, where the checksum is
+        else:
+            content = np.memmap(path, np.uint8, "r")
+        if len(content) < size:
+            raise ValueError(f"is cut short: {size - len(content)} bytes of voxels are missing")
+        return np.ndarray(shape, dtype, content, offset, order="F")
+
+    slope, intercept = header.get_slope_inter()
+    return Header(
+        shape,
+        header.get_best_affine(),
+        [*header.get_zooms(), 1, 1][:3],
+        read,
+        header,
+        unit=UNITS.get(int(header["xyzt_units"]) & 7, 1.0),
+        is_told=bool((np.abs(unmended["pixdim"][1:4]) > 0).all()),  # nibabel makes 1 of 0
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+        seal=bytes(header["descrip"]).rstrip(b"\0"),
+    )
+
+
+def _make_nifti(shape, affine):
+    """nibabel's header for a volume in mm that came from a file of another format."""
+    header = import_reader("nibabel", "volumes").Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_qform(affine, 1)
+    header.set_sform(affine, 1)
+    header.set_xyzt_units("mm")
+    return header
+
+
+def _read_series(folder):
+    """The Header of a folder with a DICOM series."""
+    slices, affine, spacing = dicom.open_series(folder)
+    header = slices[0][0].header
+    shape = header.Columns, header.Rows, len(slices)
+    _check_claim(shape, np.dtype(np.float32))
+
+    def read():
+        voxels = np.empty(shape, np.float32, order="F")
+        for place, (frames, index) in enumerate(slices):
+            voxels[..., place] = frames.values(index).T
+        return voxels
+
+    inverted = slices[0][0].photometric == "MONOCHROME1"
+    return Header(shape, affine, spacing, read, _make_nifti(shape, affine), inverted=inverted)
+
+
+def _read_itk(path):
+    """The Header of an NRRD or MetaImage file."""
+    itk, is_nrrd = import_reader("SimpleITK", "NRRD and MetaImage"), path.suffix.lower()[1] == "n"
+    fields, data, start = _read_fields(path, ":" if is_nrrd else "=")
+    needed = "type sizes" if is_nrrd else "ndims dimsize elementtype elementdatafile"
+    if missing := {*needed.split()} - fields.keys():
+        raise ValueError(f"not an NRRD or MetaImage file: its header has no {min(missing)}")
+    reader = itk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")
+    reader.SetFileName(str(path))
+    with _no_itk_words():
+        reader.ReadImageInformation()
+    ndim, vectors = reader.GetDimension(), reader.GetNumberOfComponents()
+    shape = (*reader.GetSize(), *((1,) * (3 - ndim)), *((vectors,) if vectors > 1 else ()))
+    one_voxel = itk.Image([1] * ndim, reader.GetPixelID(), vectors)
+    size = _check_claim(shape, itk.GetArrayViewFromImage(one_voxel).dtype)
+    packed = fields.get("encoding", "raw") != "raw" or fields.get("binarydata", "true") != "true"
+    missing = size - (data.stat().st_size - start)
+    if missing > 0 and not packed and fields.get("compresseddata", "false") == "false":
+        raise ValueError(f"is cut short: {missing} bytes of voxels are missing")
+    affine, axes = np.eye(4), min(ndim, 3)
+    spacing = [*reader.GetSpacing(), 1, 1][:3]
+    direction = np.reshape(reader.GetDirection(), (ndim, ndim))[:axes, :axes]
+    affine[:axes, :axes], affine[:axes, 3] = direction, reader.GetOrigin()[:axes]
+    affine[:3, :3] *= spacing
+    affine = LPS_TO_RAS @ affine
+
+    def read():
+        with _no_itk_words():
+            voxels = itk.GetArrayFromImage(reader.Execute())
+        return (voxels if vectors == 1 else np.moveaxis(voxels, -1, 0)).T.reshape(shape, order="F")
+
+    sizes = {"space directions", "spacings", "elementspacing", "elementsize"}
+    return Header(
+        shape,
+        affine,
+        spacing,
+        read,
+        _make_nifti(reader.GetSize(), affine),
+        is_told=bool(sizes & fields.keys()),
+        has_vectors=vectors > 1,
+        seal=fields.get("medseg", "").lstrip("=").encode(),
+    )
+
+
+@contextlib.contextmanager
+def _no_itk_words():
+    """Its errors name its own source files, in many lines."""
+    try:
+        yield
+    except RuntimeError:
+        raise ValueError("not an NRRD or MetaImage file, or a damaged one") from None
+
+
+def _read_fields(path, sign):
+    """(fields of the header of an NRRD or MetaImage file, in lower case, file of voxels, offset).
+
+    Raises ValueError where the voxels lie in several files, or outside the folder of the header.
+    """
+    fields, name = {}, None
+    with open(path, "rb") as file:
+        while name is None and (line := file.readline(1 << 16).decode("latin-1").strip()):
+            key, _, value = map(str.strip, line.partition(sign))
+            fields[key.lower()] = value.lower()
+            name = value if key.lower() == "elementdatafile" else None
+            if key.lower() in ("data file", "datafile"):
+                fields["data file"] = value
+        start = file.tell()
+    name = name or fields.get("data file", "local")
+    if name.lower() == "local":
+        return fields, path, start
+    folder, data = os.path.realpath(path.parent), os.path.realpath(path.parent / name)
+    if "%" in name or name.startswith("LIST"):
+        raise ValueError(f"its voxels lie in several files ({name}): save it as one .nrrd or .mha")
+    if os.path.commonpath([folder, data]) != folder or not os.path.isfile(data):
+        raise ValueError(f"its voxels, {name}, are not in a file in its folder")
+    return fields, Path(data), 0
+
+
+# ---- masks -----------------------------------------------------------------------------------
+
+
+def write_nifti(mask, header, slope, file):
+    """Write a mask (X, Y, Z) with the geometry of nibabel's header to a binary file."""
+    nibabel, header = importlib.import_module("nibabel"), header.copy()
+    header.set_data_dtype(mask.dtype)
+    header.set_data_offset(0)  # the header's extensions are not copied
+    header.set_slope_inter(1, 0)
+    header.set_intent("none")
+    header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = _seal(mask)
+    of_version_2 = isinstance(header, nibabel.Nifti2Header)
+    make_image = nibabel.Nifti2Image if of_version_2 else nibabel.Nifti1Image
+    image = make_image(mask, header.get_best_affine(), header)
+    if slope != 1:
+        image.header.set_slope_inter(slope, 0)  # which nibabel takes from its copy alone
+    image.to_stream(file)
+
+
+def write_itk(mask, affine, suffix, file):
+    """Write a mask (X, Y, Z) that lies by an affine as .nrrd or .mha to a binary file."""
+    itk = import_reader("SimpleITK", "NRRD and MetaImage")
+    axes, lps = min(mask.ndim, 3), LPS_TO_RAS @ affine
+    image = itk.GetImageFromArray(mask.T)
+    spacing, direction = np.ones(mask.ndim), np.eye(mask.ndim)
+    spacing[:axes] = np.linalg.norm(lps[:3, :axes], axis=0)
+    direction[:axes, :axes] = lps[:axes, :axes] / spacing[:axes]
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection(direction.ravel().tolist())
+    image.SetOrigin([*lps[:3, 3], 0][: mask.ndim])
+    image.SetMetaData("medseg", _seal(mask).decode())
+    with tempfile.TemporaryDirectory() as folder:  # for it writes by name alone
+        name = os.path.join(folder, f"mask{suffix}")
+        itk.WriteImage(image, name, True)
+        file.write(Path(name).read_bytes())
+
+
+def _seal(voxels):
+    """What a mask volume of ours has as its description: a digest of the voxels."""
+    voxels = voxels.ravel(order="F")
+    voxels = np.ascontiguousarray(voxels, voxels.dtype.newbyteorder("="))
+    return f"medseg {hashlib.blake2b(voxels, digest_size=16).hexdigest()}".encode()
+
+
+def is_sealed_mask(path):
+    """Whether `write_mask` wrote a file, and its voxels have not changed since; ValueError."""
+    with name_file(path):
+        header = read_header(Path(path))
+        return header.seal == _seal(header.read())
