@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import nibabel
 import numpy as np
 import pydicom
+import SimpleITK
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -382,6 +383,20 @@ def stored_as(image, orientation):
         nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(orientation)
     )
     return image.as_reoriented(ornt)
+
+
+def write_itk(path, voxels, affine=None, *, vector=False):
+    """An NRRD or MetaImage file of voxels (X, Y, Z, ...), with an affine as NIfTI has it."""
+    array = voxels.transpose(2, 1, 0, 3) if vector else voxels.T
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(array), isVector=vector)
+    if affine is not None:
+        lps = np.diag([-1, -1, 1, 1]) @ affine
+        spacing = np.linalg.norm(lps[:3, :3], axis=0)
+        image.SetSpacing(spacing.tolist())
+        image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+        image.SetOrigin(lps[:3, 3].tolist())
+    SimpleITK.WriteImage(image, str(path))
+    return path
 
 
 # ---- imports by download.py ------------------------------------------------------------------

@@ -24,7 +24,7 @@ import predict
 import train
 from data import Batches
 from medseg import drawing, fonts, plots
-from medseg.drawing import with_legend
+from medseg.drawing import class_colors, montage, overlay, with_legend
 from medseg.fonts import drawable, fit_lines, pillow_font
 from medseg.inference import Inference
 from medseg.planning.audit import audit
@@ -264,3 +264,36 @@ def test_the_names_below_predictions_are_no_formulas(tmp_path, monkeypatch, chin
     assert "病人" in first.get_text() and first.get_fontproperties().get_file() == chinese_font
     box, axes = (thing.get_window_extent() for thing in (second, figures[0].axes[1]))
     assert box.width <= axes.width * 1.1 and second.get_text().count("\n") == 2
+
+
+def test_the_montage_shows_the_slices_with_foreground():
+    pictures = [np.full((40, 80), 3 * index, np.uint8) for index in range(60)]
+    masks = np.zeros((60, 40, 80), np.uint8)
+    masks[10:13, 5:10, 5:10] = 2
+    shown = []
+
+    def draw(image, mask):
+        shown.append((image.getpixel((0, 0))[0] // 3, int(mask.max())))
+        return image
+
+    montage(pictures, masks, draw=draw)
+    assert shown == [(10, 2), (11, 2), (12, 2)]
+    shown.clear()
+    sheet = montage(pictures, masks * 0, draw=draw)
+    assert len(shown) == 20 and shown[0][0] == 0 and shown[-1][0] == 59
+    assert sheet.mode == "RGB" and max(sheet.size) < 2000
+    masks[:] = 1
+    red = np.asarray(montage(pictures, masks, draw=overlay)).astype(int)
+    assert (red[..., 0] - red[..., 1] > 80).mean() > 0.5
+
+
+@pytest.mark.parametrize("n_classes", [1, 3, 9, 249])
+def test_an_overlay_is_a_weighted_mean_of_picture_and_colour(n_classes):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (150, 30, 3), np.uint8)
+    labels = rng.integers(0, n_classes + 1, (150, 30)).astype(np.uint8)
+    wanted = pixels.copy()
+    for y, x in np.argwhere(labels):
+        color = class_colors(n_classes)[labels[y, x] - 1]
+        wanted[y, x] = (pixels[y, x] * 0.6 + 0.4 * np.array(color)).astype(np.uint8)
+    np.testing.assert_array_equal(overlay(Image.fromarray(pixels), labels, n_classes), wanted)

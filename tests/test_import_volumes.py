@@ -32,6 +32,7 @@ from helpers import (
     stored,
     stored_as,
     write_dicom,
+    write_itk,
     write_nifti,
     write_series,
 )
@@ -262,7 +263,7 @@ def test_windows_that_are_refused(here):
     dicom_pair()
     save(photo(size=(3, 2)), "di/scan.png")
     Path("di/scan.dcm").unlink()
-    refuse_download(*DICOM, "--window", "40", "80", words=["di", "no DICOM"])
+    refuse_download(*DICOM, "--window", "40", "80", words=["di/scan.png", "--window"])
 
 
 @pytest.mark.parametrize("library, folder", [("pydicom", "di"), ("nibabel", "vi")])
@@ -799,3 +800,29 @@ def test_volumes_in_time_are_predicted_one_by_one(here):
         _, title, columns = row.split('"')  # for the title has a comma
         assert title == f"c0.nii.gz, time {time}"
         assert int(columns.split(",")[2]) == np.count_nonzero(mask[..., time])
+
+
+def test_metaimage_in_and_out(here):
+    """The layout of PROMISE12: Case00.mhd with Case00.raw, and Case00_segmentation.mhd."""
+    for seed, name in enumerate(("Case00", "Case01")):
+        image = brain(seed, (8, 9, 6), (1, 1, 3))
+        write_pairs({name: image})
+        voxels, affine = np.asarray(image.dataobj), image.affine
+        Path("data").mkdir(exist_ok=True)
+        write_itk(f"data/{name}.mhd", voxels, affine)
+        write_itk(f"data/{name}_segmentation.mhd", (voxels > 0).astype(np.uint8), affine)
+    import_masks(*PAIRS, *ALL, "--data", "nifti")
+    masks = ("data/*.mhd", "data/*_segmentation.mhd")
+    assert "pairs: 2" in import_masks(*masks, *ALL, "--data", "meta")
+    assert_same_images(Path("nifti/train"), Path("meta/train"))
+    assert recorded("train", "meta") == recorded("train", "nifti")
+    save_weights(orientation="RAS")
+    wanted, _ = predicted("vi/Case00.nii.gz")
+    for name in ("m.mha", "m.nrrd", "m.nii"):
+        predict.main(["data/Case00.mhd", "--device", "cpu", "--output", name])
+        mask = open_volume(name)
+        assert_array_equal(np.stack([one[..., 0] for one in mask], mask.axis), wanted)
+        predict.main(["data/Case00.mhd", "--device", "cpu", "--output", name])  # replaces its own
+    write_itk("m.nrrd", wanted + np.uint8(1))
+    with pytest.raises(ValueError, match="m.nrrd"):
+        predict.main(["data/Case00.mhd", "--device", "cpu", "--output", "m.nrrd"])
