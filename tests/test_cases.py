@@ -100,6 +100,16 @@ def test_channels_that_lie_apart_are_refused(cases):
     assert_refused(script_here("predict.py", "B/B_1", cwd=Path()), "B_1_t1.nii", "12.5 mm")
 
 
+def test_one_case_of_a_folder_of_files(cases):
+    Path("flat").mkdir()
+    for path in Path("B").glob("*/*.nii"):
+        path.rename(Path("flat", path.name))
+    assert predict("flat/B_2_t1.nii").keys() == {"B_2_mask.nii.gz"}
+    Path("flat/B_1_t2.nii").unlink()
+    assert predict("flat/B_2_t1.nii").keys() == {"B_2_mask.nii.gz"}
+    assert_refused(script_here("predict.py", "flat", cwd=Path()), "flat/B_1_t2.nii")
+
+
 def test_what_the_pattern_does_not_say_names_the_case(cases):
     model = save_model("{channel}.nii")
     for name in CHANNELS:

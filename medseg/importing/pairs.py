@@ -42,7 +42,7 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False):
     pairs = [case._replace(masks=masks_of.get(key, {})) for key, case in sorted(cases.items())]
     if alone := [path for case in pairs if not case.masks for path in [*case.images.values()][:1]]:
         problems.append(f"{len(alone)} of {len(pairs)} images have no mask ({first(alone)})")
-    if paths := [file.path for file in orphans]:
+    if paths := sorted(file.path for file in orphans):
         total = len(mask_files) + len(paths)
         problems.append(f"{len(paths)} of {total} masks have no image ({first(paths)})")
     pairs = [case for case in pairs if case.masks]
