@@ -81,7 +81,7 @@ def test_each_image_is_in_the_valid_of_one_fold_and_in_the_train_of_the_others(d
                 name = copy.path(index).name
                 original = open_split(dataset, name[2:-4], 32)  # as in 0_train.png
                 image, masks = original.load(int(name[0]))
-                np.testing.assert_array_equal(copy.load(index)[0], image)
+                np.testing.assert_array_equal(copy.load(index)[0].pixels, image.pixels)
                 np.testing.assert_array_equal(copy.load(index)[1], masks)
     assert seen == Counter(everything) and tree(dataset) == before
 
