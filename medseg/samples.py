@@ -31,6 +31,7 @@ BYTES_PER_PIXEL = 12  # of a file and of its samples, at most: 1 GiB with that l
 MAX_PAGES, MAX_PAGES_PIXELS = 1000, 1 << 32  # of a TIFF file whose pages become images
 MAX_COUNTED_BYTES = 4 << 20  # of an animation whose frames are counted: a million take seconds
 MAX_TEXT = 64 << 20  # bytes of a plain PGM or PPM file
+LARGE = 1 << 22  # pixels of an image that is not copied at once
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = (255, 1023, 4095, 65535)  # of 8, 10, 12 and 16 bits
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
@@ -228,8 +229,10 @@ def large_array(shape, dtype):
 
 
 def pixels_of(image):
-    """PIL image -> array (H, W, C), by stripes: few megabytes more."""
+    """PIL image -> array (H, W, C); a large one by stripes, for few megabytes more."""
     shape = image.height, image.width, len(image.getbands())
+    if image.width * image.height < LARGE:
+        return np.asarray(image).reshape(shape)
     dtype = np.asarray(image.crop((0, 0, 1, 1))).dtype.newbyteorder("=")
     pixels = large_array(shape, dtype)
     for top in range(0, image.height, STRIPE):
