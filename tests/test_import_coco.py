@@ -189,6 +189,12 @@ def test_what_others_write_is_read_and_counted(here, case):
     assert_array_equal(stored()["b"]["k2"], square_mask(8, 4, 6, 6))
 
 
+def test_what_holds_no_numbers_is_no_fragment(here):
+    points = {"segmentation": [{"x": 3, "y": 4}, {"x": 9, "y": 4}, {"x": 9, "y": 9}]}
+    coco_file([*ONE, *ONE, (0, 2, points)])
+    refuse_download(*COCO, words=["annotation 2 of a.png"])
+
+
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-8-sig", "utf-16", "latin-1"])
 def test_other_encodings_are_read_or_named(here, encoding):
     coco_file([*ONE, (0, 3, polygon(20, 4, 6))])

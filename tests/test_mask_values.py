@@ -462,7 +462,7 @@ def drawn_classes(case):
     if case == "lines":  # vessels of two kinds, and what crosses them
         return np.where(y % 9 == 3, 170, np.where(x % 11 == 4, 85, np.where(distance < 6, 255, 0)))
     if case == "border":  # of one value, such as the border of a cell, which averaging makes too
-        return np.digitize(distance, [9, 10.5]).choose([255, 128, 0])
+        return np.digitize(distance, [9, 10]).choose([255, 128, 0])
     return np.select([y + x < 30, y + x < 40, y + x < 45], [255, 191, 64], 0)
 
 
@@ -508,6 +508,11 @@ def test_values_1_and_255_of_one_mask_are_two_classes(here):
     save_pair("c", grey([0, 255])(labels(2, 1)))
     run_download(*MASKS)
     assert class_names() == ["1", "255"]
+    assert {stem: list(masks) for stem, masks in stored().items()} == {
+        "a": ["1", "255"],
+        "b": ["1"],
+        "c": ["255"],
+    }
 
 
 def test_masks_that_are_all_empty_are_refused_where_their_class_is_named(here):

@@ -271,6 +271,7 @@ def test_what_a_folder_holds_besides_is_counted_in_one_line(place, capsys, refus
         (place / "scans" / name).write_text("no picture")
     os.mkfifo(place / "scans" / "pipe.png")
     (place / "scans" / "_annotations.coco.json").write_text("belongs to a data set")
+    assert [file.path.name for file in inputs.expand(["scans"])] == ["a.png"]
     aside = inputs.left_aside(place / "scans")
     for part in (".mat (2)", "no suffix (1)", "folders (1)", "special", "scripts (1)", "hidden"):
         assert part in aside

@@ -1170,3 +1170,11 @@ def test_what_last_does_not_keep_is_not_restored(straight, tmp_path, monkeypatch
 def test_a_checkpoint_whose_counts_cannot_be_true_is_refused(wrong):
     with pytest.raises(ValueError):
         Progress().load_state_dict({**Progress().state_dict(), **wrong})
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_batch_of_one_pixel_has_no_deviation(dataset, tmp_path, refused, batch_size):
+    """Six images of 32 x 32 and five levels: the last batch has one image, its lowest level one."""
+    flags = ("--data", dataset, "--out", tmp_path / "o", *SMALL, "--norm", "batch")
+    words = ["--norm batch", "--batch-size", "--norm group"]
+    refused("train", *flags, "--batch-size", batch_size, words=words)

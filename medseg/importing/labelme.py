@@ -21,7 +21,7 @@ from medseg.coco import MAX_CLASSES, listed
 from medseg.coco_dialects import are_fractions, name_forms, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
-from medseg.formats.own_files import OWN_JSON
+from medseg.formats.own_files import OWN_JSON, is_own
 from medseg.images import SUFFIXES, read_image
 from medseg.importing.writing import Example
 from medseg.run_lengths import encode_labels
@@ -145,7 +145,7 @@ def _report(pictures, paths, counts, left_out, names):
     if counts[IGNORED]:
         print(f"warning: {counts[IGNORED]} areas labelled {IGNORED} count as background")
     stems = {path.stem for path in paths}
-    unlabelled = [path for path in pictures if path.stem not in stems]
+    unlabelled = [path for path in pictures if path.stem not in stems and not is_own(path)]
     if unlabelled:
         print(f"note: {len(unlabelled)} images have no LabelMe file of their name")
 
