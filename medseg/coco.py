@@ -40,12 +40,16 @@ def read_annotations(folder, skipped=None, forgiven=None):
     check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {LAYOUT}")
+    forgiven = Counter() if forgiven is None else forgiven
     advice = f": `python data.py {folder.parent}` lists them"
     content = read_coco(path, skipped, advice=advice, forgiven=forgiven)
     names = {image["file_name"] for image in content["images"]}
     for image in content["images"]:
         if set(image["file_name"]) & set("%?\\"):
-            image["file_name"] = _stored_name(folder, image["file_name"], names)
+            stored = _stored_name(folder, image["file_name"], names)
+            if stored != image["file_name"]:
+                image["file_name"] = stored
+                forgiven["file names of Windows or the web: decoded"] += 1
         if not image["width"]:
             image["width"], image["height"] = _shown_size(folder / image["file_name"])
     return content
