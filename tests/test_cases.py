@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from medseg.predicting.inputs import expand
+from predict import open_models
 
 CHANNELS = ("t2", "flair", "t1ce", "t1")
 SHOWING = "t1ce"  # the only channel that the network looks at
@@ -83,7 +84,7 @@ def test_all_channels_in_one_file(cases):
     assert_array_equal(np.asarray(masks["four_mask.nii.gz"].dataobj), cases["B_1"])
     write_nifti("two.nii.gz", np.stack(volumes[:2], -1).astype(np.int16), AFFINE)
     result = script_here("predict.py", "two.nii.gz", cwd=Path())
-    assert_refused(result, "two.nii.gz", "2 channels", ", ".join(CHANNELS))
+    assert_refused(result, "two.nii.gz", "2 channels", ", ".join(CHANNELS), "{id}_{channel}.nii")
 
 
 @pytest.mark.parametrize("given", ["B/B_2", "B/B_2/B_2_t1.nii", "B/B_2/{id}_{channel}.nii", "B"])
@@ -132,3 +133,14 @@ def test_pictures_of_a_case(here):
         result = script_here("predict.py", given, "--output", "out", cwd=Path())
         assert_done(result)
         assert_array_equal(np.asarray(Image.open("out/a_mask.png")) > 0, drawn)
+
+
+def test_the_page_takes_the_files_of_a_case(cases):
+    from medseg.predicting.page import Session
+
+    files = sorted(Path("B/B_1").glob("B_1_t*.nii")) + [Path("B/B_1/B_1_flair.nii")]
+    session = Session(Path(), open_models(["best_model.pth"], "cpu"))
+    session.predict(files, 0.5)
+    assert not session.problems and len(session.predictions) == 5
+    mask = nibabel.load(session.download("masks", 0.5))
+    assert_array_equal(np.asarray(mask.dataobj), cases["B_1"])

@@ -768,6 +768,8 @@ def test_a_series_is_imported_and_predicted_as_the_same_nifti(here):
     assert "slices: 10 of 2 volumes" in out
     assert_same_images(Path("nifti/train"), Path("series/train"))
     assert recorded("train", "series") == recorded("train", "nifti")
+    import_masks("ct/{id}/", "vm/{id}.nii.gz", *ALL, "--data", "pattern")
+    assert_same_images(Path("nifti/train"), Path("pattern/train"))
     for root in ("nifti", "series"):  # the sides of a pixel, from row to row first
         spacings = [image["spacing"] for image in annotations("train", root)["images"]]
         np.testing.assert_allclose(spacings, [(0.8, 0.5)] * 10, rtol=1e-6)

@@ -100,6 +100,7 @@ def check_channels(picture, info):
     if count not in (None, own):
         around = f", and of {info.context} slices on either side" if info.context else ""
         names = ", ".join(info.channels) or "grey"
+        names += f", files called {info.pattern}" if info.pattern else ""
         raise ValueError(f"has {own} channels, and the weights take {count}: {names}{around}")
 
 
