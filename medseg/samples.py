@@ -408,7 +408,8 @@ class _Tiff:
         self.extra = tuple(map(int, page.extrasamples))
         if not self.extra and page.photometric == RGB and page.samplesperpixel == 4:
             self.extra = (ALPHA,)  # as it is not said to be anything
-        self.has_alpha = self.extra[-1:] in ((ALPHA,), (MULTIPLIED_ALPHA,))
+        self.alpha = min({*self.extra} & {ALPHA, MULTIPLIED_ALPHA}, default=None)
+        self.has_alpha = self.alpha is not None and len(pages) == 1
         count = len(pages) * page.samplesperpixel - self.has_alpha
         if pixels > pixel_limit():
             raise too_many_pixels(pixels, "{}x{} pixels".format(*self.size))
@@ -445,17 +446,15 @@ class _Tiff:
 
     def _is_right_in_pillow(self):
         """Whether Pillow reads the samples as they are, which needs no imagecodecs."""
-        page, extra = self.page, self.extra
+        page, deep = self.page, self.bits > 8
         return (
-            len(self.pages) == 1
+            len(self.pages) == page.imagedepth == 1
             and page.sampleformat == UNSIGNED
-            and page.samplesperpixel - len(extra) == CHANNELS.get(page.photometric)
-            and extra in ((), (ALPHA,), (MULTIPLIED_ALPHA,))
-            and (self.bits <= 8 or self.bits == 16 and self.pixel_format[7:] in ("grey", "CMYK"))
-            and (self.bits <= 8 or page.photometric != WHITE_IS_ZERO)
+            and page.samplesperpixel - len(self.extra) == CHANNELS.get(page.photometric)
+            and self.extra in ((), (ALPHA,), (MULTIPLIED_ALPHA,))
+            and (not deep or self.pixel_format in ("16-bit grey", "16-bit CMYK"))
+            and not (deep and page.photometric == WHITE_IS_ZERO)
             and page.compression in COMPRESSION_INFO.keys() - {WEBP}
-            and (page.compression, page.predictor) != (1, 2)
-            and not (page.parent.is_bigtiff and page.parent.byteorder == ">")
         )
 
     def _decode_by_tifffile(self):
@@ -464,31 +463,33 @@ class _Tiff:
         values = np.concatenate([self._read_page(own) for own in self.pages], 2)
         if values.dtype.kind not in "buif":
             raise ValueError(f"holds samples of {values.dtype}: save it with real numbers")
-        white = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
+        colours = values[..., : values.shape[2] - self.has_alpha]  # a view
         if page.photometric == PALETTE:
-            colours = page.colormap.T >> (8 if page.colormap.max() > 255 else 0)
-            palette = np.insert(colours, 3, 255, 1).astype(np.uint8)
+            palette = page.colormap.T >> (8 if page.colormap.max() > 255 else 0)
+            palette = np.insert(palette, 3, 255, 1).astype(np.uint8)
         elif page.photometric == WHITE_IS_ZERO:
-            top = {"u": 2**self.bits - 1, "i": -1}.get(values.dtype.kind, max(values.max(), 1))
-            values = values.dtype.type(top) - values
+            top = {"u": 2**self.bits - 1, "i": -1}.get(values.dtype.kind, max(colours.max(), 1))
+            colours[:] = values.dtype.type(top) - colours
         elif page.photometric not in (BLACK_IS_ZERO, RGB, YCBCR):  # the last: by a JPEG decoder
             name = getattr(page.photometric, "name", page.photometric)
             raise ValueError(f"holds colours as {name}: save it as grey or RGB")
-        if self.extra[-1:] == (MULTIPLIED_ALPHA,):
-            colours, alpha = values[..., :-1].astype(np.float64), values[..., -1:]
-            values[..., :-1] = (colours * white / np.where(alpha, alpha, 1)).clip(0, white)
+        if self.has_alpha and self.alpha == MULTIPLIED_ALPHA:
+            white = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
+            alpha = np.where(values[..., -1:], values[..., -1:], 1)
+            colours[:] = (colours.astype(np.float64) * white / alpha).clip(0, white)
         return values, palette
 
     def _read_page(self, page):
-        """The samples (H, W, C) of one page."""
-        keyframe, size = page.keyframe, self.file.seek(0, os.SEEK_END)
-        parts = list(zip(page.dataoffsets, page.databytecounts, strict=False))
-        if len(parts) < math.prod(keyframe.chunked) and not keyframe.is_contiguous:
+        """The samples (H, W, C) of one page, alpha behind the others."""
+        keyframe = page.keyframe
+        if len(page.dataoffsets) < math.prod(keyframe.chunked) and not keyframe.is_contiguous:
             raise ValueError("is damaged: it lacks parts of its picture")
-        if any(offset + count > size for offset, count in parts):
-            raise ValueError("is cut short: its picture is not whole")
         check_file_size(math.prod(keyframe.chunks) * self.bits // 8)
         values, axes = page.asarray(maxworkers=1), keyframe.axes
         if values.shape != keyframe.shape or axes not in ("YX", "YXS", "SYX"):
             raise ValueError(f"has axes {axes} {values.shape}: save each picture in a page")
-        return np.moveaxis(values, 0, 2) if axes == "SYX" else np.atleast_3d(values)
+        values = np.moveaxis(values, 0, 2) if axes == "SYX" else np.atleast_3d(values)
+        if self.has_alpha and self.extra[-1] != self.alpha:
+            place = values.shape[2] - len(self.extra) + self.extra.index(self.alpha)
+            values = np.concatenate([np.delete(values, place, 2), values[..., [place]]], 2)
+        return values

@@ -25,6 +25,7 @@ from medseg.samples import Page, count_pages, pixel_format, read_samples, to_uin
 
 GREY = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))
 RNG = np.random.default_rng(0)
+CHANNELS = {"photometric": "minisblack", "planarconfig": "contig"}  # in one page
 
 
 def drawn(dtype, *shape, top=None):
@@ -153,11 +154,34 @@ def test_more_than_8_bits_are_scaled_by_range_or_window(bits):
         )
     eight = values[:256].astype(np.uint8)
     assert_array_equal(to_uint8(eight, window=(100, 50)), eight)
+    assert_array_equal(to_uint8(eight, 255.0 * 2, (100, 50)), to_uint8(eight, 510))
     with pytest.raises(ValueError):
         to_uint8(np.float32([[[np.nan]]]))
     with pytest.raises(ValueError):
         to_uint8(np.int16([[[-1]]]))
     assert to_uint8(np.int16([[[-5]], [[5]]]), window=(0, 10)).ravel().tolist() == [0, 255]
+
+
+def test_alpha_is_told_from_other_extra_samples(tmp_path):
+    path, values = tmp_path / "a.tif", drawn(np.uint16, 8, 9, 5)
+    for extra, kept in {
+        ("unspecified", "unspecified"): [0, 1, 2, 3, 4],
+        ("unspecified", "unassalpha"): [0, 1, 2, 3],
+        ("unassalpha", "unspecified"): [0, 1, 2, 4],
+    }.items():
+        tifffile.imwrite(path, values, photometric="rgb", extrasamples=extra)
+        assert_array_equal(values_of(path), values[..., kept])
+    options = {
+        "photometric": "miniswhite",
+        "planarconfig": "contig",
+        "extrasamples": ["unassalpha"],
+    }
+    for dtype in (np.uint8, np.uint16):
+        grey = drawn(dtype, 8, 9, 2)
+        tifffile.imwrite(path, grey, **options)
+        half = np.iinfo(dtype).max // 2
+        shown = np.where(grey[..., 1] > half, np.iinfo(dtype).max - grey[..., 0], 0)
+        assert_array_equal(read_mask(path)[1], shown)
 
 
 # name: (bytes of 3 x 2 pixels, the red ones)
@@ -278,6 +302,11 @@ def test_a_cut_tiff_is_an_error_and_not_zeros(tmp_path, compression):
                 path.write_bytes(content[: int(len(content) * part)])
                 with pytest.raises(ValueError, match="a.tif"):
                     read_rgb(path)
+        tifffile.imwrite(path, values, rowsperstrip=7, compression="zlib", metadata=None)
+        with tifffile.TiffFile(path, mode="r+b") as file:
+            file.pages[0].tags["RowsPerStrip"].overwrite(2)  # of which there are too few
+        with pytest.raises(ValueError, match="a.tif"):
+            read_rgb(path)
 
 
 def test_forged_headers_do_not_fill_the_memory(tmp_path):
@@ -287,7 +316,7 @@ def test_forged_headers_do_not_fill_the_memory(tmp_path):
         "SamplesPerPixel": 60000,
         "TileWidth": 1 << 24,
     }.items():
-        tifffile.imwrite(path, drawn(np.uint16, 32, 32, 5), tile=(16, 16), photometric="minisblack")
+        tifffile.imwrite(path, drawn(np.uint16, 32, 32, 5), tile=(16, 16), **CHANNELS)
         with tifffile.TiffFile(path, mode="r+b") as file:
             file.pages[0].tags[tag].overwrite(value)
         with mock.patch("tifffile.TiffPage.asarray", side_effect=AssertionError("decoded")):
@@ -318,9 +347,14 @@ def test_pictures_that_are_refused(tmp_path):
     (tmp_path / "head.tif").write_bytes(b"II*\0" + bytes(4))
     Image.effect_noise((200, 200), 50).save(tmp_path / "complete.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:3000])
-    tifffile.imwrite(tmp_path / "many.tif", drawn(np.uint8, 8, 8, 17), photometric="minisblack")
+    tifffile.imwrite(tmp_path / "many.tif", drawn(np.uint8, 8, 8, 17), **CHANNELS)
     tifffile.imwrite(tmp_path / "complex.tif", drawn("f4", 8, 8).astype(np.complex64))
-    for name in "stack.tif text.png empty.jpg head.tif cut.jpg many.tif complex.tif".split():
+    tifffile.imwrite(
+        tmp_path / "deep.tif", drawn(np.uint8, 16, 16, 16), volumetric=True, tile=(16,) * 3
+    )
+    for (
+        name
+    ) in "stack.tif text.png empty.jpg head.tif cut.jpg many.tif complex.tif deep.tif".split():
         with pytest.raises(ValueError, match=name):
             read_rgb(tmp_path / name)
     with pytest.raises(ValueError, match="folder"):
@@ -374,7 +408,7 @@ def test_masks_of_every_format_keep_their_values(tmp_path):
     wrong = {"d.tif": np.full((8, 8, 3), 300, np.uint16), "e.tif": drawn(np.uint8, 8, 8, 5)}
     wrong |= {"f.tif": drawn(np.uint8, 8, 8, 2), "g.tif": np.full((8, 8), 0.5)}
     for name, pixels in wrong.items():
-        options = {"photometric": "rgb" if name == "d.tif" else "minisblack"}
+        options = {"d.tif": {"photometric": "rgb"}, "g.tif": {}}.get(name, CHANNELS)
         tifffile.imwrite(tmp_path / name, pixels, **options)
         with pytest.raises(ValueError, match=name):
             read_mask(tmp_path / name)
@@ -491,7 +525,7 @@ def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
         (tmp_path / "a.png").write_bytes(with_exif(png_bytes(turn(values)), orientation))
         colours = channels - 1 + channels % 2
         assert_array_equal(values_of(tmp_path / "a.png"), values[..., :colours])
-        layout = {"planarconfig": "contig", "photometric": "minisblack"} if channels > 1 else {}
+        layout = CHANNELS if channels > 1 else {}
         tag = [(0x0112, 3, 1, orientation, True)]
         tifffile.imwrite(tmp_path / "b.tif", turn(values.squeeze()), extratags=tag, **layout)
         assert_array_equal(values_of(tmp_path / "b.tif"), values)
