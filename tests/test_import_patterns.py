@@ -205,6 +205,11 @@ def test_a_missing_modality_is_named(here):
     assert groups("train") == {"B_1"}
 
 
+def test_more_channels_than_an_image_may_have(here):
+    brats("B_1", modalities=[f"c{number}" for number in range(17)])
+    refuse_download("--masks", *BRATS, *ALL, words=[BRATS[0], "16 channels"])
+
+
 def test_modalities_that_lie_apart_are_refused(here):
     made = brats("B_1")
     shifted = np.diag([1.0, 1, 3, 1])

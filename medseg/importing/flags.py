@@ -75,7 +75,7 @@ def _add_sources(own):
     )
     own.add_argument(
         "--channels",
-        type=lambda text: [name.strip() for name in text.split(",")],
+        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
         metavar="A,B",
         help="which {channel} of the pattern of images to use, in this order (default: all, "
         "sorted); without {channel} there, names for the channels that each file has",

@@ -165,7 +165,8 @@ def _examples_of_pairs(
         raise ValueError(f"{text}: holds no volumes, whose slices --context is for")
     info = {"window": _window_of(formats, window), "channels": list(channels), "context": context}
     if (count_recorded(info) or 1) > MAX_CHANNELS:
-        raise ValueError(f"--context {context}: makes more than {MAX_CHANNELS} channels")
+        what = f"--context {context}: makes" if context else f"{text}: has"
+        raise ValueError(f"{what} more than {MAX_CHANNELS} channels")
     check_window(present, info["window"])
     check_channels(present, info)
     if channels:
