@@ -193,7 +193,8 @@ def predict_many(model, frames, results, problems, folder=None, *, lines=True):
     if folder is not None:
         from medseg.predicting import report, scoring
 
-        scores = scoring.open_folder(model, folder, frames[0].spacing if frames else None)
+        spacings = {frame.spacing for frame in frames}
+        scores = scoring.open_folder(model, folder, *(spacings if len(spacings) == 1 else ()))
     predicted = predict_images(model, frames, problems)
     saving.save_images(predicted, len(frames), results, scores, lines=lines)
     if not scores or (problems and scores.missing()):
@@ -252,11 +253,12 @@ def predict_inputs(args, model, window):
     named = len(files) == 1 and (files[0].path == Path(paths[0]) or not Path(paths[0]).is_dir())
     if named and problems:
         raise ValueError(problems[0][1])
+    folder, scored = inputs.annotated_folder(paths), False
+    frames = inputs.add_spacings(frames, folder) if folder else frames
     for frame in frames:
         pieces.check_clean(model.inference.clean, frame.spacing, frame.path)
     single, lines = named and total == 1, total <= MAX_LINES
     output = inputs.choose_output(args.output, single, files)
-    folder, scored = inputs.annotated_folder(paths), False
     draw = visualize_result if single else None
     results = Results(output, model, args.write, args.simplify, draw=draw)
     results.check(frames, volumes, report=folder is not None)

@@ -11,7 +11,7 @@ from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import check_regular, read_json
 from medseg.run_lengths import decode, decompress_counts
 from medseg.samples import image_errors, open_picture
-from medseg.settings import read_settings
+from medseg.settings import is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
 MAX_RECORDS = 10_000_000  # images, or annotations, of one file
@@ -129,6 +129,13 @@ def load_coco(folder, skipped=None, forgiven=None):
     with contextlib.redirect_stdout(None):  # createIndex reports its progress
         coco.createIndex()
     return coco
+
+
+def recorded_spacing(record):
+    """mm of a pixel along each axis that the import recorded with an image, or None."""
+    spacing = record.get("spacing")
+    told = isinstance(spacing, list) and [type(mm) in (int, float) for mm in spacing] == [True] * 2
+    return tuple(spacing) if told and is_spacing(spacing) else None
 
 
 def recorded_group(record):

@@ -1,6 +1,7 @@
 """Volumes and DICOM files from download.py --masks through the weights to predict.py."""
 
 import gzip
+import json
 import shutil
 import struct
 import sys
@@ -828,3 +829,21 @@ def test_metaimage_in_and_out(here):
     write_itk("m.nrrd", wanted + np.uint8(1))
     with pytest.raises(ValueError, match="m.nrrd"):
         predict.main(["data/Case00.mhd", "--device", "cpu", "--output", "m.nrrd"])
+
+
+def test_scores_and_areas_are_in_the_mm_that_the_import_recorded(here):
+    for seed, name in enumerate(("p1", "p2")):
+        series_and_nifti(name, seed)
+    import_masks(*PAIRS, *ALL)
+
+    def report(output, *flags):
+        flags = ("--device", "cpu", "--output", output, "--model", save_weights(), *flags)
+        predict.main(["dataset/train", *map(str, flags)])
+        return json.loads(Path(output, "report.json").read_text())
+
+    told = report("told")
+    edit_annotations(Path("dataset/train"), lambda coco: [r.pop("spacing") for r in coco["images"]])
+    assert report("untold")["distance_unit"] == "px"
+    assert told == report("given", "--pixel-size", "0.5x0.8") and told["distance_unit"] == "mm"
+    tables = [Path(folder, "predictions.csv").read_bytes() for folder in ("told", "given")]
+    assert tables[0] == tables[1] != Path("untold/predictions.csv").read_bytes()

@@ -260,7 +260,7 @@ def _convert(example, folder, ids):
     if example.group:
         record["group"] = example.group  # COCO has no such key, and other readers pass over it
     if isinstance(image, Picture) and image.spacing:
-        record["spacing"] = list(image.spacing)  # likewise
+        record["spacing"] = [float(f"{mm:.7g}") for mm in image.spacing]  # likewise
     return record, annotations
 
 

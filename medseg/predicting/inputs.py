@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from medseg.cli import output_folder
-from medseg.coco import ANNOTATIONS
+from medseg.coco import ANNOTATIONS, read_annotations, recorded_spacing
 from medseg.dataset_folder import finish_import
 from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format, name_file, result_name, shorten
@@ -124,6 +124,15 @@ def sort_files(files, window, pixel_size=None):
             problems.append((file.path, str(error)))
     _check_names([(frame.name, frame.path) for frame in frames])
     return add_depths(frames), volumes, problems
+
+
+def add_spacings(frames, folder):
+    """The [Frame] with what the import recorded in the annotations of a folder, where it did."""
+    records = read_annotations(folder, skipped=[])["images"]
+    places = [Path(folder, str(record["file_name"])).resolve() for record in records]
+    recorded = dict(zip(places, map(recorded_spacing, records), strict=True))
+    spacings = [frame.spacing or recorded.get(frame.path.resolve()) for frame in frames]
+    return [frame._replace(spacing=mm) for frame, mm in zip(frames, spacings, strict=True)]
 
 
 def add_depths(frames):

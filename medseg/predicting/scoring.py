@@ -21,13 +21,16 @@ class FolderScores:
     What is scored are the masks that are written, at the size of each image. dataset: the folder as
     `data.COCOSegmentationDataset`. inference: the `medseg.inference.Inference` of the predictions.
     exclusive: whether a pixel has one class, which is then the most probable. spacing: mm of a
-    pixel along each axis, or None.
+    pixel along each axis, or None: those that the import recorded, where all images have them.
     """
 
     def __init__(self, dataset, inference=PLAIN, *, exclusive=True, spacing=None):
-        self.dataset, self.inference, self.spacing = dataset, inference, spacing
+        self.dataset, self.inference, self._exclusive = dataset, inference, exclusive
+        records = [dataset.coco.imgs[image_id] for image_id in dataset.image_ids]
+        spacings = [spacing or coco.recorded_spacing(record) for record in records]
+        self._spacings = spacings if all(spacings) else [None] * len(spacings)
+        self.spacing = next(iter(self._spacings), None)
         self.thresholds = [inference.threshold, *metrics.SWEEP]
-        self._options = {"exclusive": exclusive, "spacing": spacing}
         self._indices = {dataset.path(index).resolve(): index for index in range(len(dataset))}
         # index -> counts (T, C, 4), `surface_scores` (C, 2), calibration (C, BINS, 3), run lengths
         self._images = {}
@@ -46,11 +49,12 @@ class FolderScores:
     def _compare(self, index, size, probabilities):
         from pycocotools import mask as coco_mask
 
-        targets, options = self.dataset.true_masks(index, size), self._options
+        targets, spacing = self.dataset.true_masks(index, size), self._spacings[index]
+        options = {"exclusive": self._exclusive, "spacing": spacing}
         preds = self.inference.masks(probabilities, size, **options)
         distances, encoded, reduced = [], [], []
         for target, pred in zip(targets, preds, strict=True):
-            distances.append(metrics.surface_scores(pred, target, self.spacing or (1, 1)))
+            distances.append(metrics.surface_scores(pred, target, spacing or (1, 1)))
             encoded.append(coco_mask.encode(np.asfortranarray(pred, dtype=np.uint8)))
             reduced.append(resize_nearest(target, *probabilities.shape[1:]))
         calibration = metrics.count_calibration(reduced, probabilities)
