@@ -88,6 +88,11 @@ class COCOSegmentationDataset(Dataset):
         return (*side, self.n_channels + math.ceil(self.n_classes / 8))
 
     @property
+    def channel_names(self):
+        """As the import recorded them: see `medseg.settings.channel_names`."""
+        return coco_json.recorded_channels(self.coco.dataset)
+
+    @property
     def variant(self):
         """A word for what `row` holds that is not the tutorial's, for the cache's name."""
         if self.classes is None and self.n_channels == 3:

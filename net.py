@@ -21,7 +21,7 @@ from medseg.images import IMAGE_SIZE
 from medseg.inference import Inference, read_flips, read_inference
 from medseg.layers import Architecture
 from medseg.ood import FeatureStatistics, count_features, read_statistics
-from medseg.settings import OF_IMPORT, read_settings
+from medseg.settings import OF_IMPORT, channel_names, read_settings
 from medseg.weights import load_weights
 
 TUTORIAL = Architecture()
@@ -104,6 +104,11 @@ class ModelInfo:
             draw_order=read_draw_order(metadata, n_classes),
             **{name: metadata[name] for name in OF_IMPORT if name in metadata},
         )
+
+    @property
+    def channel_names(self):
+        """Of all channels, see `medseg.settings.channel_names`."""
+        return channel_names(self.channels, self.context)
 
     @property
     def exclusive(self):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Batches, count_channels, make_loaders, open_split
-from medseg import cli, coco, dist, inference, layers, metrics, phantoms, plots, predictor
+from medseg import cli, coco, dist, drawing, inference, layers, metrics, phantoms, plots, predictor
 from medseg import device as devices
 from medseg.planning.plan import planned_flags
 from medseg.signals import Signals
@@ -468,13 +468,14 @@ def draw(args, root, model, test_loader, device, history, tracker):
         f"{model.info.image_size}x{model.info.image_size}" if model.info.image_size else "own size"
     )
     title = f"{sides}, {model.n_filters} filters"
+    shown = drawing.describe_shown(model.info.channel_names, ", ")
     drawn = visualize_predictions(
         model,
         test_loader,
         device,
         num_samples=10,
         path=out / "predictions.png",
-        title=f"{root / 'test'}: {title}, {model.info.inference or inference.PLAIN}",
+        title=f"{root / 'test'}: {title}, {model.info.inference or inference.PLAIN}{shown}",
         chosen=model.info.inference,
         names=test_loader.names_in_order(),
     )

@@ -77,6 +77,9 @@ if __name__ == "__main__":
     session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
     texts = session.get_modelmeta().custom_metadata_map
     about = {key: json.loads(text) for key, text in texts.items()}
+    if about["n_channels"] not in (1, 3):
+        names = ", ".join(about.get("channels", ()))
+        parser.error(f"{args.model} takes {about['n_channels']} channels ({names}), not pictures")
     if args.threshold is None:
         args.threshold = about.get("inference", {}).get("threshold", 0.5)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import check_regular, read_json
 from medseg.run_lengths import decode, decompress_counts
 from medseg.samples import image_errors, open_picture
-from medseg.settings import is_spacing, read_settings
+from medseg.settings import channel_names, is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
 MAX_RECORDS = 10_000_000  # images, or annotations, of one file
@@ -104,6 +104,16 @@ def recorded_settings(folder):
         return read_settings(info if isinstance(info, dict) else {})
     except ValueError as error:
         raise ValueError(f"{Path(folder) / ANNOTATIONS}: its info has the {error}") from None
+
+
+def recorded_channels(content):
+    """The names of the channels of a split's images, a tuple; content: of its file."""
+    info = content.get("info")
+    try:
+        settings = read_settings(info if isinstance(info, dict) else {})
+    except ValueError:
+        return ()
+    return channel_names(settings["channels"], settings["context"])
 
 
 def recorded_window(content):

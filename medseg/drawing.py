@@ -37,6 +37,17 @@ def rgb_image(pixels):
     return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
 
 
+def describe_shown(channels, before=""):
+    """Which of these named channels `rgb_image` shows, in words; '' of fewer than two.
+
+    before: a text that then comes before it.
+    """
+    if len(channels) < 3:
+        return f"{before}shown: {channels[0]}" if len(channels) == 2 else ""
+    shown = zip(("red", "green", "blue"), channels, strict=False)
+    return f"{before}shown: {', '.join(f'{color} {name}' for color, name in shown)}"
+
+
 def draw_labels(labels, n_classes=1):
     """Class numbers (H, W) -> PIL image in the colours of the legend; of a single class, white."""
     if n_classes == 1:
@@ -91,6 +102,20 @@ def with_legend(image, class_names, *, single=False):
         left, top = number // lines * column, image.height + 4 + number % lines * line
         draw.rectangle((left + 6, top + 2, left + 20, top + 16), fill=color)
         draw.text((left + 28, top + 9), name, fill="black", font=font, anchor="lm")
+    return taller
+
+
+def with_note(image, note):
+    """The PIL image with a text below it; without one, as it is."""
+    if not note:
+        return image
+    (note,), path = drawable(note)
+    font, width = pillow_font(path, 14), max(image.width, 200)
+    lines = fit_lines(note, font, width - 12, 4)
+    taller = Image.new("RGB", (width, image.height + 20 * len(lines) + 6), (240, 240, 240))
+    taller.paste(image)
+    text, place = "\n".join(lines), (6, image.height + 4)
+    ImageDraw.Draw(taller).multiline_text(place, text, fill="black", font=font)
     return taller
 
 

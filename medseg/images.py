@@ -10,7 +10,15 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medseg.drawing import class_colors, draw_labels, draw_panels, overlay, rgb_image, with_legend
+from medseg.drawing import (
+    class_colors,
+    draw_labels,
+    draw_panels,
+    overlay,
+    rgb_image,
+    with_legend,
+    with_note,
+)
 from medseg.files import write_picture
 from medseg.samples import (
     STRIPE,
@@ -225,12 +233,13 @@ def save_jpeg(image, path):
     write_picture(path, lambda file: image.save(file, "JPEG", **options))
 
 
-def save_overlay(image, labels, path, class_names):
+def save_overlay(image, labels, path, class_names, note=""):
     """Write a PIL RGB image with its class numbers (H, W) tinted and, of several, a legend.
 
-    A small one is enlarged: see `enlarge_small`.
+    note: a text below. A small image is enlarged: see `enlarge_small`.
     """
     drawn = with_legend(enlarge_small(overlay(image, labels, len(class_names))), class_names)
+    drawn = with_note(drawn, note)
     drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))  # which leaves a smaller one as it is
     save_jpeg(drawn, path)
 

@@ -93,6 +93,22 @@ def count_recorded(settings):
     return None
 
 
+def context_offsets(context):
+    """Where the slices lie that are channels of a slice, in their order: itself first."""
+    return sorted(range(-context, context + 1), key=abs)
+
+
+def channel_names(channels, context=0):
+    """The names of all channels of an image, a tuple; () of what is grey or colour."""
+    if not context:
+        return tuple(channels)
+    return tuple(
+        f"{name} {offset:+}" if offset else name
+        for offset in context_offsets(context)
+        for name in channels or ("slice",)
+    )
+
+
 def spell_window(window):
     """The window of `read_settings` in words."""
     words = {

@@ -13,7 +13,13 @@ import numpy as np
 
 from medseg.files import ITK_SUFFIXES, NIFTI_SUFFIXES, atomic_write, import_reader, name_file
 from medseg.samples import pixel_limit, too_many_pixels
-from medseg.settings import MAX_CHANNELS, is_spacing, window_limits, window_to_uint8
+from medseg.settings import (
+    MAX_CHANNELS,
+    context_offsets,
+    is_spacing,
+    window_limits,
+    window_to_uint8,
+)
 from medseg.volume_files import read_header, write_itk, write_nifti
 
 SAMPLE = 1 << 20  # voxels, at most, that the percentiles of a channel are taken from
@@ -120,7 +126,7 @@ class Volume:
         """The slices as a sequence of uint8 arrays (H, W, C).
 
         window: (center, width); default: each channel from its `limits`. context: how many slices
-        on either side are channels too, in their order; at the ends the last one is repeated.
+        on either side are channels too, the nearest first; at the ends the last one is repeated.
         """
         limits = [window_limits(window)] * self.n_channels if window else self.limits
         return VolumePictures(self, limits, context)
@@ -225,8 +231,8 @@ class VolumePictures(Sequence):
             return self._picture(index)
         depth = len(self) // self._volume.times
         first = index // depth * depth  # of the same time
-        around = range(index - self._context, index + self._context + 1)
-        places = [min(max(place, first), first + depth - 1) for place in around]
+        around = context_offsets(self._context)
+        places = [min(max(index + one, first), first + depth - 1) for one in around]
         return np.concatenate([self._picture(place) for place in places], axis=-1)
 
     def _picture(self, index):

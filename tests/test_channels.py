@@ -130,7 +130,7 @@ def test_neighbouring_slices_are_channels(tmp_path):
     volume = open_volume(write_nifti(tmp_path / "a.nii", voxels, zooms=(1, 1, 3)))
     alone, pictures = volume.pictures((60, 120)), volume.pictures((60, 120), context=1)
     assert len(pictures) == 4
-    for place, slices in enumerate([(0, 0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 3)]):
+    for place, slices in enumerate([(0, 0, 1), (1, 0, 2), (2, 1, 3), (3, 2, 3)]):
         expected = np.concatenate([alone[index] for index in slices], axis=-1)
         np.testing.assert_array_equal(pictures[place], expected)
 

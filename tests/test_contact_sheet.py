@@ -24,7 +24,15 @@ import predict
 import train
 from data import Batches
 from medseg import drawing, fonts, plots
-from medseg.drawing import class_colors, montage, overlay, with_legend
+from medseg.drawing import (
+    class_colors,
+    describe_shown,
+    montage,
+    overlay,
+    rgb_image,
+    with_legend,
+    with_note,
+)
 from medseg.fonts import drawable, fit_lines, pillow_font
 from medseg.inference import Inference
 from medseg.planning.audit import audit
@@ -32,6 +40,21 @@ from medseg.planning.contact_sheet import draw_tile, spread_by_foreground
 from medseg.run_lengths import encode
 
 ODD = "$\\frac$ 病人_7"  # what matplotlib takes for a formula; characters that few fonts have
+
+
+def test_shown_channels_are_named():
+    for names in (["t1", "t2"], ["t1", "t2", "flair"], ["t1", "t2", "flair", "t1ce"]):
+        values = {name: 40 * number for number, name in enumerate(names, 1)}
+        shown = rgb_image(np.uint8([[list(values.values())]])).getpixel((0, 0))
+        words = describe_shown(names, "a, ").removeprefix("a, shown: ").split(", ")
+        if len(names) == 2:
+            words = [f"{color} {words[0]}" for color in ("red", "green", "blue")]
+        for word, color, value in zip(words, ("red", "green", "blue"), shown, strict=True):
+            assert word.split() == [color, next(name for name in names if values[name] == value)]
+    assert describe_shown(()) == describe_shown(["t1"], "a, ") == ""
+    noted = with_note(Image.new("RGB", (300, 10)), "shown: t1")
+    assert noted.width == 300 and np.asarray(noted)[10:].min() < 60
+    assert with_note(noted, "") is noted
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ NETWORKS = {
     "chosen": {"depth": 1, "n_classes": 3, "inference": CHOSEN},
     "regions": {"depth": 1, "n_classes": 3, **REGIONS},
     "volumes": {"depth": 1, "n_channels": 1, "image_size": None, **SCANNED},
+    "slices": {"depth": 1, "n_channels": 6, "channels": ("t1", "t2"), "context": 1},
 }
 SIZES = [(1, 1, 1), (1, 37, 50), (1, 255, 257), (3, 40, 33)]  # (B, H, W)
 
@@ -102,6 +103,11 @@ METADATA = {
     "tutorial": {**COLOUR, "class_names": ["foreground"]},
     "chosen": {**COLOUR, "class_names": ["1", "2", "3"], "inference": CHOSEN.as_dict()},
     "volumes": {**GREY, "class_names": ["foreground"], "window": [40, 400], "orientation": "LPS"},
+    "slices": {
+        **{**PLAIN, "n_channels": 6, "mean": [0.449] * 6, "std": [0.226] * 6},
+        "class_names": ["foreground"],
+        "channels": ["t1", "t2", "t1 -1", "t2 -1", "t1 +1", "t2 +1"],
+    },
 }
 
 
@@ -168,6 +174,12 @@ def test_masks_without_pytorch_are_those_of_predict(name, exported, tmp_path):
     for name, mask in masks["torch"].items():
         np.testing.assert_array_equal(masks["onnx"][name], mask, name)
     assert 0.02 < np.mean([np.mean(mask > 0) for mask in masks["torch"].values()]) < 0.98
+
+
+def test_without_pytorch_there_are_pictures_alone(exported, tmp_path):
+    command = (ROOT / "docs" / "predict_onnx.py", exported("slices", ".onnx"), "a.tif")
+    result = run_python(*command, cwd=tmp_path)
+    assert result.returncode == 2 and "t1, t2, t1 -1" in result.stderr
 
 
 # ---- the command -----------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
     last = len(shown) - 1
     for index in range(len(shown)):
         pixels = np.asarray(Image.open(f"dataset/{split}/{name}_z{index:03}.png"))
-        beside = [shown[place] for place in (max(index - 1, 0), index, min(index + 1, last))]
+        beside = [shown[place] for place in (index, max(index - 1, 0), min(index + 1, last))]
         assert_array_equal(pixels, np.stack(beside, 2))
     info = {"image_size": None, "window": (500, 1000), "context": 1}
     model = UNet(3, 1, 2, depth=1, **info)

@@ -16,9 +16,10 @@ from medseg.coco import (
     used_categories,
 )
 from medseg.coco_dialects import print_forgiven
+from medseg.drawing import describe_shown
 from medseg.duplicates import near_duplicates, thumbnail
 from medseg.files import parallel_map
-from medseg.images import SUFFIXES, read_image
+from medseg.images import SUFFIXES
 from medseg.planning.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
 from medseg.run_lengths import unite
 from medseg.samples import pixel_format
@@ -50,7 +51,7 @@ def audit(root, out, n_shown=SHOWN):
     Returns the list of problems, a line each, in the order of the splits.
     """
     problems, damaged, summaries, cocos, categories, rows = [], {}, {}, {}, {}, []
-    forgiven = {}
+    forgiven, channels = {}, ()
     for split in SPLITS:
         try:
             forgiven[split] = Counter()
@@ -67,6 +68,7 @@ def audit(root, out, n_shown=SHOWN):
             problems.append(str(error))
             continue
         summaries[split] = _examine_split(dataset, split, problems)
+        channels = dataset.channel_names
         _print_split(split, dataset, summaries[split])
         print_forgiven(forgiven[split], "  note         ")
         rows.append(_tiles(dataset, summaries[split].shares, n_shown))
@@ -81,8 +83,10 @@ def audit(root, out, n_shown=SHOWN):
                 print(f"{split} beside train: {overlap}")
     if any(rows):
         legend = names[:MAX_CLASSES]  # below the images: a JPEG ends at 65,500 pixels
+        note = describe_shown(channels)
+        sheet = save_contact_sheet(rows, legend, out / "contact_sheet.jpg", note)
         print(
-            f"contact sheet: {save_contact_sheet(rows, legend, out / 'contact_sheet.jpg')}, "
+            f"contact sheet: {sheet}, "
             f"{sum(map(len, rows))} images; in each split from least to most foreground"
         )
     return problems
@@ -94,7 +98,7 @@ def _examine_split(dataset, split, problems):
 
     def examine(index):
         path = dataset.path(index)
-        image = read_image(path)
+        image = dataset.read(index)
         masks = dataset.run_lengths(index, image.size)
         areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
         area = unite(list(masks.values())).area if masks else 0
@@ -128,7 +132,7 @@ def _tiles(dataset, shares, n_shown):
 
     def tile(index):
         path = dataset.path(index)
-        image = read_image(path)
+        image = dataset.read(index)
         masks = dataset.run_lengths(index, image.size)
         name = path.relative_to(dataset.image_dir.parent).as_posix()
         percent = 100 * shares[index]
@@ -154,6 +158,8 @@ def _print_split(split, dataset, summary):
     print(f"{split}: {len(dataset)} images, {len(dataset.coco.anns)} annotations")
     print(f"  sizes        {', '.join(sizes)}{more}")
     print(f"  pixels       {', '.join(formats)}")
+    if dataset.channel_names:
+        print(f"  channels     {', '.join(dataset.channel_names)}")
     if summary.turned:
         print(f"  turned       {describe_turned(summary.turned, len(dataset))}")
     print(

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.coco import MAX_CLASSES
-from medseg.drawing import are_thin, class_colors, outline, with_legend
+from medseg.drawing import are_thin, class_colors, outline, with_legend, with_note
 from medseg.files import write_picture
 from medseg.fonts import drawable, fit_lines, pillow_font
 
@@ -56,11 +56,11 @@ def draw_tile(image, masks, n_classes):
     return Image.fromarray(pixels)
 
 
-def save_contact_sheet(rows, class_names, path):
-    """Write a JPEG of tiles with their captions, and the names of the classes. Returns `path`.
+def save_contact_sheet(rows, class_names, path, note=""):
+    """Write a JPEG of tiles with their captions, the names of the classes and a note.
 
     rows: a list for each split of (PIL image from `draw_tile`, file name, second line); each
-    begins a line of its own.
+    begins a line of its own. Returns `path`.
     """
     most = max(map(len, rows))
     columns = max(COLUMNS, math.ceil(math.sqrt(sum(map(len, rows)))))
@@ -79,7 +79,7 @@ def save_contact_sheet(rows, class_names, path):
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
-    drawn = with_legend(sheet, class_names, single=True)
+    drawn = with_note(with_legend(sheet, class_names, single=True), note)
     write_picture(path, lambda file: drawn.save(file, "JPEG", quality=90))
     return path
 

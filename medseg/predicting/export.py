@@ -73,6 +73,7 @@ def metadata_of(model):
     """What a program needs to know of a UNet, JSON values; docs/export.md explains them."""
     metadata = {"n_channels": model.n_channels, **{key: getattr(model.info, key) for key in FIELDS}}
     metadata["mean"], metadata["std"] = mean_and_std(model.n_channels)
+    metadata["channels"] = list(model.info.channel_names) or None
     metadata["inference"] = model.info.inference and model.info.inference.as_dict()
     return {
         key: value for key, value in metadata.items() if value is not None or key == "image_size"

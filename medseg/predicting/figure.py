@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg import plots
+from medseg.drawing import describe_shown
 from medseg.fonts import dejavu, drawable
 from medseg.inference import read_inference
 
@@ -41,6 +42,7 @@ def plot_report(report, dice, cases, path):
     classes, thin = plots.draw_cases(axes, cases)
     _draw_calibration(calibration, report["calibration"], classes)
     title = f"{report['folder']}, scored at the size of each image"
+    title += describe_shown(report["channels"], ", ")
     plots.add_legend(figure, title, report["class_names"], classes, thin)
     return plots.save_figure(figure, path)
 
@@ -67,7 +69,7 @@ def _draw_score_table(axis, report):
         more = len(lines) - MAX_SCORES + 1
         lines = [*lines[: MAX_SCORES - 1], f"and {more} more: report.json has them"]
     settings = read_inference(report)
-    about = f"{settings}, images:\N{NO-BREAK SPACE}{report['images']}"
+    about = f"{settings}, {report['images']} images"
     drawn = f"{report['groups']} groups" if "groups" in report else "images"
     lines += ["", *textwrap.wrap(about, TABLE_WIDTH), f"95 % intervals: bootstrap over {drawn}"]
     unit, hd95, mean = report["distance_unit"], report["hd95"], report["surface_dice"]["mean"]

@@ -157,7 +157,9 @@ class Session:
         mask = drawing.with_legend(drawing.draw_labels(labels, len(names)), names)
         drawn = drawing.overlay(image, labels, len(names), **looks)
         unlike = describe_unlike([(each.frame.title, each.assessed) for each in self.predictions])
+        about = drawing.describe_shown(self.model.info.channel_names)
         lines = [describe(frame.title, masks, names, inference), *unlike, *self.problems]
+        lines += [about] * bool(about)
         rows = measure(masks, names, frame.spacing, frame.depth)
         return (
             [image, mask, drawn],

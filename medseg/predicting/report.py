@@ -35,6 +35,7 @@ def write_report(output, folder, scores, valid, class_names):
         "images": len(dataset),
         "image_size": dataset.image_size,
         "class_names": list(class_names),
+        "channels": list(dataset.channel_names),
         **scores.inference.as_dict(),
         "scores": metrics.without_nan(metrics.class_scores(counts, class_names, groups)),
         "confidence_95": metrics.without_nan(metrics.bootstrap(counts, class_names, groups=groups)),

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from medseg.device import choose_precision
-from medseg.drawing import montage, overlay, with_legend
+from medseg.drawing import describe_shown, montage, overlay, with_legend, with_note
 from medseg.files import file_format, result_name, shorten
 from medseg.formats.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
 from medseg.images import save_mask, save_overlay, save_png
@@ -40,6 +40,7 @@ class Results:
         self.output, self.model, self.write = output, model, write
         self.class_names, self.inference = model.info.class_names, inference or model.inference
         self.simplify, self.draw = simplify, draw
+        self._channels = model.info.channel_names
         self._kinds = {*write, *(("figure",) if draw and "overlay" in write else ())}
         self.rows, self.records = {}, {}  # of the table, of the COCO file; {title: ...}
         self.assessed = []  # (title, its `Prediction` without probabilities) of images and slices
@@ -122,9 +123,10 @@ class Results:
 
         def save(kind, array, path):
             if kind == "overlay":
-                save_overlay(image.rgb(), array, path, names)
+                save_overlay(image.rgb(), array, path, names, describe_shown(self._channels))
             elif kind == "figure":
-                self.draw(image.rgb(), array, path=path, class_names=names, name=frame.title)
+                name = f"{frame.title}{describe_shown(self._channels, ', ')}"
+                self.draw(image.rgb(), array, path=path, class_names=names, name=name)
             elif path.suffix == ".json":
                 shown = (*paths[kind][1:], frame.path)[0]
                 write_labelme(path, shown, array, names, simplify=self.simplify)
@@ -156,7 +158,8 @@ class Results:
             if kind == "overlay":
                 draw = partial(overlay, n_classes=len(names))
                 drawn = montage(volume.pictures(window), array, draw=draw)
-                return save_png(with_legend(drawn, names), path)
+                note = describe_shown(self.model.info.channels)  # without those beside a slice
+                return save_png(with_note(with_legend(drawn, names), note), path)
             dtype = np.uint16 if array.dtype == np.uint16 else np.uint8
             write_mask(path, volume, array, dtype, 1 / MAX_LEVEL if kind == "probability" else 1)
 
@@ -257,6 +260,7 @@ def describe_run(args, model, window):
         **model.inference.as_dict(),
         "image_size": model.info.image_size,
         "n_channels": model.n_channels,
+        "channels": list(model.info.channel_names),
         "precision": choose_precision(args.precision, model.device),
         "window": window or model.info.window,
         "orientation": model.info.orientation,
