@@ -8,9 +8,9 @@ from types import NoneType
 
 from medseg.coco_dialects import are_fractions, drop_without_outline, mend_records, name_forms
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
-from medseg.files import check_regular, read_json
+from medseg.files import check_regular, name_file, read_json
 from medseg.run_lengths import decode, decompress_counts
-from medseg.samples import image_errors, open_picture
+from medseg.samples import open_picture
 from medseg.settings import channel_names, is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
@@ -213,7 +213,7 @@ def _stored_name(folder, name, taken):
 def _shown_size(path):
     """(width, height) of an image as it is shown; (0, 0) where it cannot be read."""
     try:
-        with image_errors(path, "image"), open_picture(path) as picture:
+        with name_file(path), open_picture(path) as picture:
             return picture.size[::-1] if picture.orientation() > 4 else picture.size
     except (OSError, ValueError):
         return 0, 0

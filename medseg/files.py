@@ -28,11 +28,11 @@ NAME_BYTES = 200  # of a file name, so that endings fit too: file systems take 2
 def check_regular(path):
     """ValueError where `path` is a FIFO, a socket or a device: reading one may never end.
 
-    A folder, and what is not there, are left to the reader.
+    A folder, what is not there and what is no path are left to the reader.
     """
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(f"{path}: not a regular file, but a FIFO, a socket or a device")

@@ -19,11 +19,10 @@ from medseg.drawing import (
     with_legend,
     with_note,
 )
-from medseg.files import write_picture
+from medseg.files import name_file, write_picture
 from medseg.samples import (
     STRIPE,
     Page,
-    image_errors,
     large_array,
     pixels_of,
     read_samples,
@@ -104,7 +103,7 @@ def read_image(path, window=None):
     Raises FileNotFoundError; ValueError for what is not one whole picture of at most
     `pixel_limit` pixels.
     """
-    with image_errors(path, "image"):
+    with name_file(path):
         values, white, orientation = read_samples(path)
         return Picture(to_uint8(values, white, window), orientation)
 
@@ -117,7 +116,7 @@ def measure_window(paths):
     """
     values = []
     for path in paths[:: -(-len(paths) // MEASURED)]:
-        with image_errors(path, "image"):
+        with name_file(path):
             one = read_samples(Page(path, 0)).values
         if one.dtype.itemsize == 1:
             return None

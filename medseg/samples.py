@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import COMPRESSION_INFO
 
 from medseg.cli import MAX_MEGAPIXELS
-from medseg.files import check_regular
+from medseg.files import check_regular, name_file
 from medseg.settings import MAX_CHANNELS, window_limits
 
 # Pillow's names, listed so that no rare decoder meets a stranger's file; PPM is all of PNM.
@@ -28,8 +28,7 @@ FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
 LOSSY = ("JPEG", "lossy WebP")
 PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that fill the memory
 BYTES_PER_PIXEL = 12  # of a file and of its samples, at most: 1 GiB with that limit
-MAX_PAGES, MAX_PAGES_PIXELS = 1000, 1 << 32  # of a TIFF file whose pages become images
-MAX_COUNTED_BYTES = 4 << 20  # of an animation whose frames are counted: a million take seconds
+MAX_PAGES = 1000  # of a TIFF file whose pages become images
 MAX_TEXT = 64 << 20  # bytes of a plain PGM or PPM file
 LARGE = 1 << 22  # pixels of an image that is not copied at once
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
@@ -44,7 +43,7 @@ CHANNELS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCB
 UNSIGNED, FLOATING = 1, 3
 MULTIPLIED_ALPHA, ALPHA = 1, 2
 COPY_OR_MASK = 1 | 4  # kinds of pages: a smaller copy, or the transparency, of another
-WEBP = 50001  # a compression that not all of Pillow's builds have
+PILLOWS = COMPRESSION_INFO.keys() - {50001}  # compressions, but WebP, which few builds have
 
 # Pillow warns above its limit and refuses at twice that: refuse at once.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -96,27 +95,6 @@ def check_file_size(size):
     """ValueError where so many bytes are more than any image within the limit has."""
     if size > (most := BYTES_PER_PIXEL * pixel_limit()):
         raise ValueError(f"larger than {most >> 20} MiB: --max-megapixels allows more")
-
-
-@contextlib.contextmanager
-def image_errors(path, what):
-    """Within, whatever decoders raise on a damaged file becomes a ValueError that names it.
-
-    what: 'image' or 'mask'. Also turns a missing file into a FileNotFoundError of one line.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such {what}") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not an {what}") from None
-    except PermissionError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not a {FORMAT_NAMES} {what}") from None
-    except Exception as error:  # many kinds: SyntaxError, struct.error, ...
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(line if line.startswith(f"{path}: ") else f"{path}: {line}") from None
 
 
 def read_samples(file):
@@ -186,20 +164,17 @@ def count_pages(path):
     """How many pictures a TIFF file has, from its headers; 1 of what is none, by its name.
 
     Smaller copies of a page and masks of its transparency do not count, and pages that the file
-    itself (OME, ImageJ, tifffile) calls channels are one picture. Raises ValueError that names the
-    file where they are damaged, more than MAX_PAGES, or of more than MAX_PAGES_PIXELS together.
+    itself (OME, ImageJ, tifffile) calls channels are one picture. Raises as `read_image` does.
     """
     if not str(path).lower().endswith((".tif", ".tiff")):
         return 1
-    with image_errors(path, "image"):
-        check_regular(path)
-        with open(path, "rb") as file:
-            return len(_list_pictures(file))
+    with name_file(path), open(path, "rb") as file:
+        return len(_list_pictures(file))
 
 
 def stored_orientation(path):
     """The EXIF orientation of an image file, 1 to 8, and whether it is a TIFF file."""
-    with image_errors(path, "image"), open_picture(path) as picture:
+    with name_file(path), open_picture(path) as picture:
         return picture.orientation(), picture.format == "TIFF"
 
 
@@ -250,6 +225,8 @@ def _open_by_pillow(file, formats):
     file.seek(0)
     try:
         image = Image.open(file, formats=formats)
+    except Image.UnidentifiedImageError:
+        raise Image.UnidentifiedImageError(f"not a {FORMAT_NAMES} picture") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         pixels = int(re.search(r"\d+", str(error))[0])  # the first of its numbers
         raise too_many_pixels(pixels, f"{pixels} pixels") from None
@@ -269,8 +246,7 @@ class _Picture:
         self.image, self.file, self.size = image, file, image.size
         self.format = "JPEG" if image.format == "MPO" else image.format  # its first picture
         if self.format != "JPEG" and getattr(image, "is_animated", False):
-            count = image.n_frames if file.seek(0, 2) <= MAX_COUNTED_BYTES else "several"
-            raise ValueError(f"holds {count} pictures: save each in a file of its own")
+            raise ValueError(f"holds {image.n_frames} pictures: save each in a file of its own")
         self.text = image.info.get("classes")
         self.decoder, _, self.offset, args = image.tile[0] if image.tile else ("", None, 0, "")
         self.raw_mode = args if isinstance(args, str) else str(args[0])
@@ -377,10 +353,6 @@ def _list_pictures(file):
         raise ValueError("is damaged: not all of its pages are there")
     pages = [page for page in tiff.pages if not page.subfiletype & COPY_OR_MASK]
     pages = pages or [tiff.pages[0]]
-    if sum(page.imagewidth * page.imagelength for page in pages) > MAX_PAGES_PIXELS:
-        raise ValueError(
-            f"has pages of more than {MAX_PAGES_PIXELS >> 20} million pixels: split it"
-        )
     if len(pages) == 1 or not (tiff.is_ome or tiff.is_imagej or tiff.is_shaped):
         return [[page] for page in pages]
     axes, shape = tiff.series[0].axes, tiff.series[0].shape
@@ -454,7 +426,7 @@ class _Tiff:
             and self.extra in ((), (ALPHA,), (MULTIPLIED_ALPHA,))
             and (not deep or self.pixel_format in ("16-bit grey", "16-bit CMYK"))
             and not (deep and page.photometric == WHITE_IS_ZERO)
-            and page.compression in COMPRESSION_INFO.keys() - {WEBP}
+            and page.compression in PILLOWS
         )
 
     def _decode_by_tifffile(self):

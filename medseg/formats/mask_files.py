@@ -6,11 +6,10 @@ import re
 
 import numpy as np
 
-from medseg.files import check_regular
+from medseg.files import name_file
 from medseg.images import SUFFIXES
 from medseg.samples import (
     check_file_size,
-    image_errors,
     open_picture,
     pixel_limit,
     too_many_pixels,
@@ -28,12 +27,11 @@ def read_mask(path, palette_colours=False):
 
     encoding: "1-bit", "grey", "palette" (the values are indices), "colour" (0xRRGGBB), "alpha"
     (255 where a picture that is black everywhere is opaque), or one of `medseg.samples.LOSSY`
-    (grey values). palette_colours: read a palette picture as the colours that it shows, as is done
-    anyway where `_is_order_of_writer`.
-    Raises FileNotFoundError; ValueError for what is not one whole picture or array, and for
-    colours in a lossy format, which cannot be told apart any more.
+    (grey values). palette_colours: read palettes as the colours that they show, as is done anyway
+    where `_is_order_of_writer`. Raises FileNotFoundError; ValueError for what is not one whole
+    picture or array, and for colours in a lossy format, which cannot be told apart any more.
     """
-    with image_errors(path, "mask"):
+    with name_file(path):
         if str(path).lower().endswith(ARRAY):
             return _stored_values(_read_array(path)[..., None], False, path)
         with open_picture(path) as picture:
@@ -112,7 +110,6 @@ def is_grey_code(codes, tolerance=0):
 
 def _read_array(path):
     """The array (H, W) that numpy.save wrote; nothing of it is read before its header is."""
-    check_regular(path)
     check_file_size(os.stat(path).st_size)
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # which takes no pickled objects
@@ -161,17 +158,14 @@ def read_names(path):
 
     {} where there is none. Raises as `read_mask`.
     """
-    with image_errors(path, "mask"), open_picture(path) as picture:
+    with name_file(path), open_picture(path) as picture:
         text = picture.text
     parts = re.split(r", (?=\d+=)", text) if isinstance(text, str) else []
     stated = [part.partition("=") for part in parts]
     numbers = [number for number, _, _ in stated]
     names = [name for _, _, name in stated]
     in_order = numbers == [str(number) for number in range(1, len(parts) + 1)]
-    if not in_order or len(set(names)) < len(names) or not all(map(_is_name, names)):
+    are_names = all(name and name.isprintable() for name in names)
+    if not (in_order and are_names) or len(set(names)) < len(names):
         return {}
     return dict(enumerate(names, start=1))
-
-
-def _is_name(text):
-    return bool(text) and text.isprintable()

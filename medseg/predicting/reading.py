@@ -3,8 +3,8 @@
 import math
 from contextlib import suppress
 
-from medseg.files import file_format, parallel_map
-from medseg.samples import image_errors, open_picture
+from medseg.files import file_format, name_file, parallel_map
+from medseg.samples import open_picture
 
 AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or written behind it
 
@@ -18,7 +18,7 @@ def read_ahead(frames, prepare, leave_out):
 
     def read(frame):
         image = frame.read()
-        with image_errors(frame.path, "image"):
+        with name_file(frame.path):
             tensor, image = prepare(image)
         return frame, image, tensor
 
