@@ -147,7 +147,7 @@ def choose_window(given, trained):
 def check_window(present, window):
     """Compare the window of new images with those of the splits that stay.
 
-    present: of `present_settings`. window: as of `medical.read_settings`. Where they differ, a
+    present: of `present_settings`. window: as of `read_settings`. Where they differ, a
     ValueError with the flag to give, if one of them is of numbers, else a warning.
     """
     for folder, settings in present:
