@@ -139,8 +139,9 @@ def full_size_stripes(probabilities, size, columns=None, above=-1):
         return
     probabilities = _resize(probabilities, (width, probabilities.shape[1]))
     first, last, _ = (columns or slice(None)).indices(width)
-    for start in range(first, last, STRIPE):
-        part = slice(start, min(start + STRIPE, last))
+    step = min(max(8 * STRIPE // len(probabilities), 8), STRIPE)  # many classes are as large
+    for start in range(first, last, step):
+        part = slice(start, min(start + step, last))
         stripe = probabilities[..., part]
         if not stripe.max() <= above:  # a value may be no number
             yield part, _resize(stripe, (stripe.shape[2], height))
@@ -150,8 +151,11 @@ def _resize(channels, size):
     """float32 (C, H, W) -> (C, height, width)."""
     if channels.shape[:0:-1] == size:
         return channels
-    resized = (Image.fromarray(np.ascontiguousarray(one)) for one in channels)
-    return np.stack([one.resize(size, Image.Resampling.BILINEAR) for one in resized])
+    resized = np.empty((len(channels), *size[::-1]), np.float32)  # large: np.stack has it twice
+    for target, one in zip(resized, channels, strict=True):
+        image = Image.fromarray(np.ascontiguousarray(one))
+        target[...] = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+    return resized
 
 
 def full_size_masks(probabilities, size, threshold, *, exclusive=True):
