@@ -136,9 +136,11 @@ def to_uint8(values, white=None, window=None):
         ranges = (1, *RANGES) if values.dtype.kind == "f" else RANGES
         high = white or next((top for top in ranges if high <= top), high)
     by_table = values.dtype in (np.uint8, np.uint16)  # takes less memory
-    scaled = np.arange(1 << 16) if by_table else values
-    scaled = (scaled.astype(np.float64) - low) * (255 / (high - low))
-    scaled = np.nan_to_num(scaled, copy=False).clip(0, 255).round().astype(np.uint8)
+    scaled = np.array(np.arange(1 << 16) if by_table else values, np.float64)  # one copy
+    scaled -= low
+    scaled *= 255 / (high - low)
+    np.nan_to_num(scaled, copy=False).clip(0, 255, out=scaled)
+    scaled = scaled.round(out=scaled).astype(np.uint8)
     return scaled[values] if by_table else scaled
 
 

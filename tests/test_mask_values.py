@@ -145,6 +145,20 @@ def test_colours_of_classes(here):
     assert "class x: value 128" in again("--classes", "128=x")
 
 
+def test_palettes_that_differ_are_read_by_colour(here):
+    """As programs write them that make 8-bit PNG of colours; equal ones hold numbers of classes."""
+    label_map = labels(1, 2)
+    for stem, order in {"a": [0, 1, 2], "b": [0, 2, 1]}.items():
+        save_pair(stem, palette(np.argsort(order), COLOURS[order])(label_map))
+    again()
+    assert class_names() == ["#0000ff", "#ff0000"]
+    for masks in stored().values():
+        assert_array_equal(masks["#0000ff"], label_map == 1)
+    save_pair("b", palette([0, 1, 2], COLOURS[:3])(label_map))
+    again()
+    assert class_names() == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

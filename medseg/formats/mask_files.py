@@ -71,6 +71,18 @@ def _is_order_of_writer(palette, indices):
     return not palette[used[used != 255], :3].any(1).all()
 
 
+def palette_in_use(path):
+    """{index: 0xRRGGBB} of the indices that a palette mask holds, {} of other masks."""
+    if str(path).lower().endswith(ARRAY):
+        return {}
+    with name_file(path), open_picture(path) as picture:
+        if not picture.pixel_format.endswith("palette"):
+            return {}
+        values, _, palette = picture.decode()
+    used = np.flatnonzero(np.bincount(values.ravel()))
+    return dict(zip(used.tolist(), _color_codes(palette[None, used, :3])[0].tolist(), strict=True))
+
+
 def _stored_values(values, has_alpha, path):
     """(encoding, integers (H, W)) of samples (H, W, C)."""
     alpha = values[..., -1] if has_alpha else None

@@ -13,7 +13,8 @@ No mask says so, and all are looked at first. Where --classes gives no values:
 - Masks of 0 and 1 beside masks of 0 and 255 are of one class.
 - Palette masks count by index, not by colour, and index 255 beside other classes is background:
   PASCAL VOC's "ignore". Where the order of the palette is that of the writer, they count by colour:
-  in GIF files, and where black has an index but 0 is another colour.
+  in GIF files, where black has an index but 0 is another colour, and where masks differ in the
+  colour of an index.
 - A pixel whose alpha is below half is background. Where the colours of all masks are black, what is
   opaque is foreground.
 - The values of volumes are class numbers: no volume is cut at half.
@@ -30,7 +31,7 @@ import numpy as np
 
 from medseg.coco import MAX_CLASSES, listed
 from medseg.files import parallel_map
-from medseg.formats.mask_files import HALF, read_mask, read_names
+from medseg.formats.mask_files import HALF, palette_in_use, read_mask, read_names
 from medseg.pieces import are_single_pieces
 from medseg.run_lengths import encode_labels, unite
 from medseg.samples import LOSSY
@@ -54,6 +55,7 @@ from medseg.sources.value_counts import (
     spell_choice,
 )
 
+COMPARED = 64  # palette masks, evenly spaced, whose palettes are compared
 MAX_VALUES = 2**18  # distinct values where --classes gives values: numbers of objects
 
 
@@ -125,6 +127,7 @@ def find_classes(paths, folder, names=None, *, invert=False):
     Raises ValueError, or FileNotFoundError, that names the file.
     """
     palette_colours = isinstance(names, ClassValues) and names.has_colours
+    palette_colours = palette_colours or _palettes_differ(paths[:: -(-len(paths) // COMPARED) or 1])
     options = {"invert": invert, "palette_colours": palette_colours}
     with contextlib.closing(_count_files(paths, palette_colours)) as counted:
         return classes_of_counts(counted, folder, names, **options)
@@ -134,6 +137,16 @@ def find_one_class(paths, folder, name, *, invert=False):
     """The MaskClasses of files in which whatever is foreground is of one class; it may be empty."""
     with contextlib.closing(_count_files(paths)) as counted:
         return one_class_of_counts(counted, folder, name, invert=invert)
+
+
+def _palettes_differ(paths):
+    """Whether palette masks show an index in different colours: it is no number of a class."""
+    colour_of = {}
+    with contextlib.closing(parallel_map(palette_in_use, paths, catch=())) as palettes:
+        for palette in palettes:
+            if any(colour_of.setdefault(index, own) != own for index, own in palette.items()):
+                return True
+    return False
 
 
 def _count_files(paths, palette_colours=False):
