@@ -188,7 +188,9 @@ def _no_itk_words():
     try:
         yield
     except RuntimeError:
-        raise ValueError("not an NRRD or MetaImage file, or a damaged one") from None
+        raise ValueError(
+            "SimpleITK cannot read it: it is damaged, or of an encoding unknown there"
+        ) from None
 
 
 def _read_fields(path, sign):

@@ -826,6 +826,11 @@ def test_metaimage_in_and_out(here):
         mask = open_volume(name)
         assert_array_equal(np.stack([one[..., 0] for one in mask], mask.axis), wanted)
         predict.main(["data/Case00.mhd", "--device", "cpu", "--output", name])  # replaces its own
+    layers = np.ones((8, 9, 6, 2), np.uint8)  # two segments that overlap
+    write_itk("layers.nrrd", layers, brain(shape=(8, 9, 6)).affine, vector=True)
+    refuse_download(
+        "--masks", "data/Case00.mhd", "layers.nrrd", "--into", "test", words=["2 channels"]
+    )
     write_itk("m.nrrd", wanted + np.uint8(1))
     with pytest.raises(ValueError, match="m.nrrd"):
         predict.main(["data/Case00.mhd", "--device", "cpu", "--output", "m.nrrd"])

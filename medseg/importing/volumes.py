@@ -262,6 +262,8 @@ def open_mask(path, image, orientation=None, time=None):
     Raises FileNotFoundError; ValueError where the two lie a voxel apart or more.
     """
     mask = open_volume(path, orientation, is_mask=True, time=time)
+    if mask.n_channels > 1:  # layers of segments that overlap
+        raise ValueError(f"{path}: has {mask.n_channels} channels: a mask is one, of class numbers")
     distance = image.distance_to(mask)
     mask.axis = image.axis  # equal but for rounding
     turned = image.stored_orientation != mask.stored_orientation
