@@ -141,7 +141,8 @@ def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
         pixels = _to_grey(pixels)
     if image_size is not None:
         pixels = _resize(pixels, image_size)
-    return pixels.repeat(3, 2) if pixels.shape[2] < n_channels else pixels
+    pixels = pixels.repeat(3, 2) if pixels.shape[2] < n_channels else pixels
+    return np.require(pixels, requirements="W")  # PyTorch warns of what cannot be written to
 
 
 def _to_grey(pixels):

@@ -571,8 +571,8 @@ def damaged(dataset):
     Image.new("RGB", (20, 30)).save(folder / "2_train.png")
 
     def change(content):
-        content["annotations"][3]["segmentation"] = [[1, 2, 3]]
-        content["images"][4]["width"] = "wide"
+        content["annotations"][3]["segmentation"] = [[1, 2, 3, 4, 5, 6, 7]]
+        content["images"][4]["width"] = -5
 
     edit_annotations(folder, change)
     (dataset / "valid" / "0_valid.png").write_bytes(b"not an image")
@@ -584,7 +584,7 @@ def test_damage_is_found_in_one_pass_and_training_refuses(damaged, refused):
     refused("train", *command, words=["images[4]", "width"])
     edit_annotations(damaged / "train", lambda content: content["images"][4].update(width=48))
     refused("train", *command, words=["0_train.png", "4 of 6 images in train", "data.py"])
-    edit_annotations(damaged / "train", lambda content: content["images"][4].update(width=0))
+    edit_annotations(damaged / "train", lambda content: content["images"][4].update(width=-5))
     result = script_here("data.py", damaged, cwd=damaged)
     assert result.returncode == 2 and "6 problem(s)" in result.stderr
     problems = [line for line in result.stdout.splitlines() if line.startswith("problem")]
