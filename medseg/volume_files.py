@@ -112,10 +112,13 @@ def _read_nifti(path):
 
 def _make_nifti(shape, affine):
     """nibabel's header for a volume in mm that came from a file of another format."""
+    if not np.isfinite(affine).all():
+        raise ValueError("its affine is not finite")
     header = import_reader("nibabel", "volumes").Nifti1Header()
     header.set_data_shape(shape)
-    header.set_qform(affine, 1)
-    header.set_sform(affine, 1)
+    with np.errstate(all="ignore"):
+        header.set_qform(affine, 1)
+        header.set_sform(affine, 1)
     header.set_xyzt_units("mm")
     return header
 
@@ -154,8 +157,10 @@ def _read_itk(path):
     one_voxel = itk.Image([1] * ndim, reader.GetPixelID(), vectors)
     size = _check_claim(shape, itk.GetArrayViewFromImage(one_voxel).dtype)
     packed = fields.get("encoding", "raw") != "raw" or fields.get("binarydata", "true") != "true"
+    if fields.get("compresseddata", "false") != "false":
+        size = int(fields.get("compresseddatasize") or 0)
     missing = size - (data.stat().st_size - start)
-    if missing > 0 and not packed and fields.get("compresseddata", "false") == "false":
+    if missing > 0 and not packed:
         raise ValueError(f"is cut short: {missing} bytes of voxels are missing")
     affine, axes = np.eye(4), min(ndim, 3)
     spacing = [*reader.GetSpacing(), 1, 1][:3]

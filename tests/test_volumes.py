@@ -600,9 +600,14 @@ def test_cut_and_damaged_volumes_are_one_line(tmp_path, suffix, capfd):
     write = write_itk if suffix in (".nrrd", ".mha") else write_nifti
     content = write(path, np.random.default_rng(0).integers(0, 99, (20, 20, 20)).astype("i2"))
     content = path.read_bytes()
-    for keep in (0, 5, 200, 347, 351, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:keep])
-        refuse(open_volume, path)
+    contents = [content]
+    if suffix == ".mha":
+        SimpleITK.WriteImage(SimpleITK.ReadImage(str(path)), str(path), True)  # compressed
+        contents.append(path.read_bytes())
+    for content in contents:
+        for keep in (0, 5, 200, 347, 351, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:keep])
+            refuse(open_volume, path)
     if suffix == ".nii.gz":
         damaged = bytearray(content)
         damaged[-6] ^= 1  # the checksum
