@@ -12,6 +12,7 @@
     python download.py --masks images masks --data mine --classes 128=cytoplasm,255=nucleus
     python download.py --labelme folder --data mine         # what LabelMe saved
     python download.py --coco instances.json images --data mine
+    python download.py --yolo folder --data mine            # or --via via.json images
     python download.py --masks test/images test/masks --into test --data mine  # one split more
     python download.py --labelme more --into train --add --data mine            # more images in it
 

@@ -51,7 +51,7 @@ def read_annotations(folder, skipped=None, forgiven=None):
                 image["file_name"] = stored
                 forgiven["file names of Windows or the web: decoded"] += 1
         if not image["width"]:
-            image["width"], image["height"] = _shown_size(folder / image["file_name"])
+            image["width"], image["height"] = shown_size(folder / image["file_name"])
     return content
 
 
@@ -210,7 +210,7 @@ def _stored_name(folder, name, taken):
     return name
 
 
-def _shown_size(path):
+def shown_size(path):
     """(width, height) of an image as it is shown; (0, 0) where it cannot be read."""
     try:
         with name_file(path), open_picture(path) as picture:

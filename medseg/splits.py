@@ -180,6 +180,24 @@ def draw_splits(examples, percentages, seed):
     return {name: sorted(chosen, key=attrgetter("name")) for name, chosen in drawn.items()}
 
 
+def keep_splits(examples, seed):
+    """{split: examples} by the split that each names, or train.
+
+    A split that none names is dealt from train, with its part of PERCENTAGES; a line says so.
+    """
+    drawn = {name: [] for name in SPLITS}
+    for example in examples:
+        drawn[example.split or SPLITS[0]].append(example)
+    missing = [name for name in SPLITS if not drawn[name]]
+    parts = [part * (name in missing) for name, part in zip(SPLITS, PERCENTAGES, strict=True)]
+    if SPLITS[0] in missing:
+        raise ValueError("there is no train split: say with --split how to deal the images")
+    if missing:
+        drawn |= draw_splits(drawn[SPLITS[0]], (100 - sum(parts), *parts[1:]), seed)
+        print(f"note: there is no {' and no '.join(missing)} split: dealt from train")
+    return drawn
+
+
 # ---- a split by blocks of neighbouring slices ------------------------------------------------
 
 

@@ -32,27 +32,35 @@ from medseg.sources.collect import (
 )
 
 
-def coco_examples(
-    annotations, images, *, classes=None, group=None, prefix="", skip_unpaired=False, boxes=False
-):
+def coco_examples(annotations, images, *, boxes=False, **options):
     """(examples, class names, late) of the images that a COCO file lists, below a folder.
 
-    late: {what to print once the examples are read: paths that it is about}.
-    Prints what is left out. classes: categories to use, in their order; without it all that have
-    an annotation, in the file's. group: a regular expression on the path of the image, see
-    `find_groups`. prefix: of names. skip_unpaired: leave out listed images that are not there, else
-    a ValueError. boxes: annotations that have only a box become rectangles, else a ValueError.
-    Raises ValueError or FileNotFoundError that names the file.
+    late: {what to print once the examples are read: paths that it is about}. boxes and options: as
+    of `examples_of`. Raises ValueError or FileNotFoundError that names the file.
     """
-    path, images = Path(annotations), Path(images)
+    path, forgiven, guessed = Path(annotations), Counter(), []
     check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    forgiven, guessed, no_pixel = Counter(), [], []
     content = read_coco(path, forgiven=forgiven, guessed=guessed, boxes=boxes)
     print_forgiven(forgiven)
     if guessed:
         print(f"note: {path} is read as GB18030 (GBK), for it is not UTF-8: look at the names")
+    return examples_of(content, path, images, boxes=boxes, **options)
+
+
+def examples_of(
+    content, path, images, *, classes=None, group=None, prefix="", skip_unpaired=False, boxes=False
+):
+    """What `coco_examples` returns, of the content of a COCO file, or what says the same.
+
+    path: of the file, for messages. images: the folder of images. The record of an image may have
+    its "split". Prints what is left out. classes: categories to use, in their order; without it all
+    that have an annotation, in the file's. group: a regular expression on the path of the image,
+    see `find_groups`. prefix: of names. skip_unpaired: leave out listed images that are not there,
+    else a ValueError. boxes: annotations that have only a box become rectangles, else a ValueError.
+    """
+    images, no_pixel = Path(images), []
     of_image = _by_image(path, content, boxes)
     names, chosen = _choose_classes(path, content, classes)
     pairs = _find_images(path, content["images"], images, skip_unpaired)
@@ -64,7 +72,7 @@ def coco_examples(
         named = [(names[a["category_id"]], a) for a in of_image.get(record["id"], ())]
         outlines = [(name, annotation) for name, annotation in named if name in wanted]
         read = partial(_read_example, path, image_path, record, outlines, no_pixel)
-        examples.append(Example(stem, own_group, read))
+        examples.append(Example(stem, own_group, read, record.get("split", "")))
     return examples, chosen, {"annotations whose outline covers no pixel": no_pixel}
 
 

@@ -12,7 +12,7 @@ from medseg.splits import PERCENTAGES
 
 CLASS = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
 CLASS_EXAMPLE = "axon='masks/*_axon.png'"
-IMPORTERS = ("masks", "labelme", "coco")
+IMPORTERS = ("masks", "labelme", "coco", "via", "yolo")
 NEED_AN_IMPORTER = (
     *("split", "into", "add", "duplicates", "prefix", "group", "classes", "invert"),
     *("skip_unpaired", "boxes", "channels", "time", "context"),
@@ -60,7 +60,7 @@ def add_arguments(parser):
         metavar=("CENTER", "WIDTH"),
         help="of DICOM or volumes; default: the file's own, or 0.5 to 99.5 %% of a volume",
     )
-    own.add_argument("--boxes", action="store_true", help="COCO: boxes alone become rectangles")
+    own.add_argument("--boxes", action="store_true", help="COCO, YOLO: boxes alone are rectangles")
 
 
 def _add_sources(own):
@@ -97,6 +97,16 @@ def _add_sources(own):
     own.add_argument(
         "--coco", nargs=2, metavar=("JSON", "IMAGES"), help="a COCO file and a folder of images"
     )
+    own.add_argument(
+        "--via",
+        nargs="+",
+        metavar=("JSON", "IMAGES"),
+        help="a VIA file, a folder of images and, where regions have several attributes, the one "
+        "that is the class",
+    )
+    own.add_argument(
+        "--yolo", metavar="FOLDER", help="images/, labels/ and data.yaml; its splits are kept"
+    )
 
 
 def _add_growing(own):
@@ -128,15 +138,17 @@ def check_arguments(parser, args):
         parser.error(f"{flag_name(chosen[1])}: not allowed with {flag_name(chosen[0])}")
     for name in NEED_AN_IMPORTER:
         if not chosen_importer(args) and getattr(args, name) != parser.get_default(name):
-            parser.error(f"{flag_name(name)}: goes with --masks, --labelme or --coco")
+            parser.error(f"{flag_name(name)}: goes with --masks or another import of your own data")
     if args.add and args.force:
         parser.error("--add: keeps what a split holds and --force deletes it: give one of them")
     if args.add and not args.into:
         parser.error("--add: say with --into which split is to grow, such as --into train")
     if args.duplicates and not args.add:
         parser.error("--duplicates: goes with --add")
-    if args.boxes and not args.coco:
-        parser.error("--boxes: goes with --coco")
+    if args.boxes and not (args.coco or args.yolo):
+        parser.error("--boxes: goes with --coco or --yolo")
+    if args.via and not 2 <= len(args.via) <= 3:
+        parser.error("--via: takes a file, a folder of images and at most one attribute")
     for name in ("window", "invert", "channels", "time", "context"):
         if getattr(args, name) and not args.masks:
             parser.error(f"{flag_name(name)}: goes with --masks")

@@ -10,21 +10,31 @@ from medseg.coco import SPLITS
 from medseg.images import SUFFIXES
 from medseg.importing.adding import add_images
 from medseg.importing.coco_files import coco_examples
+from medseg.importing.flags import chosen_importer
 from medseg.importing.labelme import labelme_examples
 from medseg.importing.mask_folders import mask_examples, pattern_examples
 from medseg.importing.pairs import pair
+from medseg.importing.via import via_examples
 from medseg.importing.writing import (
     check_free,
     picture_window,
     present_settings,
     write_dataset,
 )
+from medseg.importing.yolo import yolo_examples
 from medseg.patterns import has_placeholder
 from medseg.settings import check_window
 from medseg.sources.class_names import ClassValues, parse_classes, parse_labels
 from medseg.sources.collect import list_files
 from medseg.sources.patterns import find_sides
 from medseg.splits import next_training, present_splits, wanted_splits
+
+READERS = {
+    "labelme": labelme_examples,
+    "coco": coco_examples,
+    "via": via_examples,
+    "yolo": yolo_examples,
+}
 
 
 def import_data(root, args):
@@ -41,14 +51,17 @@ def import_data(root, args):
     try:
         parse = parse_classes if args.masks else parse_labels
         classes = args.classes if args.classes is None else parse(args.classes)
-        sources = [Path(name) for name in (*(args.coco or ()), args.labelme) if name]
+        name = chosen_importer(args)
+        values = getattr(args, name)
+        values = [values] if isinstance(values, str) else values
+        sources = [Path(value) for value in values[:2] if isinstance(value, str)]
         if args.masks:
             sources, named, read_masks = _find_masks(args, classes)
         _check_sources(root, splits, sources, args.add)
         options = {"classes": classes, "group": args.group, "prefix": args.prefix or ""}
         present, info, late = present_settings(root, stay), {}, {}
         if not args.masks:
-            pictures = list_files(args.labelme or args.coco[1], SUFFIXES)
+            pictures = list_files(sources[-1], SUFFIXES)
             window = picture_window(pictures, None, present)
             info |= {"window": window} if window else {}
             check_window(present, window)
@@ -57,11 +70,10 @@ def import_data(root, args):
             options |= {"invert": args.invert, "channels": args.channels or ()}
             options |= {"time": args.time or None, "context": args.context}
             examples, classes, info = read_masks(**options, present=present)
-        elif args.labelme:
-            examples, classes, late = labelme_examples(args.labelme, **options)
         else:
-            options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
-            examples, classes, late = coco_examples(*args.coco, **options)
+            if name != "labelme":
+                options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
+            examples, classes, late = READERS[name](*values, **options)
         place = next(iter(args.masks[1].values())) if args.masks else sources[0]
         if not classes and not args.add:
             raise ValueError(

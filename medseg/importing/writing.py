@@ -28,6 +28,7 @@ from medseg.splits import (
     PERCENTAGES,
     draw_splits,
     install,
+    keep_splits,
     present_splits,
     wanted_splits,
 )
@@ -46,11 +47,13 @@ class Example:
     upright and was read without an error, copied as it is. masks is {class name: RunLengths, or
     bool array (H, W)} of the image's size; a class that is not there need not be named. read
     raises FileNotFoundError, or ValueError naming the file; it is called from several threads.
+    split: to which the image belongs already, or "".
     """
 
     name: str
     group: str
     read: Callable
+    split: str = ""
 
 
 def holds_own_data(root):
@@ -79,7 +82,8 @@ def write_dataset(
 
     classes: names, which become categories 1, 2, ... in this order. Splits that stay have to have
     the same; where they have some more besides, these are added. any_order: theirs counts. split:
-    percent of the images in train, valid and test; 0 writes no such split. into: the one split to
+    percent of the images in train, valid and test; 0 writes no such split; where it is PERCENTAGES
+    and images have their split already, they keep it, see `keep_splits`. into: the one split to
     write instead. Other splits are never touched. info: {name: JSON value} to record with each
     split. source: what the message names where all masks are empty.
     Raises ValueError where a split is there already (without `force`), the classes disagree, there
@@ -90,7 +94,12 @@ def write_dataset(
     stay = [name for name in present_splits(root) if name not in splits]
     classes = check_classes(root, stay, classes, any_order)
     examples = check_examples(root, examples)
-    drawn = {into: examples} if into else draw_splits(examples, split, seed)
+    if into:
+        drawn = {into: examples}
+    elif tuple(split) == PERCENTAGES and any(example.split for example in examples):
+        drawn = keep_splits(examples, seed)
+    else:
+        drawn = draw_splits(examples, split, seed)
     head, counts = make_head(classes, info), {}
 
     def write_splits(folder):

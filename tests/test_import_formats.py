@@ -1,0 +1,186 @@
+"""download.py --via and --yolo: against pixel counts by hand and Pillow."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import (
+    ALL,
+    PHOTO,
+    class_names,
+    photo,
+    read_rgb,
+    refuse_download,
+    run_download,
+    save,
+    square_mask,
+    stored,
+)
+from numpy.testing import assert_array_equal
+from PIL import Image, ImageDraw
+
+VIA = ("--via", "v.json", "images", *ALL)
+CORNERS = {"all_points_x": [3, 9, 9, 3], "all_points_y": [4, 4, 10, 10]}  # 6 x 6 pixels
+RECT = {"name": "rect", "x": 20, "y": 5, "width": 7, "height": 9}
+
+
+def region(shape, **attributes):
+    return {"shape_attributes": shape, "region_attributes": attributes}
+
+
+def via_file(regions_of, project=True):
+    """Write v.json and images/; regions_of: {file name: regions}."""
+    entries = {}
+    for number, (name, regions) in enumerate(regions_of.items()):
+        save(photo(number), f"images/{name}")
+        entries[f"{name}-1"] = {"filename": name, "size": -1, "regions": regions}
+        entries[f"{name}-1"]["file_attributes"] = {}
+    content = {"_via_settings": {}, "_via_img_metadata": entries} if project else entries
+    Path("v.json").write_text(json.dumps(content))
+
+
+def ellipse(x, y, rx, ry, theta):
+    """Pixels whose centre is in an ellipse, and those near its edge."""
+    rows, columns = np.mgrid[: PHOTO[1], : PHOTO[0]] + 0.5
+    along = (columns - x) * math.cos(theta) + (rows - y) * math.sin(theta)
+    across = (rows - y) * math.cos(theta) - (columns - x) * math.sin(theta)
+    distance = np.hypot(along / rx, across / ry)
+    return distance < 1, abs(distance - 1) * min(rx, ry) < 0.8
+
+
+def test_via_shapes_and_classes(here):
+    shapes = {
+        "polygon": {"name": "polygon", **CORNERS},
+        "line": {"name": "polyline", **CORNERS},
+        "box": RECT,
+        "circle": {"name": "circle", "cx": 20, "cy": 15, "r": 10},
+        "oval": {"name": "ellipse", "cx": 20, "cy": 15, "rx": 12, "ry": 5, "theta": 0.6},
+        "dot": {"name": "point", "cx": 3, "cy": 3},
+    }
+    several = [region(own, kind=name) for name, own in shapes.items()]
+    healthy = [region(RECT, kind="")]
+    via_file({"a.png": several, "b.png": healthy, "empty.png": []})
+    out = run_download(*VIA)
+    assert "1 regions without an area" in out and "1 regions without kind" in out
+    assert class_names() == ["box", "circle", "line", "oval", "polygon"]
+    got = stored()
+    assert got["b"] == got["empty"] == {}
+    assert_array_equal(got["a"]["box"], square_mask(20, 5, 7, 9))
+    for name in ("polygon", "line"):
+        assert_array_equal(got["a"][name], square_mask(3, 4, 6, 6))
+    for name, own in {"circle": (10, 10, 0), "oval": (12, 5, 0.6)}.items():
+        inside, near = ellipse(20, 15, *own)
+        assert (got["a"][name] == inside)[~near].all()
+        assert abs(got["a"][name].sum() / (math.pi * own[0] * own[1]) - 1) < 0.03
+    run_download(*VIA, "--force", "--classes", "box")
+    assert class_names() == ["box"]
+
+
+def test_via_annotations_alone_of_version_1_without_attributes(here):
+    via_file({"a.png": {"0": region(RECT), "1": region({"name": "polygon", **CORNERS})}}, False)
+    run_download(*VIA)
+    both = square_mask(20, 5, 7, 9) | square_mask(3, 4, 6, 6)
+    assert_array_equal(stored()["a"]["foreground"], both)
+
+
+def test_via_attributes_and_checkboxes(here):
+    kinds = {"cell": True, "dead": True, "other": False}
+    via_file({"a.png": [region(RECT, kind=kinds, reader="x")]})
+    refuse_download(*VIA, words=["v.json", "kind, reader"])
+    run_download(*VIA[:3], "kind", *ALL)
+    assert class_names() == ["cell", "dead"]
+    assert_array_equal(stored()["a"]["cell"], stored()["a"]["dead"])
+
+
+BAD_VIA = {
+    "COCO": ({"images": [], "annotations": []}, "VIA"),
+    "no list": ([1], "VIA"),
+    "text": ({"a": {"filename": "a.png", "regions": [region({**RECT, "x": "1"})]}}, "a.png"),
+    "lengths": (
+        {"a": {"filename": "a.png", "regions": [region({**CORNERS, "all_points_x": [1]})]}},
+        "a.png",
+    ),
+    "shape": ({"a": {"filename": "a.png", "regions": [region({"name": "star"})]}}, "star"),
+    "elsewhere": ({"a": {"filename": "b.png", "regions": []}}, "b.png"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VIA)
+def test_bad_via_is_one_line(here, case):
+    save(photo(), "images/a.png")
+    content, word = BAD_VIA[case]
+    Path("v.json").write_text(json.dumps(content))
+    refuse_download(*VIA, words=["v.json", word])
+
+
+# ---- YOLO --------------------------------------------------------------------------------------
+
+SQUARE = "0 0.075 0.1 0.225 0.1 0.225 0.3 0.075 0.3"  # of 40 x 30: from (3, 3) to (9, 9)
+TRIANGLE = "1 0.5 0.1 0.9 0.1 0.9 0.9"  # corners (20, 3), (36, 3), (36, 27)
+NAMES = "path: ../x\nnc: 2\nnames: ['cell', 'spot']\n"
+
+
+def yolo(files, names=NAMES, folder="y"):
+    """Write a folder: {path of an image without suffix: lines of its labels or None}."""
+    for number, (place, lines) in enumerate(files.items()):
+        save(photo(number), f"{folder}/{place}.png")
+        path = Path(f"{folder}/{place}.txt".replace("images", "labels"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if lines is not None:
+            path.write_text("\n".join(lines))
+    Path(folder, "data.yaml").write_text(names)
+
+
+@pytest.mark.parametrize("names", [NAMES, "names:\n  0: cell\n  1: spot\n"])
+def test_yolo_outlines(here, names):
+    yolo({"images/a": [SQUARE, TRIANGLE], "images/b": [], "images/c": None}, names)
+    assert "1 of 3 images have no labels" in run_download("--yolo", "y", *ALL)
+    got = stored()
+    assert class_names() == ["cell", "spot"] and got["b"] == got["c"] == {}
+    assert_array_equal(got["a"]["cell"], square_mask(3, 3, 6, 6))
+    drawn = Image.new("L", PHOTO)
+    ImageDraw.Draw(drawn).polygon([(20, 3), (35, 3), (35, 26)], fill=1)
+    assert (got["a"]["spot"] != np.asarray(drawn)).sum() <= 24  # the slanted side
+    assert abs(got["a"]["spot"].sum() - 16 * 24 / 2) <= 16
+
+
+def test_yolo_boxes(here):
+    yolo({"images/a": [SQUARE, "1 0.5 0.5 0.1 0.2"]})
+    refuse_download("--yolo", "y", *ALL, words=["y:", "--boxes"])
+    run_download("--yolo", "y", *ALL, "--boxes")
+    assert_array_equal(stored()["a"]["spot"], square_mask(18, 12, 4, 6))
+
+
+@pytest.mark.parametrize("layout", ["{}/images/{}", "images/{}/{}"])
+def test_yolo_splits_are_kept_and_missing_ones_dealt(here, layout):
+    places = [("train", f"t{n}") for n in range(20)] + [("val", "v")]
+    yolo({layout.format(*place): [SQUARE, TRIANGLE] for place in places})
+    assert "no test split" in run_download("--yolo", "y")
+    assert set(stored("valid")) == {"v"}
+    assert len(stored("test")) == 3 and len(stored("train")) == 17  # 15 % of 20
+    (image,) = Path("dataset/valid").glob("v.png")
+    assert_array_equal(read_rgb(image), photo(20))
+    run_download("--yolo", "y", "--split", 50, 50, 0, "--force", "--data", "anew")
+    assert len(stored("train", "anew")) in (10, 11)
+
+
+BAD_YOLO = {  # lines of the labels, data.yaml, what the message names
+    "a name that is missing": (["2" + SQUARE[1:]], NAMES, "labels/a.txt: line 1"),
+    "pixels": ([SQUARE, "0 3 3 9 3 9 9"], NAMES, "labels/a.txt: line 2"),
+    "NaN": (["0 nan 0.1 0.2 0.1 0.2 0.2"], NAMES, "labels/a.txt: line 1"),
+    "text": (["cell 0.1 0.1"], NAMES, "labels/a.txt: line 1"),
+    "odd": ([SQUARE + " 0.1"], NAMES, "labels/a.txt: line 1"),
+    "two points": (["0 0.1 0.1"], NAMES, "labels/a.txt: line 1"),
+    "no names": ([SQUARE], "nc: 2\n", "data.yaml"),
+    "no YAML": ([SQUARE], "names: [", "data.yaml"),
+    "no labels": (None, NAMES, "labels/a.txt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_YOLO)
+def test_bad_yolo_is_one_line(here, case):
+    lines, names, word = BAD_YOLO[case]
+    yolo({"images/a": lines}, names)
+    refuse_download("--yolo", "y", *ALL, words=[word])
