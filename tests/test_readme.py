@@ -22,7 +22,7 @@ REMOVED = {"--dice"}  # docs/results.md says so beside the row that was measured
 OTHERS = {"--system-site-packages", "--max-restarts", "--id"}  # venv, torchrun, swanlab sync
 
 # Packages that are imported under another name, and those that no script imports.
-IMPORTED_AS = {"pillow": "PIL", "opencv-python-headless": "cv2"}
+IMPORTED_AS = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml"}
 # Imported when used; the error names the pip command.
 OPTIONAL = {"pydicom", "nibabel", "gradio", "onnx", "onnxscript", "onnxruntime"}
 WITH_GRADIO = {"fastapi", "uvicorn", "python_multipart"}
