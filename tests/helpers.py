@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import nibabel
 import numpy as np
 import pydicom
+import pytest
 import SimpleITK
 import torch
 from PIL import Image
@@ -397,6 +398,27 @@ def write_itk(path, voxels, affine=None, *, vector=False):
         image.SetOrigin(lps[:3, 3].tolist())
     SimpleITK.WriteImage(image, str(path))
     return path
+
+
+def refuse(read, path, *words):
+    """read(path) is refused in one line that begins with the file's name and holds the words."""
+    with pytest.raises(ValueError) as refusal:
+        read(path)
+    text = str(refusal.value)
+    assert text.startswith(f"{path}: ") and text.count(str(path)) == 1 and "\n" not in text, text
+    for word in words:
+        assert word in text, text
+
+
+def slices_of(volume, channel=0):
+    """The slices of a Volume, float32 (N, H, W)."""
+    assert all(one.dtype == np.float32 and one.ndim == 3 for one in volume)
+    return np.stack([one[..., channel] for one in volume])
+
+
+def voxels_of(volume):
+    """The voxels of a grey Volume as it was turned, (X, Y, Z)."""
+    return np.moveaxis(slices_of(volume), 0, volume.axis)
 
 
 # ---- imports by download.py ------------------------------------------------------------------

@@ -1,0 +1,335 @@
+"""DICOM frames and series, against values by hand, pydicom's own files and its reader."""
+
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from helpers import (
+    BIG_ENDIAN,
+    EXPLICIT,
+    IMPLICIT,
+    STORED,
+    refuse,
+    sample,
+    slices_of,
+    voxels_of,
+    write_dicom,
+    write_series,
+)
+from numpy.testing import assert_allclose, assert_array_equal
+
+from medseg import dicom
+from medseg.dicom import read_dicom
+from medseg.predicting.inputs import expand, open_file
+from medseg.volumes import open_volume, write_mask
+
+
+def read_frames(path):
+    return list(read_dicom(path))
+
+
+# ---- DICOM -----------------------------------------------------------------------------------
+
+RESCALED = {"RescaleSlope": "2", "RescaleIntercept": "-100"}  # -100 100 200 / 300 500 1900
+WINDOWED = {**RESCALED, "WindowCenter": ["200", "5"], "WindowWidth": ["400", "5"]}  # 0..400
+MONO1 = {"PhotometricInterpretation": "MONOCHROME1"}
+PADDED = {"PixelPaddingValue": 1000}  # the others are 0..300
+WHOLE_RANGE = [[0, 26, 38], [51, 76, 255]]  # 25.5, 38.25, 51, 76.5 of 0..1000
+SIGNED = STORED.astype(np.int16) - 1000
+SIGNED_PADDED = [[0, 0, 14], [28, 57, 255]]  # of -900..0: 14.2, 28.3, 56.7
+PADDING = 0x00280120
+
+
+@pytest.mark.parametrize(
+    "pixels, fields, wanted",
+    [
+        (STORED, WINDOWED, [[0, 64, 128], [191, 255, 255]]),  # 63.75 127.5 / 191.25
+        (STORED, {**WINDOWED, **MONO1}, [[255, 191, 127], [64, 0, 0]]),
+        (STORED, {}, WHOLE_RANGE),
+        (STORED, {"WindowCenter": "0", "WindowWidth": "0"}, WHOLE_RANGE),  # useless
+        (SIGNED, {}, WHOLE_RANGE),
+        (STORED * 0, {}, [[0, 0, 0], [0, 0, 0]]),
+        (STORED, PADDED, [[0, 85, 128], [170, 255, 0]]),  # 127.5
+        (STORED, {**PADDED, **MONO1}, [[255, 170, 127], [85, 0, 0]]),
+        (STORED, {**PADDED, **RESCALED}, [[0, 85, 128], [170, 255, 0]]),
+        (STORED, {**PADDED, **WINDOWED}, [[0, 64, 128], [191, 255, 0]]),
+        (STORED, {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 200}, [[0, 0, 0], [0, 0, 255]]),
+        (STORED, {"PixelPaddingValue": 200, "PixelPaddingRangeLimit": 0}, [[0, 0, 0], [0, 0, 255]]),
+        (SIGNED, {"PixelPaddingValue": -1000}, SIGNED_PADDED),
+        (SIGNED, {"PixelPaddingValue": pydicom.DataElement(PADDING, "US", 64536)}, SIGNED_PADDED),
+        (
+            np.where(STORED == 1000, 65336, STORED).astype(np.uint16),
+            {"PixelPaddingValue": pydicom.DataElement(PADDING, "SS", -200)},
+            [[0, 85, 128], [170, 255, 0]],
+        ),
+    ],
+)
+def test_frames_by_hand(tmp_path, pixels, fields, wanted):
+    for number, syntax in enumerate((IMPLICIT, EXPLICIT, BIG_ENDIAN)):
+        path = write_dicom(tmp_path / f"{number}.dcm", pixels, syntax=syntax, **fields)
+        assert read_dicom(path)[0].tolist() == wanted, syntax
+    if fields is WINDOWED:
+        assert read_dicom(path, (100, 400))[0].tolist() == [[0, 128, 191], [255, 255, 255]]
+
+
+def item(**values):
+    dataset = pydicom.Dataset()
+    for name, value in values.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def test_frames_have_their_own_slope_and_window_and_share_their_range(tmp_path):
+    stack = np.stack([STORED // 4, STORED // 2, STORED])  # the first alone would be too bright
+    path = write_dicom(tmp_path / "a.dcm", stack)
+    frames, wanted = read_dicom(path), (stack * 0.255).round()
+    assert_array_equal(frames[0], wanted[0])
+    assert_array_equal(list(frames), wanted)
+    assert_array_equal(frames[-1], wanted[2])
+    with pytest.raises(IndexError):
+        frames[3]
+    rescale = [item(RescaleSlope=k, RescaleIntercept=0, RescaleType="US") for k in (1, 2, 4)]
+    window = item(FrameVOILUTSequence=[item(WindowCenter=500, WindowWidth=1000)])
+    slopes = [item(PixelValueTransformationSequence=[one]) for one in rescale]
+    shared = {"SharedFunctionalGroupsSequence": [window]}
+    path = write_dicom(tmp_path / "b.dcm", stack, PerFrameFunctionalGroupsSequence=slopes, **shared)
+    for frame, pixels, slope in zip(read_dicom(path), stack, (1, 2, 4), strict=True):
+        assert_array_equal(frame, (pixels * slope * 0.255).clip(0, 255).round())
+    windows = [item(WindowCenter=width // 2, WindowWidth=width) for width in (1000, 2000, 4000)]
+    groups = [item(FrameVOILUTSequence=[one]) for one in windows]
+    path = write_dicom(tmp_path / "c.dcm", stack, PerFrameFunctionalGroupsSequence=groups)
+    for frame, pixels, width in zip(read_dicom(path), stack, (1000, 2000, 4000), strict=True):
+        assert_array_equal(frame, (pixels * (255 / width)).round())
+
+
+def test_the_modality_table_counts_where_there_is_no_slope(tmp_path):
+    table = item(LUTDescriptor=[4, 0, 16], ModalityLUTType="US", LUTData=[0, 10, 20, 200])
+    table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
+    pixels = np.array([[0, 1], [2, 3]], np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", pixels, ModalityLUTSequence=[table])
+    assert read_dicom(path, (100, 200))[0].tolist() == [[0, 13], [26, 255]]  # 12.75, 25.5
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "CR1/6154"])
+def test_samples_of_pydicom(name):
+    path = sample(f"dicomdirtests/77654033/{name}" if "/" in name else name)
+    dataset = pydicom.dcmread(path)
+    values = dataset.pixel_array * float(dataset.get("RescaleSlope", 1))
+    values = values + float(dataset.get("RescaleIntercept", 0))
+    low, high = values.min(), values.max()
+    if "WindowCenter" in dataset:
+        low, high = (dataset.WindowCenter + side * dataset.WindowWidth / 2 for side in (-1, 1))
+    wanted = np.round(255 * (np.clip(values, low, high) - low) / (high - low))
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        wanted = 255 - wanted
+    (frame,) = read_dicom(path)
+    assert frame.dtype == np.uint8
+    # Half a grey level may round either way.
+    assert np.abs(frame - wanted).max() <= 1 and (frame != wanted).mean() < 0.01
+    assert ("WindowCenter" in dataset) == (name != "CT_small.dcm")
+    assert (dataset.PhotometricInterpretation == "MONOCHROME1") == (name == "CR1/6154")
+
+
+def test_deflated_and_jpeg_2000_are_read(monkeypatch):
+    for name, size in [("image_dfl.dcm", (512, 512)), ("JPEG2000.dcm", (1024, 256))]:
+        (frame,) = read_dicom(sample(name))
+        assert frame.shape == size and frame.max() == 255
+    monkeypatch.setattr(dicom, "MAX_INFLATED_BYTES", 100_000)
+    refuse(read_dicom, sample("image_dfl.dcm"), "inflates to more")
+
+
+def test_colour_is_rgb_whatever_the_window():
+    path = sample("SC_rgb_rle_2frame.dcm")
+    frames = list(read_dicom(path, (0, 1)))
+    assert_array_equal(frames, pydicom.dcmread(path).pixel_array)
+    assert frames[0].shape == (100, 100, 3) and frames[0][5, 5].tolist() == [255, 0, 0]
+    assert_array_equal(read_frames(sample("SC_rgb_rle_16bit_2frame.dcm")), frames)
+    # The same test picture, stored as luma and chroma.
+    ybr = read_dicom(sample("SC_ybr_full_422_uncompressed.dcm"))[0]
+    assert np.abs(ybr[5, 5].astype(int) - [255, 0, 0]).max() < 5
+    palette = read_dicom(sample("examples_palette.dcm"))[0]
+    assert palette.shape == (350, 800, 3) and len(np.unique(palette.reshape(-1, 3), axis=0)) > 50
+    names = {path: ["_f000", "_f001"], sample("CT_small.dcm"): [""]}
+    for path, endings in names.items():
+        pictures, _ = open_file(*expand([path]))
+        assert [picture.name for picture in pictures] == [Path(path).stem + end for end in endings]
+
+
+def test_frames_are_decoded_one_at_a_time(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((200, 100, 100), np.uint16))
+    read_dicom(path)[0]
+    tracemalloc.start()
+    assert sum(frame.shape == (100, 100) for frame in read_dicom(path)) == 200
+    assert tracemalloc.get_traced_memory()[1] < 1_500_000  # all frames are 4 MB
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (2, 5, 3), (9, 5, 3), (3, 7, 9), (2, 4, 4)])
+def test_frames_of_1_bit_may_end_within_a_byte(tmp_path, shape):
+    bits = np.random.default_rng(0).integers(0, 2, shape).astype(np.uint8)
+    packed = np.packbits(bits.ravel(), bitorder="little").tobytes()
+    fields = {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0}
+    fields["PixelData"] = packed + bytes(len(packed) % 2)
+    path = write_dicom(tmp_path / "a.dcm", bits, **fields)
+    deflated = pydicom.dcmread(path)
+    deflated.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    deflated.save_as(tmp_path / "b.dcm", enforce_file_format=True)
+    for one in (path, tmp_path / "b.dcm"):
+        frames = read_dicom(one)
+        assert len(frames) == shape[0]
+        assert_array_equal(list(frames), 255 * bits)
+        for index in reversed(range(len(frames))):
+            assert_array_equal(frames[index], 255 * bits[index])
+    path.write_bytes(path.read_bytes()[:-2])
+    refuse(read_frames, path, "cut short")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 131, 133, 200, 400, 6000, 39000])
+def test_a_cut_dicom_file_is_one_line(tmp_path, keep):
+    path = tmp_path / "cut.dcm"
+    path.write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:keep])
+    refuse(read_frames, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("MR_truncated.dcm", "cut short"),
+        ("rtplan.dcm", "holds no image"),
+        ("no_meta.dcm", "not a DICOM file"),
+        ("meta_missing_tsyntax.dcm", "no transfer syntax"),
+        ("badVR.dcm", "1A"),
+        ("JPEG-lossy.dcm", "GPLv3"),
+        ("JPEGLSNearLossless_16.dcm", "`pip install pyjpegls`"),
+        ("SC_rgb_jpeg_gdcm.dcm", "`pip install python-gdcm`"),
+    ],
+)
+def test_samples_that_cannot_be_read_are_one_line(name, words):
+    if "pip install" in words:
+        syntax = pydicom.dcmread(sample(name)).file_meta.TransferSyntaxUID
+        if pydicom.pixels.get_decoder(syntax).is_available:
+            pytest.skip("the decoder is installed")
+    refuse(read_frames, sample(name), words)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"Rows": 65535, "Columns": 65535}, "million"),
+        ({"NumberOfFrames": 2**31 - 1}, "cut short"),
+        ({"NumberOfFrames": -1}, "claims -1 frames"),
+        ({"Rows": 0}, "claims"),
+        ({"Rows": 3}, "cut short: 6 bytes"),
+        ({"SamplesPerPixel": 4}, "claims"),
+        ({"PhotometricInterpretation": "HSV"}, "HSV"),
+    ],
+)
+def test_absurd_headers_are_refused_before_memory_is_taken(tmp_path, values, words):
+    path = write_dicom(tmp_path / "a.dcm", **values)
+    tracemalloc.start()
+    refuse(read_frames, path, words)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+# ---- a DICOM series as a volume ---------------------------------------------------------------
+
+SERIES = np.random.default_rng(3).integers(0, 900, (5, 6, 4)).astype(np.int16)
+OBLIQUE = (0.8, 0.6, 0, 0, 0, -1)
+
+
+@pytest.mark.parametrize("axes", [(1, 0, 0, 0, 1, 0), (0, 0, -1, 0, 1, 0), OBLIQUE])
+@pytest.mark.parametrize("fields", [{}, MONO1])
+def test_a_series_is_a_volume(tmp_path, axes, fields):
+    slopes = {"RescaleSlope": lambda number: str(number + 1), "RescaleIntercept": "-3"}
+    folder = write_series(tmp_path / "s", SERIES, axes=axes, **slopes, **fields)
+    shutil.copy(sample("rtplan.dcm"), folder / "plan.dcm")  # without pixels
+    (folder / "notes.txt").write_text("notes")
+    volume, normal = open_volume(folder), np.cross(axes[:3], axes[3:])
+    files = map(pydicom.dcmread, folder.glob("?_*.dcm"))
+    files = sorted(files, key=lambda one: np.dot(one.ImagePositionPatient, normal))
+    assert (len(volume), volume.shape, volume.axis) == (5, (4, 6, 5), 2)
+    assert_allclose(volume.stored_spacing, (0.8, 0.5, 2))
+    for values, one in zip(slices_of(volume), files, strict=True):
+        wanted = one.pixel_array * float(one.RescaleSlope) - 3
+        assert_array_equal(values.T, wanted)
+        (x, y, z), step = one.ImagePositionPatient, np.array(one.PixelSpacing)
+        place = volume.affine @ [0, 0, files.index(one), 1]  # in RAS, where DICOM has LPS
+        assert_allclose(place, [-x, -y, z, 1], atol=1e-6)
+    sides = volume.affine[:3, :2] / [step[1], step[0]]
+    assert_allclose(sides.T * [-1, -1, 1], np.reshape(axes, (2, 3)), atol=1e-6)
+    low, high = volume.limits[0]
+    pictures = np.stack([*volume.pictures()])[..., 0]
+    clipped = (slices_of(volume).clip(low, high) - low) * 255 / (high - low)
+    assert_array_equal(pictures, abs(255 * bool(fields) - clipped.round()))
+    write_mask(tmp_path / "m.nii.gz", volume, slices_of(volume) > 500)
+    mask = nibabel.load(tmp_path / "m.nii.gz")
+    assert_array_equal(mask.dataobj, voxels_of(volume) > 500)
+    assert_allclose(mask.affine, volume.affine, atol=1e-5)
+
+
+def test_padding_of_a_series_and_frames_of_one_file(tmp_path):
+    padded = {
+        "PixelPaddingValue": 0,
+        "PixelPaddingRangeLimit": 100,
+        "RescaleIntercept": "7",
+        "RescaleSlope": "1",
+    }
+    volume = open_volume(write_series(tmp_path / "s", SERIES, **padded, **MONO1))
+    wanted = np.where(SERIES <= 100, np.nan, SERIES + 7)
+    assert_array_equal(slices_of(volume).transpose(0, 2, 1), wanted)
+    assert_allclose(volume.limits[0], np.nanpercentile(wanted, [0.5, 99.5]))
+    assert not np.stack([*volume.pictures()])[np.isnan(slices_of(volume))].any()
+    (tmp_path / "e").mkdir()
+    places = [item(ImagePositionPatient=[5, 70, z]) for z in (4, 0, 2)]
+    groups = [item(PlanePositionSequence=[one]) for one in places]
+    plane = item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    shared = item(PlaneOrientationSequence=[plane])
+    shared.PixelMeasuresSequence = [item(PixelSpacing=[1, 1])]
+    groups = {"PerFrameFunctionalGroupsSequence": groups}
+    groups["SharedFunctionalGroupsSequence"] = [shared]
+    write_dicom(tmp_path / "e" / "a", SERIES[:3], SeriesInstanceUID="1.2", **groups)
+    volume = open_volume(tmp_path / "e")
+    assert_array_equal(slices_of(volume).transpose(0, 2, 1), SERIES[[1, 2, 0]])
+
+
+def add_slice(z=0, x=5, **fields):
+    """Add a slice to a series, whose slices lie from -10 to -2 mm, 2 mm apart."""
+    fields = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [0.5, 0.8], **fields}
+    fields = {"ImagePositionPatient": [x, 70, z], "SeriesInstanceUID": "1.2.9", **fields}
+    return lambda folder: write_dicom(folder / "other.dcm", SERIES[0], **fields)
+
+
+def tilt(folder):
+    for path in folder.iterdir():
+        one = pydicom.dcmread(path)
+        one.ImagePositionPatient[1] += one.ImagePositionPatient[2] * 0.1
+        one.save_as(path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (add_slice(SeriesInstanceUID="1.2.10"), "2 series"),
+        (add_slice(-6), "one place"),
+        (add_slice(1), "2 to 3 mm"),
+        (add_slice(-2.5), "0.5 to 2 mm"),
+        (add_slice(x=9), "above each other"),
+        (add_slice(PixelSpacing=[0.5, 0.9]), "PixelSpacing"),
+        (add_slice(ImagePositionPatient=None), "place"),
+        (add_slice(ImageOrientationPatient=[0, 1, 0, 0, 0, 1]), "direction"),
+        (add_slice(**MONO1), "kind"),
+        (lambda folder: (folder / "3_2.dcm").unlink(), "2 to 4 mm"),
+        (tilt, "tilted"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "no DICOM"),
+        (lambda folder: [path.unlink() for path in list(folder.iterdir())[1:]], "1 slices"),
+    ],
+)
+def test_what_is_no_series_of_even_slices_is_one_line(tmp_path, change, words):
+    folder = write_series(tmp_path / "s", SERIES)
+    change(folder)
+    refuse(open_volume, folder, words, *["dcm2niix"] * ("no DICOM" not in words))
