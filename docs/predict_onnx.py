@@ -3,9 +3,8 @@
     pip install onnxruntime numpy pillow
     python docs/predict_onnx.py model.onnx scan.png more/*.jpg --output masks
 
-Writes NAME_mask.png of each picture, at its own size: 0 and 255, or with several classes a palette
-image of class numbers. These are the masks of predict.py, but for clean-up and tiles, which it
-leaves out; pictures of 16 bits a colour are read with 8 by Pillow.
+Writes NAME_mask.png of each picture, at its own size: 0 and 255, or a palette image of several
+classes. The masks are those of predict.py, but for clean-up, tiles and colours of 16 bits.
 """
 
 import argparse
@@ -20,7 +19,6 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime reports to its mak
 import onnxruntime
 
 BILINEAR = Image.Resampling.BILINEAR
-RANGES = (255, 1023, 4095, 65535)  # of 8, 10, 12 and 16 bits
 COLORS = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178))
 # What a flip does to (..., H, W): exchange height and width, then reverse axes.
 FLIPS = {
@@ -30,13 +28,15 @@ FLIPS = {
 }
 
 
-def read_picture(path):
+def read_picture(path, window):
     """The picture as it is shown, turned by its EXIF, as a PIL image of mode RGB."""
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode[0] in "IF":  # 16 bits a pixel
+    if image.mode[0] in "IF":  # 16 bits a pixel, of a window where the training images had one
         values = np.asarray(image, np.float64)
-        white = next(top for top in RANGES if values.max() <= top)
-        image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+        white = next(top for top in (255, 1023, 4095, 65535) if values.max() <= top)
+        center, width = window if isinstance(window, list) else (white / 2, white)
+        shown = ((values - center + width / 2) * (255 / width)).clip(0, 255)
+        image = Image.fromarray(shown.round().astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -50,8 +50,7 @@ def predict(session, about, image):
     flips = about.get("inference", {}).get("flips", [])
     for exchange, axes in ((0, ()), *(FLIPS[name] for name in flips)):
         flipped = np.flip(images.swapaxes(2, 3) if exchange else images, axes)
-        (one,) = session.run(["probabilities"], {"images": np.ascontiguousarray(flipped)})
-        one = np.flip(one, axes)
+        one = np.flip(session.run(None, {"images": np.ascontiguousarray(flipped)})[0], axes)
         total = total + (one.swapaxes(2, 3) if exchange else one)
     return (total / np.float32(1 + len(flips)))[0]
 
@@ -76,18 +75,16 @@ if __name__ == "__main__":
     args = parser.parse_args()
     session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
     texts = session.get_modelmeta().custom_metadata_map
-    about = {key: json.loads(text) for key, text in texts.items()}
+    about = {key: json.loads(texts[key]) for key in texts}
     if about["n_channels"] not in (1, 3):
-        names = ", ".join(about.get("channels", ()))
-        parser.error(f"{args.model} takes {about['n_channels']} channels ({names}), not pictures")
-    if args.threshold is None:
-        args.threshold = about.get("inference", {}).get("threshold", 0.5)
+        parser.error(f"{args.model} takes {', '.join(about.get('channels', ()))}, not pictures")
+    threshold = args.threshold or about.get("inference", {}).get("threshold", 0.5)
     args.output.mkdir(parents=True, exist_ok=True)
     for path in args.images:
-        image = read_picture(path)
+        image = read_picture(path, about.get("window"))
         found = predict(session, about, image)
-        mask = label(found, image.size, args.threshold, about["draw_order"])
-        mask = Image.fromarray(mask if len(about["class_names"]) > 1 else mask * 255)
-        if len(about["class_names"]) > 1:
+        labels = label(found, image.size, threshold, about["draw_order"])
+        mask = Image.fromarray(labels * np.uint8(255 if len(found) == 1 else 1))
+        if len(found) > 1:
             mask.putpalette(np.ravel(COLORS).tolist())
         mask.save(args.output / f"{path.stem}_mask.png")
