@@ -1,26 +1,34 @@
 """The files of a case, one for each channel that the weights were trained with."""
 
+import re
 from pathlib import Path
 
 from medseg.modalities import Modalities
-from medseg.patterns import has_placeholder, match
+from medseg.patterns import KNOWN, has_placeholder, match
 
 
 def find_cases(given, info):
     """[(name, Modalities)] that an input names by the pattern in the weights, [] by another way.
 
     given: a pattern, one of the files of a case, its folder, a folder of such files or of such
-    folders. info: a `net.ModelInfo`. Raises ValueError that names the file of a missing channel.
+    folders, which may have another suffix (.nii.gz). info: a `net.ModelInfo`.
+    Raises ValueError that names the file of a missing channel.
     """
     if not (info.channels and info.pattern):
         return []
-    path, pattern = Path(given), info.pattern
     if has_placeholder(str(given)):
-        return _match(str(given), info, name=path.name)
+        return _match(str(given), info, name=Path(given).name)
+    suffix = re.compile(f"({KNOWN})$", re.IGNORECASE)  # the longest one: it searches from the left
+    patterns = info.pattern, suffix.sub(".*", info.pattern)
+    return _find(Path(given), info, patterns[0]) or _find(Path(given), info, patterns[1])
+
+
+def _find(path, info, pattern):
+    """As `find_cases`, of a file or folder."""
     if path.is_dir():
         number = "{group}" if "{n}" in pattern else "{n}"
-        return _match(f"{given}/{pattern}", info, name=path.resolve().name) or _match(
-            f"{given}/{number}/{pattern}", info, below=1
+        return _match(f"{path}/{pattern}", info, name=path.resolve().name) or _match(
+            f"{path}/{number}/{pattern}", info, below=1
         )
     folder = path.parents[pattern.count("/")] if path.is_file() else None
     return _match(f"{folder}/{pattern}", info, name=path.stem, only=path) if folder else []

@@ -12,7 +12,14 @@ from medseg.cli import output_folder
 from medseg.coco import ANNOTATIONS, read_annotations, recorded_spacing
 from medseg.dataset_folder import finish_import
 from medseg.dicom import read_dicom
-from medseg.files import base_name, file_format, name_file, result_name, shorten
+from medseg.files import (
+    VOLUME_SUFFIXES,
+    base_name,
+    file_format,
+    name_file,
+    result_name,
+    shorten,
+)
 from medseg.formats.own_files import is_own
 from medseg.images import SUFFIXES, as_picture, read_image
 from medseg.modalities import Modalities, format_of, open_channels, read_channels
@@ -316,7 +323,7 @@ def is_input(path):
 def choose_output(given, single, files):
     """The folder to write to, made if need be, or for a single input the file that was named."""
     path = Path(given or ("." if single else "predictions"))
-    if not given or path.is_dir() or not path.name.lower().endswith((*SUFFIXES, *SINGLE_SUFFIXES)):
+    if not given or path.is_dir() or not path.name.lower().endswith((*SUFFIXES, *VOLUME_SUFFIXES)):
         return output_folder(path, "--output")
     if not single:
         raise ValueError(f"--output {given}: several images need a folder, not one file")

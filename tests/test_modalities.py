@@ -1,0 +1,234 @@
+"""Sets of several modalities and patients in their own layouts, from download.py to the report."""
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+import tifffile
+from helpers import assert_done, assert_refused, script, script_here
+
+AFFINE = np.array([[-1.0, 0, 0, 12], [0, -1, 0, 9], [0, 0, 3, -5], [0, 0, 0, 1]])
+MODALITIES = ("flair", "t1", "t1ce", "t2")
+REGIONS = {"background": 0, "whole tumor": [1, 2, 4], "tumor core": [1, 4], "enhancing": 4}
+NETWORK = "--n-filters 8 --depth 2 --image-size 24 --batch-size 8 --norm batch --prior 0.1"
+TRAIN = f"{NETWORK} --schedule cosine --lr 0.01 --epochs 12 --repeat 4 --device cpu".split()
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def in_a_process(name, *arguments):
+    return script(name, *arguments, cwd=Path())
+
+
+def run(name, *arguments):
+    return script_here(name, *arguments, cwd=Path())
+
+
+def learn(data, *flags, run=run):
+    """Import with these flags, and train as the import says."""
+    printed = assert_done(run("download.py", "--data", data, *flags))
+    classes = ["--classes", "each"] if "--classes each" in printed else []
+    grey = ["--n-channels", "1"] if "--n-channels 1" in printed else []
+    out = ["--out", f"runs/{data}"]
+    assert_done(run("train.py", "--data", data, *TRAIN, *out, *classes, *grey))
+
+
+def predict(data, *arguments, run=run):
+    """{file name: Path} of what predict.py writes with the weights of a data set."""
+    model = ["--model", f"runs/{data}/best_model.pth", "--output", f"out/{data}"]
+    assert_done(run("predict.py", *arguments, *model))
+    return {path.name: path for path in Path(f"out/{data}").iterdir()}
+
+
+def report(data, run=run):
+    """report.json of the test split."""
+    return json.loads(predict(data, f"{data}/test", run=run)["report.json"].read_text())
+
+
+def records(data):
+    """{split: what its annotation file holds}."""
+    paths = Path(data).glob("*/_annotations.coco.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def groups(data):
+    """{split: its groups}; no group is in two splits."""
+    found = {split: {one["group"] for one in own["images"]} for split, own in records(data).items()}
+    assert sum(map(len, found.values())) == len(set.union(*found.values()))
+    return found
+
+
+def ball(center, radius, shape=(24, 24, 6)):
+    offsets = np.indices(shape) - np.reshape(center, (3, 1, 1, 1))
+    return (offsets * [[[[1]]], [[[1]]], [[[2]]]] * offsets).sum(0) < radius**2
+
+
+def tumour(seed):
+    """({modality: voxels}, labels 1, 2 and 4): 4 is bright in t1ce alone, 2 in flair alone."""
+    generator = np.random.default_rng(seed)
+    center = generator.uniform((9, 9, 2), (14, 14, 3))
+    labels = np.zeros((24, 24, 6), np.uint8)
+    for radius, value in ((8, 2), (6, 1), (4.5, 4)):
+        labels[ball(center, radius)] = value
+    voxels = {name: generator.normal(100, 8, labels.shape) for name in MODALITIES}
+    voxels["flair"] += 150 * (labels > 0)
+    voxels["t2"] += 150 * np.isin(labels, (1, 4))
+    voxels["t1ce"] += 150 * (labels == 4)
+    return {name: own.astype(np.int16) for name, own in voxels.items()}, labels
+
+
+def write(path, voxels):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(voxels, AFFINE), path)
+
+
+def read(path):
+    """A mask, after a look at its geometry."""
+    image = nibabel.load(path)
+    np.testing.assert_allclose(image.affine, AFFINE)
+    return np.asarray(image.dataobj)
+
+
+def dice(one, other):
+    return 2 * (one & other).sum() / max(one.sum() + other.sum(), 1)
+
+
+def write_case(folder, seed, *, mask=None, suffix=".nii"):
+    voxels, labels = tumour(seed)
+    for name, own in voxels.items():
+        write(f"{folder}/{Path(folder).name}_{name}{suffix}", own)
+    if mask:
+        write(f"{folder}/{mask}", labels)
+    return voxels, labels
+
+
+def test_brats():
+    """Four modalities a case, nested regions, a mask that is called otherwise."""
+    for number in (1, 2, 3, 4, 5, 355):
+        case = f"BraTS20_Training_{number:03}"
+        mask = f"{case}_seg.nii" if number < 355 else "W39_1998.09.19_Segm.nii"
+        write_case(f"D/{case}", number, mask=mask)
+    Path("regions.json").write_text(json.dumps({"labels": REGIONS}))
+    images, flags = "D/{id}/{id}_{channel}.nii", ["--channels", ",".join(MODALITIES)]
+    flags += ["--classes", "regions.json"]
+    refused = run("download.py", "--masks", images, "D/{id}/{id}_seg.nii", *flags)
+    assert_refused(refused, "BraTS20_Training_355", "--skip-unpaired")
+    learn("brats", "--masks", images, "D/{id}/*_{seg,Segm}.nii", *flags, run=in_a_process)
+    info = records("brats")["train"]["info"]
+    assert info["channels"] == [*MODALITIES] and sum(map(len, groups("brats").values())) == 6
+    scores = report("brats", run=in_a_process)
+    assert (
+        scores["channels"] == [*MODALITIES] and set(scores["per_group"]) == groups("brats")["test"]
+    )
+    assert all(scores["scores"][f"group_dice/{name}"] > 0.8 for name in [*REGIONS][1:])
+
+    voxels, labels = write_case("new/BraTS20_9", 9, suffix=".nii.gz")
+    truth = {name: np.isin(labels, values) for name, values in [*REGIONS.items()][1:]}
+    written = predict("brats", "new/BraTS20_9", "--write", "mask,classes")
+    for name, mask in truth.items():
+        own = read(written[f"BraTS20_9_{name.replace(' ', '_')}_mask.nii.gz"])
+        assert dice(own == 1, mask) > 0.8, name
+    drawn = read(written["BraTS20_9_mask.nii.gz"])
+    assert (
+        dice(drawn == 3, truth["enhancing"]) > 0.8 and dice(drawn > 0, truth["whole tumor"]) > 0.8
+    )
+    write("four.nii", np.stack([voxels[name] for name in MODALITIES], -1))
+    np.testing.assert_array_equal(read(predict("brats", "four.nii")["four_mask.nii.gz"]), drawn)
+
+    voxels["t1ce"] = np.roll(voxels["t1ce"], 12, 0)  # which alone shows what is called enhancing
+    for name, own in voxels.items():
+        write(f"new/BraTS20_9/BraTS20_9_{name}.nii.gz", own)
+    drawn = read(predict("brats", "new")["BraTS20_9_mask.nii.gz"])
+    assert dice(drawn == 3, truth["enhancing"]) < 0.2 < dice(drawn > 0, truth["whole tumor"])
+    Path("new/BraTS20_9/BraTS20_9_t1.nii.gz").unlink()
+    lacking = run("predict.py", "new/BraTS20_9", "--model", "runs/brats/best_model.pth")
+    assert_refused(lacking, "BraTS20_9_t1.nii.gz")
+
+
+def test_msd():
+    """Files of four axes beside those of macOS, the names of labels in dataset.json."""
+    for number in range(1, 6):
+        voxels, labels = tumour(number)
+        name = f"BRATS_{number:03}.nii.gz"
+        write(f"imagesT{'rs'[number == 5]}/{name}", np.stack([*voxels.values()], -1))
+        if number < 5:
+            write(f"labelsTr/{name}", (labels > 0).astype(np.uint8))
+        for folder in ("imagesTr", "labelsTr", "imagesTs"):
+            Path(folder).mkdir(exist_ok=True)
+            Path(folder, f"._{name}").write_bytes(b"\0\5\x16\7" * 30)
+    Path("dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "tumour"}}))
+    flags = ["--masks", "imagesTr", "labelsTr", "--classes", "dataset.json"]
+    assert_refused(run("download.py", *flags), "BRATS_001.nii.gz", "--channels", "--time")
+    learn("msd", *flags, "--channels", "FLAIR,T1w,t1gd,T2w", "--split", 50, 25, 25)
+    assert report("msd")["scores"]["dice"] > 0.8
+    assert dice(read(predict("msd", "imagesTs")["BRATS_005_mask.nii.gz"]) > 0, labels > 0) > 0.8
+
+
+def test_lgg():
+    """Three modalities as the colours of a TIFF file, several slices of a patient."""
+    for patient in range(4):
+        case = f"TCGA_CS_494{patient}_19960909"
+        Path("kaggle_3m", case).mkdir(parents=True)
+        voxels, labels = tumour(patient)
+        pixels = np.stack([voxels[name] for name in ("t1", "flair", "t1ce")], -1)
+        for index in range(6):
+            stem = f"kaggle_3m/{case}/{case}_{index}"
+            tifffile.imwrite(f"{stem}.tif", pixels[:, :, index].clip(0, 255).astype(np.uint8))
+            mask = (labels[:, :, index] > 0).astype(np.uint8) * 255
+            tifffile.imwrite(f"{stem}_mask.tif", mask)
+    Path("kaggle_3m/data.csv").write_text("Patient\n")
+    patterns = "kaggle_3m/{group}/{id}.tif", "kaggle_3m/{group}/{id}_mask.tif"
+    learn("lgg", "--masks", *patterns, "--split", 50, 25, 25, "--channels", "pre,flair,post")
+    assert {split: len(own) for split, own in groups("lgg").items()} == {
+        "train": 2,
+        "valid": 1,
+        "test": 1,
+    }
+    scores = report("lgg")
+    assert [*scores["per_group"]] == [*groups("lgg")["test"]]
+    assert scores["scores"]["group_dice"] > 0.8 and scores["channels"] == ["pre", "flair", "post"]
+
+
+def test_acdc():
+    """Two frames of each patient, the whole film beside them."""
+    for patient in range(1, 5):
+        case = f"training/patient{patient:03}/patient{patient:03}"
+        voxels, labels = zip(*(tumour(10 * patient + frame) for frame in (1, 2)), strict=True)
+        for frame, own, mask in zip((1, 12), voxels, labels, strict=True):
+            write(f"{case}_frame{frame:02}.nii.gz", own["flair"])
+            write(f"{case}_frame{frame:02}_gt.nii.gz", (mask > 0).astype(np.uint8))
+        write(f"{case}_4d.nii.gz", np.stack([own["flair"] for own in voxels], -1))
+    frame = "training/{group}/{group}_frame{id}"
+    learn("acdc", "--masks", f"{frame}.nii.gz", f"{frame}_gt.nii.gz", "--split", 50, 25, 25)
+    assert {len(own["images"]) / 12 for own in records("acdc").values()} == {1, 2}
+    assert [len(own) for own in groups("acdc").values()].count(1) == 2
+    assert report("acdc")["scores"]["group_dice"] > 0.8
+    film = read(predict("acdc", f"{case}_4d.nii.gz")["patient004_4d_mask.nii.gz"])
+    assert film.shape == (24, 24, 6, 2)
+    assert all(dice(film[..., time] > 0, labels[time] > 0) > 0.8 for time in (0, 1))
+
+
+def test_promise12():
+    """MetaImage, each file beside its voxels."""
+    Path("P").mkdir()
+    for number in range(5):
+        voxels, labels = tumour(number)
+        parts = {"": voxels["flair"], "_segmentation": (labels > 0).astype(np.int8)}
+        for ending, own in parts.items():
+            image = SimpleITK.GetImageFromArray(own.transpose(2, 1, 0))
+            image.SetSpacing((0.6, 0.6, 3.6))
+            image.SetOrigin((-5, 7, 9))
+            SimpleITK.WriteImage(image, f"P/Case{number:02}{ending}.mhd")
+    learn("promise", "--masks", "P/{id}.mhd", "P/{id}_segmentation.mhd", "--split", 60, 20, 20)
+    assert report("promise")["scores"]["dice"] > 0.8
+    model = ("--model", "runs/promise/best_model.pth")
+    assert_refused(run("predict.py", "P/Case04.mhd", *model, "--output", "m.mhd"), ".mha")
+    assert_done(run("predict.py", "P/Case04.mhd", *model, "--output", "m.mha"))
+    mask = SimpleITK.ReadImage("m.mha")
+    for read_value in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(*(getattr(one, read_value)() for one in (mask, image)))
+    drawn = SimpleITK.GetArrayFromImage(mask).transpose(2, 1, 0)
+    assert dice(drawn > 0, labels > 0) > 0.8
