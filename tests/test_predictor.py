@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import helpers
@@ -22,6 +23,7 @@ from medseg.inference import PLAIN, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
 from medseg.ood import count_features, fit, fit_with_threshold
 from medseg.phantoms import make_phantoms
+from medseg.predicting import inputs, reading
 from medseg.predictor import Prediction, Predictor, pairwise_dice
 from medseg.results.assessment import describe_assessments, reliability_columns
 from net import UNet, load_model
@@ -450,3 +452,13 @@ def test_predict_py_and_the_table_tell_unlike_images(trained):
         assert all((0 <= one <= 1) == known for one in agreements)
     alone = output_of("predict.py", "scans/blank.png", *model, "--tta", cwd=trained)
     assert "blank.png: unlike the training" in alone and "agreement " in alone
+
+
+def test_reading_ahead_ends_its_threads_where_an_image_fails():
+    def fail(*_):
+        raise ValueError("fails")
+
+    frames, before = [inputs.as_frame(np.zeros((4, 4), np.uint8))] * 3, set(threading.enumerate())
+    with pytest.raises(ValueError) as failure:  # which keeps its frames
+        next(reading.read_ahead(frames, fail, fail))
+    assert failure and set(threading.enumerate()) <= before

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from medseg import cli, drawing, images, pieces
-from medseg.files import file_format
+from medseg.files import file_format, name_file
 from medseg.formats.own_files import TABLE
 from medseg.inference import PLAIN, Inference, flips_to_average
 from medseg.predicting import inputs
@@ -123,8 +123,9 @@ class Session:
 
     def _add(self, frame):
         image, model = frame.read(), self.model
-        inputs.check_channels(image, model.info)
-        pixels = images.preprocess(image, model.info.image_size, model.n_channels)
+        with name_file(frame.path):
+            inputs.check_channels(image, model.info)
+            pixels = images.preprocess(image, model.info.image_size, model.n_channels)
         (prediction,) = model.predict(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2))
         view, arrays = image.rgb(), Path(tempfile.mkdtemp(dir=self._folder), "arrays.npz")
         view.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)

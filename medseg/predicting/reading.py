@@ -1,7 +1,7 @@
 """Images read ahead of the network: several at a time, as long as they are small."""
 
 import math
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from medseg.files import file_format, name_file, parallel_map
 from medseg.samples import open_picture
@@ -22,14 +22,15 @@ def read_ahead(frames, prepare, leave_out):
             tensor, image = prepare(image)
         return frame, image, tensor
 
-    ahead = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
-    for frame in frames:
-        result = next(ahead)
-        if isinstance(result, Exception):
-            leave_out(frame, result)
-        else:
-            yield result
-            result = None  # a large image is not kept while the next one is read, as by zip
+    reading = parallel_map(read, frames, cost=count_pixels, limit=AHEAD_PIXELS)
+    with closing(reading) as ahead:  # by this thread: none of its own could wait for itself
+        for frame in frames:
+            result = next(ahead)
+            if isinstance(result, Exception):
+                leave_out(frame, result)
+            else:
+                yield result
+                result = None  # a large image is not kept while the next one is read, as by zip
 
 
 def take_batch(readable, size):
