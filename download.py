@@ -246,11 +246,11 @@ def install_download(root, sources):
     raise DownloadError(" and ".join(failure.problem for failure in failures), BY_HAND)
 
 
-def install_zip(archive, root):
-    """Put the splits of a zip into `root`. Raises DownloadError for an unsuitable archive."""
+def install_zip(archive, root, seed=0):
+    """Put the splits of a zip into `root`; see `unpack`. Raises DownloadError."""
     check_regular(archive)
     try:
-        install(root, lambda folder: unpack(archive, folder))
+        install(root, lambda folder: unpack(archive, folder, seed))
     except FileNotFoundError as error:
         raise DownloadError(f"there is no file {error.filename}", BY_HAND) from None
     except ValueError as error:
@@ -327,7 +327,7 @@ def get_data(root, args):
     if keep:
         print(f"already there: {root}")
     elif args.zip:
-        install_zip(args.zip, root)
+        install_zip(args.zip, root, args.seed)
     elif not args.synthetic:
         install_download(root, list(SOURCES) if args.source == "auto" else [args.source])
 

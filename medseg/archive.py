@@ -4,17 +4,26 @@ No entry of an archive is trusted. Names that lead out of the folder, links, enc
 entries that unpack to far more bytes than they take are refused before anything is written.
 """
 
+import json
 import lzma
+import os
 import re
 import stat
 import zipfile
 import zlib
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, SPLITS
-from medseg.splits import check_disk_space
+from medseg.splits import (
+    augmented_groups,
+    check_disk_space,
+    deal_missing,
+    present_splits,
+    read_split,
+)
 
 # Names that the folder of a split may have in an archive.
 ALIASES = {split: (split,) for split in SPLITS} | {"valid": ("valid", "val", "validation")}
@@ -54,7 +63,7 @@ def refusal_reason(entry):
 def find_splits(names):
     """{folder in the archive: split}, at any depth, for the names of an archive's entries.
 
-    Raises ValueError if a split is missing.
+    Raises ValueError if train is missing.
     """
     candidates = {}  # folder that holds splits -> {split: its folder}
     for path in map(PurePosixPath, names):
@@ -62,23 +71,59 @@ def find_splits(names):
             if path.name == ANNOTATIONS and path.parent.name.lower() in aliases:
                 candidates.setdefault(path.parent.parent, {})[split] = path.parent
     best = max(candidates.values(), key=len, default={})
-    if missing := [split for split in SPLITS if split not in best]:
-        raise ValueError(f"holds no {missing[0]}/{ANNOTATIONS}")
+    if SPLITS[0] not in best:
+        raise ValueError(f"holds no {SPLITS[0]}/{ANNOTATIONS}")
     return {folder: split for split, folder in best.items()}
 
 
-def unpack(archive, folder):
+def unpack(archive, folder, seed=0):
     """Write the splits of the zip `archive` to folder/{train,valid,test} (a Path).
 
-    Raises FileNotFoundError if there is no archive; ValueError if it is damaged, not this data
-    set, or unsafe to unpack.
+    Those that it lacks are dealt from train, by the seed. Raises FileNotFoundError if there is no
+    archive; ValueError if it is damaged, not this data set, or unsafe to unpack.
     """
     try:
         with zipfile.ZipFile(archive) as z:
             _check_entries(z.infolist())
             _extract(z, folder)
+        _deal_missing(folder, seed)
     except DAMAGED as error:
         raise ValueError(f"damaged or not a zip ({error})") from None
+
+
+class _Stored(NamedTuple):
+    """An image of the train split; name: of its file."""
+
+    name: str
+    group: str
+    record: dict
+
+
+def _deal_missing(folder, seed):
+    """Move images and annotations from train to the splits that are not in the folder."""
+    present = present_splits(folder)
+    if len(present) == len(SPLITS):
+        return
+    train = folder / SPLITS[0]
+    try:
+        content = read_split(train, None)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
+    names = [record["file_name"] for record in content["images"]]
+    images = zip(names, augmented_groups(names), content["images"], strict=True)
+    try:
+        drawn = deal_missing([_Stored(*image) for image in images], present, seed)
+    except ValueError as error:  # whose advice, after the colon, is for flags of other imports
+        raise ValueError(str(error).partition(":")[0]) from None
+    for split, stored in drawn.items():
+        ids = {image.record["id"] for image in stored}
+        own = [entry for entry in content["annotations"] if entry["image_id"] in ids]
+        lists = {"images": [image.record for image in stored], "annotations": own}
+        for image in stored if split != SPLITS[0] else ():
+            target = folder / split / image.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(train / image.name, target)
+        (folder / split / ANNOTATIONS).write_text(json.dumps({**content, **lists}))
 
 
 def _check_entries(entries):

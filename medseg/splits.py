@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections import Counter
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from medseg.files import file_lock, parallel_map
 from medseg.images import is_grey, read_image
 
 LOOKED_AT = 100  # images of a data set, for their colours
+ROBOFLOW = re.compile(r"(.+)\.rf\.\w+")  # the name of a picture, and a number of its variant
 PERCENTAGES = (70, 15, 15)  # of the imported images in train, valid and test
 
 
@@ -181,21 +183,34 @@ def draw_splits(examples, percentages, seed):
 
 
 def keep_splits(examples, seed):
-    """{split: examples} by the split that each names, or train.
-
-    A split that none names is dealt from train, with its part of PERCENTAGES; a line says so.
-    """
+    """{split: examples} by the split that each names, or train; see `deal_missing`."""
     drawn = {name: [] for name in SPLITS}
     for example in examples:
         drawn[example.split or SPLITS[0]].append(example)
-    missing = [name for name in SPLITS if not drawn[name]]
-    parts = [part * (name in missing) for name, part in zip(SPLITS, PERCENTAGES, strict=True)]
-    if SPLITS[0] in missing:
+    if not drawn[SPLITS[0]]:
         raise ValueError("there is no train split: say with --split how to deal the images")
-    if missing:
-        drawn |= draw_splits(drawn[SPLITS[0]], (100 - sum(parts), *parts[1:]), seed)
-        print(f"note: there is no {' and no '.join(missing)} split: dealt from train")
+    return drawn | deal_missing(drawn[SPLITS[0]], [name for name in SPLITS if drawn[name]], seed)
+
+
+def deal_missing(examples, present, seed):
+    """{split: examples} of train and of the splits that are not present, dealt from those of train.
+
+    Each gets its part of PERCENTAGES; a line says so.
+    """
+    missing = [name for name in SPLITS if name not in present]
+    if not missing:
+        return {SPLITS[0]: examples}
+    parts = [part * (name in missing) for name, part in zip(SPLITS, PERCENTAGES, strict=True)]
+    drawn = draw_splits(examples, (100 - sum(parts), *parts[1:]), seed)
+    print(f"note: there is no {' and no '.join(missing)} split: dealt from train")
     return drawn
+
+
+def augmented_groups(names):
+    """The group of each file name: the picture that Roboflow has several variants of, else ""."""
+    sources = [match[1] if (match := ROBOFLOW.match(name)) else "" for name in names]
+    counts = Counter(sources)
+    return [source if counts[source] > 1 else "" for source in sources]
 
 
 # ---- a split by blocks of neighbouring slices ------------------------------------------------

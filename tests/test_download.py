@@ -245,7 +245,7 @@ def test_kaggle_resumes_a_killed_run(site, tmp_path, poisoned):
 @new_client
 @pytest.mark.parametrize(
     "body, word, times",
-    [(b"<html>sorry</html>", "twice", 2), (pack(split_files("train")), "valid/_annotations", 1)],
+    [(b"<html>sorry</html>", "twice", 2), (pack(split_files("valid")), "train/_annotations", 1)],
 )
 def test_kaggle_sends_something_else(site, tmp_path, body, word, times):
     site.body = body
@@ -386,8 +386,8 @@ BAD = {
     "bomb": (pack(good_files() | {"train/zeros": bytes(3_000_000)}), "many bytes"),
     "lying bomb": (lying_bomb(), "damaged"),
     "encrypted": (encrypted(), "encrypted"),
-    "no split": (pack(split_files("train") | split_files("test")), "no valid/_annotations"),
-    "no annotation": (without("test/_annotations.coco.json"), "no test/_annotations"),
+    "no split": (pack(split_files("valid") | split_files("test")), "no train/_annotations"),
+    "too few": (pack(split_files("train", 2)), "2 images are too few for 3 splits;"),
     "no image": (without("1_jpg.rf.valid.jpg"), "1_jpg.rf.valid.jpg is listed"),
     "not COCO": (pack(good_files() | {"test/_annotations.coco.json": b"[1, 2]"}), "not COCO"),
     "not JSON": (pack(good_files() | {"test/_annotations.coco.json": b"\xff{"}), "not JSON"),
@@ -436,6 +436,47 @@ def test_wrapped_archive(tmp_path, prefix, valid):
     run_download("--zip", path, "--data", root)
     got = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
     assert got == good_files()
+
+
+@pytest.mark.parametrize("present", [("train",), ("train", "valid"), ("train", "test")])
+def test_splits_that_a_zip_lacks_are_dealt_from_train(here, present):
+    files = {"train/README.txt": b"x"}
+    for split in present:
+        files |= split_files(split, 20)
+    Path("archive.zip").write_bytes(pack(files))
+    out = run_download("--zip", "archive.zip")
+    missing = [split for split in ("valid", "test") if split not in present]
+    assert f"no {' and no '.join(missing)} split" in out
+    dealt, names = {"train": 20 - 3 * len(missing)} | dict.fromkeys(missing, 3), set()
+    for split in ("train", "valid", "test"):
+        coco = json.loads(Path("dataset", split, "_annotations.coco.json").read_text())
+        assert len(coco["images"]) == dealt.get(split, 20)
+        own_ids = {record["id"] for record in coco["images"]}
+        assert {entry["image_id"] for entry in coco["annotations"]} == own_ids & {0}
+        for record in coco["images"]:
+            path = Path("dataset", split, record["file_name"])
+            own = split if split in present else "train"
+            assert path.read_bytes() == files[f"{own}/{path.name}"]
+            names.add(path.name)
+        assert len(list(Path("dataset", split).glob("*.jpg"))) == len(coco["images"])
+    assert len(names) == 20 * len(present)
+
+
+def test_variants_of_one_picture_are_dealt_together(here):
+    files = split_files("train", 20)
+    text = files.pop("train/_annotations.coco.json").decode()
+    for number in range(20):  # four variants of five pictures
+        old, new = f"{number}_jpg.rf.train.jpg", f"{number % 5}_jpg.rf.a{number}.jpg"
+        files[f"train/{new}"], text = (
+            files.pop(f"train/{old}"),
+            text.replace(f'"{old}"', f'"{new}"'),
+        )
+    files["train/_annotations.coco.json"] = text.encode()
+    Path("archive.zip").write_bytes(pack(files))
+    run_download("--zip", "archive.zip", "--seed", 3)
+    folders = {path: path.parent.name for path in Path("dataset").glob("*/*.jpg")}
+    homes = {(path.name.split("_")[0], folder) for path, folder in folders.items()}
+    assert len(folders) == 20 and len(homes) == 5 and set(folders.values()) == {*archive.SPLITS}
 
 
 def test_damaged_records_are_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,14 @@ def test_yolo_splits_are_kept_and_missing_ones_dealt(here, layout):
     assert len(stored("train", "anew")) in (10, 11)
 
 
+def test_variants_of_one_picture_stay_in_one_split(here):
+    yolo({f"images/{number % 4}_png.rf.{number}a": [SQUARE] for number in range(12)})
+    assert "groups: 4 " in run_download("--yolo", "y", "--split", 50, 25, 25)
+    for split in ("train", "valid", "test"):
+        stems = Counter(name.split("_")[0] for name in stored(split))
+        assert set(stems.values()) == {3}
+
+
 BAD_YOLO = {  # lines of the labels, data.yaml, what the message names
     "a name that is missing": (["2" + SQUARE[1:]], NAMES, "labels/a.txt: line 1"),
     "pixels": ([SQUARE, "0 3 3 9 3 9 9"], NAMES, "labels/a.txt: line 2"),
@@ -184,3 +193,20 @@ def test_bad_yolo_is_one_line(here, case):
     lines, names, word = BAD_YOLO[case]
     yolo({"images/a": lines}, names)
     refuse_download("--yolo", "y", *ALL, words=[word])
+
+
+# ---- Roboflow's masks ----------------------------------------------------------------------------
+
+
+def test_names_of_roboflow_masks(here):
+    for number in range(3):
+        save(photo(number), f"r/{number}_jpg.rf.a{number}.jpg")
+        mask = np.zeros(PHOTO[::-1], np.uint8)
+        mask[4:10, 3:9], mask[5:14, 20:27] = 1, 2
+        save(Image.fromarray(mask), f"r/{number}_jpg.rf.a{number}_mask.png")
+    Path("r/_classes.csv").write_text("Pixel Value, Class\n0, background\n1, cell\n2, spot, dark\n")
+    run_download("--masks", "r/{id}.jpg", "r/{id}_mask.png", *ALL, "--classes", "r/_classes.csv")
+    assert class_names() == ["cell", "spot, dark"]
+    for own in stored().values():
+        assert_array_equal(own["cell"], square_mask(3, 4, 6, 6))
+        assert_array_equal(own["spot, dark"], square_mask(20, 5, 7, 9))

@@ -12,7 +12,7 @@ from medseg.files import check_regular, read_json
 from medseg.samples import LOSSY
 from medseg.sources.collect import same_form
 
-FILES = (".txt", ".json")
+FILES = (".txt", ".json", ".csv")
 MAX_BYTES = 2**20  # of a file of names
 BACKGROUND = ("background", "_background_")
 IGNORED = ("ignore", "__ignore__")  # nnU-Net's and LabelMe's: there is no such thing here
@@ -175,7 +175,7 @@ def _is_file_name(text):
     if text.lower().endswith(FILES):
         return True
     if "," not in text and "=" not in text and os.path.splitext(text)[1] and os.path.isfile(text):
-        raise ValueError(f"--classes: {text} is a file, and one of names is {' or '.join(FILES)}")
+        raise ValueError(f"--classes: {text} is a file, and one of names is {', '.join(FILES)}")
     return False
 
 
@@ -247,7 +247,8 @@ def _read_file(path):
 
     Text has a name a line: with the background first, line by line those of 0, 1, 2, ..., as
     PaddleSeg's class_names.txt; else in ascending order of the values; or VALUE=NAME; or a colour
-    each, as CVAT's labelmap.txt. JSON is an
+    each, as CVAT's labelmap.txt. CSV has a value and a name a line, under a head, as Roboflow's
+    _classes.csv. JSON is an
     object of label numbers, or has one as "labels", as nnU-Net's dataset.json.
     """
     check_regular(path)
@@ -269,6 +270,9 @@ def _read_file(path):
 def _from_lines(lines, path):
     if not lines:
         raise ValueError(f"{path}: holds no names")
+    if path.suffix.lower() == ".csv":
+        pairs = [map(str.strip, line.split(",", 1)) for line in lines[1:] if "," in line]
+        return _numbered(list(map(tuple, pairs)), path)
     if all("=" in line for line in lines):
         return _parse_pairs(lines, str(path))
     if all(LABELMAP.fullmatch(line) for line in lines if not line.startswith("# label:")):

@@ -11,6 +11,7 @@ from medseg.coco import listed
 from medseg.files import base_name, escape, file_format
 from medseg.images import read_image
 from medseg.samples import Page, count_pages, stored_orientation, turn
+from medseg.splits import augmented_groups
 
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 
@@ -133,17 +134,21 @@ def find_groups(paths, regex=None):
     """The group of each relative path: what `regex` finds in it (its first group, else all of it).
 
     Without a regex it is the subject that a name in the manner of BIDS begins with (sub-01_T1w),
-    and how many there are is printed; a path without one is a group of its own, "". Raises
+    or the picture that Roboflow has augmented (x_jpg.rf.0a1b.jpg), and how many there are is
+    printed; a path without one is a group of its own, "". Raises
     ValueError for a path in which the regex finds nothing.
     """
     if regex is not None:
         return list(map(_make_grouping(regex), paths))
     matches = [SUBJECT.search(PurePath(path).as_posix()) for path in paths]
     groups = [match[1] if match else "" for match in matches]
+    what = "subjects" if any(groups) else "augmented pictures"
+    if not any(groups):
+        groups = augmented_groups([PurePath(path).name for path in paths])
     subjects = Counter(filter(None, groups))
     if subjects:
         print(
-            f"groups: {len(subjects)} subjects in the names of {subjects.total()} images, such as "
+            f"groups: {len(subjects)} {what} in the names of {subjects.total()} images, such as "
             f"{min(subjects)}: each stays in one split (--group REGEX groups in another way)"
         )
     return groups
