@@ -32,21 +32,19 @@ def apply_by_tiles(network, images, device, *, forward=None):
     says so, once.
     """
 
-    def apply(part):
+    def prepare(part):
         part = part.to(device)
-        if part.dtype == torch.uint8:
-            part = normalize(part.permute(0, 2, 3, 1))
-        return (forward or network)(part).float()
+        return normalize(part.permute(0, 2, 3, 1)) if part.dtype == torch.uint8 else part
 
-    count, _, height, width = images.shape
+    forward, (count, _, height, width) = forward or network, images.shape
     if not must_divide(network, count * height * width, device):
-        return apply(images)
+        return forward(prepare(images)).float()
     stride, margin = 2**network.architecture.depth, margin_of(network)
     pixels = memory_limits(device)[0] // (count * pass_memory(network))
     tiles = make_tiles(height, width, stride, margin, pixels)
     result = torch.from_numpy(large_array((count, network.n_classes, height, width), np.float32))
     for kept, shown in tqdm(tiles, f"{width}x{height}", unit=" tiles", disable=None, leave=False):
-        part = apply(images[(..., *shown)])
+        part = forward(prepare(images[(..., *shown)])).float()
         pairs = zip(kept, shown, strict=True)
         inner = [slice(own.start - all.start, own.stop - all.start) for own, all in pairs]
         result[(..., *kept)] = part[(..., *inner)]
