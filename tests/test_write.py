@@ -146,6 +146,37 @@ def test_labelme_files_are_read_back_bit_for_bit(place):
         np.testing.assert_array_equal(stored()[name]["foreground"], mask)
 
 
+def test_predictions_that_nobody_has_saved_since_are_told_apart(place, refused):
+    predict.main(["scans", "--write", "labelme", "--output", "scans"])
+    corrected = Path("scans/b.json")
+    content = json.loads(corrected.read_text())
+    for label in content["shapes"]:  # as LabelMe saves a file, its own version in it
+        label["label"] = label["label"].replace("foreground", "cell")
+    corrected.write_text(json.dumps({**content, "version": "5.5.0"}, indent=2))
+    run_download("--labelme", "scans", "--split", 50, 0, 50, "--unreviewed", "keep")
+    assert len(stored()) == len(stored("test")) == 1
+    run_download("--labelme", "scans", "--into", "train", "--unreviewed", "skip", "--force")
+    assert set(stored()) == {"b"} and set(stored()["b"]) == {"cell"}
+    run_download("--labelme", "scans", "--into", "valid")
+    add = (
+        "--labelme",
+        "scans",
+        "--into",
+        "valid",
+        "--add",
+        "--duplicates",
+        "keep",
+        "--prefix",
+        "n",
+    )
+    refused("download", *add, words=["scans: 1 of 2 files", "a.json", "--unreviewed"])
+    run_download(*add, "--unreviewed", "skip")
+    assert set(stored("valid")) == {"a", "b", "nb"}
+    corrected.unlink()
+    refused("download", *add, "--unreviewed", "skip", words=["scans: 1 of 1 files"])
+    refused("download", "--coco", "c", "i", "--unreviewed", "skip", words=["--labelme"])
+
+
 def test_labelme_files_of_predictions_lead_to_their_images(place):
     predict.main(["scans", "--write", "labelme,mask", "--output", "m"])
     run_download("--labelme", "m", "--split", 100, 0, 0)

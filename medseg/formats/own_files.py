@@ -22,6 +22,9 @@ BEGINNINGS = {
     SETTINGS: b'{\n "program": "predict.py",',
     COCO: b'{\n "program": "predict.py",',
 }
+# Of a LabelMe file. LabelMe and programs like it put their own version there when they save one.
+LABELME_VERSION = "5.5.0+predict.py"
+UNREVIEWED = f'{{\n "version": "{LABELME_VERSION}"'.encode()
 KEYS = {REPORT: {"folder", "confidence_95", "per_image"}}
 
 
@@ -46,6 +49,12 @@ def _is_unchanged(path):
     if name.lower().endswith(VOLUME_SUFFIXES):
         return is_sealed_mask(path)
     return is_sealed(path)
+
+
+def is_unreviewed(path):
+    """Whether a LabelMe file is as predict.py wrote it: nobody has saved it since."""
+    with open(path, "rb") as file:
+        return file.read(len(UNREVIEWED)) == UNREVIEWED
 
 
 def is_own(path):

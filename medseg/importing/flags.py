@@ -122,6 +122,12 @@ def _add_growing(own):
         "one, or add them all the same; default: an error that names them",
     )
     own.add_argument(
+        "--unreviewed",
+        choices=("skip", "keep"),
+        help="with --labelme: leave out files of predict.py that nobody has saved since, or take "
+        "them; default: --add asks, any other import takes them",
+    )
+    own.add_argument(
         "--prefix", metavar="TEXT", help="begin the names of the stored images with it"
     )
 
@@ -147,6 +153,8 @@ def check_arguments(parser, args):
         parser.error("--duplicates: goes with --add")
     if args.boxes and not (args.coco or args.yolo):
         parser.error("--boxes: goes with --coco or --yolo")
+    if args.unreviewed and not args.labelme:
+        parser.error("--unreviewed: goes with --labelme")
     if args.via and not 2 <= len(args.via) <= 3:
         parser.error("--via: takes a file, a folder of images and at most one attribute")
     for name in ("window", "invert", "channels", "time", "context"):

@@ -21,7 +21,7 @@ from medseg.coco import MAX_CLASSES, listed
 from medseg.coco_dialects import are_fractions, name_forms, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
-from medseg.formats.own_files import OWN_JSON, is_own
+from medseg.formats.own_files import OWN_JSON, is_own, is_unreviewed
 from medseg.images import SUFFIXES, read_image
 from medseg.importing.writing import Example
 from medseg.run_lengths import encode_labels
@@ -44,19 +44,21 @@ MAX_MEMORY = 2**30  # bytes of its content; several are read at a time
 FAR = 10  # coordinates may lie this many sides outside the image
 
 
-def labelme_examples(folder, *, classes=None, group=None, prefix=""):
+def labelme_examples(folder, *, classes=None, group=None, prefix="", unreviewed="keep"):
     """(examples, class names, late) of the LabelMe files below a folder.
 
     Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
     late: {what to print once the examples are read: LabelMe files that it is about}, such as those
     whose imagePath names another picture than the one in imageData, or none at all.
     group: a regular expression on the path of the JSON file, see `find_groups`. prefix: of names.
+    unreviewed: what becomes of predictions that nobody has saved since, as of `_select`.
     Raises ValueError or FileNotFoundError that names the file.
     """
     folder = Path(folder)
     paths = [path for path in list_files(folder, (".json",)) if path.name not in OWN_JSON]
     if not paths:
         raise ValueError(f"{folder}: holds no LabelMe files (.json)")
+    paths = _select(folder, paths, unreviewed)
     counts, left_out = _count_labels(paths)
     labels = counts.keys() - {BACKGROUND, IGNORED}
     check_known(classes, sorted(labels), "no area is labelled")
@@ -78,6 +80,25 @@ def labelme_examples(folder, *, classes=None, group=None, prefix=""):
         f"{ours} their image elsewhere than imagePath says: it was found by its name": elsewhere,
     }
     return examples, names, late
+
+
+def _select(folder, paths, unreviewed):
+    """The files, with predictions that nobody has saved since or without them: "keep" or "skip".
+
+    None is a ValueError where there are some.
+    """
+    untouched = {path for path in paths if is_unreviewed(path)}
+    if not untouched:
+        return paths
+    what = (
+        f"{len(untouched)} of {len(paths)} files are predictions that nobody has saved in LabelMe "
+        f"since ({min(untouched).name})"
+    )
+    if unreviewed is None or unreviewed == "skip" and len(untouched) == len(paths):
+        ways = "--unreviewed skip leaves them out, keep takes them as they are"
+        raise ValueError(f"{folder}: {what}: {ways}")
+    print(f"{'left out' if unreviewed == 'skip' else 'note'}: {what}")
+    return paths if unreviewed == "keep" else [path for path in paths if path not in untouched]
 
 
 def _read_example(path, find, names, numbers, wrong):

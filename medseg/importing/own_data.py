@@ -71,7 +71,9 @@ def import_data(root, args):
             options |= {"time": args.time or None, "context": args.context}
             examples, classes, info = read_masks(**options, present=present)
         else:
-            if name != "labelme":
+            if name == "labelme":
+                options["unreviewed"] = args.unreviewed or (None if args.add else "keep")
+            else:
                 options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
             examples, classes, late = READERS[name](*values, **options)
         place = next(iter(args.masks[1].values())) if args.masks else sources[0]

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from medseg.files import atomic_write
+from medseg.formats.own_files import LABELME_VERSION
 from medseg.pieces import class_masks, number_pieces
 from medseg.results.outlines import trace_labels
 from medseg.results.table import settings_text
 from medseg.run_lengths import encode_labels
 
-LABELME_VERSION = "5.5.0"  # of the format: versions 4 to 7 read it
 BACKGROUND = "_background_"  # LabelMe's label of what cuts a hole
 
 
