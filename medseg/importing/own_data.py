@@ -60,17 +60,15 @@ def import_data(root, args):
         _check_sources(root, splits, sources, args.add)
         options = {"classes": classes, "group": args.group, "prefix": args.prefix or ""}
         present, info, late = present_settings(root, stay), {}, {}
-        if not args.masks:
-            pictures = list_files(sources[-1], SUFFIXES)
-            window = picture_window(pictures, None, present)
-            info |= {"window": window} if window else {}
-            check_window(present, window)
         if args.masks:
             options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
             options |= {"invert": args.invert, "channels": args.channels or ()}
             options |= {"time": args.time or None, "context": args.context}
             examples, classes, info = read_masks(**options, present=present)
         else:
+            window = picture_window(list_files(sources[-1], SUFFIXES), None, present)
+            info |= {"window": window} if window else {}
+            check_window(present, window)
             if name == "labelme":
                 options["unreviewed"] = args.unreviewed or (None if args.add else "keep")
             else:
