@@ -21,6 +21,7 @@ from medseg.drawing import (
 )
 from medseg.files import name_file, write_picture
 from medseg.samples import (
+    RANGES,
     STRIPE,
     Page,
     large_array,
@@ -31,6 +32,7 @@ from medseg.samples import (
 from medseg.settings import MAX_CHANNELS
 
 MEASURED, MEASURED_PIXELS = 64, 1 << 16  # files, and values of each, that tell a window
+FILLED = 0.25  # of a range
 IMAGE_SIZE = 256  # pixels a side, the tutorial's; what a model is trained at unless told otherwise
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green, blue, in 0..1: the tutorial's
 STD = (0.229, 0.224, 0.225)
@@ -111,18 +113,24 @@ def read_image(path, window=None):
 def measure_window(paths):
     """(center, width) that shows the grey values of a set of pictures alike, or None.
 
-    Of up to MEASURED files, evenly spaced, all have to have more than 8 bits: from the 0.5 to the
-    99.5 percentile of the finite values of all, so that single pixels do not count.
+    Of up to MEASURED files, evenly spaced, all have to have more than 8 bits. As one image is read
+    alone, from 0 to the end of the first range that holds the values (0..1, 8, 10, 12 or 16 bits),
+    but for the highest 0.5 % of all, so that single pixels do not count; or where the values fill
+    less than FILLED of that, from the 0.5 to the 99.5 percentile.
     """
-    values = []
+    values, ends = [], ()
     for path in paths[:: -(-len(paths) // MEASURED)]:
         with name_file(path):
-            one = read_samples(Page(path, 0)).values
+            one, white, _ = read_samples(Page(path, 0))
         if one.dtype.itemsize == 1:
             return None
+        ends = (white,) if white else (1, *RANGES) if one.dtype.kind == "f" else RANGES
         one = one.ravel()[:: -(-one.size // MEASURED_PIXELS)].astype(np.float64)
         values.append(one[np.isfinite(one)])
     low, high = np.percentile(np.concatenate(values), (0.5, 99.5)).tolist()
+    end = next((end for end in ends if high <= end), high)
+    if low >= 0 and high - low >= FILLED * end:
+        low, high = 0, end
     return ((low + high) / 2, high - low) if low < high else None
 
 

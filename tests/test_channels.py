@@ -23,6 +23,7 @@ from PIL import Image
 import net
 from data import Batches, count_channels, load_split, normalize
 from medseg.augment import augment, count_draws
+from medseg.images import measure_window
 from medseg.volumes import open_volume
 
 SIDE = 48
@@ -172,3 +173,21 @@ def test_grey_values_of_a_set_are_shown_alike(here):
     for number in range(6):  # 8 bits stay as they are
         save(Image.fromarray(np.full((40, 40), 7, np.uint8)), f"images/{number}.png")
     assert "grey values" not in run_download("--masks", "images", "masks", "--force", *ALL)
+
+
+@pytest.mark.parametrize(
+    ("values", "window"),
+    [
+        ([0, 3000], (2047.5, 4095)),  # of 12 bits
+        ([700, 40000], (32767.5, 65535)),  # of 16
+        ([0, 200], (127.5, 255)),  # 8 bits, stored as 16
+        ([31000, 33000], (32000, 2000)),  # CT values with an offset: little of their range
+    ],
+)
+def test_the_window_of_a_set_is_a_range_that_it_fills(tmp_path, values, window):
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, path in enumerate(paths):
+        pixels = np.kron(np.uint16([values]), np.ones((30, 15), np.uint16))
+        pixels[:number, 0] = 65000  # up to three hot pixels
+        save(Image.fromarray(pixels), path)
+    assert measure_window(paths) == pytest.approx(window)
