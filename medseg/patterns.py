@@ -109,7 +109,7 @@ class Side:
 
     def __init__(self, text, side, need_id=True):
         self.text, names = text, []
-        self.places = [_literal_folder(single) for single in _without_slashes(text)]
+        self.places = [literal_folder(single) for single in _without_slashes(text)]
         for _, parts in self.places:
             for part in parts:
                 names += _check_part(text, part, side)
@@ -157,7 +157,7 @@ def _without_slashes(text):
     return [single for each in texts for single in _without_slashes(each)]
 
 
-def _literal_folder(text):
+def literal_folder(text):
     """(the folder before the first wildcard, the parts that follow); the last is "" after a /."""
     path = os.path.expanduser(text).replace(os.sep, "/")
     folder = Path(path).anchor

@@ -4,7 +4,6 @@ import contextlib
 import filecmp
 import glob
 import json
-import math
 import os
 import re
 import shlex
@@ -28,10 +27,8 @@ from medseg.coco import (
     used_categories,
 )
 from medseg.dataset_folder import ADD, COMPLETE, NEW, import_lock, old_folder, replace_splits
-from medseg.files import file_lock, parallel_map
-from medseg.images import is_grey, read_image
+from medseg.files import file_lock
 
-LOOKED_AT = 100  # images of a data set, for their colours
 ROBOFLOW = re.compile(r"(.+)\.rf\.\w+")  # the name of a picture, and a number of its variant
 PERCENTAGES = (70, 15, 15)  # of the imported images in train, valid and test
 
@@ -337,23 +334,11 @@ def _link(path, target, ways):
 
 
 def next_training(root):
-    """The command that trains on a data set, with the flags for its classes and colours.
-
-    Of the images, LOOKED_AT are read, evenly spaced.
-    """
+    """The command that trains on a data set, with the flags for its classes."""
     command = ["python", "train.py"]
     if root != Path("dataset"):
         command += ["--data", str(root)]
     command += ["--recipe", "auto"]  # which would take classes that share no image for kinds of one
-    paths = []
-    for split in SPLITS:
-        coco = load_coco(root / split, skipped=[])
-        paths += [image_path(root / split, own["file_name"]) for own in coco.imgs.values()]
-        if split == "train" and 1 < len(used_categories(coco)) <= MAX_CLASSES:
-            command += ["--classes", "each"]
-    step = math.ceil(len(paths) / LOOKED_AT)
-    looks = parallel_map(lambda path: is_grey(read_image(path)), paths[::step])
-    with contextlib.closing(looks):
-        if all(looks):  # up to the first image that has colours; a damaged one tells nothing
-            command += ["--n-channels", "1"]
+    if 1 < len(used_categories(load_coco(root / "train", skipped=[]))) <= MAX_CLASSES:
+        command += ["--classes", "each"]
     return shlex.join(command)

@@ -444,6 +444,13 @@ def refuse_download(*flags, words=()):
     return result.stderr
 
 
+def write_groups(groups, path="groups.csv"):
+    """A table of {image: group} for --groups; returns the flags."""
+    rows = "".join(f"{image},{group}\n" for image, group in groups.items())
+    Path(path).write_text(f"image,group\n{rows}")
+    return "--groups", path
+
+
 def annotations(split, root="dataset"):
     return json.loads(Path(root, split, "_annotations.coco.json").read_text())
 

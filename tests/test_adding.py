@@ -24,6 +24,7 @@ from helpers import (
     stored,
     tree,
     write_dicom,
+    write_groups,
 )
 from numpy.testing import assert_array_equal
 from PIL import Image
@@ -51,7 +52,7 @@ def pairs(folder, *names, size=(40, 30)):
 def grown(here):
     """dataset/ with six images, and four more in more/."""
     pairs("first", *(f"p{n}_{n:02}" for n in range(6)))
-    grouped = ("--masks", "first/images", "first/masks", "--group", "(p.)_", *CLASSES)
+    grouped = ("--masks", "first/images/{group}_{id}.png", "first/masks/{group}_{id}.png", *CLASSES)
     run_download(*grouped, "--split", 34, 33, 33)
     pairs("more", "n10", "n11")
     pairs("more", "n12", "n13", size=(50, 64))
@@ -109,8 +110,8 @@ REFUSED = {  # more flags, or those in place of NEW; what the message names
     "another order": (("--classes", "disc,cup"), ["dataset/train", "disc, cup", "--classes"]),
     "a new class": ((), ["dataset/train", "1, 2", "--classes"]),
     "--force": ((*CLASSES, "--force"), ["--add", "--force"]),
-    "a group of test": ((*CLASSES, "--group", "n(1)"), ["dataset/test", "--into test"]),
-    "a group of valid": ((*CLASSES, "--group", "n1(.)"), ["dataset/valid", "--into valid"]),
+    "a group of test": ((*CLASSES, "--groups", "test.csv"), ["dataset/test", "--into test"]),
+    "a group of valid": ((*CLASSES, "--groups", "valid.csv"), ["dataset/valid", "--into valid"]),
 }
 
 
@@ -121,6 +122,8 @@ def test_what_disagrees_changes_nothing(grown, case):
         edit_annotations(
             Path("dataset", split), lambda content, g=group: content["images"][0].update(group=g)
         )
+    write_groups({f"n1{n}": 1 for n in range(4)}, "test.csv")
+    write_groups({f"n1{n}": n for n in range(4)}, "valid.csv")
     refuse_download(*NEW, *flags, words=words)
 
 

@@ -147,7 +147,8 @@ def test_folds_keep_the_groups_of_the_import(here):
     for patient in range(4):
         for number in range(1 + patient):
             save_pair(f"p{patient}_{number}", seed=patient)
-    run_download(*MASKS, "--group", r"^(p\d+)_")
+    sides = ("--masks", "images/{group}_{id}.png", "masks/{group}_{id}.png")
+    run_download(*sides, *MASKS[3:])
     groups = {image["file_name"]: image["group"] for image in annotations("train")["images"]}
     assert groups == {name: name[:2] for name in groups} and len(groups) == 10
     deal = deal_images("dataset", 3)

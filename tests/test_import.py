@@ -33,6 +33,7 @@ from helpers import (
     shape,
     stored,
     tree,
+    write_groups,
 )
 from PIL import Image
 
@@ -69,7 +70,7 @@ def test_two_calls_keep_a_published_split(here):
     refuse_download(*into, "--classes", "vessel", words=["foreground", "vessel", "--classes"])
     out = run_download(*into)
     assert "missing" not in out
-    assert "next: python data.py mine, python train.py --data mine --recipe auto\n" in out
+    assert "next: python data.py mine\nnext: python train.py --data mine --recipe auto\n" in out
     assert counts("mine") == {"train": 16, "valid": 4, "test": 20}
     assert before.items() <= tree("mine").items()
     refuse_download(*into, words=["mine/test", "--force"])
@@ -87,16 +88,8 @@ def test_the_next_command_suits_the_data(here):
     assert "missing: train" in out and "missing: valid" in out and "python" not in out
     out = run_download(*UNSPLIT, "--data", "own", "--classes", "cup,disc")
     command = "python train.py --data own --recipe auto --classes each"
-    assert out.endswith(f"next: python data.py own, {command}\n")
+    assert out.endswith(f"next: python data.py own\nnext: {command}\n")
     assert output_of("data.py", "own", cwd=here).endswith(f"next: {command}\n")
-    for number in range(6):
-        save(photo(number).convert("L").convert("RGB"), f"images/{number}.png")
-    out = run_download(*UNSPLIT, "--data", "grey", "--classes", "cup,disc")
-    command = "python train.py --data grey --recipe auto --classes each --n-channels 1"
-    assert out.endswith(f"next: python data.py grey, {command}\n")
-    assert output_of("data.py", "grey", cwd=here).endswith(f"next: {command}\n")
-    save(photo(0), next(Path("grey/test").glob("*.png")))  # a single one that has colours
-    assert "--n-channels" not in output_of("data.py", "grey", cwd=here)
 
 
 def test_a_later_split_may_lack_a_class(here):
@@ -151,12 +144,21 @@ def test_groups_stay_together(here):
         for number in range(patient % 3 + 1):
             save_pair(f"p{patient}/{number}")
     flags = (*UNSPLIT, "--split", 50, 25, 25)
-    assert "groups" in run_download(*flags, "--group", r"p(\d+)/")
+    names = [path.relative_to("images").as_posix() for path in Path("images").rglob("*.png")]
+    table = write_groups({name: name.split("/")[0] for name in names})
+    assert "groups: 8 of groups.csv" in run_download(*flags, *table)
     places = splits_by_group()
     assert len(places) == 8 and all(len(set(splits)) == 1 for splits in places.values())
-    refuse_download(*flags, "--force", "--group", "x(.)", words=["--group", "'x(.)'", "p0/0.png"])
-    refuse_download(*flags, "--force", "--group", "(", words=["--group"])
-    refuse_download(*flags, "--force", "--group", "p", words=["1 groups", "--split"])
+    refuse_download(*flags, "--force", "--group", "p", words=["--group", "{group}", "--groups"])
+    write_groups(dict.fromkeys(names, "p"))
+    refuse_download(*flags, "--force", *table, words=["1 groups", "--split"])
+    write_groups(dict.fromkeys(names[1:], "p"))
+    refuse_download(*flags, "--force", *table, words=["groups.csv", names[0]])
+    refuse_download(*flags, "--force", "--groups", "none.csv", words=["none.csv"])
+    Path("groups.csv").write_text("file,group\n1.png,p\n")
+    refuse_download(*flags, "--force", *table, words=["groups.csv", "image"])
+    Path("groups.csv").write_text("image,group\n1.png,p\n1.png,q\n")
+    refuse_download(*flags, "--force", *table, words=["groups.csv", "1.png"])
 
 
 def test_bids_names_are_subjects(here):
@@ -167,30 +169,32 @@ def test_bids_names_are_subjects(here):
         save_pair(name)
     out = run_download(*UNSPLIT, *THIRDS)
     line = next(line for line in out.splitlines() if line.startswith("groups: "))
-    assert "6 subjects" in line and "17 images" in line and "sub-1:" in line and "--group" in line
+    assert "6 subjects" in line and "17 images" in line and "sub-1:" in line and "--groups" in line
     places = splits_by_group()
     subjects = {"sub-1": 4, "sub-10": 4, "sub-b2": 4, "sub-x": 2, "sub-y": 2, "sub-z": 1}
     for subject, count in subjects.items():
         assert len(places[subject]) == count and len(set(places[subject])) == 1
     assert len(places) == 6 + 4  # the others are no subjects
-    assert "subjects" not in run_download(*UNSPLIT, *THIRDS, "--force", "--group", r"(.)\.png$")
+    table = write_groups({f"{name}.png": name[-1] for name in names})
+    assert "subjects" not in run_download(*UNSPLIT, *THIRDS, "--force", *table)
     ends = [{name[-1] for name in stored(split)} for split in ("train", "valid", "test")]
     assert sum(map(len, ends)) == len(set.union(*ends))
     assert collect.find_groups(["sub-1", "site/sub-2/x.png", "x.png"]) == ["sub-1", "sub-2", ""]
-    assert collect.find_groups(["a1_x.png", "b2_x.png"], r"(\d)_x|_y") == ["1", "2"]
-    assert collect.find_groups(["a1_x.png", "b2_x.png"], r"\d_x") == ["1_x", "2_x"]
+    write_groups({"a": 1, "C/b.PNG": 2, "c.png": 3})
+    assert collect.find_groups(["x/a.png", "x/c/b.png"], "groups.csv") == ["1", "2"]
 
 
 @pytest.mark.parametrize(
     "stem, flags, group",
     [
-        ("p1_0", ("--group", r"^(p\d+)_"), {"group": "p1"}),
+        ("p1_0", ("--groups", "groups.csv"), {"group": "p1"}),
         ("sub-07_T1w", (), {"group": "sub-07"}),
         ("p1_0", (), {}),  # as it has always been
     ],
 )
 def test_a_record_names_the_group_and_holds_no_more_besides(here, stem, flags, group):
     save_pair(stem)
+    write_groups({"p1_0.png": "p1"})
     run_download(*UNSPLIT, *ALL, *flags)
     (record,) = annotations("train")["images"]
     width, height = PHOTO
@@ -230,7 +234,8 @@ def test_nothing_is_replaced_unasked(here):
         refuse_download(*flags, words=["dataset", "--force"])
     run_download(*UNSPLIT, "--force", "--seed", 3)
     assert Path("dataset/notes.txt").read_text() == "mine"
-    refuse_download("--masks", "dataset/train", "masks", "--force", words=["dataset/train"])
+    inside = ("--masks", "dataset/train", "masks", "--force", "--skip-unpaired")
+    refuse_download(*inside, words=["dataset/train"])
     refuse_download("--labelme", ".", "--into", "test", "--force", words=["--data"])
     phantoms.make_phantoms("drawn", (1, 1, 1), size=64)
     refuse_download(*UNSPLIT, "--data", "drawn", words=["drawn/train", "--force"])
@@ -269,6 +274,9 @@ def test_full_disk(here, monkeypatch):
     "flags, word",
     [
         (("--masks", "a"), "--masks"),
+        (("--masks", "a", "b", "c"), "--masks"),
+        (("--masks", "a", "x=b"), "{class}"),
+        (("--masks", "a", "*=b/*.png"), "{class}"),
         (("--masks", "a", "b", "--zip", "c"), "--masks"),
         (("--labelme", "a", "--coco", "b", "c"), "--coco"),
         (("--synthetic", "--labelme", "a"), "--labelme"),
@@ -278,7 +286,8 @@ def test_full_disk(here, monkeypatch):
         (("--labelme", "a", "--boxes"), "--coco"),
         (("--labelme", "a", "--window", "40", "80"), "--window"),
         (("--masks", "a", "b", "--window", "40", "0"), "--window"),
-        (("--group", "x"), "--group"),
+        (("--groups", "x"), "--groups"),
+        (("--masks", "a", "b", "--group", "x"), "--group"),
         (("--into", "test", "--synthetic"), "--into"),
         (("--two-classes",), "--two-classes"),
         (("--source", "ftp"), "--source"),

@@ -74,17 +74,16 @@ def test_several_mask_volumes_are_refused(here):
     for number in range(3):
         volume(number)
     shutil.copy("vm/case_001.nii.gz", "vm/case_001_1.nii.gz")
-    words = ["case_001_0000.nii.gz: case_001.nii.gz, case_001_1.nii.gz"]
-    refuse_download(*VOLUMES, *ALL, words=words)
+    refuse_download(*VOLUMES, *ALL, words=["1 of 4 masks", "vm/case_001_1.nii.gz"])
     run_download(*VOLUMES, *ALL, "--skip-unpaired")
-    assert {stem[:8] for stem in stored()} == {"case_000", "case_002"}
+    assert {stem[:8] for stem in stored()} == {"case_000", "case_001", "case_002"}
 
 
 def test_volumes_become_slices(here):
-    made = {f"case_{number:03}_0000": volume(number) for number in range(3)}
+    made = {f"case_{number:03}": volume(number) for number in range(3)}
     flags = (*VOLUMES, "--window", "500", "1000", "--classes", "core, edema")
     out = run_download(*flags, *THIRDS)
-    assert "pairs: 3 by the part that their names share, such as case_000_0000.nii.gz" in out
+    assert "'vi/{id}_0000.nii.gz' 'vm/{id}.nii.gz'" in out and "pairs: 3 images" in out
     assert "slices: 15 of 3 volumes, across axis 1" in out
     everything = np.concatenate([numbers.ravel() for _, numbers in made.values()])
     for value, name in enumerate(("core", "edema"), start=1):
@@ -125,18 +124,21 @@ def test_one_value_in_volumes_is_foreground(here):
 
 
 @pytest.mark.parametrize(
-    "name, flags", [("p{}/{{}}", ("--group", r"^(p\d)/")), ("sub-{}_ses-{{}}", ())]
+    "name, sides",
+    [
+        ("p{}/{{}}", ("vi/{group}/{id}_0000.nii.gz", "vm/{group}/{id}.nii.gz")),
+        ("sub-{}_ses-{{}}", ("vi", "vm")),
+    ],
 )
-def test_volumes_of_a_group_stay_in_one_split(here, name, flags):
+def test_volumes_of_a_group_stay_in_one_split(here, name, sides):
     for number in range(6):
         volume(number, name=name.format(number % 3))
-    out = run_download(*VOLUMES, *THIRDS, *flags)
-    assert ("3 subjects" in out) == (not flags)
-    splits = [[stem.split("_0000")[0] for stem in stored(s)] for s in ("train", "valid", "test")]
+    out = run_download("--masks", *sides, *THIRDS)
+    assert "groups: 3" in out and ("3 subjects" in out) == (name[0] == "s")
+    splits = [[stem.split("_z")[0] for stem in stored(s)] for s in ("train", "valid", "test")]
     numbers = [sorted({int(stem[-1]) for stem in stems}) for stems in splits]
     assert sorted(numbers) == [[0, 3], [1, 4], [2, 5]]
     assert len({image["group"] for image in annotations("train")["images"]}) == 1
-    refuse_download(*VOLUMES, "--force", "--group", "q", words=["--group"])
 
 
 def test_each_pair_of_volumes_is_opened_twice(here, monkeypatch):
@@ -184,9 +186,9 @@ BAD_VOLUMES = {  # what is changed, the file that the message names
     "large": (numbers(65536), MASK),
     "many values": (lambda: shutil.copy(IMAGE, MASK), MASK),
     "cut": (lambda: IMAGE.write_bytes(IMAGE.read_bytes()[:300]), IMAGE),
-    "a picture among volumes": (lambda: save(photo(), "vi/a.png"), "vi/a.png"),
+    "a picture among volumes": (lambda: save(photo(), "vi/a.png"), "vi has a"),
     "a mask that is a picture": (lambda: save(photo(), "vm/a.png"), "vm/a.png"),
-    "DICOM among volumes": (lambda: shutil.copy(sample("CT_small.dcm"), "vi/a.dcm"), "vi/a.dcm"),
+    "DICOM among volumes": (lambda: shutil.copy(sample("CT_small.dcm"), "vi/a.dcm"), "vi has a"),
     "no mask": (lambda: volume(1) and Path("vm/case_001.nii.gz").unlink(), "case_001_0000.nii.gz"),
 }
 
@@ -231,21 +233,17 @@ def test_dicom_images_and_a_window(here):
 def test_dicom_files_without_a_suffix(here):
     shutil.copy(sample("CT_small.dcm"), "one")
     mask = labels(3, size=(128, 128))
-    for name in ("IM7", "1.2.840.5", "1.2.840.12.dcm"):
+    for name in ("IM7", "1.2.840.5", "1.2.840.12"):
         Path("di").mkdir(exist_ok=True)
         shutil.copy("one", f"di/{name}")
-        save(grey([0, 1])(mask), f"dm/{name.removesuffix('.dcm')}.tif")
-    Path("di/README").write_text("not an image")
-    assert "pairs: 3 by name" in run_download(*DICOM)
+        save(grey([0, 1])(mask), f"dm/{name}.tif")
+    assert "'di/{id}'" in run_download(*DICOM)
     got = stored()
     assert set(got) == {"IM7", "1.2.840.5", "1.2.840.12"}
     for name, masks in got.items():
         assert_array_equal(masks["foreground"], mask == 1)
         with Image.open(f"dataset/train/{name}.png") as picture:
             assert_array_equal(np.asarray(picture.convert("L")), read_dicom("one")[0])
-    shutil.copytree("dm", "di", dirs_exist_ok=True)  # images and masks in one folder
-    run_download("--masks", "di", "di", "--into", "test")
-    assert set(stored("test")) == set(got)
 
 
 def test_bad_dicom_is_one_line(here):
@@ -256,8 +254,10 @@ def test_bad_dicom_is_one_line(here):
     refuse_download(*DICOM, words=["di/scan.dcm", "2 frames"])
     Path("di/scan.dcm").write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:9000])
     refuse_download(*DICOM, words=["di/scan.dcm", "cut short"])
+    Path("dm/scan.png").unlink()
     write_nifti(Path("dm/scan.nii"), np.zeros((3, 2, 1), np.uint8))
-    refuse_download(*DICOM, words=["dm/scan.nii is a volume", "scan.dcm is not"])
+    two = ("--masks", "di/{id}.dcm", "dm/{id}.nii", *ALL)
+    refuse_download(*two, words=["dm/scan.nii", "di/scan.dcm", "volume"])
 
 
 def test_windows_that_are_refused(here):
@@ -325,7 +325,7 @@ def test_numbers_that_are_nearly_whole_are_rounded_with_a_warning(here, step, re
     (line,) = (line for line in out.splitlines() if line.startswith("warning"))
     assert "1 of 2" in line and str(step)[:8] in line and MASK.name in line
     for index in range(1, 4):
-        masks = stored()[f"case_000_0000_z{index:03}"]
+        masks = stored()[f"case_000_z{index:03}"]
         for value, name in ((1, "1"), (2, "2")):
             assert_array_equal(masks[name], numbers[:, index] == value)
 
@@ -339,7 +339,7 @@ def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
     refuse_download("--masks", "p", "q", "--context", "1", words=["--context"])
     run_download(*VOLUMES, *THIRDS, "--context", "1", "--window", "500", "1000")
     split, name = "test", min(stored("test")).rpartition("_")[0]
-    voxels = nibabel.load(f"vi/{name}.nii.gz").get_fdata()
+    voxels = nibabel.load(f"vi/{name}_0000.nii.gz").get_fdata()
     shown = [(voxels[:, index] * 0.255).round() for index in range(voxels.shape[1])]
     last = len(shown) - 1
     for index in range(len(shown)):
@@ -352,9 +352,9 @@ def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
     torch.nn.init.normal_(model.outc.weight, std=20)
     torch.save(model.state_dict(), "three.pth")
     flags = "--model three.pth --precision fp32 --threshold 0.45 --write probability".split()
-    output_of("predict.py", f"vi/{name}.nii.gz", *flags, "--output", "whole", cwd=here)
+    output_of("predict.py", f"vi/{name}_0000.nii.gz", *flags, "--output", "whole", cwd=here)
     output_of("predict.py", f"dataset/{split}", *flags, "--output", "slices", cwd=here)
-    whole = nibabel.load(f"whole/{name}_probability.nii.gz").get_fdata()
+    whole = nibabel.load(f"whole/{name}_0000_probability.nii.gz").get_fdata()
     assert whole.std() > 1e-3
     for index in range(len(shown)):
         alone = np.asarray(Image.open(f"slices/{name}_z{index:03}_probability.png")) / 65535
@@ -816,7 +816,7 @@ def test_metaimage_in_and_out(here):
         write_itk(f"data/{name}.mhd", voxels, affine)
         write_itk(f"data/{name}_segmentation.mhd", (voxels > 0).astype(np.uint8), affine)
     import_masks(*PAIRS, *ALL, "--data", "nifti")
-    masks = ("data/*.mhd", "data/*_segmentation.mhd")
+    masks = ("data/{id}.mhd", "data/{id}_segmentation.mhd")
     assert "pairs: 2" in import_masks(*masks, *ALL, "--data", "meta")
     assert_same_images(Path("nifti/train"), Path("meta/train"))
     assert recorded("train", "meta") == recorded("train", "nifti")

@@ -379,7 +379,7 @@ def test_strays_are_asked_about(here):
     mask = with_strays(STRAYS)
     save_pair("a", Image.fromarray(mask))
     words = [
-        "masks: 128 (39.95",
+        "masks/{id}.png: 128 (39.95",
         "255 (30.00 %",
         "11 values like strays",
         "1, 3, 64, 126, 127, 129",
@@ -461,7 +461,7 @@ def test_averaged_masks_are_cut_at_half(here, factor, kind):
     masks = {f"{seed}": averaged(discs(seed), factor, factor) for seed in range(3)}
     for stem, mask in masks.items():
         save_pair(stem, saved_as(kind, mask))
-    for flags in ((*MASKS,), ("--masks", "images", "x=masks", *ALL)):
+    for flags in ((*MASKS,), ("--masks", "images/{id}.png", "masks/{id}.{class}", *ALL)):
         assert "cut at half" in run_download(*flags, "--force")
         for stem, mask in masks.items():
             assert_array_equal(stored()[stem][class_names()[0]], mask > 127)
@@ -531,7 +531,8 @@ def test_values_1_and_255_of_one_mask_are_two_classes(here):
 
 def test_masks_that_are_all_empty_are_refused_where_their_class_is_named(here):
     save_pair("a", grey([0, 0])(labels(0)))
-    refuse_download("--masks", "images", "x=masks", *ALL, words=["no pixel"])
+    patterns = ("--masks", "images/{id}.png", "masks/{id}.{class}")
+    refuse_download(*patterns, *ALL, words=["no pixel"])
 
 
 def test_the_values_of_all_files_are_classes(here):
@@ -674,11 +675,11 @@ def test_masks_of_numpy(here, case):
     Path("masks").mkdir()
     np.save("masks/a_mask.npy", ARRAYS[case](label_map))
     out = run_download(*MASKS)
-    assert "a.jpg and a_mask.npy" in out and ("value 70000" in out) == (case == "big-endian")
+    assert "a.jpg with masks/a_mask.npy" in out and ("value 70000" in out) == (case == "big-endian")
     assert_stored(label_map, foreground=[1])
     save(photo(), "one/a.jpg")
     Path("masks/a_mask.npy").rename("one/a_mask.npy")
-    run_download("--masks", "one", "one", *ALL, "--force")
+    run_download("--masks", "one/a.jpg", "one/a_mask.npy", *ALL, "--force")
     assert_stored(label_map, foreground=[1])
 
 

@@ -56,8 +56,8 @@ def examples_of(
 
     path: of the file, for messages. images: the folder of images. The record of an image may have
     its "split". Prints what is left out. classes: categories to use, in their order; without it all
-    that have an annotation, in the file's. group: a regular expression on the path of the image,
-    see `find_groups`. prefix: of names. skip_unpaired: leave out listed images that are not there,
+    that have an annotation, in the file's. group: a table as `find_groups` reads it.
+    prefix: of names. skip_unpaired: leave out listed images that are not there,
     else a ValueError. boxes: annotations that have only a box become rectangles, else a ValueError.
     """
     images, no_pixel = Path(images), []

@@ -2,19 +2,17 @@
 
 import os
 import re
-from pathlib import Path
+from argparse import SUPPRESS
 
 from medseg.cli import flag_name, number
 from medseg.coco import SPLITS
 from medseg.settings import window_limits
-from medseg.sources.collect import same_form
 from medseg.splits import PERCENTAGES
 
-CLASS = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
-CLASS_EXAMPLE = "axon='masks/*_axon.png'"
+CLASS = re.compile(r"[^/\\={}]+=.+", re.DOTALL)  # as it was written once
 IMPORTERS = ("masks", "labelme", "coco", "via", "yolo")
 NEED_AN_IMPORTER = (
-    *("split", "into", "add", "duplicates", "prefix", "group", "classes", "invert"),
+    *("split", "into", "add", "duplicates", "prefix", "groups", "classes", "invert"),
     *("skip_unpaired", "boxes", "channels", "time", "context"),
 )
 
@@ -34,11 +32,12 @@ def add_arguments(parser):
     splits.add_argument("--into", choices=SPLITS, help="write this split; the others stay")
     _add_growing(own)
     own.add_argument(
-        "--group",
-        metavar="REGEX",
-        help="images in whose path it finds the same (a patient, a volume) stay in one split; "
-        "default: the subjects of BIDS names (sub-01_T1w)",
+        "--groups",
+        metavar="CSV",
+        help="a table with the columns image and group: images of a group (a patient) stay in one "
+        "split; default: {group} of the pattern of --masks, or the subjects of BIDS names",
     )
+    own.add_argument("--group", help=SUPPRESS)  # the regular expression of earlier versions
     own.add_argument(
         "--classes",
         metavar="A,B",
@@ -70,8 +69,7 @@ def _add_sources(own):
         metavar=("IMAGES", "MASKS"),
         help="a folder of images or volumes and one of their masks; two files; or patterns "
         "in quotes, in which {id} identifies an image: 'scans/{id}.jpg' 'scans/{id}_mask.png', and "
-        "{group} {n} {channel} {class} {part} say what else a path names; a class each by "
-        "NAME=MASKS NAME=MASKS, or by '*=masks/*_*.png' named as the last * matches",
+        "{group} {n} {channel} {class} {part} say what else a path names",
     )
     own.add_argument(
         "--channels",
@@ -145,6 +143,11 @@ def check_arguments(parser, args):
     for name in NEED_AN_IMPORTER:
         if not chosen_importer(args) and getattr(args, name) != parser.get_default(name):
             parser.error(f"{flag_name(name)}: goes with --masks or another import of your own data")
+    if args.group is not None:
+        parser.error(
+            "--group: write {group} in the patterns of --masks where a path names the patient, or "
+            "give a table of images and groups by --groups table.csv"
+        )
     if args.add and args.force:
         parser.error("--add: keeps what a split holds and --force deletes it: give one of them")
     if args.add and not args.into:
@@ -167,58 +170,26 @@ def check_arguments(parser, args):
             parser.error(f"--window: {error}")
     if args.masks:
         try:
-            args.masks = _split_sides(args.masks)
+            args.masks = _check_sides(args.masks)
         except ValueError as error:
             parser.error(f"--masks: {error}")
     if sum(args.split) != 100:
         parser.error(f"--split: {' + '.join(map(str, args.split))} is not 100 percent")
 
 
-def _split_sides(values):
-    """(text of the images, {class name or None: text of its masks}) of the arguments."""
+def _check_sides(values):
+    """(images, masks) of the arguments of --masks, as they are."""
+    named = [text for text in values if CLASS.fullmatch(text) and not os.path.lexists(text)]
+    if named:
+        raise ValueError(
+            f"{named[0]}: the class is named by {{class}} in the pattern of masks now: "
+            "'images/{id}.png' 'masks/{id}_{class}.png', and --classes chooses some"
+        )
     if len(values) < 2:
         raise ValueError(
             f"{values[0]} alone: give images and masks, as two folders or two patterns"
         )
-    images, *others = values
-    if CLASS.fullmatch(images) and not os.path.lexists(images):
-        raise ValueError(f"{images} comes first, where the images are named, without NAME=")
-    classes, plain = {}, []
-    for text in others:
-        match = None if os.path.lexists(text) else CLASS.fullmatch(text)
-        name = match and same_form(match[1].strip())
-        if not match:
-            plain.append(text)
-        elif name in classes:
-            raise ValueError(
-                f"the class {name!r:.60} is there twice: join its patterns with a comma"
-            )
-        else:
-            classes[name] = match[2]
-    if len(plain) > 1 or (plain and classes):
-        raise ValueError(_describe_many([images, *plain], classes))
-    return images, classes or {None: plain[0]}
-
-
-def _describe_many(names, classes):
-    """What is wrong with more than two names, or with masks of which only some have a class."""
-    files = [name for name in names if os.path.isfile(name)]
-    if len(files) > 1 and len(names) + len(classes) > 2:
-        kinds = (os.path.join(os.path.dirname(n), "*" + Path(n).suffix) for n in files)
-        example = [
-            *(f"'{kind}'" for kind in dict.fromkeys(kinds)),
-            *(n for n in names if n not in files),
-        ]
-        if classes or len(example) != 2:
-            example = ["'scans/*.png'", CLASS_EXAMPLE if classes else "'masks/*_mask.png'"]
-        return (
-            f"{len(names)} names, for the shell writes out a pattern that is not in quotes: "
-            f"quote it, as --masks {' '.join(example)}"
-        )
-    if classes:
-        name = next(iter(classes))
-        return f"{names[1]} has no class, unlike {name}={classes[name]}: name one for all masks"
-    return (
-        f"{len(names)} names, but images and masks are two: join those of one side with a comma, "
-        f"as {names[-2]},{names[-1]}, or name the class of each, as {CLASS_EXAMPLE}"
-    )
+    if len(values) > 2:
+        quoted = "quote patterns, which the shell writes out else, as 'scans/{id}_mask.png'"
+        raise ValueError(f"{len(values)} names, but images and masks are two: {quoted}")
+    return tuple(values)

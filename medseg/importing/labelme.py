@@ -50,7 +50,7 @@ def labelme_examples(folder, *, classes=None, group=None, prefix="", unreviewed=
     Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
     late: {what to print once the examples are read: LabelMe files that it is about}, such as those
     whose imagePath names another picture than the one in imageData, or none at all.
-    group: a regular expression on the path of the JSON file, see `find_groups`. prefix: of names.
+    group: a table as `find_groups` reads it, of the JSON files or images. prefix: of names.
     unreviewed: what becomes of predictions that nobody has saved since, as of `_select`.
     Raises ValueError or FileNotFoundError that names the file.
     """

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from functools import partial
 from pathlib import Path
 
 from medseg.cli import one_line
@@ -12,8 +11,8 @@ from medseg.importing.adding import add_images
 from medseg.importing.coco_files import coco_examples
 from medseg.importing.flags import chosen_importer
 from medseg.importing.labelme import labelme_examples
-from medseg.importing.mask_folders import mask_examples, pattern_examples
-from medseg.importing.pairs import pair
+from medseg.importing.mask_folders import mask_examples
+from medseg.importing.pairs import find_pairs
 from medseg.importing.via import via_examples
 from medseg.importing.writing import (
     check_free,
@@ -22,11 +21,10 @@ from medseg.importing.writing import (
     write_dataset,
 )
 from medseg.importing.yolo import yolo_examples
-from medseg.patterns import has_placeholder
+from medseg.patterns import literal_folder
 from medseg.settings import check_window
 from medseg.sources.class_names import ClassValues, parse_classes, parse_labels
 from medseg.sources.collect import list_files
-from medseg.sources.patterns import find_sides
 from medseg.splits import next_training, present_splits, wanted_splits
 
 READERS = {
@@ -56,15 +54,15 @@ def import_data(root, args):
         values = [values] if isinstance(values, str) else values
         sources = [Path(value) for value in values[:2] if isinstance(value, str)]
         if args.masks:
-            sources, named, read_masks = _find_masks(args, classes)
+            named, texts, cases = _find_masks(args, classes)
+            sources = _places(texts, cases)
         _check_sources(root, splits, sources, args.add)
-        options = {"classes": classes, "group": args.group, "prefix": args.prefix or ""}
+        options = {"classes": classes, "group": args.groups, "prefix": args.prefix or ""}
         present, info, late = present_settings(root, stay), {}, {}
         if args.masks:
-            options |= {"skip_unpaired": args.skip_unpaired, "window": args.window}
-            options |= {"invert": args.invert, "channels": args.channels or ()}
-            options |= {"time": args.time or None, "context": args.context}
-            examples, classes, info = read_masks(**options, present=present)
+            options |= {"window": args.window, "invert": args.invert, "context": args.context}
+            options |= {"channels": args.channels or (), "time": args.time or None}
+            examples, classes, info = mask_examples(cases, texts, **options, present=present)
         else:
             window = picture_window(list_files(sources[-1], SUFFIXES), None, present)
             info |= {"window": window} if window else {}
@@ -74,7 +72,7 @@ def import_data(root, args):
             else:
                 options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
             examples, classes, late = READERS[name](*values, **options)
-        place = next(iter(args.masks[1].values())) if args.masks else sources[0]
+        place = args.masks[1] if args.masks else sources[0]
         if not classes and not args.add:
             raise ValueError(
                 f"{place}: all masks are empty: --add takes such images, into a split that has "
@@ -99,28 +97,22 @@ def import_data(root, args):
 
 
 def _find_masks(args, classes):
-    """(files and folders that --masks names, whether its classes have names, how to read them).
-
-    The last is `mask_examples` or `pattern_examples`, but for the options.
-    """
+    """(whether the masks name their classes, the two patterns, [Pair]) of --masks."""
     images, masks = args.masks
-    if not any(map(has_placeholder, (images, *masks.values()))):
-        images, masks = find_sides(images, masks)
-        places = [place for files in (images, *masks.values()) for place in files.places]
-        return places, None not in masks, partial(mask_examples, images, masks)
-    if None not in masks:
-        name = next(iter(masks))
-        raise ValueError(f"--masks: {name}={masks[name]}: write {{class}} where the class is named")
-    texts = (images, masks[None])
-    named = "{class}" in texts[1]
+    named = "{class}" in masks
     if named and isinstance(classes, ClassValues):
         raise ValueError("--classes: {class} names the classes, and these are of values")
     channels = args.channels if "{channel}" in images else None
-    cases = pair(*texts, channels, classes if named else None, args.skip_unpaired)
+    chosen = classes if named else None
+    return named, *find_pairs(images, masks, channels, chosen, args.skip_unpaired)
+
+
+def _places(texts, cases):
+    """The folder of the pattern of images, and the first image and mask of each folder."""
     files = [path for case in cases for path in case.images.values()]
     files += [path for case in cases for own in case.masks.values() for path in own]
-    places = {path.parent: path for path in files}.values()
-    return list(places), named, partial(pattern_examples, cases, texts)
+    top = Path(texts[0]) if os.path.lexists(texts[0]) else Path(literal_folder(texts[0])[0])
+    return [top, *{path.parent: path for path in files}.values()]
 
 
 def _check_sources(root, splits, sources, add):
@@ -146,4 +138,5 @@ def print_next(root):
         print(f"missing: {split}, which train.py needs: write it with --into {split}")
     if not missing:
         name = "" if root == Path("dataset") else f" {shlex.quote(str(root))}"
-        print(f"next: python data.py{name}, {next_training(root)}")
+        print(f"next: python data.py{name}")
+        print(f"next: {next_training(root)}")

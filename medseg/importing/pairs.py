@@ -2,11 +2,49 @@
 
 import os
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
 from medseg.coco import listed
-from medseg.patterns import KNOWN, Side, describe_folder, first, make_cases, same_form, walk
+from medseg.files import DICOM_SUFFIXES, VOLUME_SUFFIXES, base_name, check_regular, file_format
+from medseg.formats.own_files import drawn_beside_masks
+from medseg.patterns import KNOWN, Pair, Side, describe_folder, first, make_cases, same_form, walk
+
+SERIES = 5  # folders or beginnings of names, from which on they may be patients
+PLACES_OF_FOLDER = {  # in a pattern, and what names the folder there
+    r"\{id:\*\*\}": "{group}/{id}",
+    r"\*\*/": "**/{group}/",
+    r"(?<!\*)\*/": "{group}/",
+    r"\{n\}/": "{group}/",
+}
+NUMBERED = re.compile(r"(.*\d.*?)([ _-]+)\d+")  # the name of a patient, and the number of a slice
+
+
+def find_pairs(images, masks, channels=None, classes=None, skip_unpaired=False):
+    """((pattern of images, of masks), [Pair]) of two patterns, two folders or two files.
+
+    What two folders stand for is printed. For the rest see `pair`.
+    """
+    texts = images, masks
+    for text in texts:
+        if not os.path.lexists(text) and not set("*{") & set(text):
+            raise FileNotFoundError(f"{text}: no such folder or file")
+    is_folder = [os.path.isdir(text) for text in texts if os.path.lexists(text)]
+    if len(is_folder) == 2:
+        for text in texts:
+            check_regular(text)
+        series = is_folder == [True, False] and file_format(images) == "volume"
+        if not any(is_folder) or series:
+            return texts, [
+                Pair((base_name(images),), "", {None: Path(images)}, {None: [Path(masks)]})
+            ]
+        if not all(is_folder):
+            file, folder = texts if is_folder[1] else texts[::-1]
+            raise ValueError(f"{file} is a file and {folder} a folder: name two of a kind")
+        texts = patterns_of_folders(images, masks)
+        print(f"the same as: --masks {shlex.join(texts)}")
+    return texts, pair(*texts, channels, classes, skip_unpaired)
 
 
 def pair(images, masks, channels=None, classes=None, skip_unpaired=False):
@@ -26,6 +64,9 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False):
             f"{masks}: the masks have {{{extra[0]}}}, which the images have not: write * for it"
         )
     image_files, mask_files = image_side.find(channels), mask_side.find()
+    paths = {Path(path): path for path in (*image_files, *mask_files)}
+    for drawn in drawn_beside_masks(paths.keys()):  # by predict.py
+        image_files.pop(paths[drawn], None), mask_files.pop(paths[drawn], None)
     mask_files, orphans = _assign_masks(image_files, mask_files, names)
     if not mask_files:
         of_images, of_masks = (
@@ -113,7 +154,8 @@ def patterns_of_folders(images, masks):
     sign. Of all cuts those with most pairs count, of equal ones the shortest. Raises ValueError or
     FileNotFoundError for a folder without images, and where no names agree.
     """
-    (stems, suffix), (mask_stems, mask_suffix) = _stems(images), _stems(masks)
+    (mask_stems, mask_suffix) = _stems(masks, images)
+    (stems, suffix) = _stems(images, masks, mask_suffix in VOLUME_SUFFIXES)
     mask_sets = {cut: {_cut(stem, cut) for stem in mask_stems} for cut in _cuts(mask_stems)}
     best = (0,)
     for cut in _cuts(stems):
@@ -134,17 +176,28 @@ def patterns_of_folders(images, masks):
     )
 
 
-def _stems(folder):
-    """({relative path without suffix, as compared}, the suffix of all, else ".*") in a folder."""
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder")
+def _stems(folder, other, of_volumes=False):
+    """({relative path without suffix, as compared}, the suffix of all, else ".*") in a folder.
+
+    Without the files of the other folder, where that is below, and what predict.py draws beside its
+    masks. DICOM files may have no suffix; those of_volumes are series, a folder each: "/".
+    """
     known = re.compile(f"(.+)({KNOWN})", re.IGNORECASE | re.DOTALL)
-    found = map(known.fullmatch, map(same_form, walk(folder, ("**", "*"))))
-    found = {matched[1].casefold(): matched[2].lower() for matched in found if matched}
+    below = os.path.join(os.path.relpath(other, folder), "")
+    paths = [path for path in walk(folder, ("**", "*")) if not path.startswith(below)]
+    drawn = drawn_beside_masks(set(map(Path, paths)))
+    paths = [same_form(path) for path in paths if Path(path) not in drawn]
+    matches = filter(None, map(known.fullmatch, paths))
+    found = {(matched[1].casefold(), matched[2].lower()) for matched in matches}
+    if not found:
+        dicom = [path for path in paths if file_format(Path(folder, path)) == "dicom"]
+        found = {(path.casefold(), "") for path in dicom}
     if not found:
         raise ValueError(f"{folder}: holds no images; {describe_folder(folder)}")
-    suffixes = set(found.values())
-    return found.keys(), suffixes.pop() if len(suffixes) == 1 else ".*"
+    stems, suffixes = {stem for stem, _ in found}, {suffix for _, suffix in found}
+    if of_volumes and suffixes <= {"", *DICOM_SUFFIXES}:
+        return {os.path.dirname(stem) for stem in stems}, "/"
+    return stems, suffixes.pop() if len(suffixes) == 1 else ".*"
 
 
 def _cuts(stems):
@@ -181,3 +234,48 @@ def _is_border(stems, place, edge):
 
 def _cut(stem, cut):
     return stem[len(cut[0]) : len(stem) - len(cut[1])]
+
+
+# ---------------------------------------------------------------- patients
+
+
+def advise_groups(cases, texts):
+    """Print a line where images without groups may be several of each patient.
+
+    They may where many folders hold several each, or many numbered names begin alike.
+    """
+    paths = [next(iter(case.images.values())) for case in cases]
+    numbered = list(filter(None, map(NUMBERED.fullmatch, map(base_name, paths))))
+    between = numbered[0][2] if numbered else ""
+    folders = Counter(str(path.parent) for path in paths)
+    series = Counter(found[1] for found in numbered)
+    ways = ((folders, "folders", PLACES_OF_FOLDER),)
+    ways += ((series, "numbered series", {r"\{id\}": f"{{group}}{between}{{id}}"}),)
+    for counts, what, changes in ways:
+        count = counts.total()
+        if len(counts) < SERIES or count < 2 * len(counts) or 2 * count < len(paths):
+            continue
+        advice = "--groups table.csv"
+        for expression, new in changes.items():
+            changed = [_replace_last(expression, new, text) for text in texts]
+            for patterns in (changed, (changed[0], texts[1])):
+                if patterns[0] != texts[0] and _pairs_as_many(patterns, cases):
+                    advice = f"--masks {shlex.join(patterns)}"
+                    break
+        print(
+            f"note: {count} images are of {len(counts)} {what}, such as {min(counts)}, and dealt "
+            f"to the splits one by one; where each is a patient, keep it in one by {advice}"
+        )
+        return
+
+
+def _replace_last(expression, new, text):
+    places = list(re.finditer(expression, text))[-1:]
+    return "".join(text[: place.start()] + new + text[place.end() :] for place in places) or text
+
+
+def _pairs_as_many(patterns, cases):
+    try:
+        return len(pair(*patterns)) == len(cases)
+    except (ValueError, FileNotFoundError):
+        return False

@@ -1,5 +1,6 @@
 """Reading other people's files: finding them, naming them, grouping them, turning them upright."""
 
+import csv
 import os
 import re
 import unicodedata
@@ -8,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from medseg.coco import listed
-from medseg.files import base_name, escape, file_format
+from medseg.files import base_name, check_regular, escape
 from medseg.images import read_image
 from medseg.samples import Page, count_pages, stored_orientation, turn
 from medseg.splits import augmented_groups
@@ -16,10 +17,9 @@ from medseg.splits import augmented_groups
 SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01_T1w, sub-01/...
 
 
-def list_files(folder, suffixes, *, medical=False):
+def list_files(folder, suffixes):
     """The files below `folder` whose names end with one of `suffixes`, sorted.
 
-    medical: DICOM files and volumes too, also those that only their content tells.
     Hidden files and folders are left out. Raises FileNotFoundError without a folder; see `walk`.
     """
     folder, suffixes = Path(folder), tuple(suffixes)
@@ -28,7 +28,7 @@ def list_files(folder, suffixes, *, medical=False):
     paths = []
     for place, names in walk(folder):
         paths += [place / name for name in names if not name.startswith(".")]
-    return sorted(path for path in paths if is_wanted(path, suffixes, medical=medical))
+    return sorted(path for path in paths if path.name.lower().endswith(suffixes))
 
 
 def walk(folder):
@@ -46,12 +46,6 @@ def walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
         yield Path(place), names
-
-
-def is_wanted(path, suffixes, *, medical=False):
-    """Whether `list_files` lists the file at this Path."""
-    by_suffix = path.name.lower().endswith(suffixes)
-    return by_suffix or bool(medical and path.is_file() and file_format(path))
 
 
 def same_form(text):
@@ -77,12 +71,6 @@ def check_known(classes, known, problem):
 def printable(name):
     """A name as it can be printed in one line, what would not be seen as an escape: '\\udcff'."""
     return escape(str(name))
-
-
-def tell_apart(names):
-    """Names as they can be printed, in ASCII where two of them would look the same."""
-    forms = Counter(map(same_form, names))
-    return [ascii(n)[1:-1] if forms[same_form(n)] > 1 else printable(n) for n in names]
 
 
 def named_alike(folder, name):
@@ -130,16 +118,23 @@ def _safe_name(name):
     return name.encode("utf-8", "ignore")[:200].decode("utf-8", "ignore").strip() or "_"
 
 
-def find_groups(paths, regex=None):
-    """The group of each relative path: what `regex` finds in it (its first group, else all of it).
+def find_groups(paths, table=None):
+    """The group of each relative path, as a table with the columns image and group has it.
 
-    Without a regex it is the subject that a name in the manner of BIDS begins with (sub-01_T1w),
-    or the picture that Roboflow has augmented (x_jpg.rf.0a1b.jpg), and how many there are is
-    printed; a path without one is a group of its own, "". Raises
-    ValueError for a path in which the regex finds nothing.
+    The table names an image by its path or the end of that, with or without suffix. Without one the
+    group is the subject that a name in the manner of BIDS begins with (sub-01_T1w), or the picture
+    that Roboflow has augmented (x_jpg.rf.0a1b.jpg), and how many there are is printed; a path
+    without one is a group of its own, "". Raises FileNotFoundError without the table, ValueError
+    for an image that it lacks or has in two groups.
     """
-    if regex is not None:
-        return list(map(_make_grouping(regex), paths))
+    if table is not None:
+        groups = _read_groups(table)
+        found = [[groups[end] for end in _ends(path) if end in groups][:1] for path in paths]
+        missing = [str(path) for path, group in zip(paths, found, strict=True) if not group]
+        if missing:
+            raise ValueError(f"{table}: lacks {len(missing)} of {len(paths)} images ({missing[0]})")
+        print(f"groups: {len(set(groups.values()))} of {table}: each stays in one split")
+        return [group for (group,) in found]
     matches = [SUBJECT.search(PurePath(path).as_posix()) for path in paths]
     groups = [match[1] if match else "" for match in matches]
     what = "subjects" if any(groups) else "augmented pictures"
@@ -149,26 +144,37 @@ def find_groups(paths, regex=None):
     if subjects:
         print(
             f"groups: {len(subjects)} {what} in the names of {subjects.total()} images, such as "
-            f"{min(subjects)}: each stays in one split (--group REGEX groups in another way)"
+            f"{min(subjects)}: each stays in one split (--groups table.csv groups in another way)"
         )
     return groups
 
 
-def _make_grouping(regex):
-    """relative path -> group, as `find_groups` has it with a regex."""
-    try:
-        pattern = re.compile(same_form(regex))
-    except re.error as error:
-        raise ValueError(f"--group: {regex!r} is not a regular expression ({error})") from None
+def _read_groups(table):
+    """{name of an image, as it is compared: group} of a CSV file."""
+    check_regular(table)
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        try:
+            rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{table}: not a table of UTF-8 text ({error})") from None
+    groups = {}
+    for row in rows:
+        image, group = row.get("image"), row.get("group")
+        if not image or group is None:
+            raise ValueError(f"{table}: needs the columns image and group, filled in each line")
+        key = same_form(image).casefold().replace("\\", "/").removeprefix("./")
+        if groups.setdefault(key, group) != group:
+            raise ValueError(f"{table}: has {image} in two groups, {groups[key]} and {group}")
+    return {re.sub(r"\.[^./]+$", "", key): group for key, group in groups.items()} | groups
 
-    def group_of(relative):
-        match = pattern.search(same_form(PurePath(relative).as_posix()))
-        captured = match and match[min(pattern.groups, 1)]
-        if not captured:
-            raise ValueError(f"{relative}: --group {regex!r} finds nothing in this name")
-        return captured
 
-    return group_of
+def _ends(path):
+    """The path, its end without the first folder, and so on, each also without its suffix."""
+    parts = same_form(PurePath(path).as_posix()).casefold().split("/")
+    for number in range(len(parts)):
+        folders = parts[number:-1]
+        yield "/".join([*folders, parts[-1]])
+        yield "/".join([*folders, base_name(parts[-1])])
 
 
 def split_pages(pairs, names, groups):

@@ -89,8 +89,11 @@ def class_files():
     """A mask file for each class, and of one class several for each image."""
     for seed in range(3):
         save(picture(seed), f"images/p{seed}.png")
-        for number, name in enumerate(("axon", "myelin", "cell_1", "cell_2"), 1):
-            save(np.uint8(255) * (label_map(seed, 4) == number), f"masks/p{seed}_{name}.png")
+        for number, name in enumerate(
+            ("axon/p{}_1", "myelin/p{}_1", "cell/p{}_1", "cell/p{}_2"), 1
+        ):
+            mask = np.uint8(255) * (label_map(seed, 4) == number)
+            save(mask, f"masks/{name.format(seed)}.png")
 
 
 def outlines():
@@ -382,8 +385,8 @@ CASES = {
     ),
     "import_class_files": (
         class_files,
-        f"{IMPORT} --masks images axon='masks/*_axon.png' myelin='masks/*_myelin.png' "
-        "cell='masks/*_cell_*.png' --into test",
+        f"{IMPORT} --masks 'images/{{id}}.png' 'masks/{{class}}/{{id}}_{{part}}.png' "
+        "--classes axon,myelin,cell --into test",
         "dataset own",
     ),
     "import_invert": (
