@@ -5,9 +5,9 @@
     python download.py --synthetic          # no account, no network: MRI-like phantoms
 
     python download.py --masks images masks --data mine     # a folder of images, one of masks
-    python download.py --masks 'scans/*.jpg' 'scans/*_1stHO.png' --data mine    # patterns, quoted
-    python download.py --masks 'scans/*.png' axon='m/*_axon.png' myelin='m/*_myelin.png'  # classes
-    python download.py --masks 'm/{group}/{id}.tif' 'm/{group}/{id}_mask.tif'   # what a path names
+    python download.py --masks 'm/{id}.jpg' 'm/{id}_mask.png' --data mine       # patterns, quoted
+    python download.py --masks 'm/{id}.png' 'm/{id}_{class}.png' --data mine    # a file a class
+    python download.py --masks 'm/{group}/{id}.tif' 'm/{group}/{id}_mask.tif'   # a folder a patient
     python download.py --masks scan.nii.gz mask.nii.gz --data mine --into test  # NIfTI, or DICOM
     python download.py --masks images masks --data mine --classes 128=cytoplasm,255=nucleus
     python download.py --labelme folder --data mine         # what LabelMe saved

@@ -328,7 +328,7 @@ def imports(ground, draw):
             path.write_text(json.dumps(mutate_tree_often(json.loads(path.read_text()), draw)))
         else:
             path.write_bytes(mutate_bytes(path.read_bytes(), draw))
-        choices = [(), ("--skip-unpaired",), ("--group", "a"), ("--into", "test")]
+        choices = [(), ("--skip-unpaired",), ("--prefix", "a"), ("--into", "test")]
         more = draw(st.sampled_from(choices))
         share = () if "--into" in more else ("--split", 100, 0, 0)
         ground.check("download", *flags, *more, *share, "--data", ground.out / "dataset")

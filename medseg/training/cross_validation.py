@@ -181,7 +181,7 @@ def _deal(args):
     if not deal.groups:
         how = (
             "one by one, for no groups are recorded (where several are of one patient, import them "
-            "with download.py --group)"
+            "with {group} in download.py --masks, or --groups)"
         )
     print(f"{root}: train and valid dealt into folds of {sizes} images: {how}", flush=True)
     return deal
