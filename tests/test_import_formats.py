@@ -1,7 +1,8 @@
-"""download.py --via and --yolo: against pixel counts by hand and Pillow."""
+"""download.py --via, --yolo and --arrays: against pixel counts by hand and Pillow."""
 
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -210,3 +211,95 @@ def test_names_of_roboflow_masks(here):
     for own in stored().values():
         assert_array_equal(own["cell"], square_mask(3, 4, 6, 6))
         assert_array_equal(own["spot, dark"], square_mask(20, 5, 7, 9))
+
+
+# ---- arrays --------------------------------------------------------------------------------------
+
+
+def arrays(name, values, labels, keys=("image", "label")):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(name, **dict(zip(keys, (values, labels), strict=True)))
+
+
+def label_map(*squares):
+    values = np.zeros(PHOTO[::-1])
+    for value, own in squares:
+        values[square_mask(*own)] = value
+    return values
+
+
+def test_npz_files_of_cases(here):
+    """Floating point and one window for all; the slices of a case stay together."""
+    ramp = np.linspace(0, 1, 1200, dtype=np.float32).reshape(PHOTO[::-1])
+    labels = label_map((3, (3, 4, 6, 6)), (7, (20, 5, 7, 9)))
+    for number in range(12):
+        arrays(f"z/case{number // 3:04}_slice{number:03}.npz", ramp * (1 + number % 2), labels)
+    run_download("--arrays", "z", "--split", 50, 25, 25, "--classes", "liver,spleen")
+    seen = {}
+    for split in ("train", "valid", "test"):
+        for stem, masks in stored(split).items():
+            assert seen.setdefault(stem[:8], split) == split
+            assert_array_equal(masks["liver"], square_mask(3, 4, 6, 6))
+            assert_array_equal(masks["spleen"], square_mask(20, 5, 7, 9))
+            got = read_rgb(f"dataset/{split}/{stem}.png")[..., 0] / 255
+            low, high = np.percentile([ramp, 2 * ramp], (0.5, 99.5))
+            wanted = np.clip((ramp * (1 + int(stem[-1]) % 2) - low) / (high - low), 0, 1)
+            assert abs(got - wanted).max() < 0.51 / 255
+    assert len(seen) == 4
+    refuse_download("--arrays", "z", "--force", "--classes", "liver", words=["3, 7"])
+
+
+def test_npz_files_of_colour(here):
+    arrays("z/x.npz", np.asarray(photo()), label_map((1, (3, 4, 6, 6))) > 0, ("img", "mask"))
+    run_download("--arrays", "z", *ALL)
+    assert_array_equal(read_rgb("dataset/train/x.png"), photo())
+    assert_array_equal(stored()["x"]["1"], square_mask(3, 4, 6, 6))
+
+
+BAD_NPZ = {
+    "other keys": (("imgs", "label"), label_map()),
+    "another size": (("image", "label"), label_map().T),
+    "fractions": (("image", "label"), label_map() + 0.5),
+    "objects": (("image", "label"), np.array([{}])),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NPZ)
+def test_bad_npz_is_one_line(here, case):
+    keys, labels = BAD_NPZ[case]
+    arrays("z/x.npz", np.asarray(photo()), labels, keys)
+    refuse_download("--arrays", "z", *ALL, words=["z/x.npz"])
+
+
+def test_figshare_brain_tumours(here):
+    """As MATLAB stores them: columns first, text as numbers."""
+    h5py = pytest.importorskip("h5py")
+    Path("m").mkdir()
+    pixels = np.arange(1200, dtype=np.int16).reshape(PHOTO[::-1])
+    for number, kind in enumerate([1, 2, 3, 2, 1, 3]):
+        patient = np.array([[ord(sign)] for sign in f"MR0{number // 2}"], np.uint16)
+        with h5py.File(f"m/{number}.mat", "w") as file:
+            data = {"image": pixels.T, "tumorMask": square_mask(3, 4, 6, 9).T.astype(np.uint8)}
+            for key, value in {**data, "label": [[float(kind)]], "PID": patient}.items():
+                file[f"cjdata/{key}"] = value
+    run_download("--arrays", "m", "--split", 34, 33, 33)
+    assert class_names() == ["meningioma", "glioma", "pituitary"]
+    for split in ("train", "valid", "test"):
+        first, second = sorted(stored(split))
+        assert int(first) // 2 == int(second) // 2
+        for stem, masks in stored(split).items():
+            (name,) = masks
+            assert name == ["meningioma", "glioma", "pituitary"][[1, 2, 3, 2, 1, 3][int(stem)] - 1]
+            assert_array_equal(masks[name], square_mask(3, 4, 6, 9))
+            grey = read_rgb(f"dataset/{split}/{stem}.png")[..., 0]
+            assert (np.diff(grey.astype(int).ravel()) >= 0).all() and grey.max() == 255
+    with h5py.File("m/0.mat", "w") as file:
+        file["x"] = 1
+    refuse_download("--arrays", "m", "--force", words=["m/0.mat", "cjdata"])
+
+
+def test_h5py_is_named_where_it_is_missing(here, monkeypatch):
+    Path("m").mkdir()
+    Path("m/x.mat").write_bytes(b"MATLAB 5.0")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    refuse_download("--arrays", "m", words=["m/x.mat", "pip install h5py"])

@@ -24,7 +24,7 @@ OTHERS = {"--system-site-packages", "--max-restarts", "--id"}  # venv, torchrun,
 # Packages that are imported under another name, and those that no script imports.
 IMPORTED_AS = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml"}
 # Imported when used; the error names the pip command.
-OPTIONAL = {"pydicom", "nibabel", "gradio", "onnx", "onnxscript", "onnxruntime"}
+OPTIONAL = {"pydicom", "nibabel", "h5py", "gradio", "onnx", "onnxscript", "onnxruntime"}
 WITH_GRADIO = {"fastapi", "uvicorn", "python_multipart"}
 NOT_IMPORTED = {"six", "torchvision"}  # for kaggle; for the tutorial's transforms
 

@@ -10,7 +10,7 @@ from medseg.settings import window_limits
 from medseg.splits import PERCENTAGES
 
 CLASS = re.compile(r"[^/\\={}]+=.+", re.DOTALL)  # as it was written once
-IMPORTERS = ("masks", "labelme", "coco", "via", "yolo")
+IMPORTERS = ("masks", "labelme", "coco", "via", "yolo", "arrays")
 NEED_AN_IMPORTER = (
     *("split", "into", "add", "duplicates", "prefix", "groups", "classes", "invert"),
     *("skip_unpaired", "boxes", "channels", "time", "context"),
@@ -104,6 +104,9 @@ def _add_sources(own):
     )
     own.add_argument(
         "--yolo", metavar="FOLDER", help="images/, labels/ and data.yaml; its splits are kept"
+    )
+    own.add_argument(
+        "--arrays", metavar="FOLDER", help="files .npz or .mat (v7.3), each an image and its mask"
     )
 
 

@@ -8,6 +8,7 @@ from medseg.cli import one_line
 from medseg.coco import SPLITS
 from medseg.images import SUFFIXES
 from medseg.importing.adding import add_images
+from medseg.importing.arrays import array_examples
 from medseg.importing.coco_files import coco_examples
 from medseg.importing.flags import chosen_importer
 from medseg.importing.labelme import labelme_examples
@@ -58,20 +59,14 @@ def import_data(root, args):
             sources = _places(texts, cases)
         _check_sources(root, splits, sources, args.add)
         options = {"classes": classes, "group": args.groups, "prefix": args.prefix or ""}
-        present, info, late = present_settings(root, stay), {}, {}
+        present, late = present_settings(root, stay), {}
         if args.masks:
             options |= {"window": args.window, "invert": args.invert, "context": args.context}
             options |= {"channels": args.channels or (), "time": args.time or None}
             examples, classes, info = mask_examples(cases, texts, **options, present=present)
         else:
-            window = picture_window(list_files(sources[-1], SUFFIXES), None, present)
-            info |= {"window": window} if window else {}
-            check_window(present, window)
-            if name == "labelme":
-                options["unreviewed"] = args.unreviewed or (None if args.add else "keep")
-            else:
-                options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
-            examples, classes, late = READERS[name](*values, **options)
+            read = _read_arrays if args.arrays else _read_outlines
+            examples, classes, info, late = read(args, values, options, present)
         place = args.masks[1] if args.masks else sources[0]
         if not classes and not args.add:
             raise ValueError(
@@ -94,6 +89,29 @@ def import_data(root, args):
                 print(f"note: {len(paths)} {what} ({min(paths).name})")
     except FileNotFoundError as error:
         raise ValueError(one_line(error)) from None
+
+
+def _read_outlines(args, values, options, present):
+    """(examples, class names, what to record, what to print late) of an import of READERS.
+
+    values: of its flag, the folder of images among them.
+    """
+    name = chosen_importer(args)
+    window = picture_window(list_files(values[:2][-1], SUFFIXES), None, present)
+    check_window(present, window)
+    if name == "labelme":
+        options["unreviewed"] = args.unreviewed or (None if args.add else "keep")
+    else:
+        options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
+    examples, classes, late = READERS[name](*values, **options)
+    return examples, classes, {"window": window} if window else {}, late
+
+
+def _read_arrays(args, values, options, present):
+    """As `_read_outlines`, of --arrays."""
+    examples, classes, info = array_examples(*values, **options, present=present)
+    check_window(present, info.get("window"))
+    return examples, classes, info, {}
 
 
 def _find_masks(args, classes):

@@ -176,9 +176,14 @@ def picture_window(paths, window, present):
     of `present_settings`. Raises ValueError for --window on pictures of 8 bits.
     """
     measured = measure_window(paths) if paths else None
+    if measured is None and window:
+        raise ValueError(f"{paths[0]}: --window is for more than 8 bits")
+    return choose_window(measured, window, present)
+
+
+def choose_window(measured, window, present):
+    """What `picture_window` returns, of the window that was measured, None of 8 bits."""
     if measured is None:
-        if window:
-            raise ValueError(f"{paths[0]}: --window is for more than 8 bits")
         return None
     recorded = (own["window"] for _, own in present if isinstance(own["window"], tuple))
     window = tuple(window or next(recorded, measured))
