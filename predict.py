@@ -209,8 +209,9 @@ def predict_volume(model, file, results, window, *, lines=True):
     frames, volume = inputs.open_file(file, window, model.info)
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
     bar = {"total": len(frames), "unit": " slices", "disable": None}
-    predicted = tqdm(predict_images(model, frames), file.path.name, **bar)
-    line, written = results.add_volume(volume, predicted, window, name=file.name)
+    predicted = tqdm(predict_images(model, frames), file.title, **bar)
+    names = {"name": file.name, "title": file.title}
+    line, written = results.add_volume(volume, predicted, window, **names)
     if lines:
         print(line)
         saving.print_saved(written)
@@ -262,7 +263,7 @@ def predict_inputs(args, model, window):
     draw = visualize_result if single else None
     results = Results(output, model, args.write, args.simplify, draw=draw)
     results.check(frames, volumes, report=folder is not None)
-    titles = [*(frame.title for frame in frames), *(file.path.name for file in volumes)]
+    titles = [*(frame.title for frame in frames), *(file.title for file in volumes)]
     try:
         for file in volumes:
             try:

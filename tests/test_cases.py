@@ -121,6 +121,16 @@ def test_what_the_pattern_does_not_say_names_the_case(cases):
     assert [file.name for file in expand(["B"], model.info)] == ["B_1"]
 
 
+def test_the_table_tells_cases_of_equal_files_apart(cases):
+    for path in Path("B").glob("*/*.nii"):
+        path.rename(path.with_name(path.name.rpartition("_")[2]))
+    masks = predict("B/{id}/{channel}.nii")
+    rows = Path("out/predictions.csv").read_text("utf-8-sig").splitlines()[1:]
+    pixels = {row.split(",")[0]: int(row.split(",")[2]) for row in rows}
+    assert len(rows) == 2 and pixels == {name: own.sum() for name, own in cases.items()}
+    assert masks.keys() == {"B_1_mask.nii.gz", "B_2_mask.nii.gz"}
+
+
 def test_pictures_of_a_case(here):
     save_model("{channel}/{id}.png", ("dapi", SHOWING))
     drawn = np.zeros((20, 30), bool)

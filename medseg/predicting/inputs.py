@@ -42,6 +42,11 @@ class ImageFile(NamedTuple):
     format: str | None  # as `medseg.files.file_format` has it
     modalities: Modalities | None = None  # its files, where they are one for each channel
 
+    @property
+    def title(self):
+        """What it is called in tables: as the file, or, for all may have a t1.nii, as the case."""
+        return self.name if self.modalities else self.path.name
+
 
 class Frame(NamedTuple):
     """One image to predict: that of a file, a frame of a DICOM file, a slice of a volume."""
@@ -68,7 +73,7 @@ def open_file(file, window=None, info=None, pixel_size=None):
         read = partial(read_image, path, window)
         if file.modalities:
             read = partial(read_channels, file.modalities, window)
-        return [Frame(path, file.name, path.name, read, pixel_size)], None
+        return [Frame(path, file.name, file.title, read, pixel_size)], None
     if file.format == "volume":
         in_time = not (info and info.channels)  # what four axes mean to these weights
         volume = open_channels(file.modalities or path, info and info.orientation, in_time)
@@ -79,7 +84,7 @@ def open_file(file, window=None, info=None, pixel_size=None):
     with name_file(path):  # some elements are read only when they are asked for
         several = len(arrays) > 1
         for number in range(len(arrays)):
-            title = f"{path.name}, {what} {number}" if several else path.name
+            title = f"{file.title}, {what} {number}" if several else file.title
             frame = Frame(path, file.name, title, partial(_read_array, arrays, number))
             if volume:
                 frames.append(frame._replace(spacing=volume.slice_spacing))

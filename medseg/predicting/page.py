@@ -188,7 +188,8 @@ class Session:
                 file = self._files[path]
                 slices = ((one.frame, one, prediction) for one, prediction in predicted)
                 volume = self._open_volume(file)[1]
-                results.add_volume(volume, slices, self._window, name=file.name)
+                names = {"name": file.name, "title": file.title}
+                results.add_volume(volume, slices, self._window, **names)
                 continue
             if what == "all":
                 path = Path(shutil.copy(path, folder))  # LabelMe needs it beside its file

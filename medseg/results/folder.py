@@ -146,11 +146,12 @@ class Results:
         self._keep(frame.title, masks, columns, frame.spacing, frame.depth)
         return describe(frame.path, masks, names, self.inference), written
 
-    def add_volume(self, volume, predicted, window=None, *, name=None):
+    def add_volume(self, volume, predicted, window=None, *, name=None, title=None):
         """As `add`, of a `medseg.volumes.Volume`.
 
         predicted: (frame, `Picture`, `Prediction`) of each slice. window: (center, width) of the
-        pictures, or None. name: of its files; by default, the volume's.
+        pictures, or None. name: of its files; title: in the
+        table; by default, those of the volume's file.
         """
         first, names = len(self.assessed), self.class_names
 
@@ -171,7 +172,7 @@ class Results:
             stored = np.stack([volume.stored(mask, bool) for mask in stored])
         else:
             stored = volume.stored(stored)
-        name, spacing = volume.path.name, volume.stored_spacing
+        name, spacing = title or volume.path.name, volume.stored_spacing
         count, predictions = len(slices) // volume.times, [one for _, one in self.assessed[first:]]
         for time in range(volume.times):  # each is measured by itself
             places, title = slice(time * count, (time + 1) * count), name
