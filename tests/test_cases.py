@@ -154,3 +154,8 @@ def test_the_page_takes_the_files_of_a_case(cases):
     assert not session.problems and len(session.predictions) == 5
     mask = nibabel.load(session.download("masks", 0.5))
     assert_array_equal(np.asarray(mask.dataobj), cases["B_1"])
+    Image.new("RGB", (8, 6)).save("rgb.png")
+    session.predict(["rgb.png"], 0.5)
+    assert "rgb.png" in session.problems[0] and ", ".join(CHANNELS) in session.problems[0]
+    named = "shown: red t2, green flair, blue t1ce"
+    assert named in session.view(0, 0.5)[1]
