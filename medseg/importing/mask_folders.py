@@ -10,6 +10,7 @@ from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format
 from medseg.images import as_picture, read_image
 from medseg.importing.pairs import advise_groups
+from medseg.importing.values import find_classes, find_one_class
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example, picture_window
 from medseg.modalities import Modalities, channels_of, format_of, read_channels
@@ -32,7 +33,6 @@ from medseg.sources.collect import (
     split_pages,
     unique_names,
 )
-from medseg.sources.mask_values import find_classes, find_one_class
 
 
 def mask_examples(

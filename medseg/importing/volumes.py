@@ -10,14 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from medseg.images import as_picture
+from medseg.importing.values import VOLUME, classes_of_counts, count_values, one_class_of_counts
 from medseg.importing.writing import Example
 from medseg.modalities import open_channels, orientation_of
-from medseg.sources.mask_values import (
-    classes_of_counts,
-    count_values,
-    one_class_of_counts,
-)
-from medseg.sources.value_counts import VOLUME
 from medseg.volumes import Volume, open_volume
 
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
