@@ -131,6 +131,23 @@ def test_the_table_tells_cases_of_equal_files_apart(cases):
     assert masks.keys() == {"B_1_mask.nii.gz", "B_2_mask.nii.gz"}
 
 
+def test_a_pattern_without_channels_tells_files_of_equal_names_apart(here):
+    torch.save(brightness_model(None, n_channels=1).state_dict(), "best_model.pth")
+    for number, folder in enumerate(("s1", "s2"), 1):
+        Path("S", folder).mkdir(parents=True)
+        voxels = np.zeros((8, 6, 5), np.int16)
+        voxels[:number, :2, 1:3] = 700
+        write_nifti(f"S/{folder}/ct.nii.gz", voxels, AFFINE)
+    masks = predict("S/{id}/ct.nii.gz")
+    assert masks.keys() == {"s1_mask.nii.gz", "s2_mask.nii.gz"}
+    for number, folder in enumerate(("s1", "s2"), 1):
+        assert np.asarray(masks[f"{folder}_mask.nii.gz"].dataobj).sum() == number * 4
+    rows = Path("out/predictions.csv").read_text("utf-8-sig").splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["s1", "s2"]
+    pattern = "S/{id}/{channel}.nii.gz"  # of weights that know none
+    assert_refused(script_here("predict.py", pattern, cwd=Path()), pattern)
+
+
 def test_pictures_of_a_case(here):
     save_model("{channel}/{id}.png", ("dapi", SHOWING))
     drawn = np.zeros((20, 30), bool)

@@ -41,11 +41,12 @@ class ImageFile(NamedTuple):
     name: str  # what its masks are called, without the ending
     format: str | None  # as `medseg.files.file_format` has it
     modalities: Modalities | None = None  # its files, where they are one for each channel
+    is_case: bool = False  # whether a pattern found it
 
     @property
     def title(self):
         """What it is called in tables: as the file, or, for all may have a t1.nii, as the case."""
-        return self.name if self.modalities else self.path.name
+        return self.name if self.is_case else self.path.name
 
 
 class Frame(NamedTuple):
@@ -182,7 +183,7 @@ def expand(inputs, info=None, *, series=False):
     paths, cases, series = [], {}, series or bool(info and info.orientation)
     for given in inputs:
         if info and (found := find_cases(given, info)):
-            cases |= {modalities: shorten(name) for name, modalities in found}
+            cases |= {case: shorten(name) for name, case in found if not is_own(Path(str(case)))}
             continue
         given = Path(given)
         if not given.is_file():  # a split, maybe, that a killed import has moved aside
@@ -208,7 +209,10 @@ def expand(inputs, info=None, *, series=False):
             if count[path.parent, name] > 1 and formats[path] != "volume":
                 base = base_name(path)
                 names[path] = shorten(base + path.name[len(base) :].replace(".", "_"))
-    files = [ImageFile(one.paths[0], name, format_of(one), one) for one, name in cases.items()]
+    files = []
+    for case, name in cases.items():
+        modalities = case if isinstance(case, Modalities) else None
+        files.append(ImageFile(Path(str(case)), name, format_of(case), modalities, is_case=True))
     files += [ImageFile(path, name, formats[path]) for path, name in names.items()]
     _check_names([(file.name, file.path) for file in files])
     return files
