@@ -4,6 +4,7 @@
     python download.py --zip archive.zip    # the zip that a browser saved from the Kaggle page
     python download.py --synthetic          # no account, no network: MRI-like phantoms
 
+    python download.py FOLDER --data mine   # your own data, where their layout is known; else asks
     python download.py --masks images masks --data mine     # a folder of images, one of masks
     python download.py --masks 'm/{id}.jpg' 'm/{id}_mask.png' --data mine       # patterns, quoted
     python download.py --masks 'm/{id}.png' 'm/{id}_{class}.png' --data mine    # a file a class
@@ -36,6 +37,7 @@ from medseg.cli import ArgumentParser, add_pixel_limit, number, one_line, run_ma
 from medseg.dataset_folder import finish_import
 from medseg.files import check_regular
 from medseg.importing.flags import add_arguments, check_arguments, chosen_importer
+from medseg.importing.layouts import find_layout
 from medseg.importing.own_data import import_data, print_next
 from medseg.importing.writing import holds_own_data
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
@@ -265,6 +267,14 @@ def get_args(argv):
 
     data = parser.add_argument_group("where the data come from, and where they go")
     data.add_argument(
+        "folder",
+        nargs="?",
+        metavar="FOLDER",
+        help="your own data: of a folder whose layout is known, what it holds and the command that "
+        "says so are printed, and it is imported; where that is not sure, what it may be is listed",
+    )
+    data.add_argument("--dry-run", action="store_true", help="of a FOLDER: print, import nothing")
+    data.add_argument(
         "--source",
         choices=["auto", *SOURCES],
         default="auto",
@@ -296,12 +306,29 @@ def get_args(argv):
     data.add_argument("--seed", type=number(0), default=0, help=seed_help)
     add_arguments(parser)
     add_pixel_limit(data.add_argument)
+    argv = sys.argv[1:] if argv is None else [*map(str, argv)]
     args = parser.parse_args(argv)
     set_pixel_limit(args.max_megapixels)
+    args = _with_layout(parser, args, argv)
     if args.two_classes and not args.synthetic:
         parser.error("--two-classes: goes with --synthetic")
     check_arguments(parser, args)
     return args
+
+
+def _with_layout(parser, args, argv):
+    """The arguments with those that `find_layout` finds for a FOLDER."""
+    if args.folder is None:
+        if args.dry_run:
+            parser.error("--dry-run: goes with a FOLDER")
+        return args
+    if args.zip or args.synthetic or chosen_importer(args):
+        parser.error(f"{args.folder}: a FOLDER goes without --zip, --synthetic and --masks")
+    places = [place for place, word in enumerate(argv) if word == args.folder]
+    place = next(place for place in places if argv[place - 1 : place] != ["--data"])
+    typed = [word for word in argv[:place] + argv[place + 1 :] if word != "--dry-run"]
+    flags = find_layout(args.folder, typed)
+    return parser.parse_args([*typed, *flags, *["--dry-run"] * args.dry_run])
 
 
 def get_data(root, args):
@@ -348,6 +375,8 @@ def print_summary(root, data_flag):
 def main(argv=None):
     """Get the data set. Raises ValueError or OSError for what the user can mend."""
     args = get_args(argv)
+    if args.dry_run:
+        return
     root = Path(args.data)
     data_flag = "" if args.data == "dataset" else f" --data {shlex.quote(args.data)}"
     existed = root.exists()

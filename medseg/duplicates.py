@@ -1,6 +1,7 @@
 """Images that look alike: of neighbouring numbers, in two splits, there already."""
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +10,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from medseg.coco import image_path, read_annotations
-from medseg.files import parallel_map
+from medseg.files import base_name, file_format, parallel_map
 from medseg.images import read_image
+from medseg.samples import Page
 from medseg.splits import present_splits, slice_number
 
 THUMBNAIL = 16  # pixels a side
@@ -81,6 +83,31 @@ def _unit_length(vectors):
     """Rows with mean 0 and length 1: the product of two is their correlation."""
     vectors = vectors - vectors.mean(1, keepdims=True)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+
+
+def find_twins(paths, most=8):
+    """Two images of the same bytes, or of the same name and pixels; None where there are none.
+
+    Pixels are read of `most` names, and of as many pictures of each.
+    """
+    by_size, by_name = {}, {}
+    for path in paths:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+        if not file_format(path):
+            by_name.setdefault(base_name(path).casefold(), []).append(path)
+    by_name = [own[:most] for own in by_name.values() if len(own) > 1][:most]
+    for groups, read in ((by_size.values(), Path.read_bytes), (by_name, _read_pixels)):
+        for own in groups:
+            seen = {}
+            for path in own if len(own) > 1 else ():
+                other = seen.setdefault(hash(read(path)), path)
+                if other != path:
+                    return other, path
+    return None
+
+
+def _read_pixels(path):
+    return read_image(Page(path, 0)).pixels.tobytes()
 
 
 # ---- new images beside those of a data set --------------------------------------------------

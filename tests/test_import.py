@@ -293,7 +293,7 @@ def test_full_disk(here, monkeypatch):
         (("--source", "ftp"), "--source"),
         (("--zip", "a", "--synthetic"), "--synthetic"),
         (("--phantoms", "0", "1", "1"), "--phantoms"),
-        (("x",), "x"),
+        (("x", "--zip", "y"), "x"),
     ],
 )
 def test_wrong_flags(here, flags, word):

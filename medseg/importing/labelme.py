@@ -87,7 +87,7 @@ def _select(folder, paths, unreviewed):
 
     None is a ValueError where there are some.
     """
-    untouched = {path for path in paths if is_unreviewed(path)}
+    untouched = {path for path in paths if path.is_file() and is_unreviewed(path)}
     if not untouched:
         return paths
     what = (
