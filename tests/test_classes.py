@@ -695,6 +695,7 @@ def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, mon
         **{"confidence_95": bootstrap(counts, names, samples=9), "by_lesion_size": []},
         **{"hd95": {"median": None, "left_out": 1}, "surface_dice": {"mean": None}},
         "distance_unit": "px",
+        "channels": [],
         "calibration": {
             "expected_calibration_error": 0.25,
             "classes": dict.fromkeys(
