@@ -12,11 +12,9 @@ from helpers import (
     ALL,
     MASKS,
     PHOTO,
-    box,
     class_names,
     coco_file,
     grey,
-    labelme,
     labels,
     photo,
     polygon,
@@ -24,7 +22,6 @@ from helpers import (
     run_download,
     save,
     save_pair,
-    shape,
     stored,
     write_nifti,
 )
@@ -56,13 +53,11 @@ def masks_of(pictures, text=None, *, invert=False):
     Path("masks").mkdir(exist_ok=True)
     paths = []
     for number, picture in enumerate(pictures):
-        is_array = isinstance(picture, np.ndarray)
-        picture = Image.fromarray(picture) if is_array else picture
-        deep = picture.mode in ("I", "F", "I;16")
-        paths.append(Path(f"masks/{number}{'.tif' if deep else '.png'}"))
+        picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        suffix = ".tif" if picture.mode in ("I", "F", "I;16") else ".png"
+        paths.append(Path(f"masks/{number}{suffix}"))
         picture.save(paths[-1])
-    names = text and parse_classes(text)
-    classes = find_classes(paths, "masks", names, invert=invert)
+    classes = find_classes(paths, "masks", text and parse_classes(text), invert=invert)
     masks = [classes.to_masks(*classes.read(path)) for path in paths]
     return [{name: np.asarray(runs) for name, runs in own.items()} for own in masks], classes
 
@@ -74,73 +69,78 @@ def assert_masks(masks, label_map, numbers):
         assert_array_equal(mask, np.isin(label_map, numbers[name]))
 
 
-def command_in(line):
+def command_in(error):
     """The text of the first --classes VALUE=NAME of a message, as a shell splits it."""
-    return shlex.split(re.search(r"--classes ('[^']*'|[^ ;]+=[^ ;]+)", line)[0])[1]
+    return shlex.split(re.search(r"--classes ('[^']*'|[^ ;]+=[^ ;]+)", str(error))[0])[1]
 
 
 # ---------------------------------------------------------------- --classes
 
 
-GREYS, BORDER = grey(LEVELS), palette([0, 1, 2, 255])
-CASES = [  # a mask of the label map 0 to 3, --classes, the numbers of each class in their order
-    (GREYS, "a,b,c", {"a": 1, "b": 2, "c": 3}),
-    (GREYS, "85=a,128=b,255=c", {"a": 1, "b": 2, "c": 3}),
-    (GREYS, "255=c, 85=a", {"c": 3, "a": 1}),
-    (GREYS, "85=a,128=b,255=a", {"a": [1, 3], "b": 2}),
-    (GREYS, "80-130=a,200-300=b", {"a": [1, 2], "b": 3}),
-    (GREYS, "1-100=a,50-85=a", {"a": 1}),
-    (GREYS, "*=a", {"a": [1, 2, 3]}),
-    (GREYS, "85=background,*=a", {"a": [2, 3]}),
-    (GREYS, "0=a,255=b", {"a": 0, "b": 3}),
-    (GREYS, "0=background,85=a=b", {"a=b": 1}),
-    (GREYS, "#808080=a,#FFFFFF=b", {"a": 2, "b": 3}),
-    (GREYS, "*", {"85": 1, "128": 2, "255": 3}),
-    (GREYS, "7-9=x,85=a,*=background", {"x": [], "a": 1}),
-    (GREYS, None, {"85": 1, "128": 2, "255": 3}),
-    (BORDER, None, {"1": 1, "2": 2}),
-    (BORDER, "*=cell", {"cell": [1, 2]}),
-    (BORDER, "0=out", {"out": 0}),
-    (BORDER, "*=cell,255=border", {"cell": [1, 2], "border": 3}),
-    (COLOURS.__getitem__, None, {"#0000ff": 1, "#808080": 3, "#ff0000": 2}),
-    (
-        COLOURS.__getitem__,
-        "#0000ff=vein,#ff0000=artery,#808080=vein",
-        {"vein": [1, 3], "artery": 2},
-    ),
-    (palette(range(4), COLOURS), "#0000ff=v,#ff0000=a", {"v": 1, "a": 2}),
-    (palette([2, 3, 1, 0], COLOURS[[3, 2, 0, 1]]), "#0000ff=v,#ff0000=a", {"v": 1, "a": 2}),
+GREYS, BORDER, BLACK = grey(LEVELS), palette([0, 1, 2, 255]), COLOURS.__getitem__
+BIT, ONE, FULL = (lambda m: Image.fromarray(m > 0)), grey([0, 1, 1, 1]), grey([0, 255, 255, 255])
+DEEP = [grey([0, *[value] * 3], np.uint16) for value in (1, 255, 65535)]
+ORDERED, UNORDERED = palette(range(4), COLOURS), palette([2, 3, 1, 0], COLOURS[[3, 2, 0, 1]])
+SWAPPED = palette([0, 2, 1, 3], COLOURS[[0, 2, 1, 3]])
+ANY, INVERT = [1, 2, 3], {"invert": True}
+CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class in their order
+    ([GREYS], "a,b,c", {"a": 1, "b": 2, "c": 3}),
+    ([GREYS], "85=a,128=b,255=c", {"a": 1, "b": 2, "c": 3}),
+    ([GREYS], "255=c, 85=a", {"c": 3, "a": 1}),
+    ([GREYS], "85=a,128=b,255=a", {"a": [1, 3], "b": 2}),
+    ([GREYS], "80-130=a,200-300=b", {"a": [1, 2], "b": 3}),
+    ([GREYS], "1-100=a,50-85=a", {"a": 1}),
+    ([GREYS], "*=a", {"a": ANY}),
+    ([GREYS], "85=background,*=a", {"a": [2, 3]}),
+    ([GREYS], "0=a,255=b", {"a": 0, "b": 3}),
+    ([GREYS], "0=background,85=a=b", {"a=b": 1}),
+    ([GREYS], "#808080=a,#FFFFFF=b", {"a": 2, "b": 3}),
+    ([GREYS], "*", {"85": 1, "128": 2, "255": 3}),
+    ([GREYS], "7-9=x,85=a,*=background", {"x": [], "a": 1}),
+    ([GREYS], None, {"85": 1, "128": 2, "255": 3}),
+    ([BORDER], None, {"1": 1, "2": 2}),
+    ([BORDER], "*=cell", {"cell": [1, 2]}),
+    ([BORDER], "0=out", {"out": 0}),
+    ([BORDER], "*=cell,255=border", {"cell": [1, 2], "border": 3}),
+    ([BLACK], None, {"#0000ff": 1, "#808080": 3, "#ff0000": 2}),
+    ([BLACK], "#0000ff=vein,#ff0000=artery,#808080=vein", {"vein": [1, 3], "artery": 2}),
+    ([ORDERED, UNORDERED], "#0000ff=v,#ff0000=a", {"v": 1, "a": 2}),
+    ([ORDERED, ORDERED], None, {"1": 1, "2": 2, "3": 3}),
+    # As programs write them that make 8-bit PNG of colours: an index is no number of a class.
+    ([ORDERED, SWAPPED], None, {"#0000ff": 1, "#808080": 3, "#ff0000": 2}),
+    # Of one class each, whatever its number.
+    ([ONE, FULL, ONE, FULL], None, {"foreground": ANY}),
+    ([BIT, FULL], "x", {"x": ANY}),
+    (DEEP, None, {"foreground": ANY}),
+    ([palette([0, 1, 1, 1]), FULL], "x", {"x": ANY}),
+    ([ONE, FULL], "*", {"1": [], "255": []}),  # what is asked for is done
+    ([grey([0, 1, 255, 255]), ONE, FULL], None, {"1": [], "255": []}),
+    ([BIT, FULL], None, {"foreground": 0}, INVERT),
+    ([BIT, FULL], "membrane", {"membrane": 0}, INVERT),
+    ([palette([0, 1, 1, 255])], None, {"foreground": 0}, INVERT),
 ]
 
 
-@pytest.mark.parametrize("make, text, numbers", CASES)
-def test_values_of_classes(here, make, text, numbers, capsys):
-    label_map = labels(1, 3)
-    (masks,), classes = masks_of([make(label_map)], text)
-    assert_masks(masks, label_map, numbers)
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_values_of_classes(here, case, capsys):
+    makers, text, numbers, *options = CASES[case]
+    maps = [labels(number, 3) for number in range(len(makers))]
+    pictures = [make(label_map) for make, label_map in zip(makers, maps, strict=True)]
+    masks, classes = masks_of(pictures, text, **dict(*options))
     assert classes.names == list(numbers)
     classes.report()
     said = capsys.readouterr().out
-    whole = label_map != 3 if make is BORDER and "border" not in numbers else label_map >= 0
+    assert ("=A," in said) == (len(numbers) > 1 and text in (None, "*"))  # a hint
+    for own, label_map in zip(masks, maps, strict=True):
+        if any(map(np.size, numbers.values())):
+            assert_masks(own, label_map, numbers)
     for name, own in numbers.items():
-        percent = 100 * np.isin(label_map, own)[whole].mean()
-        assert not masks.get(name, np.zeros(1)).any() or f"{percent:.2f} % of the pixels" in said
-        if make is GREYS and name in masks:
+        assert said.count(f"class {name}: ") == any(name in of_mask for of_mask in masks)
+        if makers == [GREYS] and name in masks[0]:
             values = ", ".join(map(str, np.atleast_1d(LEVELS[own])))
-            assert f"class {name}: value{'s' * (', ' in values)} {values}, " in said
-    # A hint where the values name several classes.
-    assert ("=A," in said) == (text in (None, "*"))
-
-
-def test_palettes_that_differ_are_read_by_colour(here):
-    """As programs write them that make 8-bit PNG of colours; equal ones hold numbers of classes."""
-    label_map = labels(1, 2)
-    orders = [0, 1, 2], [0, 2, 1]
-    pictures = [palette(np.argsort(order), COLOURS[order])(label_map) for order in orders]
-    masks, _ = masks_of(pictures)
-    for own in masks:
-        assert_masks(own, label_map, {"#0000ff": 1, "#ff0000": 2})
-    assert masks_of(pictures[:1] * 2)[1].names == ["1", "2"]
+            percent = 100 * np.isin(maps, own).mean()
+            s = "s" * (", " in values)
+            assert f"class {name}: value{s} {values}, {percent:.2f} % of the pixels" in said
 
 
 def test_values_that_are_not_named_are_counted(here):
@@ -158,9 +158,7 @@ def test_named_values_that_no_mask_has(here):
     for text in ("85=a,129=b,255=c", "129=b"):  # with another that is not named, it is mistyped
         with pytest.raises(ValueError, match=r"--classes.*128"):
             masks_of(masks, text)
-    with pytest.raises(
-        ValueError, match="#0000ff"
-    ):  # a number is no colour, though 255 is its code
+    with pytest.raises(ValueError, match="#0000ff"):  # 255 is the code of blue, but no colour
         masks_of([COLOURS[labels(1, 3)]], "255=a,#808080=b")
     _, classes = masks_of(masks, "85=a,128=b,129=c,255=d")
     assert classes.names == list("abcd") and "129 (c)" in classes.warnings[0]
@@ -221,89 +219,50 @@ def test_files_of_names(here, name):
 def test_names_by_colour_of_cvat(here, mode):
     rows = ["# label:color_rgb:parts:actions", "background:0,0,0::", "b: 2:255,0,0:x:"]
     write("labelmap.txt", "\n".join([*rows, "a:0,0,255::", "absent:9,9,9::"]) + "\n")
-    label_map = labels(1, 2)
-    picture = Image.fromarray(COLOURS[label_map]).convert(mode)
-    (masks,), classes = masks_of([picture], "labelmap.txt")
-    assert sorted(classes.names) == ["a", "absent", "b: 2"] and "absent" in str(classes.warnings)
-    assert_masks(masks, label_map, {"a": 1, "b: 2": 2})
+    (masks,), classes = masks_of(
+        [Image.fromarray(COLOURS[labels(1, 2)]).convert(mode)], "labelmap.txt"
+    )
+    assert sorted(classes.names) == ["a", "absent", "b: 2"]
+    assert_masks(masks, labels(1, 2), {"a": 1, "b: 2": 2})
 
 
-def test_a_file_of_names_beside_other_values(here):
-    write("c.txt", "_background_\na\nb\n")
-    with pytest.raises(ValueError, match=r"masks.*c\.txt.*85"):
-        masks_of([GREYS(labels(1, 3))], "c.txt")
-    _, classes = masks_of([grey([0, 1, 9, 9])(labels(1, 3))], "c.txt")  # 2 is in no mask
-    assert classes.names == ["a", "b"] and "2 (b)" in classes.warnings[0]
-    assert re.search(r"c\.txt.* 9; 1 v", classes.warnings[1])
-
-
-BAD_FILES = {
-    "empty.txt": "",
-    "blank.txt": "a\n\nb",
-    "binary.txt": b"\x89PNG\xff\xfe",
-    "control.txt": "a\0b",
-    "empty.json": "",
-    "no.json": {},
-    "coco.json": {"images": [], "annotations": []},
-    "fraction.json": {"a": 1.5},
-    "truth.json": {"a": True},
-    "regions.json": {"a": [1, [2]]},
-    "twice.json": {"a": 1, "b": 1},
-    "unnamed.json": {"1": ""},
-    "folder.json": None,
-}
+BAD_FILES = {"empty.txt": b"", "blank.txt": b"a\n\nb", "binary.txt": b"\x89PNG\xff\xfe"}
+BAD_FILES |= {"control.txt": b"a\0b", "empty.json": b"", "no.json": b"{}", "list.json": b"[1]"}
+BAD_FILES |= {"coco.json": b'{"images": [], "annotations": []}', "fraction.json": b'{"a": 1.5}'}
+BAD_FILES |= {"truth.json": b'{"a": true}', "regions.json": b'{"a": [1, [2]]}'}
+BAD_FILES |= {"twice.json": b'{"a": 1, "b": 1}', "unnamed.json": b'{"1": ""}'}
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files_of_names_are_one_line(here, name):
     save_pair("a")
-    content = BAD_FILES[name]
-    if content is None:
-        Path(name).mkdir()
-    elif isinstance(content, bytes):
-        Path(name).write_bytes(content)
-    else:
-        write(name, content)
+    Path(name).write_bytes(BAD_FILES[name])
     refuse_download(*MASKS, "--classes", name, words=[name])
 
 
-def test_a_file_of_labels_for_labelme_and_coco(here):
-    labelme("x", [shape("a", box(2, 3, 5)), shape("b", box(9, 3, 5)), shape("c", box(15, 9, 5))])
-    write("labels.txt", "__ignore__\n_background_\nc\na\n")
-    run_download("--labelme", "lm", *ALL, "--classes", "labels.txt")
-    assert class_names() == ["c", "a"]
+def test_a_file_of_labels_for_coco(here):
     coco_file([(0, 2, polygon(3, 4, 6)), (0, 3, polygon(9, 4, 6))])
-    write("l.json", {"k2": 7})
-    run_download("--coco", "c.json", "images", *ALL, "--classes", "l.json", "--force")
-    assert class_names() == ["k2"]
+    write("labels.txt", "__ignore__\n_background_\nk3\nk2\n")
+    run_download("--coco", "c.json", "images", *ALL, "--classes", "labels.txt")
+    assert class_names() == ["k3", "k2"]
 
 
 def test_volumes_of_a_hundred_labels(here):
     """As TotalSegmentator's, with a JSON of its names; some labels are in no volume."""
     names = {str(number): f"organ_{number}" for number in range(1, 105)}
     write("names.json", names)
-    rng = np.random.default_rng(0)
-    numbers = rng.permuted(np.arange(2 * 3 * 17) % 101).reshape(6, 17, 1).repeat(2, 2)
-    Path("vi").mkdir(), Path("vm").mkdir()
-    write_nifti(Path("vi/s1_ct.nii.gz"), rng.integers(0, 9, numbers.shape).astype(np.int16))
-    write_nifti(Path("vm/s1.nii.gz"), numbers.astype(np.uint8))
-    pair = ("--masks", "vi/s1_ct.nii.gz", "vm/s1.nii.gz", *ALL, "--force")
-    out = run_download(*pair, "--classes", "names.json")
-    assert "class organ_7: value 7, " in out and "no mask has 101 (organ_101)" in out
+    numbers = np.random.default_rng(0).permuted(np.arange(102) % 101).reshape(6, 17, 1)
+    for path in ("ct.nii.gz", "labels.nii.gz"):
+        write_nifti(Path(path), numbers.astype(np.uint8))
+    pair = ("--masks", "ct.nii.gz", "labels.nii.gz", *ALL, "--force")
+    assert "101 (organ_101)" in run_download(*pair, "--classes", "names.json")
     assert class_names() == list(names.values())
-    for index, masks in enumerate(stored().values()):
-        assert len(masks) == 100
-        for name, mask in masks.items():
-            assert_array_equal(mask, numbers[..., index] == int(name[6:]))
-    write_nifti(Path("vm/s1.nii.gz"), (numbers > 50).astype(np.uint8))
-    run_download(*pair, "--invert")
-    assert_array_equal(stored()["s1_ct_z001"]["foreground"], numbers[..., 1] <= 50)
-    wide = np.arange(600).reshape(20, 30, 1).astype(np.uint16)
-    write_nifti(Path("vi/s1_ct.nii.gz"), wide.astype(np.int16))
-    write_nifti(Path("vm/s1.nii.gz"), wide)
-    line = refuse_download(*pair, words=["vm/s1.nii.gz", "600"])
-    assert command_in(line) == "*=foreground"
-    assert "class cell: values 1, 2, 3" in run_download(*pair, "--classes", "*=cell")
+    ((_, masks),) = stored().items()
+    assert_masks(masks, numbers[..., 0], {f"organ_{number}": number for number in range(1, 101)})
+    for path in ("ct.nii.gz", "labels.nii.gz"):
+        write_nifti(Path(path), np.arange(600).reshape(20, 30, 1).astype(np.uint16))
+    line = refuse_download(*pair, words=["labels.nii.gz", "600"])
+    assert "class foreground: values 1, 2, 3" in run_download(*pair, "--classes", command_in(line))
 
 
 # ---------------------------------------------------------------- strays, numbers of objects
@@ -321,32 +280,29 @@ def test_strays_are_asked_about(here):
     mask = with_strays([1, 3, 64, 126, 127, 129, 130, 250, 252, 253, 254])
     with pytest.raises(ValueError, match="11 values like strays.*1, 3, 64") as error:
         masks_of([mask])
-    (masks,), _ = masks_of([mask], command_in(str(error.value)))
+    (masks,), _ = masks_of([mask], command_in(error.value))
     assert_masks(masks, mask, {"A": 128, "B": 255})
     with pytest.raises(ValueError, match="13 beside") as error:
         masks_of([mask], "cell,nucleus")
-    _, classes = masks_of([mask], command_in(str(error.value)))
+    _, classes = masks_of([mask], command_in(error.value))
     assert classes.names == ["cell", "nucleus"] and "11 values, 0.06 %" in classes.warnings[0]
     assert len(masks_of([mask], "*")[1].names) == 13
 
 
-@pytest.mark.parametrize(
-    "mask, asked",
-    [
-        (with_strays([1, 2, 3]), True),
-        (with_strays([1, 2]), False),  # no more than classes: a warning
-        (with_strays([1, 2, 3], 20), False),  # 0.1 % each
-        (with_strays([1, 2, 3], 19), True),
-    ],
-)
-def test_which_values_are_strays(here, mask, asked):
+STRAYS = [([1, 2, 3], 1, True), ([1, 2, 3], 19, True)]
+STRAYS += [([1, 2], 1, False), ([1, 2, 3], 20, False)]  # no more than classes; 0.1 % each
+
+
+@pytest.mark.parametrize("values, pixels, asked", STRAYS)
+def test_which_values_are_strays(here, values, pixels, asked):
+    mask = with_strays(values, pixels)
     if asked:
         with pytest.raises(ValueError, match="strays"):
             masks_of([mask])
-        return
-    _, classes = masks_of([mask])
-    assert classes.names == [str(value) for value in np.unique(mask) if value]
-    assert len(classes.warnings) == (np.count_nonzero((mask > 0) & (mask < 9)) < 20)
+    else:
+        _, classes = masks_of([mask])
+        assert classes.names == [str(value) for value in (*values, 128, 255)]
+        assert len(classes.warnings) == (pixels == 1)
 
 
 def test_class_numbers_are_no_strays():
@@ -371,26 +327,16 @@ def objects(count, first=1, step=1, size=(80, 60)):
     return mask
 
 
-def touching():
-    """Objects of two squares each that touch at a corner."""
-    pair = np.kron(np.eye(2, dtype=int), np.ones((3, 3), int))
-    return np.kron(np.arange(1, 31).reshape(5, 6), np.pad(pair, 1))
-
-
-def coloured():
-    codes = np.random.default_rng(1).integers(1, 256, (60, 3), dtype=np.uint8)
-    codes[0] = 0
-    return codes[objects(59)]
-
-
+SQUARES = np.pad(np.kron(np.eye(2, dtype=int), np.ones((3, 3), int)), 1)  # touch at a corner
+CODES = np.random.default_rng(1).integers(1, 256, (60, 3), dtype=np.uint8)
 OBJECTS = {
     "59 in one file": [objects(59).astype(np.uint8)],
     "few and many": [objects(n).astype(np.uint8) for n in (3, 12, 4)],
     "spread": [objects(63, 7, 4), objects(50, 7, 4)],  # smoothed masks have as many values
     "16 bits": [objects(260)],
     "large numbers": [objects(20, 70000), objects(3, 9)],
-    "touching": [touching().astype(np.uint8)],
-    "colours": [coloured()],
+    "touching": [np.kron(np.arange(1, 31).reshape(5, 6), SQUARES).astype(np.uint8)],
+    "colours": [np.where(objects(59)[..., None], CODES[objects(59)], 0).astype(np.uint8)],
 }
 
 
@@ -399,7 +345,7 @@ def test_numbers_of_objects_are_asked_about(here, case):
     arrays = OBJECTS[case]
     with pytest.raises(ValueError, match=r"masks/\d.*objects") as error:
         masks_of(arrays)
-    masks, _ = masks_of(arrays, command_in(str(error.value)))
+    masks, _ = masks_of(arrays, command_in(error.value))
     for own, array in zip(masks, arrays, strict=True):
         foreground = array.any(2) if array.ndim == 3 else array > 0
         assert_array_equal(own["foreground"], foreground)
@@ -437,31 +383,27 @@ def averaged(seed, factor, size=(120, 160)):
 def test_averaged_masks_are_cut_at_half(here, factor, mode):
     arrays = [averaged(seed, factor) for seed in range(3)]
     small = np.where(labels(0), 1, 0).astype(np.uint8)  # a mask of 0 and 1 among them
+    pictures = [*(Image.fromarray(array).convert(mode) for array in arrays), small]
     for text in (None, "*=x"):
-        masks, classes = masks_of(
-            [*(Image.fromarray(a).convert(mode) for a in arrays), small], text
-        )
-        assert classes.cut and len(classes.names) == 1
+        masks, classes = masks_of(pictures, text)
+        assert "cut at half" in str(classes.warnings) and len(classes.names) == 1
         for own, wanted in zip(masks, [*(a > 127 for a in arrays), small > 0], strict=True):
             assert_array_equal(own[classes.names[0]], wanted)
 
 
-def drawn_classes(case):
-    """Masks of 0 to 255 whose values between are classes, not edges."""
-    y, x = np.mgrid[:60, :80]
-    distance = np.hypot(y - 30, x - 40)
-    if case == "rings":
-        return np.digitize(distance, [9, 11, 13])[..., None].choose([255, 170, 85, 0])[..., 0]
-    if case == "lines":  # vessels of two kinds, and what crosses them
-        return np.where(y % 9 == 3, 170, np.where(x % 11 == 4, 85, np.where(distance < 6, 255, 0)))
-    if case == "border":  # of one value, such as the border of a cell, which averaging makes too
-        return np.digitize(distance, [9, 10]).choose([255, 128, 0])
-    return np.select([y + x < 30, y + x < 40, y + x < 45], [255, 191, 64], 0)
+Y, X = np.mgrid[:60, :80]
+DISTANCE = np.hypot(Y - 30, X - 40)
+DRAWN = {  # masks of 0 to 255 whose values between are classes, not edges
+    "rings": np.select([DISTANCE < 9, DISTANCE < 11, DISTANCE < 13], [255, 170, 85], 0),
+    "lines": np.select([Y % 9 == 3, X % 11 == 4, DISTANCE < 6], [170, 85, 255], 0),  # of vessels
+    "border": np.select([DISTANCE < 9, DISTANCE < 10], [255, 128], 0),  # averaging makes it too
+    "stripes": np.select([Y + X < 30, Y + X < 40, Y + X < 45], [255, 191, 64], 0),
+}
 
 
-@pytest.mark.parametrize("case", ["rings", "lines", "border", "stripes"])
+@pytest.mark.parametrize("case", DRAWN)
 def test_classes_beside_255_stay_classes(here, case):
-    mask = drawn_classes(case).astype(np.uint8)
+    mask = DRAWN[case].astype(np.uint8)
     assert masks_of([mask])[1].names == [str(value) for value in np.unique(mask)[1:]]
 
 
@@ -481,35 +423,6 @@ def test_lossy_and_smoothed_masks_take_halves_or_ranges(here):
         find_classes([path], "masks", parse_classes("128=x,255=y"))
 
 
-MIXED = {
-    "1 and 255": [grey([0, 1]), grey([0, 255])] * 2,
-    "1 bit": [lambda m: Image.fromarray(m > 0), grey([0, 255])],
-    "16 bits": [grey([0, value], np.uint16) for value in (1, 255, 65535)],
-    "a palette": [palette([0, 1]), grey([0, 255])],
-}
-
-
-@pytest.mark.parametrize("case", MIXED)
-def test_masks_of_0_and_1_beside_0_and_255(here, case, capsys):
-    maps = [labels(number) for number in range(len(MIXED[case]))]
-    pictures = [make(label_map) for make, label_map in zip(MIXED[case], maps, strict=True)]
-    for text in (None, "x"):
-        masks, classes = masks_of(pictures, text)
-        for own, label_map in zip(masks, maps, strict=True):
-            assert_masks(own, label_map, {text or "foreground": 1})
-    assert "one class" in classes.warnings[0]
-    classes.report()
-    assert capsys.readouterr().out.count("class x: ") == 1
-    assert len(masks_of(pictures, "*")[1].names) > 1  # what is asked for is done
-
-
-def test_values_1_and_255_of_one_mask_are_two_classes(here):
-    maps = [labels(1, 2), labels(0), labels(2) * 2]
-    masks, classes = masks_of([grey([0, 1, 255])(label_map) for label_map in maps])
-    for own, label_map in zip(masks, maps, strict=True):
-        assert_masks(own, label_map, {"1": 1, "255": 2})
-
-
 def test_masks_that_are_all_empty(here):
     save_pair("a", grey([0, 0])(labels(0)))
     refuse_download("--masks", "images/{id}.png", "masks/{id}.{class}", *ALL, words=["no pixel"])
@@ -517,38 +430,20 @@ def test_masks_that_are_all_empty(here):
         refuse_download(*MASKS, *flags, words=["masks"])
 
 
-def test_the_values_of_all_files_are_classes(here):
-    """Of 40 masks the last alone holds a 2."""
-    maps = [labels(number, 1 + (number == 39), (8, 6)) for number in range(40)]
-    masks, classes = masks_of([label_map.astype(np.uint8) for label_map in maps])
-    assert classes.names == ["1", "2"] and {len(own) for own in masks} == {1, 2}
-
-
 def test_inverted_masks(here):
-    maps = [labels(1), labels(2)]
-    pictures = [grey([0, 255])(maps[0]), Image.fromarray(maps[1] > 0)]
-    for text in (None, "membrane"):
-        masks, classes = masks_of(pictures, text, invert=True)
-        for own, label_map in zip(masks, maps, strict=True):
-            assert_masks(own, label_map, {text or "foreground": 0})
     for text in ("a,b", "0=a"):
         with pytest.raises(ValueError, match=r"--classes|--invert"):
-            masks_of(pictures, text, invert=True)
+            masks_of([FULL(labels())], text, invert=True)
     full = [Image.new("L", PHOTO, 255)]
     with pytest.raises(ValueError, match=r"masks.*--invert"):
         masks_of(full, invert=True)
     assert "--invert" in masks_of(full)[1].warnings[0]  # a hint, where most is foreground
     refuse_download("--labelme", "lm", "--invert", words=["--masks"])
-
-
-def test_inverted_masks_of_several_values(here):
-    label_map = labels(1, 2)
+    mask = grey([0, 128, 255])(labels(1, 2))
     with pytest.raises(ValueError, match=r"masks.*--invert.*128, 255") as error:
-        masks_of([grey([0, 128, 255])(label_map)], invert=True)
-    (masks,), _ = masks_of([grey([0, 128, 255])(label_map)], command_in(str(error.value)))
-    assert_masks(masks, label_map, {"NAME": 0})
-    (masks,), _ = masks_of([palette([0, 1, 255])(label_map)], invert=True)
-    assert_masks(masks, label_map, {"foreground": 0})  # the border 255 is background either way
+        masks_of([mask], invert=True)
+    (masks,), _ = masks_of([mask], command_in(error.value))
+    assert_masks(masks, labels(1, 2), {"NAME": 0})
 
 
 # ---------------------------------------------------------------- NumPy's files, names in files
@@ -626,18 +521,3 @@ def test_predicted_masks_bring_the_names_of_their_classes(here):
     with pytest.raises(ValueError, match=r"a_mask\.png and b_mask\.png.*--classes"):
         find_classes(paths, "masks")
     assert find_classes(paths, "masks", parse_classes("1=x,2=y")).names == ["x", "y"]
-
-
-def test_overlaps_are_found_wherever_they_are():
-    """Against every pair, in lists of several ranges."""
-    rng = np.random.default_rng(3)
-    for _ in range(300):
-        ends = np.sort(rng.integers(1, 60, (rng.integers(2, 7), 2)), axis=1)
-        ranges = [(first, last, "ab"[rng.integers(2)]) for first, last in ends.tolist()]
-        clash = any(p[0] <= q[1] and q[0] <= p[1] and p[2] != q[2] for p in ranges for q in ranges)
-        text = ",".join(f"{first}-{last}={name}" for first, last, name in ranges)
-        if clash:
-            with pytest.raises(ValueError, match="two classes"):
-                parse_classes(text)
-        else:
-            parse_classes(text)

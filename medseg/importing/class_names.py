@@ -95,9 +95,9 @@ class ClassValues:
         return _class_values(pairs, self.source)
 
 
-def all_values(name):
-    """The ClassValues of masks in which whatever is foreground is of one class."""
-    return ClassValues((Entry(REST, REST, 0, 0, name),), source="NAME=MASKS")
+def one_class(name, invert):
+    """What `find_classes` takes for masks in which whatever is foreground is of one class."""
+    return [name] if invert else ClassValues((Entry(REST, REST, 0, 0, name),), source=name)
 
 
 def spell(value):

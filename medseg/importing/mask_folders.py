@@ -9,8 +9,9 @@ from medseg.coco import listed
 from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format
 from medseg.images import as_picture, read_image
+from medseg.importing.class_names import one_class
 from medseg.importing.pairs import advise_groups
-from medseg.importing.values import find_classes, find_one_class
+from medseg.importing.values import find_classes
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example, picture_window
 from medseg.modalities import Modalities, channels_of, format_of, read_channels
@@ -141,7 +142,7 @@ def _examples_of_pairs(
             read = partial(_read_example, image, own_masks, meanings, window)
             examples.append(Example(name, own_group, read))
     for class_name, meaning in meanings.items():
-        if class_name is None or len(meaning.fractions) > 1 or meaning.cut or meaning.warnings:
+        if class_name is None or len(meaning.fractions) > 1 or meaning.rules or meaning.warnings:
             meaning.report()  # else a mask of the class has one value, and its name says it all
     class_names = chain.from_iterable(meaning.names for meaning in meanings.values())
     return examples, list(class_names), {key: value for key, value in info.items() if value}
@@ -174,10 +175,8 @@ def _find_meanings(pairs, places, names, invert):
     meanings = {}
     for class_name, place in places.items():
         paths = [path for _, own in pairs for name, path in own if name == class_name]
-        if class_name is None:
-            meanings[None] = find_classes(paths, place, names, invert=invert)
-        else:
-            meanings[class_name] = find_one_class(paths, place, class_name, invert=invert)
+        own_names = names if class_name is None else one_class(class_name, invert)
+        meanings[class_name] = find_classes(paths, place, own_names, invert=invert)
     return meanings
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from medseg.coco import MAX_CLASSES, listed
 from medseg.files import parallel_map
 from medseg.formats.mask_files import HALF, is_grey_code, palette_in_use, read_mask, read_names
-from medseg.importing.class_names import COLOUR, ONE_CLASS, REST, ClassValues, all_values, spell
+from medseg.importing.class_names import COLOUR, ONE_CLASS, REST, ClassValues, spell
 from medseg.pieces import are_single_pieces
 from medseg.run_lengths import encode_labels, unite
 from medseg.samples import LOSSY
@@ -53,10 +53,6 @@ class MaskClasses:
     warnings: list
     palette_colours: bool
 
-    @property
-    def cut(self):
-        return bool(self.rules & {"lossy", "edges"})
-
     def read(self, path):
         """(encoding, values) of a mask file, as `to_masks` takes them; see `read_mask`."""
         return read_mask(path, self.palette_colours)
@@ -71,7 +67,8 @@ class MaskClasses:
 
     def report(self):
         """Print the values of each class and their part of the pixels, and the warnings."""
-        halves = {0: f"up to {HALF}", 255: f"above {HALF}"} if self.cut else {}
+        is_cut = bool(self.rules & {"lossy", "edges"})
+        halves = {0: f"up to {HALF}", 255: f"above {HALF}"} if is_cut else {}
         for name in self.names:
             if values := [value for value, names in self.names_of.items() if name in names]:
                 shown = listed([halves.get(value, spell(value)) for value in values])
@@ -80,7 +77,7 @@ class MaskClasses:
                 )
                 print(f"class {name}: value{'s'[: len(values) - 1]} {shown}, {share} of the masks")
         if len(self.names) > 1 and self.names == [*map(spell, self.names_of)]:
-            print(f"classes named by their values: {spell_choice(self.names_of)} names them")
+            print(f"classes named by their values: {spell_choice(self.names)} names them")
         for line in self.warnings:
             print(f"warning: {line}")
 
@@ -156,16 +153,6 @@ def find_classes(paths, folder, names=None, *, invert=False):
     colours = colours or palettes_differ(paths[:: -(-len(paths) // COMPARED) or 1])
     with contextlib.closing(parallel_map(partial(count_mask, colours), paths, catch=())) as masks:
         return classes_of_counts(masks, folder, names, invert=invert, palette_colours=colours)
-
-
-def find_one_class(paths, folder, name, *, invert=False):
-    """The MaskClasses of files in which whatever is foreground is of one class; it may be empty."""
-    return find_classes(paths, folder, [name] if invert else all_values(name), invert=invert)
-
-
-def one_class_of_counts(counted, folder, name, *, invert=False):
-    """As `find_one_class`, of values that were counted; see `classes_of_counts`."""
-    return classes_of_counts(counted, folder, [name] if invert else all_values(name), invert=invert)
 
 
 def classes_of_counts(counted, folder, names=None, *, invert=False, palette_colours=False):
@@ -260,7 +247,6 @@ def find_rules(masks, names, folder):
                 f"{highest}): save masks as PNG, or name ranges, as in --classes 118-138=NAME"
             )
         rules.add("lossy")
-        warnings += describe_cut(lossy, masks)
     masks = recount(masks, rules)
     full = [mask for mask in masks if is_full(mask)]
     others = [mask for mask in masks if not is_full(mask)]
@@ -276,7 +262,13 @@ def find_rules(masks, names, folder):
     greys = [mask for mask in masks if mask.encoding in GREYS]
     if are_edges(greys) and (not chosen or chosen.only_halves):
         rules.add("edges")
-        warnings += describe_cut(greys, masks)
+    blurred = ["lossy" in rules and lossy, "edges" in rules and greys]
+    counts = add_counts(mask for masks_cut in blurred if masks_cut for mask in masks_cut)
+    if between := counts.total() - counts[0] - counts[255]:
+        warnings.append(
+            f"masks hold values between 0 and 255 ({percent(between, masks)}): cut at half, above "
+            f"{HALF} is foreground"
+        )
     return recount(masks, rules), rules, warnings
 
 
@@ -320,13 +312,6 @@ def are_edges(masks):
     return min(between) <= HALF < max(between) and extremes >= EXTREMES and edges >= EDGES
 
 
-def describe_cut(cut, masks):
-    """The lines of warning on those of the masks that are cut at half."""
-    between = sum(mask.counts[v] for mask in cut for v in mask.counts if v not in (0, 255))
-    line = f"{cut[0].encoding} masks hold values between 0 and 255 ({percent(between, masks)}): "
-    return [f"{line}cut at half, above {HALF} is foreground"] if between else []
-
-
 # ---------------------------------------------------------------- classes of the values
 
 
@@ -348,13 +333,11 @@ def name_all(masks, folder, names, invert, warnings):
     if names and names != [EACH]:
         if len(names) == len(default):
             return names, {value: (name,) for value, name in zip(default, names, strict=True)}
-        advice = f"--classes {shlex.quote(f'*={names[0]}')} takes all as one class"
-        if 1 < len(names) < len(values):
-            largest = sorted(values, key=counts.get)[-len(names) :]
-            advice = f"{spell_choice(sorted(largest), names)} takes the others as background"
+        largest = sorted(sorted(values, key=counts.get)[-len(names) :])
+        choice = spell_choice([REST] if len(names) == 1 else [*map(spell, largest)], names)
         raise ValueError(
             f"--classes names {len(names)} classes, but the masks hold {len(default)} beside "
-            f"background: {spell_all(values, 20)}; {advice}"
+            f"background: {spell_all(values, 20)}; choose, as in {choice}"
         )
     if not names and not invert:
         warnings += ask(masks, folder, counts, values)
@@ -408,7 +391,7 @@ def ask(masks, folder, counts, values):
     numbers = values == [*range(1, len(values) + 1)] or masks[0].encoding == VOLUME
     if not strays or numbers or not 1 <= len(classes) <= FEW or together >= STRAYS * total:
         return []
-    command, share = spell_choice(classes), percent(together, masks)
+    command, share = spell_choice([*map(spell, classes)]), percent(together, masks)
     if len(strays) <= max(2, len(classes)):
         return [f"{spell_all(strays)}: {share}; if that is no class, {command} leaves it out"]
     raise ValueError(
@@ -433,19 +416,17 @@ def name_chosen(masks, folder, chosen, warnings):
         return {}
     unnamed = [value for value, entries in entries_of.items() if value and not entries]
     shown = spell_all(sorted(unnamed, key=counts.get, reverse=True))
-    if not names_of:
-        raise ValueError(f"{folder}: no mask has a value that {chosen.source} names, but {shown}")
     used = {entry for entries in entries_of.values() for entry in entries}
-    absent = [f"{e.text} ({e.name})" for e in chosen.entries if e.name and e not in used]
+    absent = listed([f"{e.text} ({e.name})" for e in chosen.entries if e.name and e not in used])
     large = any(counts[value] >= STRAY * counts.total() for value in unnamed)
-    if absent and large and chosen.typed:
+    if not names_of or (absent and large and chosen.typed):
         raise ValueError(
-            f"{chosen.source}: no mask has {listed(absent)}, while {shown} is not named: correct "
-            "the value, or add '*=background'"
+            f"{folder}: no mask has {absent} of {chosen.source}, but {shown}: correct the values, "
+            "or add '*=background'"
         )
     warnings += chosen.notes
     if absent:
-        warnings.append(f"{chosen.source}: no mask has {listed(absent)}")
+        warnings.append(f"{chosen.source}: no mask has {absent}")
     if unnamed:
         count = "1 value" if len(unnamed) == 1 else f"{len(unnamed)} values"
         share = percent(sum(counts[value] for value in unnamed), masks)
@@ -461,8 +442,8 @@ def spell_all(values, most=8):
     return listed([*map(spell, values)], most)
 
 
-def spell_choice(values, names=None):
+def spell_choice(texts, names=None):
     """The flag that takes these values as classes: '--classes 128=A,255=B'."""
-    names = names or ([ONE_CLASS] if len(values) == 1 else ascii_uppercase)
-    pairs = [f"{spell(value)}={name}" for value, name in zip(values, names, strict=False)]
+    names = names or ([ONE_CLASS] if len(texts) == 1 else ascii_uppercase)
+    pairs = [f"{text}={name}" for text, name in zip(texts, names, strict=False)]
     return f"--classes {shlex.quote(','.join(pairs))}"

@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from medseg.images import as_picture
-from medseg.importing.values import VOLUME, classes_of_counts, count_values, one_class_of_counts
+from medseg.importing.class_names import one_class
+from medseg.importing.values import VOLUME, classes_of_counts, count_values
 from medseg.importing.writing import Example
 from medseg.modalities import open_channels, orientation_of
 from medseg.volumes import Volume, open_volume
@@ -58,12 +59,10 @@ def volume_examples(
             said = f"{mask.distance:.3g} mm ({mask.volume.path.name})"
             checks.append((mask.distance, said, mask.turned))
             rounded += [(mask.volume.path, mask.rounded)] * (mask.rounded is not None)
-    meanings = {
-        name: classes_of_counts(counted[None], place, classes, invert=invert)
-        if name is None
-        else one_class_of_counts(counted[name], place, name, invert=invert)
-        for name, place in places.items()
-    }
+    meanings = {}
+    for name, place in places.items():
+        names_of_values = classes if name is None else one_class(name, invert)
+        meanings[name] = classes_of_counts(counted[name], place, names_of_values, invert=invert)
     _report(lengths, axes, checks)
     if rounded:
         print(
