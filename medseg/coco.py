@@ -6,16 +6,19 @@ from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import NoneType
 
+import numpy as np
+
 from medseg.coco_dialects import are_fractions, drop_without_outline, mend_records, name_forms
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import check_regular, name_file, read_json
-from medseg.run_lengths import decode, decompress_counts
+from medseg.run_lengths import decode, decompress_counts, encode, unite
 from medseg.samples import open_picture
 from medseg.settings import channel_names, is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
 MAX_RECORDS = 10_000_000  # images, or annotations, of one file
 MAX_NAME = 4096  # characters of a file_name
+MAX_OUTLINE = 4_000_000  # pixels, of the length of an outline that is drawn at once: 160 MB
 MAX_CLASSES = 255  # that are told apart: a mask has a byte a pixel, and 0 is background
 _FOLDERS = "{}/, {}/ and {}/".format(*SPLITS)
 LAYOUT = f"a data set is a folder with {_FOLDERS}, each with images and {ANNOTATIONS}"
@@ -317,10 +320,31 @@ def _read_polygons(polygons, height, width):
         for side, values in ((width, polygon[::2]), (height, polygon[1::2])):
             if not all(-side <= value <= 2 * side for value in values):  # false for NaN too
                 raise ValueError(f"a polygon leads far outside the {width}x{height} image")
+    return unite([draw_polygon(polygon, height, width) for polygon in polygons])
+
+
+def draw_polygon(polygon, height, width):
+    """RunLengths of one polygon [x1, y1, x2, ...], as pycocotools draws it.
+
+    That takes memory and time by the length of the outline: a long one is drawn in pieces, each
+    closed by its way to the first point. Where two pieces overlap, they cancel each other out, and
+    so do the ways.
+    """
     from pycocotools import mask as coco_mask
 
-    outline = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-    return decode(decompress_counts(outline["counts"]), (height, width))
+    if 3 * len(polygon) * max(height, width) <= MAX_OUTLINE:
+        (outline,) = coco_mask.frPyObjects([polygon], height, width)
+        return decode(decompress_counts(outline["counts"]), (height, width))
+    points = np.reshape(polygon, (-1, 2))
+    lengths = np.abs(np.diff(points, axis=0, append=points[:1])).max(1)
+    bounds = np.flatnonzero(np.diff(np.cumsum(lengths) // MAX_OUTLINE)) + 1
+    drawn = np.zeros((height, width), np.uint8, order="F")
+    for start, end in zip([0, *bounds], [*bounds, len(points)], strict=True):
+        piece = np.concatenate([points[:1], points[start : end + 1]])
+        if len(piece) > 2:
+            outlines = coco_mask.frPyObjects([piece.ravel().tolist()], height, width)
+            drawn ^= coco_mask.decode(outlines)[..., 0]
+    return encode(drawn == 1)
 
 
 def require_data_set(root):

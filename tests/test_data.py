@@ -107,6 +107,18 @@ DAMAGED_SEGMENTATIONS = [
 ]
 
 
+def test_long_outlines_are_drawn_in_pieces(monkeypatch):
+    """Bit for bit as pycocotools draws them at once."""
+    rng = np.random.default_rng(0)
+    for limit in (20, 100, 400) * 10:
+        monkeypatch.setattr("medseg.coco.MAX_OUTLINE", limit)
+        height, width = map(int, rng.integers(5, 80, 2))
+        points = rng.uniform(-0.9, 1.9, (int(rng.integers(3, 60)), 2)) * [width, height]
+        outline = points.ravel().tolist()
+        (whole,) = coco_mask.frPyObjects([outline], height, width)
+        np.testing.assert_array_equal(rasterize([outline], height, width), coco_mask.decode(whole))
+
+
 def test_a_polygon_may_lead_out_of_the_image_by_its_size():
     outside = rasterize([[-8, -9, 16, -9, 16, 18, -8, 18]], 9, 8)
     np.testing.assert_array_equal(outside, np.ones((9, 8)))

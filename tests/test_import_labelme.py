@@ -92,6 +92,20 @@ def test_labelme_polygons_against_another_rasteriser():
         assert (drawn == inside.reshape(drawn.shape))[distance > 1.5].all()
 
 
+def test_labelme_polygons_of_many_points():
+    """Drawn by OpenCV, which differs from Pillow in few pixels of the edge, of 7,700."""
+    angles = np.linspace(0, 2 * np.pi, 20_000, endpoint=False)
+    radii = 700 + 100 * np.sin(9 * angles) + np.random.default_rng(0).uniform(-0.7, 0.7, 20_000)
+    points = np.stack([1000 + radii * np.cos(angles), 1000 + radii * np.sin(angles)], 1).tolist()
+    shapes = [shape("b", box(1000, 1000, 900)), shape("a", points)]
+    drawn = draw_shapes(shapes, (2000, 2000), {"a": 7, "b": 300})
+    by_pillow = Image.new("I", (2000, 2000))
+    for value, corners in ((300, box(1000, 1000, 900)), (7, points)):
+        corners = [tuple(point) for point in corners]
+        ImageDraw.Draw(by_pillow).polygon(corners, outline=value, fill=value)
+    assert 0 < (drawn != np.asarray(by_pillow)).sum() < 150
+
+
 def test_labelme_classes_are_picked_and_ordered(here):
     labelme("x", [shape("a", box(2, 3, 10)), shape("b", box(2, 3, 4)), shape("c", box(20, 3, 4))])
     labelme("y", [])

@@ -33,8 +33,8 @@ class Arrays(NamedTuple):
 def array_examples(folder, *, classes=None, group=None, prefix="", present=()):
     """(examples, class names, info) of the .npz and .mat files below a folder.
 
-    classes: names of the values that are not 0, ascending. group: a regular expression, see
-    `find_groups`; by default the patient of a .mat file, and the case of case0005_slice000.npz.
+    classes: names of the values that are not 0, ascending. group: a table, see `find_groups`;
+    by default the patient of a .mat file, and the case of case0005_slice000.npz.
     info: the window of images of more than 8 bits. Raises ValueError that names the file.
     """
     folder = Path(folder)
