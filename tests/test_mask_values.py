@@ -430,6 +430,14 @@ def test_masks_that_are_all_empty(here):
         refuse_download(*MASKS, *flags, words=["masks"])
 
 
+def test_files_of_one_class_are_told_where_their_values_are_not_plain(here):
+    save_pair("a")
+    patterns = ("--masks", "images/{id}.png", "masks/{id}.{class}", *ALL, "--force")
+    assert "class png" not in run_download(*patterns)
+    save_pair("a", grey([0, 1, 7])(labels(1, 2)))
+    assert "class png: values 1, 7, " in run_download(*patterns)
+
+
 def test_inverted_masks(here):
     for text in ("a,b", "0=a"):
         with pytest.raises(ValueError, match=r"--classes|--invert"):

@@ -72,10 +72,9 @@ class MaskClasses:
         for name in self.names:
             if values := [value for value, names in self.names_of.items() if name in names]:
                 shown = listed([halves.get(value, spell(value)) for value in values])
-                share = (
-                    f"{100 * sum(self.fractions[value] for value in values):.2f} % of the pixels"
-                )
-                print(f"class {name}: value{'s'[: len(values) - 1]} {shown}, {share} of the masks")
+                percent = 100 * sum(self.fractions[value] for value in values)
+                kind = "value" if len(values) == 1 else "values"
+                print(f"class {name}: {kind} {shown}, {percent:.2f} % of the pixels of the masks")
         if len(self.names) > 1 and self.names == [*map(spell, self.names_of)]:
             print(f"classes named by their values: {spell_choice(self.names)} names them")
         for line in self.warnings:
@@ -190,7 +189,7 @@ def add_counts(masks):
     return total
 
 
-def percent(pixels, masks):
+def share_of(pixels, masks):
     return f"{100 * pixels / add_counts(masks).total():.2f} % of the pixels"
 
 
@@ -204,10 +203,10 @@ def apply_rules(rules, encoding, values):
     if encoding in rules:
         nothing = 0 if encoding == "alpha" else NOTHING
         values = np.where(values == 255, nothing, values.astype(np.int64))
-    top, cut = values.max(), encoding in (LOSSY if "lossy" in rules else ())
+    top, blurred = values.max(), {"lossy": LOSSY, "edges": GREYS}
     if "full" in rules and top in FULL and not ((values > 0) & (values < top)).any():
         return np.where(values, 255, 0).astype(np.uint8)
-    if cut or ("edges" in rules and encoding in GREYS):
+    if any(rule in rules and encoding in own for rule, own in blurred.items()):
         return np.where(values > HALF, 255, 0).astype(np.uint8)
     return values
 
@@ -226,7 +225,7 @@ def find_rules(masks, names, folder):
     rules, warnings, counts_of = set(), [], {}
     for mask in masks:
         counts_of.setdefault(mask.encoding, Counter()).update(mask.counts)
-    if all(map(is_grey_code, counts_of.get("colour", [COLOUR]))):
+    if "colour" in counts_of and all(map(is_grey_code, counts_of["colour"])):
         rules.add("greys")
     shown = [encoding for encoding, counts in counts_of.items() if any(counts)]
     if "alpha" in shown and len(shown) > 1:
@@ -237,7 +236,7 @@ def find_rules(masks, names, folder):
     border_named = chosen and chosen.entries_of(255, rest=False)
     if 255 in palette and len(palette.keys() - {0}) > 1 and not border_named:
         rules.add("palette")
-        warnings.append(f"palette index 255 ({percent(palette[255], masks)}) counts as background")
+        warnings.append(f"palette index 255 ({share_of(palette[255], masks)}) counts as background")
     lossy = [mask for mask in masks if mask.encoding in LOSSY]
     if lossy and not (chosen and chosen.only_ranges):
         highest = max(add_counts(lossy))
@@ -266,7 +265,7 @@ def find_rules(masks, names, folder):
     counts = add_counts(mask for masks_cut in blurred if masks_cut for mask in masks_cut)
     if between := counts.total() - counts[0] - counts[255]:
         warnings.append(
-            f"masks hold values between 0 and 255 ({percent(between, masks)}): cut at half, above "
+            f"masks hold values between 0 and 255 ({share_of(between, masks)}): cut at half, above "
             f"{HALF} is foreground"
         )
     return recount(masks, rules), rules, warnings
@@ -391,7 +390,7 @@ def ask(masks, folder, counts, values):
     numbers = values == [*range(1, len(values) + 1)] or masks[0].encoding == VOLUME
     if not strays or numbers or not 1 <= len(classes) <= FEW or together >= STRAYS * total:
         return []
-    command, share = spell_choice([*map(spell, classes)]), percent(together, masks)
+    command, share = spell_choice([*map(spell, classes)]), share_of(together, masks)
     if len(strays) <= max(2, len(classes)):
         return [f"{spell_all(strays)}: {share}; if that is no class, {command} leaves it out"]
     raise ValueError(
@@ -429,7 +428,7 @@ def name_chosen(masks, folder, chosen, warnings):
         warnings.append(f"{chosen.source}: no mask has {absent}")
     if unnamed:
         count = "1 value" if len(unnamed) == 1 else f"{len(unnamed)} values"
-        share = percent(sum(counts[value] for value in unnamed), masks)
+        share = share_of(sum(counts[value] for value in unnamed), masks)
         line = f"not named in {chosen.source}, so background: {shown}; {count}, {share}"
         none = [m for m in masks if any(m.counts) and not m.counts.keys() & names_of.keys()]
         held = f"; {len(none)} of {len(masks)} masks hold none that is named"
