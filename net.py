@@ -364,8 +364,15 @@ def copy_weights(source, model):
     """Start a UNet from another one's weights; its last layer stays new where classes differ.
 
     A single class is taken for the other's whatever it is called. Returns whether the last layer
-    was copied too.
+    was copied too. Raises ValueError where they take other channels.
     """
+    names = [one.info.channels for one in (source, model)]
+    if source.n_channels != model.n_channels or (all(names) and names[0] != names[1]):
+        taken, wanted = (
+            f"{one.n_channels} channels ({', '.join(one.info.channels) or 'no names'})"
+            for one in (source, model)
+        )
+        raise ValueError(f"the weights to start from take {taken}, and the images have {wanted}")
     weights, single = source.state_dict(), source.n_classes == model.n_classes == 1
     same_classes = single or source.info.class_names == model.info.class_names
     if not same_classes:

@@ -191,3 +191,17 @@ def test_the_window_of_a_set_is_a_range_that_it_fills(tmp_path, values, window):
         pixels[:number, 0] = 65000  # up to three hot pixels
         save(Image.fromarray(pixels), path)
     assert measure_window(paths) == pytest.approx(window)
+
+
+def test_weights_of_other_channels_are_no_start(tmp_path):
+    root = channel_set(tmp_path / "set")
+    torch.save(net.UNet(3, 1, 8).state_dict(), tmp_path / "three.pth")
+    flags = f"--data {root} --init three.pth --swanlab disabled --device cpu --out run"
+    result = script("train.py", *flags.split(), cwd=tmp_path)
+    assert_refused(result, "3 channels", "7 channels")
+    named, other = (
+        net.UNet(2, 1, 2, depth=1, channels=names) for names in (("a", "b"), ("b", "a"))
+    )
+    with pytest.raises(ValueError, match="a, b.*b, a"):
+        net.copy_weights(named, other)
+    assert net.copy_weights(named, net.UNet(2, 1, 2, depth=1))
