@@ -1,7 +1,6 @@
 """DICOM: frames as 8-bit pictures, a series as a volume. pydicom is optional."""
 
 import math
-import zlib
 from collections.abc import MutableSequence, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -13,10 +12,9 @@ from medseg.files import import_reader, is_dicom, name_file
 from medseg.samples import pixel_limit, too_many_pixels
 from medseg.settings import is_spacing, window_limits, window_to_uint8
 
-JPEG = "1.2.840.10008.1.2.4."  # transfer syntaxes of all its kinds begin so
-MAX_INFLATED_BYTES = 512 << 20  # of a deflated file
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
+DECODERS = "python-gdcm pyjpegls pylibjpeg pylibjpeg-openjpeg"  # for what pydicom cannot itself
 # The slices of a series: closer than SAME_PLACE (mm) two are in one place; gaps between them may
 # differ by UNEVEN of their mean, and the way from one to the next lean by TILT from their axis.
 SAME_PLACE, UNEVEN, TILT = 1e-3, 0.01, 1e-3
@@ -47,7 +45,7 @@ class DicomFrames(Sequence):
 
     def __init__(self, path, limits=None):
         self.path, self._limits = Path(path), limits
-        self.header, self._source = _read_header(self.path)
+        self.header = _read_header(self.path)
         self._length = int(self.header.get("NumberOfFrames") or 1)
         self.photometric = str(self.header.get("PhotometricInterpretation"))
         if self.photometric not in GREY + COLOUR:
@@ -107,21 +105,18 @@ class DicomFrames(Sequence):
         from pydicom.pixels import iter_pixels
 
         with name_file(self.path):
-            if self._is_packed():
-                frames = import_reader("pydicom", "DICOM").dcmread(self.path).pixel_array
-                frames = iter(frames if indices is None else frames[indices])
-            else:
-                frames = iter_pixels(self._source, indices=indices)
+            source = self.path
+            if self.header.file_meta.TransferSyntaxUID.is_deflated:  # all of it, in memory
+                source = import_reader("pydicom", "DICOM").dcmread(source)
+            frames = iter_pixels(source, indices=indices)
             for index in range(len(self)) if indices is None else indices:
-                frame = next(frames, None)
+                try:
+                    frame = next(frames, None)
+                except RuntimeError as error:  # it names the packages, after a line of its own
+                    raise ValueError(f"{error}; `pip install {DECODERS}`, or `dcmdjpeg`") from None
                 if frame is None:
                     raise ValueError(f"is cut short: it has {index} of {len(self)} frames")
                 yield function(frame, index)
-
-    def _is_packed(self):
-        """Whether frames of 1 bit may begin within a byte, which iter_pixels refuses."""
-        bits = self.header.Rows * self.header.Columns
-        return len(self) > 1 and self.header.get("BitsAllocated") == 1 and bits % 8 > 0
 
     def _picture(self, frame, index):
         if self.photometric in COLOUR:
@@ -136,8 +131,6 @@ class DicomFrames(Sequence):
 
             frame = apply_color_lut(frame, self.header)
             return (frame >> 8 * (frame.itemsize - 1)).astype(np.uint8)
-        if frame.dtype.kind != "u" or frame.ndim != 3:
-            raise ValueError("a colour image of other than three unsigned samples a pixel")
         return (frame >> max(self.header.BitsStored - 8, 0)).astype(np.uint8)
 
     def _rescale(self, frame, index):
@@ -244,75 +237,14 @@ def _order_slices(slices):
     return [slices[place] for place in order], np.diag([-1, -1, 1, 1]) @ affine, spacing
 
 
-# ---- headers -----------------------------------------------------------------------------------
-
-
 def _read_header(path):
-    """(header, what iter_pixels takes the pixels from: the path, or the header where it has them).
-
-    Raises ValueError where the header cannot be true or there is no decoder for the pixels.
-    """
-    pydicom = import_reader("pydicom", "DICOM")
-    from pydicom.filereader import read_dataset
-
-    with open(path, "rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            raise ValueError("not a DICOM file")
-        meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
-        syntax = meta.get("TransferSyntaxUID")
-        if not syntax:
-            raise ValueError("its header names no transfer syntax")
-        if syntax.is_deflated:  # pydicom inflates all of it in memory, whatever its size
-            inflate = zlib.decompressobj(-zlib.MAX_WBITS).decompress
-            if len(inflate(file.read(), MAX_INFLATED_BYTES + 1)) > MAX_INFLATED_BYTES:
-                raise ValueError(f"inflates to more than {MAX_INFLATED_BYTES >> 20} MiB")
-        file.seek(0)
-        header = pydicom.dcmread(file, stop_before_pixels=not syntax.is_deflated)
-        start = file.tell() + (8 if syntax.is_implicit_VR else 12)  # of the pixels
-        _check_size(header, path.stat().st_size - start)
-    _check_decoder(syntax, header)
-    return header, (header if syntax.is_deflated else path)
-
-
-def _check_size(header, available):
-    """ValueError where the header claims too many pixels, or more than the bytes `available`."""
+    """pydicom's header; ValueError where it claims too many pixels, or a frame a byte or less."""
+    header = import_reader("pydicom", "DICOM").dcmread(path, stop_before_pixels=True)
     if "Rows" not in header or "Columns" not in header:
         raise NoImageError("holds no image")
     rows, columns, frames = header.Rows, header.Columns, int(header.get("NumberOfFrames") or 1)
-    samples, bits = header.get("SamplesPerPixel", 1), header.get("BitsAllocated", 0)
-    if min(rows, columns, frames) < 1 or samples not in (1, 3) or not 1 <= bits <= 64:
-        size = f"{frames} frames of {columns}x{rows} pixels, {samples} x {bits} bits each"
-        raise ValueError(f"its header claims {size}")
     if rows * columns > pixel_limit():
         raise too_many_pixels(rows * columns, f"{columns}x{rows} pixels")
-    syntax = header.file_meta.TransferSyntaxUID
-    if syntax.is_deflated:
-        return  # it is in memory already
-    claimed = -(-frames * rows * columns * samples * bits // 8)
-    if header.get("PhotometricInterpretation") == "YBR_FULL_422":
-        claimed = claimed * 2 // 3
-    if syntax.is_encapsulated:
-        claimed = 8 * frames  # the least there is of each
-    if claimed > available:
-        raise ValueError(f"is cut short: {claimed - available} bytes of pixels are missing")
-
-
-def _check_decoder(syntax, header):
-    """ValueError that says what to install where the pixels cannot be decoded."""
-    from pydicom.pixels import get_decoder
-
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise ValueError(f"its transfer syntax, {syntax.name}, is not supported") from None
-    jpeg_12_bits = syntax == JPEG + "51" and header.get("BitsStored", 8) > 8
-    if jpeg_12_bits and "pylibjpeg" not in decoder.available_plugins:
-        raise ValueError(
-            "JPEG of 12 bits has one decoder, under the GPLv3: convert the file with `dcmdjpeg`, "
-            "or run `pip install pylibjpeg pylibjpeg-libjpeg`"
-        )
-    if not decoder.is_available:
-        packages = {"8": "pyjpegls", "20": "pylibjpeg pylibjpeg-openjpeg"}  # JPEG-LS, HTJ2K
-        packages = [own for end, own in packages.items() if syntax.startswith(JPEG + end)]
-        command = f"pip install {(*packages, 'python-gdcm')[0]}"
-        raise ValueError(f"no decoder for {syntax.name}: run `{command}`")
+    if not 0 < frames < path.stat().st_size:
+        raise ValueError(f"its header claims {frames} frames")
+    return header
