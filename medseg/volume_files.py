@@ -4,12 +4,11 @@ NIfTI by nibabel, NRRD and MetaImage by SimpleITK, DICOM series by `medseg.dicom
 optional, and imported when used.
 """
 
-import contextlib
 import gzip
 import hashlib
-import importlib
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from medseg.files import ITK_SUFFIXES, import_reader, name_file, nifti_version
 
 MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
 UNITS = {1: 1e3, 2: 1.0, 3: 1e-3}  # mm of a metre, millimetre, micrometre, by their codes
+DATA_FILE = rb"(?mi)^(?:data ?file|elementdatafile)\s*[:=]\s*(.*\S)"  # of NRRD and MetaImage
 LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])  # between the axes of DICOM and ITK and those of NIfTI
 
 
@@ -112,8 +112,6 @@ def _read_nifti(path):
 
 def _make_nifti(shape, affine):
     """nibabel's header for a volume in mm that came from a file of another format."""
-    if not np.isfinite(affine).all():
-        raise ValueError("its affine is not finite")
     header = import_reader("nibabel", "volumes").Nifti1Header()
     header.set_data_shape(shape)
     with np.errstate(all="ignore"):
@@ -143,84 +141,57 @@ def _read_series(folder):
 def _read_itk(path):
     """The Header of an NRRD or MetaImage file."""
     itk, is_nrrd = import_reader("SimpleITK", "NRRD and MetaImage"), path.suffix.lower()[1] == "n"
-    fields, data, start = _read_fields(path, ":" if is_nrrd else "=")
-    needed = "type sizes" if is_nrrd else "ndims dimsize elementtype elementdatafile"
-    if missing := {*needed.split()} - fields.keys():
-        raise ValueError(f"not an NRRD or MetaImage file: its header has no {min(missing)}")
+    _check_data_file(path)
     reader = itk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")
     reader.SetFileName(str(path))
-    with _no_itk_words():
-        reader.ReadImageInformation()
+    _ask_itk(reader.ReadImageInformation)
     ndim, vectors = reader.GetDimension(), reader.GetNumberOfComponents()
     shape = (*reader.GetSize(), *((1,) * (3 - ndim)), *((vectors,) if vectors > 1 else ()))
     one_voxel = itk.Image([1] * ndim, reader.GetPixelID(), vectors)
-    size = _check_claim(shape, itk.GetArrayViewFromImage(one_voxel).dtype)
-    packed = fields.get("encoding", "raw") != "raw" or fields.get("binarydata", "true") != "true"
-    if fields.get("compresseddata", "false") != "false":
-        size = int(fields.get("compresseddatasize") or 0)
-    missing = size - (data.stat().st_size - start)
-    if missing > 0 and not packed:
-        raise ValueError(f"is cut short: {missing} bytes of voxels are missing")
+    _check_claim(shape, itk.GetArrayViewFromImage(one_voxel).dtype)
     affine, axes = np.eye(4), min(ndim, 3)
     spacing = [*reader.GetSpacing(), 1, 1][:3]
     direction = np.reshape(reader.GetDirection(), (ndim, ndim))[:axes, :axes]
     affine[:axes, :axes], affine[:axes, 3] = direction, reader.GetOrigin()[:axes]
     affine[:3, :3] *= spacing
+    # SimpleITK does not say whether the file has a spacing, and makes the default of none.
+    is_told = reader.HasMetaDataKey("NRRD_space") or not np.array_equal(affine, np.eye(4))
     affine = LPS_TO_RAS @ affine
 
     def read():
-        with _no_itk_words():
-            voxels = itk.GetArrayFromImage(reader.Execute())
+        voxels = itk.GetArrayFromImage(_ask_itk(reader.Execute))
         return (voxels if vectors == 1 else np.moveaxis(voxels, -1, 0)).T.reshape(shape, order="F")
 
-    sizes = {"space directions", "spacings", "elementspacing", "elementsize"}
     return Header(
         shape,
         affine,
         spacing,
         read,
         _make_nifti(reader.GetSize(), affine),
-        is_told=bool(sizes & fields.keys()),
+        is_told=is_told,
         has_vectors=vectors > 1,
-        seal=fields.get("medseg", "").lstrip("=").encode(),
+        seal=(reader.GetMetaData("medseg") if reader.HasMetaDataKey("medseg") else "").encode(),
     )
 
 
-@contextlib.contextmanager
-def _no_itk_words():
-    """Its errors name its own source files, in many lines."""
+def _check_data_file(path):
+    """ValueError where a header leads out of its folder, as one that is uploaded to a page may."""
+    with open(path, "rb") as file:
+        named = re.search(DATA_FILE, file.read(1 << 16))
+    name, folder = os.fsdecode(named[1]) if named else "LOCAL", path.parent.resolve()
+    if name.startswith("LIST") or not (folder / name).resolve().is_relative_to(folder):
+        raise ValueError(f"its voxels, {name}, are not in one file in its folder")
+
+
+def _ask_itk(function):
+    """What the function returns; its errors name its own source files, in many lines."""
     try:
-        yield
+        return function()
     except RuntimeError:
         raise ValueError(
-            "SimpleITK cannot read it: it is damaged, or of an encoding unknown there"
+            "SimpleITK cannot read it: it is damaged, cut or of no such kind"
         ) from None
-
-
-def _read_fields(path, sign):
-    """(fields of the header of an NRRD or MetaImage file, in lower case, file of voxels, offset).
-
-    Raises ValueError where the voxels lie in several files, or outside the folder of the header.
-    """
-    fields, name = {}, None
-    with open(path, "rb") as file:
-        while name is None and (line := file.readline(1 << 16).decode("latin-1").strip()):
-            key, _, value = map(str.strip, line.partition(sign))
-            fields[key.lower()] = value.lower()
-            name = value if key.lower() == "elementdatafile" else None
-            if key.lower() in ("data file", "datafile"):
-                fields["data file"] = value
-        start = file.tell()
-    name = name or fields.get("data file", "local")
-    if name.lower() == "local":
-        return fields, path, start
-    folder, data = os.path.realpath(path.parent), os.path.realpath(path.parent / name)
-    if "%" in name or name.startswith("LIST"):
-        raise ValueError(f"its voxels lie in several files ({name}): save it as one .nrrd or .mha")
-    if os.path.commonpath([folder, data]) != folder or not os.path.isfile(data):
-        raise ValueError(f"its voxels, {name}, are not in a file in its folder")
-    return fields, Path(data), 0
 
 
 # ---- masks -----------------------------------------------------------------------------------
@@ -228,7 +199,7 @@ def _read_fields(path, sign):
 
 def write_nifti(mask, header, slope, file):
     """Write a mask (X, Y, Z) with the geometry of nibabel's header to a binary file."""
-    nibabel, header = importlib.import_module("nibabel"), header.copy()
+    nibabel, header = import_reader("nibabel", "volumes"), header.copy()
     header.set_data_dtype(mask.dtype)
     header.set_data_offset(0)  # the header's extensions are not copied
     header.set_slope_inter(1, 0)

@@ -155,14 +155,12 @@ class Volume:
     def stored(self, slices, dtype=np.uint8):
         """Arrays (H, W), one for each slice -> array of three axes in stored order, four in time.
 
-        Raises ValueError for a slice of another shape, and for more or fewer slices.
+        Raises ValueError for more or fewer slices.
         """
         voxels = np.zeros((*self._stored_sides, self.times), dtype, order="F")
         across = np.moveaxis(self.turn(voxels), self.axis, 0)
         targets = (one[..., time] for time in range(self.times) for one in across)
         for target, values in zip(targets, slices, strict=True):
-            if np.shape(values) != target.shape:
-                raise ValueError(f"a slice of {np.shape(values)} in a mask of {target.shape}")
             target[...] = values
         return voxels if self.times > 1 else voxels[..., 0]
 
@@ -183,13 +181,11 @@ class Volume:
         # Counted after turning, so that the sample is the same however the volume is stored.
         places = np.unravel_index(np.arange(0, size, step), self.shape, order="F")
         sample = self._scale(self._voxels[places]).reshape(-1, self.n_channels)
-        return [self._limits_of(channel, values) for channel, values in enumerate(sample.T)]
+        return [*map(self._limits_of, sample.T)]
 
-    def _limits_of(self, channel, values):
+    @staticmethod
+    def _limits_of(values):
         values = values[np.isfinite(values)]
-        if not values.size:
-            slices = (one[..., channel] for one in self)
-            values = np.concatenate([one[np.isfinite(one)] for one in slices])
         if not values.size:
             raise ValueError("none of its voxels is finite")
         low, high = np.percentile(values, PERCENTILES).tolist()
@@ -201,9 +197,8 @@ class Volume:
         Raises ValueError that names both where they differ in shape, or by a voxel or more.
         """
         if (self.shape, self.times) != (other.shape, other.times):
-            in_time = (self.times, other.times) != (1, 1)
-            sizes = [(*one.shape, *[one.times] * in_time) for one in (other, self)]
-            sizes = [" x ".join(map(str, size)) for size in sizes]
+            shapes = [(*one.shape, one.times)[: 3 + (one.times > 1)] for one in (other, self)]
+            sizes = [" x ".join(map(str, shape)) for shape in shapes]
             raise ValueError(f"{other.path}: {sizes[0]} voxels, but {self.path} has {sizes[1]}")
         sides = ([0, side - 1] for side in self.shape)
         corners = np.stack([*np.meshgrid(*sides), np.ones((2, 2, 2))]).reshape(4, -1)
@@ -237,11 +232,11 @@ class VolumePictures(Sequence):
 
     def _picture(self, index):
         values, inverted = self._volume[index], self._volume.header.inverted
-        channels = [
-            window_to_uint8(values[..., channel : channel + 1], *limits, inverted=inverted)
-            for channel, limits in enumerate(self._limits)
-        ]
-        return np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0]
+        picture = np.empty(values.shape, np.uint8)
+        for channel, limits in enumerate(self._limits):
+            own = window_to_uint8(values[..., channel], *limits, inverted=inverted)
+            picture[..., channel] = own
+        return picture
 
 
 class StackedVolume(Volume):
@@ -281,11 +276,8 @@ def _orientation_of(affine):
     """As `nibabel.aff2axcodes`, in one word; None where an axis leads nowhere."""
     if not np.isfinite(affine).all():
         raise ValueError("its affine is not finite")
-    try:
-        with np.errstate(all="ignore"):
-            codes = _orientations().aff2axcodes(affine)
-    except np.linalg.LinAlgError:
-        return None
+    with np.errstate(all="ignore"):
+        codes = _orientations().aff2axcodes(affine)
     return None if None in codes else "".join(codes)
 
 
@@ -312,13 +304,7 @@ def write_mask(path, volume, slices, dtype=np.uint8, slope=1):
     is turned back. path ends with .nii, .nii.gz, .nrrd or .mha. dtype: of the voxels, which stand
     for their values times `slope`, in NIfTI.
     """
-    path = Path(path)
-    if not path.name.lower().endswith(SINGLE_SUFFIXES):
-        raise ValueError(f"{path}: a mask volume is written as {', '.join(SINGLE_SUFFIXES)}")
-    try:
-        mask = volume.stored(slices, dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    path, mask = Path(path), volume.stored(slices, dtype)
     shape = volume.header.nifti.get_data_shape()
     mask = mask.reshape(shape if math.prod(shape) == mask.size else mask.shape, order="F")
     write = partial(write_nifti, mask, volume.header.nifti, slope)
