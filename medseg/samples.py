@@ -20,16 +20,13 @@ from PIL.TiffImagePlugin import COMPRESSION_INFO
 
 from medseg.cli import MAX_MEGAPIXELS
 from medseg.files import check_regular, name_file
-from medseg.settings import MAX_CHANNELS, window_limits
+from medseg.settings import MAX_CHANNELS, window_limits, window_to_uint8
 
 # Pillow's names, listed so that no rare decoder meets a stranger's file; PPM is all of PNM.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "GIF")
 FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
 LOSSY = ("JPEG", "lossy WebP")
 PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that fill the memory
-BYTES_PER_PIXEL = 12  # of a file and of its samples, at most: 1 GiB with that limit
-MAX_PAGES = 1000  # of a TIFF file whose pages become images
-MAX_TEXT = 64 << 20  # bytes of a plain PGM or PPM file
 LARGE = 1 << 22  # pixels of an image that is not copied at once
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = (255, 1023, 4095, 65535)  # of 8, 10, 12 and 16 bits
@@ -91,12 +88,6 @@ def too_many_pixels(pixels, what):
     )
 
 
-def check_file_size(size):
-    """ValueError where so many bytes are more than any image within the limit has."""
-    if size > (most := BYTES_PER_PIXEL * pixel_limit()):
-        raise ValueError(f"larger than {most >> 20} MiB: --max-megapixels allows more")
-
-
 def read_samples(file):
     """The Samples of the one picture in a path, a Page or a binary file.
 
@@ -128,20 +119,16 @@ def to_uint8(values, white=None, window=None):
     if values.dtype == np.uint8 and white in (None, 255):
         return values
     if window is not None and values.dtype.itemsize > 1:
-        low, high = window_limits(window)
+        limits = window_limits(window)
     else:
-        low, high = 0, float(values.max())
+        high = float(values.max())
         if not (values.min() >= 0 and high < math.inf):
             raise ValueError("has negative or non-finite pixels: rescale it to 0..65535 first")
         ranges = (1, *RANGES) if values.dtype.kind == "f" else RANGES
-        high = white or next((top for top in ranges if high <= top), high)
-    by_table = values.dtype in (np.uint8, np.uint16)  # takes less memory
-    scaled = np.array(np.arange(1 << 16) if by_table else values, np.float64)  # one copy
-    scaled -= low
-    scaled *= 255 / (high - low)
-    np.nan_to_num(scaled, copy=False).clip(0, 255, out=scaled)
-    scaled = scaled.round(out=scaled).astype(np.uint8)
-    return scaled[values] if by_table else scaled
+        limits = 0, white or next((top for top in ranges if high <= top), high)
+    if values.dtype in (np.uint8, np.uint16):  # by a table, which takes less memory
+        return window_to_uint8(np.arange(1 << 16), *limits)[values]
+    return window_to_uint8(values, *limits)
 
 
 @contextlib.contextmanager
@@ -150,8 +137,6 @@ def open_picture(file):
     if not hasattr(file, "read"):
         check_regular(file)
     with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as opened:
-        check_file_size(opened.seek(0, os.SEEK_END))
-        opened.seek(0)
         if opened.read(4) in TIFF_HEADS:
             pictures = _list_pictures(opened)
             if not isinstance(file, Page) and len(pictures) > 1:
@@ -313,14 +298,12 @@ class _Picture:
         count, dtype = math.prod(shape), np.dtype(">u2" if self.white > 255 else "u1")
         self.file.seek(self.offset)
         if self.decoder == "ppm_plain":
-            text = re.sub(rb"#[^\r\n]*", b" ", self.file.read(MAX_TEXT))
+            text = re.sub(rb"#[^\r\n]*", b" ", self.file.read())
             values = np.array(text.split()[:count]).astype(np.int64)
         else:
             values = np.frombuffer(self.file.read(count * dtype.itemsize), dtype)
         if len(values) < count:
             raise ValueError(f"is cut short: it has {len(values)} of {count} samples")
-        if not 0 <= values.min() <= values.max() <= self.white:
-            raise ValueError(f"holds other values than 0 to {self.white}, as its header has them")
         return values.astype(dtype.newbyteorder("=")).reshape(shape)
 
 
@@ -348,8 +331,8 @@ def _list_pictures(file):
     logging.getLogger("tifffile").disabled = True  # it logs what it mends; the rest it raises
     file.seek(0)
     tiff = tifffile.TiffFile(file, _multifile=False)
-    if not 0 < len(tiff.pages) <= MAX_PAGES:
-        raise ValueError(f"has {len(tiff.pages)} pages, not 1 to {MAX_PAGES}: split it")
+    if not len(tiff.pages):
+        raise ValueError("is damaged: it has no pages")
     file.seek(tiff.pages.next_page_offset)
     if file.read(tiff.tiff.offsetsize) != bytes(tiff.tiff.offsetsize):
         raise ValueError("is damaged: not all of its pages are there")
@@ -382,14 +365,12 @@ class _Tiff:
         self.extra = tuple(map(int, page.extrasamples))
         if not self.extra and page.photometric == RGB and page.samplesperpixel == 4:
             self.extra = (ALPHA,)  # as it is not said to be anything
-        self.alpha = min({*self.extra} & {ALPHA, MULTIPLIED_ALPHA}, default=None)
-        self.has_alpha = self.alpha is not None and len(pages) == 1
+        self.has_alpha = self.extra[-1:] in ((ALPHA,), (MULTIPLIED_ALPHA,)) and len(pages) == 1
         count = len(pages) * page.samplesperpixel - self.has_alpha
         if pixels > pixel_limit():
             raise too_many_pixels(pixels, "{}x{} pixels".format(*self.size))
         if count > MAX_CHANNELS:
             raise ValueError(f"has {count} channels: {MAX_CHANNELS} can be read")
-        check_file_size(pixels * count * self.bits // 8)
         name = {1: "grey", 3: "RGB"}.get(count, f"{count} channels")
         name = {PALETTE: "palette", CMYK: "CMYK"}.get(page.photometric, name)
         kind = "floating-point" if page.sampleformat == FLOATING else f"{self.bits}-bit"
@@ -408,14 +389,7 @@ class _Tiff:
                 with _open_by_pillow(self.file, ["TIFF"]) as image:
                     image.seek(self.page.index)
                     return _decode_by_pillow(image)  # which turns it
-        try:
-            values, palette = self._decode_by_tifffile()
-        except Exception as error:
-            if "imagecodecs" not in str(error):
-                raise
-            name = getattr(self.page.compression, "name", self.page.compression)
-            line = f"this TIFF ({name}) needs imagecodecs: run `pip install imagecodecs`"
-            raise ValueError(line) from None
+        values, palette = self._decode_by_tifffile()
         return turn(values, self.orientation()), self.has_alpha, palette
 
     def _is_right_in_pillow(self):
@@ -426,8 +400,8 @@ class _Tiff:
             and page.sampleformat == UNSIGNED
             and page.samplesperpixel - len(self.extra) == CHANNELS.get(page.photometric)
             and self.extra in ((), (ALPHA,), (MULTIPLIED_ALPHA,))
-            and (not deep or self.pixel_format in ("16-bit grey", "16-bit CMYK"))
-            and not (deep and page.photometric == WHITE_IS_ZERO)
+            and (not deep or self.bits == 16 and page.photometric == BLACK_IS_ZERO)
+            and not (deep and self.extra)
             and page.compression in PILLOWS
         )
 
@@ -447,23 +421,12 @@ class _Tiff:
         elif page.photometric not in (BLACK_IS_ZERO, RGB, YCBCR):  # the last: by a JPEG decoder
             name = getattr(page.photometric, "name", page.photometric)
             raise ValueError(f"holds colours as {name}: save it as grey or RGB")
-        if self.has_alpha and self.alpha == MULTIPLIED_ALPHA:
-            white = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
-            alpha = np.where(values[..., -1:], values[..., -1:], 1)
-            colours[:] = (colours.astype(np.float64) * white / alpha).clip(0, white)
         return values, palette
 
     def _read_page(self, page):
         """The samples (H, W, C) of one page, alpha behind the others."""
         keyframe = page.keyframe
-        if len(page.dataoffsets) < math.prod(keyframe.chunked) and not keyframe.is_contiguous:
-            raise ValueError("is damaged: it lacks parts of its picture")
-        check_file_size(math.prod(keyframe.chunks) * self.bits // 8)
         values, axes = page.asarray(maxworkers=1), keyframe.axes
         if values.shape != keyframe.shape or axes not in ("YX", "YXS", "SYX"):
             raise ValueError(f"has axes {axes} {values.shape}: save each picture in a page")
-        values = np.moveaxis(values, 0, 2) if axes == "SYX" else np.atleast_3d(values)
-        if self.has_alpha and self.extra[-1] != self.alpha:
-            place = values.shape[2] - len(self.extra) + self.extra.index(self.alpha)
-            values = np.concatenate([np.delete(values, place, 2), values[..., [place]]], 2)
-        return values
+        return np.moveaxis(values, 0, 2) if axes == "SYX" else np.atleast_3d(values)

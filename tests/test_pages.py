@@ -67,7 +67,7 @@ def test_the_pages_of_a_file_stay_in_one_split(here):
     refuse_download(*FLAGS, "--into", "train", "--add", words=["dataset/"])
 
 
-def test_bad_pages_are_one_line(here, monkeypatch):
+def test_bad_pages_are_one_line(here):
     page = np.ones((30, 40), np.uint8)
     stack("images/a.tif", [page] * 3)
     stack("masks/a.tif", [page] * 2)
@@ -84,9 +84,6 @@ def test_bad_pages_are_one_line(here, monkeypatch):
         Path("images/a.tif").write_bytes(damaged)
         refuse_download(*FLAGS, *ALL, words=["a.tif"])
     Path("images/a.tif").write_bytes(content)
-    with monkeypatch.context() as patch:
-        patch.setattr(samples, "MAX_PAGES", 2)
-        refuse_download(*FLAGS, *ALL, words=["images/a.tif", "split it"])
     stack("images/a.tif", [page, np.ones((1000, 1200), np.uint8), page])
     limit = ("--max-megapixels", "1")
     refused = ["images/a.tif, page 2", "1200x1000 pixels", "--max-megapixels 2"]

@@ -9,7 +9,6 @@ import numpy as np
 from medseg.files import name_file
 from medseg.images import SUFFIXES
 from medseg.samples import (
-    check_file_size,
     open_picture,
     pixel_limit,
     too_many_pixels,
@@ -122,16 +121,13 @@ def is_grey_code(codes, tolerance=0):
 
 def _read_array(path):
     """The array (H, W) that numpy.save wrote; nothing of it is read before its header is."""
-    check_file_size(os.stat(path).st_size)
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # which takes no pickled objects
-    except (ValueError, SyntaxError, TypeError, OverflowError) as error:
-        raise ValueError(f"not a whole array of numbers in NumPy's format ({error})") from None
-    shape = array.shape
-    if array.ndim == 3 and shape[2] == 1:
+    array = np.load(path, mmap_mode="r")  # which takes no pickled objects
+    if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim != 2 or not array.size or array.dtype.kind not in "buif":
-        raise ValueError(f"an array {shape} of {array.dtype}: a mask has whole numbers (H, W)")
+        raise ValueError(
+            f"an array {array.shape} of {array.dtype}: a mask has whole numbers (H, W)"
+        )
     if array.size > pixel_limit():
         raise too_many_pixels(array.size, f"{array.size} pixels")
     return array.astype(array.dtype.newbyteorder("="))
@@ -172,12 +168,5 @@ def read_names(path):
     """
     with name_file(path), open_picture(path) as picture:
         text = picture.text
-    parts = re.split(r", (?=\d+=)", text) if isinstance(text, str) else []
-    stated = [part.partition("=") for part in parts]
-    numbers = [number for number, _, _ in stated]
-    names = [name for _, _, name in stated]
-    in_order = numbers == [str(number) for number in range(1, len(parts) + 1)]
-    are_names = all(name and name.isprintable() for name in names)
-    if not (in_order and are_names) or len(set(names)) < len(names):
-        return {}
-    return dict(enumerate(names, start=1))
+    stated = re.findall(r"(\d+)=(.+?)(?=, \d+=|$)", text or "")
+    return {int(number): name for number, name in stated}
