@@ -64,24 +64,19 @@ def read_settings(mapping):
     Raises ValueError for other values.
     """
     window, orientation = mapping.get("window"), mapping.get("orientation")
-    if isinstance(window, (list, tuple)):
-        numbers = [value for value in window if type(value) in (int, float) and abs(value) < 1e300]
-        if len(numbers) != 2 or len(window) != 2:
-            raise ValueError(f"window {window!r:.60}")
-        window_limits(window)
-        window = (float(window[0]), float(window[1]))
-    elif not (window is None or isinstance(window, str) and window in (OF_VOLUME, OF_FILE)):
-        raise ValueError(f"window {window!r:.60}")
-    if orientation is not None:
-        if not isinstance(orientation, str) or orientation not in ORIENTATIONS:
-            raise ValueError(f"orientation {orientation!r:.60}")
     channels, context = mapping.get("channels") or (), mapping.get("context") or 0
-    names = isinstance(channels, (list, tuple)) and all(isinstance(name, str) for name in channels)
-    if not names or len(channels) > MAX_CHANNELS:
-        raise ValueError(f"channels {channels!r:.60}")
-    if type(context) is not int or not 0 <= context < MAX_CHANNELS:
-        raise ValueError(f"context {context!r:.60}")
-    pattern = mapping.get("pattern")
+    if isinstance(window, (list, tuple)):
+        window = tuple(map(float, window))
+        window_limits(window)
+    pattern, names = mapping.get("pattern"), isinstance(channels, (list, tuple))
+    for name, value, is_right in (
+        ("window", window, isinstance(window, tuple) or window in (None, OF_VOLUME, OF_FILE)),
+        ("orientation", orientation, orientation in (None, *ORIENTATIONS)),
+        ("channels", channels, names and len(channels) <= MAX_CHANNELS),
+        ("context", context, context in range(MAX_CHANNELS)),
+    ):
+        if not is_right:
+            raise ValueError(f"{name} {value!r:.60}")
     settings = {"window": window, "orientation": orientation, "channels": tuple(channels)}
     return {**settings, "pattern": None if pattern is None else str(pattern), "context": context}
 

@@ -196,11 +196,8 @@ def record(**values):
     return lambda state: state._metadata[""].update(values)
 
 
-WRONG_WINDOWS = (
-    *("all", 40, [40], [40, 400, 1], [40, 0], [40, -1], [float("nan"), 1], [0, float("inf")]),
-    *([10**400, 1], [True, 1], ["40", "400"], torch.zeros(2), {"center": 40}),
-)
-WRONG_ORIENTATIONS = ("", "RA", "RAL", "ras", "RASR", "XYZ", 3, ["R", "A", "S"], torch.zeros(1))
+WRONG_WINDOWS = ("all", 40, [40, 0], [0, float("inf")], {"center": 40})
+WRONG_ORIENTATIONS = ("", "RA", "RAL", "ras", 3, ["R", "A", "S"])
 
 
 @pytest.mark.parametrize(
