@@ -112,6 +112,8 @@ class DicomFrames(Sequence):
             for index in range(len(self)) if indices is None else indices:
                 try:
                     frame = next(frames, None)
+                except ValueError as error:
+                    raise ValueError(f"is damaged or cut short: {error}") from None
                 except RuntimeError as error:  # it names the packages, after a line of its own
                     raise ValueError(f"{error}; `pip install {DECODERS}`, or `dcmdjpeg`") from None
                 if frame is None:

@@ -305,7 +305,7 @@ def test_four_axes_are_volumes_in_time_or_channels(here):
                 assert_array_equal(np.asarray(picture), shown.round())
     for number, (_, numbers) in enumerate(made):
         write_nifti(Path(f"vm/c{number}.nii.gz"), numbers[..., 0], zooms=(1, 1, 3))
-    refuse_download(*VOLUMES, *ALL, "--time", "--force", words=["vm/c0.nii.gz", "12 x 10 x 4 x 1"])
+    refuse_download(*VOLUMES, *ALL, "--time", "--force", words=["vm/c0.nii.gz", "12 x 10 x 4 x 3"])
     run_download(*VOLUMES, *ALL, "--force", "--channels", "t1,t2,flair")
     assert annotations("train")["info"]["channels"] == ["t1", "t2", "flair"]
     for number, (_, numbers) in enumerate(made):
