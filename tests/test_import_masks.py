@@ -243,18 +243,6 @@ def test_whole_numbers_of_a_float_tiff(here, top, refused):
     assert_array_equal(stored()["a"]["foreground"], values == top)
 
 
-def test_encodings_may_be_mixed(here):
-    maps = [labels(number) for number in range(3)]
-    makers = (grey([0, 255]), lambda m: Image.fromarray(m > 0), colours([(0, 0, 0), (255,) * 3]))
-    for number, make in enumerate(makers):
-        save_pair(f"{number}", make(maps[number]))
-    percent = 100 * np.mean([label_map == 1 for label_map in maps])
-    out = run_download(*MASKS, "--classes", "x")
-    assert f"class x: value 255, {percent:.2f} % of the pixels of" in out
-    for number, label_map in enumerate(maps):
-        assert_array_equal(stored()[f"{number}"]["x"], label_map == 1)
-
-
 def test_grey_masks_may_be_stored_as_colours(here):
     maps = {"a": labels(0, 2), "b": labels(1, 2)}
     for stem, mode in (("a", "L"), ("b", "RGB")):

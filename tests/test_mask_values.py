@@ -114,7 +114,6 @@ CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class
     (DEEP, None, {"foreground": ANY}),
     ([palette([0, 1, 1, 1]), FULL], "x", {"x": ANY}),
     ([ONE, FULL], "*", {"1": [], "255": []}),  # what is asked for is done
-    ([grey([0, 1, 255, 255]), ONE, FULL], None, {"1": [], "255": []}),
     ([BIT, FULL], None, {"foreground": 0}, INVERT),
     ([BIT, FULL], "membrane", {"membrane": 0}, INVERT),
     ([palette([0, 1, 1, 255])], None, {"foreground": 0}, INVERT),
@@ -421,6 +420,13 @@ def test_lossy_and_smoothed_masks_take_halves_or_ranges(here):
         assert_array_equal(classes.to_masks(*classes.read(path))["x"], values < 128)
     with pytest.raises(ValueError, match=r"0\.jpg.*ranges"):
         find_classes([path], "masks", parse_classes("128=x,255=y"))
+
+
+def test_values_1_and_255_of_one_mask_are_two_classes(here):
+    maps = [labels(1, 2), labels(0), labels(2) * 2]
+    masks, _ = masks_of([grey([0, 1, 255])(label_map) for label_map in maps])
+    for own, label_map in zip(masks, maps, strict=True):
+        assert_masks(own, label_map, {"1": 1, "255": 2})
 
 
 def test_masks_that_are_all_empty(here):
