@@ -303,12 +303,6 @@ def test_labelme_files_without_areas_are_one_line(here):
     refuse_download(*LABELME, words=["lm"])
 
 
-def test_large_labelme_files_are_not_read(here, monkeypatch):
-    labelme("x", GOOD, imageData="A" * 2000)
-    monkeypatch.setattr("medseg.importing.labelme.MAX_BYTES", 2000)
-    refuse_download(*LABELME, words=["x.json", "larger than"])
-
-
 @pytest.mark.parametrize("corners", [[[20.6, 9.7], [23.2, 12.9]], [[23.9, 12.2], [20.1, 9.5]]])
 def test_labelme_masks_with_fractional_corners(corners):
     """Their whole parts count, and a mask may be a pixel larger or smaller than they span."""

@@ -37,9 +37,10 @@ from medseg.sources.collect import (
 )
 
 BACKGROUND, IGNORED = "_background_", "__ignore__"
-POINTS = {"rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}  # a polygon: 3 or more
+POINTS = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}
+OR_MORE = ("polygon", "rectangle")  # which may have more points
+ROTATED = ("rotation", "quadrilateral")  # X-AnyLabeling's polygons
 LEFT_OUT = ("point", "points", "line", "linestrip")  # they cover no area
-MAX_BYTES = 256 * 2**20  # of one JSON file, imageData included
 MAX_MEMORY = 2**30  # bytes of its content; several are read at a time
 MANY_POINTS = 10_000  # from which on Pillow takes long; OpenCV differs in 1 % of the edge's pixels
 FAR = 10  # coordinates may lie this many sides outside the image
@@ -132,19 +133,17 @@ def _count_labels(paths):
 
     def list_shapes(path):
         forgiven = Counter()
-        shapes = read_labelme(path, forgiven)["shapes"]
-        areas = [shape for shape in shapes if shape["shape_type"] not in LEFT_OUT]
-        points = [shape.get("points") for shape in areas]
-        types = [shape["shape_type"] for shape in shapes if shape["shape_type"] in LEFT_OUT]
-        return [shape["label"] for shape in areas], types, are_fractions(points), forgiven
+        return read_labelme(path, forgiven)["shapes"], forgiven
 
     counts, left_out, forgiven, fractions = Counter(), Counter(), Counter(), []
     with contextlib.closing(parallel_map(list_shapes, paths, catch=())) as results:
-        for labels, types, are_small, own_forgiven in results:
-            counts.update(labels)
-            left_out.update(types)
+        for shapes, own_forgiven in results:
             forgiven.update(own_forgiven)
-            fractions += [are_small] * bool(labels)
+            areas = [shape for shape in shapes if shape["shape_type"] not in LEFT_OUT]
+            counts.update(shape["label"] for shape in areas)
+            left_out.update(own["shape_type"] for own in shapes if own["shape_type"] in LEFT_OUT)
+            if areas:
+                fractions.append(are_fractions([shape.get("points") for shape in areas]))
     if fractions and all(fractions):
         raise ValueError(
             f"{paths[0]}: its points, as those of all files, are fractions of the image's size, "
@@ -183,8 +182,6 @@ def read_labelme(path, forgiven=None):
     label and a known shape_type.
     """
     check_regular(path)
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no LabelMe file is")
     forgiven, guessed = Counter() if forgiven is None else forgiven, []
     content = read_json(path, MAX_MEMORY, guessed=guessed)
     if guessed:
@@ -192,35 +189,20 @@ def read_labelme(path, forgiven=None):
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise ValueError(f"{path}: not a LabelMe file (no list of shapes): move it elsewhere")
     for number, shape in enumerate(content["shapes"]):
-        if isinstance(shape, dict) and type(shape.get("label")) in (int, float):
-            shape["label"] = str(shape["label"]).removesuffix(".0")
+        label = shape.get("label") if isinstance(shape, dict) else None
+        if type(label) in (int, float):
+            label = str(label).removesuffix(".0")
             forgiven["labels are numbers: taken as text"] += 1
-        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
-            raise ValueError(f"{path}: shapes[{number}] has no label")
-        shape["label"] = same_form(shape["label"])
-        if not is_text(shape["label"]):
-            raise ValueError(
-                f"{path}: shapes[{number}] has the label {shape['label']!r:.40}: no text"
-            )
-        shape_type = shape.get("shape_type") or "polygon"
-        if shape_type in ("rotation", "quadrilateral"):  # X-AnyLabeling's
-            shape_type = "polygon"
-        shape["shape_type"] = shape_type
-        if shape_type == "rectangle" and len(shape.get("points") or ()) > 2:
-            _take_corners(shape)
+        if not isinstance(label, str) or not is_text(label):
+            raise ValueError(f"{path}: shapes[{number}] has no label that is text: {label!r:.40}")
+        kind = shape.get("shape_type") or "polygon"
+        kind = "polygon" if kind in ROTATED else kind
+        if kind not in (*POINTS, *LEFT_OUT):
+            raise ValueError(f"{path}: shapes[{number}] has the unknown shape_type {kind!r:.40}")
+        if kind == "rectangle" and len(shape.get("points") or ()) > 2:
             forgiven["rectangles of more than two points: the box around these is taken"] += 1
-        if shape_type not in ["polygon", *POINTS, *LEFT_OUT]:
-            raise ValueError(
-                f"{path}: shapes[{number}] has the unknown shape_type {shape_type!r:.40}"
-            )
+        shape |= {"label": same_form(label), "shape_type": kind}
     return content
-
-
-def _take_corners(shape):
-    """Replace the points of a rectangle by two corners of the box around them."""
-    with contextlib.suppress(TypeError, ValueError):  # which `_read_points` reports
-        sides = [sorted(values) for values in zip(*shape["points"], strict=True)]
-        shape["points"] = [[own[place] for own in sides] for place in (0, -1)]
 
 
 def _read_picture(path, find, content, wrong):
@@ -239,11 +221,12 @@ def _read_picture(path, find, content, wrong):
             "folder that holds both"
         )
     try:
-        inside = _read_data(data)
+        inside = read_upright(io.BytesIO(base64.b64decode(data)))
     except ValueError as error:
         if named:
             return read_upright(named)
-        raise ValueError(f"{path}: imageData: {error}") from None
+        reason = str(error).rpartition(">: ")[2]  # "<...>: " is the name of a file in memory
+        raise ValueError(f"{path}: imageData: {reason}") from None
     if named:
         with contextlib.suppress(ValueError):  # what is damaged, or no image, is the wrong one
             upright, size = read_upright(named), recorded_size(content)
@@ -252,18 +235,6 @@ def _read_picture(path, find, content, wrong):
                 return upright
     wrong.append(path)
     return inside
-
-
-def _read_data(text):
-    """The Upright picture in imageData."""
-    try:
-        file = io.BytesIO(base64.b64decode(text))
-    except ValueError as error:
-        raise ValueError(f"damaged ({error})") from None
-    try:
-        return read_upright(file)
-    except ValueError as error:  # its message begins with the name of the file: "<...>: "
-        raise ValueError(str(error).partition(">: ")[2]) from None
 
 
 def recorded_size(content):
@@ -341,12 +312,10 @@ def draw_shapes(shapes, size, numbers):
 
 def _read_points(shape, size):
     """[(x, y)] of a shape; ValueError where they are too few, no numbers, or far outside."""
-    shape_type, points = shape["shape_type"], shape.get("points")
-    expected = POINTS.get(shape_type)
-    if not isinstance(points, list) or not (
-        len(points) == expected or (not expected and points[2:])
-    ):
-        raise ValueError(f"a {shape_type} needs {expected or 'three or more'} points")
+    kind, points = shape["shape_type"], shape.get("points")
+    count = len(points) if isinstance(points, list) else 0
+    if count < POINTS[kind] or count > POINTS[kind] and kind not in OR_MORE:
+        raise ValueError(f"a {kind} needs {POINTS[kind]} points, and has {count}")
     limit = FAR * max(size)
     for point in points:
         numbers = isinstance(point, list) and len(point) == 2
@@ -375,8 +344,8 @@ def _draw_shape(canvas, shape, points, value):
         box = [x - radius, y - radius, x + radius, y + radius]
         draw.ellipse(box, outline=value, fill=value)
     elif shape["shape_type"] == "rectangle":
-        (left, right), (top, bottom) = ordered
-        draw.rectangle([left, top, right, bottom], outline=value, fill=value)
+        box = [ordered[0][0], ordered[1][0], ordered[0][-1], ordered[1][-1]]
+        draw.rectangle(box, outline=value, fill=value)
     elif len(points) > MANY_POINTS:
         import cv2
 
