@@ -8,7 +8,13 @@ from types import NoneType
 
 import numpy as np
 
-from medseg.coco_dialects import are_fractions, drop_without_outline, mend_records, name_forms
+from medseg.coco_dialects import (
+    FRACTIONS,
+    are_fractions,
+    drop_without_outline,
+    mend_records,
+    name_forms,
+)
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import check_regular, name_file, read_json
 from medseg.run_lengths import decode, decompress_counts, encode, unite
@@ -16,7 +22,6 @@ from medseg.samples import open_picture
 from medseg.settings import channel_names, is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
-MAX_RECORDS = 10_000_000  # images, or annotations, of one file
 MAX_NAME = 4096  # characters of a file_name
 MAX_OUTLINE = 4_000_000  # pixels, of the length of an outline that is drawn at once: 160 MB
 MAX_CLASSES = 255  # that are told apart: a mask has a byte a pixel, and 0 is background
@@ -36,10 +41,12 @@ def read_annotations(folder, skipped=None, forgiven=None):
     folder = Path(folder)
     finish_import(folder.parent)
     path = folder / ANNOTATIONS
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(_missing(folder.parent))
-    if not folder.is_dir():
-        raise FileNotFoundError(_missing(folder))
+    for place in (folder.parent, folder):
+        if not place.is_dir():
+            raise FileNotFoundError(
+                f"{place}: no such folder; {LAYOUT}: give the path of one, or run "
+                "`python download.py`, which makes dataset/"
+            )
     check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {LAYOUT}")
@@ -73,8 +80,6 @@ def read_coco(path, skipped=None, *, advice="", forgiven=None, guessed=None, box
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: not COCO annotations: no list of {key}")
-        if (records := len(content[key])) > MAX_RECORDS:
-            raise ValueError(f"{path}: lists {records:,} {key}: split it into several files")
     forgiven = Counter() if forgiven is None else forgiven
     mend_records(content, forgiven)
     damaged = _drop_damaged_records(content)
@@ -90,10 +95,7 @@ def read_coco(path, skipped=None, *, advice="", forgiven=None, guessed=None, box
     drop_without_outline(content, forgiven, boxes)
     outlines = (annotation.get("segmentation") for annotation in content["annotations"])
     if are_fractions([outline for outline in outlines if outline]):
-        raise ValueError(
-            f"{path}: the outlines are fractions of the image's size, from 0 to 1: multiply x by "
-            "the width, y by the height"
-        )
+        raise ValueError(f"{path}: {FRACTIONS}")
     return content
 
 
@@ -111,12 +113,10 @@ def recorded_settings(folder):
 
 def recorded_channels(content):
     """The names of the channels of a split's images, a tuple; content: of its file."""
-    info = content.get("info")
-    try:
-        settings = read_settings(info if isinstance(info, dict) else {})
-    except ValueError:
-        return ()
-    return channel_names(settings["channels"], settings["context"])
+    with contextlib.suppress(ValueError, AttributeError):  # it has no info, or a damaged one
+        settings = read_settings(content.get("info", {}))
+        return channel_names(settings["channels"], settings["context"])
+    return ()
 
 
 def recorded_window(content):
@@ -124,13 +124,6 @@ def recorded_window(content):
     info = content.get("info")
     window = info.get("window") if isinstance(info, dict) else None
     return tuple(window) if isinstance(window, list) and len(window) == 2 else None
-
-
-def _missing(folder):
-    return (
-        f"{folder}: no such folder; {LAYOUT}: "
-        "give the path of one, or run `python download.py`, which makes dataset/"
-    )
 
 
 def load_coco(folder, skipped=None, forgiven=None):

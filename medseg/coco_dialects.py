@@ -2,6 +2,10 @@
 
 from urllib.parse import parse_qsl, unquote
 
+FRACTIONS = (
+    "the outlines are fractions of the image's size, from 0 to 1: multiply x by the width, y by "
+    "the height"
+)
 FRACTION = 1.1  # outlines without a larger coordinate are fractions of their image's size
 
 

@@ -112,7 +112,7 @@ def _read_example(path, image_path, record, outlines, no_pixel):
 
 def _rectangle(annotation):
     """The box of an annotation as a polygon [x1, y1, x2, y2, ...]."""
-    box = annotation["bbox"]
+    box = annotation.get("bbox")
     numbers = isinstance(box, list) and len(box) == 4
     if not numbers or not all(type(value) in (int, float) for value in box):
         raise ValueError("its bbox is not four numbers")
@@ -125,17 +125,12 @@ def _by_image(path, content, boxes):
     of_image, only_boxes = {}, []
     for annotation in content["annotations"]:
         of_image.setdefault(annotation["image_id"], []).append(annotation)
-        if annotation.get("segmentation"):
-            continue
-        if not annotation.get("bbox"):
-            raise ValueError(
-                f"{path}: annotation {annotation['id']!r:.40} has neither a segmentation nor a bbox"
-            )
-        only_boxes.append(annotation)
+        if not annotation.get("segmentation"):
+            only_boxes.append(annotation)
     if only_boxes and not boxes:
         raise ValueError(
-            f"{path}: {len(only_boxes)} of {len(content['annotations'])} annotations have a box "
-            f"and no segmentation (annotation {only_boxes[0]['id']!r:.40}); --boxes takes the "
+            f"{path}: {len(only_boxes)} of {len(content['annotations'])} annotations have no "
+            f"segmentation, at most a box (annotation {only_boxes[0]['id']!r:.40}): --boxes takes "
             "boxes as rectangles"
         )
     if only_boxes:

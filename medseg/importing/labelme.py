@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.coco import MAX_CLASSES, listed
-from medseg.coco_dialects import are_fractions, name_forms, print_forgiven
+from medseg.coco_dialects import FRACTIONS, are_fractions, name_forms, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.formats.own_files import OWN_JSON, is_own, is_unreviewed
@@ -145,10 +145,7 @@ def _count_labels(paths):
             if areas:
                 fractions.append(are_fractions([shape.get("points") for shape in areas]))
     if fractions and all(fractions):
-        raise ValueError(
-            f"{paths[0]}: its points, as those of all files, are fractions of the image's size, "
-            "from 0 to 1: multiply x by the width, y by the height"
-        )
+        raise ValueError(f"{paths[0]}: {FRACTIONS}")
     print_forgiven(forgiven)
     return counts, left_out
 
