@@ -161,6 +161,10 @@ def test_named_values_that_no_mask_has(here):
         masks_of([COLOURS[labels(1, 3)]], "255=a,#808080=b")
     _, classes = masks_of(masks, "85=a,128=b,129=c,255=d")
     assert classes.names == list("abcd") and "129 (c)" in classes.warnings[0]
+    write("c.txt", "_background_\na\nb\n")  # a list of all classes: none has to be there
+    _, classes = masks_of([grey([0, 1, 9, 9])(labels(1, 3))], "c.txt")
+    assert classes.names == ["a", "b"] and "2 (b)" in classes.warnings[0]
+    assert re.search(r"c\.txt.* 9; 1 v", classes.warnings[1])
 
 
 WRONG = ["1=a,1=b", "1-9=a,5=b", "1-9=a,2=a,8-12=b", "1=a,1=background", "*=a,*=b", "1=", "=a"]
