@@ -97,7 +97,7 @@ class File(NamedTuple):
         """
         yield self
         for own in lengths:
-            if matched := _compile(self.parts, own).fullmatch(self.relative):
+            if matched := compile_parts(self.parts, own).fullmatch(self.relative):
                 yield self._replace(values=matched.groupdict())
 
 
@@ -126,7 +126,7 @@ class Side:
             raise ValueError(f"{self.text}: --channels goes with {{channel}} in this pattern")
         found = {}
         for folder, parts in self.places:
-            expression = _compile(parts, channels=tuple(channels or ()))
+            expression = compile_parts(parts, channels=tuple(channels or ()))
             for name in walk(folder, parts):
                 if matched := expression.fullmatch(same_form(name)):
                     path = os.path.join(folder, name)
@@ -207,7 +207,7 @@ def _check_part(text, part, side):
 
 
 @functools.lru_cache(4096)
-def _compile(parts, lengths=(), channels=()):
+def compile_parts(parts, lengths=(), channels=()):
     """The regular expression of the parts of a pattern.
 
     A placeholder takes as much as it can, from the left; a `*` as little. lengths: ((placeholder,
@@ -254,7 +254,7 @@ def walk(top, parts):
     """
     levels = []  # the expressions of the folders at each depth
     for number, part in enumerate(parts[:-1], 1):
-        levels.append(ANY_FOLDER if part == "**" else _compile((*parts[:number], "")))
+        levels.append(ANY_FOLDER if part == "**" else compile_parts((*parts[:number], "")))
     if several := [number for number, part in enumerate(parts) if part == "**" or ":**}" in part]:
         levels[several[0] :] = [ANY_FOLDER]
     endless = levels[-1:] == [ANY_FOLDER]
@@ -339,7 +339,7 @@ def _describe_channels(wrong, order, total, names):
     own, file = wrong[0], next(iter(wrong[0].values()))
     line = f"{len(wrong)} of {total} images have other channels: {file.spell(names)} has "
     if missing := [name for name in order if name not in own]:
-        start, end = _compile(file.parts).fullmatch(file.relative).span("channel")
+        start, end = compile_parts(file.parts).fullmatch(file.relative).span("channel")
         folder = file.path[: len(file.path) - len(file.relative)]
         looked_for = file.relative[:start] + missing[0] + file.relative[end:]
         return f"{line}no {missing[0]}: there is no {folder}{looked_for}"
@@ -351,7 +351,7 @@ def _describe_nearest(folder, parts):
     """How far a pattern that matches nothing leads, and what is there."""
     for number in range(len(parts) - 1, 0, -1):
         head, rest = (*parts[:number], ""), "/".join(parts[number:])
-        found = [n for n in walk(folder, head) if _compile(head).fullmatch(same_form(n))]
+        found = [n for n in walk(folder, head) if compile_parts(head).fullmatch(same_form(n))]
         if found:
             place = os.path.join(folder, min(found))
             return f"{place} is there and {describe_folder(place)}, but nothing called {rest}"

@@ -21,9 +21,9 @@ from medseg.coco import ANNOTATIONS, SPLITS
 from medseg.duplicates import find_twins
 from medseg.files import base_name, file_format, read_json
 from medseg.formats.mask_files import read_mask
-from medseg.formats.own_files import OWN_JSON, drawn_beside_masks
-from medseg.importing.pairs import pair, patterns_of_folders
-from medseg.patterns import KNOWN, walk
+from medseg.formats.own_files import OWN_JSON
+from medseg.importing.pairs import find_drawn, pair, patterns_of_folders
+from medseg.patterns import KNOWN, compile_parts, same_form, walk
 from medseg.samples import Page
 from medseg.volumes import open_volume
 
@@ -63,6 +63,7 @@ OUTLINES = {  # keys of a JSON file, and the flag that reads it
 }
 FEW_VALUES, MASK = 16, 0.95  # the commonest values of a mask hold such a part of its pixels
 LOOKED_AT = 8  # files of each side
+SAMPLED = 2000  # names by which a row is ruled out at once
 SHOWN = 6  # readings, and words of a kind that are tried
 
 
@@ -105,7 +106,8 @@ def find_layout(folder, typed=()):
     if any(os.path.isfile(os.path.join(folder, split, ANNOTATIONS)) for split in SPLITS):
         use = shlex.join(["python", "train.py", "--data", folder])
         raise ValueError(f"{folder}: is a data set already: {use}")
-    paths = [Path(folder, name) for name in walk(folder, ("**", "*"))]
+    names = list(walk(folder, ("**", "*")))
+    paths = [Path(folder, name) for name in set(names) - find_drawn(names)]
     choices = [(flags, "outlines") for flags in _find_outlines(folder, paths)]
     readings = [] if choices else _find_masks(folder, paths)
     sure = [reading for reading in readings if not reading.left and not reading.doubt]
@@ -154,7 +156,8 @@ def _find_masks(folder, paths):
     """[Reading] of the rows of the table that pair pictures of the folder, each only once."""
     known = re.compile(f".+({KNOWN})", re.IGNORECASE)
     pictures = {path for path in paths if known.fullmatch(path.name)}
-    pictures -= drawn_beside_masks(pictures)
+    samples = sorted(same_form(str(path.relative_to(folder))) for path in pictures)
+    samples = samples[:: -(-len(samples) // SAMPLED) or 1]
     places = {place for path in pictures for place in path.relative_to(folder).parents}
     ending = re.compile(rf"[\W_]({'|'.join(ENDS)})(?=[^a-z]*$)", re.IGNORECASE)
     ends = Counter(end[0] for path in pictures if (end := ending.search(base_name(path))))
@@ -168,8 +171,12 @@ def _find_masks(folder, paths):
                 texts = [text.replace(mark, word) for text in texts]
             if texts == [*chosen[:2]]:
                 texts = _patterns_of_words(folder, texts, places)
-            else:
+            elif all(
+                any(map(compile_parts((*text.split("/"),)).fullmatch, samples)) for text in texts
+            ):
                 texts = [os.path.join(folder, text) for text in texts]
+            else:
+                continue
             if texts and texts[0] != texts[1] and (reading := _read(texts, pictures)):
                 key = str(reading.files())
                 if key not in readings or readings[key].doubt and not reading.doubt:
@@ -194,12 +201,13 @@ def _patterns_of_words(folder, names, places):
 def _read(texts, pictures):
     """The Reading of two patterns, or None where they pair less than is worth telling."""
     for skip in ((), ("--skip-unpaired",)):
-        with contextlib.suppress(ValueError, FileNotFoundError):
+        try:
             with contextlib.redirect_stdout(io.StringIO()):
                 cases = pair(*texts, skip_unpaired=bool(skip))
             break
-    else:
-        return None
+        except (ValueError, FileNotFoundError) as error:
+            if "--skip-unpaired" not in str(error):
+                return None
     reading = Reading((), cases, [], "leaves out what has no partner" if skip else "")
     images, masks = (list(chain(*own)) for own in zip(*reading.files().values(), strict=True))
     left = sorted(map(str, pictures.difference(images, masks)))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from medseg.coco import listed
 from medseg.files import DICOM_SUFFIXES, VOLUME_SUFFIXES, base_name, check_regular, file_format
-from medseg.formats.own_files import drawn_beside_masks
+from medseg.formats.own_files import OWN_PICTURES, PICTURE_ENDINGS, drawn_beside_masks
 from medseg.patterns import KNOWN, Pair, Side, describe_folder, first, make_cases, same_form, walk
 
+DRAWN = re.compile("|".join(map(re.escape, (*PICTURE_ENDINGS, *OWN_PICTURES))))
 SERIES = 5  # folders or beginnings of names, from which on they may be patients
 PLACES_OF_FOLDER = {  # in a pattern, and what names the folder there
     r"\{id:\*\*\}": "{group}/{id}",
@@ -64,9 +65,8 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False):
             f"{masks}: the masks have {{{extra[0]}}}, which the images have not: write * for it"
         )
     image_files, mask_files = image_side.find(channels), mask_side.find()
-    paths = {Path(path): path for path in (*image_files, *mask_files)}
-    for drawn in drawn_beside_masks(paths.keys()):  # by predict.py
-        image_files.pop(paths[drawn], None), mask_files.pop(paths[drawn], None)
+    for path in find_drawn([*image_files, *mask_files]):
+        image_files.pop(path, None), mask_files.pop(path, None)
     mask_files, orphans = _assign_masks(image_files, mask_files, names)
     if not mask_files:
         of_images, of_masks = (
@@ -93,6 +93,14 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False):
     if problems:
         print(f"left out: {' and '.join(problems)}")
     return pairs
+
+
+def find_drawn(paths):
+    """Which of the paths, texts, are pictures that predict.py draws beside its masks: a set."""
+    if not any(map(DRAWN.search, paths)):
+        return set()
+    by_path = {Path(path): path for path in paths}
+    return {by_path[path] for path in drawn_beside_masks(by_path)}
 
 
 def _assign_masks(image_files, mask_files, names):
@@ -185,8 +193,8 @@ def _stems(folder, other, of_volumes=False):
     known = re.compile(f"(.+)({KNOWN})", re.IGNORECASE | re.DOTALL)
     below = os.path.join(os.path.relpath(other, folder), "")
     paths = [path for path in walk(folder, ("**", "*")) if not path.startswith(below)]
-    drawn = drawn_beside_masks(set(map(Path, paths)))
-    paths = [same_form(path) for path in paths if Path(path) not in drawn]
+    drawn = find_drawn(paths)
+    paths = [same_form(path) for path in paths if path not in drawn]
     matches = filter(None, map(known.fullmatch, paths))
     found = {(matched[1].casefold(), matched[2].lower()) for matched in matches}
     if not found:
