@@ -63,7 +63,7 @@ def test_via_shapes_and_classes(here):
     }
     several = [region(own, kind=name) for name, own in shapes.items()]
     healthy = [region(RECT, kind="")]
-    via_file({"a.png": several, "b.png": healthy, "empty.png": []})
+    via_file({"a.png": several, "b.png": healthy, "empty.png": None})
     out = run_download(*VIA)
     assert "1 regions without an area" in out and "1 regions without kind" in out
     assert class_names() == ["box", "circle", "line", "oval", "polygon"]
@@ -146,6 +146,15 @@ def test_yolo_outlines(here, names):
     ImageDraw.Draw(drawn).polygon([(20, 3), (35, 3), (35, 26)], fill=1)
     assert (got["a"]["spot"] != np.asarray(drawn)).sum() <= 24  # the slanted side
     assert abs(got["a"]["spot"].sum() - 16 * 24 / 2) <= 16
+
+
+def test_yolo_names_of_label_studio(here):
+    yolo({"images/a": [SQUARE, TRIANGLE]})
+    Path("y/data.yaml").unlink()
+    refuse_download("--yolo", "y", *ALL, words=["y:", "data.yaml"])
+    Path("y/classes.txt").write_text("lung\nheart")
+    run_download("--yolo", "y", *ALL)
+    assert class_names() == ["lung", "heart"]
 
 
 def test_yolo_boxes(here):

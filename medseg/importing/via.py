@@ -52,7 +52,7 @@ def via_examples(path, images, attribute=None, **options):
 
 
 def _list_regions(entry):
-    regions = entry["regions"]
+    regions = entry["regions"] or []
     return list(regions.values()) if isinstance(regions, dict) else regions  # VIA 1 has numbers
 
 

@@ -55,11 +55,14 @@ def _labels_of(folder, image):
 
 
 def _read_names(folder):
-    """{number: name of the class} of data.yaml, or of the only .yaml file, in the folder."""
+    """{number: name of the class} of data.yaml, or of the only .yaml file, else of classes.txt."""
     import yaml
 
     files = list_files(folder, (".yaml", ".yml"))
     files = [path for path in files if path.name == "data.yaml"] or files
+    listed = folder / "classes.txt"  # Label Studio's
+    if not files and listed.is_file():
+        return dict(enumerate(listed.read_text(encoding="utf-8").splitlines()))
     if len(files) != 1:
         raise ValueError(f"{folder}: has {len(files)} files .yaml: one, data.yaml, has the names")
     try:
