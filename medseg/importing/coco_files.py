@@ -168,13 +168,11 @@ def _choose_classes(path, content, classes):
 
 def _find_images(path, records, images, skip_missing):
     """[(record, Path)] of the records whose image is there; ValueError for others."""
-    by_name = {}
-    for image_path in list_files(images, SUFFIXES):
-        by_name.setdefault(same_form(image_path.name), []).append(image_path)
+    named = by_name(list_files(images, SUFFIXES))
     pairs, missing, taken, decoded = [], [], set(), 0
     for record in records:
         for number, form in enumerate(name_forms(record["file_name"])):
-            if candidates := find_image(images, form, by_name):
+            if candidates := find_image(images, form, named):
                 decoded += number > 0
                 break
         if len(candidates) > 1:
@@ -201,14 +199,22 @@ def _find_images(path, records, images, skip_missing):
     return pairs
 
 
-def find_image(images, name, by_name):
+def by_name(pictures):
+    """{name in one form: paths} of image files."""
+    named = {}
+    for picture in pictures:
+        named.setdefault(same_form(picture.name), []).append(picture)
+    return named
+
+
+def find_image(images, name, named):
     """The files below `images` that a file_name may mean: by its path, else by its last part.
 
     Windows separators are understood; a path that leads out of the folder counts by its last
-    part. by_name: {name in the form of `same_form`: [Path]} of all image files.
+    part. named: `by_name` of all image files.
     """
     name = PureWindowsPath(name)
-    candidates = by_name.get(same_form(name.name), [])
+    candidates = named.get(same_form(name.name), [])
     if not name.anchor and ".." not in name.parts:
         meant = os.path.normpath(images / name.as_posix())
         for form in (str, same_form):

@@ -23,6 +23,7 @@ from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.formats.own_files import OWN_JSON, is_own, is_unreviewed
 from medseg.images import SUFFIXES, read_image
+from medseg.importing.coco_files import by_name
 from medseg.importing.writing import Example
 from medseg.run_lengths import encode_labels
 from medseg.sources.collect import (
@@ -248,14 +249,6 @@ def _are_alike(upright, inside):
     one = thumbnail(read_image(image) if isinstance(image, Path) else image)
     other = thumbnail(inside.image)
     return is_flat(one) or is_flat(other) or correlate([one], [other])[0, 0] >= NEAR_DUPLICATE
-
-
-def by_name(pictures):
-    """{name in one form: paths} of image files."""
-    named = {}
-    for picture in pictures:
-        named.setdefault(same_form(picture.name), []).append(picture)
-    return named
 
 
 def find_image(folder, named, elsewhere, path, name):
