@@ -288,12 +288,6 @@ def test_images_that_look_like_slices_of_patients_are_told(
     assert annotations("train")["images"][0]["group"][0] == "p"
 
 
-def twins():
-    for stem in "ab":
-        mask(f"one/{stem}.png", 1)
-        mask(f"one/{stem}.bmp", 2)
-
-
 def healthy():
     axons()
     image("scans/3.png")
@@ -324,6 +318,21 @@ REFUSED = {  # what is written, the arguments of --masks, what the message names
         ["ct.nii.gz: is a volume"],
     ),
 }
+
+
+def test_images_without_a_mask_are_empty_where_a_flag_says_so(here):
+    healthy()
+    sides = ("--masks", "scans/{id}.png", "classes/{id}_{class}.png", *ALL, "--empty-unmasked")
+    assert "empty: 1 of 3" in run_download(*sides)
+    assert stored()["3"] == {} and stored()["1"] and class_names() == ["axon", "myelin"]
+    scans()
+    Path("S/s0001/segmentations/liver.nii.gz").unlink()
+    Path("S/s0001/segmentations/spleen.nii.gz").unlink()
+    organs = ("--masks", "S/{id}/ct.nii.gz", "S/{id}/segmentations/{class}.nii.gz", *sides[3:])
+    run_download(*organs, "--force")
+    assert len(stored()) == 2 * VOXELS[2]
+    assert not any(masks for name, masks in stored().items() if name.startswith("s0001"))
+    refuse_download("--labelme", "x", "--empty-unmasked", words=["--empty-unmasked"])
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -13,7 +13,7 @@ CLASS = re.compile(r"[^/\\={}]+=.+", re.DOTALL)  # as it was written once
 IMPORTERS = ("masks", "labelme", "coco", "via", "yolo", "arrays")
 NEED_AN_IMPORTER = (
     *("split", "into", "add", "duplicates", "prefix", "groups", "classes", "invert"),
-    *("skip_unpaired", "boxes", "channels", "time", "context"),
+    *("skip_unpaired", "boxes", "channels", "time", "context", "empty_unmasked"),
 )
 
 
@@ -51,6 +51,11 @@ def add_arguments(parser):
         "--skip-unpaired",
         action="store_true",
         help="leave out images without a mask or file, and masks without an image",
+    )
+    own.add_argument(
+        "--empty-unmasked",
+        action="store_true",
+        help="images without a mask show nothing of any class: of --masks, healthy cases",
     )
     own.add_argument(
         "--window",
@@ -163,7 +168,7 @@ def check_arguments(parser, args):
         parser.error("--unreviewed: goes with --labelme")
     if args.via and not 2 <= len(args.via) <= 3:
         parser.error("--via: takes a file, a folder of images and at most one attribute")
-    for name in ("window", "invert", "channels", "time", "context"):
+    for name in ("window", "invert", "channels", "time", "context", "empty_unmasked"):
         if getattr(args, name) and not args.masks:
             parser.error(f"{flag_name(name)}: goes with --masks")
     if args.window:

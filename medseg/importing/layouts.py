@@ -109,9 +109,11 @@ def find_layout(folder, typed=()):
     names = list(walk(folder, ("**", "*")))
     paths = [Path(folder, name) for name in set(names) - find_drawn(names)]
     choices = [(flags, "outlines") for flags in _find_outlines(folder, paths)]
-    readings = [] if choices else _find_masks(folder, paths)
+    readings = _find_masks(folder, paths)
     sure = [reading for reading in readings if not reading.left and not reading.doubt]
-    if sure and all(other.files() == sure[0].files() for other in sure):
+    if choices:
+        readings, sure = sure, []
+    elif sure and all(other.files() == sure[0].files() for other in sure):
         readings[readings.index(sure[0])] = sure[0] = _look_closer(sure[0])
         readings = readings if sure[0].doubt else sure[:1]
     else:

@@ -87,7 +87,7 @@ def mask_examples(
 def _report_cases(cases, pairs, class_names):
     """Print how many images, masks, classes and groups the patterns have found."""
     n_masks = sum(len(own) for _, own in pairs)
-    image, own = pairs[0]
+    image, own = next(pair for pair in pairs if pair[1])
     of_classes = f" of {len(class_names)} classes ({listed(class_names)})" if class_names else ""
     united = sum(len(paths) > 1 for case in cases for paths in case.masks.values())
     several = f"; {united} times several masks, united" if united else ""

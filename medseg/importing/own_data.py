@@ -120,9 +120,9 @@ def _find_masks(args, classes):
     named = "{class}" in masks
     if named and isinstance(classes, ClassValues):
         raise ValueError("--classes: {class} names the classes, and these are of values")
-    channels = args.channels if "{channel}" in images else None
-    chosen = classes if named else None
-    return named, *find_pairs(images, masks, channels, chosen, args.skip_unpaired)
+    options = {"channels": args.channels if "{channel}" in images else None}
+    options |= {"classes": classes if named else None, "skip_unpaired": args.skip_unpaired}
+    return named, *find_pairs(images, masks, empty_unmasked=args.empty_unmasked, **options)
 
 
 def _places(texts, cases):

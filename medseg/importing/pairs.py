@@ -22,10 +22,10 @@ PLACES_OF_FOLDER = {  # in a pattern, and what names the folder there
 NUMBERED = re.compile(r"(.*\d.*?)([ _-]+)\d+")  # the name of a patient, and the number of a slice
 
 
-def find_pairs(images, masks, channels=None, classes=None, skip_unpaired=False):
+def find_pairs(images, masks, **options):
     """((pattern of images, of masks), [Pair]) of two patterns, two folders or two files.
 
-    What two folders stand for is printed. For the rest see `pair`.
+    What two folders stand for is printed. options: of `pair`.
     """
     texts = images, masks
     for text in texts:
@@ -45,15 +45,16 @@ def find_pairs(images, masks, channels=None, classes=None, skip_unpaired=False):
             raise ValueError(f"{file} is a file and {folder} a folder: name two of a kind")
         texts = patterns_of_folders(images, masks)
         print(f"the same as: --masks {shlex.join(texts)}")
-    return texts, pair(*texts, channels, classes, skip_unpaired)
+    return texts, pair(*texts, **options)
 
 
-def pair(images, masks, channels=None, classes=None, skip_unpaired=False):
+def pair(images, masks, channels=None, classes=None, skip_unpaired=False, *, empty_unmasked=False):
     """[Pair] of the images and masks that two patterns name, sorted by what identifies them.
 
     channels: names of {channel} to use, in this order; by default all, sorted. classes: names of
     {class} to use. skip_unpaired: leave out images without a mask or with other channels than most,
-    and masks without an image, and print how many; else they are an error.
+    and masks without an image, and print how many; else they are an error. empty_unmasked: images
+    without a mask are taken, with none.
     Raises ValueError or FileNotFoundError with what to write instead.
     """
     if images == masks:
@@ -81,12 +82,15 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False):
     problems = [problem] if problem else []
     masks_of = _group_masks(mask_files, names, mask_side, classes)
     pairs = [case._replace(masks=masks_of.get(key, {})) for key, case in sorted(cases.items())]
-    if alone := [path for case in pairs if not case.masks for path in [*case.images.values()][:1]]:
+    alone = [next(iter(case.images.values())) for case in pairs if not case.masks]
+    if alone and empty_unmasked:
+        print(f"empty: {len(alone)} of {len(pairs)} images have no mask ({first(alone)})")
+    elif alone:
         problems.append(f"{len(alone)} of {len(pairs)} images have no mask ({first(alone)})")
     if paths := sorted(file.path for file in orphans):
         total = len(mask_files) + len(paths)
         problems.append(f"{len(paths)} of {total} masks have no image ({first(paths)})")
-    pairs = [case for case in pairs if case.masks]
+    pairs = [case for case in pairs if case.masks or empty_unmasked]
     if problems and not (skip_unpaired and pairs):
         advice = "; --skip-unpaired goes on without them" if pairs else ""
         raise ValueError(f"{' and '.join(problems)}{advice}")
