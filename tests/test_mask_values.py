@@ -190,8 +190,8 @@ FILES = {  # content of a file for masks of 0 to 3, the numbers of each class
     "v1.json": ({"labels": {"0": "background", "3": "c", "1": "a", "2": "b"}}, NUMBERS),
     "v2.json": ({"labels": {"background": 0, "b": 2, "a": 1, "c": 3}, "file_ending": ""}, NUMBERS),
     "regions.json": (
-        {"labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "top": 3}},
-        {"whole": [1, 2, 3], "core": [2, 3], "top": [3]},
+        {"labels": {"background": 0, "top": 3, "whole": [1, 2, 3], "core": [2, 3]}},
+        {"top": [3], "whole": [1, 2, 3], "core": [2, 3]},
     ),
     "numbers.json": ({"1": "a", "2": "b", "3": "c", "4": "absent"}, {**NUMBERS, "absent": []}),
     "names.json": ({"a": 1, "b": 2, "c": 3}, NUMBERS),

@@ -158,8 +158,7 @@ def _entry(text, name):
     space = "colour" if colour else "number" if first else REST if match else "name"
     first = int(colour, 16) + COLOUR if colour else int(first or 0)
     last = int(last) if last else first
-    is_reversed = space == "name" and VALUE.fullmatch(name)  # tumour=1
-    if not (text and name and name.isprintable()) or is_reversed or first > last:
+    if not (text and name and name.isprintable()) or first > last:
         return None
     return Entry(text, space, first, last, None if name.casefold() in BACKGROUND else name)
 
