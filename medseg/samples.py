@@ -1,7 +1,8 @@
 """One picture file to its samples as they are stored: by Pillow where it is right, else tifffile.
 
-Pillow has no mode for colours of 16 bits, scales the values of PNM files, and knows few kinds of
-TIFF. tifffile reads the others; some compressions need imagecodecs, which is optional.
+Pillow has no mode for colours of 16 bits, scales the values of PNM files (which is undone here),
+and knows few kinds of TIFF. tifffile reads the others; some compressions need imagecodecs, which
+is optional.
 """
 
 import contextlib
@@ -235,9 +236,9 @@ class _Picture:
         if self.format != "JPEG" and getattr(image, "is_animated", False):
             raise ValueError(f"holds {image.n_frames} pictures: save each in a file of its own")
         self.text = image.info.get("classes")
-        self.decoder, _, self.offset, args = image.tile[0] if image.tile else ("", None, 0, "")
+        decoder, *_, args = image.tile[0] if image.tile else ("", None, 0, "")
         self.raw_mode = args if isinstance(args, str) else str(args[0])
-        scaled = self.format == "PPM" and image.mode != "1" and self.decoder != "raw"
+        scaled = self.format == "PPM" and image.mode != "1" and decoder != "raw"
         self.white = args[1] if scaled else None
         deep = ";16" in self.raw_mode or (self.white or 0) > 255
         mode = image.mode.partition(";")[0]
@@ -270,13 +271,14 @@ class _Picture:
         alpha, these are indices.
         """
         has_alpha, palette = False, None
-        if self.white:
-            values = self._read_pnm()
-        elif self.format == "PNG" and ";16" in self.raw_mode and self.image.mode[0] != "I":
+        if self.format == "PNG" and ";16" in self.raw_mode and self.image.mode[0] != "I":
             values = self._read_16_bit_png()
             has_alpha = values.shape[2] % 2 == 0
         else:
             values, has_alpha, palette = _decode_by_pillow(self.image)
+        if self.white:  # Pillow has scaled it
+            values = values * (self.white / (255 if values.dtype == np.uint8 else 65535))
+            values = values.round().astype(np.uint8 if self.white < 256 else np.uint16)
         return turn(values, self.orientation()), has_alpha, palette
 
     def _read_16_bit_png(self):
@@ -291,20 +293,6 @@ class _Picture:
         if mode == "LA":  # four bytes a pixel, as RGBA has
             return unpack("RGBA").view(">u2").astype(np.uint16)
         return unpack(f"{mode};16B").astype(np.uint16) << 8 | unpack(f"{mode};16L")
-
-    def _read_pnm(self):
-        """The values (H, W, C) of a PGM or PPM file, as its header has them."""
-        shape = (*self.size[::-1], len(self.image.getbands()))
-        count, dtype = math.prod(shape), np.dtype(">u2" if self.white > 255 else "u1")
-        self.file.seek(self.offset)
-        if self.decoder == "ppm_plain":
-            text = re.sub(rb"#[^\r\n]*", b" ", self.file.read())
-            values = np.array(text.split()[:count]).astype(np.int64)
-        else:
-            values = np.frombuffer(self.file.read(count * dtype.itemsize), dtype)
-        if len(values) < count:
-            raise ValueError(f"is cut short: it has {len(values)} of {count} samples")
-        return values.astype(dtype.newbyteorder("=")).reshape(shape)
 
 
 def _decode_by_pillow(image):

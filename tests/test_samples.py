@@ -175,7 +175,7 @@ def test_alpha_is_told_from_other_extra_samples(tmp_path):
 PNM = {
     "a.ppm": (b"P6 3 2 255\n" + bytes(range(18)), [0, 3, 6, 9, 12, 15]),
     "b.ppm": (b"P6\n# by hand\n3 2\n100\n" + bytes(range(0, 90, 5)), [0, 38, 76, 115, 153, 191]),
-    "c.ppm": (b"P6 3 2 65535\n" + bytes([8, 0] * 15 + [15, 255] * 3), [128] * 5 + [255]),
+    "c.ppm": (b"P6 3 2 65535\n" + bytes([128, 0] * 15 + [255] * 6), [128] * 5 + [255]),
     "d.pgm": (b"P5 3 2 255\n" + bytes(range(6)), [0, 1, 2, 3, 4, 5]),
     "e.pgm": (b"P5 3 2 4095\n" + bytes([4, 0] * 6), [64] * 6),
     "f.pgm": (b"P5 3 2 65535\n" + bytes([8, 0] * 5 + [15, 255]), [128] * 5 + [255]),
