@@ -305,9 +305,8 @@ def test_pictures_that_are_refused(tmp_path):
     tifffile.imwrite(
         tmp_path / "deep.tif", drawn(np.uint8, 16, 16, 16), volumetric=True, tile=(16,) * 3
     )
-    for (
-        name
-    ) in "stack.tif text.png empty.jpg head.tif cut.jpg many.tif complex.tif deep.tif".split():
+    refused = "stack.tif text.png empty.jpg head.tif cut.jpg many.tif complex.tif deep.tif"
+    for name in refused.split():
         with pytest.raises(ValueError, match=name):
             read_rgb(tmp_path / name)
     with pytest.raises(ValueError, match="folder"):
@@ -379,11 +378,7 @@ def test_labels_that_are_whole_but_for_rounding(tmp_path, suffix, capsys):
 
 
 def palette_mask(path, colours, indices):
-    image = (
-        Image.fromarray(indices, "P")
-        if False
-        else Image.frombytes("P", indices.shape[::-1], indices.tobytes())
-    )
+    image = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
     image.putpalette(np.array(colours, np.uint8).tobytes())
     image.save(path)
 
@@ -428,17 +423,14 @@ def test_a_mask_that_is_black_everywhere_is_its_alpha(tmp_path):
     assert not read_mask(tmp_path / "a.png")[1].any()  # an empty mask
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-@pytest.mark.parametrize("profile", [b"", b"odd", b"even"])
-def test_lossy_webp_is_told_by_whatever_chunks_it_has(tmp_path, mode, profile):
+@pytest.mark.parametrize("profile", [b"", b"odd"])
+def test_lossy_webp_is_told_by_whatever_chunks_it_has(tmp_path, profile):
     """A profile lies before the pixels, and a chunk of odd length has a byte of padding."""
-    mask = Image.fromarray(np.eye(40, dtype=np.uint8) * 255).convert(mode)
-    for name, lossless in (("lossy", False), ("lossless", True)):
-        path = tmp_path / f"{name}.webp"
-        mask.save(path, lossless=lossless, icc_profile=profile)
-        assert (b"ICCP" in path.read_bytes()) == bool(profile)
-        assert read_mask(path)[0] == ("colour" if lossless else "lossy WebP")
-    Image.merge("RGB", [mask.getchannel(0)] * 3).save(tmp_path / "a.tif", compression="jpeg")
+    mask = Image.fromarray(np.eye(40, dtype=np.uint8) * 255).convert("RGBA")
+    for lossless, kind in ((False, "lossy WebP"), (True, "colour")):
+        mask.save(tmp_path / "a.webp", lossless=lossless, icc_profile=profile)
+        assert read_mask(tmp_path / "a.webp")[0] == kind
+    mask.convert("RGB").save(tmp_path / "a.tif", compression="jpeg")
     assert read_mask(tmp_path / "a.tif")[0] == "JPEG"
 
 
