@@ -33,15 +33,13 @@ def window_to_uint8(values, low, high, *, inverted=False):
     255 and high 0.
     """
     scaled = np.array(values, np.float64)  # a copy, and no other: a slice may have 89 megapixels
-    if high > low:
-        with np.errstate(all="ignore"):
-            np.clip(scaled, low, high, out=scaled)
-            scaled -= low
-            scaled *= 255
-            scaled /= high - low
-            picture = np.nan_to_num(scaled, copy=False).round(out=scaled).astype(np.uint8)
-    else:
-        picture = np.where(scaled > low, np.uint8(255), np.uint8(0))
+    high = max(high, np.nextafter(low, np.inf))
+    with np.errstate(all="ignore"):
+        np.clip(scaled, low, high, out=scaled)
+        scaled -= low
+        scaled *= 255
+        scaled /= high - low
+        picture = np.nan_to_num(scaled, copy=False).round(out=scaled).astype(np.uint8)
     if inverted:
         np.subtract(255, picture, out=picture, where=~np.isnan(values))
     return picture

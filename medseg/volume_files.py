@@ -86,13 +86,10 @@ def _read_nifti(path):
     size = offset + _check_claim(shape, dtype)
 
     def read():
-        if compressed:
-            with gzip.open(path) as file:
-                content = file.read(size + 1)  # to its end, where the checksum is
-        else:
-            content = np.memmap(path, np.uint8, "r")
-        if len(content) < size:
-            raise ValueError(f"is cut short: {size - len(content)} bytes of voxels are missing")
+        if not compressed:
+            return np.memmap(path, dtype, "r", offset, shape, order="F")
+        with gzip.open(path) as file:
+            content = file.read(size + 1)  # to its end, where the checksum is
         return np.ndarray(shape, dtype, content, offset, order="F")
 
     slope, intercept = header.get_slope_inter()
