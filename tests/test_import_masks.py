@@ -30,8 +30,8 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 import predict
-from medseg.formats.own_files import drawn_beside_masks
 from medseg.importing.values import classes_of_counts
+from medseg.own_files import drawn_beside_masks
 from medseg.samples import turn
 
 # ---------------------------------------------------------------- encodings of masks

@@ -14,20 +14,19 @@ SCRIPTS = {
     "net": {"ground"},
     "data": {"ground", "net"},
     "train": {"ground", "net", "data", "training", "planning"},
-    "predict": {"ground", "net", "data", "predicting", "results", "formats"},
-    "download": {"ground", "importing", "sources", "formats"},
+    "predict": {"ground", "net", "data", "predicting", "results"},
+    "download": {"ground", "importing", "sources"},
     "hubconf": {"ground", "net"},
 }
 WING = {"ground", "net", "data"}
-WINGS = {  # which never import one another, but those that stand on formats, sources or results
+WINGS = {  # which never import one another, but those that stand on sources or results
     "ground": {"ground"},
-    "formats": {"ground", "formats"},
-    "sources": {"ground", "formats", "sources"},
-    "importing": {*WING, "formats", "sources", "importing"},
-    "planning": {*WING, "formats", "planning"},
-    "training": {*WING, "formats", "training"},
-    "results": {*WING, "formats", "results"},
-    "predicting": {*WING, "formats", "results", "predicting"},
+    "sources": {"ground", "sources"},
+    "importing": {*WING, "sources", "importing"},
+    "planning": {*WING, "planning"},
+    "training": {*WING, "training"},
+    "results": {*WING, "results"},
+    "predicting": {*WING, "results", "predicting"},
 }
 MAX_HEAD = 25  # lines of imports at the head of a script
 PACKAGE = {

@@ -11,8 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import predict
-from medseg.formats.own_files import check_outputs
 from medseg.images import save_mask
+from medseg.own_files import check_outputs
 
 
 @pytest.fixture

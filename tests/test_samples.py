@@ -20,7 +20,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from PIL.TiffImagePlugin import AppendingTiffWriter
 
-from medseg.formats.mask_files import read_mask
+from medseg.masks import read_mask
 from medseg.samples import Page, count_pages, pixel_format, read_samples, to_uint8
 
 GREY = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))

@@ -21,8 +21,8 @@ import numpy as np
 from medseg.cli import ArgumentParser, output_folder, run_main
 from medseg.files import escape, read_json
 from medseg.fonts import dejavu, drawable, fit_lines, pillow_font
-from medseg.formats.own_files import check_outputs
 from medseg.metrics import resamples
+from medseg.own_files import check_outputs
 from medseg.plots import as_drawn, new_figure, save_figure
 
 NAMED = 3  # images with the largest gain, and with the largest loss, that are printed

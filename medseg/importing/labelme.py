@@ -21,10 +21,10 @@ from medseg.coco import MAX_CLASSES, listed
 from medseg.coco_dialects import FRACTIONS, are_fractions, name_forms, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
-from medseg.formats.own_files import OWN_JSON, is_own, is_unreviewed
 from medseg.images import SUFFIXES, read_image
 from medseg.importing.coco_files import by_name
 from medseg.importing.writing import Example
+from medseg.own_files import OWN_JSON, is_own, is_unreviewed
 from medseg.run_lengths import encode_labels
 from medseg.sources.collect import (
     check_known,

@@ -20,9 +20,9 @@ import numpy as np
 from medseg.coco import ANNOTATIONS, SPLITS
 from medseg.duplicates import find_twins
 from medseg.files import base_name, file_format, read_json
-from medseg.formats.mask_files import read_mask
-from medseg.formats.own_files import OWN_JSON
 from medseg.importing.pairs import find_drawn, pair, patterns_of_folders
+from medseg.masks import read_mask
+from medseg.own_files import OWN_JSON
 from medseg.patterns import KNOWN, compile_parts, same_form, walk
 from medseg.samples import Page
 from medseg.volumes import open_volume

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medseg.coco import listed
 from medseg.files import DICOM_SUFFIXES, VOLUME_SUFFIXES, base_name, check_regular, file_format
-from medseg.formats.own_files import OWN_PICTURES, PICTURE_ENDINGS, drawn_beside_masks
+from medseg.own_files import OWN_PICTURES, PICTURE_ENDINGS, drawn_beside_masks
 from medseg.patterns import KNOWN, Pair, Side, describe_folder, first, make_cases, same_form, walk
 
 DRAWN = re.compile("|".join(map(re.escape, (*PICTURE_ENDINGS, *OWN_PICTURES))))

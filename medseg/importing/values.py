@@ -17,8 +17,8 @@ import numpy as np
 
 from medseg.coco import MAX_CLASSES, listed
 from medseg.files import parallel_map
-from medseg.formats.mask_files import HALF, is_grey_code, palette_in_use, read_mask, read_names
 from medseg.importing.class_names import COLOUR, ONE_CLASS, REST, ClassValues, spell
+from medseg.masks import HALF, is_grey_code, palette_in_use, read_mask, read_names
 from medseg.pieces import are_single_pieces
 from medseg.run_lengths import encode_labels, unite
 from medseg.samples import LOSSY

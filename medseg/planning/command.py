@@ -6,7 +6,7 @@ from pathlib import Path
 import data
 from medseg.cli import ArgumentParser, add_pixel_limit, number, output_folder
 from medseg.coco import SPLITS, load_coco, require_data_set
-from medseg.formats.own_files import check_outputs
+from medseg.own_files import check_outputs
 from medseg.planning.audit import SHOWN, audit
 from medseg.planning.contact_sheet import MOST
 from medseg.planning.plan import planned_flags

@@ -20,9 +20,9 @@ from medseg.files import (
     result_name,
     shorten,
 )
-from medseg.formats.own_files import is_own
 from medseg.images import SUFFIXES, as_picture, read_image
 from medseg.modalities import Modalities, format_of, open_channels, read_channels
+from medseg.own_files import is_own
 from medseg.predicting.cases import find_cases
 from medseg.pretrained import pretrained_path
 from medseg.samples import FORMAT_NAMES

@@ -23,8 +23,8 @@ from PIL import Image
 
 from medseg import cli, drawing, images, pieces
 from medseg.files import file_format, name_file
-from medseg.formats.own_files import TABLE
 from medseg.inference import PLAIN, Inference, flips_to_average
+from medseg.own_files import TABLE
 from medseg.predicting import inputs
 from medseg.results.assessment import describe_unlike, reliability_columns
 from medseg.results.folder import Results

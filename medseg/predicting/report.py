@@ -7,7 +7,7 @@ import numpy as np
 from medseg import metrics
 from medseg.coco import recorded_group
 from medseg.files import atomic_write
-from medseg.formats.own_files import REPORT
+from medseg.own_files import REPORT
 from medseg.predicting.figure import choose_cases, plot_report, spell_scores
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.files import atomic_write
-from medseg.formats.own_files import LABELME_VERSION
+from medseg.own_files import LABELME_VERSION
 from medseg.pieces import class_masks, number_pieces
 from medseg.results.outlines import trace_labels
 from medseg.results.table import settings_text

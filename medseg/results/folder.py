@@ -12,9 +12,9 @@ from PIL import Image
 from medseg.device import choose_precision
 from medseg.drawing import describe_shown, montage, overlay, with_legend, with_note
 from medseg.files import file_format, result_name, shorten
-from medseg.formats.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
 from medseg.images import save_mask, save_overlay, save_png
 from medseg.inference import MAX_LEVEL
+from medseg.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
 from medseg.results.annotations import coco_record, coco_text, write_labelme
 from medseg.results.assessment import describe_assessments, reliability_columns
 from medseg.results.masks import describe, make_masks, number_objects, stack_masks

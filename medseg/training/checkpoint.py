@@ -15,7 +15,7 @@ from medseg.cli import one_line
 from medseg.device import out_of_memory
 from medseg.dist import all_reduce_max, is_first
 from medseg.files import file_lock, remove_partial_writes
-from medseg.formats.own_files import check_outputs
+from medseg.own_files import check_outputs
 from medseg.signals import Stopped
 from medseg.weights import load_weights, save_weights
 

@@ -1,1 +1,0 @@
-"""Medical files to arrays and back."""
