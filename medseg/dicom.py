@@ -1,7 +1,7 @@
 """DICOM: frames as 8-bit pictures, a series as a volume. pydicom is optional."""
 
 import math
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -154,9 +154,8 @@ class DicomFrames(Sequence):
         """(low, high) of the first window that the file gives for a frame, or None."""
         header = self._macro("FrameVOILUTSequence", index)
         values = (header.get(keyword) for keyword in ("WindowCenter", "WindowWidth"))
-        window = [value[0] if isinstance(value, MutableSequence) else value for value in values]
         with suppress(ValueError, TypeError, IndexError):  # missing, or a width of 0
-            return window_limits(window)
+            return window_limits([np.ravel(value)[0] for value in values])
         return None
 
     def _macro(self, sequence, index):
@@ -215,10 +214,9 @@ def _order_slices(slices):
     positions, axes = (np.array([place[part] for place, _ in told]) for part in (0, 1))
     spacings = np.array([spacing for _, spacing in told])
     kinds = {(one.photometric, one.header.Rows, one.header.Columns) for one, _ in slices}
-    if len(kinds) > 1 or max(np.ptp(axes, 0).max(), np.ptp(spacings, 0).max()) > TILT:
-        raise ValueError("its slices differ in size, kind, direction or PixelSpacing")
-    if slices[0][0].photometric not in GREY:
-        raise ValueError("its slices are in colour")
+    apart = max(np.ptp(axes, 0).max(), np.ptp(spacings, 0).max())
+    if len(kinds) > 1 or apart > TILT or slices[0][0].photometric in COLOUR:
+        raise ValueError("its slices are in colour, or differ in size, direction or PixelSpacing")
     normal = np.cross(axes[0, :3], axes[0, 3:])
     order = np.argsort(positions @ normal)
     positions = positions[order] - positions[order[0]]

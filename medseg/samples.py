@@ -9,7 +9,6 @@ import contextlib
 import logging
 import math
 import mmap
-import os
 import re
 import warnings
 from pathlib import Path
@@ -256,13 +255,9 @@ class _Picture:
         """Which of LOSSY changed the values, or None."""
         if self.format != "WEBP":
             return "JPEG" if self.format == "JPEG" else None
-        self.file.seek(12)
-        while len(head := self.file.read(8)) == 8:  # the chunks of the file: RFC 9649
-            name, size = head[:4], int.from_bytes(head[4:], "little")
-            if name in (b"VP8 ", b"VP8L"):  # the picture, lossy or lossless
-                return "lossy WebP" if name == b"VP8 " else None
-            self.file.seek(size + size % 2, os.SEEK_CUR)
-        return None
+        self.file.seek(0)
+        picture = re.search(b"VP8[ L]", self.file.read())  # its chunk, lossy or lossless: RFC 9649
+        return "lossy WebP" if picture and picture[0] == b"VP8 " else None
 
     def decode(self):
         """(values, whether the last channel is alpha, palette), turned upright.

@@ -285,7 +285,7 @@ def tilt(folder):
         (add_slice(PixelSpacing=[0.5, 0.9]), "PixelSpacing"),
         (add_slice(ImagePositionPatient=None), "place"),
         (add_slice(ImageOrientationPatient=[0, 1, 0, 0, 0, 1]), "direction"),
-        (add_slice(**MONO1), "kind"),
+        (add_slice(**MONO1), "differ"),
         (lambda folder: (folder / "3_2.dcm").unlink(), "2 to 4 mm"),
         (tilt, "tilted"),
         (lambda folder: [path.unlink() for path in folder.iterdir()], "no DICOM"),
