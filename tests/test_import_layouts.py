@@ -267,6 +267,7 @@ def test_subjects_of_patterns(here):
     [
         ("k/{}/{}.png", "k/{}/{}_m.png", "k/*/{id}.png k/*/{id}_m.png", "k/{group}/{id}.png"),
         ("i/{}/{}.png", "m/{}/{}.png", "i m", "i/{group}/{id}.png"),
+        ("i/{}/{}.png", "m/all/{1}.png", "i/*/{id}.png m/*/{id}.png", "i/{group}/{id}.png"),
         ("i/{}/{}.png", "m/{}/{}.png", "i/{n}/{id}.png m/{n}/{id}.png", "i/{group}/{id}.png"),
         ("i/{}_{}.png", "m/{}_{}.png", "i m", "i/{group}_{id}.png"),
     ],

@@ -402,8 +402,8 @@ def test_skip_unpaired(here):
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_nested_folders_and_one_inside_the_other(here, images, masks, suffix):
     for folder in ("p", "q"):
-        save(photo(), f"{images}/{folder}/1{suffix}")
-        save(grey([0, 1])(labels(len(folder))), f"{masks}/{folder}/1.png")
+        save(photo(), f"{images}/{folder}/1_img{suffix}")
+        save(grey([0, 1])(labels(len(folder))), f"{masks}/{folder}/1_m.png")
     save(photo(), f"{images}/.hidden/2.jpg")
     assert "pairs: 2 " in run_download("--masks", images, masks, *ALL)
     assert set(stored()) == {"p_1", "q_1"}

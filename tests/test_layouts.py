@@ -25,6 +25,7 @@ from helpers import (
 )
 from PIL import Image
 
+from medseg.importing import layouts
 from medseg.importing.layouts import find_layout
 from medseg.importing.pairs import pair
 
@@ -169,13 +170,27 @@ ASKED = {  # what is written, a command that is offered or None
 def test_what_is_not_sure_is_asked_about(here, case, capsys):
     write_files, offered = ASKED[case]
     write_files()
-    if case == "photographs twice":  # also in what is called labels
+    if case == "photographs twice":  # also in what is called labels, mostly black
         for path in Path("D/labels").iterdir():
-            save(photo(int(path.stem) + 50), path)
+            pixels = np.asarray(photo(int(path.stem) + 50)).copy()
+            pixels[:20] = 0
+            save(Image.fromarray(pixels), path)
     with pytest.raises(ValueError, match="^D: "):
         find_layout("D")
     printed = capsys.readouterr().out
     assert "the same as" not in printed and (not offered or offered in printed)
+
+
+def test_two_readings_that_use_every_picture_are_asked_about(here, monkeypatch):
+    make("{}_a.png", "{}_b.png")
+    rows = ["{id:**}_a.*  {id:**}_b.*", "{id:**}_b.*  {id:**}_a.*"]
+    for table in (rows[:1], rows):
+        monkeypatch.setattr(layouts, "TABLE", "\n" + "\n".join(table) + "\n")
+        if table == rows:
+            with pytest.raises(ValueError, match="2 readings"):
+                find_layout("D")
+        else:
+            assert find_layout("D")
 
 
 def test_a_folder_is_imported_as_its_explicit_command_does(here):
@@ -210,3 +225,6 @@ def test_files_of_outlines_are_told_by_what_they_hold(here):
     refuse_download("images", *ALL, "--force", words=["images: 2 readings"])
     Path("images/d.json").write_text(json.dumps({"name": "a note"}))
     run_download("images", *ALL, "--data", "own", "--force")
+    make(*SURE["two folders"])
+    Path("L/a.json").rename("D/images/01.json")
+    refuse_download("D", *ALL, "--force", words=["D: 2 readings"])

@@ -180,9 +180,7 @@ def _find_masks(folder, paths):
             else:
                 continue
             if texts and texts[0] != texts[1] and (reading := _read(texts, pictures)):
-                key = str(reading.files())
-                if key not in readings or readings[key].doubt and not reading.doubt:
-                    readings[key] = reading
+                readings.setdefault(str(reading.files()), reading)
     return list(readings.values())
 
 
