@@ -173,6 +173,19 @@ def lesions():
     return wanted
 
 
+def kinds():
+    """A folder for each kind, each of which is a class."""
+    wanted = {}
+    for number, kind in enumerate(("benign", "malignant")):
+        name = f"{kind} (1)"
+        image(f"B/{kind}/{name}.png", number)
+        parts = [
+            mask(f"B/{kind}/{name}_mask{end}.png", 5 * number + len(end)) for end in ("", "_1")
+        ]
+        wanted[name] = {kind: np.any(parts, axis=0)}
+    return wanted
+
+
 def scans(count=2, organs=("liver", "spleen")):
     """TotalSegmentator: a folder for each scan, with a volume for each of the organs."""
     wanted = {}
@@ -202,6 +215,7 @@ LAYOUTS = {  # what is written, the arguments of --masks
     "NFD": (decomposed, f"a/{NFC}/{{id}}/{NFC}.png b/{NFD}/{{id}}/{NFD}_*.png"),
     "splits": (splits, "em/{train,val}/images/{id}.* em/{train,val}/masks/{id}.png"),
     "classes": (axons, "scans/{id}.png classes/{id}_{class}.png"),
+    "a kind is a class": (kinds, "B/*/{id}.png B/{class}/{id}_mask{part}.png"),
     "IDRiD": (lesions, "fundus/{id}.jpg truth/{class}/{id}_*.tif"),
     "a scan": (lambda: scans(1), "S/{id}/ct.nii.gz S/{id}/segmentations/{class}.nii.gz"),
     "100 organs": (hundred, "S/{id}/ct.nii.gz S/{id}/segmentations/{class}.nii.gz"),
