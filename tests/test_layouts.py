@@ -63,6 +63,7 @@ def make(images, masks):
     return pairs
 
 
+IDRID = "2. All Segmentation Groundtruths"
 SURE = {  # paths of an image, of its masks
     "two folders": ("images/{}.jpg", "masks/{}.png"),
     "Kvasir": ("images/c{}.jpg", "masks/c{}.bmp"),
@@ -80,17 +81,13 @@ SURE = {  # paths of an image, of its masks
     "BraTS 2023": ("B-{}/B-{}-t1.nii|B-{}/B-{}-t2.nii", "B-{}/B-{}-seg.nii"),
     "MSD": ("imagesTr/c_{}.nii.gz", "labelsTr/c_{}.nii.gz"),
     "nnU-Net": ("imagesTr/c_{}_0000.nii.gz|imagesTr/c_{}_0001.nii.gz", "labelsTr/c_{}.nii.gz"),
-    "BIDS": (
-        "sub-{}/anat/sub-{}_T1w.nii.gz",
-        "derivatives/labels/sub-{}/anat/sub-{}_T1w_label-lesion_mask.nii.gz",
-    ),
+    "BIDS": ("sub-{}/a/sub-{}_T1w.nii.gz", "derivatives/b/sub-{}/a/sub-{}_T1w_label-x_mask.nii.gz"),
     "TotalSegmentator": ("s{}/ct.nii.gz", "s{}/segmentations/a.nii.gz|s{}/segmentations/b.nii.gz"),
     "ACDC": ("training/p{}/p{}_frame01.nii.gz", "training/p{}/p{}_frame01_gt.nii.gz"),
     "LiTS": ("a/volume-{}.nii", "a/segmentation-{}.nii"),
     "IDRiD": (
         "1. Original Images/a/I_{}.jpg",
-        "2. All Segmentation Groundtruths/1. MA/I_{}_MA.tif"
-        "|2. All Segmentation Groundtruths/2. HE/I_{}_HE.tif",
+        f"{IDRID}/1. MA/I_{{}}_MA.tif|{IDRID}/2. HE/I_{{}}_HE.tif",
     ),
     "STARE": ("images/im{}.ppm", "labels/im{}.ah.ppm"),
     "HRF": ("images/{}_dr.JPG", "manual1/{}_dr.tif"),
@@ -209,6 +206,13 @@ def test_a_folder_is_imported_as_its_explicit_command_does(here):
     refuse_download("D", "--masks", "a", "b", words=["FOLDER"])
     refuse_download("--dry-run", words=["--dry-run", "FOLDER"])
     refuse_download("none", words=["none: no such folder"])
+
+
+def test_files_of_arrays_and_of_yolo_are_told_by_their_names(here):
+    for name, flag in (("A/x.npz", "--arrays"), ("Y/data.yaml", "--yolo")):
+        Path(name).parent.mkdir()
+        Path(name).touch()
+        assert find_layout(name[0]) == (flag, name[0])
 
 
 def test_files_of_outlines_are_told_by_what_they_hold(here):

@@ -138,6 +138,8 @@ def _find_outlines(folder, paths):
     """[flags] that read the files of outlines below a folder."""
     if Path(folder, "data.yaml").is_file():
         return [("--yolo", folder)]
+    if paths and {path.suffix.lower() for path in paths} <= {".npz", ".mat"}:
+        return [("--arrays", folder)]
     found = {}
     for path in sorted(path for path in paths if path.suffix.lower() == ".json"):
         with contextlib.suppress(ValueError):
