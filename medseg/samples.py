@@ -372,7 +372,12 @@ class _Tiff:
                 with _open_by_pillow(self.file, ["TIFF"]) as image:
                     image.seek(self.page.index)
                     return _decode_by_pillow(image)  # which turns it
-        values, palette = self._decode_by_tifffile()
+        try:
+            values, palette = self._decode_by_tifffile()
+        except Exception as error:  # of many kinds, as decoders are
+            if "imagecodecs" not in str(error):
+                raise
+            raise ValueError(f"{error}: run `pip install imagecodecs`") from None
         return turn(values, self.orientation()), self.has_alpha, palette
 
     def _is_right_in_pillow(self):
