@@ -186,7 +186,7 @@ BAD_VOLUMES = {  # what is changed, the file that the message names
     "large": (numbers(65536), MASK),
     "many values": (lambda: shutil.copy(IMAGE, MASK), MASK),
     "cut": (lambda: IMAGE.write_bytes(IMAGE.read_bytes()[:300]), IMAGE),
-    "a picture among volumes": (lambda: save(photo(), "vi/a.png"), "vi has a"),
+    "a picture among volumes": (lambda: save(photo(), "vi/a.png"), "'vi/{id}_0000.*' 'vm/{id}.*'"),
     "a mask that is a picture": (lambda: save(photo(), "vm/a.png"), "vm/a.png"),
     "DICOM among volumes": (lambda: shutil.copy(sample("CT_small.dcm"), "vi/a.dcm"), "vi has a"),
     "no mask": (lambda: volume(1) and Path("vm/case_001.nii.gz").unlink(), "case_001_0000.nii.gz"),

@@ -1,5 +1,6 @@
 """Which masks belong to which image, as two patterns or two folders tell it."""
 
+import itertools
 import os
 import re
 import shlex
@@ -176,9 +177,11 @@ def patterns_of_folders(images, masks):
             n_pairs = len(names & mask_names)
             best = max(best, (n_pairs, -sum(map(len, cut + mask_cut)), cut, mask_cut))
     if not best[0]:
+        end, mask_end = _commonest_ends(stems, mask_stems)
         raise ValueError(
             f"no mask has the name of an image: {images} has {first(sorted(stems))}, {masks} "
-            f"{first(sorted(mask_stems))}: say with {{id}} what they share, '{images}/{{id}}_*.*'"
+            f"{first(sorted(mask_stems))}: say with {{id}} what they share, "
+            f"'{images}/{{id}}{end}.*' '{masks}/{{id}}{mask_end}.*'"
         )
     name = "{id:**}" if any("/" in stem for stem in (*stems, *mask_stems)) else "{id}"
     _, _, (start, end), (mask_start, mask_end) = best
@@ -186,6 +189,23 @@ def patterns_of_folders(images, masks):
         f"{images}/{start}{name}{end}{suffix}",
         f"{masks}/{mask_start}{name}{mask_end}{mask_suffix}",
     )
+
+
+def _commonest_ends(*sides):
+    """What ends the names of most images and of most masks, of the ends that pair most."""
+    ending = re.compile(r"[\W_]+[^\W_]+$")
+    ends = [Counter(found[0] for stem in own if (found := ending.search(stem))) for own in sides]
+    choices = [["", *(end for end, _ in counts.most_common(5))] for counts in ends]
+
+    def count(pair):
+        cut = [
+            {stem.removesuffix(end) for stem in own if stem.endswith(end)}
+            for own, end in zip(sides, pair, strict=True)
+        ]
+        return len(cut[0] & cut[1])
+
+    best = max(itertools.product(*choices), key=count)
+    return best if count(best) else ("_*", "_*")
 
 
 def _stems(folder, other, of_volumes=False):
