@@ -20,7 +20,6 @@ numbers. The architecture and the size the model was trained at are read from th
 trained on crops takes each image at its own size.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -66,8 +65,7 @@ def preprocess_image(image_path, *, image_size=pictures.IMAGE_SIZE, n_channels=3
     tensor is of uint8, for a `Predictor` normalises it on its device, and comes with the `Picture`
     as it was read. Raises FileNotFoundError or ValueError as `medseg.images.read_image` does.
     """
-    is_file = isinstance(image_path, (str, os.PathLike))
-    image = pictures.read_image(image_path) if is_file else pictures.as_picture(image_path)
+    image = pictures.as_picture(image_path)
     pixels = pictures.preprocess(image, image_size, n_channels)
     tensor = torch.from_numpy(pixels)[None]
     if not normalized:
@@ -162,12 +160,8 @@ def predict_images(model, frames, problems=None):
 
     sizes = {"image_size": model.info.image_size, "n_channels": model.n_channels}
     options = {"threshold": model.inference.threshold, "return_predictions": True}
-
-    def prepare(picture):
-        inputs.check_channels(picture, model.info)
-        return preprocess_image(picture, **sizes, normalized=False)
-
-    readable = reading.read_ahead(frames, prepare, leave_out)
+    prepare = partial(preprocess_image, **sizes, normalized=False)
+    readable = reading.read_ahead(frames, model.info, prepare, leave_out)
     while batch := reading.take_batch(readable, model.batch_size):
         frames, images, tensors = zip(*batch, strict=True)
         try:

@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import math
+import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,10 @@ from medseg.samples import (
     STRIPE,
     Page,
     large_array,
+    open_picture,
     pixels_of,
     read_samples,
+    samples_of,
     to_uint8,
 )
 from medseg.settings import MAX_CHANNELS
@@ -50,28 +54,34 @@ SHOWN_SIDE = 384  # pixels at least, of the longer side of what is shown
 class Picture:
     """One image as it is shown, whatever its file: a slice, a frame, several modalities.
 
-    pixels: uint8 (H, W, C), C being 1 of grey, 3 of colour, else 2 or 4 to MAX_CHANNELS.
+    pixels: uint8 (H, W, C), C being 1 of grey, 3 of colour, else 2 or 4 to MAX_CHANNELS. source:
+    these, or the PIL image of mode L or RGB that has them, for most are only resized.
     orientation: EXIF's, 1 to 8, by which what is stored was turned. spacing: mm from row to row
     and from column to column, where known. channels: their names, where known.
     """
 
-    pixels: np.ndarray
+    source: np.ndarray | Image.Image
     orientation: int = 1
     spacing: tuple | None = None
     channels: tuple = ()
 
+    @cached_property
+    def pixels(self):
+        return pixels_of(self.source) if isinstance(self.source, Image.Image) else self.source
+
     @property
     def height(self):
-        return self.pixels.shape[0]
+        return self.size[1]
 
     @property
     def width(self):
-        return self.pixels.shape[1]
+        return self.size[0]
 
     @property
     def size(self):
         """(width, height)."""
-        return self.width, self.height
+        is_array = isinstance(self.source, np.ndarray)
+        return self.source.shape[1::-1] if is_array else self.source.size
 
     def rgb(self):
         """A PIL RGB image for eyes: of two channels the first, else the first three."""
@@ -79,9 +89,11 @@ class Picture:
 
 
 def as_picture(image):
-    """The Picture of a Picture, of a PIL image, or of an array of uint8, (H, W) or (H, W, C)."""
+    """The Picture of a path, a Picture, a PIL image, or an array of uint8, (H, W) or (H, W, C)."""
     if isinstance(image, Picture):
         return image
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
     if isinstance(image, Image.Image):
         return Picture(pixels_of(image if image.mode in ("L", "RGB") else image.convert("RGB")))
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
@@ -105,8 +117,10 @@ def read_image(path, window=None):
     Raises FileNotFoundError; ValueError for what is not one whole picture of at most
     `pixel_limit` pixels.
     """
-    with name_file(path):
-        values, white, orientation = read_samples(path)
+    with name_file(path), open_picture(path) as picture:
+        if (image := picture.plain()) is not None:
+            return Picture(image)
+        values, white, orientation = samples_of(picture)
         return Picture(to_uint8(values, white, window), orientation)
 
 
@@ -141,8 +155,8 @@ def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
     colour grey; ValueError for other than the picture's own channels besides.
     The one resizing of the project: training, evaluation and prediction all come through here.
     """
-    pixels = picture.pixels
-    own = pixels.shape[2]
+    pixels = picture.pixels if image_size is None else picture.source
+    own = pixels.shape[2] if isinstance(pixels, np.ndarray) else len(pixels.getbands())
     if own != n_channels and {own, n_channels} != {1, 3}:
         raise ValueError(f"has {own} channels, and the network takes {n_channels}")
     if own == 3 and n_channels == 1:
@@ -154,7 +168,9 @@ def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
 
 
 def _to_grey(pixels):
-    """uint8 (H, W, 3) -> (H, W, 1), as Pillow has it; by stripes."""
+    """uint8 (H, W, 3) -> (H, W, 1), as Pillow has it; by stripes. A PIL image -> one of mode L."""
+    if isinstance(pixels, Image.Image):
+        return pixels.convert("L")
     grey = large_array((*pixels.shape[:2], 1), np.uint8)
     for top in range(0, len(pixels), STRIPE):
         stripe = Image.fromarray(np.ascontiguousarray(pixels[top : top + STRIPE]))
@@ -163,10 +179,12 @@ def _to_grey(pixels):
 
 
 def _resize(pixels, side):
-    """uint8 (H, W, C) -> (side, side, C), channel by channel where it is no colour."""
-    if pixels.shape[2] == 3:
-        image = Image.fromarray(np.ascontiguousarray(pixels))
-        return np.array(image.resize((side, side), Image.Resampling.BILINEAR))
+    """uint8 (H, W, C), or PIL image -> (side, side, C), by channels where these are no colours."""
+    if isinstance(pixels, np.ndarray) and pixels.shape[2] == 3:
+        pixels = Image.fromarray(np.ascontiguousarray(pixels))
+    if isinstance(pixels, Image.Image):
+        resized = np.array(pixels.resize((side, side), Image.Resampling.BILINEAR))
+        return resized.reshape(side, side, -1)
     planes = (Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(pixels, 2, 0))
     return np.stack([plane.resize((side, side), Image.Resampling.BILINEAR) for plane in planes], 2)
 

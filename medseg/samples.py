@@ -97,8 +97,12 @@ def read_samples(file):
     animation), what is no regular file, damaged or too large; and what decoders raise.
     """
     with open_picture(file) as picture:
-        values, has_alpha, palette = picture.decode()
-        orientation = picture.orientation()
+        return samples_of(picture)
+
+
+def samples_of(picture):
+    """The Samples of what `open_picture` gives."""
+    values, has_alpha, palette = picture.decode()
     if palette is not None:
         values = palette[values[..., 0], :3]
     if has_alpha:
@@ -106,7 +110,7 @@ def read_samples(file):
     if values.dtype == bool:
         values = values * np.uint8(255)
     white = None if picture.white == 65535 else picture.white  # of which few files use all
-    return Samples(values, white, orientation)
+    return Samples(values, white, picture.orientation())
 
 
 def to_uint8(values, white=None, window=None):
@@ -251,6 +255,14 @@ class _Picture:
             orientation = self.image.getexif().get(ORIENTATION, 1)
         return orientation if orientation in range(1, 9) else 1
 
+    def plain(self):
+        """The loaded PIL image where it is as it is shown, of 8 bits, and not large; else None."""
+        usual = self.image.mode in ("L", "RGB") and self.pixel_format[0] == "8" and not self.white
+        if not usual or self.image.width * self.image.height >= LARGE:
+            return None
+        self.image.load()
+        return self.image if self.orientation() == 1 else None
+
     def lossy(self):
         """Which of LOSSY changed the values, or None."""
         if self.format != "WEBP":
@@ -358,6 +370,9 @@ class _Tiff:
         name = {PALETTE: "palette", CMYK: "CMYK"}.get(page.photometric, name)
         kind = "floating-point" if page.sampleformat == FLOATING else f"{self.bits}-bit"
         self.pixel_format = f"{kind} {name}{' with alpha' * self.has_alpha}"
+
+    def plain(self):
+        """None: see _Picture."""
 
     def orientation(self):
         tag = self.page.tags.get(ORIENTATION)

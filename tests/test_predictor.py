@@ -26,7 +26,7 @@ from medseg.phantoms import make_phantoms
 from medseg.predicting import inputs, reading
 from medseg.predictor import Prediction, Predictor, pairwise_dice
 from medseg.results.assessment import describe_assessments, reliability_columns
-from net import UNet, load_model
+from net import ModelInfo, UNet, load_model
 
 
 def network(seed=0, image_size=None, **options):
@@ -460,5 +460,5 @@ def test_reading_ahead_ends_its_threads_where_an_image_fails():
 
     frames, before = [inputs.as_frame(np.zeros((4, 4), np.uint8))] * 3, set(threading.enumerate())
     with pytest.raises(ValueError) as failure:  # which keeps its frames
-        next(reading.read_ahead(frames, fail, fail))
+        next(reading.read_ahead(frames, ModelInfo(), fail, fail))
     assert failure and set(threading.enumerate()) <= before

@@ -158,15 +158,11 @@ class Session:
         mask = drawing.with_legend(drawing.draw_labels(labels, len(names)), names)
         drawn = drawing.overlay(image, labels, len(names), **looks)
         unlike = describe_unlike([(each.frame.title, each.assessed) for each in self.predictions])
-        about = drawing.describe_shown(self.model.info.channel_names)
-        lines = [describe(frame.title, masks, names, inference), *unlike, *self.problems]
-        lines += [about] * bool(about)
+        about = filter(None, [drawing.describe_shown(self.model.info.channel_names)])
+        lines = [describe(frame.title, masks, names, inference), *unlike, *self.problems, *about]
         rows = measure(masks, names, frame.spacing, frame.depth)
-        return (
-            [image, mask, drawn],
-            lines,
-            [row | reliability_columns([prediction]) for row in rows],
-        )
+        rows = [row | reliability_columns([prediction]) for row in rows]
+        return [image, mask, drawn], lines, rows
 
     def save(self, image):
         """Write a picture of `view`; return its path, which is the same every time."""
@@ -217,9 +213,8 @@ def layout(model, title, examples, folder, settings):
             looks = {"columns": EXAMPLES, "object_fit": "contain", "visible": bool(examples)}
             looks |= {"allow_preview": False, "interactive": False, "buttons": [], **tall}
             looks |= {"label": "Examples: click one", "elem_id": "examples"}
-            parts.examples = gr.Gallery(
-                [images.read_image(path).rgb() for path in examples], **looks
-            )
+            shown = [images.read_image(path).rgb() for path in examples]
+            parts.examples = gr.Gallery(shown, **looks)
         with gr.Row():
             image = gr.Image(label="Image", elem_id="image", **wide)
             mask = gr.Image(label="Mask", elem_id="mask", **wide)

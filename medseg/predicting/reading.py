@@ -4,21 +4,23 @@ import math
 from contextlib import closing, suppress
 
 from medseg.files import file_format, name_file, parallel_map
+from medseg.predicting.inputs import check_channels
 from medseg.samples import open_picture
 
 AHEAD_PIXELS = 64 << 20  # of images that are read ahead of the network, or written behind it
 
 
-def read_ahead(frames, prepare, leave_out):
+def read_ahead(frames, info, prepare, leave_out):
     """Yield (frame, Picture, tensor (1, C, S, S)) of the `Frame`s that can be read.
 
-    A few are read ahead, in threads. prepare(Picture): `predict.preprocess_image`.
-    leave_out(frame, error) is told of the others.
+    A few are read ahead, in threads. info: the `net.ModelInfo` of what sees them.
+    prepare(Picture): `predict.preprocess_image`. leave_out(frame, error) is told of the others.
     """
 
     def read(frame):
         image = frame.read()
         with name_file(frame.path):
+            check_channels(image, info)
             tensor, image = prepare(image)
         return frame, image, tensor
 
