@@ -648,6 +648,7 @@ def test_a_second_training_in_the_same_folder_is_refused(copy):
         second = script_here("train.py", *flags(copy, "busy", "--overwrite"), cwd=copy)
         assert_refused(second, "--out")
         # Testing writes nothing that the training needs.
+        wait_until(lambda: (copy / "busy" / "best_model.pth").exists())  # after metrics.csv
         assert_done(script_here("train.py", "--test-only", *flags(copy, "busy"), cwd=copy))
     assert process.exitcode == 143
     load_weights(copy / "busy" / "last.pth")
