@@ -201,7 +201,7 @@ def test_a_folder_is_imported_as_its_explicit_command_does(here):
     np.testing.assert_equal(stored(root="own"), stored(root="other"))
     assert len(stored(root="own")) == len(NUMBERS)
     lacking()
-    refuse_download("D", "--data", "own", "--force", *ALL, words=["D: 1 readings"])
+    refuse_download("D", "--data", "own", "--force", *ALL, words=["D: one reading"])
     refuse_download("own", words=["own: "])
     refuse_download("D", "--masks", "a", "b", words=["FOLDER"])
     refuse_download("--dry-run", words=["--dry-run", "FOLDER"])

@@ -129,6 +129,8 @@ def find_layout(folder, typed=()):
     if not choices:
         example = "--masks 'D/{id}.jpg' 'D/{id}_mask.png' (docs/own-data.md)"
         raise ValueError(f"{folder}: no known layout: say which files are images, as {example}")
+    if len(choices) == 1:
+        raise ValueError(f"{folder}: one reading, which is not sure: run it if it is meant")
     raise ValueError(
         f"{folder}: {len(choices)} readings, none of them sure: run the one that is meant"
     )
