@@ -294,7 +294,7 @@ def count_channels(root, chosen):
     if count is None:
         dataset = open_split(root, "train", skipped=[])
         of_tiff = dataset.path(0).suffix.lower() in (".tif", ".tiff")  # no other has more than 3
-        count = dataset.read(0).pixels.shape[2] if of_tiff else 3
+        count = dataset.read(0).n_channels if of_tiff else 3
         if count in (1, 3) and chosen in (1, 3):
             return chosen
     if chosen not in (1, 3, count):

@@ -83,9 +83,15 @@ class Picture:
         is_array = isinstance(self.source, np.ndarray)
         return self.source.shape[1::-1] if is_array else self.source.size
 
+    @property
+    def n_channels(self):
+        is_array = isinstance(self.source, np.ndarray)
+        return self.source.shape[2] if is_array else len(self.source.getbands())
+
     def rgb(self):
         """A PIL RGB image for eyes: of two channels the first, else the first three."""
-        return rgb_image(self.pixels)
+        is_array = isinstance(self.source, np.ndarray)
+        return rgb_image(self.source) if is_array else self.source.convert("RGB")
 
 
 def as_picture(image):
@@ -95,7 +101,7 @@ def as_picture(image):
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return Picture(pixels_of(image if image.mode in ("L", "RGB") else image.convert("RGB")))
+        return Picture(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise ValueError(
             f"an image is an array of uint8, (H, W) or (H, W, C), not {image.dtype} {image.shape}"
@@ -155,8 +161,7 @@ def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
     colour grey; ValueError for other than the picture's own channels besides.
     The one resizing of the project: training, evaluation and prediction all come through here.
     """
-    pixels = picture.pixels if image_size is None else picture.source
-    own = pixels.shape[2] if isinstance(pixels, np.ndarray) else len(pixels.getbands())
+    pixels, own = picture.pixels if image_size is None else picture.source, picture.n_channels
     if own != n_channels and {own, n_channels} != {1, 3}:
         raise ValueError(f"has {own} channels, and the network takes {n_channels}")
     if own == 3 and n_channels == 1:

@@ -25,6 +25,7 @@ from medseg.settings import MAX_CHANNELS, window_limits, window_to_uint8
 # Pillow's names, listed so that no rare decoder meets a stranger's file; PPM is all of PNM.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "GIF")
 FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
+KINDS = f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}"  # of files that predict.py takes
 LOSSY = ("JPEG", "lossy WebP")
 PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that fill the memory
 LARGE = 1 << 22  # pixels of an image that is not copied at once

@@ -39,9 +39,8 @@ from PIL import Image
 
 from medseg import phantoms
 from medseg.images import as_picture
-from medseg.importing import writing
+from medseg.importing import collect, writing
 from medseg.importing.writing import Example, write_dataset
-from medseg.sources import collect
 from medseg.splits import draw_splits
 
 THIRDS = ("--split", 34, 33, 33)
@@ -149,7 +148,6 @@ def test_groups_stay_together(here):
     assert "groups: 8 of groups.csv" in run_download(*flags, *table)
     places = splits_by_group()
     assert len(places) == 8 and all(len(set(splits)) == 1 for splits in places.values())
-    refuse_download(*flags, "--force", "--group", "p", words=["--group", "{group}", "--groups"])
     write_groups(dict.fromkeys(names, "p"))
     refuse_download(*flags, "--force", *table, words=["1 groups", "--split"])
     write_groups(dict.fromkeys(names[1:], "p"))
@@ -287,7 +285,6 @@ def test_full_disk(here, monkeypatch):
         (("--labelme", "a", "--window", "40", "80"), "--window"),
         (("--masks", "a", "b", "--window", "40", "0"), "--window"),
         (("--groups", "x"), "--groups"),
-        (("--masks", "a", "b", "--group", "x"), "--group"),
         (("--into", "test", "--synthetic"), "--into"),
         (("--two-classes",), "--two-classes"),
         (("--source", "ftp"), "--source"),

@@ -32,8 +32,8 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageDraw
 
 from data import load_split
+from medseg.importing.collect import existing_file
 from medseg.importing.labelme import draw_shapes
-from medseg.sources.collect import existing_file
 
 LABELME = ("--labelme", "lm", *ALL)
 

@@ -321,7 +321,6 @@ REFUSED = {  # what is written, the arguments of --masks, what the message names
     "two readers": (chase, "chase/{id}.jpg chase/{id}_*.png", ["_1stHO.png", "_2ndHO.png"]),
     "a class by NAME=": (axons, "scans a=classes/*_axon.png", ["{class}"]),
     "classes by *=": (axons, "scans *=classes/*_*.png", ["{class}"]),
-    "a group by --group": (axons, "scans classes --group x", ["{group}", "--groups"]),
     "an image of no class": (
         healthy,
         "scans/{id}.png classes/{id}_{class}.png",

@@ -106,7 +106,7 @@ def test_groups_stay_together_and_images_have_the_names_of_their_ids(here):
     assert all(len(groups(split)) == 1 for split in ("train", "valid", "test"))
     names = {name for split in ("train", "valid", "test") for name in stored(split)}
     assert names == {f"{patient}_{number}" for patient in "pqr" for number in "12"}
-    refuse_download("--masks", *patterns, *ALL, "--force", "--group", "p", words=["--group"])
+    refuse_download("--masks", *patterns, *ALL, "--force", "--groups", "p", words=["--groups"])
 
 
 def test_classes_of_volumes_are_named_by_their_files(here):

@@ -15,14 +15,13 @@ SCRIPTS = {
     "data": {"ground", "net"},
     "train": {"ground", "net", "data", "training", "planning"},
     "predict": {"ground", "net", "data", "predicting", "results"},
-    "download": {"ground", "importing", "sources"},
+    "download": {"ground", "importing"},
     "hubconf": {"ground", "net"},
 }
 WING = {"ground", "net", "data"}
-WINGS = {  # which never import one another, but those that stand on sources or results
+WINGS = {  # which never import one another, but those that stand on results
     "ground": {"ground"},
-    "sources": {"ground", "sources"},
-    "importing": {*WING, "sources", "importing"},
+    "importing": {*WING, "importing"},
     "planning": {*WING, "planning"},
     "training": {*WING, "training"},
     "results": {*WING, "results"},

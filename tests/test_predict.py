@@ -453,7 +453,7 @@ def test_help_explains_every_option_and_shows_its_default(name, capsys, monkeypa
     with pytest.raises(SystemExit, match="^0$"):
         importlib.import_module(name).main([])
     shown = "".join(capsys.readouterr().out.split())  # long texts are wrapped
-    for action in (own for own in parsers[0]._actions if own.help != SUPPRESS):
+    for action in parsers[0]._actions:
         help = action.help.removesuffix(" (default: %(default)s)")  # Python 3.10 adds it
         default = action.default
         if isinstance(default, bool):

@@ -17,7 +17,7 @@ from medseg.importing.writing import (
     print_counts,
     write_split,
 )
-from medseg.sources.collect import same_form
+from medseg.patterns import same_form
 from medseg.splits import extend_split, present_splits
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from medseg.coco import listed
 from medseg.files import import_reader, name_file, parallel_map
 from medseg.images import MEASURED_PIXELS, as_picture
+from medseg.importing.collect import find_groups, list_files, unique_names
 from medseg.importing.writing import Example, choose_window
 from medseg.run_lengths import encode_labels
 from medseg.samples import to_uint8
-from medseg.sources.collect import find_groups, list_files, unique_names
 
 KEYS = (("image", "img"), ("label", "mask"))  # of a .npz file
 TUMOURS = {1: "meningioma", 2: "glioma", 3: "pituitary"}  # labels of Figshare's brain tumours

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from medseg.coco import listed
 from medseg.files import check_regular, read_json
-from medseg.sources.collect import same_form
+from medseg.patterns import same_form
 
 ONE_CLASS = "foreground"
 FILES = (".txt", ".json", ".csv")

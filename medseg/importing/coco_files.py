@@ -18,18 +18,18 @@ from medseg.coco import (
 from medseg.coco_dialects import name_forms, print_forgiven
 from medseg.files import check_regular
 from medseg.images import SUFFIXES
-from medseg.importing.writing import Example
-from medseg.run_lengths import encode, unite
-from medseg.sources.collect import (
+from medseg.importing.collect import (
     check_known,
     find_groups,
     fit_mask,
     is_text,
     list_files,
     read_upright,
-    same_form,
     unique_names,
 )
+from medseg.importing.writing import Example
+from medseg.patterns import same_form
+from medseg.run_lengths import encode, unite
 
 
 def coco_examples(annotations, images, *, boxes=False, **options):

@@ -2,7 +2,6 @@
 
 import os
 import re
-from argparse import SUPPRESS
 
 from medseg.cli import flag_name, number
 from medseg.coco import SPLITS
@@ -37,7 +36,6 @@ def add_arguments(parser):
         help="a table with the columns image and group: images of a group (a patient) stay in one "
         "split; default: {group} of the pattern of --masks, or the subjects of BIDS names",
     )
-    own.add_argument("--group", help=SUPPRESS)  # the regular expression of earlier versions
     own.add_argument(
         "--classes",
         metavar="A,B",
@@ -151,11 +149,6 @@ def check_arguments(parser, args):
     for name in NEED_AN_IMPORTER:
         if not chosen_importer(args) and getattr(args, name) != parser.get_default(name):
             parser.error(f"{flag_name(name)}: goes with --masks or another import of your own data")
-    if args.group is not None:
-        parser.error(
-            "--group: write {group} in the patterns of --masks where a path names the patient, or "
-            "give a table of images and groups by --groups table.csv"
-        )
     if args.add and args.force:
         parser.error("--add: keeps what a split holds and --force deletes it: give one of them")
     if args.add and not args.into:

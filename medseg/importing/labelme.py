@@ -23,19 +23,19 @@ from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.images import SUFFIXES, read_image
 from medseg.importing.coco_files import by_name
-from medseg.importing.writing import Example
-from medseg.own_files import OWN_JSON, is_own, is_unreviewed
-from medseg.run_lengths import encode_labels
-from medseg.sources.collect import (
+from medseg.importing.collect import (
     check_known,
     existing_file,
     find_groups,
     is_text,
     list_files,
     read_upright,
-    same_form,
     unique_names,
 )
+from medseg.importing.writing import Example
+from medseg.own_files import OWN_JSON, is_own, is_unreviewed
+from medseg.patterns import same_form
+from medseg.run_lengths import encode_labels
 
 BACKGROUND, IGNORED = "_background_", "__ignore__"
 POINTS = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2, "oriented_rectangle": 4}

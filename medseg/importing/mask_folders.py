@@ -10,6 +10,15 @@ from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format
 from medseg.images import as_picture, read_image
 from medseg.importing.class_names import one_class
+from medseg.importing.collect import (
+    Upright,
+    find_groups,
+    fit_mask,
+    printable,
+    read_upright,
+    split_pages,
+    unique_names,
+)
 from medseg.importing.pairs import advise_groups
 from medseg.importing.values import find_classes
 from medseg.importing.volumes import volume_examples
@@ -24,15 +33,6 @@ from medseg.settings import (
     check_channels,
     check_window,
     count_recorded,
-)
-from medseg.sources.collect import (
-    Upright,
-    find_groups,
-    fit_mask,
-    printable,
-    read_upright,
-    split_pages,
-    unique_names,
 )
 
 
@@ -163,7 +163,7 @@ def _number_channels(pairs):
     image = pairs[0][0]
     if isinstance(image, Modalities) or count_pages(image) > 1:
         return pairs
-    count = read_image(image).pixels.shape[2]
+    count = read_image(image).n_channels
     if count in (1, 3):
         return pairs
     names = tuple(str(number) for number in range(1, count + 1))

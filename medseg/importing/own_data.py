@@ -11,6 +11,7 @@ from medseg.importing.adding import add_images
 from medseg.importing.arrays import array_examples
 from medseg.importing.class_names import ClassValues, parse_classes, parse_labels
 from medseg.importing.coco_files import coco_examples
+from medseg.importing.collect import list_files
 from medseg.importing.flags import chosen_importer
 from medseg.importing.labelme import labelme_examples
 from medseg.importing.mask_folders import mask_examples
@@ -25,7 +26,6 @@ from medseg.importing.writing import (
 from medseg.importing.yolo import yolo_examples
 from medseg.patterns import literal_folder
 from medseg.settings import check_window
-from medseg.sources.collect import list_files
 from medseg.splits import next_training, present_splits, wanted_splits
 
 READERS = {

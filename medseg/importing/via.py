@@ -7,7 +7,7 @@ from pathlib import Path
 from medseg.coco import listed
 from medseg.files import check_regular, read_json
 from medseg.importing.coco_files import examples_of
-from medseg.sources.collect import same_form
+from medseg.patterns import same_form
 
 WITHOUT_AREA = ("point",)
 ONE_CLASS = "foreground"  # of regions that have no attributes

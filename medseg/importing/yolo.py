@@ -7,7 +7,7 @@ from medseg.coco import shown_size
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES
 from medseg.importing.coco_files import examples_of
-from medseg.sources.collect import list_files
+from medseg.importing.collect import list_files
 
 MAX_FRACTION = 1.5  # outlines may leave the image a little
 

@@ -155,7 +155,7 @@ def _examine(split, dataset, part, skip_bad):
         return _Seen(
             index,
             image.size,
-            1 if is_grey(image) else image.pixels.shape[2],
+            1 if is_grey(image) else image.n_channels,
             [masks[channel].area if channel in masks else 0 for channel in range(n_classes)],
             union.area if masks else 0,
             masks != {} and _is_box(union),

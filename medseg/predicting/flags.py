@@ -7,7 +7,7 @@ from medseg.cli import ArgumentParser, add_device_flags, add_pixel_limit, named_
 from medseg.inference import PLAIN, flips_to_average
 from medseg.pieces import CLEANINGS, read_clean
 from medseg.results.folder import DEFAULT, WRITTEN
-from medseg.samples import FORMAT_NAMES
+from medseg.samples import KINDS
 from medseg.settings import is_spacing
 
 MODEL_SUFFIXES = (".pth", ".pt")
@@ -35,7 +35,7 @@ def make_parser(doc):
         "inputs",
         nargs="*",
         metavar="IMAGE|FOLDER",
-        help=f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}; without one, the tutorial's example",
+        help=f"{KINDS}; without one, the tutorial's example",
     )
     _add_model_flags(parser)
     add = parser.add_argument_group("files").add_argument

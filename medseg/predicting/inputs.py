@@ -11,7 +11,7 @@ import numpy as np
 from medseg.cli import output_folder
 from medseg.coco import ANNOTATIONS, read_annotations, recorded_spacing
 from medseg.dataset_folder import finish_import
-from medseg.dicom import read_dicom
+from medseg.dicom import SAME_PLACE, read_dicom
 from medseg.files import (
     VOLUME_SUFFIXES,
     base_name,
@@ -25,12 +25,11 @@ from medseg.modalities import Modalities, format_of, open_channels, read_channel
 from medseg.own_files import is_own
 from medseg.predicting.cases import find_cases
 from medseg.pretrained import pretrained_path
-from medseg.samples import FORMAT_NAMES
+from medseg.samples import KINDS
 from medseg.settings import count_recorded
 from medseg.volumes import SINGLE_SUFFIXES
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
-SAME_PLACE = 1e-3  # mm: slices closer than this are two pictures of one slice
 MAX_NAMED = 3  # of the files that could not be predicted, in the line on them
 
 
@@ -109,7 +108,7 @@ def check_channels(picture, info):
 
     info: the `net.ModelInfo`. What is grey or colour alone is turned into each other elsewhere.
     """
-    count, own = count_recorded(vars(info)), picture.pixels.shape[2]
+    count, own = count_recorded(vars(info)), picture.n_channels
     if count not in (None, own):
         around = f", and of {info.context} slices on either side" if info.context else ""
         names = ", ".join(info.channels) or "grey"
@@ -194,8 +193,7 @@ def expand(inputs, info=None, *, series=False):
             folders = sorted(filter(Path.is_dir, given.iterdir())) if series else []
             if not (images := images_in(given) + [one for one in folders if file_format(one)]):
                 but = f", but {aside}" if (aside := left_aside(given)) else ""
-                kinds = f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}"
-                raise ValueError(f"{given}: no images ({kinds}) in this folder{but}")
+                raise ValueError(f"{given}: no images ({KINDS}) in this folder{but}")
             paths += images
         elif given.exists():
             paths.append(given)

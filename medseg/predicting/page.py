@@ -30,14 +30,14 @@ from medseg.results.assessment import describe_unlike, reliability_columns
 from medseg.results.folder import Results
 from medseg.results.masks import describe, make_masks
 from medseg.results.table import COLUMNS, measure, table_text, write_text
-from medseg.samples import FORMAT_NAMES
+from medseg.samples import KINDS
 from medseg.signals import Signals
 
 OLDEST_GRADIO = (6, 31)  # that of 6.0 has the browser fetch files from other sites
 EXAMPLES, MAX_UPLOAD = 4, 2 * 1024**3  # how many, and bytes of a file, at most
 VIEW_SIDE, HEIGHT = 2048, 330  # pixels of what the browser can zoom into, and on its screen
 WAITING = "Drop an image above."
-ABOUT = f"Takes DICOM, NIfTI, {FORMAT_NAMES}. Nothing is sent. **Not for clinical use.**"
+ABOUT = f"Takes {KINDS}. Nothing is sent. **Not for clinical use.**"
 # What each download writes of an image, as --write names it.
 DOWNLOADS = {"masks": ("mask",), "table": (), "all": ("mask", "overlay", "labelme")}
 LABELS = {"min-area": "Smallest piece, pixels", "min-mm2": "Smallest piece, mm²"}

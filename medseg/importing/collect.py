@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import unicodedata
 from collections import Counter
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 from medseg.coco import listed
 from medseg.files import base_name, check_regular, escape
 from medseg.images import read_image
+from medseg.patterns import same_form
 from medseg.samples import Page, count_pages, stored_orientation, turn
 from medseg.splits import augmented_groups
 
@@ -46,14 +46,6 @@ def walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
         yield Path(place), names
-
-
-def same_form(text):
-    """Text in the one Unicode form in which names are compared.
-
-    A letter and its accent are one character (NFC) or, as macOS stores names, two (NFD).
-    """
-    return unicodedata.normalize("NFC", text)
 
 
 def is_text(text):

@@ -1,1 +1,0 @@
-"""Other people's files: found, named, grouped and paired, and what the values of masks mean."""
