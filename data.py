@@ -17,8 +17,8 @@ import copy
 import hashlib
 import json
 import math
-import mmap
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,15 +29,20 @@ from torch.utils.data import Dataset
 from medseg import coco as coco_json
 from medseg import dist, samples
 from medseg import images as pictures
-from medseg.augment import AUGMENTATIONS, augment, count_draws, window_side
-from medseg.cache import RaggedRows, cached_rows
+from medseg.augment import AUGMENTATIONS
+from medseg.batches import Batches, Order, Transform
+from medseg.cache import cached_rows
 from medseg.cli import parse_named_values, run_main
 from medseg.coco_dialects import print_forgiven
-from medseg.crop import Crops, OneSize, OwnSizes
 from medseg.device import tune_convolutions
-from medseg.normalization import normalize
+from medseg.normalization import split_rows
 from medseg.run_lengths import encode, unite
 from medseg.settings import count_recorded
+
+TURNED = (
+    "of {} images are stored turned (EXIF): they are read as they are shown, and so are their "
+    "outlines, unless a record has the stored size"
+)
 
 
 class COCOSegmentationDataset(Dataset):
@@ -201,12 +206,6 @@ class COCOSegmentationDataset(Dataset):
         drawn = {channel: mask.draw() > 0 for channel, mask in masks.items()}
         return {channel: encode(samples.turn(mask, orientation)) for channel, mask in drawn.items()}
 
-    def preprocess(self, index):
-        """Image `index` at training size, uint8 (S, S, n_channels), and its masks (C, S, S)."""
-        image = self.read(index)
-        pixels = pictures.preprocess(image, self.image_size, self.n_channels)
-        return pixels, self.load_masks(index, image.size, pixels.shape[:2])
-
     def row(self, index):
         """Image `index` at training size and its masks: uint8 (S, S, n_channels + bytes).
 
@@ -244,31 +243,18 @@ class ClassMasks(NamedTuple):
 
 
 def open_split(
-    root,
-    split,
-    image_size=pictures.IMAGE_SIZE,
-    *,
-    skipped=None,
-    classes=None,
-    n_channels=3,
-    coco=None,
+    root, split, image_size=pictures.IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3
 ):
-    """The COCOSegmentationDataset of root/split; `skipped` as in `load_split`.
-
-    coco: what `load_coco` has read of it, where that is at hand.
-    """
+    """The COCOSegmentationDataset of root/split; `skipped` as in `load_split`."""
     folder, forgiven = Path(root) / split, Counter()
-    coco = coco or coco_json.load_coco(folder, skipped, forgiven)
-    dataset = COCOSegmentationDataset(
-        coco, folder, image_size=image_size, classes=classes, n_channels=n_channels
-    )
+    options = {"image_size": image_size, "classes": classes, "n_channels": n_channels}
+    coco = coco_json.load_coco(folder, skipped, forgiven)
+    dataset = COCOSegmentationDataset(coco, folder, **options)
     dataset.forgiven = forgiven
     return dataset
 
 
-def load_split(
-    root, split, image_size=pictures.IMAGE_SIZE, *, skipped=None, classes=None, n_channels=3
-):
+def load_split(root, split, image_size=pictures.IMAGE_SIZE, *, skipped=None, **options):
     """Every image of a split at training size: uint8 array (N, S, S, n_channels + bytes).
 
     S = image_size; with None, every image keeps its own size, and the result is a
@@ -276,12 +262,10 @@ def load_split(
     see COCOSegmentationDataset.row: with a single class, 0 and 1. Made once, in parallel, kept in
     root/.cache and mapped into memory (`medseg.cache`).
     skipped: a list; damaged images are left out and each adds a line to it. Without it they are a
-    ValueError that counts them and names the first. Raises FileNotFoundError.
+    ValueError that counts them and names the first. options: classes and n_channels, as for
+    `open_split`. Raises FileNotFoundError.
     """
-    dataset = open_split(
-        root, split, image_size, skipped=skipped, classes=classes, n_channels=n_channels
-    )
-    return cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
+    return cached_rows(open_split(root, split, image_size, skipped=skipped, **options), skipped)
 
 
 def count_channels(root, chosen):
@@ -302,215 +286,6 @@ def count_channels(root, chosen):
     return count
 
 
-def split_rows(rows, n_channels, n_classes):
-    """uint8 tensor (B, S, S, n_channels + bytes) -> images and masks as a network takes them.
-
-    Images: float32 (B, n_channels, S, S) normalised; masks: float32 (B, n_classes, S, S).
-    """
-    masks = rows[..., n_channels:]
-    if n_classes > 1:
-        bits = torch.arange(8, dtype=torch.uint8, device=rows.device)
-        masks = ((masks[..., None] >> bits) & 1).flatten(-2)[..., :n_classes]
-    return normalize(rows[..., :n_channels]), masks.permute(0, 3, 1, 2).float().contiguous()
-
-
-class Batches:
-    """The batches of a split, on the device and normalised: what a DataLoader is to a Dataset.
-
-    rows: uint8 array (N, S, S, n_channels + bytes) or RaggedRows, see `load_split`. Iterating
-    yields (images float32 (B, n_channels, S, S), masks float32 (B, n_classes, S, S) of 0 and 1).
-    With shuffle, the order is a function of seed and epoch alone, and so are the crops and, with
-    `strengths` ({name: number} of `medseg.augment.AUGMENTATIONS`), what `augment` does to each.
-    crop: side of square crops of the images, see `medseg.crop`; each image is drawn as often as
-    they would tile it. repeat: how often, times that, an epoch draws each image; of 0.1, a tenth
-    of them, which with shuffle are others in each epoch. dataset: of the rows, if `true_masks` are
-    wanted. RaggedRows without crop come one image at
-    a time, for each process.
-    On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
-    Of `world` processes each gets every world-th image of a batch, from its `rank` on; batch_size
-    is that over all processes. names: of the images, see `names_in_order`.
-    """
-
-    def __init__(
-        self,
-        rows,
-        batch_size,
-        device="cpu",
-        *,
-        shuffle=False,
-        seed=0,
-        rank=0,
-        world=1,
-        strengths=None,
-        crop=None,
-        repeat=1,
-        n_channels=3,
-        n_classes=1,
-        names=(),
-        dataset=None,
-    ):
-        if batch_size < 1:
-            raise ValueError(f"batch size {batch_size}: it must be at least 1")
-        self.rows, self.device, self.crop = rows, torch.device(device), crop
-        self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
-        self.strengths, self.n_channels, self.n_classes = strengths or {}, n_channels, n_classes
-        self.names, self.dataset = names, dataset
-        self.images = self._open_images()
-        self.images_per_epoch = max(round(repeat * len(self.images.numbers)), 1)
-        self.one_by_one = type(self.images) is OwnSizes
-        self.batch_size = world if self.one_by_one else batch_size
-        self.set_epoch(0)
-
-    def _open_images(self):
-        """Where the pixels come from: OneSize, OwnSizes or Crops, on the GPU if it has room."""
-        rows, ragged = self.rows, isinstance(self.rows, RaggedRows)
-        if self.crop and not ragged:
-            rows, ragged = RaggedRows.of_array(rows), True
-        pixels = rows.pixels if ragged else rows
-        self.memory_map = getattr(pixels, "_mmap", None)
-        pixels = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if pixels.nbytes < 0.4 * free:
-                pixels = pixels.to(self.device)
-        if not ragged:
-            return OneSize(pixels)
-        if not self.crop:
-            return OwnSizes(pixels, rows.starts, rows.sizes)
-        window = window_side(self.crop, self.strengths)
-        return Crops(pixels, rows.starts, rows.sizes, self.crop, window)
-
-    def whole_images(self, most):
-        """Batches of the images as prediction takes them; of more than `most`, so many at random.
-
-        This process has them all.
-        """
-        return Batches(
-            self.rows,
-            max(self.batch_size // self.world, 1),
-            self.device,
-            shuffle=True,
-            seed=self.seed,
-            repeat=min(1, most / len(self.rows)),
-            n_channels=self.n_channels,
-            n_classes=self.n_classes,
-        )
-
-    def __len__(self):
-        return math.ceil(self.images_per_epoch / self.batch_size)
-
-    def set_epoch(self, epoch, start=0):
-        """Choose the order of the next pass, and the batch it begins with (to resume within)."""
-        self.epoch, self.start = epoch, start
-
-    def __iter__(self):
-        generator = self._generator()
-        order = self._order(generator)
-        columns = [count_draws(self.strengths, self.n_channels), self.images.n_draws]
-        draws = torch.rand(len(order), sum(columns), generator=generator)
-        for_augment, for_images = draws.split(columns, 1)
-        for first, end in self._bounds(len(order)):
-            mine = slice(first + self.rank, end, self.world)
-            pixels = self.images.gather(order[mine], for_images[mine])
-            images, masks = split_rows(self._to_device(pixels), self.n_channels, self.n_classes)
-            if self.strengths and len(images):
-                images, masks = self._augment(images, masks, for_augment[mine], first, end)
-            yield images, masks
-
-    def _bounds(self, count):
-        """(first, end) of each batch of this pass, in the order of `count` images."""
-        for first in range(self.start * self.batch_size, count, self.batch_size):
-            yield first, min(first + self.batch_size, count)
-
-    def names_in_order(self):
-        """The names of the images that this pass yields here, a list; empty where they miss."""
-        if len(self.names) != len(self.rows):
-            return []
-        return [self.names[number] for number in self.row_numbers()]
-
-    def row_numbers(self):
-        """The numbers of the rows that this pass yields here, in order, a list."""
-        order = self._order(self._generator()).tolist()
-        mine = (
-            order[first + self.rank : end : self.world] for first, end in self._bounds(len(order))
-        )
-        return [number for numbers in mine for number in numbers]
-
-    def true_masks(self, number, masks):
-        """The masks (C, H, W) of a row at the image's own size; masks: those of its batch.
-
-        They are returned where nothing tells which image it is.
-        """
-        return self.dataset.true_masks(number) if self.knows_images else masks.cpu().numpy() > 0.5
-
-    @property
-    def knows_images(self):
-        """Whether a data set tells which image a row is."""
-        return self.dataset is not None and len(self.dataset) == len(self.rows)
-
-    def original(self, position):
-        """Image `position` of this pass as shown: uint8 (H, W, 3) and its masks, bool (C, H, W).
-
-        Only where `knows_images`.
-        """
-        image, masks = self.dataset.load(self.row_numbers()[position])
-        return np.asarray(image.rgb()), masks > 0
-
-    def _order(self, generator):
-        """The numbers of the images of an epoch, int64 (images_per_epoch,)."""
-        numbers = self.images.numbers
-        whole, rest = divmod(self.images_per_epoch, len(numbers))
-        order = numbers.repeat(whole)
-        if rest:  # of a part of the images, some others each time
-            if self.shuffle:
-                numbers = numbers[torch.randperm(len(numbers), generator=generator)]
-            order = torch.cat([order, numbers[:rest]])
-        if self.shuffle:
-            order = order[torch.randperm(len(order), generator=generator)]
-        return order
-
-    def _to_device(self, pixels):
-        if self.device.type == "cuda" and not pixels.is_cuda:
-            pixels = pixels.pin_memory()  # the copy then waits in the GPU's queue, and we do not
-        pixels = pixels.to(self.device, non_blocking=True)
-        if hasattr(self.memory_map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
-            self.memory_map.madvise(mmap.MADV_DONTNEED)  # else the process grows to the file's size
-        return pixels
-
-    def _augment(self, images, masks, draws, first, end):
-        """`augment` our part of the batch of the images `first` to `end` - 1 of the order."""
-        size, noise = (self.crop, self.crop) if self.crop else images.shape[-2:], None
-        if self.strengths.get("noise"):
-            noise = self._noise(first, end, size)
-        return augment(images, masks, draws, self.strengths, size=size, noise=noise)
-
-    def _generator(self, device="cpu", position=0):
-        """Random numbers of this seed and epoch, and of the image at a position of its order."""
-        seed = self.seed * 1_000_003 + self.epoch + position * 1_000_003**2
-        return torch.Generator(device).manual_seed(seed % 2**63)
-
-    def _noise(self, first, end, size):
-        """Standard normal noise for our part of the batch of the images `first` to `end` - 1.
-
-        Drawn on the device for the batch of all processes, so that it is the same in any number of
-        them; where the images differ in size, for each image.
-        """
-        count, mine = end - first, slice(self.rank, None, self.world)
-        if self.one_by_one:
-            first, count, mine = first + self.rank, 1, slice(None)
-        generator = self._generator(self.device, 1 + first)  # 0: the order's
-        shape = (count, self.n_channels, *size)
-        return torch.randn(shape, generator=generator, device=self.device)[mine]
-
-
-def describe_turned(count, total):
-    """What to say where `count` images of a split of `total` are stored turned."""
-    return (
-        f"{count} of {total} images are stored turned (EXIF): they are read as they are shown, "
-        "and so are their outlines, unless a record has the stored size"
-    )
-
-
 def make_loaders(args, root, model, device, skipped):
     """{split: Batches} as the flags of train.py and the network ask for; with --test-only of test.
 
@@ -524,40 +299,28 @@ def make_loaders(args, root, model, device, skipped):
             f"give at least {world}"
         )
     each = args.classes == "each" or model.n_classes > 1
-    classes, n_channels = list(model.info.class_names) if each else None, model.n_channels
-    changes = {"crop": args.crop, "repeat": args.repeat}
-    changes["strengths"] = parse_named_values(args.augment, AUGMENTATIONS)
+    classes = list(model.info.class_names) if each else None
+    options = {"classes": classes, "n_channels": model.n_channels, "skipped": skipped}
+    order = Order(args.batch_size, seed=args.seed, rank=rank, world=world)
+    plain = Transform(model.n_channels, model.n_classes)
+    strengths = parse_named_values(args.augment, AUGMENTATIONS)
     loaders = {}
     with dist.first_on_each_machine():
         for split in ("test",) if args.test_only else coco_json.SPLITS:
-            dataset = open_split(
-                root,
-                split,
-                model.info.image_size,
-                skipped=skipped,
-                classes=classes,
-                n_channels=n_channels,
-            )
-            rows = cached_rows(dataset, Path(root) / ".cache", split, skipped=skipped)
-            if dist.is_first():
-                print_forgiven(dataset.forgiven, f"{split}: ")
+            dataset = open_split(root, split, model.info.image_size, **options)
+            rows = cached_rows(dataset, skipped)
+            notes = dataset.forgiven
             if dataset.turned:  # once, when the cache is made
-                print(f"{split}: {describe_turned(len(dataset.turned), len(dataset))}")
-            train = split == "train"
-            loaders[split] = Batches(
-                rows,
-                args.batch_size,
-                device,
-                shuffle=train,
-                seed=args.seed,
-                rank=rank,
-                world=world,
-                n_channels=n_channels,
-                n_classes=model.n_classes,
-                names=dataset.without(skipped).names() if split == "test" else (),
-                dataset=dataset.without(skipped) if split != "train" else None,
-                **changes if train else {},
-            )
+                notes[TURNED.format(len(dataset))] = len(dataset.turned)
+            if dist.is_first():
+                print_forgiven(notes, f"{split}: ")
+            if split == "train":
+                drawn = replace(order, shuffle=True, repeat=args.repeat)
+                changed = replace(plain, crop=args.crop, strengths=strengths)
+                loaders[split] = Batches(rows, drawn, device, transform=changed)
+            else:
+                known = dataset.without(skipped)
+                loaders[split] = Batches(rows, order, device, transform=plain, dataset=known)
     tune_convolutions(device, one_size=not any(own.one_by_one for own in loaders.values()))
     return loaders
 

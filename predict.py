@@ -31,11 +31,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import net
-from data import normalize
 from medseg import cli, pieces, predictor
 from medseg import device as devices
 from medseg import images as pictures
 from medseg.files import VOLUME_SUFFIXES
+from medseg.normalization import normalize
 from medseg.predicting import flags, inputs, reading, saving
 from medseg.pretrained import default_model
 from medseg.results.folder import MAX_LINES, Results, describe_run

@@ -53,18 +53,19 @@ class RaggedRows(Sequence):
         return self.pixels[self.starts[index] : self.ends[index]].reshape(height, width, -1)
 
 
-def cached_rows(dataset, folder, split, *, skipped=None):
+def cached_rows(dataset, skipped=None):
     """dataset.row(i) of every image, memory-mapped: uint8 array (N, S, S, C), or RaggedRows.
 
-    dataset: has `image_dir`, `path(i)`, `image_size` S (None where every image keeps its own),
-    `row_shape` = (S, S, C), or (C,) where S is None, `variant` (names what rows hold that the
-    tutorial's do not, '' where that is nothing) and a length. folder: where the arrays are
-    kept, under a name that depends on the annotations and on the name, size and time of every
-    image; what has changed is made anew. Where the folder cannot be written, the array
+    dataset: has `image_dir`, ROOT/SPLIT, `path(i)`, `image_size` S (None where every image keeps
+    its own), `row_shape` = (S, S, C), or (C,) where S is None, `variant` (names what rows hold that
+    the tutorial's do not, '' where that is nothing) and a length. The arrays are kept in
+    ROOT/.cache, under a name that depends on the annotations and on the name, size and time of
+    every image; what has changed is made anew. Where the folder cannot be written, the array
     stays in memory. While another process makes the array, this one waits.
     skipped: a list; damaged images are left out and each adds a line to it. Without it they are
     a ValueError that counts them and names the first.
     """
+    folder, split = dataset.image_dir.parent / ".cache", dataset.image_dir.name
     prefix = f"{split}-{dataset.image_size or 'full'}{dataset.variant}-"
     key = f"{CACHE_VERSION}{fingerprint(dataset, 'st_size', 'st_mtime_ns')}"
     path = folder / f"{prefix}{key}.npy"

@@ -7,6 +7,18 @@ import torch
 from medseg.images import mean_and_std
 
 
+def split_rows(rows, n_channels, n_classes):
+    """uint8 tensor (B, S, S, n_channels + bytes) -> images and masks as a network takes them.
+
+    Images: float32 (B, n_channels, S, S) normalised; masks: float32 (B, n_classes, S, S).
+    """
+    masks = rows[..., n_channels:]
+    if n_classes > 1:
+        bits = torch.arange(8, dtype=torch.uint8, device=rows.device)
+        masks = ((masks[..., None] >> bits) & 1).flatten(-2)[..., :n_classes]
+    return normalize(rows[..., :n_channels]), masks.permute(0, 3, 1, 2).float().contiguous()
+
+
 def normalize(pixels):
     """uint8 (B, H, W, C) -> float32 (B, C, H, W), on the same device; C is 3, or 1 for grey.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Batches
+from data import Batches, Order, Transform
 from medseg.augment import AUGMENTATIONS, augment, count_draws, spline_basis, window_side
 from medseg.cli import parse_named_values
 from medseg.images import MEAN, STD
@@ -64,7 +64,9 @@ def test_the_strong_recipe_is_bit_for_bit_the_first_version(side):
 def test_batches_of_the_strong_recipe_are_those_of_the_first_version():
     rows = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 4), dtype=np.uint8)
     rows[..., 3] //= 128
-    loader = Batches(rows, 2, shuffle=True, seed=7, strengths=strengths_of(STRONG))
+    loader = Batches(
+        rows, Order(2, True, seed=7), transform=Transform(strengths=strengths_of(STRONG))
+    )
     loader.set_epoch(3)
     generator = torch.Generator().manual_seed(7 * 1_000_003 + 3)
     order = torch.randperm(5, generator=generator)
@@ -241,7 +243,8 @@ def test_a_function_of_seed_epoch_and_place(text):
     rows = np.random.default_rng(0).integers(0, 2, (7, 32, 32, 4), dtype=np.uint8)
 
     def batches(epoch, start=0, **options):
-        loader = Batches(rows, 3, shuffle=True, strengths=strengths_of(text), **options)
+        transform = Transform(strengths=strengths_of(text))
+        loader = Batches(rows, Order(3, shuffle=True, **options), transform=transform)
         loader.set_epoch(epoch, start)
         return [images for images, _ in loader]
 
@@ -255,13 +258,13 @@ def test_a_function_of_seed_epoch_and_place(text):
         torch.testing.assert_close(together[0::2], even)
         if len(together) > 1:
             torch.testing.assert_close(together[1::2], odd)
-    plain, _ = next(iter(Batches(rows, 3, shuffle=True)))
+    plain, _ = next(iter(Batches(rows, Order(3, True))))
     assert not torch.equal(plain, first[0])
 
 
 def test_noise_differs_by_image_batch_and_epoch():
     rows, fields = np.zeros((4, 16, 16, 4), np.uint8), []
-    loader = Batches(rows, 2, strengths={"noise": 1.0})
+    loader = Batches(rows, Order(2), transform=Transform(strengths={"noise": 1.0}))
     for epoch in range(2):
         loader.set_epoch(epoch)
         for images, _ in loader:

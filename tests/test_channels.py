@@ -21,9 +21,10 @@ from helpers import (
 from PIL import Image
 
 import net
-from data import Batches, count_channels, load_split, normalize
+from data import Batches, Order, Transform, count_channels, load_split
 from medseg.augment import augment, count_draws
 from medseg.images import measure_window
+from medseg.normalization import normalize
 from medseg.volumes import open_volume
 
 SIDE = 48
@@ -76,7 +77,7 @@ def test_a_data_set_has_as_many_channels_as_its_images(tmp_path):
     rows = load_split(root, "test", SIDE, n_channels=7)
     assert rows.shape == (8, SIDE, SIDE, 8)
     np.testing.assert_array_equal(rows[2, ..., :7], channel_image(2002)[0])
-    images, masks = next(iter(Batches(rows, 8, n_channels=7)))
+    images, masks = next(iter(Batches(rows, Order(8), transform=Transform(7))))
     assert images.shape == (8, 7, SIDE, SIDE) and masks.sum() == 8 * 16 * 16
     expected = (channel_image(2002)[0] / 255 - 0.449) / 0.226
     np.testing.assert_allclose(images[2].permute(1, 2, 0), expected, atol=1e-5)

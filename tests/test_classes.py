@@ -23,7 +23,15 @@ from PIL import Image
 
 import predict
 import train
-from data import Batches, COCOSegmentationDataset, load_split, open_split, split_rows
+from data import (
+    Batches,
+    COCOSegmentationDataset,
+    Order,
+    Transform,
+    load_split,
+    open_split,
+    split_rows,
+)
 from medseg import plots
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.drawing import class_colors, overlay
@@ -92,11 +100,11 @@ def test_grey_and_classes_get_caches_of_their_own(three):
     grey = load_split(three, "train", 48, n_channels=1)
     assert union.shape[3] == 4 and each.shape[3] == 4 and grey.shape[3] == 2
     assert len(list((three / ".cache").glob("*.npy"))) == 3
-    batches = Batches(each, 4, n_classes=3)
+    batches = Batches(each, Order(4), transform=Transform(n_classes=3))
     images, masks = next(iter(batches))
     assert images.shape == (4, 3, 48, 48) and masks.shape == (4, 3, 48, 48)
     np.testing.assert_array_equal(masks[0].numpy(), drawn())
-    images, masks = next(iter(Batches(grey, 4, n_channels=1)))
+    images, masks = next(iter(Batches(grey, Order(4), transform=Transform(1))))
     assert images.shape == (4, 1, 48, 48) and masks.shape == (4, 1, 48, 48)
     luma = np.asarray(Image.open(three / "train" / "0.png").convert("L")) / 255
     np.testing.assert_allclose(images[0, 0].numpy(), (luma - 0.449) / 0.226, atol=1e-5)

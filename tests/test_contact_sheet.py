@@ -22,7 +22,7 @@ from PIL import Image
 import data
 import predict
 import train
-from data import Batches
+from data import Batches, Order
 from medseg import drawing, fonts, plots
 from medseg.drawing import (
     class_colors,
@@ -183,12 +183,17 @@ def test_more_images_are_shown_where_they_are_asked_for(dataset, tmp_path, refus
 def test_names_are_in_the_order_of_the_images(rank, world, batch):
     rows = np.zeros((7, 4, 4, 4), np.uint8)
     rows[..., :3] = np.arange(7)[:, None, None, None]
-    options = {"rank": rank, "world": world, "shuffle": True}
-    batches = Batches(rows, batch, names=list("abcdefg"), **options)
+    order = Order(batch, shuffle=True, rank=rank, world=world)
+
+    class Named(list):
+        def names(self):
+            return list(self)
+
+    batches = Batches(rows, order, dataset=Named("abcdefg"))
     seen = torch.cat([images[:, 0, 0, 0] for images, _ in batches]).argsort().argsort()
     names = batches.names_in_order()
     assert [sorted(names)[place] for place in seen] == names
-    assert Batches(rows, batch, names=["a"], **options).names_in_order() == []
+    assert Batches(rows, order, dataset=Named("a")).names_in_order() == []
 
 
 def test_predictions_have_the_names_of_their_files(dataset, tmp_path, monkeypatch):
@@ -215,7 +220,7 @@ def test_predictions_are_drawn_and_scored_at_the_size_of_each_image(tmp_path, mo
     drawn, model = [], brightness_model(32)
     monkeypatch.setattr(train.plots, "plot_predictions", lambda *cases, **_: drawn.append(cases))
     dataset = data.open_split(tmp_path, "test", 32)
-    loader = Batches(data.load_split(tmp_path, "test", 32), 2, dataset=dataset)
+    loader = Batches(data.load_split(tmp_path, "test", 32), Order(2), dataset=dataset)
     train.visualize_predictions(model, loader, "cpu", chosen=Inference(0.4))
     ((pictures, targets, preds, titles, _),) = drawn
     torch.save(model.state_dict(), tmp_path / "best_model.pth")

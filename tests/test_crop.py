@@ -15,7 +15,14 @@ from PIL import Image
 
 import predict
 import train
-from data import Batches, COCOSegmentationDataset, load_split, open_split
+from data import (
+    Batches,
+    COCOSegmentationDataset,
+    Order,
+    Transform,
+    load_split,
+    open_split,
+)
 from medseg.augment import AUGMENTATIONS, window_side
 from medseg.cache import RaggedRows
 from medseg.cli import parse_named_values
@@ -151,22 +158,25 @@ def test_memory_where_the_folder_cannot_be_written(own_sizes, capsys):
 
 def test_whole_images_come_one_by_one(own_sizes):
     rows = load_split(own_sizes, "train", None)
-    loader = Batches(rows, 32)
+    loader = Batches(rows, Order(32))
     assert len(loader) == 4
     for (images, masks), row in zip(loader, rows, strict=True):
         assert len(images) == 1 and masks.dtype == torch.float32
         np.testing.assert_array_equal(to_pixels(images)[0], row[..., :3])
         np.testing.assert_array_equal(masks[0, 0], row[..., 3])
-    flipped = Batches(rows, 2, shuffle=True, strengths={"rotate": 30.0, "noise": 0.1})
+    turned = Transform(strengths={"rotate": 30.0, "noise": 0.1})
+    flipped = Batches(rows, Order(2, shuffle=True), transform=turned)
     assert sorted(tuple(images.shape[2:]) for images, _ in flipped) == sorted(SIZES)
 
 
 def test_processes_get_a_whole_image_each(own_sizes):
-    rows, strengths = load_split(own_sizes, "train", None), {"flip": 1.0, "noise": 0.1}
-    alone = list(Batches(rows, 4, shuffle=True, strengths=strengths))
+    rows = load_split(own_sizes, "train", None)
+    transform = Transform(strengths={"flip": 1.0, "noise": 0.1})
+    alone = list(Batches(rows, Order(4, True), transform=transform))
     of_ranks = []
     for rank in range(3):
-        loader = Batches(rows, 4, shuffle=True, strengths=strengths, rank=rank, world=3)
+        order = Order(4, True, rank=rank, world=3)
+        loader = Batches(rows, order, transform=transform)
         of_ranks.append(list(loader))
         assert len(loader) == len(of_ranks[-1]) == 2
     for index, (images, masks) in enumerate(alone):
@@ -191,9 +201,10 @@ def numbered_rows():
     return RaggedRows(np.concatenate([row.reshape(-1, 4) for row in rows]), SIZES)
 
 
-def crops(rows, size, epoch=0, start=0, **options):
+def crops(rows, size, epoch=0, start=0, strengths=(), **options):
     """[(pixels (size, size, 3), mask (size, size))] of an epoch."""
-    loader = Batches(rows, 4, crop=size, **{"shuffle": True, **options})
+    transform = Transform(crop=size, strengths=dict(strengths))
+    loader = Batches(rows, Order(4, **{"shuffle": True, **options}), transform=transform)
     loader.set_epoch(epoch, start)
     pairs = []
     for images, masks in loader:
@@ -205,7 +216,9 @@ def crops(rows, size, epoch=0, start=0, **options):
 @pytest.mark.parametrize("strengths", [{}, {"rotate": 1e-9}])  # resampled, and where they were
 def test_crops_are_slices_of_the_images(strengths):
     rows, seen = numbered_rows(), dict.fromkeys(range(4), 0)
-    assert len(Batches(rows, 4, crop=20)) == 6  # 6 + 2 + 10 + 5 crops in batches of 4
+    assert (
+        len(Batches(rows, Order(4), transform=Transform(crop=20))) == 6
+    )  # 6 + 2 + 10 + 5 crops in batches of 4
     for pixels, mask in crops(rows, 20, strengths=strengths):
         number, top, left = pixels[0, 0]
         source = rows[number][top : top + 20, left : left + 20]
@@ -280,9 +293,9 @@ def test_crops_are_a_function_of_seed_epoch_and_place():
 
 
 def test_an_empty_part_of_a_batch_has_the_size_of_the_crop():
-    strengths = parse_named_values("rotate", AUGMENTATIONS)
+    transform = Transform(crop=20, strengths={"rotate": 30.0})
     rows = numbered_rows()[:1]  # 6 crops of 20, in batches of 5
-    *_, (images, masks) = Batches(rows, 5, crop=20, strengths=strengths, rank=1, world=2)
+    *_, (images, masks) = Batches(rows, Order(5, rank=1, world=2), transform=transform)
     assert images.shape == (0, 3, 20, 20) and masks.shape == (0, 1, 20, 20)
 
 
@@ -297,7 +310,7 @@ def test_what_turns_into_a_crop_comes_from_the_image(text):
     row[..., 0], row[..., 1] = np.mgrid[:side, :side]
     strengths = parse_named_values(text, AUGMENTATIONS)
     window = window_side(24, strengths)
-    loader = Batches(row[None], 10, crop=24, strengths=strengths)
+    loader = Batches(row[None], Order(10), transform=Transform(crop=24, strengths=strengths))
     assert len(loader) == 10
     checked = 0
     for images, _ in loader:
@@ -379,7 +392,7 @@ def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
     assert report["scores"]["dice"] == pytest.approx(2 * 400 / (400 + 500))
     assert report["valid"]["scores_with_it"]["dice"] > 0
     scores = RunningScores("cpu")
-    for images, masks in Batches(load_split(own_sizes, "test", None), 1):
+    for images, masks in Batches(load_split(own_sizes, "test", None), Order(1)):
         scores.add(torch.zeros(()), Threshold()(images), masks)
     expected = {name: scores.result()[name] for name in report["scores"]}
     assert report["scores"] == pytest.approx(expected, abs=1e-9)
@@ -394,7 +407,7 @@ def test_samples_of_several_batches_are_drawn(own_sizes, tmp_path, monkeypatch):
         return plot(*cases, **more)
 
     monkeypatch.setattr(train.plots, "plot_predictions", record)
-    loader = Batches(load_split(own_sizes, "test", None), 1)
+    loader = Batches(load_split(own_sizes, "test", None), Order(1))
     path = tmp_path / "predictions.png"
     assert train.visualize_predictions(Threshold(), loader, "cpu", 3, path=path) == path
     ((pictures, targets, _, titles, _),) = drawn

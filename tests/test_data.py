@@ -36,13 +36,21 @@ from pycocotools import mask as coco_mask
 
 import data
 import download
-from data import Batches, COCOSegmentationDataset, load_split, open_split
+from data import (
+    Batches,
+    COCOSegmentationDataset,
+    Order,
+    Transform,
+    load_split,
+    open_split,
+)
 from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.duplicates import near_duplicates
 from medseg.files import read_json
 from medseg.images import MEAN, STD, resize_nearest
 from medseg.inference import full_size_masks
+from medseg.normalization import normalize
 from medseg.planning.audit import audit
 from medseg.predicting.scoring import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
@@ -225,7 +233,7 @@ def test_training_and_prediction_see_the_same_pixels(split):
     folder, _, _ = split
     rows = load_split(folder.parent, "train")
     tensor, picture = preprocess_image(folder / "2.png")
-    ((images, _),) = Batches(rows, 6)
+    ((images, _),) = Batches(rows, Order(6))
     assert torch.equal(images[2], tensor[0]) and picture.size == (256, 256)
     item, _ = COCOSegmentationDataset(load_coco(folder), folder)[2]
     assert torch.equal(images[2], item)
@@ -456,7 +464,7 @@ def test_nothing_is_left_when_building_fails(dataset):
 def test_an_epoch_draws_every_image_as_often_as_it_is_asked_to(repeat, times, crop):
     rows = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 4), np.uint8)
     rows[..., 3] = 0
-    batches = Batches(rows, 4, shuffle=True, repeat=repeat, crop=crop)
+    batches = Batches(rows, Order(4, True, repeat=repeat), transform=Transform(crop=crop))
     epochs = []
     for epoch in range(2):
         batches.set_epoch(epoch)
@@ -469,7 +477,7 @@ def test_an_epoch_draws_every_image_as_often_as_it_is_asked_to(repeat, times, cr
 
 def normalize_shades(count):
     pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 1, 3)
-    return data.normalize(pixels)[:, 0, 0, 0]
+    return normalize(pixels)[:, 0, 0, 0]
 
 
 def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
@@ -479,7 +487,7 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
 
     def order(epoch=0, start=0, seed=0):
         """The numbers of the images, which are their red pixels, as they come."""
-        batches = Batches(rows, 4, shuffle=True, seed=seed)
+        batches = Batches(rows, Order(4, True, seed))
         batches.set_epoch(epoch, start)
         red = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
         return ((red * STD[0] + MEAN[0]) * 255).round().int().tolist()
@@ -488,8 +496,8 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
     assert len({tuple(order(epoch)) for epoch in range(5)}) == 5
     assert order() != order(seed=1)
     assert order(epoch=3, start=1) == order(epoch=3)[4:]
-    plain = list(Batches(rows, 4))
-    assert [len(images) for images, _ in plain] == [4, 4, 2] and len(Batches(rows, 4)) == 3
+    plain = list(Batches(rows, Order(4)))
+    assert [len(images) for images, _ in plain] == [4, 4, 2] and len(Batches(rows, Order(4))) == 3
     images, masks = plain[0]
     assert images.shape == (4, 3, 8, 8)
     assert masks.shape == (4, 1, 8, 8) and masks.dtype == torch.float32
@@ -503,7 +511,7 @@ def test_a_split_that_leaves_room_on_the_gpu_is_moved_there(free, resident, monk
     rows, moved = np.zeros((10, 8, 8, 4), np.uint8), []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * rows.nbytes, 0))
     monkeypatch.setattr(torch.Tensor, "to", lambda pixels, device: moved.append(device) or pixels)
-    Batches(rows, 4, "cuda")
+    Batches(rows, Order(4), "cuda")
     assert moved == [torch.device("cuda")] * resident
 
 
@@ -789,7 +797,7 @@ def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
     assert "category     249: 1 annotations" in capsys.readouterr().out
     dataset = open_split(root, "train", 40, classes=names)
     assert peak_of(dataset.row, 0) < limit
-    pixels, masks = dataset.preprocess(0)
+    masks = dataset.load_masks(0, (1200, 800), (40, 40))
     small = resize_nearest(large, 40, 40)
     np.testing.assert_array_equal(masks, small == np.arange(1, 250)[:, None, None])
     bits = np.unpackbits(dataset.row(0)[..., 3:], axis=2, count=249, bitorder="little")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import HOME, ROOT, SMALL, fork_script, output_of
 
-from data import Batches
+from data import Batches, Order
 from medseg.dist import SharedDropout, all_reduce_max, process_group
 from medseg.images import MEAN, STD
 from net import load_model
@@ -124,7 +124,7 @@ def test_every_image_once_for_any_number_of_processes(world):
 
     seen = []
     for rank in range(world):
-        batches = Batches(rows, 5, shuffle=True, rank=rank, world=world)
+        batches = Batches(rows, Order(5, shuffle=True, rank=rank, world=world))
         batches.set_epoch(3)
         parts = [numbers(images) for images, _ in batches]
         assert len(parts) == len(batches) == 3

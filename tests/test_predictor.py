@@ -16,11 +16,12 @@ from helpers import brightness_model, output_of, scan
 from PIL import Image, ImageChops
 from scipy.spatial.distance import mahalanobis
 
-from data import Batches, load_split, normalize
+from data import Batches, Order, Transform, load_split
 from medseg import images, samples, tiles
 from medseg.cache import RaggedRows
 from medseg.inference import PLAIN, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
+from medseg.normalization import normalize
 from medseg.ood import count_features, fit, fit_with_threshold
 from medseg.phantoms import make_phantoms
 from medseg.predicting import inputs, reading
@@ -358,8 +359,8 @@ def test_whole_images_are_as_prediction_takes_them():
     """Whatever is cropped, repeated and changed for the training."""
     sizes = np.array([(20 + number, 30) for number in range(7)])
     rows = RaggedRows(np.zeros((sizes.prod(1).sum(), 4), np.uint8), sizes)
-    changes = {"crop": 8, "repeat": 3, "strengths": {"flip": 1.0}, "world": 2, "rank": 1}
-    batches = Batches(rows, 4, shuffle=True, **changes)
+    order = Order(4, shuffle=True, repeat=3, rank=1, world=2)
+    batches = Batches(rows, order, transform=Transform(crop=8, strengths={"flip": 1.0}))
     for most, count in ((9, 7), (3, 3)):
         shapes = [tuple(images.shape[2:]) for images, _ in batches.whole_images(most)]
         assert len({*shapes}) == len(shapes) == count and {*shapes} <= {*map(tuple, sizes.tolist())}
@@ -427,7 +428,7 @@ def test_a_training_records_what_its_images_look_like(trained):
     assert model.info.trained_flips == ("horizontal",)
     for split in ("train", "valid"):
         rows = np.array(load_split(trained / "dataset", split, 32))
-        shown = torch.cat([some for some, _ in Batches(rows, 2, shuffle=True).whole_images(99)])
+        shown = torch.cat([some for some, _ in Batches(rows, Order(2, True)).whole_images(99)])
         shown[1::2] = shown[1::2].flip(3)
         pooled.append(pooled_by_hand(model, shown.contiguous()))
     expected, statistics = fit_with_threshold(*pooled), model.info.feature_statistics

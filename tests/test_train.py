@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 
 import data
 import train
-from data import Batches, COCOSegmentationDataset, load_split
+from data import Batches, COCOSegmentationDataset, Order, load_split
 from medseg.coco import load_coco
 from medseg.images import MEAN, STD
 from medseg.metrics import RunningScores, metrics
@@ -329,7 +329,7 @@ def test_the_loss_falls_and_the_square_is_segmented(dataset, tmp_path):
     torch.manual_seed(0)
     model = UNet(n_filters=4)
     rows, optimizer = load_split(dataset, "train", 32), torch.optim.Adam(model.parameters(), 2e-3)
-    loaders, options = (Batches(rows, 2, shuffle=True), Batches(rows, 2)), {"patience": 40}
+    loaders, options = (Batches(rows, Order(2, True)), Batches(rows, Order(2))), {"patience": 40}
     history = train_model(
         model, *loaders, combined_loss, optimizer, 40, "cpu", out=tmp_path, **options
     )

@@ -26,7 +26,7 @@ from scipy import ndimage
 
 import predict
 import train
-from data import Batches, load_split, open_split
+from data import Batches, Order, Transform, load_split, open_split
 from medseg.inference import PLAIN, VIEWS, Inference, learned_flips, read_inference
 from medseg.metrics import SWEEP, count_image
 from medseg.predicting.flags import choose_inference
@@ -584,7 +584,7 @@ def test_valid_and_test_are_predicted_with_the_flips(random_model):
     expected = (plain.astype(float) + other) / 2
     random_model.info.draw_order = (1, 2)
     rows = np.zeros((2, 32, 32, 4), np.uint8)
-    loader = Batches(rows, 2, n_classes=2)
+    loader = Batches(rows, Order(2), transform=Transform(n_classes=2))
     loader.__class__ = type("Given", (Batches,), {"__iter__": lambda self: iter([(images, masks)])})
     found = predict_loader(random_model, loader, "cpu", ("horizontal",), nullcontext())
     targets, probabilities = map(np.stack, zip(*found, strict=True))

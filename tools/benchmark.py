@@ -36,12 +36,12 @@ SCRIPTS = ("data", "train", "predict", "download")
 
 
 def loader_cached(settings):
-    from data import Batches, load_split
+    from data import Batches, Order, load_split
     from medseg.device import keep_freed_memory
 
     keep_freed_memory()
     rows = load_split(settings["data"], "train", settings["size"])
-    batches = Batches(rows, 32, shuffle=True)
+    batches = Batches(rows, Order(32, shuffle=True))
     for _ in batches:
         pass
     started = time.perf_counter()

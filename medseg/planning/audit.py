@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 from tqdm import tqdm
 
-from data import describe_turned, open_split
+from data import TURNED, COCOSegmentationDataset
 from medseg.coco import (
     ANNOTATIONS,
     MAX_CLASSES,
@@ -63,7 +63,7 @@ def audit(root, out, n_shown=SHOWN):
     for split in categories:
         problems += damaged[split]
         try:
-            dataset = open_split(root, split, classes=names, coco=cocos.pop(split))
+            dataset = COCOSegmentationDataset(cocos.pop(split), root / split, classes=names)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -161,7 +161,7 @@ def _print_split(split, dataset, summary):
     if dataset.channel_names:
         print(f"  channels     {', '.join(dataset.channel_names)}")
     if summary.turned:
-        print(f"  turned       {describe_turned(summary.turned, len(dataset))}")
+        print(f"  turned       {summary.turned} {TURNED.format(len(dataset))}")
     print(
         f"  foreground   {percent:.2f} % of the pixels "
         f"(answering background everywhere is {100 - percent:.2f} % accurate)"

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import open_split
+from data import COCOSegmentationDataset
 from medseg.cache import fingerprint
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.duplicates import near_duplicates, thumbnail
@@ -63,7 +63,8 @@ def take_fingerprint(root, *, skip_bad=False):
     cocos = {split: load_coco(root / split, [] if skip_bad else None) for split in SPLITS}
     names = list(used_categories(cocos["train"]))
     datasets = {
-        split: open_split(root, split, classes=names, coco=coco) for split, coco in cocos.items()
+        split: COCOSegmentationDataset(coco, root / split, classes=names)
+        for split, coco in cocos.items()
     }
     key = "".join(fingerprint(dataset, "st_size", "st_mtime_ns") for dataset in datasets.values())
     path = root / ".cache" / f"fingerprint-{VERSION}.json"

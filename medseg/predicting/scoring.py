@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Batches, load_split, open_split
+from data import Batches, Order, Transform, load_split, open_split
 from medseg import coco, metrics
 from medseg.images import resize_nearest
 from medseg.inference import PLAIN
@@ -131,8 +131,8 @@ def sweep_thresholds(model, folder, spacing=None):
     of a pixel along each axis, or None.
     """
     dataset, names = _open(open_split, model, folder), model.info.class_names
-    sizes = {"n_channels": model.n_channels, "n_classes": len(names)}
-    batches = Batches(_open(load_split, model, folder), model.batch_size, model.device, **sizes)
+    rows, transform = _open(load_split, model, folder), Transform(model.n_channels, len(names))
+    batches = Batches(rows, Order(model.batch_size), model.device, transform=transform)
     bar = tqdm(batches, "valid", unit=" batches", disable=None)
     predicted = (one for images, _ in bar for one in model(images).cpu().numpy())
     pairs = ((dataset.true_masks(index), one) for index, one in enumerate(predicted))
