@@ -2,14 +2,15 @@
 
 import contextlib
 from collections import Counter
-from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import NoneType
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from medseg.coco_dialects import (
     FRACTIONS,
+    GUESSED,
     are_fractions,
     drop_without_outline,
     mend_records,
@@ -17,16 +18,16 @@ from medseg.coco_dialects import (
 )
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import check_regular, name_file, read_json
-from medseg.run_lengths import decode, decompress_counts, encode, unite
+from medseg.run_lengths import RunLengths, decompress_counts, encode, encode_counts, unite
 from medseg.samples import open_picture
 from medseg.settings import channel_names, is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
-MAX_NAME = 4096  # characters of a file_name
 MAX_OUTLINE = 4_000_000  # pixels, of the length of an outline that is drawn at once: 160 MB
 MAX_CLASSES = 255  # that are told apart: a mask has a byte a pixel, and 0 is background
 _FOLDERS = "{}/, {}/ and {}/".format(*SPLITS)
 LAYOUT = f"a data set is a folder with {_FOLDERS}, each with images and {ANNOTATIONS}"
+GET_ONE = "give the path of one, or run `python download.py`, which makes dataset/"
 
 
 def read_annotations(folder, skipped=None, forgiven=None):
@@ -41,15 +42,10 @@ def read_annotations(folder, skipped=None, forgiven=None):
     folder = Path(folder)
     finish_import(folder.parent)
     path = folder / ANNOTATIONS
-    for place in (folder.parent, folder):
-        if not place.is_dir():
-            raise FileNotFoundError(
-                f"{place}: no such folder; {LAYOUT}: give the path of one, or run "
-                "`python download.py`, which makes dataset/"
-            )
+    for place in (folder.parent, folder, path):
+        if not place.exists():
+            raise FileNotFoundError(f"{place}: not there; {LAYOUT}: {GET_ONE}")
     check_regular(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {LAYOUT}")
     forgiven = Counter() if forgiven is None else forgiven
     advice = f": `python data.py {folder.parent}` lists them"
     content = read_coco(path, skipped, advice=advice, forgiven=forgiven)
@@ -65,33 +61,33 @@ def read_annotations(folder, skipped=None, forgiven=None):
     return content
 
 
-def read_coco(path, skipped=None, *, advice="", forgiven=None, guessed=None, boxes=False):
+def read_coco(path, skipped=None, *, advice="", forgiven=None, boxes=False):
     """The content of one annotation file, wherever it is; see `read_annotations`.
 
     What other programs write is brought into COCO's form: ids as text, null for the only category,
     flat or nested outlines, sizes such as "64" or 64.0; a size that is not told is 0. Outlines of
     fewer than three points go, and so do annotations without any, where most have one.
     advice: ends the message that counts several damaged records. forgiven: a Counter, to which each
-    of these is added, in words. guessed: as for `read_json`. boxes: annotations with a box stay.
+    of these is added, in words. boxes: annotations with a box stay.
     """
+    forgiven, guessed = Counter() if forgiven is None else forgiven, []
     content = read_json(path, guessed=guessed)
+    if guessed:
+        forgiven[GUESSED] += 1
     if isinstance(content, dict):
         content.setdefault("categories", [])
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: not COCO annotations: no list of {key}")
-    forgiven = Counter() if forgiven is None else forgiven
     mend_records(content, forgiven)
-    damaged = _drop_damaged_records(content)
-    lines = [f"{path}: not COCO annotations: {line}" for line in islice(damaged, MAX_PROBLEMS)]
-    more = sum(1 for _ in damaged)
-    if lines and skipped is None:
-        total = f" ({len(lines) + more} such{advice})"
-        raise ValueError(lines[0] + (total if len(lines) > 1 else ""))
-    if more:
-        lines.append(f"{path}: not COCO annotations: {more:,} more damaged records")
-    if lines:
-        skipped.extend(lines)
+    problems = [f"{path}: not COCO annotations: {line}" for line in _drop_damaged(content)]
+    if problems and skipped is None:
+        total = f" ({len(problems)} such{advice})" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + total)
+    if more := len(problems[MAX_PROBLEMS:]):
+        problems[MAX_PROBLEMS:] = [f"{path}: not COCO annotations: {more:,} more damaged records"]
+    if problems:
+        skipped.extend(problems)
     drop_without_outline(content, forgiven, boxes)
     outlines = (annotation.get("segmentation") for annotation in content["annotations"])
     if are_fractions([outline for outline in outlines if outline]):
@@ -218,60 +214,54 @@ def shown_size(path):
 # ---------------------------------------------------------------- records that cannot be used
 
 
-def _drop_damaged_records(content):
-    """Remove what COCO cannot index, and images with such an annotation; yield a reason each."""
-    images, damaged = {}, set()  # good images by id; ids of those that go
+def _drop_damaged(content):
+    """Remove what COCO cannot index, and images with such an annotation; returns a reason each."""
+    images, annotations, damaged, problems = {}, [], set(), []  # good images by id; ids that go
     for number, image in enumerate(content["images"]):
-        reason = _image_problem(image, images)
-        if reason:
-            yield f"images[{number}] {reason}"
-            if isinstance(image, dict) and isinstance(image.get("id"), (int, str)):
-                damaged.add(image["id"])
+        if problem := _image_problem(image, images):
+            problems.append(f"images[{number}] {problem}")
+            damaged.add(_get_id(image, "id"))
         else:
             images[image["id"]] = image
-    annotations = []
     for number, annotation in enumerate(content["annotations"]):
-        owner = annotation.get("image_id") if isinstance(annotation, dict) else None
-        known = isinstance(owner, (int, str)) and (owner in images or owner in damaged)
-        if not known:
-            named = f" (image_id {owner!r:.40})" if isinstance(annotation, dict) else ""
-            yield f"annotations[{number}] belongs to no image{named}"
-        elif not _has_usable_ids(annotation, number):
-            yield f"annotations[{number}] has an id or category_id that is no number"
-            damaged.add(owner)
-        else:
+        owner = _get_id(annotation, "image_id")
+        if owner is None or (owner not in images and owner not in damaged):
+            problems.append(f"annotations[{number}] belongs to no image (image_id {owner!r:.40})")
+            continue
+        own = annotation.setdefault("id", number), annotation.setdefault("category_id", None)
+        if all(isinstance(value, (int, str, NoneType)) for value in own):
             annotations.append(annotation)
-    categories = []
-    for number, category in enumerate(content["categories"]):
-        if isinstance(category, dict) and isinstance(category.get("id"), (int, str)):
-            categories.append(category)
         else:
-            yield f"categories[{number}] has no id"
+            problems.append(f"annotations[{number}] has an id or category_id that is no number")
+            damaged.add(owner)
+    for number, category in enumerate(content["categories"]):
+        if _get_id(category, "id") is None:
+            problems.append(f"categories[{number}] has no id")
     content["images"] = [image for key, image in images.items() if key not in damaged]
-    content["annotations"] = [entry for entry in annotations if entry["image_id"] not in damaged]
-    content["categories"] = categories
+    content["annotations"] = [own for own in annotations if own["image_id"] not in damaged]
+    content["categories"] = [own for own in content["categories"] if _get_id(own, "id") is not None]
+    return problems
 
 
-def _has_usable_ids(annotation, number):
-    """Whether id and category_id can be looked up; where they are missing, they are filled in."""
-    own, category = annotation.setdefault("id", number), annotation.setdefault("category_id", None)
-    return isinstance(own, (int, str)) and isinstance(category, (int, str, NoneType))
+def _get_id(record, key):
+    """An id in a record, or None where there is none that can be looked up."""
+    value = record.get(key) if isinstance(record, dict) else None
+    return value if isinstance(value, (int, str)) else None
 
 
 def _image_problem(image, earlier):
     """What is wrong with an image's record, or None."""
-    if not isinstance(image, dict):
-        return "is not an object"
-    if not isinstance(image.get("id"), (int, str)) or image["id"] in earlier:
-        return f"has id {image.get('id')!r:.40}, which is missing or used twice"
+    own = _get_id(image, "id")
+    if own is None or own in earlier:
+        return f"has id {own!r:.40}, which is missing or used twice"
     if not isinstance(image.get("file_name"), str):
         return "has no file_name"
-    if len(image["file_name"]) > MAX_NAME:
-        return f"has a file_name of {len(image['file_name']):,} characters"
-    for side in ("width", "height"):
-        if type(image.get(side)) is not int or image[side] < 0:
-            return "has no whole, positive width and height"
+    if any(type(image.get(side)) is not int or image[side] < 0 for side in ("width", "height")):
+        return "has no whole, positive width and height"
     return None
+
+
+# ---------------------------------------------------------------- outlines
 
 
 def read_segmentation(segmentation, height, width):
@@ -279,65 +269,60 @@ def read_segmentation(segmentation, height, width):
 
     segmentation: a list of polygons [x1, y1, x2, y2, ...] in pixels, or a run-length encoding
     {"size": [height, width], "counts": list or compressed string}, as crowds have it.
-    Raises ValueError. The checks come first: pycocotools reads memory that is not its own when
-    runs do not add up to the image, and allocates by the length of an outline, however far it
-    leads.
+    Raises ValueError. The checks come first: pycocotools does not end, or reads memory that is not
+    its own, when runs do not add up to the image.
     """
+    shape = height, width
     if isinstance(segmentation, list):
-        return _read_polygons(segmentation, height, width)
+        return _read_polygons(segmentation, shape)
     if not isinstance(segmentation, dict):
         raise ValueError("a segmentation is neither polygons nor a run-length encoding")
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
         raise ValueError(f"run-length encoding of size {size} on an image of {[height, width]}")
-    pixels, total = height * width, None
-    if isinstance(counts, (str, bytes)):
-        counts = decompress_counts(counts)
-        if counts.min() >= 0 and counts.max() <= pixels:  # then their sum does not overflow
-            total = counts.sum()
-    elif isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts):
-        total = sum(counts)
-    if total != pixels:
+    is_text = isinstance(counts, (str, bytes))
+    plain = decompress_counts(counts).tolist() if is_text else counts
+    numbers = isinstance(plain, list) and all(type(n) is int and n >= 0 for n in plain)
+    if not numbers or sum(plain) != height * width:
         raise ValueError(f"run-length counts do not add up to {height} x {width} pixels")
-    return decode(counts, (height, width))
+    if is_text:
+        return RunLengths(shape, counts if isinstance(counts, bytes) else counts.encode())
+    return encode_counts(plain, shape)
 
 
-def _read_polygons(polygons, height, width):
+def _read_polygons(polygons, shape):
+    """The union of polygons; pycocotools would allocate by the length of one that leads far out."""
     if not polygons:
         raise ValueError("no segmentation (a box alone does not say which pixels)")
+    size, drawn = np.array(shape[::-1]), []
     for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError("a polygon needs three points or more, as a flat list x1, y1, x2, ...")
-        if not all(type(value) in (int, float) for value in polygon):
-            raise ValueError("a polygon holds something that is not a number")
-        for side, values in ((width, polygon[::2]), (height, polygon[1::2])):
-            if not all(-side <= value <= 2 * side for value in values):  # false for NaN too
-                raise ValueError(f"a polygon leads far outside the {width}x{height} image")
-    return unite([draw_polygon(polygon, height, width) for polygon in polygons])
+        values = np.asarray(polygon)
+        if values.ndim != 1 or values.dtype.kind not in "if" or len(values) % 2 or len(values) < 6:
+            raise ValueError("a polygon needs three points or more, as a list x1, y1, x2, ...")
+        points = values.reshape(-1, 2)
+        if not ((-size <= points) & (points <= 2 * size)).all():  # false for NaN too
+            raise ValueError(f"a polygon leads far outside the {size[0]}x{size[1]} image")
+        drawn.append(_draw_polygon(points, shape))
+    return unite(drawn)
 
 
-def draw_polygon(polygon, height, width):
-    """RunLengths of one polygon [x1, y1, x2, ...], as pycocotools draws it.
+def _draw_polygon(points, shape):
+    """RunLengths of one polygon (N, 2), as pycocotools draws it.
 
     That takes memory and time by the length of the outline: a long one is drawn in pieces, each
     closed by its way to the first point. Where two pieces overlap, they cancel each other out, and
     so do the ways.
     """
-    from pycocotools import mask as coco_mask
-
-    if 3 * len(polygon) * max(height, width) <= MAX_OUTLINE:
-        (outline,) = coco_mask.frPyObjects([polygon], height, width)
-        return decode(decompress_counts(outline["counts"]), (height, width))
-    points = np.reshape(polygon, (-1, 2))
     lengths = np.abs(np.diff(points, axis=0, append=points[:1])).max(1)
     bounds = np.flatnonzero(np.diff(np.cumsum(lengths) // MAX_OUTLINE)) + 1
-    drawn = np.zeros((height, width), np.uint8, order="F")
+    if not len(bounds):
+        return RunLengths(shape, coco_mask.frPyObjects([points.ravel()], *shape)[0]["counts"])
+    drawn = np.zeros(shape, np.uint8, order="F")
     for start, end in zip([0, *bounds], [*bounds, len(points)], strict=True):
         piece = np.concatenate([points[:1], points[start : end + 1]])
         if len(piece) > 2:
-            outlines = coco_mask.frPyObjects([piece.ravel().tolist()], height, width)
-            drawn ^= coco_mask.decode(outlines)[..., 0]
-    return encode(drawn == 1)
+            drawn ^= coco_mask.decode(coco_mask.frPyObjects([piece.ravel()], *shape))[..., 0]
+    return encode(drawn)
 
 
 def require_data_set(root):
@@ -345,4 +330,4 @@ def require_data_set(root):
     finish_import(root)
     if not any((root / split / ANNOTATIONS).is_file() for split in SPLITS):
         what = "no data set in this folder" if root.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{root}: {what}; {LAYOUT} (`python download.py` makes dataset/)")
+        raise FileNotFoundError(f"{root}: {what}; {LAYOUT}: {GET_ONE}")

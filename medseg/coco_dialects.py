@@ -6,6 +6,7 @@ FRACTIONS = (
     "the outlines are fractions of the image's size, from 0 to 1: multiply x by the width, y by "
     "the height"
 )
+GUESSED = "files are read as GB18030 (GBK), for they are not UTF-8: look at the names"
 FRACTION = 1.1  # outlines without a larger coordinate are fractions of their image's size
 
 
@@ -28,33 +29,31 @@ def print_forgiven(forgiven, begin="note: "):
 def mend_records(content, forgiven):
     """Bring ids, sizes and outlines into COCO's form, and count it."""
     known = {"image_id": _ids(content["images"]), "category_id": _ids(content["categories"])}
-    for image in content["images"]:
-        if isinstance(image, dict):
-            _mend_size(image, forgiven)
-    for annotation in content["annotations"]:
-        if not isinstance(annotation, dict):
-            continue
+    for image in filter(_is_record, content["images"]):
+        _mend_size(image, forgiven)
+    for annotation in filter(_is_record, content["annotations"]):
         for key, ids in known.items():
             value = annotation.get(key)
-            if type(value) is int and value in ids:  # as COCO has it
-                continue
-            if value is None and key == "category_id" and len(content["categories"]) == 1:
-                annotation[key] = next(iter(ids.values()), None)
+            if value is None and key == "category_id" and len(ids) == 1:
+                (annotation[key],) = ids.values()
                 forgiven["annotations without a category: they are of the only one"] += 1
-            elif isinstance(value, (int, float, str)):
-                own = ids.get(value, ids.get(str(value), value))
-                if type(own) is not type(value):
-                    annotation[key] = own
-                    forgiven["ids of another type than in the list of images or categories"] += 1
+                continue
+            own = ids.get(str(value).removesuffix(".0"), value)
+            if type(own) is not type(value):
+                annotation[key] = own
+                forgiven["ids of another type than in the list of images or categories"] += 1
         if isinstance(annotation.get("segmentation"), list):
             _mend_outline(annotation, forgiven)
 
 
+def _is_record(record):
+    return isinstance(record, dict)
+
+
 def _ids(records):
-    """{id, or its text: id} of records."""
-    ids = [record.get("id") for record in records if isinstance(record, dict)]
-    ids = [own for own in ids if isinstance(own, (int, str))]
-    return {str(own): own for own in ids} | {own: own for own in ids}
+    """{text of an id: id} of records."""
+    ids = (record.get("id") for record in filter(_is_record, records))
+    return {str(own): own for own in ids if isinstance(own, (int, str))}
 
 
 def _mend_size(image, forgiven):
@@ -64,7 +63,7 @@ def _mend_size(image, forgiven):
         return
     try:
         numbers = [float(side or 0) for side in sides]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         return
     if all(number >= 0 and number.is_integer() for number in numbers):
         told = all(numbers)
@@ -76,15 +75,12 @@ def _mend_size(image, forgiven):
 def _mend_outline(annotation, forgiven):
     """Make a list the list of flat polygons that it means, without those of too few points."""
     outline = annotation["segmentation"]
-    if all(type(part) is list and len(part) > 5 and type(part[0]) is not list for part in outline):
-        return
     polygons = _flatten(outline)
     kept = [own for own in polygons if len(own) > 5 or not all(map(_is_number, own))]
     if polygons != outline:
         forgiven["outlines that are nested in another way"] += 1
-    if len(kept) < len(polygons):
-        few = "fragments of outlines, of fewer than three points: left out"
-        forgiven[few] += len(polygons) - len(kept)
+    if few := len(polygons) - len(kept):
+        forgiven["fragments of outlines, of fewer than three points: left out"] += few
     annotation["segmentation"] = kept
 
 

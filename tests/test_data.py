@@ -742,13 +742,12 @@ def test_run_lengths_are_those_of_pycocotools():
         height, width = (int(side) for side in rng.integers(1, 30, 2))
         mask, other = rng.random((2, height, width)) < rng.choice([0, 0.05, 0.5, 0.95, 1])
         runs, others = encode(mask), encode(other)
-        same = coco_mask.frPyObjects({"size": [height, width], "counts": runs.counts()}, 1, 1)
-        assert same == coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        assert runs.coco == coco_mask.encode(np.asfortranarray(mask, np.uint8))
         np.testing.assert_array_equal(np.asarray(runs), mask)
         assert runs.area == mask.sum()
         union = unite([runs, others, runs])
         np.testing.assert_array_equal(np.asarray(union), mask | other)
-        np.testing.assert_array_equal(union.counts(), encode(mask | other).counts())
+        assert union == encode(mask | other)
         np.testing.assert_array_equal(np.asarray(runs | other), mask | other)
         size = tuple(int(side) for side in rng.integers(1, 50, 2))  # smaller and larger
         np.testing.assert_array_equal(runs.draw(*size), resize_nearest(mask, *size))
@@ -761,7 +760,7 @@ def test_the_run_lengths_of_all_labels_in_one_pass(dtype):
     masks = encode_labels(labels)
     assert sorted(masks) == np.unique(labels).tolist()
     for value, runs in masks.items():
-        assert runs.counts().tolist() == uncompressed(labels == value)["counts"]
+        assert runs == encode(labels == value)
 
 
 def test_counts_may_hold_empty_runs():
@@ -835,13 +834,12 @@ def test_of_many_names_a_line_has_the_first():
 def test_long_names_and_ids_do_not_fill_the_line(dataset):
     def change(content):
         content["annotations"].append({"image_id": "x" * 10**6})
-        for record in ({"id": ["y" * 10**6]}, {"id": 99, "file_name": "z" * 10**6}):
-            content["images"].append({**record, "width": 3, "height": 3})
+        content["images"].append({"id": ["y" * 10**6], "width": 3, "height": 3})
 
     edit_annotations(dataset / "train", change)
     skipped = []
     load_coco(dataset / "train", skipped)
-    assert len(skipped) == 3 and max(map(len, skipped)) < 300 + len(str(dataset))
+    assert len(skipped) == 2 and max(map(len, skipped)) < 300 + len(str(dataset))
 
 
 def test_annotations_that_would_fill_the_memory_are_refused(dataset, monkeypatch, refused):

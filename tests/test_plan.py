@@ -109,7 +109,7 @@ def write_masks(root, masks):
 
     images = {f"{number}.png": picture(*mask.shape[::-1]) for number, mask in enumerate(masks)}
     outlines = [
-        (number, {"size": list(mask.shape), "counts": encode(mask).counts().tolist()})
+        (number, {"size": list(mask.shape), "counts": encode(mask).counts.decode()})
         for number, mask in enumerate(masks)
     ]
     return write_set(root, images, outlines)

@@ -38,14 +38,12 @@ def coco_examples(annotations, images, *, boxes=False, **options):
     late: {what to print once the examples are read: paths that it is about}. boxes and options: as
     of `examples_of`. Raises ValueError or FileNotFoundError that names the file.
     """
-    path, forgiven, guessed = Path(annotations), Counter(), []
+    path, forgiven = Path(annotations), Counter()
     check_regular(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    content = read_coco(path, forgiven=forgiven, guessed=guessed, boxes=boxes)
+    content = read_coco(path, forgiven=forgiven, boxes=boxes)
     print_forgiven(forgiven)
-    if guessed:
-        print(f"note: {path} is read as GB18030 (GBK), for it is not UTF-8: look at the names")
     return examples_of(content, path, images, boxes=boxes, **options)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.coco import MAX_CLASSES, listed
-from medseg.coco_dialects import FRACTIONS, are_fractions, name_forms, print_forgiven
+from medseg.coco_dialects import FRACTIONS, GUESSED, are_fractions, name_forms, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import check_regular, parallel_map, read_json
 from medseg.images import SUFFIXES, read_image
@@ -183,7 +183,7 @@ def read_labelme(path, forgiven=None):
     forgiven, guessed = Counter() if forgiven is None else forgiven, []
     content = read_json(path, MAX_MEMORY, guessed=guessed)
     if guessed:
-        forgiven["files are read as GB18030 (GBK), for they are not UTF-8: look at the labels"] += 1
+        forgiven[GUESSED] += 1
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise ValueError(f"{path}: not a LabelMe file (no list of shapes): move it elsewhere")
     for number, shape in enumerate(content["shapes"]):

@@ -298,14 +298,10 @@ def _save_image(image, folder, name):
 
 def _annotate(runs, category_id):
     """The COCO annotation of RunLengths, its outline as compressed run lengths."""
-    from pycocotools import mask as coco_mask
-
-    size = list(runs.shape)
-    encoded = coco_mask.frPyObjects({"size": size, "counts": runs.counts()}, *size)
     return {
         "category_id": category_id,
-        "segmentation": {"size": size, "counts": encoded["counts"].decode("ascii")},
-        "bbox": coco_mask.toBbox(encoded).tolist(),
+        "segmentation": {**runs.coco, "counts": runs.counts.decode("ascii")},
+        "bbox": runs.box,
         "area": runs.area,
         "iscrowd": 0,
     }

@@ -49,7 +49,7 @@ def draw_tile(image, masks, n_classes):
             pixels = (pixels * (1 - share) + share * np.array(colors[channel])).astype(np.uint8)
             continue
         if mask.area and not small.any():
-            column, row = divmod(int(mask.starts[0]), mask.shape[0])
+            column, row = divmod(int(mask.draw().T.argmax()), mask.shape[0])
             row, column = row * height // mask.shape[0], column * width // mask.shape[1]
             small[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = 1
         pixels[outline(small)] = colors[channel]

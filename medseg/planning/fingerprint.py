@@ -159,7 +159,7 @@ def _examine(split, dataset, part, skip_bad):
             1 if is_grey(image) else image.n_channels,
             [masks[channel].area if channel in masks else 0 for channel in range(n_classes)],
             union.area if masks else 0,
-            masks != {} and _is_box(union),
+            masks != {} and union.area == union.box[2] * union.box[3] > 0,
             (path.name, thumbnail(image)),
             np.asarray(image.rgb().convert("L").resize((16, 16), Image.Resampling.BOX), np.float32),
         )
@@ -177,12 +177,6 @@ def _examine(split, dataset, part, skip_bad):
     if not seen:
         raise ValueError(f"{dataset.image_dir}: none of its images can be read")
     return seen
-
-
-def _is_box(mask):
-    """Whether RunLengths, which go down the columns, begin and end in the same two rows."""
-    rows = mask.starts % mask.shape[0], mask.ends - mask.starts
-    return bool(len(mask.starts)) and all((part == part[0]).all() for part in rows)
 
 
 def _measure_masks(dataset, seen):

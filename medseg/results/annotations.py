@@ -48,8 +48,6 @@ def coco_record(frame, masks):
     masks: as of `medseg.pieces.class_masks`, of a picture. Each piece is an annotation, as run
     lengths.
     """
-    from pycocotools import mask as coco_mask
-
     annotations, (height, width) = [], masks.shape[-2:]
     for number, box, mask in class_masks(masks):
         pieces = np.zeros((height, width), np.int32)
@@ -57,12 +55,9 @@ def coco_record(frame, masks):
         for index, runs in sorted(encode_labels(pieces).items()):
             if index == 0:
                 continue
-            plain = {"size": [height, width], "counts": runs.counts().tolist()}
-            encoded = coco_mask.frPyObjects(plain, height, width)
             one = {"category_id": number, "area": runs.area, "iscrowd": 0}
-            one["segmentation"] = {**plain, "counts": encoded["counts"].decode()}
-            one["bbox"] = [int(value) for value in coco_mask.toBbox(encoded)]
-            annotations.append(one)
+            one["segmentation"] = {**runs.coco, "counts": runs.counts.decode()}
+            annotations.append({**one, "bbox": [int(value) for value in runs.box]})
     image = {"file_name": frame.title, "width": width, "height": height}
     return {"image": image, "annotations": annotations}
 
