@@ -19,18 +19,11 @@ def unet(pretrained=False, *, weights=None, **arguments):
     The input is normalised as by `data.normalize`, the output are probabilities.
     Raises FileNotFoundError where the file is missing; ValueError for what is no UNet.
     """
-    if not pretrained and weights is None:
-        return UNet(**arguments)
-    if pretrained and weights is not None:
+    if weights is not None and pretrained:
         raise ValueError(f"pretrained and weights={weights}: give one of them")
+    weights = PRETRAINED if pretrained else weights
+    if weights is None:
+        return UNet(**arguments)
     if arguments:
-        names = ", ".join(arguments)
-        raise ValueError(f"{names}: read from the file of weights; leave it out")
-    if pretrained:
-        weights = PRETRAINED
-        if not weights.exists():
-            raise FileNotFoundError(
-                f"{weights}: this version of the repository has no pretrained weights; "
-                "train with `python train.py` and give weights=PATH"
-            )
+        raise ValueError(f"{', '.join(arguments)}: read from the file of weights; leave it out")
     return load_model(weights).eval()

@@ -4,140 +4,26 @@
     model = UNet(n_filters=32)                       # 31,094,497 parameters
     probabilities = model(torch.rand(1, 3, 256, 256))  # (1, 1, 256, 256), values 0..1
 
+A library: `python train.py --synthetic` trains it, `python predict.py IMAGE` uses it, and
+docs/networks.md has the settings of its layers.
+
 Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image Segmentation",
 MICCAI 2015, https://arxiv.org/abs/1505.04597. Unlike the paper's, these convolutions are padded,
 so the output is as large as the input.
 """
 
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from medseg.cli import one_line
-from medseg.images import IMAGE_SIZE
-from medseg.inference import Inference, read_flips, read_inference
+from medseg.files import name_file
 from medseg.layers import Architecture
-from medseg.ood import FeatureStatistics, count_features, read_statistics
-from medseg.settings import OF_IMPORT, channel_names, read_settings
+from medseg.model_info import ModelInfo
 from medseg.weights import load_weights
 
 TUTORIAL = Architecture()
-
-
-@dataclass
-class ModelInfo:
-    """What travels with weights besides the tensors, in the metadata of their state dict.
-
-    architecture: the layers. image_size: the side in pixels that the network was trained at, or
-    None where images keep their own. class_names: a name for each class. window, orientation,
-    channels, pattern, context: what the import did, which prediction repeats; see
-    `medseg.settings.read_settings`. inference: how masks are made of the
-    probabilities, where that was chosen on valid, else None. trained_flips: names of
-    `medseg.inference.VIEWS` that the training has shown. feature_statistics: what its images look
-    like, or None. draw_order: the numbers of classes that overlap in the masks of the training, in
-    the order in which they are drawn; () where a pixel has one class.
-    """
-
-    architecture: Architecture = TUTORIAL
-    image_size: int | None = IMAGE_SIZE
-    class_names: tuple = ("foreground",)
-    window: tuple | str | None = None
-    orientation: str | None = None
-    channels: tuple = ()
-    pattern: str | None = None
-    context: int = 0
-    inference: Inference | None = None
-    trained_flips: tuple = ()
-    feature_statistics: FeatureStatistics | None = None
-    draw_order: tuple = ()
-
-    def __post_init__(self):
-        for name, value in read_settings(vars(self)).items():
-            setattr(self, name, value)
-
-    @classmethod
-    def of(cls, n_classes=1, *, class_names=None, **settings):
-        """That of so many classes; settings: further fields, or those of `Architecture`."""
-        own = {field.name for field in fields(cls)} & settings.keys()
-        info = cls(**{name: settings.pop(name) for name in own})
-        if settings:
-            info.architecture = Architecture(**settings)
-        info.class_names = tuple(class_names or default_class_names(n_classes))
-        if len(info.class_names) != n_classes:
-            raise ValueError(f"{len(info.class_names)} class names for {n_classes} classes")
-        return info
-
-    @classmethod
-    def from_metadata(cls, metadata, n_classes, n_filters):
-        """Read leniently: what is missing is as in the tutorial's weights, what is unknown is left.
-
-        metadata: a dict, as `as_metadata` gives it. Raises ValueError that names the first value
-        that it cannot be.
-        """
-
-        def read(name, value_of, default=None):
-            value = metadata.get(name, default)
-            try:
-                return value_of(value)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise ValueError(f"{name} {value!r:.80}") from None
-
-        def read_layers(value):
-            known = {field.name for field in fields(Architecture)} & (value or {}).keys()
-            return Architecture(**{name: value[name] for name in known})
-
-        layers = read("architecture", read_layers)
-        n_features = count_features(n_filters, layers.depth)
-        return cls.of(
-            n_classes,
-            architecture=layers,
-            image_size=read("image_size", read_size, IMAGE_SIZE),
-            class_names=read("class_names", lambda names: names and [name + "" for name in names]),
-            inference=read("inference", read_inference),
-            trained_flips=read("trained_flips", read_flips, []),
-            feature_statistics=read(
-                "feature_statistics", lambda value: read_statistics(value, n_features)
-            ),
-            draw_order=read_draw_order(metadata, n_classes),
-            **{name: metadata[name] for name in OF_IMPORT if name in metadata},
-        )
-
-    @property
-    def channel_names(self):
-        """Of all channels, see `medseg.settings.channel_names`."""
-        return channel_names(self.channels, self.context)
-
-    @property
-    def exclusive(self):
-        """Whether a pixel has one class."""
-        return not self.draw_order
-
-    def as_metadata(self):
-        """Plain values, which JSON has too."""
-        metadata = {"architecture": self.architecture.as_dict(), "image_size": self.image_size}
-        metadata |= {"class_names": list(self.class_names), "exclusive": self.exclusive}
-        metadata["draw_order"] = list(self.draw_order)
-        metadata |= {name: getattr(self, name) for name in OF_IMPORT}
-        metadata["trained_flips"] = list(self.trained_flips)
-        if self.inference is not None:
-            metadata["inference"] = self.inference._asdict()
-        if self.feature_statistics is not None:
-            metadata["feature_statistics"] = self.feature_statistics.as_dict()
-        return metadata
-
-
-@contextmanager
-def _refuse_other_weights():
-    """Turn whatever goes wrong with the weights of something else into one line."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # of many kinds
-        raise ValueError(f"not the weights of a UNet: {one_line(error)}") from None
 
 
 class DownBlock(nn.Module):
@@ -268,35 +154,27 @@ class UNet(nn.Module):
         return strides * stride - side
 
     @classmethod
-    @_refuse_other_weights()
     def from_state_dict(cls, state):
         """The UNet that these weights belong to, read off their shapes and metadata.
 
         state: mapping of names to tensors, as `UNet.state_dict()` gives and as the tutorial saves.
-        Raises ValueError where it is not one, or where metadata and tensors contradict each other.
+        Raises ValueError, or another error, where it is not one.
         """
-        arguments = _read_arguments(state)
-        n_filters, depth = arguments["n_filters"], arguments["info"].architecture.depth
-        # Before memory is taken for a network that a few bytes claim to be: are its largest
-        # weights there?
-        largest, width = state.get("bottleneck.conv2.weight"), 2**depth * n_filters
-        complete = getattr(largest, "shape", None) == (width, width, 3, 3)
-        if not complete or largest.untyped_storage().nbytes() < largest.numel():
-            raise ValueError(
-                f"bottleneck.conv2.weight does not fit {n_filters} filters and {depth} levels"
-            )
+        if "down1.conv1.weight" not in state:
+            raise ValueError("not the weights of a UNet: no down1.conv1.weight in it")
+        n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
+        n_classes = len(state["outc.weight"])
+        metadata = dict(getattr(state, "_metadata", {}).get("", {}))
+        if metadata.get("architecture") is None:  # the tutorial's, or of an earlier version
+            norm = "batch" if "down1.norm1.running_mean" in state else "group"
+            metadata["architecture"] = {"norm": norm if "down1.norm1.weight" in state else None}
+        info = ModelInfo.from_metadata(metadata, n_classes, n_filters)
         with torch.device("meta"):  # random weights, to be replaced at once, would cost time
-            model = cls(**arguments)
-        own = model.state_dict()
-        expected = {name: tuple(weight.shape) for name, weight in own.items()}
-        shapes = {name: getattr(weight, "shape", None) for name, weight in state.items()}
-        for name in sorted(expected.keys() | shapes.keys()):
-            if expected.get(name) != shapes.get(name):
-                raise ValueError(
-                    f"{name} has shape {shapes.get(name)}, but with {n_filters} filters it has "
-                    f"{expected.get(name)}"
-                )
-        copies = {name: state[name].to("cpu", own[name].dtype, copy=True) for name in own}
+            model = cls(n_channels, n_classes, n_filters, info=info)
+        dtypes = {name: weight.dtype for name, weight in model.state_dict().items()}
+        copies = {
+            name: weight.to("cpu", dtypes.get(name), copy=True) for name, weight in state.items()
+        }
         model.load_state_dict(copies, assign=True)
         return model
 
@@ -308,56 +186,14 @@ def _without_autocast(device_type):
     return nullcontext()
 
 
-def _read_arguments(state):
-    """The arguments of the UNet that a state dict belongs to, those of `Architecture` among them.
-
-    Weights of the tutorial have no metadata; those of an earlier version name no architecture, and
-    of what it can be they had a normalisation only.
-    """
-    if not isinstance(state, dict) or not {"down1.conv1.weight", "outc.weight"} <= state.keys():
-        raise ValueError("no down1.conv1.weight and outc.weight in it")
-    n_filters, n_channels = state["down1.conv1.weight"].shape[:2]
-    n_classes = state["outc.weight"].shape[0]
-    metadata = dict(getattr(state, "_metadata", {}).get("", {}))
-    if metadata.get("architecture") is None:
-        norm = "batch" if "down1.norm1.running_mean" in state else "group"
-        metadata["architecture"] = {"norm": norm if "down1.norm1.weight" in state else None}
-    info = ModelInfo.from_metadata(metadata, n_classes, n_filters)
-    sizes = {"n_channels": n_channels, "n_classes": n_classes, "n_filters": n_filters}
-    return {**sizes, "info": info}
-
-
-def read_size(value):
-    """The side that a network was trained at; ValueError where it can be none."""
-    if value is not None and not (type(value) is int and 1 <= value <= 8192):
-        raise ValueError
-    return value
-
-
-def read_draw_order(metadata, n_classes):
-    """The numbers of classes that overlap, a tuple in the order in which they are drawn, or ().
-
-    Weights that do not record it: the classes as they are numbered.
-    """
-    if metadata.get("exclusive") is not False:
-        return ()
-    numbers = range(1, n_classes + 1)
-    order = tuple(metadata.get("draw_order") or numbers)
-    if sorted(order) != list(numbers):
-        raise ValueError(f"classes drawn in the order {order!r:.60}")
-    return order
-
-
 def load_model(path):
     """The UNet in a file of weights, ours or the tutorial's, on the CPU.
 
     Raises FileNotFoundError; ValueError where the file holds no UNet.
     """
-    weights = load_weights(path)
-    try:
-        return UNet.from_state_dict(weights)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    state = load_weights(path)
+    with name_file(path):
+        return UNet.from_state_dict(state)
 
 
 def copy_weights(source, model):
@@ -387,12 +223,10 @@ def info_of(model):
     return getattr(model, "info", None) or ModelInfo()
 
 
-def default_class_names(n_classes):
-    if n_classes == 1:
-        return ("foreground",)
-    return tuple(str(number + 1) for number in range(n_classes))
-
-
 def _record_metadata(model, state, prefix, metadata):
     """Hook of `state_dict`: what is not in the tensors travels with the weights."""
     metadata |= model.info.as_metadata()
+
+
+if __name__ == "__main__":
+    print(__doc__)

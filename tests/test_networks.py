@@ -10,42 +10,23 @@ from medseg.layers import ARCHITECTURES, CHOICES, Architecture
 from net import UNet
 
 
-def count(model):
-    return sum(weight.numel() for weight in model.parameters())
+@pytest.mark.parametrize("name, total", [("drive", 28_954_561), ("study", 32_084_033)])
+def test_parameters_of_the_named_networks(name, total):
+    """64 filters, four levels, counted level by level."""
 
+    def conv3x3(i, o):
+        """Weights, a bias in the vessel network, and the normalisation behind it."""
+        return 9 * i * o + (name == "drive") * o + 2 * o
 
-def drive_by_hand():
-    """64 filters, four levels, batch normalisation: weights and biases, level by level."""
     levels = [(3, 64), (64, 128), (128, 256), (256, 512), (512, 1024)]
-    # 3x3 convolution, its normalisation, 3x3 convolution, its normalisation
-    encoder = [(9 * i * o + o) + 2 * o + (9 * o * o + o) + 2 * o for i, o in levels]
+    encoder = sum(conv3x3(i, o) + conv3x3(o, o) for i, o in levels)
+    strided = sum(conv3x3(o, o) for _, o in levels[:4]) if name == "study" else 0
     # 1x1 convolution, then the two 3x3 convolutions, the first with what the encoder had
-    decoder = [
-        (2 * c * c + c) + (9 * 2 * c * c + c) + 2 * c + (9 * c * c + c) + 2 * c
-        for c in (512, 256, 128, 64)
-    ]
-    return sum(encoder) + sum(decoder) + 64 + 1
-
-
-def test_parameters_of_the_vessel_network():
-    assert drive_by_hand() == 28_954_561
+    decoder = sum(2 * o * o + o + conv3x3(2 * o, o) + conv3x3(o, o) for _, o in levels[:4])
+    assert encoder + strided + decoder + 64 + 1 == total
     with torch.device("meta"):
-        model = UNet(n_filters=64, **ARCHITECTURES["drive"])
-    assert count(model) == 28_954_561
-
-
-def test_parameters_of_the_study_network():
-    # No biases but in the 1x1 convolutions; a strided convolution after each level.
-    levels = [(3, 64), (64, 128), (128, 256), (256, 512), (512, 1024)]
-    encoder = sum(9 * i * o + 2 * o + 9 * o * o + 2 * o for i, o in levels)
-    strided = sum(9 * c * c + 2 * c for c in (64, 128, 256, 512))
-    decoder = sum(
-        (2 * c * c + c) + (9 * 2 * c * c + 2 * c) + (9 * c * c + 2 * c) for c in (512, 256, 128, 64)
-    )
-    assert encoder + strided + decoder + 65 == 32_084_033
-    with torch.device("meta"):
-        model = UNet(n_filters=64, **ARCHITECTURES["study"])
-    assert count(model) == 32_084_033
+        model = UNet(n_filters=64, **ARCHITECTURES[name])
+    assert sum(weight.numel() for weight in model.parameters()) == total
 
 
 def study_forward(state, x):
@@ -74,17 +55,12 @@ def study_forward(state, x):
     return torch.sigmoid(F.conv2d(x, state["outc.weight"], state["outc.bias"]))
 
 
-def randomize(model):
-    """Weights for which the output is not nearly constant."""
-    for weight in model.parameters():
-        if weight.dim() == 4:
-            torch.nn.init.kaiming_normal_(weight)
-    return model
-
-
 def test_forward_of_the_study_network():
     torch.manual_seed(0)
-    model = randomize(UNet(n_filters=4, **ARCHITECTURES["study"]))
+    model = UNet(n_filters=4, **ARCHITECTURES["study"])
+    for weight in model.parameters():
+        if weight.dim() == 4:  # for which the output is not nearly constant
+            torch.nn.init.kaiming_normal_(weight)
     x = torch.randn(2, 3, 64, 48)
     model(x)  # moves the running means
     model.eval()
@@ -163,42 +139,8 @@ def test_dropout_is_where_the_settings_say():
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        *({"depth": depth} for depth in (0, 9, 2.0, True, "2")),
-        *({name: "other"} for name in CHOICES),
-        {"bias": 1},
-        {"norm": 0},
-    ],
+    "settings", [{"depth": 0}, {"depth": 9}, {"bias": 1}, *({name: "other"} for name in CHOICES)]
 )
 def test_settings_that_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         UNet(n_filters=2, **settings)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"depth": 4},
-        {"norm": "batch"},
-        {"norm": "group"},
-        {"bias": False},
-        {"up": "nearest"},
-        {"down": "stride"},
-        {"depth": 10**9},
-        {"up": ["nearest"]},
-    ],
-)
-def test_metadata_that_contradict_the_tensors(change):
-    state = UNet(n_filters=2).state_dict()
-    state._metadata[""]["architecture"].update(change)
-    with pytest.raises(ValueError, match="not the weights of a UNet"):
-        UNet.from_state_dict(state)
-
-
-@pytest.mark.parametrize("norm", [None, "batch", "group"])
-def test_weights_that_name_no_architecture(norm):
-    """Those of the tutorial, and those of earlier versions, which had a normalisation at most."""
-    state = UNet(n_filters=2, norm=norm).state_dict()
-    del state._metadata[""]["architecture"]
-    assert UNet.from_state_dict(state).architecture == Architecture(norm=norm)
