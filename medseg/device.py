@@ -12,30 +12,20 @@ import torch
 def pick_device(name="auto"):
     """torch.device for 'auto' (cuda, else mps, else cpu), a name, or the number of a GPU.
 
-    Raises ValueError where there is no such device.
+    Under torchrun 'cuda' is the GPU of this process. Raises ValueError where there is none such.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
     if name == "auto":
-        name = next(kind for kind, present in available.items() if present)
-    elif name.isascii() and name.isdecimal():
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    elif name.isdecimal():
         name = f"cuda:{name}"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"no such device as {name!r}: use auto, cuda, mps or cpu") from None
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        # torchrun: a GPU for each process of this machine
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    exists = available.get(device.type)
-    if exists and device.type == "cuda":
-        exists = (device.index or 0) < torch.cuda.device_count()
-    if not exists:
-        raise ValueError(f"device {name} is not available here: use --device auto (or cpu)")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name}: {reason}; use --device auto (or cpu)") from None
 
 
 def available_device(device):
@@ -62,26 +52,16 @@ def computes_bf16():
 
     Intel's vectors of bf16 without AMX are no faster than those of fp32.
     """
-    flags = cpu_flags()
-    return "amx_bf16" in flags or ("avx512_bf16" in flags and is_amd())
+    words = describe_cpu()
+    return "amx_bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
 
 
-def is_amd():
-    """Whether the processor is AMD's."""
-    with suppress(OSError):  # not Linux
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    return "AuthenticAMD" in platform.processor()
-
-
-def cpu_flags():
-    """The names of the instructions that the CPU has, amx_bf16 and avx512_bf16 among them."""
-    if hasattr(torch.cpu, "get_capabilities"):  # from PyTorch 2.11 on
-        return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return set()
-    return {word for line in lines if line.startswith("flags") for word in line.split()}
+def describe_cpu():
+    """The set of the names of the CPU's maker and instructions: AuthenticAMD, amx_bf16, ..."""
+    with suppress(OSError):
+        return set(Path("/proc/cpuinfo").read_text().split())
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # from PyTorch 2.11 on
+    return {*platform.processor().split(), *(name for name, value in flags.items() if value)}
 
 
 def tune_convolutions(device, *, one_size):

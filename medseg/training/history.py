@@ -8,8 +8,6 @@ import sys
 import time
 from datetime import timedelta
 
-from medseg.threads import busy_hint
-
 from tqdm import tqdm
 
 from medseg.cli import spell_flags
@@ -206,8 +204,6 @@ def print_run(root, args, loaders, model, machine):
     if RECIPES[args.recipe]:
         values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
         print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
-    if machine.startswith("cpu") and (hint := busy_hint()):
-        print(hint, flush=True)
 
 
 def print_union(root):
