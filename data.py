@@ -315,7 +315,7 @@ def make_loaders(args, root, model, device, skipped):
             if dist.is_first():
                 print_forgiven(notes, f"{split}: ")
             if split == "train":
-                drawn = replace(order, shuffle=True, repeat=args.repeat)
+                drawn = replace(order, shuffle=True, repeat=args.repeat, foreground=args.foreground)
                 changed = replace(plain, crop=args.crop, strengths=strengths)
                 loaders[split] = Batches(rows, drawn, device, transform=changed)
             else:

@@ -9,7 +9,7 @@ import torch
 
 from medseg.augment import augment, count_draws, window_side
 from medseg.cache import RaggedRows
-from medseg.crop import Crops, OneSize, OwnSizes
+from medseg.crop import Crops, OneSize, OwnSizes, find_foreground
 from medseg.normalization import split_rows
 
 
@@ -19,13 +19,15 @@ class Order:
 
     batch_size: over all processes; of `world`, each gets every world-th image of a batch, from its
     `rank` on. repeat: times that an epoch draws each image; of 0.1, a tenth of them, which with
-    shuffle are others in each epoch.
+    shuffle are others in each epoch. foreground: share of the draws that must hold foreground: they
+    are of images that have some, and crops lie around it.
     """
 
     batch_size: int
     shuffle: bool = False
     seed: int = 0
     repeat: float = 1.0
+    foreground: float = 0.0
     rank: int = 0
     world: int = 1
     epoch: int = field(default=0, init=False)
@@ -44,17 +46,29 @@ class Order:
         seed = self.seed * 1_000_003 + self.epoch + position * 1_000_003**2
         return torch.Generator(device).manual_seed(seed % 2**63)
 
-    def draw(self, numbers, generator):
-        """The images of the epoch, in order, of int64 `numbers`."""
-        whole, rest = divmod(self.count(numbers), len(numbers))
-        order = numbers.repeat(whole)
-        if rest:  # of a part of the images, some others each time
-            if self.shuffle:
-                numbers = numbers[torch.randperm(len(numbers), generator=generator)]
-            order = torch.cat([order, numbers[:rest]])
+    def draw(self, numbers, marked, generator):
+        """The images of the epoch in order, int64 (n,), and which must hold foreground, bool (n,).
+
+        numbers: int64, all images; marked: int64, those with foreground.
+        """
+        count = self.count(numbers)
+        holding = round(self.foreground * count) if len(marked) else 0
+        order, holds = self._repeat(numbers, count - holding, generator), torch.arange(count) < 0
+        if holding:
+            order = torch.cat([order, self._repeat(marked, holding, generator)])
+            holds[-holding:] = True
         if self.shuffle:
-            order = order[torch.randperm(len(order), generator=generator)]
-        return order
+            shuffled = torch.randperm(count, generator=generator)
+            order, holds = order[shuffled], holds[shuffled]
+        return order, holds
+
+    def _repeat(self, numbers, count, generator):
+        """`count` of the images: each as often, and of a part of them some others each time."""
+        whole, rest = divmod(count, len(numbers))
+        order = numbers.repeat(whole)
+        if rest and self.shuffle:
+            numbers = numbers[torch.randperm(len(numbers), generator=generator)]
+        return torch.cat([order, numbers[:rest]])
 
     def bounds(self, count):
         """(first, end) of each batch of this pass, in the order of `count` images."""
@@ -88,13 +102,17 @@ class Batches:
 
     def __init__(self, rows, order, device="cpu", *, transform=None, dataset=None):
         self.rows, self.device, self.dataset = rows, torch.device(device), dataset
-        self.transform = transform or Transform()
-        self.images = self._open_images()
+        self.transform, places = transform or Transform(), ()
+        if order.foreground:
+            places = find_foreground(rows, self.transform.n_channels)
+        self.images = self._open_images(places)
+        holding = torch.tensor([bool(classes) for classes in places] or [False] * len(rows))
+        self.marked = self.images.numbers[holding[self.images.numbers]]
         self.one_by_one = type(self.images) is OwnSizes
         self.order = replace(order, batch_size=order.world) if self.one_by_one else replace(order)
         self.images_per_epoch = order.count(self.images.numbers)
 
-    def _open_images(self):
+    def _open_images(self, places):
         """Where the pixels come from: OneSize, OwnSizes or Crops, on the GPU if it has room."""
         rows, crop = self.rows, self.transform.crop
         if crop and not isinstance(rows, RaggedRows):
@@ -111,8 +129,8 @@ class Batches:
             return OneSize(pixels)
         if not crop:
             return OwnSizes(pixels, rows.starts, rows.sizes)
-        window = window_side(crop, self.transform.strengths)
-        return Crops(pixels, rows.starts, rows.sizes, crop, window)
+        options = {"window": window_side(crop, self.transform.strengths), "places": places}
+        return Crops(pixels, rows.starts, rows.sizes, crop=crop, **options)
 
     def whole_images(self, most):
         """Batches of the images as prediction takes them; of more than `most`, so many at random.
@@ -133,13 +151,14 @@ class Batches:
 
     def __iter__(self):
         generator, change = self.order.generator(), self.transform
-        numbers = self.order.draw(self.images.numbers, generator)
+        numbers, holds = self.order.draw(self.images.numbers, self.marked, generator)
         columns = [count_draws(change.strengths, change.n_channels), self.images.n_draws]
         draws = torch.rand(len(numbers), sum(columns), generator=generator)
         for_augment, for_images = draws.split(columns, 1)
         for first, end in self.order.bounds(len(numbers)):
             mine = slice(first + self.order.rank, end, self.order.world)
-            pixels = self._to_device(self.images.gather(numbers[mine], for_images[mine]))
+            pixels = self.images.gather(numbers[mine], holds[mine], for_images[mine])
+            pixels = self._to_device(pixels)
             images, masks = split_rows(pixels, change.n_channels, change.n_classes)
             if change.strengths and len(images):
                 images, masks = self._augment(images, masks, for_augment[mine], first, end)
@@ -178,10 +197,10 @@ class Batches:
 
     def row_numbers(self):
         """The numbers of the rows that this pass yields here, in order, a list."""
-        numbers = self.order.draw(self.images.numbers, self.order.generator()).tolist()
-        mine = []
-        for first, end in self.order.bounds(len(numbers)):
-            mine += numbers[first + self.order.rank : end : self.order.world]
+        order, mine = self.order, []
+        numbers, _ = order.draw(self.images.numbers, self.marked, order.generator())
+        for first, end in order.bounds(len(numbers)):
+            mine += numbers[first + order.rank : end : order.world].tolist()
         return mine
 
     @property

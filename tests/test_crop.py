@@ -4,6 +4,7 @@ import json
 import os
 import time
 import weakref
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -299,6 +300,93 @@ def test_an_empty_part_of_a_batch_has_the_size_of_the_crop():
     assert images.shape == (0, 3, 20, 20) and masks.shape == (0, 1, 20, 20)
 
 
+# ---- where the foreground is -----------------------------------------------------------------
+
+
+def marked_rows():
+    """`numbered_rows` with one pixel of class 0 in image 0, and 900 with one of class 9 in image 2.
+
+    The masks are their fourth and fifth bytes.
+    """
+    plain, rows = numbered_rows(), []
+    for number, row in enumerate(plain):
+        masks = np.zeros((*row.shape[:2], 2), np.uint8)
+        if number == 0:
+            masks[39, 10, 0] = 1
+        if number == 2:
+            masks[20:50, 30:60, 0] = 1
+            masks[5, 33, 1] = 2
+        rows.append(np.concatenate([row[..., :3], masks], 2))
+    return RaggedRows(np.concatenate([row.reshape(-1, 5) for row in rows]), SIZES)
+
+
+def draw_foreground(share, epochs, rows=None, crop=16, **options):
+    """[(number of the image, top, left, {class: pixels of it})] of some epochs."""
+    transform, drawn = Transform(n_classes=10, crop=crop), []
+    order = Order(8, shuffle=True, foreground=share, **options)
+    loader = Batches(marked_rows() if rows is None else rows, order, transform=transform)
+    for epoch in epochs:
+        loader.set_epoch(epoch)
+        for images, masks in loader:
+            sums = masks.sum((2, 3)).int().tolist()
+            for pixels, own in zip(to_pixels(images).tolist(), sums, strict=True):
+                drawn.append((*pixels[0][0], {c: count for c, count in enumerate(own) if count}))
+    return drawn
+
+
+def test_so_many_crops_lie_around_foreground():
+    for number, top, left, classes in draw_foreground(1.0, range(9)):
+        assert classes and number in (0, 2)
+        if number == 0:  # around its only pixel, as far as the image goes
+            assert (top, left) == (40 - 16, 10 - 8)
+        elif 9 in classes and 0 not in classes:
+            assert (top, left) == (0, 33 - 8)
+    drawn = draw_foreground(0.33, range(40))
+    total = sum(round(height * width / 256) for height, width in SIZES)
+    assert len(drawn) == 40 * total
+    share = sum(bool(classes) for *_, classes in drawn) / len(drawn)
+    plain = sum(bool(classes) for *_, classes in draw_foreground(0.0, range(40))) / len(drawn)
+    assert share == pytest.approx(0.33 + 0.67 * plain, abs=0.03) and plain < 0.4
+    of_image = [classes for number, *_, classes in draw_foreground(1.0, range(40)) if number == 2]
+    rare = sum(9 in classes for classes in of_image) / len(of_image)
+    assert rare == pytest.approx(0.5, abs=0.06)  # one pixel of 901, but one class of two
+
+
+def test_a_crop_around_foreground_holds_all_of_a_smaller_image():
+    rows = np.zeros((2, 12, 20, 4), np.uint8)
+    rows[0, 3, 4, 3] = 1
+    ((images, masks),) = Batches(rows, Order(9, foreground=1.0), transform=Transform(crop=16))
+    assert images.shape == (2, 3, 16, 16) and masks.flatten(1).sum(1).min() >= 1
+
+
+@pytest.mark.parametrize("repeat", [1, 0.3, 2.5])
+def test_whole_images_without_foreground_are_drawn_less_often(repeat):
+    rows = np.zeros((40, 4, 4, 4), np.uint8)
+    rows[..., 0] = np.arange(40)[:, None, None]
+    rows[[3, 11, 30], 1, 2, 3] = 1
+    seen, marked = Counter(), (3, 11, 30)
+    for epoch in range(50):
+        drawn = draw_foreground(0.33, [epoch], rows, crop=0, repeat=repeat)
+        counts = Counter(number for number, *_ in drawn)
+        assert len(drawn) == round(40 * repeat)
+        assert sum(counts[number] for number in marked) >= round(0.33 * len(drawn))
+        seen += counts
+    counts = [seen[number] for number in marked]
+    assert sum(counts) / seen.total() == pytest.approx(0.33 + 0.67 * 3 / 40, abs=0.03)
+    assert len(seen) == 40 and max(counts) < 1.3 * min(counts)
+    plain = draw_foreground(0.33, [0], rows * np.uint8([1, 1, 1, 0]), crop=0)
+    assert sorted(number for number, *_ in plain) == list(range(40))  # there is none to prefer
+
+
+def test_foreground_is_a_function_of_seed_epoch_and_place():
+    first = draw_foreground(0.5, [2])
+    assert first == draw_foreground(0.5, [2]) != draw_foreground(0.5, [3])
+    parts = [draw_foreground(0.5, [2], rank=rank, world=2) for rank in range(2)]
+    for rank, part in enumerate(parts):
+        mine = [n for n in range(len(first)) if n % 8 % 2 == rank]
+        assert part == [first[n] for n in mine]
+
+
 @pytest.mark.parametrize("text", ["rotate=180", "rotate,scale,shift,elastic", "scale=1,rotate=180"])
 def test_what_turns_into_a_crop_comes_from_the_image(text):
     """Red is each pixel's row, green its column; both of a crop must be inside a larger image.
@@ -455,11 +543,18 @@ def test_a_large_image_is_gone_when_the_next_one_is_read(own_sizes, tmp_path, mo
 def test_train_on_crops_and_predict(own_sizes, tmp_path):
     flags = ("--n-filters", 2, "--batch-size", 4, "--swanlab", "disabled", "--device", "cpu")
     crops = ("--crop", 20, "--augment", "rotate=90,flip,noise", "--data", own_sizes)
-    out = ("--out", tmp_path / "run", "--epochs")
-    said = output_of("train.py", *flags, *crops, *out, 2, cwd=tmp_path)
+    out, options = ("--out", tmp_path / "run", "--epochs"), (*crops, "--foreground", 0.5)
+    said = output_of("train.py", *flags, *options, *out, 2, cwd=tmp_path)
     assert "their own size, trained on crops of 20x20" in said
     output_of("train.py", "--resume", *out, 3, cwd=tmp_path)
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 4
+    curves = []
+    output_of(
+        "train.py", *flags, *options, "--out", tmp_path / "at once", "--epochs", 3, cwd=tmp_path
+    )
+    for run in ("run", "at once"):
+        lines = (tmp_path / run / "metrics.csv").read_text().splitlines()
+        curves.append([line.split(",")[:12] for line in lines])
+    assert curves[0] == curves[1] and len(curves[0]) == 4
     model = tmp_path / "run" / "best_model.pth"
     output_of("predict.py", own_sizes / "test", "--model", model, cwd=tmp_path)
     report = json.loads((tmp_path / "predictions" / "report.json").read_text())

@@ -107,6 +107,13 @@ def _add_training_flags(parser):
         default=1.0,
         help="times that an epoch draws every image; 0.1: a tenth of them",
     )
+    add(
+        "--foreground",
+        type=number(0.0, 1.0, float),
+        default=0.0,
+        help="share of the draws that hold foreground: crops around it, and whole images that have "
+        "some; nnU-Net's is 0.33; 0: as they come",
+    )
     add("--lr", type=REAL, default=1e-4, help="learning rate of Adam")
     add("--patience", type=POSITIVE, default=8, help="epochs without a lower validation loss")
     add("--min-steps", type=AT_LEAST_0, default=300, help="steps before which patience is endless")
