@@ -1,17 +1,14 @@
 """--recipe auto: what is measured of a data set, what follows from it, and that it trains."""
 
-import json
 import math
 import shlex
 import time
 from types import SimpleNamespace
 
 import numpy as np
-import plan as benchmark
 import pytest
 import torch
 from helpers import (
-    SIZE,
     assert_done,
     brightness_model,
     edit_annotations,
@@ -26,7 +23,6 @@ from helpers import (
 )
 from PIL import Image
 
-from data import open_split
 from medseg.planning import fingerprint as fingerprints
 from medseg.planning import plan as plans
 from medseg.planning import timing
@@ -576,59 +572,6 @@ def test_a_plan_for_an_absurd_data_set_runs(layout, tmp_path):
 def test_a_data_set_without_foreground_cannot_be_planned(tmp_path, refused):
     root = write_set(tmp_path / "set", {"a.png": noise(20, 20)}, [])
     refused("data", root, "--plan", words=["set/train", "foreground"])
-
-
-# ---- tools/plan.py ---------------------------------------------------------------------------
-
-
-def test_the_benchmark_counts_the_pixels_of_the_masks_that_are_written(
-    dataset, tmp_path, monkeypatch
-):
-    torch.save(UNet(n_filters=2).state_dict(), tmp_path / "w.pth")
-
-    def predict(command):
-        out = command[command.index("--output") + 1]
-        out.mkdir()
-        for number in range(4):  # the upper half of each image
-            mask = np.zeros((SIZE, SIZE), np.uint8)
-            mask[: SIZE // 2] = 255
-            Image.fromarray(mask).save(out / f"{number}_test_mask.png")
-
-    monkeypatch.setattr(benchmark, "run", predict)
-    inside = sum(
-        open_split(dataset, "test", SIZE).load(n)[1][0, : SIZE // 2].sum() for n in range(4)
-    )
-    expected = 2 * inside / (4 * (SIZE * SIZE // 2 + 16 * 16))
-    dice = benchmark.score(dataset, "test", tmp_path / "w.pth", tmp_path / "masks")
-    assert dice == pytest.approx(expected)
-
-
-def test_the_benchmark_gives_every_row_the_same_minutes_once(dataset, tmp_path, monkeypatch):
-    trained = []
-
-    def train(data, out, flags):
-        trained.append(flags)
-        out.mkdir(parents=True, exist_ok=True)
-        return [6.0, 3.0]
-
-    monkeypatch.setattr(benchmark, "train", train)
-    monkeypatch.setattr(benchmark, "score", lambda *_: 0.5 + len(trained) / 100)
-    arguments = (dataset.parent, "--out", tmp_path / "out", "--minutes", 2, "--seeds", 0, 1)
-    flags = ("--sets", "dataset", "--rows", "auto", "strong")
-    for _ in range(2):  # the second time trains nothing
-        benchmark.main([*map(str, (*arguments, *flags))])
-    auto, trial, strong, again = trained
-    assert auto[auto.index("--minutes") + 1] == again[again.index("--minutes") + 1] == 2
-    assert trial[trial.index("--epochs") + 1] == 2
-    assert strong[strong.index("--epochs") + 1] == 40  # of three seconds
-    runs = json.loads((tmp_path / "out" / "plan.json").read_text())["runs"]
-    assert [(run["row"], run["seed"], run["test"]) for run in runs] == [
-        ("auto", 0, 0.51),
-        ("strong", 0, 0.53),
-        ("auto", 1, 0.54),
-    ]
-    text = benchmark.table(runs, ["dataset"])
-    assert "| auto | 0.525 (0.510 to 0.540) |" in text and "| strong | 0.530 |" in text
 
 
 def test_a_short_time_makes_the_network_smaller(dataset):

@@ -7,7 +7,6 @@ import ast
 import contextlib
 import copy as copylib
 import itertools
-import json
 import math
 import os
 import resource
@@ -29,7 +28,6 @@ from helpers import (
     edit_annotations,
     fork_script,
     make_dataset,
-    script,
     script_here,
     skip_pictures,
     start_python,
@@ -71,12 +69,6 @@ def endless_training(place, out):
 
 
 # ---- resuming --------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
-    """20 kills here; `python tools/kill.py --kills 200` is the campaign."""
-    assert "20 kills" in assert_done(script("tools/kill.py", cwd=tmp_path, timeout=300))
 
 
 @pytest.fixture(scope="module")
@@ -687,15 +679,3 @@ def test_every_load_is_of_weights_only():
                 safe = given.get("weights_only") == "True" or of_arrays or own_export
                 assert safe, f"{path}:{node.lineno}"
     assert loads >= 2
-
-
-READERS = ["annotations", "images", "archives", "checkpoints", "commands", "imports"]
-
-
-@pytest.mark.slow
-def test_damaged_input_ends_in_one_line(tmp_path):
-    """40 cases of each here; `python tools/fuzz.py --cases 400` is a campaign of 2400."""
-    said = assert_done(script("tools/fuzz.py", "--cases", 40, cwd=tmp_path, timeout=600))
-    reports = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    assert [report["reader"] for report in reports] == READERS
-    assert all(report["cases"] >= 40 for report in reports)

@@ -2,34 +2,32 @@
 
     python tools/benchmark.py --data dataset                 # against this project's own plain way
     python tools/benchmark.py --data dataset --tutorial DIR  # and the tutorial's program in DIR
-    python tools/benchmark.py --quick                        # on phantoms: that it runs
+    python tools/benchmark.py --data dataset/synthetic --images 8 --size 32 --n-filters 4 --rounds 1
 
 Every measurement is a process of its own. It is warmed up before its clock starts (except where a
 cold start is what is measured) and repeated --rounds times; the table shows medians and the range
-of the ratio. No network, SwanLab off. With --quick, sizes are small, there is one round, and the
-trainings are forks, which need not import PyTorch: their times mean nothing.
+of the ratio. No network, SwanLab off. The last command only shows that it runs.
 """
 
 import argparse
-import contextlib
+import csv
 import json
 import os
-import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-from harness import ROOT, describe_machine, prepare_forks, run, wait_for
+from quality import ROOT, describe_machine
 
 from medseg.cli import ArgumentParser
 
 ANNOTATIONS = "_annotations.coco.json"
 EXAMPLE = "27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg"  # what the tutorial's predict.py opens
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2")
-SCRIPTS = ("data", "train", "predict", "download")
 
 # ---- measurements: each runs in a process of its own and returns its figures -------------------
 # `data`, `predict` and so on are this project's modules, or the tutorial's, by settings["path"].
@@ -37,30 +35,15 @@ SCRIPTS = ("data", "train", "predict", "download")
 
 def loader_cached(settings):
     from data import Batches, Order, load_split
-    from medseg.device import keep_freed_memory
 
-    keep_freed_memory()
     rows = load_split(settings["data"], "train", settings["size"])
     batches = Batches(rows, Order(32, shuffle=True))
-    for _ in batches:
-        pass
-    started = time.perf_counter()
-    for _ in range(5):
-        for _ in batches:
-            pass
-    return {"images_per_second": 5 * len(batches.rows) / (time.perf_counter() - started)}
-
-
-def loader_decoding(settings):
-    from data import COCOSegmentationDataset
-    from medseg.coco import load_coco
-
-    folder = Path(settings["data"]) / "train"
-    dataset = COCOSegmentationDataset(load_coco(folder), folder, image_size=settings["size"])
-    return time_loader(dataset)
+    list(batches)
+    return time_loader(batches, settings["images"])
 
 
 def loader_of_tutorial(settings):
+    import torch
     from pycocotools.coco import COCO
     from torchvision import transforms
 
@@ -69,25 +52,21 @@ def loader_of_tutorial(settings):
     normalize = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     steps = [transforms.ToTensor(), transforms.Resize((256, 256)), normalize]
     folder = Path(settings["data"]) / "train"
-    with contextlib.redirect_stdout(None):
-        coco = COCO(folder / ANNOTATIONS)
-    return time_loader(COCOSegmentationDataset(coco, folder, transforms.Compose(steps)))
-
-
-def time_loader(dataset):
-    import torch
-
+    dataset = COCOSegmentationDataset(COCO(folder / ANNOTATIONS), folder, transforms.Compose(steps))
     loader = torch.utils.data.DataLoader(dataset, batch_size=32, shuffle=True)
+    return time_loader(loader, settings["images"])
+
+
+def time_loader(loader, images):
     started = time.perf_counter()
     for _ in loader:
         pass
-    return {"images_per_second": len(dataset) / (time.perf_counter() - started)}
+    return {"images_per_second": images / (time.perf_counter() - started)}
 
 
 def training_step(settings):
     """plain: in float32, memory in the default order, the optimizer not fused."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from medseg.device import choose_precision, keep_freed_memory, make_autocast, pick_device
     from net import UNet
@@ -97,16 +76,12 @@ def training_step(settings):
     if not plain and device.type == "cpu":
         keep_freed_memory()
     order = torch.contiguous_format if plain else torch.channels_last
-    torch.manual_seed(0)
     model = UNet(n_filters=settings["filters"]).to(device, memory_format=order)
-    precision = choose_precision("fp32" if plain else "auto", device)
     shape = (settings["batch"], 1, settings["size"], settings["size"])
     images = torch.randn(shape, device=device).repeat(1, 3, 1, 1).contiguous(memory_format=order)
     masks = (torch.rand(shape, device=device) > 0.96).float()
-    if settings["compile"]:
-        model.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=not plain)
-    autocast = make_autocast(precision, device)
+    autocast = make_autocast(choose_precision("fp32" if plain else "auto", device), device)
 
     def step():
         with autocast:
@@ -116,42 +91,15 @@ def training_step(settings):
         loss.backward()
         optimizer.step()
 
-    with FlopCounterMode(display=False) as counter:
-        step()
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = time_on(device, step, settings["steps"])
-    rate = matrix_rate(device, precision, settings["matrix"])
-    return {
-        "images_per_second": settings["batch"] / seconds,
-        "share_of_matrix_rate": counter.get_total_flops() / seconds / rate,
-        "matrix_tflops": rate / 1e12,
-        "gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-    }
-
-
-def time_on(device, function, times):
-    """Seconds that a call takes, after one to warm up."""
-    import torch
-
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    function()
+    for _ in range(2):
+        step()
     wait()
     started = time.perf_counter()
-    for _ in range(times):
-        function()
+    for _ in range(3):
+        step()
     wait()
-    return (time.perf_counter() - started) / times
-
-
-def matrix_rate(device, precision, size):
-    """Floating-point operations a second of a product of square matrices."""
-    import torch
-
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    a, b = torch.randn(2, size, size, device=device, dtype=dtypes[precision])
-    return 2 * size**3 / time_on(device, lambda: a @ b, 10)
+    return {"images_per_second": 3 * settings["batch"] / (time.perf_counter() - started)}
 
 
 def folder_of_tutorial(settings):
@@ -170,47 +118,35 @@ def folder_of_tutorial(settings):
 # ---- running them ----------------------------------------------------------------------------
 
 
-def measure(function, settings, path=ROOT, **more):
-    """Run one of the measurements above in a process, with the modules of `path`."""
-    given = json.dumps({**settings, **more, "path": str(path)})
-    return run([sys.executable, __file__, "--measure", function.__name__, given], cwd=path)
+def run(command, cwd=None, **environment):
+    """Run a command; its last line of JSON, its output as `text`, and its seconds as `wall`."""
+    started = time.perf_counter()
+    result = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, "SWANLAB_MODE": "disabled", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wall = time.perf_counter() - started
+    if result.returncode:
+        raise RuntimeError(f"{command} ended with {result.returncode}:\n{result.stdout[-3000:]}")
+    figures = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return {**(figures[-1] if figures else {}), "wall": wall, "text": result.stdout}
 
 
-def train_in_forks(flags, processes, log):
-    """train.py in forks of this process, several as torchrun starts them; what `wait_for` does."""
-    from helpers import fork_script
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
-    started, forks = time.perf_counter(), []
-    for rank in range(processes):
-        ranks = {} if processes == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
-        given = {name: str(value) for name, value in ranks.items()}
-        prepare = partial(os.environ.update, given)
-        forks.append(fork_script("train.py", *flags, log=f"{log}.{rank}", prepare=prepare))
-    ends = [wait_for(fork.pid, started, f"{log}.{rank}") for rank, fork in enumerate(forks)]
-    return ends[0]
-
-
-def subset(source, target, counts, repeat=1):
-    """Write a data set of the first images of another, as links; return `target`.
-
-    Each image is there `repeat` times, under names of its own.
-    """
+def subset(source, target, counts):
+    """Write a data set of the first images of another, as links; return `target`."""
     for split, count in counts.items():
         content = json.loads((source / split / ANNOTATIONS).read_text())
-        images, annotations = [], []
         (target / split).mkdir(parents=True)
-        for image in content["images"][:count]:
-            own = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
-            for copy in range(repeat):
-                number, name = len(images), f"{copy}_{image['file_name']}"
-                file = source / split / image["file_name"]
-                (target / split / name).symlink_to(file.resolve())
-                images.append({**image, "id": number, "file_name": name})
-                for entry in own:
-                    annotations.append({**entry, "id": len(annotations), "image_id": number})
+        images = content["images"][:count]
+        kept = {image["id"] for image in images}
+        for image in images:
+            file = source / split / image["file_name"]
+            (target / split / image["file_name"]).symlink_to(file.resolve())
+        annotations = [one for one in content["annotations"] if one["image_id"] in kept]
         content |= {"images": images, "annotations": annotations}
         (target / split / ANNOTATIONS).write_text(json.dumps(content))
     return target
@@ -222,133 +158,79 @@ class Bench:
     def __init__(self, args, place):
         import torch
 
-        from medseg.device import pick_device
-        from medseg.phantoms import make_phantoms
         from net import UNet
 
-        if args.quick:
-            args.device = "cpu"  # a GPU cannot be used in a fork
-        self.args, self.place, self.table, self.facts = args, place, [], {}
-        self.rounds = 1 if args.quick else args.rounds
-        phantoms = partial(make_phantoms, place / "phantoms", counts=(24, 8, 8), size=128)
-        self.source, count = (args.data or phantoms()).resolve(), 8 if args.quick else args.images
-        counts = {"train": None, "valid": None, "test": 2}
-        if count:
-            counts = {"train": count, "valid": max(count // 4, 2), "test": 2}
-        self.data = subset(self.source, place / "data", counts)
-        sizes = {"size": 32, "filters": 4, "batch": 4, "steps": 2, "matrix": 256}
-        if not args.quick:
-            sizes = {"size": 256, "filters": 32, "batch": min(count or 32, 32), "steps": 3}
-            sizes["matrix"] = 8192 if pick_device(args.device).type == "cuda" else 2048
-        given = {"data": str(self.data), "images": count, "device": args.device}
-        self.settings = {**sizes, **given, "plain": False, "compile": False}
+        self.args, self.place, self.table = args, place, []
+        counts = {"train": args.images, "valid": max(args.images // 4, 2), "test": 2}
+        self.data = subset(args.data.resolve(), place / "data", counts)
+        self.settings = {
+            "data": str(self.data),
+            "images": args.images,
+            "device": args.device,
+            "size": args.size,
+            "filters": args.n_filters,
+            "batch": min(args.images, 32),
+            "plain": False,
+        }
         self.model = place / "best_model.pth"
-        torch.save(UNet(n_filters=self.settings["filters"]).state_dict(), self.model)
-        if args.quick:
-            prepare_forks()
+        torch.save(UNet(n_filters=args.n_filters).state_dict(), self.model)
 
     def compare(self, name, key, other, ours, higher_is_better=False):
         """Run both in turn; add a row with both medians and the range of the ratio."""
         if self.args.only not in name:
             return
-        pairs = [(other()[key], ours()[key]) for _ in range(self.rounds)]
+        pairs = [(other()[key], ours()[key]) for _ in range(self.args.rounds)]
         ratios = [b / a if higher_is_better else a / b for a, b in pairs]
-        row = {
-            "name": name,
-            "unit": key,
-            "other": statistics.median(a for a, _ in pairs),
-            "ours": statistics.median(b for _, b in pairs),
-            "times_as_good": statistics.median(ratios),
-            "from": min(ratios),
-            "to": max(ratios),
-            "rounds": self.rounds,
-        }
+        medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
+        row = {"name": name, "unit": key, "other": medians[0], "ours": medians[1]}
+        row |= {"ratio": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
         self.table.append(row)
         print(
-            f"{name:<60} {row['other']:>10.3f} {row['ours']:>10.3f} {row['times_as_good']:>8.2f}x"
-            f"  ({row['from']:.2f} to {row['to']:.2f})  {key}",
+            f"{name:<58} {medians[0]:>9.3f} {medians[1]:>9.3f} {row['ratio']:>7.2f}x "
+            f"({row['from']:.2f} to {row['to']:.2f})  {key}",
             flush=True,
         )
 
-    def measure(self, function, **more):
-        return partial(measure, function, self.settings, **more)
+    def measure(self, function, path=ROOT, **more):
+        """Run one of the measurements above in a process, with the modules of `path`."""
+        given = json.dumps({**self.settings, **more, "path": str(path)})
+        command = [sys.executable, __file__, "--measure", function.__name__, given]
+        return partial(run, command, cwd=path)
 
-    def train(self, folder, data=None, processes=1, extra=()):
-        """Train for two epochs; what `run` returns and the seconds of the second epoch."""
-        settings, out = self.settings, self.place / folder
-        flags = ("--data", data or self.data, "--out", out, "--overwrite", "--epochs", 2)
+    def train(self, processes=1):
+        """Train for two epochs; the seconds of the second one."""
+        settings, out = self.settings, self.place / f"run{processes}"
+        flags = ("--data", self.data, "--out", out, "--overwrite", "--epochs", 2)
         flags += ("--image-size", settings["size"], "--n-filters", settings["filters"])
         flags += ("--batch-size", settings["batch"], "--device", self.args.device)
-        flags += ("--swanlab", "disabled", *extra)
-        if self.args.quick:
-            result = train_in_forks(flags, processes, self.place / f"{folder}.log")
-        else:
-            launcher = TORCHRUN if processes > 1 else ()
-            result = run([sys.executable, *launcher, ROOT / "train.py", *flags])
-        names, _, second = (out / "metrics.csv").read_text().splitlines()
-        row = dict(zip(names.split(","), second.split(","), strict=True))
-        return {**result, "second_epoch": float(row["seconds"])}
+        launcher = TORCHRUN if processes > 1 else ()
+        run([sys.executable, *launcher, ROOT / "train.py", *flags, "--swanlab", "disabled"])
+        with open(out / "metrics.csv") as file:
+            return {"second_epoch": float(list(csv.DictReader(file))[1]["seconds"])}
 
-
-def measure_imports(bench):
-    """Each script imported in a process of its own, against PyTorch alone."""
-
-    def seconds_of(module):
-        return partial(run, [sys.executable, "-c", f"import {module}"], cwd=ROOT)
-
-    other = "sys" if bench.args.quick else "torch"
-    for script in SCRIPTS:
-        name = f"import {script}, against import torch"
-        bench.compare(name, "wall", seconds_of(other), seconds_of(script))
-
-
-def measure_loading(bench):
-    rate, cached = "images_per_second", bench.measure(loader_cached)
-    decoding = bench.measure(loader_decoding)
-    bench.compare("loader, cached against decoding each time", rate, decoding, cached, True)
-    if bench.args.tutorial:
-        tutorial = bench.measure(loader_of_tutorial, path=bench.args.tutorial)
-        bench.compare("loader, against the tutorial's", rate, tutorial, cached, True)
+    def train_tutorial(self):
+        """Two epochs of the tutorial's program, which prints lines of TUTORIAL and JSON."""
+        link = self.args.tutorial / "dataset"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.data)
+        text = run([sys.executable, "train.py"], cwd=self.args.tutorial, EPOCHS="2")["text"]
+        lines = [line.split("TUTORIAL ")[1] for line in text.splitlines() if "TUTORIAL " in line]
+        seconds = {line["step"]: line["seconds"] for line in map(json.loads, lines)}
+        return {"second_epoch": seconds[2]}
 
 
 def measure_training(bench):
-    last = {}
-
-    def step():
-        last.update(bench.measure(training_step)())
-        return last
-
-    rate, plain = "images_per_second", bench.measure(training_step, plain=True)
+    rate, step = "images_per_second", bench.measure(training_step)
+    plain = bench.measure(training_step, plain=True)
     bench.compare("training step, against fp32, contiguous, unfused", rate, plain, step, True)
-    if last:
-        names = ("share_of_matrix_rate", "matrix_tflops", "gpu_gib", "peak_mib")
-        bench.facts.update({name: last[name] for name in names})
-        share = 100 * last["share_of_matrix_rate"]
-        print(f"  at {share:.0f} % of a matrix product's {last['matrix_tflops']:.2f} TFLOP/s")
-    if not bench.args.quick:  # compiling takes a minute
-        compiled = bench.measure(training_step, compile=True)
-        bench.compare("training step, compiled against not", rate, step, compiled, True)
+    one, two = bench.train, partial(bench.train, processes=2)
+    bench.compare("second epoch, two processes against one", "second_epoch", one, two)
     if bench.args.tutorial:
-        name, tutorial = "second epoch, against the tutorial's", partial(tutorial_epochs, bench)
-        bench.compare(name, "second_epoch", tutorial, partial(bench.train, "epoch"))
-    bench.compare(
-        "second epoch, two processes against one",
-        "second_epoch",
-        partial(bench.train, "one"),
-        partial(bench.train, "two", processes=2),
-    )
-
-
-def tutorial_epochs(bench):
-    """Two epochs of the tutorial's program, which prints lines like TUTORIAL {"step": 2, ...}."""
-    link = bench.args.tutorial / "dataset"
-    link.unlink(missing_ok=True)
-    link.symlink_to(bench.data)
-    os.environ["EPOCHS"] = "2"
-    text = run([sys.executable, "train.py"], cwd=bench.args.tutorial)["text"]
-    lines = [line.split("TUTORIAL ")[1] for line in text.splitlines() if "TUTORIAL " in line]
-    seconds = {line["step"]: line["seconds"] for line in map(json.loads, lines)}
-    return {"second_epoch": seconds[2]}
+        tutorial = bench.measure(loader_of_tutorial, path=bench.args.tutorial)
+        cached = bench.measure(loader_cached)
+        bench.compare("loader, against the tutorial's", rate, tutorial, cached, True)
+        name = "second epoch, against the tutorial's"
+        bench.compare(name, "second_epoch", bench.train_tutorial, bench.train)
 
 
 def measure_prediction(bench):
@@ -356,29 +238,29 @@ def measure_prediction(bench):
     command = (sys.executable, ROOT / "predict.py", "--device", bench.args.device)
     command += ("--model", bench.model)
     single = partial(run, [*command, picture, "--output", bench.place / "single"])
-    bench.facts["single_prediction_seconds"] = single()["wall"]
     name = "one prediction from a cold start, ONNX against PyTorch"
-    if bench.args.only in name and not bench.args.quick:  # the export takes a while
+    if bench.args.only in name:
         exported = bench.place / "model.onnx"
         run([sys.executable, ROOT / "predict.py", "--model", bench.model, "--export", exported])
         onnx = [sys.executable, ROOT / "docs" / "predict_onnx.py", exported, picture]
         bench.compare(name, "wall", single, partial(run, [*onnx, "--output", bench.place / "onnx"]))
-    tutorial = bench.args.tutorial
-    if not tutorial:
-        return
+    if bench.args.tutorial:
+        against_tutorial(bench, picture, command)
+
+
+def against_tutorial(bench, picture, command):
     import torch
 
     from net import UNet
 
-    example = bench.data / "test" / EXAMPLE
+    tutorial, example = bench.args.tutorial, bench.data / "test" / EXAMPLE
     if not example.exists():
         example.symlink_to(picture.resolve())
     for path in (bench.model, tutorial / "best_model.pth"):
         torch.save(UNet(n_filters=32).state_dict(), path)
     folder = bench.place / "folder"
     folder.mkdir()
-    train = (bench.data / "train").iterdir()
-    pictures = [path for path in sorted(train) if path.suffix != ".json"]
+    pictures = sorted(path for path in (bench.data / "train").iterdir() if path.suffix != ".json")
     for number in range(200):
         link = folder / f"{number}{picture.suffix}"
         link.symlink_to(pictures[number % len(pictures)].resolve())
@@ -388,84 +270,48 @@ def measure_prediction(bench):
         partial(run, [sys.executable, "predict.py"], cwd=tutorial),
         partial(run, [*command, example, "--output", bench.place / "single"]),
     )
+    more = {"folder": str(folder), "model": str(bench.model)}
     bench.compare(
         "a folder of 200 images, against the tutorial's",
         "wall",
-        bench.measure(
-            folder_of_tutorial, path=tutorial, folder=str(folder), model=str(bench.model)
-        ),
+        bench.measure(folder_of_tutorial, path=tutorial, **more),
         partial(run, [*command, folder, "--output", bench.place / "masks"]),
     )
 
 
-def measure_scale(bench):
-    """Memory and time of a training against the number of images."""
-    from data import load_split
-
-    quick = bench.args.quick
-    base = {"train": 8 if quick else 32, "valid": 4, "test": 2}
-    size = 32 if quick else 128
-    flags = ("--image-size", size, "--n-filters", 4, "--batch-size", 8)
-
-    def train(factor):
-        data = subset(bench.source, bench.place / f"x{factor}", base, repeat=factor)
-        for split in base:
-            load_split(data, split, size)  # makes the cache
-        return bench.train(f"scale{factor}", data, extra=flags)
-
-    for factor in (1, 4, 16):
-        result, images = train(factor), base["train"] * factor
-        peak, per_image = result["peak_mib"], 1000 * result["second_epoch"] / images
-        facts = {"images": images, "peak_mib": peak, "ms_per_image": per_image}
-        bench.facts[f"scale_{factor}x"] = facts
-        print(
-            f"scale, {images:>5} images: peak {peak:.0f} MiB, {per_image:.2f} ms an image in the "
-            "second epoch",
-            flush=True,
-        )
-
-
-def write_figures(bench):
-    names = ("size", "filters", "batch", "images", "device")
-    settings = {name: bench.settings[name] for name in names}
-    figures = {"machine": describe_machine(), "settings": settings}
-    figures |= {"rows": bench.table, "facts": bench.facts}
-    bench.args.json.write_text(json.dumps(figures, indent=1))
-    print(f"{figures['machine']}\nwritten to {bench.args.json}")
-
-
-def get_args():
+def main():
     parser = ArgumentParser("tools/benchmark.py", __doc__)
     add = parser.add_argument
-    add("--data", type=Path, help="the data set; without it, phantoms")
+    add("--data", type=Path, default=Path("dataset"), help="the data set")
     add("--tutorial", type=Path, help="folder with the tutorial's net, data, train and predict.py")
-    add("--device", default="auto")
-    add("--rounds", type=int, default=3)
-    add("--images", type=int, default=64, help="images in an epoch; 0 for the whole data set")
-    add("--quick", action="store_true", help="small sizes, one round")
+    add("--device", default="auto", help="as train.py has it")
+    add("--rounds", type=int, default=3, help="how often each pair is run")
+    add("--images", type=int, default=64, help="training images of an epoch")
+    add("--size", type=int, default=256, help="pixels a side")
+    add("--n-filters", type=int, default=32, help="channels of the first level")
     add("--only", default="", help="rows whose name holds this")
-    add("--json", type=Path, default=Path("benchmark.json"))
+    add("--json", type=Path, default=Path("benchmark.json"), help="where to write the figures")
     add("--measure", nargs=2, help=argparse.SUPPRESS)  # a measurement and its settings
-    return parser.parse_args()
-
-
-def main():
-    args = get_args()
+    args = parser.parse_args()
     if args.measure:
-        name, settings = args.measure[0], json.loads(args.measure[1])
+        settings = json.loads(args.measure[1])
         sys.path.insert(0, settings["path"])
-        print(json.dumps(globals()[name](settings)))
+        print(json.dumps(globals()[args.measure[0]](settings)))
         return
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(args, Path(place))
-        print(f"{'':<60} {'other':>10} {'ours':>10}")
-        measure_imports(bench)
-        measure_loading(bench)
+        print(f"{'':<58} {'other':>9} {'ours':>9}")
+        for module in ("data", "train", "predict", "download"):
+            torch, own = (
+                partial(run, [sys.executable, "-c", f"import {name}"], cwd=ROOT)
+                for name in ("torch", module)
+            )
+            bench.compare(f"import {module}, against import torch", "wall", torch, own)
         measure_training(bench)
         measure_prediction(bench)
-        if args.only in "scale":
-            measure_scale(bench)
-        write_figures(bench)
+        figures = {"machine": describe_machine(), "settings": bench.settings, "rows": bench.table}
+        args.json.write_text(json.dumps(figures, indent=1))
+    print(f"{figures['machine']}\nwritten to {args.json}")
 
 
 if __name__ == "__main__":

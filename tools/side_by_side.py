@@ -3,14 +3,13 @@
     python tools/side_by_side.py --tutorial DIR --data dataset --out runs/side --seeds 0 1 2
 
 DIR holds the tutorial's net.py, data.py, train.py and a swanlab.py that prints what is logged as
-lines of TUTORIAL and JSON. Of its text only the sizes change, and the last weights are saved too:
-the changes are printed. Each run is in a folder of its own, OUT/tutorial64_s0 or OUT/ours64_s0, and
-one that is complete is not run again. Then the best and the last weights of both are scored on
-the test images with the masks of either program, and OUT/side_by_side.png has the curves.
+lines of TUTORIAL and JSON. Of its text only the sizes change.
+Each run is in a folder of its own, OUT/tutorial64_s0 or OUT/ours64_s0, and one that is complete is
+not run again. Then the best weights of both are scored on the test images with the masks of either
+program, and OUT/side_by_side.png has the curves.
 """
 
 import csv
-import difflib
 import json
 import os
 import shutil
@@ -18,25 +17,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import torch
+from quality import ROOT, table_row
 
 from data import open_split
-from medseg.cli import ArgumentParser, number
+from medseg.cli import ArgumentParser, number, run_main
 from medseg.metrics import RunningScores
 from medseg.plots import new_figure, save_figure
-from medseg.training.checkpoint import read_checkpoint
-from net import UNet, load_model
+from net import load_model
 
 CHANGES = {  # {file: [(text of the tutorial, what takes its place)]}
     "data.py": [("size=(256, 256)", "size=({size}, {size})")],
     "train.py": [
         ("transforms.Resize((256, 256))", "transforms.Resize(({size}, {size}))"),
         ("UNet(n_filters=32)", "UNet(n_filters={filters})"),
-        (
-            "    # Test set evaluation",
-            "    torch.save(model.state_dict(), 'last_model.pth')\n    # Test set evaluation",
-        ),
     ],
 }
 COLORS = {"tutorial": "C1", "ours": "C0"}
@@ -48,20 +42,16 @@ SEEDED = (
 
 
 def lay_out_tutorial(source, target, args):
-    """Copy the tutorial's program at the size of `args`; returns the changed lines."""
+    """Copy the tutorial's program at the size of `args`."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("dataset", "*.pth"))
     (target / "dataset").symlink_to(args.data.resolve())
-    changed = []
     for name, pairs in CHANGES.items():
-        before = text = (target / name).read_text()
+        text = (target / name).read_text()
         for old, new in pairs:
             if text.count(old) != 1:
                 raise ValueError(f"{source / name}: has {old!r} {text.count(old)} times, not once")
             text = text.replace(old, new.format(size=args.image_size, filters=args.n_filters))
         (target / name).write_text(text)
-        lines = difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0)
-        changed += [f"{name}: {line}" for line in lines if line[0] in "+-" and line[1] != line[0]]
-    return changed
 
 
 def run_once(place, command, epochs):
@@ -78,15 +68,15 @@ def train_both(args, seed):
     theirs, ours = args.out / f"tutorial{run}", args.out / f"ours{run}"
     if not (theirs / "done").exists():
         shutil.rmtree(theirs, ignore_errors=True)
-        print("\n".join(lay_out_tutorial(args.tutorial, theirs, args)))
+        lay_out_tutorial(args.tutorial, theirs, args)
         run_once(theirs, [sys.executable, "-c", SEEDED.format(seed=seed)], args.epochs)
     if not (ours / "done").exists():
         ours.mkdir(parents=True, exist_ok=True)
         sizes = ("--image-size", args.image_size, "--n-filters", args.n_filters)
         flags = ("--data", args.data, *sizes, "--seed", seed, "--epochs", args.epochs)
         flags += ("--precision", "fp32", "--swanlab", "disabled")
-        flags += ("--resume",) if (ours / "last.pth").exists() else ()
-        run_once(ours, [sys.executable, harness.ROOT / "train.py", *map(str, flags)], args.epochs)
+        flags += ("--resume",) if (ours / "last.pth").exists() else ("--overwrite",)
+        run_once(ours, [sys.executable, ROOT / "train.py", *map(str, flags)], args.epochs)
     return theirs, ours
 
 
@@ -115,13 +105,6 @@ def scores_of(model, images, masks):
     return result["dice"], result["acc"]
 
 
-def read_weights(place, which):
-    """The UNet of the "best" or "last" weights of a run of either program."""
-    if (place / f"{which}_model.pth").exists():
-        return load_model(place / f"{which}_model.pth")
-    return UNet.from_state_dict(read_checkpoint(place)["model"])
-
-
 def read_curves(place):
     """{column of metrics.csv: a value for each epoch} of a run of either program."""
     if (place / "metrics.csv").exists():
@@ -137,21 +120,20 @@ def read_curves(place):
 def draw(places, path, title):
     """Losses and accuracies of all runs over the epochs; places: [(tutorial's, ours)]."""
     figure = new_figure(11, 4.5)
-    loss_axis, accuracy_axis = figure.subplots(1, 2)
+    axes = dict(zip(("loss", "acc"), figure.subplots(1, 2), strict=True))
     for (label, color), runs in zip(COLORS.items(), zip(*places, strict=True), strict=True):
         for place in runs:
             for name, values in read_curves(place).items():
                 split, quantity = name.split("_")
-                axis = loss_axis if quantity == "loss" else accuracy_axis
                 style = "--" if split == "train" else "-"
                 said = f"{label}, {split}" if place == runs[0] else None
                 epochs = range(1, len(values) + 1)
-                axis.plot(epochs, values, style, color=color, linewidth=1, label=said)
-    for axis, quantity in ((loss_axis, "loss"), (accuracy_axis, "pixel accuracy")):
-        axis.set(xlabel="epoch", ylabel=quantity)
+                axes[quantity].plot(epochs, values, style, color=color, linewidth=1, label=said)
+    for quantity, axis in axes.items():
+        axis.set(xlabel="epoch", ylabel="loss" if quantity == "loss" else "pixel accuracy")
         axis.grid(alpha=0.3)
-    accuracy_axis.set_ylim(0.9, 0.98)
-    loss_axis.legend()
+    axes["acc"].set_ylim(0.9, 0.98)
+    axes["loss"].legend()
     figure.suptitle(title)
     return save_figure(figure, path)
 
@@ -171,18 +153,15 @@ def main():
     args.out = args.out.resolve()
     places = [train_both(args, seed) for seed in args.seeds]
     images, masks = read_test_images(args)
-    heads = (f"Dice, accuracy with {who} masks" for who in masks)
-    print(harness.table_row("run", "weights", *heads))
+    print(table_row("run", *(f"Dice, accuracy with {who} masks" for who in masks)))
     for place in [place for pair in zip(*places, strict=True) for place in pair]:
-        for which in ("best", "last"):
-            model = read_weights(place, which)
-            found = [scores_of(model, images, own) for own in masks.values()]
-            cells = (f"{dice:.3f}, {accuracy:.4f}" for dice, accuracy in found)
-            print(harness.table_row(place.name, which, *cells), flush=True)
+        model = load_model(place / "best_model.pth")
+        found = [scores_of(model, images, own) for own in masks.values()]
+        print(table_row(place.name, *(f"{dice:.3f}, {acc:.4f}" for dice, acc in found)), flush=True)
     title = f"{args.image_size}x{args.image_size} pixels, {args.n_filters} filters, seeds "
     path = args.out / "side_by_side.png"
     print(draw(places, path, title + ", ".join(map(str, args.seeds))))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
