@@ -1099,7 +1099,7 @@ def test_the_scale_of_half_precision_is_gone_on_with():
 
 @pytest.mark.parametrize("took, pause", [(1, 60), (10, 200)])
 def test_on_a_slow_disk_checkpoints_are_rarer(took, pause, tmp_path, monkeypatch):
-    """Writing takes less than a twentieth of the time, as docs/reliability.md promises."""
+    """Writing takes less than a twentieth of the time, as train.py promises."""
     now = [1000.0]
     monkeypatch.setattr("medseg.training.checkpoint.time.monotonic", lambda: now[0])
 
