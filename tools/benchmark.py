@@ -36,8 +36,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2")
 def loader_cached(settings):
     from data import Batches, Order, load_split
 
-    rows = load_split(settings["data"], "train", settings["size"])
-    batches = Batches(rows, Order(32, shuffle=True))
+    batches = Batches(load_split(settings["data"], "train", settings["size"]), Order(32, True))
     list(batches)
     return time_loader(batches, settings["images"])
 
