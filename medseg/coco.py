@@ -17,7 +17,7 @@ from medseg.coco_dialects import (
     name_forms,
 )
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
-from medseg.files import check_regular, name_file, read_json
+from medseg.files import name_file, read_json
 from medseg.run_lengths import RunLengths, decompress_counts, encode, encode_counts, unite
 from medseg.samples import open_picture
 from medseg.settings import channel_names, is_spacing, read_settings
@@ -45,7 +45,6 @@ def read_annotations(folder, skipped=None, forgiven=None):
     for place in (folder.parent, folder, path):
         if not place.exists():
             raise FileNotFoundError(f"{place}: not there; {LAYOUT}: {GET_ONE}")
-    check_regular(path)
     forgiven = Counter() if forgiven is None else forgiven
     advice = f": `python data.py {folder.parent}` lists them"
     content = read_coco(path, skipped, advice=advice, forgiven=forgiven)

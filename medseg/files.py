@@ -237,6 +237,7 @@ def read_json(path, max_memory=JSON_MEMORY, *, guessed=None):
     Raises ValueError for what is not JSON, and for what would take more than max_memory bytes:
     `{},` takes 24 times the bytes that it has in the file.
     """
+    check_regular(path)
     size = path.stat().st_size
     if size <= max_memory:
         content = path.read_bytes()

@@ -18,20 +18,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.coco import MAX_CLASSES, listed
-from medseg.coco_dialects import FRACTIONS, GUESSED, are_fractions, name_forms, print_forgiven
+from medseg.coco_dialects import FRACTIONS, GUESSED, are_fractions, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
-from medseg.files import check_regular, parallel_map, read_json
+from medseg.files import parallel_map, read_json
 from medseg.images import SUFFIXES, read_image
-from medseg.importing.coco_files import by_name
-from medseg.importing.collect import (
-    check_known,
-    existing_file,
-    find_groups,
-    is_text,
-    list_files,
-    read_upright,
-    unique_names,
-)
+from medseg.importing.coco_files import by_name, choose_classes, find_images
+from medseg.importing.collect import find_groups, is_text, list_files, read_upright, unique_names
 from medseg.importing.writing import Example
 from medseg.own_files import OWN_JSON, is_own, is_unreviewed
 from medseg.patterns import same_form
@@ -51,8 +43,7 @@ def labelme_examples(folder, *, classes=None, group=None, prefix="", unreviewed=
     """(examples, class names, late) of the LabelMe files below a folder.
 
     Prints what is left out. classes: labels to use, in their order; without it all labels, sorted.
-    late: {what to print once the examples are read: LabelMe files that it is about}, such as those
-    whose imagePath names another picture than the one in imageData, or none at all.
+    late: {what to print once the examples are read: LabelMe files that it is about}.
     group: a table as `find_groups` reads it, of the JSON files or images. prefix: of names.
     unreviewed: what becomes of predictions that nobody has saved since, as of `_select`.
     Raises ValueError or FileNotFoundError that names the file.
@@ -62,20 +53,22 @@ def labelme_examples(folder, *, classes=None, group=None, prefix="", unreviewed=
     if not paths:
         raise ValueError(f"{folder}: holds no LabelMe files (.json)")
     paths = _select(folder, paths, unreviewed)
-    counts, left_out = _count_labels(paths)
-    labels = counts.keys() - {BACKGROUND, IGNORED}
-    check_known(classes, sorted(labels), "no area is labelled")
-    names = list(classes or sorted(labels))
-    numbers = {BACKGROUND: 0, IGNORED: 0, **{name: n for n, name in enumerate(names, start=1)}}
     pictures = list_files(folder, SUFFIXES)
-    _report(pictures, paths, counts, left_out, names)
+    stems = {path.stem for path in paths}
+    unlabelled = sum(path.stem not in stems and not is_own(path) for path in pictures)
+    if unlabelled:
+        print(f"note: {unlabelled} images have no LabelMe file of their name")
+    names = choose_classes(_count_labels(paths), classes, f"{folder}: no area is labelled")
+    numbers = {BACKGROUND: 0, IGNORED: 0, **{name: n for n, name in enumerate(names, start=1)}}
     relative = [path.relative_to(folder) for path in paths]
-    stems, groups = unique_names(relative, prefix), find_groups(relative, group)
-    examples, wrong, elsewhere = [], [], []
-    find = partial(find_image, folder, by_name(pictures), elsewhere)
-    for stem, path, own_group in zip(stems, paths, groups, strict=True):
-        read = partial(_read_example, path, find, names, numbers, wrong)
-        examples.append(Example(stem, own_group, read))
+    wrong, elsewhere = [], []
+    find = partial(_find_picture, by_name(pictures), elsewhere)
+    examples = [
+        Example(stem, own_group, partial(_read_example, path, find, numbers, wrong))
+        for stem, own_group, path in zip(
+            unique_names(relative, prefix), find_groups(relative, group), paths, strict=True
+        )
+    ]
     ours = f"of {len(paths)} LabelMe files have"
     late = {
         f"{ours} an imagePath that leads to nothing or to another picture: their imageData was "
@@ -104,32 +97,11 @@ def _select(folder, paths, unreviewed):
     return paths if unreviewed == "keep" else [path for path in paths if path not in untouched]
 
 
-def _read_example(path, find, names, numbers, wrong):
-    """What `Example.read` returns, of the LabelMe file at `path`.
-
-    find: `find_image` of its folder. names: of the classes. numbers: {label: number of its class,
-    from 1 on, or 0}. wrong: the list of files whose imageData was taken.
-    """
-    content = read_labelme(path)
-    upright = _read_picture(path, find, content, wrong)
-    recorded = recorded_size(content)
-    if recorded and recorded != upright.size:
-        raise ValueError(
-            f"{path}: was made on an image of {recorded[0]}x{recorded[1]}, "
-            f"but its image is {upright.size[0]}x{upright.size[1]}"
-        )
-    try:
-        drawn = draw_shapes(content["shapes"], upright.size, numbers)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    masks = {names[number - 1]: runs for number, runs in encode_labels(drawn).items() if number}
-    return upright.image, masks
-
-
 def _count_labels(paths):
-    """Counter of the labels of areas, and Counter of the types of shapes that are left out.
+    """{label: number of its areas} of all files, sorted, without those of the background.
 
-    Prints what is not as LabelMe writes it. ValueError where all points are fractions.
+    Prints what is not as LabelMe writes it, and what is left out. ValueError where all points are
+    fractions.
     """
 
     def list_shapes(path):
@@ -148,28 +120,37 @@ def _count_labels(paths):
     if fractions and all(fractions):
         raise ValueError(f"{paths[0]}: {FRACTIONS}")
     print_forgiven(forgiven)
-    return counts, left_out
-
-
-def _report(pictures, paths, counts, left_out, names):
-    """Print what the files hold: the areas of each class, and what is left out."""
-    areas = [f"{name} ({counts[name]})" for name in names]
-    print(f"{len(paths)} LabelMe files; areas: {listed(areas, MAX_CLASSES) or 'none'}")
-    used = {*names, BACKGROUND, IGNORED}
-    unused = {label: n for label, n in counts.items() if label not in used}
-    for what, omitted in (("shapes without an area", left_out), ("other labels", unused)):
-        if omitted:
-            shown = [f"{name} ({n})" for name, n in sorted(omitted.items())]
-            print(f"left out: {what}: {listed(shown, MAX_CLASSES)}")
+    if left_out:
+        shown = [f"{name} ({n})" for name, n in sorted(left_out.items())]
+        print(f"left out: shapes without an area: {listed(shown, MAX_CLASSES)}")
     if counts[IGNORED]:
         print(f"warning: {counts[IGNORED]} areas labelled {IGNORED} count as background")
-    stems = {path.stem for path in paths}
-    unlabelled = [path for path in pictures if path.stem not in stems and not is_own(path)]
-    if unlabelled:
-        print(f"note: {len(unlabelled)} images have no LabelMe file of their name")
+    return {name: counts[name] for name in sorted(counts.keys() - {BACKGROUND, IGNORED})}
 
 
 # ---------------------------------------------------------------- one file
+
+
+def _read_example(path, find, numbers, wrong):
+    """What `Example.read` returns, of the LabelMe file at `path`.
+
+    find: `_find_picture` of its folder. numbers: {label: number of its class, from 1 on, or 0}.
+    wrong: the list of files whose imageData was taken.
+    """
+    content = read_labelme(path)
+    recorded = content.get("imageWidth"), content.get("imageHeight")
+    if not all(type(side) is int and side > 0 for side in recorded):
+        recorded = None
+    upright = _read_picture(path, find, content, recorded, wrong)
+    if recorded and recorded != upright.size:
+        made, actual = ("x".join(map(str, size)) for size in (recorded, upright.size))
+        raise ValueError(f"{path}: was made on an image of {made}, but its image is {actual}")
+    try:
+        runs = encode_labels(draw_shapes(content["shapes"], upright.size, numbers))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    masks = {name: runs[number] for name, number in numbers.items() if number in runs.keys() - {0}}
+    return upright.image, masks
 
 
 def read_labelme(path, forgiven=None):
@@ -179,7 +160,6 @@ def read_labelme(path, forgiven=None):
     Raises FileNotFoundError; ValueError for what is not LabelMe: a list of shapes, each with a
     label and a known shape_type.
     """
-    check_regular(path)
     forgiven, guessed = Counter() if forgiven is None else forgiven, []
     content = read_json(path, MAX_MEMORY, guessed=guessed)
     if guessed:
@@ -203,42 +183,33 @@ def read_labelme(path, forgiven=None):
     return content
 
 
-def _read_picture(path, find, content, wrong):
+def _read_picture(path, find, content, size, wrong):
     """The Upright picture of a LabelMe file: the image that imagePath names, else imageData.
 
     LabelMe shows imageData, where there is any, whatever imagePath names. The named image, of which
     that may be a poor copy, is taken where both are alike; `wrong` is added to where not.
+    size: (width, height) that the file says its image has, or None.
     """
-    name, data = content.get("imagePath"), content.get("imageData")
+    name, data, inside = content.get("imagePath"), content.get("imageData"), None
     named = find(path, name) if isinstance(name, str) else None
-    if not isinstance(data, str):
-        if named:
-            return read_upright(named)
+    if isinstance(data, str):
+        with contextlib.suppress(ValueError):  # it is damaged
+            inside = read_upright(io.BytesIO(base64.b64decode(data)))
+    if not inside and not named:
         raise ValueError(
             f"{path}: its image {name!r:.120} is not there, nor is it in imageData: name the "
             "folder that holds both"
         )
-    try:
-        inside = read_upright(io.BytesIO(base64.b64decode(data)))
-    except ValueError as error:
-        if named:
-            return read_upright(named)
-        reason = str(error).rpartition(">: ")[2]  # "<...>: " is the name of a file in memory
-        raise ValueError(f"{path}: imageData: {reason}") from None
+    if not inside:
+        return read_upright(named)
     if named:
         with contextlib.suppress(ValueError):  # what is damaged, or no image, is the wrong one
-            upright, size = read_upright(named), recorded_size(content)
+            upright = read_upright(named)
             others_size = size == upright.size != inside.size
             if others_size or size in (None, upright.size) and _are_alike(upright, inside):
                 return upright
     wrong.append(path)
     return inside
-
-
-def recorded_size(content):
-    """(width, height) that a LabelMe file says its image has, or None."""
-    size = content.get("imageWidth"), content.get("imageHeight")
-    return size if all(type(side) is int and side > 0 for side in size) else None
 
 
 def _are_alike(upright, inside):
@@ -251,32 +222,25 @@ def _are_alike(upright, inside):
     return is_flat(one) or is_flat(other) or correlate([one], [other])[0, 0] >= NEAR_DUPLICATE
 
 
-def find_image(folder, named, elsewhere, path, name):
+def _find_picture(named, elsewhere, path, name):
     """The file that a LabelMe file at `path` means by its imagePath `name`, or None.
 
-    Windows separators and the encoding of web addresses are understood. A path that leads out of
-    `folder`, or to nothing, is tried by its last part beside the LabelMe file, then as it is, then
-    by its last part anywhere in the folder: the nearest, and the file is added to `elsewhere`.
-    named: `by_name` of the images in the folder. ValueError where several are the nearest.
+    named: `by_name` of the images in the folder. One beside the LabelMe file comes first, then the
+    path, out of the folder too, then the nearest of that name: the file is added to `elsewhere`.
+    ValueError where several are the nearest.
     """
-    for form in map(PureWindowsPath, name_forms(name)):
-        if not form.name or "\0" in form.name:
-            continue
-        meant = Path(os.path.normpath(path.parent / form.as_posix()))
-        inside = Path(os.path.abspath(folder)) in Path(os.path.abspath(meant)).parents
-        beside = path.parent / form.name
-        for place in (meant, beside) if inside else (beside, meant):
-            if place.name.lower().endswith(SUFFIXES) and (image := existing_file(place)):
-                return image
-        candidates = named.get(same_form(form.name), ())
-        shared = [len(os.path.commonpath([path, candidate])) for candidate in candidates]
-        nearest = [own for own, n in zip(candidates, shared, strict=True) if n == max(shared)]
+    candidates = find_images(name, path.parent, named)
+    steps = {own: os.path.relpath(own, path.parent).count(os.sep) for own in candidates}
+    nearest = [own for own in candidates if steps[own] == min(steps.values())]
+    meant = Path(os.path.normpath(path.parent / PureWindowsPath(name).as_posix()))
+    if not (nearest and steps[nearest[0]] == 0):
+        if meant.name.lower().endswith(SUFFIXES) and os.path.isfile(meant):
+            return meant
         if len(nearest) > 1:
             raise ValueError(f"{path}: its image {name!r:.120} may be {nearest[0]} or {nearest[1]}")
-        if nearest:
+        if nearest and same_form(str(nearest[0])) != same_form(str(meant)):
             elsewhere.append(path)
-            return nearest[0]
-    return None
+    return nearest[0] if nearest else None
 
 
 # ---------------------------------------------------------------- drawing
@@ -301,41 +265,35 @@ def draw_shapes(shapes, size, numbers):
 
 
 def _read_points(shape, size):
-    """[(x, y)] of a shape; ValueError where they are too few, no numbers, or far outside."""
-    kind, points = shape["shape_type"], shape.get("points")
-    count = len(points) if isinstance(points, list) else 0
+    """The points (N, 2) of a shape. ValueError: they are too few, no numbers, or far outside."""
+    kind, points = shape["shape_type"], np.array(shape.get("points"))
+    if points.dtype.kind not in "if" or points.shape[1:] != (2,):
+        raise ValueError("its points are no list of [x, y]")
+    count = len(points)
     if count < POINTS[kind] or count > POINTS[kind] and kind not in OR_MORE:
         raise ValueError(f"a {kind} needs {POINTS[kind]} points, and has {count}")
-    limit = FAR * max(size)
-    for point in points:
-        numbers = isinstance(point, list) and len(point) == 2
-        if not numbers or not all(type(value) in (int, float) for value in point):
-            raise ValueError(f"{point!r:.40} is no point [x, y]")
-        if not all(-limit <= value <= limit for value in point):  # false for NaN too
-            raise ValueError(f"{point!r:.60} is far outside the {size[0]}x{size[1]} image")
-    return [tuple(point) for point in points]
+    if not (abs(points) <= FAR * max(size)).all():  # false for NaN too
+        raise ValueError(f"its points lead far outside the {size[0]}x{size[1]} image")
+    return points
 
 
 def _draw_shape(canvas, shape, points, value):
     """Draw one shape into a PIL image of mode I; ValueError where it cannot be drawn."""
-    draw = ImageDraw.Draw(canvas)
-    ordered = [sorted(values) for values in zip(*points, strict=True)]  # of x, of y
-    if shape["shape_type"] == "mask":
+    draw, kind = ImageDraw.Draw(canvas), shape["shape_type"]
+    low, high = points.min(0), points.max(0)
+    if kind == "mask":
         bitmap = _read_bitmap(shape.get("mask"))
-        (left, right), (top, bottom) = ordered
-        left, top = int(left), int(top)  # as LabelMe does: whole numbers, both corners inside
-        size = int(right) - left + 1, int(bottom) - top + 1
-        if any(abs(a - b) > 1 for a, b in zip(bitmap.size, size, strict=True)):
-            raise ValueError(f"its mask is {bitmap.size}, but its corners span {size}")
+        left, top = low.astype(int).tolist()  # as LabelMe: whole numbers, both corners inside
+        size = high.astype(int) - (left, top) + 1
+        if (abs(bitmap.size - size) > 1).any():
+            raise ValueError(f"its mask is {bitmap.size}, but its corners span {tuple(size)}")
         canvas.paste(value, (left, top), bitmap)
-    elif shape["shape_type"] == "circle":
-        (x, y), edge = points
-        radius = math.dist((x, y), edge)
-        box = [x - radius, y - radius, x + radius, y + radius]
-        draw.ellipse(box, outline=value, fill=value)
-    elif shape["shape_type"] == "rectangle":
-        box = [ordered[0][0], ordered[1][0], ordered[0][-1], ordered[1][-1]]
-        draw.rectangle(box, outline=value, fill=value)
+    elif kind == "circle":
+        center, edge = points
+        radius = math.dist(center, edge)
+        draw.ellipse([*(center - radius), *(center + radius)], outline=value, fill=value)
+    elif kind == "rectangle":
+        draw.rectangle([*low, *high], outline=value, fill=value)
     elif len(points) > MANY_POINTS:
         import cv2
 
@@ -343,19 +301,13 @@ def _draw_shape(canvas, shape, points, value):
         cv2.fillPoly(filled, [np.trunc(points).astype(np.int32)], 255)  # Pillow cuts them, too
         canvas.paste(value, mask=Image.fromarray(filled))
     else:
-        draw.polygon(points, outline=value, fill=value)
+        draw.polygon(points.ravel().tolist(), outline=value, fill=value)
 
 
 def _read_bitmap(text):
     """A PIL image of mode "1" from base64 of a PNG whose pixels are 0 or not."""
-    if not isinstance(text, str):
-        raise ValueError("a mask needs its picture")
     try:
         with Image.open(io.BytesIO(base64.b64decode(text)), formats=["PNG"]) as image:
-            pixels = np.asarray(image)
+            return Image.fromarray(np.asarray(image) != 0)
     except Exception as error:  # decoders raise many kinds on damaged files
-        reason = "not a PNG" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ValueError(f"its mask is damaged ({reason})") from None
-    if pixels.ndim != 2:
-        raise ValueError("its mask has several channels")
-    return Image.fromarray(pixels != 0)
+        raise ValueError(f"its mask is damaged ({error!r:.80})") from None

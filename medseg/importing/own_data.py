@@ -19,6 +19,7 @@ from medseg.importing.pairs import find_pairs
 from medseg.importing.via import via_examples
 from medseg.importing.writing import (
     check_free,
+    deal_examples,
     picture_window,
     present_settings,
     write_dataset,
@@ -75,15 +76,13 @@ def import_data(root, args):
             )
         # The names of labels and categories do not depend on their order, those of values do.
         any_order = not args.classes and (not args.masks or named)
-        choice = {"into": args.into, "any_order": any_order}
         if args.add:
-            prefix = f"{args.prefix or sources[0].resolve().stem}_"
-            choice |= {"prefix": prefix, "duplicates": args.duplicates}
-            add_images(root, examples, classes, **choice)
+            choice = {"into": args.into, "duplicates": args.duplicates}
+            add_images(root, examples, classes, any_order=any_order, **choice)
         else:
-            choice |= {"split": args.split, "seed": args.seed, "force": args.force, "info": info}
-            choice["source"] = place
-            write_dataset(root, examples, classes, **choice)
+            dealt = deal_examples(examples, args.split, args.into, args.seed)
+            choice = {"info": info, "source": place}
+            write_dataset(root, dealt, classes, any_order=any_order, **choice)
         for what, paths in late.items():
             if paths:
                 print(f"note: {len(paths)} {what} ({min(paths).name})")

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from medseg.splits import (
     install,
     keep_splits,
     present_splits,
-    wanted_splits,
 )
 
 OWN = "own data imported by download.py"  # info.description of every imported split
@@ -65,54 +64,51 @@ def holds_own_data(root):
     return False
 
 
-def write_dataset(
-    root,
-    examples,
-    classes,
-    *,
-    split=PERCENTAGES,
-    into=None,
-    seed=0,
-    force=False,
-    info=None,
-    any_order=False,
-    source=None,
-):
-    """Write `examples` as splits of `root`, whole or not at all, and print what each split holds.
+def deal_examples(examples, percentages, into, seed):
+    """{split: Examples} as `draw_splits` deals them, or all into the one split.
 
-    classes: names, which become categories 1, 2, ... in this order. Splits that stay have to have
-    the same; where they have some more besides, these are added. any_order: theirs counts. split:
-    percent of the images in train, valid and test; 0 writes no such split; where it is PERCENTAGES
-    and images have their split already, they keep it, see `keep_splits`. into: the one split to
-    write instead. Other splits are never touched. info: {name: JSON value} to record with each
-    split. source: what the message names where all masks are empty.
-    Raises ValueError where a split is there already (without `force`), the classes disagree, there
-    are fewer groups than splits, or all masks are empty; and what an example's read() raises.
+    Where percentages are PERCENTAGES and images have their split already, they keep it: see
+    `keep_splits`.
     """
-    root, splits = Path(root), wanted_splits(split, into)
-    check_free(root, splits, force, into)
-    stay = [name for name in present_splits(root) if name not in splits]
-    classes = check_classes(root, stay, classes, any_order)
-    examples = check_examples(root, examples)
+    examples = sorted(examples, key=attrgetter("name"))
     if into:
-        drawn = {into: examples}
-    elif tuple(split) == PERCENTAGES and any(example.split for example in examples):
-        drawn = keep_splits(examples, seed)
-    else:
-        drawn = draw_splits(examples, split, seed)
-    head, counts = make_head(classes, info), {}
+        return {into: examples}
+    if tuple(percentages) == PERCENTAGES and any(example.split for example in examples):
+        return keep_splits(examples, seed)
+    return draw_splits(examples, percentages, seed)
+
+
+def write_dataset(root, dealt, classes, *, info=None, any_order=False, source=None):
+    """Write {split: Examples} to `root`, whole or not at all, and print what each split holds.
+
+    The splits replace those of their names; others are never touched. classes: names, which become
+    categories 1, 2, ... in this order. Splits that stay have to have the same; where they have some
+    more besides, these are added. any_order: theirs counts. info: {name: JSON value} to record
+    with each split. source: what the message names where all masks are empty.
+    Raises ValueError where the classes disagree or all masks are empty; and what an example's
+    read() raises.
+    """
+    root, total = Path(root), sum(map(len, dealt.values()))
+    stay = [name for name in present_splits(root) if name not in dealt]
+    classes = check_classes(root, stay, classes, any_order)
+    categories = [
+        {"id": number, "name": name, "supercategory": "none"}
+        for number, name in enumerate(classes, start=1)
+    ]
+    head = {"info": {"description": OWN, **(info or {})}, "categories": categories}
+    written = {}
 
     def write_splits(folder):
-        with tqdm(desc="importing", total=len(examples), unit="image", disable=None) as bar:
-            for name, chosen in drawn.items():
-                counts[name] = write_split(folder / name, chosen, head, bar)
-        if not any(own.class_pixels.total() for own in counts.values()):
-            what = f"the masks or outlines of all {len(examples)} images cover no pixel"
+        with tqdm(desc="importing", total=total, unit="image", disable=None) as bar:
+            for split, examples in dealt.items():
+                written[split] = write_split(folder / split, examples, head, bar)
+        if not any(areas for images in written.values() for _, areas in images):
+            what = f"the masks or outlines of all {total} images cover no pixel"
             raise ValueError(f"{source or root}: {what}")
 
-    install(root, write_splits, splits)
-    for name, chosen in drawn.items():
-        print_counts(name, chosen, counts[name], classes)
+    install(root, write_splits, tuple(dealt))
+    for split, images in written.items():
+        print_counts(split, images, classes)
     if len(classes) > MAX_CLASSES:
         print(
             f"note: {len(classes)} classes are more than the {MAX_CLASSES} that train.py can tell "
@@ -125,23 +121,15 @@ def check_free(root, splits, force, into=None):
 
     into: the one split that was asked for, to which images can be added.
     """
-    for split in present_splits(root):
-        if split in splits and not force:
-            ways = "replace it with --force, add another split with --into"
-            if into:
-                ways = "--add puts the new images beside those that it holds, --force deletes these"
-            raise ValueError(
-                f"{Path(root) / split} is there already: {ways}, or name another folder with --data"
-            )
-
-
-def check_examples(root, examples):
-    """The Examples by name; ValueError where there are none, or two of one name."""
-    if len({example.name.casefold() for example in examples}) < len(examples):
-        raise ValueError(f"{root}: two images would get the same file name")
-    if not examples:
-        raise ValueError(f"{root}: there are no images to write")
-    return sorted(examples, key=attrgetter("name"))
+    there = [split for split in present_splits(root) if split in splits]
+    if there and not force:
+        ways = "--into writes another split"
+        if into:
+            ways = "--add puts the new images beside those that it holds"
+        raise ValueError(
+            f"{root / there[0]} is there already: {ways}, --force replaces it, --data names "
+            "another folder"
+        )
 
 
 def check_classes(root, stay, classes, any_order=False):
@@ -200,42 +188,15 @@ def present_settings(root, stay):
 # ---------------------------------------------------------------- one split
 
 
-@dataclass
-class SplitCounts:
-    """What was written to one split."""
-
-    pixels: int = 0
-    class_pixels: Counter = field(default_factory=Counter)  # class name -> pixels
-    class_images: Counter = field(default_factory=Counter)  # class name -> images that have it
-
-    def add(self, record, annotations, names):
-        """Count an image by its record and annotations. names: {category id: class name}."""
-        self.pixels += record["width"] * record["height"]
-        for annotation in annotations:
-            name = names[annotation["category_id"]]
-            self.class_pixels[name] += annotation["area"]
-            self.class_images[name] += 1
-
-
-def make_head(classes, info=None):
-    """What the annotation file of a new split begins with; info: as in `write_dataset`."""
-    categories = [
-        {"id": number, "name": name, "supercategory": "none"}
-        for number, name in enumerate(classes, start=1)
-    ]
-    return {"info": {"description": OWN, **(info or {})}, "categories": categories}
-
-
 def write_split(folder, examples, head, bar):
-    """Write a split to the new `folder`; returns its SplitCounts.
+    """Write a split to the new `folder`; returns [(record, {class name: pixels})] of its images.
 
     head: what its annotation file begins with, "categories" among it; each class has one.
     The annotations go to their file as they come, for they are most of what is to be written.
     """
     folder.mkdir()
-    counts, images, separator, number = SplitCounts(), [], "", 0
-    names = {category["id"]: category["name"] for category in head["categories"]}
-    ids = {name: category_id for category_id, name in names.items()}
+    written, separator, number = [], "", 0
+    ids = {category["name"]: category["id"] for category in head["categories"]}
     convert = functools.partial(_convert, folder=folder, ids=ids)
     with (
         open(folder / ANNOTATIONS, "w", encoding="ascii") as file,
@@ -244,32 +205,39 @@ def write_split(folder, examples, head, bar):
     ):
         file.write(json.dumps(head)[:-1] + ', "annotations": [')
         for index, (record, annotations) in enumerate(converted):
-            images.append(json.dumps({"id": index, **record}))
-            counts.add(record, annotations, names)
-            for annotation in annotations:
+            areas = {name: annotation["area"] for name, annotation in annotations.items()}
+            written.append(({"id": index, **record}, areas))
+            for annotation in annotations.values():
                 number += 1
                 file.write(separator + json.dumps({"id": number, "image_id": index, **annotation}))
                 separator = ",\n"
             bar.update()
-        file.write('], "images": [' + ",\n".join(images) + "]}")
-    return counts
+        images = ",\n".join(json.dumps(record) for record, _ in written)
+        file.write(f'], "images": [{images}]}}')
+    return written
 
 
 def _convert(example, folder, ids):
-    """Write the image of an Example; returns its COCO record and annotations, without their ids.
+    """Write the image of an Example; returns its COCO record and {class name: annotation}.
 
-    ids: {class name: category id}.
+    Neither has its ids. ids: {class name: category id}.
     """
     image, masks = example.read()
     file_name, (width, height) = _save_image(image, folder, example.name)
-    annotations = []
+    annotations = {}
     for name, mask in masks.items():
-        if name not in ids or mask.shape != (height, width):
-            shape = "x".join(map(str, mask.shape[::-1]))
-            raise ValueError(f"{example.name}: a mask of {name!r}, {shape}, on {width}x{height}")
         runs = mask if isinstance(mask, RunLengths) else encode(mask)
+        if runs.shape != (height, width):
+            size = "x".join(map(str, runs.shape[::-1]))
+            raise ValueError(f"{example.name}: a mask of {name!r}, {size}, on {width}x{height}")
         if runs.area:
-            annotations.append(_annotate(runs, ids[name]))
+            annotations[name] = {
+                "category_id": ids[name],
+                "segmentation": {**runs.coco, "counts": runs.counts.decode("ascii")},
+                "bbox": runs.box,
+                "area": runs.area,
+                "iscrowd": 0,
+            }
     record = {"file_name": file_name, "width": width, "height": height}
     if example.group:
         record["group"] = example.group  # COCO has no such key, and other readers pass over it
@@ -296,31 +264,24 @@ def _save_image(image, folder, name):
     return name + suffix, size
 
 
-def _annotate(runs, category_id):
-    """The COCO annotation of RunLengths, its outline as compressed run lengths."""
-    return {
-        "category_id": category_id,
-        "segmentation": {**runs.coco, "counts": runs.counts.decode("ascii")},
-        "bbox": runs.box,
-        "area": runs.area,
-        "iscrowd": 0,
-    }
-
-
-def print_counts(split, examples, counts, classes, total=None):
+def print_counts(split, images, classes, total=None):
     """Print the images of a split, and each class's part of the pixels and of the images.
 
-    total: how many images the split holds now, where these were added to others.
+    images: as of `write_split`. total: how many the split holds now, where these were added.
     """
-    groups = {example.group for example in examples}
+    groups = {record.get("group", "") for record, _ in images}
     of_groups = f" of {len(groups)} groups" if groups != {""} else ""
     added = f" added, {total} in all" if total else ""
-    print(f"{split}: {len(examples)} images{of_groups}{added}")
+    print(f"{split}: {len(images)} images{of_groups}{added}")
+    pixels = sum(record["width"] * record["height"] for record, _ in images)
+    areas = Counter()
+    for _, own in images:
+        areas.update(own)
     shown = classes[:MAX_CLASSES]
     width = max(map(len, shown), default=0)
     for name in shown:
-        percent, images = 100 * counts.class_pixels[name] / counts.pixels, counts.class_images[name]
+        percent, count = 100 * areas[name] / pixels, sum(name in own for _, own in images)
         doubt = "  <- more than half: the right folder, and not inverted?" if percent > 50 else ""
-        print(f"  {name:{width}}  {percent:6.2f} % of the pixels, in {images} images{doubt}")
+        print(f"  {name:{width}}  {percent:6.2f} % of the pixels, in {count} images{doubt}")
     if len(classes) > len(shown):
         print(f"  and {len(classes) - len(shown)} more classes")
