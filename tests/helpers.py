@@ -41,11 +41,11 @@ SIZE = 48  # pixels a side of the images made here
 
 
 def start_python(*arguments, cwd, log=None, **environment):
-    """Start Python without the user's SwanLab and Kaggle accounts; with -c it finds our modules.
+    """Start Python without the user's SwanLab account; with -c it finds our modules.
 
     Returns a Popen; its output is text in two pipes, or goes to the file `log`.
     """
-    accounts = ("SWANLAB", "KAGGLE")
+    accounts = ("SWANLAB",)
     clean = {key: value for key, value in os.environ.items() if not key.startswith(accounts)}
     if "-c" in arguments:
         clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])

@@ -435,7 +435,7 @@ def test_a_single_prediction_loads_no_more_than_it_needs(place):
     scan(64, 64, 10, 10, 20).save(place / "scan.png")
     code = (
         "import sys, predict; predict.main(['scan.png', '--device', 'cpu'])\n"
-        "slow = {'torchvision', 'swanlab', 'kaggle', 'matplotlib.pyplot', 'pycocotools.coco'}\n"
+        "slow = {'torchvision', 'swanlab', 'matplotlib.pyplot', 'pycocotools.coco'}\n"
         "print(sorted(slow & set(sys.modules)))"
     )
     assert assert_done(run_python("-c", code, cwd=place)).strip().endswith("[]")

@@ -325,7 +325,7 @@ def test_a_disk_that_fills_while_masks_are_imported(tmp_path, small_disk, refuse
     disk = small_disk(2)
     fill(disk, 100_000)  # bytes, of which an image takes some 40,000
     command = ("--masks", "images", "masks", "--data", disk / "mine")
-    line = refused("download", *command, words=[disk / "mine", "full", "--data"])
+    line = refused("download", *command, words=[disk / "mine", "No space", "--data"])
     assert "python download.py --data" not in line  # which would get another data set
     assert [path.name for path in disk.rglob("*")] == ["filler"]
     (disk / "filler").unlink()

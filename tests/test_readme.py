@@ -21,7 +21,7 @@ IMPORTED_AS = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml
 # Imported when used; the error names the pip command.
 OPTIONAL = {"pydicom", "nibabel", "h5py", "gradio", "onnx", "onnxscript", "onnxruntime"}
 WITH_GRADIO = {"fastapi", "uvicorn", "python_multipart"}
-NOT_IMPORTED = {"six", "torchvision"}  # for kaggle; for the tutorial's transforms
+NOT_IMPORTED = {"torchvision"}  # for the tutorial's transforms
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 both_pages = pytest.mark.parametrize("english", [README, OWN], ids=lambda path: path.name)
