@@ -309,7 +309,7 @@ def healthy():
 
 
 REFUSED = {  # what is written, the arguments of --masks, what the message names
-    "one side": (wbc, "wbc", ["wbc alone"]),
+    "one side": (wbc, "wbc", ["wbc", "two"]),
     "nothing": (wbc, "wbc/{id}.gif wbc/{id}.png", ["wbc/{id}.gif", "3 .png"]),
     "no such folder": (wbc, "wbc/{id}.bmp wcb/{id}.png", ["wcb/{id}.png", "wbc?"]),
     "no such file": (wbc, "wbc wbc/001.tif", ["wbc/001.tif: no such"]),
@@ -319,8 +319,6 @@ REFUSED = {  # what is written, the arguments of --masks, what the message names
     "without {id}": (wbc, "wbc/*.bmp wbc/*.png", ["wbc/*.bmp", "{id}"]),
     "expanded": (wbc, "wbc/001.bmp wbc/002.bmp wbc/001.png", ["3 names", "quote"]),
     "two readers": (chase, "chase/{id}.jpg chase/{id}_*.png", ["_1stHO.png", "_2ndHO.png"]),
-    "a class by NAME=": (axons, "scans a=classes/*_axon.png", ["{class}"]),
-    "classes by *=": (axons, "scans *=classes/*_*.png", ["{class}"]),
     "an image of no class": (
         healthy,
         "scans/{id}.png classes/{id}_{class}.png",

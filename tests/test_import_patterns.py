@@ -156,7 +156,6 @@ def test_a_split_is_not_read_into_itself(here):
     [
         (["i/{ID}.png", "m/{id}_x.png"], ["{ID}"]),
         (["i", "m/{id}_x.png"], ["i:", "{id}"]),
-        (["i/{id}.png", "a=m/{id}_x.png"], ["a=", "{class}"]),
         (["i/{id}.png", "m/{id}_x.png", "--channels", "a"], ["i/a.png", "colours"]),
         (["i", "m", "--channels", "a,b"], ["i/a.png", "3 channels", "a, b"]),
     ],

@@ -8,9 +8,9 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from medseg.coco import listed
-from medseg.files import base_name, check_regular, escape
+from medseg.files import base_name, escape, name_file
 from medseg.images import read_image
-from medseg.patterns import same_form
+from medseg.patterns import same_form, walk
 from medseg.samples import Page, count_pages, stored_orientation, turn
 from medseg.splits import augmented_groups
 
@@ -20,32 +20,12 @@ SUBJECT = re.compile(r"(?:^|/)(sub-[a-zA-Z0-9]+)(?=[_./]|$)")  # of BIDS: sub-01
 def list_files(folder, suffixes):
     """The files below `folder` whose names end with one of `suffixes`, sorted.
 
-    Hidden files and folders are left out. Raises FileNotFoundError without a folder; see `walk`.
+    Hidden files and folders are left out. Raises FileNotFoundError without a folder.
     """
-    folder, suffixes = Path(folder), tuple(suffixes)
-    if not folder.is_dir():
+    names = walk(folder, ("**", "*")) if os.path.isdir(folder) else None
+    if names is None:
         raise FileNotFoundError(f"{folder}: no such folder")
-    paths = []
-    for place, names in walk(folder):
-        paths += [place / name for name in names if not name.startswith(".")]
-    return sorted(path for path in paths if path.name.lower().endswith(suffixes))
-
-
-def walk(folder):
-    """Yield (folder, names of its files) of a folder and those below it that are not hidden.
-
-    Links to folders are followed; a folder that several ways lead to is there once, by the first.
-    """
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
-        yield Path(place), names
+    return sorted(Path(folder, name) for name in names if name.lower().endswith((*suffixes,)))
 
 
 def is_text(text):
@@ -65,26 +45,15 @@ def printable(name):
     return escape(str(name))
 
 
-def named_alike(folder, name):
-    """The names in a folder that are `name`: itself, or else those in another Unicode form."""
-    if os.path.lexists(folder / name):
-        return [name]
-    present = os.listdir(folder) if folder.is_dir() else ()
-    return [other for other in present if same_form(other) == same_form(name)]
-
-
 def existing_file(path):
     """The Path of the file at `path`, in whichever Unicode form its names are stored, or None."""
     if os.path.isfile(path):
         return Path(path)
-    if str(path).isascii():
-        return None
     place = Path()
     for part in Path(path).parts:
-        names = named_alike(place, part)
-        if not names:
-            return None
-        place /= names[0]
+        names = os.listdir(place) if not part.isascii() and place.is_dir() else ()
+        alike = [name for name in names if same_form(name) == same_form(part)]
+        place /= (alike or [part])[0]
     return place if place.is_file() else None
 
 
@@ -121,9 +90,8 @@ def find_groups(paths, table=None):
     """
     if table is not None:
         groups = _read_groups(table)
-        found = [[groups[end] for end in _ends(path) if end in groups][:1] for path in paths]
-        missing = [str(path) for path, group in zip(paths, found, strict=True) if not group]
-        if missing:
+        found = [_find_group(path, groups) for path in paths]
+        if missing := [str(path) for path, own in zip(paths, found, strict=True) if not own]:
             raise ValueError(f"{table}: lacks {len(missing)} of {len(paths)} images ({missing[0]})")
         print(f"groups: {len(set(groups.values()))} of {table}: each stays in one split")
         return [group for (group,) in found]
@@ -142,31 +110,33 @@ def find_groups(paths, table=None):
 
 
 def _read_groups(table):
-    """{name of an image, as it is compared: group} of a CSV file."""
-    check_regular(table)
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = list(csv.DictReader(file))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{table}: not a table of UTF-8 text ({error})") from None
+    """{name of an image, as it is compared, with and without its suffix: group} of a CSV file."""
+    with name_file(table), open(table, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
     groups = {}
     for row in rows:
         image, group = row.get("image"), row.get("group")
         if not image or group is None:
             raise ValueError(f"{table}: needs the columns image and group, filled in each line")
-        key = same_form(image).casefold().replace("\\", "/").removeprefix("./")
+        key = _comparable(image.replace("\\", "/").removeprefix("./"))
         if groups.setdefault(key, group) != group:
             raise ValueError(f"{table}: has {image} in two groups, {groups[key]} and {group}")
     return {re.sub(r"\.[^./]+$", "", key): group for key, group in groups.items()} | groups
 
 
-def _ends(path):
-    """The path, its end without the first folder, and so on, each also without its suffix."""
-    parts = same_form(PurePath(path).as_posix()).casefold().split("/")
+def _comparable(path):
+    return same_form(PurePath(path).as_posix()).casefold()
+
+
+def _find_group(path, groups):
+    """[The group of a path], by its longest end that the table has, with or without its suffix."""
+    parts = _comparable(path).split("/")
     for number in range(len(parts)):
-        folders = parts[number:-1]
-        yield "/".join([*folders, parts[-1]])
-        yield "/".join([*folders, base_name(parts[-1])])
+        for name in (parts[-1], base_name(parts[-1])):
+            end = "/".join([*parts[number:-1], name])
+            if end in groups:
+                return [groups[end]]
+    return []
 
 
 def split_pages(pairs, names, groups):

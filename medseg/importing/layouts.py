@@ -8,11 +8,12 @@ listed: to ask is better than to be wrong.
 import contextlib
 import io
 import os
+import random
 import re
 import shlex
 from collections import Counter
 from itertools import chain, product
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -61,37 +62,31 @@ OUTLINES = {  # keys of a JSON file, and the flag that reads it
     "--coco": {"images", "annotations", "categories"},
     "--via": {"_via_img_metadata"},
 }
+VIA_ENTRY = {"filename", "regions"}  # of a VIA file that has only the annotations
 FEW_VALUES, MASK = 16, 0.95  # the commonest values of a mask hold such a part of its pixels
 LOOKED_AT = 8  # files of each side
-SAMPLED = 2000  # names by which a row is ruled out at once
+SAMPLED = 1000  # names by which a row is ruled out at once
+LEAST = 0.25  # part of the pictures that a reading uses
 SHOWN = 6  # readings, and words of a kind that are tried
 
 
 class Reading(NamedTuple):
-    """What a row of the table makes of a folder.
+    """What a folder may mean.
 
-    flags: that say the same. cases: [Pair]. left: pictures of the folder that it does not use.
-    doubt: why it may not be meant, "" where nothing speaks against it.
+    flags: that say so. files: {first file of an image: (all of its files, its masks)}. what: in
+    words. left: pictures of the folder that it does not use. doubt: why it may not be meant, ""
+    where nothing speaks against it.
     """
 
     flags: tuple
-    cases: list
-    left: list
+    files: dict = {}  # noqa: RUF012, nobody changes it
+    what: str = "outlines"
+    left: tuple = ()
     doubt: str = ""
 
-    def files(self):
-        """{first file of an image: all of its files, masks at last}."""
-        masks = [sorted(chain(*case.masks.values())) for case in self.cases]
-        images = [[*case.images.values()] for case in self.cases]
-        return {own[0]: (own, more) for own, more in zip(images, masks, strict=True)}
-
     def describe(self):
-        n_masks = sum(len(masks) for _, masks in self.files().values())
-        line = f"{len(self.cases)} images, {n_masks} masks"
-        if classes := sorted({name for case in self.cases for name in case.masks if name}):
-            line += f" of {len(classes)} classes ({', '.join(classes[:5])})"
         left = f"leaves {len(self.left)} pictures such as {self.left[0]}" if self.left else ""
-        return "; ".join(filter(None, (line, left, self.doubt)))
+        return "; ".join(filter(None, (self.what, left, self.doubt)))
 
 
 def find_layout(folder, typed=()):
@@ -106,140 +101,166 @@ def find_layout(folder, typed=()):
     if any(os.path.isfile(os.path.join(folder, split, ANNOTATIONS)) for split in SPLITS):
         use = shlex.join(["python", "train.py", "--data", folder])
         raise ValueError(f"{folder}: is a data set already: {use}")
-    names = list(walk(folder, ("**", "*")))
-    paths = [Path(folder, name) for name in set(names) - find_drawn(names)]
-    choices = [(flags, "outlines") for flags in _find_outlines(folder, paths)]
-    readings = _find_masks(folder, paths)
-    sure = [reading for reading in readings if not reading.left and not reading.doubt]
-    if choices:
-        readings, sure = sure, []
-    elif sure and all(other.files() == sure[0].files() for other in sure):
-        readings[readings.index(sure[0])] = sure[0] = _look_closer(sure[0])
-        readings = readings if sure[0].doubt else sure[:1]
-    else:
-        sure = []
-    readings.sort(key=lambda reading: len(reading.left))
-    choices += [(reading.flags, reading.describe()) for reading in readings[:SHOWN]]
-    is_sure = len(choices) == 1 and not (readings and (not sure or sure[0].doubt))
-    for flags, what in choices:
-        command = shlex.join(["python", "download.py", *typed, *flags])
+    names = set(walk(folder, ("**", "*")))
+    names -= find_drawn(names)
+    outlines = _find_outlines(folder, names)
+    readings, is_sure = _find_masks(folder, names, outlines)
+    for reading in readings:
+        command = shlex.join(["python", "download.py", *typed, *reading.flags])
+        what = reading.describe()
         print(f"found {what}; the same as: {command}" if is_sure else f"  {command}   # {what}")
     if is_sure:
-        return choices[0][0]
-    if not choices:
+        return readings[0].flags
+    if not readings:
         example = "--masks 'D/{id}.jpg' 'D/{id}_mask.png' (docs/own-data.md)"
         raise ValueError(f"{folder}: no known layout: say which files are images, as {example}")
-    if len(choices) == 1:
-        raise ValueError(f"{folder}: one reading, which is not sure: run it if it is meant")
-    raise ValueError(
-        f"{folder}: {len(choices)} readings, none of them sure: run the one that is meant"
-    )
+    raise ValueError(f"{folder}: what it holds is not sure: run the command that is meant")
 
 
-def _find_outlines(folder, paths):
-    """[flags] that read the files of outlines below a folder."""
-    if Path(folder, "data.yaml").is_file():
-        return [("--yolo", folder)]
-    if paths and {path.suffix.lower() for path in paths} <= {".npz", ".mat"}:
-        return [("--arrays", folder)]
-    found = {}
-    for path in sorted(path for path in paths if path.suffix.lower() == ".json"):
+def _find_outlines(folder, names):
+    """[Reading] of the files of outlines, or of arrays, in a folder."""
+    if "data.yaml" in names:
+        return [Reading(("--yolo", folder))]
+    if names and all(name.lower().endswith((".npz", ".mat")) for name in names):
+        return [Reading(("--arrays", folder), what="arrays")]
+    found = []
+    for name in sorted(name for name in names if name.lower().endswith(".json")):
+        path, flag = os.path.join(folder, name), None
         with contextlib.suppress(ValueError):
-            content = {} if path.name in OWN_JSON else read_json(path)
-            for flag, keys in OUTLINES.items():
-                if isinstance(content, dict) and keys <= content.keys():
-                    own = [] if flag == "--labelme" else [str(path)]
-                    found[(flag, *own, folder)] = None
-        if ("--labelme", folder) in found:
-            break  # the import reads the others
-    return list(found)
+            flag = None if os.path.basename(name) in OWN_JSON else _kind_of(read_json(Path(path)))
+        if flag == "--labelme":  # the import reads the others
+            return [*found, Reading((flag, folder))]
+        if flag:
+            found.append(Reading((flag, path, folder)))
+    return found
+
+
+def _kind_of(content):
+    """The flag that reads the content of a JSON file, or None."""
+    content = content if isinstance(content, dict) else {}
+    for flag, keys in OUTLINES.items():
+        if keys <= content.keys():
+            return flag
+    entries = [entry.keys() if isinstance(entry, dict) else () for entry in content.values()]
+    return "--via" if entries and all(VIA_ENTRY <= {*entry} for entry in entries) else None
 
 
 # ---------------------------------------------------------------- the table
 
 
-def _find_masks(folder, paths):
-    """[Reading] of the rows of the table that pair pictures of the folder, each only once."""
-    known = re.compile(f".+({KNOWN})", re.IGNORECASE)
-    pictures = {path for path in paths if known.fullmatch(path.name)}
-    samples = sorted(same_form(str(path.relative_to(folder))) for path in pictures)
-    samples = samples[:: -(-len(samples) // SAMPLED) or 1]
-    places = {place for path in pictures for place in path.relative_to(folder).parents}
+def _find_masks(folder, names, outlines):
+    """([Reading], whether the only one is sure) of the outlines and the rows of the table."""
+    known = re.compile(f".+({KNOWN})", re.IGNORECASE | re.DOTALL)
+    names = sorted(name for name in names if known.fullmatch(name))
+    prefix = str(Path(folder, "x"))[:-1]
+    pictures = {prefix + name for name in names}
+    samples = random.Random(0).sample(names, min(SAMPLED, len(names)))
+    rows = _find_rows(folder, names, list(map(same_form, samples)))
+    sure = _read([texts for texts, part in rows if part == 1], pictures)
+    more = [texts for texts, part in rows if LEAST <= part < 1]
+    readings = [reading for reading in sure if reading.left or reading.doubt]
+    sure = [reading for reading in sure if reading not in readings]
+    if outlines:
+        return outlines + sure, len(outlines + sure) == 1
+    if len(sure) == 1:
+        sure = [sure[0]._replace(doubt=_find_doubt(sure[0].files))]
+        if not sure[0].doubt:
+            return sure, True
+    readings += sure + _read(more, pictures)
+    return sorted(readings, key=lambda reading: len(reading.left))[:SHOWN], False
+
+
+def _find_rows(folder, names, samples):
+    """[(two patterns, part of the samples that they match)] of the rows that match some."""
+    places = {PurePath(place) for place in set(map(os.path.dirname, names))}
+    places = {str(own) for place in places for own in (place, *place.parents)}
     ending = re.compile(rf"[\W_]({'|'.join(ENDS)})(?=[^a-z]*$)", re.IGNORECASE)
-    ends = Counter(end[0] for path in pictures if (end := ending.search(base_name(path))))
+    ends = Counter(end[0] for name in samples if (end := ending.search(base_name(name))))
     words = {"<I>": _named(places, IMAGES), "<M>": _named(places, MASKS)}
     words["<E>"] = [end for end, _ in ends.most_common(SHOWN)]
-    readings = {}
+    rows = {}
     for row in TABLE.split("\n")[1:-1]:
         for chosen in product(*(words[mark] if mark in row else [""] for mark in words)):
             texts = re.split(" {2,}", row)
+            if texts == ["<I>", "<M>"]:
+                texts = _patterns_of_words(folder, chosen[:2], places)
             for mark, word in zip(words, chosen, strict=True):
                 texts = [text.replace(mark, word) for text in texts]
-            if texts == [*chosen[:2]]:
-                texts = _patterns_of_words(folder, texts, places)
-            elif all(
-                any(map(compile_parts((*text.split("/"),)).fullmatch, samples)) for text in texts
-            ):
-                texts = [os.path.join(folder, text) for text in texts]
-            else:
-                continue
-            if texts and texts[0] != texts[1] and (reading := _read(texts, pictures)):
-                readings.setdefault(str(reading.files()), reading)
-    return list(readings.values())
+            sides = [compile_parts((*text.split("/"),)) for text in texts]
+            matched = [[bool(side.fullmatch(name)) for name in samples] for side in sides]
+            if len({*texts}) == 2 and all(map(any, matched)):
+                texts = tuple(os.path.join(folder, text) for text in texts)
+                rows[texts] = np.any(matched, axis=0).mean()
+    return list(rows.items())
 
 
 def _named(places, words):
     """The names of folders that are one of the words, or end with it."""
     wanted = re.compile(rf"(.*[\W_\d])?({'|'.join(words)})", re.IGNORECASE)
-    found = Counter(place.name for place in places if wanted.fullmatch(place.name))
-    return list(found) if len(found) <= SHOWN else []
+    found = {os.path.basename(place) for place in places}
+    found = sorted(filter(wanted.fullmatch, found))
+    return found if len(found) <= SHOWN else []
 
 
-def _patterns_of_words(folder, names, places):
-    """What `patterns_of_folders` makes of the only two folders of these names, or None."""
-    found = [[str(Path(folder, own)) for own in places if own.name == name] for name in names]
+def _patterns_of_words(folder, words, places):
+    """What `patterns_of_folders` makes of the only two folders of these names, or nothing."""
+    found = [[own for own in places if os.path.basename(own) == word] for word in words]
+    if [*map(len, found)] != [1, 1]:
+        return []
     with contextlib.suppress(ValueError):
-        return patterns_of_folders(*chain(*found)) if [*map(len, found)] == [1, 1] else None
+        texts = patterns_of_folders(*(os.path.join(folder, own) for (own,) in found))
+        return [text[len(os.path.join(folder, "")) :] for text in texts]
+    return []
 
 
-def _read(texts, pictures):
-    """The Reading of two patterns, or None where they pair less than is worth telling."""
-    for skip in ((), ("--skip-unpaired",)):
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                cases = pair(*texts, skip_unpaired=bool(skip))
-            break
-        except (ValueError, FileNotFoundError) as error:
-            if "--skip-unpaired" not in str(error):
-                return None
-    reading = Reading((), cases, [], "leaves out what has no partner" if skip else "")
-    images, masks = (list(chain(*own)) for own in zip(*reading.files().values(), strict=True))
-    left = sorted(map(str, pictures.difference(images, masks)))
-    one_class = "{class}" in texts[1] and all(len(case.masks) == 1 for case in cases)
-    one_channel = "{id}/{id}" in texts[0] and len(cases[0].images) == 1
-    if one_class or one_channel or 4 * len(left) > 3 * len(pictures):
-        return None
-    return reading._replace(flags=("--masks", *texts, *skip), left=left)
+def _read(rows, pictures):
+    """[Reading] of pairs of patterns, without those that pair less than is worth telling."""
+    readings = []
+    for texts in rows:
+        for skip in ((), ("--skip-unpaired",)):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    cases = pair(*texts, skip_unpaired=bool(skip))
+                break
+            except (ValueError, FileNotFoundError) as error:
+                cases = []
+                if "--skip-unpaired" not in str(error):
+                    break
+        files = {}
+        for case in cases:
+            images = [*map(str, case.images.values())]
+            files[images[0]] = images, sorted(map(str, chain(*case.masks.values())))
+        masks = set(chain.from_iterable(masks for _, masks in files.values()))
+        left = sorted(pictures.difference(masks, *(images for images, _ in files.values())))
+        one_class = "{class}" in texts[1] and all(len(case.masks) == 1 for case in cases)
+        one_channel = "{id}/{id}" in texts[0] and all(len(case.images) == 1 for case in cases)
+        is_known = any(files == other.files for other in readings)
+        if one_class or one_channel or is_known or len(left) > (1 - LEAST) * len(pictures):
+            continue
+        what = f"{len(files)} images, {len(masks)} masks"
+        if classes := sorted({name for case in cases for name in case.masks if name}):
+            what += f" of {len(classes)} classes ({', '.join(classes[:5])})"
+        doubt = "leaves out what has no partner" if skip else ""
+        readings.append(Reading(("--masks", *texts, *skip), files, what, left, doubt))
+    return readings
 
 
 # ---------------------------------------------------------------- a look at the files
 
 
-def _look_closer(reading):
-    """The Reading with what its files say against it as doubt."""
-    images, masks = (list(chain(*own)) for own in zip(*reading.files().values(), strict=True))
+def _find_doubt(files):
+    """What the values of the files of a Reading say against it, or ""."""
+    images, masks = (list(chain(*own)) for own in zip(*files.values(), strict=True))
     (few, _), (few_of_masks, foreground) = (
-        np.median([_count(path) for path in own[:: -(-len(own) // LOOKED_AT)]], axis=0)
+        np.median([_count(Path(path)) for path in own[:: -(-len(own) // LOOKED_AT)]], axis=0)
         for own in (images, masks)
     )
-    doubt = ""
     if few_of_masks < MASK or few >= few_of_masks:
-        doubt = "the values do not tell which are masks"
-    elif foreground > 0.5:
-        doubt = f"{foreground:.0%} of the masks is foreground"
-    elif twins := find_twins(list(reading.files())):
-        doubt = f"the same image is there twice: {twins[0]} and {twins[1]}"
-    return reading._replace(doubt=doubt)
+        return "the values do not tell which are masks"
+    if foreground > 0.5:
+        return f"{foreground:.0%} of the masks is foreground"
+    twins = find_twins(map(Path, files))
+    return f"the same image is there twice: {twins[0]} and {twins[1]}" if twins else ""
 
 
 def _count(path):

@@ -4,7 +4,6 @@ import os
 import shlex
 from pathlib import Path
 
-from medseg.cli import one_line
 from medseg.coco import SPLITS
 from medseg.images import SUFFIXES
 from medseg.importing.adding import add_images
@@ -48,46 +47,43 @@ def import_data(root, args):
         check_free(root, splits, args.force, args.into)
     elif args.into not in stay:
         raise ValueError(f"{root / args.into}: no such split to add to: write it without --add")
-    try:
-        parse = parse_classes if args.masks else parse_labels
-        classes = args.classes if args.classes is None else parse(args.classes)
-        name = chosen_importer(args)
-        values = getattr(args, name)
-        values = [values] if isinstance(values, str) else values
-        sources = [Path(value) for value in values[:2] if isinstance(value, str)]
-        if args.masks:
-            named, texts, cases = _find_masks(args, classes)
-            sources = _places(texts, cases)
-        _check_sources(root, splits, sources, args.add)
-        options = {"classes": classes, "group": args.groups, "prefix": args.prefix or ""}
-        present, late = present_settings(root, stay), {}
-        if args.masks:
-            options |= {"window": args.window, "invert": args.invert, "context": args.context}
-            options |= {"channels": args.channels or (), "time": args.time or None}
-            examples, classes, info = mask_examples(cases, texts, **options, present=present)
-        else:
-            read = _read_arrays if args.arrays else _read_outlines
-            examples, classes, info, late = read(args, values, options, present)
-        place = args.masks[1] if args.masks else sources[0]
-        if not classes and not args.add:
-            raise ValueError(
-                f"{place}: all masks are empty: --add takes such images, into a split that has "
-                "classes"
-            )
-        # The names of labels and categories do not depend on their order, those of values do.
-        any_order = not args.classes and (not args.masks or named)
-        if args.add:
-            choice = {"into": args.into, "duplicates": args.duplicates}
-            add_images(root, examples, classes, any_order=any_order, **choice)
-        else:
-            dealt = deal_examples(examples, args.split, args.into, args.seed)
-            choice = {"info": info, "source": place}
-            write_dataset(root, dealt, classes, any_order=any_order, **choice)
-        for what, paths in late.items():
-            if paths:
-                print(f"note: {len(paths)} {what} ({min(paths).name})")
-    except FileNotFoundError as error:
-        raise ValueError(one_line(error)) from None
+    parse = parse_classes if args.masks else parse_labels
+    classes = None if args.classes is None else parse(args.classes)
+    options = {"classes": classes, "group": args.groups, "prefix": args.prefix or ""}
+    values = getattr(args, chosen_importer(args))
+    values = [values] if isinstance(values, str) else values
+    sources, late = [Path(value) for value in values[:2]], {}
+    if args.masks:
+        texts, cases = _find_masks(args, classes)
+        sources = _places(texts, cases)
+    _check_sources(root, splits, sources, args.add)
+    present = present_settings(root, stay)
+    if args.masks:
+        options |= {"window": args.window, "invert": args.invert, "context": args.context}
+        options |= {"channels": args.channels or (), "time": args.time or None, "present": present}
+        examples, classes, info = mask_examples(cases, texts, **options)
+    elif args.arrays:
+        examples, classes, info = array_examples(*values, **options, present=present)
+        check_window(present, info.get("window"))
+    else:
+        examples, classes, info, late = _read_outlines(args, values, options, present)
+    place = values[1] if args.masks else sources[0]
+    if not classes and not args.add:
+        raise ValueError(
+            f"{place}: all masks are empty: --add takes such images, into a split that has classes"
+        )
+    # The names of labels and categories do not depend on their order, those of values do.
+    any_order = not args.classes and (not args.masks or "{class}" in values[1])
+    if args.add:
+        choice = {"into": args.into, "duplicates": args.duplicates}
+        add_images(root, examples, classes, any_order=any_order, **choice)
+    else:
+        dealt = deal_examples(examples, args.split, args.into, args.seed)
+        choice = {"info": info, "source": place}
+        write_dataset(root, dealt, classes, any_order=any_order, **choice)
+    for what, paths in late.items():
+        if paths:
+            print(f"note: {len(paths)} {what} ({min(paths).name})")
 
 
 def _read_outlines(args, values, options, present):
@@ -95,33 +91,26 @@ def _read_outlines(args, values, options, present):
 
     values: of its flag, the folder of images among them.
     """
-    name = chosen_importer(args)
     window = picture_window(list_files(values[:2][-1], SUFFIXES), None, present)
     check_window(present, window)
-    if name == "labelme":
+    if args.labelme:
         options["unreviewed"] = args.unreviewed or (None if args.add else "keep")
     else:
         options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
-    examples, classes, late = READERS[name](*values, **options)
+    examples, classes, late = READERS[chosen_importer(args)](*values, **options)
     return examples, classes, {"window": window} if window else {}, late
 
 
-def _read_arrays(args, values, options, present):
-    """As `_read_outlines`, of --arrays."""
-    examples, classes, info = array_examples(*values, **options, present=present)
-    check_window(present, info.get("window"))
-    return examples, classes, info, {}
-
-
 def _find_masks(args, classes):
-    """(whether the masks name their classes, the two patterns, [Pair]) of --masks."""
+    """(the two patterns, [Pair]) of --masks."""
     images, masks = args.masks
-    named = "{class}" in masks
-    if named and isinstance(classes, ClassValues):
-        raise ValueError("--classes: {class} names the classes, and these are of values")
     options = {"channels": args.channels if "{channel}" in images else None}
-    options |= {"classes": classes if named else None, "skip_unpaired": args.skip_unpaired}
-    return named, *find_pairs(images, masks, empty_unmasked=args.empty_unmasked, **options)
+    options |= {"skip_unpaired": args.skip_unpaired, "empty_unmasked": args.empty_unmasked}
+    if "{class}" in masks:
+        if isinstance(classes, ClassValues):
+            raise ValueError("--classes: {class} names the classes, and these are of values")
+        options["classes"] = classes
+    return find_pairs(images, masks, **options)
 
 
 def _places(texts, cases):
@@ -139,12 +128,12 @@ def _check_sources(root, splits, sources, add):
         place = Path(os.path.realpath(name))
         for split in splits:
             if Path(os.path.realpath(root / split)) in (place, *place.parents):
-                why = "which would be added to itself" if add else "which would be replaced"
-                raise ValueError(f"{name}: lies in {root / split}, {why}")
+                why = "added to itself" if add else "replaced"
+                raise ValueError(f"{name}: lies in {root / split}, which would be {why}")
         if present_splits(root) and place in (real, *real.parents):
             raise ValueError(
-                f"{name}: its images would be read together with those of the data set {root}, "
-                "which lies in it: name a folder elsewhere with --data"
+                f"{name}: the data set {root} lies in it, whose images would be read too: name a "
+                "folder elsewhere with --data"
             )
 
 
