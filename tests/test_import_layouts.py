@@ -327,7 +327,7 @@ REFUSED = {  # what is written, the arguments of --masks, what the message names
     "volumes and pictures": (
         lambda: (volume("S/001/ct.nii.gz", 1), wbc()),
         "S/{id}/ct.nii.gz wbc/{id}.png --skip-unpaired",
-        ["ct.nii.gz: is a volume"],
+        ["wbc/001.png"],
     ),
 }
 

@@ -59,9 +59,7 @@ def import_data(root, args):
     _check_sources(root, splits, sources, args.add)
     present = present_settings(root, stay)
     if args.masks:
-        options |= {"window": args.window, "invert": args.invert, "context": args.context}
-        options |= {"channels": args.channels or (), "time": args.time or None, "present": present}
-        examples, classes, info = mask_examples(cases, texts, **options)
+        examples, classes, info = mask_examples(cases, texts, args, classes, present)
     elif args.arrays:
         examples, classes, info = array_examples(*values, **options, present=present)
         check_window(present, info.get("window"))
