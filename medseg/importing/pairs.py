@@ -1,6 +1,5 @@
 """Which masks belong to which image, as two patterns or two folders tell it."""
 
-import itertools
 import os
 import re
 import shlex
@@ -13,6 +12,8 @@ from medseg.own_files import OWN_PICTURES, PICTURE_ENDINGS, drawn_beside_masks
 from medseg.patterns import KNOWN, Pair, Side, describe_folder, first, make_cases, same_form, walk
 
 DRAWN = re.compile("|".join(map(re.escape, (*PICTURE_ENDINGS, *OWN_PICTURES))))
+WORD = re.compile(r"[^\W\d_]+[\W_]?|\d+[\W_]?|[\W_]")  # of a name, with the sign after it
+ENDING = re.compile(r"[\W_]+[^\W_]+$")
 SERIES = 5  # folders or beginnings of names, from which on they may be patients
 PLACES_OF_FOLDER = {  # in a pattern, and what names the folder there
     r"\{id:\*\*\}": "{group}/{id}",
@@ -177,7 +178,7 @@ def patterns_of_folders(images, masks):
             n_pairs = len(names & mask_names)
             best = max(best, (n_pairs, -sum(map(len, cut + mask_cut)), cut, mask_cut))
     if not best[0]:
-        end, mask_end = _commonest_ends(stems, mask_stems)
+        end, mask_end = map(_usual_end, (stems, mask_stems))
         raise ValueError(
             f"no mask has the name of an image: {images} has {first(sorted(stems))}, {masks} "
             f"{first(sorted(mask_stems))}: say with {{id}} what they share, "
@@ -191,21 +192,10 @@ def patterns_of_folders(images, masks):
     )
 
 
-def _commonest_ends(*sides):
-    """What ends the names of most images and of most masks, of the ends that pair most."""
-    ending = re.compile(r"[\W_]+[^\W_]+$")
-    ends = [Counter(found[0] for stem in own if (found := ending.search(stem))) for own in sides]
-    choices = [["", *(end for end, _ in counts.most_common(5))] for counts in ends]
-
-    def count(pair):
-        cut = [
-            {stem.removesuffix(end) for stem in own if stem.endswith(end)}
-            for own, end in zip(sides, pair, strict=True)
-        ]
-        return len(cut[0] & cut[1])
-
-    best = max(itertools.product(*choices), key=count)
-    return best if count(best) else ("_*", "_*")
+def _usual_end(stems):
+    """What ends more than half of the names, or ""."""
+    counts = Counter(end for stem in stems for end in ENDING.findall(stem))
+    return next((end for end, count in counts.items() if 2 * count > len(stems)), "")
 
 
 def _stems(folder, other, of_volumes=False):
@@ -234,34 +224,22 @@ def _stems(folder, other, of_volumes=False):
 
 def _cuts(stems):
     """[(beginning, end)] that all names share and that can be cut off."""
-    first = os.path.commonprefix([*stems])
-    last = os.path.commonprefix([stem[::-1] for stem in stems])[::-1]
-    starts = [first[:n] for n in range(len(first) + 1) if _is_border(stems, n, n - 1)]
-    ends = [last[len(last) - n :] for n in range(len(last) + 1) if _is_border(stems, -n, -n)]
+    starts, ends = (
+        os.path.commonprefix([WORD.findall(stem[::step]) for stem in stems]) for step in (1, -1)
+    )
     shortest, lone = min(map(len, stems)), len(stems) == 1
+    cuts = (
+        ("".join(starts[:first]), "".join(ends[:last])[::-1])
+        for first in range(len(starts) + 1)
+        for last in range(len(ends) + 1)
+    )
     return [
         (start, end)
-        for start in starts
-        for end in ends
+        for start, end in cuts
         if len(start + end) < shortest
         and not set(start + end) & set("{}*")
         and not (lone and re.search(r"\d", start + end))  # the number may be all that tells
     ]
-
-
-def _is_border(stems, place, edge):
-    """Whether names can be cut at a place: beside a separator, or between letter and digit.
-
-    edge: where the last character is that would be cut off.
-    """
-    if place == 0:
-        return True
-    for stem in stems:
-        both = stem[:place][-1:] + stem[place:][:1]
-        mixed = both.isalnum() and not both.isalpha() and not both.isdigit()
-        if len(both) < 2 or stem[edge].isalnum() and not mixed:
-            return False
-    return True
 
 
 def _cut(stem, cut):
@@ -278,25 +256,23 @@ def advise_groups(cases, texts):
     """
     paths = [next(iter(case.images.values())) for case in cases]
     numbered = list(filter(None, map(NUMBERED.fullmatch, map(base_name, paths))))
-    between = numbered[0][2] if numbered else ""
     folders = Counter(str(path.parent) for path in paths)
     series = Counter(found[1] for found in numbered)
-    ways = ((folders, "folders", PLACES_OF_FOLDER),)
-    ways += ((series, "numbered series", {r"\{id\}": f"{{group}}{between}{{id}}"}),)
-    for counts, what, changes in ways:
+    between = {r"\{id\}": f"{{group}}{numbered[0][2]}{{id}}"} if numbered else {}
+    for counts, what, changes in (
+        (folders, "folders", PLACES_OF_FOLDER),
+        (series, "numbered series", between),
+    ):
         count = counts.total()
         if len(counts) < SERIES or count < 2 * len(counts) or 2 * count < len(paths):
             continue
-        advice = "--groups table.csv"
-        for expression, new in changes.items():
-            changed = [_replace_last(expression, new, text) for text in texts]
-            for patterns in (changed, (changed[0], texts[1])):
-                if patterns[0] != texts[0] and _pairs_as_many(patterns, cases):
-                    advice = f"--masks {shlex.join(patterns)}"
-                    break
+        changed = [[_replace_last(*change, text) for text in texts] for change in changes.items()]
+        pairs = (own for both in changed for own in (both, (both[0], texts[1])))
+        ways = (own for own in pairs if own[0] != texts[0] and _pairs_as_many(own, cases))
+        way = next((f"--masks {shlex.join(own)}" for own in ways), "--groups table.csv")
         print(
             f"note: {count} images are of {len(counts)} {what}, such as {min(counts)}, and dealt "
-            f"to the splits one by one; where each is a patient, keep it in one by {advice}"
+            f"to the splits one by one; where each is a patient, keep it in one by {way}"
         )
         return
 
