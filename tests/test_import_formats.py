@@ -262,7 +262,7 @@ def test_npz_files_of_colour(here):
     arrays("z/x.npz", np.asarray(photo()), label_map((1, (3, 4, 6, 6))) > 0, ("img", "mask"))
     run_download("--arrays", "z", *ALL)
     assert_array_equal(read_rgb("dataset/train/x.png"), photo())
-    assert_array_equal(stored()["x"]["1"], square_mask(3, 4, 6, 6))
+    assert_array_equal(stored()["x"]["foreground"], square_mask(3, 4, 6, 6))
 
 
 BAD_NPZ = {

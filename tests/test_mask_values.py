@@ -30,7 +30,7 @@ from PIL import Image
 
 from medseg.images import save_mask
 from medseg.importing.class_names import parse_classes
-from medseg.importing.values import classes_of_counts, find_classes
+from medseg.importing.values import Counted, classes_of_counts, find_classes
 
 LEVELS = np.array([0, 85, 128, 255], np.uint8)
 COLOURS = np.array([(0, 0, 0), (0, 0, 255), (255, 0, 0), (128, 128, 128)], np.uint8)
@@ -48,7 +48,7 @@ def palette(indices, colours=ANY_COLOURS):
     return make
 
 
-def masks_of(pictures, text=None, *, invert=False):
+def masks_of(pictures, text=None, **options):
     """({class: bool array} of each picture or array, the MaskClasses) with --classes text."""
     Path("masks").mkdir(exist_ok=True)
     paths = []
@@ -57,7 +57,7 @@ def masks_of(pictures, text=None, *, invert=False):
         suffix = ".tif" if picture.mode in ("I", "F", "I;16") else ".png"
         paths.append(Path(f"masks/{number}{suffix}"))
         picture.save(paths[-1])
-    classes = find_classes(paths, "masks", text and parse_classes(text), invert=invert)
+    classes = find_classes(paths, text and parse_classes(text), **options)
     masks = [classes.to_masks(*classes.read(path)) for path in paths]
     return [{name: np.asarray(runs) for name, runs in own.items()} for own in masks], classes
 
@@ -69,9 +69,10 @@ def assert_masks(masks, label_map, numbers):
         assert_array_equal(mask, np.isin(label_map, numbers[name]))
 
 
-def command_in(error):
-    """The text of the first --classes VALUE=NAME of a message, as a shell splits it."""
-    return shlex.split(re.search(r"--classes ('[^']*'|[^ ;]+=[^ ;]+)", str(error))[0])[1]
+def commands_in(error):
+    """The texts of --classes in a message, as a shell splits them."""
+    texts = re.findall(r"--classes ('[^']*'|[^ ;,]+=[^ ;]+)", str(error))
+    return [shlex.split(text)[0] for text in texts]
 
 
 # ---------------------------------------------------------------- --classes
@@ -97,7 +98,9 @@ CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class
     ([GREYS], "#808080=a,#FFFFFF=b", {"a": 2, "b": 3}),
     ([GREYS], "*", {"85": 1, "128": 2, "255": 3}),
     ([GREYS], "7-9=x,85=a,*=background", {"x": [], "a": 1}),
+    ([GREYS], "85=a,128=b,129=c,255=d", {"a": 1, "b": 2, "c": [], "d": 3}),
     ([GREYS], None, {"85": 1, "128": 2, "255": 3}),
+    ([GREYS, lambda m: GREYS(m).convert("RGB")], None, {"85": 1, "128": 2, "255": 3}),
     ([BORDER], None, {"1": 1, "2": 2}),
     ([BORDER], "*=cell", {"cell": [1, 2]}),
     ([BORDER], "0=out", {"out": 0}),
@@ -114,6 +117,7 @@ CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class
     (DEEP, None, {"foreground": ANY}),
     ([palette([0, 1, 1, 1]), FULL], "x", {"x": ANY}),
     ([ONE, FULL], "*", {"1": [], "255": []}),  # what is asked for is done
+    ([ONE, FULL], "a,b", {"a": [], "b": []}),
     ([BIT, FULL], None, {"foreground": 0}, INVERT),
     ([BIT, FULL], "membrane", {"membrane": 0}, INVERT),
     ([palette([0, 1, 1, 255])], None, {"foreground": 0}, INVERT),
@@ -134,37 +138,26 @@ def test_values_of_classes(here, case, capsys):
         if any(map(np.size, numbers.values())):
             assert_masks(own, label_map, numbers)
     for name, own in numbers.items():
-        assert said.count(f"class {name}: ") == any(name in of_mask for of_mask in masks)
-        if makers == [GREYS] and name in masks[0]:
+        if makers == [GREYS] and np.size(own):
             values = ", ".join(map(str, np.atleast_1d(LEVELS[own])))
             percent = 100 * np.isin(maps, own).mean()
             s = "s" * (", " in values)
             assert f"class {name}: value{s} {values}, {percent:.2f} % of the pixels" in said
 
 
-def test_values_that_are_not_named_are_counted(here):
-    """And the masks that hold none of the classes."""
+def test_values_that_are_not_named_and_named_ones_that_are_not_there_are_told(here, capsys):
     maps = [labels(1, 3), np.minimum(labels(2, 3), 2), np.zeros_like(labels())]
-    _, classes = masks_of([GREYS(label_map) for label_map in maps], "255=a")
+    masks_of([GREYS(label_map) for label_map in maps], "255=a,9=b")
     percent = 100 * np.isin(maps, [1, 2]).mean()
-    (line,) = classes.warnings
-    assert re.search(rf"(85, 128|128, 85); 2 values, {percent:.2f} %.*; 1 of 3 masks", line)
-    assert not masks_of([GREYS(maps[0])], "255=a,*=background")[1].warnings
-
-
-def test_named_values_that_no_mask_has(here):
-    masks = [GREYS(labels(1, 3))]
-    for text in ("85=a,129=b,255=c", "129=b"):  # with another that is not named, it is mistyped
-        with pytest.raises(ValueError, match=r"--classes.*128"):
-            masks_of(masks, text)
+    absent, unnamed = capsys.readouterr().out.splitlines()
+    assert "9 (b)" in absent
+    assert re.search(rf"(85, 128|128, 85) \(2 .*{percent:.2f} %.*; 1 of 3 masks", unnamed)
+    masks_of([GREYS(maps[0])], "255=a,*=background")
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"masks/0.*129 \(b\).*--classes.* 128"):
+        masks_of([GREYS(maps[0])], "129=b")
     with pytest.raises(ValueError, match="#0000ff"):  # 255 is the code of blue, but no colour
-        masks_of([COLOURS[labels(1, 3)]], "255=a,#808080=b")
-    _, classes = masks_of(masks, "85=a,128=b,129=c,255=d")
-    assert classes.names == list("abcd") and "129 (c)" in classes.warnings[0]
-    write("c.txt", "_background_\na\nb\n")  # a list of all classes: none has to be there
-    _, classes = masks_of([grey([0, 1, 9, 9])(labels(1, 3))], "c.txt")
-    assert classes.names == ["a", "b"] and "2 (b)" in classes.warnings[0]
-    assert re.search(r"c\.txt.* 9; 1 v", classes.warnings[1])
+        masks_of([COLOURS[maps[0]]], "255=a")
 
 
 WRONG = ["1=a,1=b", "1-9=a,5=b", "1-9=a,2=a,8-12=b", "1=a,1=background", "*=a,*=b", "1=", "=a"]
@@ -194,7 +187,6 @@ FILES = {  # content of a file for masks of 0 to 3, the numbers of each class
         {"top": [3], "whole": [1, 2, 3], "core": [2, 3]},
     ),
     "numbers.json": ({"1": "a", "2": "b", "3": "c", "4": "absent"}, {**NUMBERS, "absent": []}),
-    "names.json": ({"a": 1, "b": 2, "c": 3}, NUMBERS),
     "ignore.json": ({"labels": {"a": 1, "b": 2, "ignore": 3}}, {"a": [1], "b": [2]}),
     "unlabelled.json": ({"0": "unlabelled", "1": "a", "2": "a", "3": "c"}, {"a": [1, 2], "c": [3]}),
     "_classes.csv": ("Pixel Value, Class\n0, background\n1, a\n2, b\n3, c\n", NUMBERS),
@@ -207,24 +199,23 @@ def write(name, content):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_of_names(here, name):
+def test_files_of_names(here, name, capsys):
     content, numbers = FILES[name]
     write(name, content)
-    label_map = labels(1, 3)
-    (masks,), classes = masks_of([label_map.astype(np.uint8)], name)
-    assert_masks(masks, label_map, numbers)
+    (masks,), classes = masks_of([labels(1, 3).astype(np.uint8)], name)
+    assert_masks(masks, labels(1, 3), numbers)
     assert classes.names == list(numbers)
+    said = capsys.readouterr().out
     for part in ("ignore", "unlabelled", "absent"):
-        assert (f"({part})" in str(classes.warnings)) == (f'"{part}' in json.dumps(content))
+        assert (f"({part})" in said) == (f'"{part}' in json.dumps(content))
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB"])
 def test_names_by_colour_of_cvat(here, mode):
     rows = ["# label:color_rgb:parts:actions", "background:0,0,0::", "b: 2:255,0,0:x:"]
     write("labelmap.txt", "\n".join([*rows, "a:0,0,255::", "absent:9,9,9::"]) + "\n")
-    (masks,), classes = masks_of(
-        [Image.fromarray(COLOURS[labels(1, 2)]).convert(mode)], "labelmap.txt"
-    )
+    picture = Image.fromarray(COLOURS[labels(1, 2)]).convert(mode)
+    (masks,), classes = masks_of([picture], "labelmap.txt")
     assert sorted(classes.names) == ["a", "absent", "b: 2"]
     assert_masks(masks, labels(1, 2), {"a": 1, "b: 2": 2})
 
@@ -232,7 +223,6 @@ def test_names_by_colour_of_cvat(here, mode):
 BAD_FILES = {"empty.txt": b"", "blank.txt": b"a\n\nb", "binary.txt": b"\x89PNG\xff\xfe"}
 BAD_FILES |= {"control.txt": b"a\0b", "empty.json": b"", "no.json": b"{}", "list.json": b"[1]"}
 BAD_FILES |= {"coco.json": b'{"images": [], "annotations": []}', "fraction.json": b'{"a": 1.5}'}
-BAD_FILES |= {"truth.json": b'{"a": true}', "regions.json": b'{"a": [1, [2]]}'}
 BAD_FILES |= {"twice.json": b'{"a": 1, "b": 1}', "unnamed.json": b'{"1": ""}'}
 
 
@@ -264,8 +254,9 @@ def test_volumes_of_a_hundred_labels(here):
     assert_masks(masks, numbers[..., 0], {f"organ_{number}": number for number in range(1, 101)})
     for path in ("ct.nii.gz", "labels.nii.gz"):
         write_nifti(Path(path), np.arange(600).reshape(20, 30, 1).astype(np.uint16))
-    line = refuse_download(*pair, words=["labels.nii.gz", "600"])
-    assert "class foreground: values 1, 2, 3" in run_download(*pair, "--classes", command_in(line))
+    line = refuse_download(*pair, words=["labels.nii.gz"])
+    out = run_download(*pair, "--classes", commands_in(line)[0])
+    assert "class foreground: values 1, 2, 3" in out
 
 
 # ---------------------------------------------------------------- strays, numbers of objects
@@ -281,43 +272,21 @@ def with_strays(strays, pixels=1):
 
 def test_strays_are_asked_about(here):
     mask = with_strays([1, 3, 64, 126, 127, 129, 130, 250, 252, 253, 254])
-    with pytest.raises(ValueError, match="11 values like strays.*1, 3, 64") as error:
+    with pytest.raises(ValueError, match="11 values look like strays.*1, 3, 64") as error:
         masks_of([mask])
-    (masks,), _ = masks_of([mask], command_in(error.value))
+    (masks,), _ = masks_of([mask], commands_in(error.value)[1])
     assert_masks(masks, mask, {"A": 128, "B": 255})
-    with pytest.raises(ValueError, match="13 beside") as error:
+    with pytest.raises(ValueError, match="2 classes, but there are 13"):
         masks_of([mask], "cell,nucleus")
-    _, classes = masks_of([mask], command_in(error.value))
-    assert classes.names == ["cell", "nucleus"] and "11 values, 0.06 %" in classes.warnings[0]
     assert len(masks_of([mask], "*")[1].names) == 13
-
-
-STRAYS = [([1, 2, 3], 1, True), ([1, 2, 3], 19, True)]
-STRAYS += [([1, 2], 1, False), ([1, 2, 3], 20, False)]  # no more than classes; 0.1 % each
-
-
-@pytest.mark.parametrize("values, pixels, asked", STRAYS)
-def test_which_values_are_strays(here, values, pixels, asked):
-    mask = with_strays(values, pixels)
-    if asked:
-        with pytest.raises(ValueError, match="strays"):
-            masks_of([mask])
-    else:
-        _, classes = masks_of([mask])
+    with pytest.raises(ValueError, match="strays"):
+        masks_of([with_strays([1, 2, 3], 19)])
+    for values, pixels in (([1, 2], 1), ([1, 2, 3], 20)):  # no more than classes; 0.1 % each
+        _, classes = masks_of([with_strays(values, pixels)])
         assert classes.names == [str(value) for value in (*values, 128, 255)]
-        assert len(classes.warnings) == (pixels == 1)
-
-
-def test_class_numbers_are_no_strays():
-    for encoding, counts in (
-        ("grey", {0: 10**6, 1: 9**6, 2: 9**6, 3: 5, 4: 6, 5: 7, 6: 9}),
-        ("volume", {0: 10**6, 1: 9**6, 20: 9**6, 30: 5, 40: 6, 50: 7, 60: 9}),
-    ):
-        mask_classes = classes_of_counts([("a", encoding, counts)], "masks")
-        assert len(mask_classes.names) == 6 and not mask_classes.warnings
-    # Where small values have 1 % of the pixels together, or more, they are no strays either.
-    many = {0: 10**5, 255: 10**5} | dict.fromkeys(range(1, 16), 199)
-    assert len(classes_of_counts([("a", "grey", many)], "masks").names) == 16
+    for encoding, values in (("grey", range(1, 7)), ("volume", (1, 20, 30, 40, 50, 60))):
+        counts = dict(zip(values, (9**6, 9**6, 5, 6, 7, 9), strict=True))  # numbers of classes
+        assert len(classes_of_counts([Counted("a", encoding, {0: 10**6, **counts})]).names) == 6
 
 
 def objects(count, first=1, step=1, size=(80, 60)):
@@ -348,7 +317,7 @@ def test_numbers_of_objects_are_asked_about(here, case):
     arrays = OBJECTS[case]
     with pytest.raises(ValueError, match=r"masks/\d.*objects") as error:
         masks_of(arrays)
-    masks, _ = masks_of(arrays, command_in(error.value))
+    masks, _ = masks_of(arrays, commands_in(error.value)[0])
     for own, array in zip(masks, arrays, strict=True):
         foreground = array.any(2) if array.ndim == 3 else array > 0
         assert_array_equal(own["foreground"], foreground)
@@ -367,6 +336,14 @@ def test_classes_in_one_piece_each_are_no_objects(here):
     assert len(masks_of([scattered.astype(np.uint8)])[1].names) == 20
 
 
+def test_255_classes_and_no_more():
+    everything = dict.fromkeys(range(256), 1)
+    masks = [Counted("a.png", "volume", everything)]
+    assert classes_of_counts(masks).names == [str(value) for value in range(1, 256)]
+    with pytest.raises(ValueError, match=r"b\.png: .*255 "):
+        classes_of_counts([*masks, Counted("b.png", "volume", everything | {256: 1})])
+
+
 # ---------------------------------------------------------------- masks of one class
 
 
@@ -381,16 +358,27 @@ def averaged(seed, factor, size=(120, 160)):
     return blocks.mean((1, 3)).round().astype(np.uint8)
 
 
+def enlarged(seed, method, times=3):
+    small = Image.fromarray(averaged(seed, 1))
+    return np.asarray(small.resize([times * side for side in small.size], method))
+
+
+EDGES = {
+    **{f"averaged by {n}": [averaged(seed, n) for seed in range(3)] for n in (2, 3, 4)},
+    "bicubic": [enlarged(seed, Image.Resampling.BICUBIC) for seed in range(2)],
+    "bilinear": [enlarged(seed, Image.Resampling.BILINEAR) for seed in range(2)],
+}
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize("factor", [2, 3, 4])
-def test_averaged_masks_are_cut_at_half(here, factor, mode):
-    arrays = [averaged(seed, factor) for seed in range(3)]
+@pytest.mark.parametrize("case", EDGES)
+def test_masks_of_soft_edges_are_cut_at_half(here, case, mode, capsys):
     small = np.where(labels(0), 1, 0).astype(np.uint8)  # a mask of 0 and 1 among them
-    pictures = [*(Image.fromarray(array).convert(mode) for array in arrays), small]
+    pictures = [*(Image.fromarray(array).convert(mode) for array in EDGES[case]), small]
     for text in (None, "*=x"):
         masks, classes = masks_of(pictures, text)
-        assert "cut at half" in str(classes.warnings) and len(classes.names) == 1
-        for own, wanted in zip(masks, [*(a > 127 for a in arrays), small > 0], strict=True):
+        assert "between 0 and 255" in capsys.readouterr().out and len(classes.names) == 1
+        for own, wanted in zip(masks, [*(a > 127 for a in EDGES[case]), small > 0], strict=True):
             assert_array_equal(own[classes.names[0]], wanted)
 
 
@@ -401,29 +389,28 @@ DRAWN = {  # masks of 0 to 255 whose values between are classes, not edges
     "lines": np.select([Y % 9 == 3, X % 11 == 4, DISTANCE < 6], [170, 85, 255], 0),  # of vessels
     "border": np.select([DISTANCE < 9, DISTANCE < 10], [255, 128], 0),  # averaging makes it too
     "stripes": np.select([Y + X < 30, Y + X < 40, Y + X < 45], [255, 191, 64], 0),
+    "never 255": np.minimum(averaged(0, 2), 254),
 }
 
 
 @pytest.mark.parametrize("case", DRAWN)
 def test_classes_beside_255_stay_classes(here, case):
     mask = DRAWN[case].astype(np.uint8)
-    assert masks_of([mask])[1].names == [str(value) for value in np.unique(mask)[1:]]
+    assert masks_of([mask], "*")[1].names == [str(value) for value in np.unique(mask)[1:]]
 
 
 def test_lossy_and_smoothed_masks_take_halves_or_ranges(here):
-    small = np.kron(labels(1)[:6, :8] > 0, np.ones((9, 9))).astype(np.uint8) * 255
-    large = Image.fromarray(small).resize((333, 250), Image.Resampling.BICUBIC)
     Path("masks").mkdir()
     for path in (Path("masks/0.png"), Path("masks/0.jpg")):
-        large.save(path)
+        Image.fromarray(EDGES["bicubic"][0]).save(path)
         values = np.asarray(Image.open(path))
-        for text, first in (("255=x", 128), ("*=x", 128), ("60-255=x", 60), ("60-999=x", 60)):
-            classes = find_classes([path], "masks", parse_classes(text))
-            assert_array_equal(classes.to_masks(*classes.read(path))["x"], values >= first)
-        classes = find_classes([path], "masks", parse_classes("0=x"))
-        assert_array_equal(classes.to_masks(*classes.read(path))["x"], values < 128)
-    with pytest.raises(ValueError, match=r"0\.jpg.*ranges"):
-        find_classes([path], "masks", parse_classes("128=x,255=y"))
+        for text, first, end in (
+            *(("255=x", 128, 256), ("*=x", 128, 256), ("60-255=x", 60, 256), ("0=x", 0, 128)),
+            *(("60-999=x", 60, 256), (None, 128, 256)),
+        ):
+            classes = find_classes([path], text and parse_classes(text))
+            (mask,) = classes.to_masks(*classes.read(path)).values()
+            assert_array_equal(mask, (values >= first) & (values < end))
 
 
 def test_values_1_and_255_of_one_mask_are_two_classes(here):
@@ -444,24 +431,20 @@ def test_files_of_one_class_are_told_where_their_values_are_not_plain(here):
     save_pair("a")
     patterns = ("--masks", "images/{id}.png", "masks/{id}.{class}", *ALL, "--force")
     assert "class png" not in run_download(*patterns)
+    run_download(*patterns, "--invert")
+    assert_array_equal(stored()["a"]["png"], labels() == 0)
     save_pair("a", grey([0, 1, 7])(labels(1, 2)))
     assert "class png: values 1, 7, " in run_download(*patterns)
 
 
-def test_inverted_masks(here):
+def test_masks_that_cannot_be_inverted(here):
     for text in ("a,b", "0=a"):
         with pytest.raises(ValueError, match=r"--classes|--invert"):
-            masks_of([FULL(labels())], text, invert=True)
-    full = [Image.new("L", PHOTO, 255)]
-    with pytest.raises(ValueError, match=r"masks.*--invert"):
-        masks_of(full, invert=True)
-    assert "--invert" in masks_of(full)[1].warnings[0]  # a hint, where most is foreground
+            masks_of([FULL(labels())], text, **INVERT)
+    for mask in (Image.new("L", PHOTO, 255), grey([0, 128, 255])(labels(1, 2))):
+        with pytest.raises(ValueError, match=r"masks.*--invert.*0=NAME.* 255"):
+            masks_of([mask], **INVERT)
     refuse_download("--labelme", "lm", "--invert", words=["--masks"])
-    mask = grey([0, 128, 255])(labels(1, 2))
-    with pytest.raises(ValueError, match=r"masks.*--invert.*128, 255") as error:
-        masks_of([mask], invert=True)
-    (masks,), _ = masks_of([mask], command_in(error.value))
-    assert_masks(masks, labels(1, 2), {"NAME": 0})
 
 
 # ---------------------------------------------------------------- NumPy's files, names in files
@@ -480,12 +463,11 @@ ARRAYS = {
 
 @pytest.mark.parametrize("case", ARRAYS)
 def test_masks_of_numpy(here, case):
-    label_map = labels(1)
     save(photo(), "images/a.jpg")
     Path("masks").mkdir()
-    np.save("masks/a_mask.npy", ARRAYS[case](label_map))
+    np.save("masks/a_mask.npy", ARRAYS[case](labels(1)))
     assert ("value 70000" in run_download(*MASKS)) == (case == "big-endian")
-    assert_masks(stored()["a"], label_map, {"foreground": 1})
+    assert_masks(stored()["a"], labels(1), {"foreground": 1})
 
 
 class Trap:
@@ -498,11 +480,8 @@ BAD_ARRAYS = {
     "colours": np.zeros((*PHOTO[::-1], 3), np.uint8),
     "fractions": np.full(PHOTO[::-1], 0.5),
     "not a number": np.full(PHOTO[::-1], np.nan),
-    "complex": np.ones(PHOTO[::-1], complex),
-    "text": np.full(PHOTO[::-1], "a"),
     "empty": np.zeros((0, 9)),
     "another size": np.ones(PHOTO),
-    "no array": None,
 }
 
 
@@ -510,10 +489,7 @@ BAD_ARRAYS = {
 def test_bad_arrays_are_one_line(here, case):
     save(photo(), "images/a.png")
     Path("masks").mkdir()
-    if BAD_ARRAYS[case] is None:
-        Path("masks/a.npy").write_bytes(b"PK\x03\x04, or not")
-    else:
-        np.save("masks/a.npy", BAD_ARRAYS[case], allow_pickle=True)
+    np.save("masks/a.npy", BAD_ARRAYS[case], allow_pickle=True)
     refuse_download(*MASKS, words=["masks/a.npy", *["(0, 9)"] * (case == "empty")])
 
 
@@ -524,18 +500,18 @@ def test_predicted_masks_bring_the_names_of_their_classes(here):
     for text, numbers in (
         (None, {names[0]: 1, "dark": 2}),
         ("dark=lesion", {"lesion": 2}),
+        ("dark=lesion,1=x", {"lesion": 2, "x": 1}),
         ("x,y", {"x": 1, "y": 2}),
     ):
-        classes = find_classes(paths, "masks", text and parse_classes(text))
+        classes = find_classes(paths, text and parse_classes(text))
         assert_masks(classes.to_masks(*classes.read(paths[0])), label_map, numbers)
-    for text, word in (("bleed=lesion", "'bleed'.*dark"), ("dark=a,2=b", "two classes")):
-        with pytest.raises(ValueError, match=f"--classes.*{word}"):
-            find_classes(paths, "masks", parse_classes(text))
+    with pytest.raises(ValueError, match="a_mask.*bleed"):
+        find_classes(paths, parse_classes("bleed=lesion"))
     save_mask(np.where(label_map == 2, 2, 0), paths[0], names)
     # A class that is in no mask keeps its place.
-    assert find_classes(paths, "masks").names == list(names)
+    assert find_classes(paths).names == list(names)
     save_mask(label_map, Path("b_mask.png"), names[::-1])
     paths.append(Path("b_mask.png"))
     with pytest.raises(ValueError, match=r"a_mask\.png and b_mask\.png.*--classes"):
-        find_classes(paths, "masks")
-    assert find_classes(paths, "masks", parse_classes("1=x,2=y")).names == ["x", "y"]
+        find_classes(paths)
+    assert find_classes(paths, parse_classes("1=x,2=y")).names == ["x", "y"]

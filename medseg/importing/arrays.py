@@ -1,7 +1,6 @@
 """Files that each hold an image and its mask as arrays: .npz, and .mat of MATLAB v7.3."""
 
 import re
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,8 @@ from medseg.coco import listed
 from medseg.files import import_reader, name_file, parallel_map
 from medseg.images import MEASURED_PIXELS, as_picture
 from medseg.importing.collect import find_groups, list_files, unique_names
+from medseg.importing.values import VOLUME, Counted, classes_of_counts, count_values
 from medseg.importing.writing import Example, choose_window
-from medseg.run_lengths import encode_labels
 from medseg.samples import to_uint8
 
 KEYS = (("image", "img"), ("label", "mask"))  # of a .npz file
@@ -22,12 +21,11 @@ CASE = re.compile(r"(case\d+)_slice\d+")  # of Synapse, as TransUNet has it
 
 
 class Arrays(NamedTuple):
-    """image: (H, W) or (H, W, C). labels: whole numbers (H, W). group: or "". names: of values."""
+    """image: (H, W) or (H, W, C). labels: whole numbers (H, W). group: or ""."""
 
     image: np.ndarray
     labels: np.ndarray
     group: str = ""
-    names: dict = {}  # noqa: RUF012, nobody changes it
 
 
 def array_examples(folder, *, classes=None, group=None, prefix="", present=()):
@@ -41,21 +39,9 @@ def array_examples(folder, *, classes=None, group=None, prefix="", present=()):
     paths = list_files(folder, (".npz", ".mat"))
     if not paths:
         raise ValueError(f"{folder}: holds no .npz and no .mat files")
-    counts, names, groups, greys = Counter(), {}, [], []
-    for values, own, own_group, grey in parallel_map(_look_into, paths, catch=()):
-        counts.update(values)
-        names |= own
-        groups.append(own_group)
-        greys.append(grey)
-    values = sorted(counts.keys() - {0})
-    if classes and len(classes) != len(values):
-        raise ValueError(
-            f"--classes: names {len(classes)} classes, but the masks hold {len(values)} values "
-            f"({listed(list(map(str, values)))})"
-        )
-    names = dict(zip(values, classes or [names.get(n, str(n)) for n in values], strict=True))
-    shown = [f"{name} ({value}, in {counts[value]})" for value, name in names.items()]
-    print(f"{len(paths)} files; classes: {listed(shown) or 'none'}")
+    counted, groups, greys = zip(*parallel_map(_look_into, paths, catch=()), strict=True)
+    meaning = classes_of_counts(counted, classes)
+    meaning.report()
     relative = [path.relative_to(folder) for path in paths]
     groups = find_groups(relative, group) if group or not any(groups) else groups
     measured = None
@@ -65,26 +51,26 @@ def array_examples(folder, *, classes=None, group=None, prefix="", present=()):
     window = choose_window(measured, None, present)
     examples = []
     for stem, own_group, path in zip(unique_names(relative, prefix), groups, paths, strict=True):
-        read = partial(_read_example, path, names, window)
+        read = partial(_read_example, path, meaning, window)
         examples.append(Example(stem, own_group, read))
-    return examples, list(names.values()), {"window": window} if window else {}
+    return examples, meaning.names, {"window": window} if window else {}
 
 
 def _look_into(path):
-    """(values of its mask, their names, group, some grey values; none of 8 bits) of a file."""
-    arrays = read_arrays(path)
+    """(Counted of its mask, group, some grey values; none of 8 bits) of a file."""
+    arrays, is_mat = read_arrays(path), path.suffix.lower() == ".mat"
     grey = arrays.image.ravel()[:: -(-arrays.image.size // MEASURED_PIXELS)].astype(np.float64)
     grey = grey[np.isfinite(grey)] if arrays.image.dtype.itemsize > 1 else grey[:0]
-    return np.unique(arrays.labels).tolist(), arrays.names, arrays.group, grey
+    counts = count_values(arrays.labels)
+    return Counted(path, VOLUME, counts, stated=TUMOURS if is_mat else {}), arrays.group, grey
 
 
-def _read_example(path, names, window):
+def _read_example(path, meaning, window):
     """What `Example.read` returns."""
     arrays = read_arrays(path)
     with name_file(path):
         picture = as_picture(to_uint8(arrays.image, window=window))
-    runs = encode_labels(arrays.labels)
-    return picture, {names[value]: own for value, own in runs.items() if value}
+    return picture, meaning.to_masks(VOLUME, arrays.labels)
 
 
 def read_arrays(path):
@@ -102,11 +88,9 @@ def read_arrays(path):
 
 def _read_npz(path):
     with np.load(path) as file:
-        keys = [next((key for key in own if key in file), None) for own in KEYS]
-        if None in keys:
-            raise ValueError(
-                f"has {listed(file.files)}, but no {' or '.join(KEYS[keys[0] is None])}"
-            )
+        keys = [next((key for key in own if key in file), "") for own in KEYS]
+        if "" in keys:
+            raise ValueError(f"has {listed(file.files)}, but no image and label, or img and mask")
         case = CASE.match(path.name)
         return Arrays(file[keys[0]], file[keys[1]], case[1] if case else "")
 
@@ -119,6 +103,5 @@ def _read_mat(path):
         image, mask, label, patient = (
             file["cjdata"][key][()] for key in ("image", "tumorMask", "label", "PID")
         )
-    number = int(label.item())  # MATLAB stores columns first, and text as numbers
-    group = "".join(map(chr, patient.ravel()))
-    return Arrays(image.T, mask.T * number, group, {number: TUMOURS.get(number, str(number))})
+    # MATLAB stores columns first, and text as numbers.
+    return Arrays(image.T, mask.T * int(label.item()), "".join(map(chr, patient.ravel())))
