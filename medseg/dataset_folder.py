@@ -93,13 +93,8 @@ def old_folder(new):
 
 def find_old(folder):
     """The `old_folder` of a folder where it is there, else None."""
-    if not folder.name.startswith(NEW):
-        return None
-    if old_folder(folder).is_dir():
-        return old_folder(folder)
-    # Earlier versions gave it eight characters of its own.
-    new, old = (_temporary(folder.parent, prefix) for prefix in (NEW, OLD))
-    return old[0] if len(new) == len(old) == 1 else None
+    old = old_folder(folder)
+    return old if folder.name.startswith(NEW) and old.is_dir() else None
 
 
 def replace_splits(new, old):

@@ -1,16 +1,21 @@
-"""download.py --add: what a split holds stays, what is new comes, or nothing does."""
+"""download.py --add, and imports that are killed: the old data set is there, or the new one."""
 
+import itertools
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
-    SMALL,
     annotations,
     box,
+    brightness_model,
     coco_file,
     edit_annotations,
+    fork_script,
     grey,
     labelme,
     labels,
@@ -20,6 +25,7 @@ from helpers import (
     run_download,
     save,
     save_pair,
+    script_here,
     shape,
     stored,
     tree,
@@ -30,11 +36,15 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from data import load_split
-from medseg import splits
+from medseg.dataset_folder import import_lock
 from medseg.planning.fingerprint import take_fingerprint
+from medseg.splits import SPLITS
 
-NEW = ("--masks", "more/images", "more/masks", "--into", "train", "--add")
 CLASSES = ("--classes", "cup,disc")
+NEW = ("--masks", "more/images", "more/masks", "--into", "train", "--add")
+FORCE = ("--masks", "more/images", "more/masks", "--split", 50, 25, 25, "--force")
+LM = ("--labelme", "lm", "--into", "train", "--add")
+AREA = [shape("cup", box(2, 3, 5))]
 
 
 def pairs(folder, *names, size=(40, 30)):
@@ -73,8 +83,7 @@ def test_what_is_there_stays_and_what_is_new_comes(grown):
     edit_annotations(Path("dataset/train"), as_others_write_it)
     Path("dataset/train/notes.txt").write_text("mine")
     before, old = tree("dataset"), annotations("train")
-    out = run_download(*NEW, *CLASSES)
-    assert "train: 4 images added, 7 in all" in out
+    assert "train: 4 images added, 7 in all" in run_download(*NEW, *CLASSES)
     after, new = tree("dataset"), annotations("train")
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"train/_annotations.coco.json"}
@@ -83,35 +92,38 @@ def test_what_is_there_stays_and_what_is_new_comes(grown):
     for key in ("images", "annotations"):
         assert new[key][: len(old[key])] == old[key]
         assert len({entry["id"] for entry in new[key]}) == len(new[key])
-    assert {key: new[key] for key in ("info", "categories")} == {
-        key: old[key] for key in ("info", "categories")
-    }
+    assert [new[key] == old[key] for key in ("info", "categories")] == [True, True]
+    edit_annotations(Path("dataset/train"), lambda content: content["images"].pop(2))
     for name in added:
         assert Path("dataset/train", name).read_bytes() == Path("more/images", name).read_bytes()
-    edit_annotations(Path("dataset/train"), lambda content: content["images"].pop(2))
-    for name in (10, 11, 12, 13):
-        mask = np.asarray(Image.open(f"more/masks/n{name}.png"))
-        assert_array_equal(stored()[f"n{name}"]["cup"], mask == 1)
-        assert_array_equal(stored()[f"n{name}"]["disc"], mask == 2)
+        mask = np.asarray(Image.open(f"more/masks/{name}"))
+        assert_array_equal(stored()[name[:3]]["cup"], mask == 1)
+        assert_array_equal(stored()[name[:3]]["disc"], mask == 2)
 
 
-def test_training_sees_the_new_images(grown, no_pictures):
+def test_training_sees_the_new_images(grown):
     def count():
-        return take_fingerprint(Path("dataset")).images["train"]
+        seen = take_fingerprint(Path("dataset")).images["train"]
+        return len(load_split("dataset", "train", 32)), seen
 
-    assert (len(load_split("dataset", "train", 32)), count()) == (2, 2)
+    assert count() == (2, 2)
     run_download(*NEW, *CLASSES)
-    assert (len(load_split("dataset", "train", 32)), count()) == (6, 6)
-    assert "6 train, 2 valid" in output_of("train.py", *SMALL, "--epochs", 1, cwd=grown)
+    assert count() == (6, 6)
 
 
-REFUSED = {  # more flags, or those in place of NEW; what the message names
-    "other classes": (("--classes", "cup,lens"), ["dataset/train", "cup, lens", "--classes"]),
-    "another order": (("--classes", "disc,cup"), ["dataset/train", "disc, cup", "--classes"]),
-    "a new class": ((), ["dataset/train", "1, 2", "--classes"]),
-    "--force": ((*CLASSES, "--force"), ["--add", "--force"]),
-    "a group of test": ((*CLASSES, "--groups", "test.csv"), ["dataset/test", "--into test"]),
-    "a group of valid": ((*CLASSES, "--groups", "valid.csv"), ["dataset/valid", "--into valid"]),
+REFUSED = {  # flags; what the message names
+    "other classes": ((*NEW, "--classes", "cup,lens"), ["dataset/train", "cup, lens"]),
+    "another order": ((*NEW, "--classes", "disc,cup"), ["dataset/train", "disc, cup"]),
+    "a new class": (NEW, ["dataset/train", "1, 2", "--classes"]),
+    "--force": ((*NEW, *CLASSES, "--force"), ["--add", "--force"]),
+    "a group of test": ((*NEW, *CLASSES, "--groups", "test.csv"), ["dataset/test", "--into test"]),
+    "a group of valid": ((*NEW, *CLASSES, "--groups", "valid.csv"), ["dataset/valid"]),
+    "no --into": ((*NEW[:3], *CLASSES, "--add"), ["--add", "--into train"]),
+    "phantoms": (("--synthetic", "--add"), ["--add", "--masks"]),
+    "no --add": ((*NEW[:5], *CLASSES, "--duplicates", "skip"), ["--duplicates", "--add"]),
+    "a split there": ((*NEW[:5], *CLASSES), ["dataset/train", "--add", "--force"]),
+    "no split there": ((*NEW, "--data", "none"), ["none/train", "--add"]),
+    "itself": (("--masks", "dataset/train", "more/masks", *NEW[3:]), ["dataset/train"]),
 }
 
 
@@ -124,28 +136,15 @@ def test_what_disagrees_changes_nothing(grown, case):
         )
     write_groups({f"n1{n}": 1 for n in range(4)}, "test.csv")
     write_groups({f"n1{n}": n for n in range(4)}, "valid.csv")
-    refuse_download(*NEW, *flags, words=words)
-
-
-def test_what_add_goes_with(grown):
-    refuse_download(*NEW[:3], *CLASSES, "--add", words=["--add", "--into train"])
-    refuse_download("--synthetic", "--add", words=["--add", "--masks"])
-    refuse_download(*NEW[:5], *CLASSES, "--duplicates", "skip", words=["--duplicates", "--add"])
-    refuse_download(*NEW[:5], *CLASSES, words=["dataset/train", "--add", "--force"])
-    refuse_download(*NEW, "--data", "none", words=["none/train", "--add"])
-    inside = ("--masks", "dataset/train", "more/masks", *NEW[3:])
-    refuse_download(*inside, words=["dataset/train"])
+    refuse_download(*flags, words=words)
 
 
 def test_another_window_is_refused(here):
-    rows = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
-    for folder, count in (("a", 3), ("b", 1)):
-        for number in range(count):
-            Path(folder, "images").mkdir(parents=True, exist_ok=True)
-            write_dicom(f"{folder}/images/{folder}{number}.dcm", np.roll(rows, number * 5 + 1))
-            save(
-                grey([0, 1])(labels(number, size=(64, 64))), f"{folder}/masks/{folder}{number}.png"
-            )
+    rows, size = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64), (64, 64)
+    for name in ("a/images/0", "a/images/1", "a/images/2", "b/images/3"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_dicom(f"{name}.dcm", np.roll(rows, int(name[-1]) * 5 + 1))
+        save(grey([0, 1])(labels(0, size=size)), f"{name.replace('images', 'masks')}.png")
     run_download("--masks", "a/images", "a/masks", "--window", 40, 400)
     add = ("--masks", "b/images", "b/masks", "--into", "train", "--add", "--window")
     refuse_download(*add, 50, 400, words=["dataset/train", "--window 40 400"])
@@ -153,9 +152,9 @@ def test_another_window_is_refused(here):
 
 def test_the_same_images_again_are_one_line(grown):
     run_download(*NEW, *CLASSES)
-    line = refuse_download(*NEW, *CLASSES, words=["4 of the 4", "dataset/train", "n10.png"])
-    assert "nothing to add" in line
-    refuse_download(*NEW, *CLASSES, "--duplicates", "skip", words=["nothing to add"])
+    words = ["4 of the 4", "dataset/train", "n10.png", "nothing to add"]
+    refuse_download(*NEW, *CLASSES, words=words)
+    refuse_download(*NEW, *CLASSES, "--duplicates", "skip", words=words)
     os.rename("more/images/n10.png", "more/images/a10.png")  # under another name
     os.rename("more/masks/n10.png", "more/masks/a10.png")
     pairs("more", "n14")
@@ -173,15 +172,13 @@ def test_images_of_other_splits_are_told(grown):
     """Leaking images of test into train would make its score too good."""
     (stem, *_) = stored("test")
     with Image.open(f"dataset/test/{stem}.png") as image:
-        brighter = image.point(lambda value: value * 7 // 8 + 20)
-    save(brighter, "lm/again.jpg", quality=80)
-    labelme("again", [shape("cup", box(2, 3, 5))], image=False, imagePath="again.jpg")
-    labelme("other", [shape("cup", box(2, 3, 5))], image=False, imagePath="other.jpg")
+        save(image.point(lambda value: value * 7 // 8 + 20), "lm/again.jpg", quality=80)
     save(photo(77), "lm/other.jpg")
-    add = ("--labelme", "lm", "--into", "train", "--add")
+    for name in ("again", "other"):
+        labelme(name, AREA, image=False, imagePath=f"{name}.jpg")
     words = ["1 of the 2", "dataset/test", f"again.jpg as {stem}.png", "--duplicates skip"]
-    refuse_download(*add, words=words)
-    run_download(*add, "--duplicates", "skip")
+    refuse_download(*LM, words=words)
+    run_download(*LM, "--duplicates", "skip")
     assert "other" in stored() and "again" not in stored()
 
 
@@ -192,22 +189,20 @@ def test_an_image_near_train_and_another_split_is_told(grown, split):
     pixels = np.asarray(Image.open(f"dataset/{split}/{stem}.png")) // 2
     for name, level in (("first", 9), ("second", 10)):
         save(Image.fromarray(pixels + np.uint8(level)), f"{name}/{name}.png")
-        labelme(name, [shape("cup", box(2, 3, 5))], name, image=False)
+        labelme(name, AREA, name, image=False)
     add = ("--into", "train", "--add", "--duplicates")
     run_download("--labelme", "first", *add, "keep")
     words = [f"dataset/{split}", f"second.png as {stem}.png"]
     refuse_download("--labelme", "second", *add[:3], words=words)
     refuse_download("--labelme", "second", *add, "skip", words=words)
-    assert len(stored()) == 3
 
 
 def test_names_of_any_split_are_taken(grown):
-    for seed, split in ((77, "train"), (78, "test"), (79, "valid")):
-        name = annotations(split)["images"][0]["file_name"].upper()
-        area, folder = shape("disc", box(2, 3, 5)), f"lm_{split}"
-        labelme(Path(name).stem, [area], folder, image=False, imagePath="x.jpg")
+    for seed, split in enumerate(SPLITS, 77):
+        name, folder = annotations(split)["images"][0]["file_name"].upper(), f"lm_{split}"
+        labelme(Path(name).stem, AREA, folder, image=False, imagePath="x.jpg")
         save(photo(seed), f"{folder}/x.jpg")
-        add = ("--labelme", folder, "--into", "train", "--add")
+        add = ("--labelme", folder, *LM[2:])
         refuse_download(*add, words=[f"dataset/{split}", "--prefix"])
         run_download(*add, "--prefix", f"{split}-")
     assert len(stored()) == 5
@@ -215,45 +210,51 @@ def test_names_of_any_split_are_taken(grown):
 
 def test_labels_count_by_name_whatever_their_order(grown):
     """Sorted, as LabelMe files have them, and not as the data set has them."""
-    for split in splits.SPLITS:
+    for split in SPLITS:
         edit_annotations(
             Path("dataset", split),
             lambda content: [c.update(name="ab"[c["id"] % 2]) for c in content["categories"]],
         )
-    areas = [shape("a", box(2, 3, 5)), shape("b", box(20, 3, 4))]
-    labelme("x", areas, image=False)
+    labelme("x", [shape("a", box(2, 3, 5)), shape("b", box(20, 3, 4))], image=False)
     save(photo(77), "lm/x.png")
-    add = ("--labelme", "lm", "--into", "train", "--add")
-    refuse_download(*add, "--classes", "a,b", words=["b, a", "a, b"])
-    run_download(*add)
+    refuse_download(*LM, "--classes", "a,b", words=["b, a", "a, b"])
+    run_download(*LM)
     assert {name: mask.sum() for name, mask in stored()["x"].items()} == {"a": 25, "b": 16}
     labelme("y", [shape("c", box(2, 3, 5))], "lm2")
-    add = ("--labelme", "lm2", "--into", "train", "--add")
-    refuse_download(*add, words=["dataset/train", "b, a", "images c"])
+    refuse_download("--labelme", "lm2", *LM[2:], words=["dataset/train", "b, a", "images c"])
 
 
-@pytest.mark.parametrize("source", ["masks", "labelme", "coco"])
-def test_healthy_images_are_added(grown, source):
-    save(photo(50), "h/images/h.png")
+HEALTHY = (("--masks", "h/images", "h/masks"), LM[:2], ("--coco", "c.json", "images"))
+
+
+@pytest.mark.parametrize("flags", HEALTHY)
+def test_healthy_images_are_added(grown, flags):
     save(Image.new("L", (40, 30)), "h/masks/h.png")
     labelme("h", [], "lm", image=False)
-    save(photo(50), "lm/h.png")
     coco_file([], ["h.png"])
-    save(photo(50), "images/h.png")
-    flags = {
-        "masks": ("--masks", "h/images", "h/masks"),
-        "labelme": ("--labelme", "lm"),
-        "coco": ("--coco", "c.json", "images"),
-    }[source]
+    for folder in ("h/images", "lm", "images"):
+        save(photo(50), f"{folder}/h.png")
     refuse_download(*flags, "--data", "new", words=["empty", "--add"])
     run_download(*flags, "--into", "train", "--add")
     assert stored()["h"] == {}
 
 
+def test_slices_that_show_nothing_are_no_duplicates(here):
+    for number in range(4):
+        save_pair(f"a{number}", seed=number)
+    for name in ("images/a0", "more/images/b"):
+        save(Image.new("RGB", (40, 30)), f"{name}.png")
+    save(grey([0, 1])(labels(9)), "more/masks/b.png")
+    run_download("--masks", "images", "masks", "--split", 50, 25, 25)
+    run_download(*NEW)
+    assert "b" in stored()
+
+
+# ---- stopped and killed --------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("place", ["write", "rename", "replace"])
 def test_an_interrupted_addition_leaves_the_old_split(grown, monkeypatch, place):
-    from helpers import script_here
-
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -281,12 +282,114 @@ def test_what_a_killed_addition_left_is_taken_over(grown):
     assert len(stored()) == 6
 
 
-def test_slices_that_show_nothing_are_no_duplicates(here):
-    for number in range(4):
-        save_pair(f"a{number}", seed=number)
-    save(Image.new("RGB", (40, 30)), "images/a0.png")
-    run_download("--masks", "images", "masks", "--split", 50, 25, 25)
-    save(Image.new("RGB", (40, 30)), "more/images/b.png")
-    save(grey([0, 1])(labels(9)), "more/masks/b.png")
-    run_download(*NEW)
-    assert "b" in stored()
+def content(root):
+    """{split: names of its images}, where the files and the annotations agree."""
+    names = {}
+    for split in SPLITS:
+        images = [record["file_name"] for record in annotations(split, root)["images"]]
+        files = [path.name for path in Path(root, split).iterdir()]
+        assert sorted(files) == sorted([*images, "_annotations.coco.json"])
+        names[split] = sorted(images)
+    return names
+
+
+def killed(arguments, script, call):
+    """Run a command in a process that kills itself at its call-th change of a folder.
+
+    Returns whether it was killed: not where it ended before.
+    """
+
+    def prepare():
+        count = itertools.count()
+        for name in ("rename", "replace", "mkdir", "rmdir", "unlink"):
+            original = getattr(os, name)
+
+            def change(*args, original=original, **options):
+                if next(count) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **options)
+
+            setattr(os, name, change)
+
+    process = fork_script(script, *arguments, log="log", prepare=prepare)
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL), Path("log").read_text()
+    return process.exitcode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [FORCE, NEW], ids=["force", "add"])
+def test_a_killed_import_is_completed_or_taken_back(grown, flags):
+    flags = (*flags, *CLASSES)
+    shutil.copytree("dataset", "before")
+    shutil.copytree("dataset", "after")
+    output_of("download.py", *flags, "--data", "after", cwd=grown)
+    expected, outcomes = [content("before"), content("after")], set()
+    for call in itertools.count():
+        shutil.rmtree("dataset")
+        shutil.copytree("before", "dataset")
+        if not killed(flags, "download.py", call):
+            break
+        left = {path.name for path in Path("dataset").iterdir()} - {*SPLITS, ".importing.lock"}
+        result = script_here("data.py", "dataset", cwd=grown)
+        assert result.returncode == 0, result.stderr
+        assert ("killed" in result.stdout) == bool(left), (call, left)
+        assert {path.name for path in Path("dataset").iterdir()} - {".importing.lock"} == {*SPLITS}
+        outcomes.add(expected.index(content("dataset")))
+    assert outcomes == {0, 1} and content("dataset") == expected[1]
+    assert call > 6
+
+
+COMMANDS = {
+    "train": ("--epochs", 1, "--n-filters", 2, "--image-size", 16, "--device", "cpu"),
+    "data": (),
+    "download": (*LM, "--classes", "cup"),
+    "predict": ("dataset/test", "--model", "m.pth"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_completes_an_import(grown, command):
+    """It was killed between the renames."""
+    run_download(*FORCE, *CLASSES, "--data", "fresh")
+    Path("fresh").rename("dataset/.new-abcdefgh")
+    Path("dataset/.old-abcdefgh").mkdir()
+    Path("dataset/train").rename("dataset/.old-abcdefgh/train")
+    Path("dataset/.new-abcdefgh/train").rename("dataset/train")
+    Path("dataset/test").rename("dataset/.old-abcdefgh/test")
+    torch.save(brightness_model(32).state_dict(), "m.pth")
+    labelme("x", AREA)
+    result = script_here(f"{command}.py", *COMMANDS[command], cwd=grown)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("killed") == 1
+    assert not list(Path("dataset").glob(".[no]*"))
+    assert all(name.startswith("n1") for name in content("dataset")["test"])
+
+
+def test_folders_of_a_user_stay_and_a_running_import_is_left_alone(grown):
+    for name in (".new-settings", ".old-12345678", ".add-settings"):
+        Path("dataset", name, "mine").mkdir(parents=True)
+        Path("dataset", name, "notes.txt").touch()
+    output_of("data.py", cwd=grown)
+    assert len(list(Path("dataset").glob(".*-*/notes.txt"))) == 3
+    with import_lock(Path("dataset")):
+        Path("dataset/.new-abcdefgh/train").mkdir(parents=True)
+        output_of("data.py", cwd=grown)
+        assert Path("dataset/.new-abcdefgh/train").exists()
+        result = script_here("download.py", *FORCE, *CLASSES, cwd=grown)
+        assert result.returncode == 2 and "dataset" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_grouped_split_leaves_nothing(here):
+    run_download(*("--synthetic", "--phantoms", 60, 60, 60, "--data", "many"))
+    arguments = ("many", "--grouped-split", "grouped")
+    for call in itertools.count():
+        if not killed(arguments, "data.py", call):
+            break
+        left = list(here.glob(".grouped.*.tmp"))
+        if not Path("grouped").exists():
+            assert ("killed" in output_of("data.py", *arguments, cwd=here)) == bool(left)
+        assert not list(here.glob(".grouped.*.tmp")) and content("grouped")
+        shutil.rmtree("grouped")
+    assert call > 4

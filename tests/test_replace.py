@@ -107,23 +107,16 @@ def test_a_training_replaces_ours_alone(users_place, refused, name):
         refused("train", "--test-only", "--out", "run", words=["run/predictions.png", "--out"])
 
 
-def test_a_contact_sheet_replaces_ours_alone(users_place, refused):
-    Path("contact_sheet.jpg").write_bytes(b"mine")
-    refused("data", words=["contact_sheet.jpg", "--out"])
-    assert Path("contact_sheet.jpg").read_bytes() == b"mine"
-    Path("contact_sheet.jpg").unlink()
+@pytest.mark.parametrize("name", ["contact_sheet.jpg", "model.onnx", "model.torchscript"])
+def test_sheets_and_exports_replace_ours_alone(users_place, refused, name):
+    command = ("data",) if name.endswith(".jpg") else ("predict", "--export", name)
+    Path(name).write_bytes(b"theirs")
+    refused(*command, words=[name, "--out" if name.endswith(".jpg") else "--export"])
+    assert Path(name).read_bytes() == b"theirs"
+    Path(name).unlink()
     for _ in range(2):
-        assert script_here("data.py", cwd=users_place).returncode == 0
-
-
-def test_exports_replace_ours_alone(users_place, refused):
-    for name in ("model.onnx", "model.torchscript"):
-        Path(name).write_bytes(b"theirs")
-        refused("predict", "--export", name, words=[name, "--export"])
-        assert Path(name).read_bytes() == b"theirs"
-        Path(name).unlink()
-        for _ in range(2):
-            assert script_here("predict.py", "--export", name, cwd=users_place).returncode == 0
+        result = script_here(f"{command[0]}.py", *command[1:], cwd=users_place)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("kept", [("medseg", "classes"), ("classes",)])
