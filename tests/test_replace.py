@@ -107,7 +107,9 @@ def test_a_training_replaces_ours_alone(users_place, refused, name):
         refused("train", "--test-only", "--out", "run", words=["run/predictions.png", "--out"])
 
 
-@pytest.mark.parametrize("name", ["contact_sheet.jpg", "model.onnx", "model.torchscript"])
+@pytest.mark.parametrize(
+    "name", ["contact_sheet.jpg", pytest.param("model.onnx", marks=pytest.mark.slow)]
+)
 def test_sheets_and_exports_replace_ours_alone(users_place, refused, name):
     command = ("data",) if name.endswith(".jpg") else ("predict", "--export", name)
     Path(name).write_bytes(b"theirs")
