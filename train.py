@@ -337,8 +337,7 @@ def train_and_test(args, checkpoint, signals):
             command_line.check_batch_norm(args, loaders["train"].images_per_epoch)
             datasets = [open_split(root, split, skipped=[]) for split in ("train", "valid")]
             flags["data_fingerprints"] = checkpoints.check_same_data(datasets, root, checkpoint)
-        tracker = tracking.start_tracker(args, flags, checkpoint)
-        flags["swanlab_run"], history = tracker.run_id, None
+        tracker, history = tracking.start_tracker(args, flags, checkpoint), None
         criterion, autocast = loss_of(args), devices.make_autocast(precision, device)
         try:
             if not args.test_only:

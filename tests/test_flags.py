@@ -125,8 +125,8 @@ def test_values_that_are_refused(flags, words, refused):
 
 NOT_OF_A_RUN = {"help", "out", "resume", "test_only", "overwrite", "max_megapixels"}
 ABOUT_THE_RUN = {  # what it is called, where it runs and how long, which may be another thing later
-    *("data", "device", "compile", "save_every", "swanlab", "project", "experiment_name"),
-    *("epochs", "patience"),
+    *("data", "device", "compile", "save_every", "tracker", "swanlab", "project"),
+    *("experiment_name", "epochs", "patience"),
     "tune_prediction",  # done at the end, with the weights that there are then
 }
 FLAGS = [action for action in make_parser("")._actions if action.dest not in NOT_OF_A_RUN]

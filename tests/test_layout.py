@@ -31,7 +31,7 @@ COMMAND = "medseg.planning.command"  # the command line of data.py, which stands
 MAX_HEAD = 25  # lines of imports at the head of a script
 MAX_FUNCTION_LINES = 60
 LONG_FUNCTIONS = {"train_model"}  # whose docstring and parameters take most of the lines
-HEAVY = ("matplotlib", "torchvision", "swanlab", "pycocotools.coco")
+HEAVY = ("matplotlib", "torchvision", "swanlab", "wandb", "mlflow", "pycocotools.coco")
 
 
 def tree(path):

@@ -483,7 +483,7 @@ def test_a_plan_is_printed_recorded_and_repeated(planned, dataset, tmp_path):
     weights = [load_weights(tmp_path / out / "best_model.pth") for out in ("run", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     own = load_weights(tmp_path / "again" / "last.pth")["flags"]
-    same = own.keys() - {"recipe", "data_fingerprints", "swanlab_run"}
+    same = own.keys() - {"recipe", "data_fingerprints", "tracker_runs"}
     assert {name: own[name] for name in same} == {name: recorded[name] for name in same}
 
 

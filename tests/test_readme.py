@@ -20,6 +20,7 @@ OTHERS |= {"--build-arg", "--gpus", "--rm", "--ipc"}  # docker
 IMPORTED_AS = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml"}
 # Imported when used; the error names the pip command.
 OPTIONAL = {"pydicom", "nibabel", "h5py", "gradio", "onnx", "onnxscript", "onnxruntime"}
+OPTIONAL |= {"tensorboard", "wandb", "mlflow"}
 WITH_GRADIO = {"fastapi", "uvicorn", "python_multipart"}
 NOT_IMPORTED = {"torchvision"}  # for the tutorial's transforms
 

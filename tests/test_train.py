@@ -42,13 +42,12 @@ from medseg.images import MEAN, STD
 from medseg.metrics import RunningScores, metrics
 from medseg.phantoms import make_phantoms
 from medseg.signals import Signals, Stopped
-from medseg.training import history, tracking
+from medseg.training import history
 from medseg.training.checkpoint import Checkpointer, Progress
 from medseg.training.flags import make_parser
 from medseg.training.history import log_values, print_epoch, progress_bar
 from medseg.training.optim import GuardedStep, RunningMean, fit_to_run, make_schedule
 from medseg.training.resume import waits
-from medseg.training.tracking import start_tracker
 from medseg.weights import load_weights
 from net import UNet, load_model
 from train import combined_loss, dice_loss, evaluate, train_model, train_one_epoch
@@ -804,25 +803,6 @@ def test_a_last_with_impossible_flags_is_refused_by_name(straight, refused, tmp_
     state["flags"]["norm"] = "layer"
     torch.save(state, tmp_path / "last.pth")
     refused("train", "--resume", "--out", tmp_path, words=[tmp_path / "last.pth", "--norm"])
-
-
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(
-    "flags, name",
-    [
-        ((), "bs32-epoch40"),
-        (("--batch-size", "8", "--epochs", "20"), "bs8-epoch20"),
-        (("--batch-size", "8", "--recipe", "strong"), "bs8-epoch40-strong"),
-        (("--experiment-name", "mine"), "mine"),
-    ],
-)
-def test_the_experiment_is_named_after_batch_size_epochs_and_recipe(flags, name, monkeypatch):
-    names = []
-    monkeypatch.setattr(
-        tracking, "SwanLab", lambda mode, **options: names.append(options["experiment_name"])
-    )
-    start_tracker(make_parser("").parse_args(flags), {}, None)
-    assert names == [name]
 
 
 # ---- runs of other kinds ---------------------------------------------------------------------

@@ -31,6 +31,7 @@ from medseg.training.cross_validation import check_folds, read_folds
 from medseg.training.precision import keep_precision
 from medseg.training.recipes import LOSSES, RECIPES
 from medseg.training.resume import check_can_go_on, check_same_run, find_checkpoint
+from medseg.training.tracking import TRACKERS, check_tracker
 from net import load_model
 
 # The flags on which the defaults of others depend, and what --recipe auto may read.
@@ -222,7 +223,13 @@ def _add_file_flags(parser):
 
 
 def _add_tracking_flags(parser):
-    add = parser.add_argument_group("SwanLab").add_argument
+    add = parser.add_argument_group("tracking").add_argument
+    add(
+        "--tracker",
+        choices=("auto", *TRACKERS),
+        default="auto",
+        help="where the curves go besides metrics.csv; auto: to SwanLab, as --swanlab says",
+    )
     modes = ("auto", "online", "offline", "disabled")
     add(
         "--swanlab",
@@ -230,7 +237,7 @@ def _add_tracking_flags(parser):
         default="auto",
         help="auto: online with an API key, else offline",
     )
-    add("--project", default="Unet-Medical-Segmentation", help="its name on SwanLab")
+    add("--project", default="Unet-Medical-Segmentation", help="its name there")
     add("--experiment-name", metavar="NAME", help="default: by the flags, as in bs32-epoch40")
 
 
@@ -295,6 +302,7 @@ def _check_flags(args, network, *, resumed=False):
     if not any(loss_weights(args).values()):
         raise ValueError(f"--loss {args.loss}: every weight is 0")
     check_folds(args)
+    check_tracker(args.tracker)
 
 
 def _parse_first(parser, argv):

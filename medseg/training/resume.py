@@ -21,7 +21,7 @@ from medseg.training.checkpoint import (
 MAY_CHANGE = (
     *(*NOT_RECORDED, "data", "epochs", "patience", "device", "compile", "save_every"),
     "tune_prediction",  # which is done once the training has ended
-    *("swanlab", "project", "experiment_name"),
+    *("tracker", "swanlab", "project", "experiment_name"),
 )
 
 

@@ -1,161 +1,242 @@
-"""SwanLab (the tutorial's section 4): experiment tracking that can fail without consequences."""
+"""Trackers of a training: SwanLab (the tutorial's section 4), TensorBoard, W&B and MLflow."""
 
+import importlib.util
+import os
 import re
 import shlex
 import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from medseg.cli import one_line
 from medseg.dist import is_first
+from medseg.images import read_image
+
+# Seconds: for a run to start, for any other call, for a server to answer anything at all.
+START, CALL, ANSWER = 30, 30, 5
 
 
-class SwanLab:
-    """A run on SwanLab that never stops, blocks or crashes the training.
+class Run(NamedTuple):
+    """A run that a library has begun."""
 
-    mode: "online"; "offline" (files to upload later); "disabled" (imports nothing); or "auto":
-        what the user's SwanLab settings say (SWANLAB_MODE, swanlab.yaml, ...), else online with
-        an API key, else offline.
-    config: the hyperparameters, recorded with the run. log_dir: where SwanLab keeps its files.
-    run_id: the run to continue, or None for a new one; pass `self.run_id` when resuming.
+    id: str
+    log: Callable  # log(key, float, step), the step an int or None
+    image: Callable  # image(name, path of a PNG or JPEG file)
+    finish: Callable  # finish(failed): write or upload what is left
+    command: list  # to see or upload it
+    local: bool = True  # else the command is needed only where the upload failed
 
-    Nothing prompts. A run that cannot start online is recorded offline; if that fails too,
-    training goes on without SwanLab. One line says so. Call `finish` on every way out: without it
-    SwanLab's own exit hook uploads what is left, and with the network gone that never ends. If
-    `hung` is true afterwards, one of its threads is stuck and may delay the exit by a minute or
-    more: leave with `os._exit(status)`.
 
-    Raises ValueError for a project name SwanLab refuses, and for "online" without an API key.
+class Tracker:
+    """Records a training with one of the libraries; it never stops, blocks or crashes it.
+
+    begin(mode) -> Run, in the first of the modes that works; without any, nothing is recorded.
+    Each call of a library runs in a thread and is waited for some seconds. The first that fails is
+    one line, and one that hangs is the last. Call `finish` on every way out, then leave with
+    `os._exit`: a stuck thread, or what a library does at the exit, may never end.
     """
 
-    ANSWER_TIMEOUT = 5  # seconds for the API host to answer anything at all
-    START_TIMEOUT = 30
-    FINISH_TIMEOUT = 30
-
-    def __init__(self, mode, *, project, experiment_name, config, log_dir, run_id=None):
-        self.run = None  # the swanlab.Run, while there is one
-        self.run_id, self.hung = run_id, False
-        self._failed_before = False
-        if mode == "disabled":
-            return
-        if not re.fullmatch(r"[0-9a-zA-Z_\-+.]{1,100}", project):
-            raise ValueError(
-                f"--project {project!r}: SwanLab takes 1 to 100 letters, digits and _ - + . here"
-            )
-        try:
-            import swanlab
-
-            settings = swanlab.Settings()  # environment, .env, swanlab.yaml, .netrc; no network
-        except Exception as error:  # not installed, or settings it refuses
-            self._print(f"going on without it: {_short(error)}")
-            return
-        mode = self._choose_mode(mode, settings)
-        options = {
-            "project": project,
-            "name": experiment_name,
-            "config": config,
-            "log_dir": str(Path(log_dir).absolute()),
-            "id": run_id,
-            "resume": "allow" if run_id else "never",
-        }
-        if mode == "online" and not self._start(mode, options, settings.api_host):
-            mode = "none" if self.hung else "offline"
-        if mode == "offline":
-            self._start(mode, options)
-
-    def _choose_mode(self, mode, settings):
-        if mode == "online" and not settings.api_key:
-            raise ValueError(
-                "--swanlab online: no API key; run `swanlab login` first, or use --swanlab offline"
-            )
-        if mode != "auto":
-            return mode
-        mode = settings.mode if "mode" in settings.model_fields_set else "online"
-        if mode == "local":
-            self._print("its local mode is not supported; recording offline")
-        if mode == "local" or (mode == "online" and not settings.api_key):
-            return "offline"
-        return mode
-
-    def _start(self, mode, options, api_host=None):
-        """Start a run and return True, or say why there is none."""
-        import swanlab
-
-        if mode == "offline":
-            _silence_sync_tip()
-        try:
-            if api_host:
-                _check_reachable(api_host, self.ANSWER_TIMEOUT)
-            # Off the main thread, where swanlab also leaves our SIGINT handler alone.
-            self.run = _run_bounded(lambda: swanlab.init(mode=mode, **options), self.START_TIMEOUT)
-            self.run_id = self.run.id
-        except Exception as error:
-            # If it hangs, it holds a lock that another init would wait for.
-            self.hung = isinstance(error, TimeoutError)
-            self._print(f"no {mode} run: {_short(error)}")
-        return self.run is not None
+    def __init__(self, title="", begin=None, modes=()):
+        self.title, self.run, self.hung, self.failures = title, None, False, set()
+        for mode in modes:
+            self.run = self.run or self._call(f"start {mode}", lambda m=mode: begin(m), START)
 
     def log(self, values, step=None):
-        """Log a dict of numbers at `step`; SwanLab keeps the first value of a key at a step.
-
-        What has no value, NaN, is left out.
-        """
+        """Log a dict of numbers at `step`. What has no value, NaN, is left out."""
         # swanlab reads tensors later, on another thread, and drops a step that is no Python int.
         numbers = {key: float(value) for key, value in values.items() if value == value}
-        self._try(lambda: self.run.log(numbers, step=None if step is None else int(step)))
+        step = None if step is None else int(step)
+        if self.run:
+            self._call("log", lambda: [self.run.log(*one, step) for one in numbers.items()])
 
-    def image(self, key, path):
+    def image(self, name, path):
         """Log a picture file (PNG, JPEG), read now."""
-
-        def log_image():
-            from swanlab import Image
-
-            self.run.log({key: Image(str(path))})
-
-        self._try(log_image)
-
-    def _try(self, function):
-        try:
-            if self.run:
-                function()
-        except Exception as error:
-            if not self._failed_before:
-                self._print(f"could not log: {_short(error)} (further errors are not shown)")
-            self._failed_before = True
+        if self.run:
+            self._call("log", lambda: self.run.image(name, str(path)))
 
     def finish(self, failed=False):
-        """Upload what is left, for FINISH_TIMEOUT seconds at most.
-
-        failed: mark the run as crashed.
-        """
+        """Upload what is left, and say how to see the run. failed: mark it as crashed."""
         run, self.run = self.run, None
-        if run is None:
-            return
-        outcome = {"state": "crashed", "error": "training failed"} if failed else {}
-        try:
-            _run_bounded(lambda: run.finish(**outcome), self.FINISH_TIMEOUT)
-        except Exception as error:
-            self.hung = isinstance(error, TimeoutError)
-            self._print(f"the run did not finish: {_short(error)}")
-        if self.hung or run.mode == "offline":
-            command = shlex.join(["swanlab", "sync", str(run.dir), "--id", run.id])
-            self._print(f"to upload this run: {command}")
+        if run:
+            self._call("finish", lambda: run.finish(failed))
+            if run.local or self.hung:
+                print(f"{self.title}: to see this run: {shlex.join(run.command)}", flush=True)
 
-    @staticmethod
-    def _print(text):
-        print(f"SwanLab: {text}", flush=True)
+    def _call(self, doing, function, seconds=None):
+        """What function() returns; None where it fails, or where an earlier call has hung."""
+        try:
+            return None if self.hung else _run_bounded(function, seconds or CALL)
+        except Exception as error:
+            # It may hold a lock that another call would wait for.
+            self.hung, why = isinstance(error, futures.TimeoutError), one_line(error)[:200]
+            if doing not in self.failures:
+                print(f"{self.title}: could not {doing}: {why}", flush=True)
+            self.failures.add(doing)
+
+
+# ---- the libraries: begin(mode, project, name, config, out, run_id to continue or None) ------
+
+
+def swanlab_modes(mode, project):
+    """The modes of SwanLab to try, of --swanlab, with no network. Nothing prompts in any of them.
+
+    "auto" is what the user's settings say (SWANLAB_MODE, swanlab.yaml, ...), else online with an
+    API key, else offline. Raises ValueError for a project name that SwanLab refuses, and for
+    "online" without a key.
+    """
+    if mode == "disabled":
+        return []
+    if not re.fullmatch(r"[0-9a-zA-Z_\-+.]{1,100}", project):
+        raise ValueError(f"--project {project!r}: SwanLab takes letters, digits and _ - + . here")
+    try:
+        import swanlab
+
+        settings = swanlab.Settings()
+    except Exception as error:  # not installed, or settings it refuses
+        print(f"SwanLab: going on without it: {one_line(error)[:200]}", flush=True)
+        return []
+    if mode == "online" and not settings.api_key:
+        raise ValueError("--swanlab online: no API key: run `swanlab login`, or give offline")
+    if mode == "auto":
+        mode = settings.mode if "mode" in settings.model_fields_set else "online"
+        if mode == "local" or (mode == "online" and not settings.api_key):
+            mode = "offline"  # its local mode needs more packages
+    return {"online": ["online", "offline"], "disabled": []}.get(mode, [mode])
+
+
+def begin_swanlab(mode, project, name, config, out, run_id):
+    import requests  # as swanlab does: the same proxies and certificates
+    import swanlab
+
+    if mode == "online":  # swanlab itself tries for 16 to 76 seconds
+        host = swanlab.Settings().api_host
+        try:
+            _run_bounded(lambda: requests.head(host, timeout=ANSWER), 2 * ANSWER)
+        except Exception as error:
+            raise ConnectionError(f"{host} does not answer ({type(error).__name__})") from error
+    else:  # it would print its sync command twice and folded; `Tracker.finish` prints it once
+        with suppress(ImportError):  # it is private, and may move
+            from swanlab.sdk.internal.run import greeting
+
+            greeting._print_offline_tip = lambda ctx: None
+    options = {"project": project, "name": name, "config": config, "id": run_id}
+    resume = "allow" if run_id else "never"
+    run = swanlab.init(mode=mode, log_dir=str(out / "swanlog"), resume=resume, **options)
+    crashed = {"state": "crashed", "error": "training failed"}
+    return Run(
+        run.id,
+        lambda key, value, step: run.log({key: value}, step=step),  # the first of a step is kept
+        lambda name, path: run.log({name: swanlab.Image(path)}),
+        lambda failed: run.finish(**crashed if failed else {}),
+        ["swanlab", "sync", str(run.dir), "--id", run.id],
+        local=mode == "offline",
+    )
+
+
+def begin_tensorboard(mode, project, name, config, out, run_id):
+    """In OUT/tensorboard, a folder for each run."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    run_id, folder = run_id or time.strftime("%Y%m%d-%H%M%S"), out / "tensorboard"
+    writer = SummaryWriter(folder / run_id, flush_secs=5)
+    writer.add_text("flags", str(config))
+    return Run(
+        run_id,
+        writer.add_scalar,
+        lambda name, path: writer.add_image(name, read_image(path).pixels, dataformats="HWC"),
+        lambda failed: writer.close(),
+        ["tensorboard", "--logdir", str(folder)],
+    )
+
+
+def begin_wandb(mode, project, name, config, out, run_id):
+    """As WANDB_MODE says, else online with an API key, else offline in OUT/wandb."""
+    import wandb
+    from requests.utils import get_netrc_auth
+
+    settings = wandb.setup().settings
+    if not (settings.api_key or get_netrc_auth(settings.base_url)):
+        mode = "offline"  # it would ask for a key
+    mode = os.environ.get("WANDB_MODE", mode)
+    options = {"project": project, "name": name, "config": config, "id": run_id, "dir": out}
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=2 * START // 3)
+    run = wandb.init(mode=mode, resume="allow", settings=quiet, **options)
+    return Run(
+        run.id,
+        lambda key, value, step: run.log({key: value}, step=step),
+        lambda name, path: run.log({name: wandb.Image(path)}),
+        lambda failed: run.finish(exit_code=int(failed)),
+        ["wandb", "sync", str(Path(run.dir).parent)],
+        local=run.offline,
+    )
+
+
+def begin_mlflow(mode, project, name, config, out, run_id):
+    """On the server of MLFLOW_TRACKING_URI, else in OUT/mlflow.db and OUT/mlruns."""
+    from mlflow import MlflowClient
+
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    uri, files = server or f"sqlite:///{out}/mlflow.db", None if server else f"{out}/mlruns"
+    client = MlflowClient(uri)
+    if run_id:
+        client.update_run(run_id, "RUNNING")
+    else:
+        known = client.get_experiment_by_name(project)
+        number = known.experiment_id if known else client.create_experiment(project, files)
+        run_id = client.create_run(number, run_name=name).info.run_id
+        for key, value in config.items():
+            client.log_param(run_id, key, str(value)[:500])
+
+    def log(key, value, step):
+        key = re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)  # other characters it refuses
+        client.log_metric(run_id, key, value, step=step)
+
+    return Run(
+        run_id,
+        log,
+        lambda name, path: client.log_artifact(run_id, path),
+        lambda failed: client.set_terminated(run_id, "FAILED" if failed else "FINISHED"),
+        ["mlflow", "ui", "--backend-store-uri", uri],
+    )
+
+
+# {--tracker: (title, begin, modes to try)}; but for the last, each has the name of its package.
+TRACKERS = {
+    "swanlab": ("SwanLab", begin_swanlab, None),
+    "tensorboard": ("TensorBoard", begin_tensorboard, ["local"]),
+    "wandb": ("W&B", begin_wandb, ["online", "offline"]),
+    "mlflow": ("MLflow", begin_mlflow, ["local"]),
+    "none": ("", None, []),
+}
+
+
+def check_tracker(name):
+    """ValueError where the package of --tracker is not installed; "auto" does without."""
+    if name not in ("auto", "none") and importlib.util.find_spec(name) is None:
+        raise ValueError(f"--tracker {name}: is not installed: run `pip install {name}`")
 
 
 def start_tracker(args, flags, checkpoint):
-    """The SwanLab run of these flags; in all processes but the first, one that does nothing."""
-    return SwanLab(
-        args.swanlab if is_first() and not args.test_only else "disabled",
-        project=args.project,
-        experiment_name=args.experiment_name or experiment_name(args),
-        config=flags,
-        log_dir=Path(args.out) / "swanlog",
-        run_id=checkpoint and checkpoint["flags"].get("swanlab_run"),
-    )
+    """The Tracker that --tracker and --swanlab ask for; in processes but the first, of nothing.
+
+    `flags` get the ids of its run and of those of other trackers, by which a resumed run continues.
+    """
+    ids, config = checkpoint["flags"].get("tracker_runs", {}) if checkpoint else {}, {**flags}
+    kind = "swanlab" if args.tracker == "auto" else args.tracker
+    title, begin, modes = TRACKERS[kind]
+    if args.test_only or not is_first():
+        modes = []
+    elif kind == "swanlab":
+        modes = swanlab_modes(args.swanlab, args.project)
+    name, out = args.experiment_name or experiment_name(args), Path(args.out).absolute()
+    known = (args.project, name, config, out, ids.get(kind))
+    tracker = Tracker(title, lambda mode: begin(mode, *known), modes)
+    flags["tracker_runs"] = {**ids, kind: tracker.run.id} if tracker.run else ids
+    return tracker
 
 
 def experiment_name(args):
@@ -164,44 +245,17 @@ def experiment_name(args):
     return f"bs{args.batch_size}-epoch{args.epochs}{recipe}"
 
 
-def _silence_sync_tip():
-    """Keep swanlab from printing its sync command, twice and folded: `finish` prints it once."""
-    with suppress(ImportError):  # it is private, and may move
-        from swanlab.sdk.internal.run import greeting
-
-        greeting._print_offline_tip = lambda ctx: None
-
-
-def _check_reachable(host, seconds):
-    """ConnectionError unless `host` answers at all; swanlab itself tries for 16 to 76 seconds."""
-    import requests  # as swanlab does: the same proxies and certificates
-
-    try:
-        _run_bounded(lambda: requests.head(host, timeout=seconds), 2 * seconds)
-    except Exception as error:
-        raise ConnectionError(f"{host} does not answer ({type(error).__name__})") from error
-
-
 def _run_bounded(function, seconds):
     """Return or raise what function() does in a daemon thread; TimeoutError if it takes longer."""
-    outcome = []
+    future = futures.Future()
 
     def call():
         try:
-            outcome.append((function(), None))
+            future.set_result(function())
         except BaseException as error:
-            outcome.append((None, error))
+            future.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds} s")
-    result, error = outcome[0]
-    if error:
-        raise error
-    return result
-
-
-def _short(error):
-    return one_line(error)[:200]
+    threading.Thread(target=call, daemon=True).start()
+    if not futures.wait([future], seconds).done:
+        raise futures.TimeoutError(f"no answer within {seconds} s")
+    return future.result()
