@@ -250,7 +250,7 @@ def visualize_predictions(
     Returns path.
     """
     model.eval()
-    chosen, samples, cases, titles = chosen or inference.Inference(threshold), [], [], []
+    chosen, samples, cases = chosen or inference.Inference(threshold), [], []
     options = {"info": info_of(model), "inference": chosen}
     predict = predictor.Predictor([model], device, **options)
     for images, masks in test_loader:
@@ -268,11 +268,9 @@ def visualize_predictions(
         size, exclusive = target.shape[:0:-1], predict.info.exclusive
         pred = np.stack(list(chosen.masks(outputs, size, exclusive=exclusive)))
         dice = metrics.image_dice(metrics.count_masks(target, pred))
-        titles.append(f"Dice {dice.mean():.2f}")
-        cases.append(plots.reduce_case(picture, target, pred))
+        cases.append((*plots.reduce_case(picture, target, pred), f"Dice {dice.mean():.2f}"))
     return plots.plot_predictions(
-        *zip(*cases, strict=True),
-        titles,
+        cases,
         path,
         title=title or f"predictions at {chosen}",
         class_names=predict.info.class_names,

@@ -52,24 +52,20 @@ def make_phantoms(root, counts=COUNTS, size=256, seed=0, *, force=False, two_cla
         raise ValueError(f"{root} holds something else than the {wanted}")
 
     def write_splits(folder):
-        with tqdm(desc="phantoms", total=sum(counts), unit="image", disable=None) as bar:
-            for number, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
-                coco = {"info": {"description": description}}
-                coco |= write_images(folder / split, number, count, size, seed, two_classes, bar)
-                (folder / split / ANNOTATIONS).write_text(json.dumps(coco))
+        for number, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
+            coco = {"info": {"description": description}}
+            coco |= write_images(folder / split, number, count, size, seed, two_classes)
+            (folder / split / ANNOTATIONS).write_text(json.dumps(coco))
 
     install(root, write_splits)
     return root
 
 
-def write_images(folder, split_number, count, size, seed, two_classes, bar):
-    """Write `count` phantoms as JPEGs into the new `folder`; return their COCO lists as a dict.
-
-    bar: a tqdm progress bar, advanced by one for each image.
-    """
+def write_images(folder, split_number, count, size, seed, two_classes):
+    """Write `count` phantoms as JPEGs into the new `folder`; return their COCO lists as a dict."""
     folder.mkdir()
     images, annotations = [], []
-    for index in range(count):
+    for index in tqdm(range(count), f"phantoms, {folder.name}", unit="image", disable=None):
         rng = np.random.default_rng((seed, split_number, index))
         pixels, lesions = draw_phantom(rng, size, dark_share=0.5 if two_classes else DARK_SHARE)
         name = f"{10_000 * split_number + index}_phantom.jpg"  # a slice number, as in the real data
@@ -78,12 +74,9 @@ def write_images(folder, split_number, count, size, seed, two_classes, bar):
         for outline, dark in lesions:
             category = 2 if two_classes and dark else 1
             annotations.append(to_coco(outline, len(annotations) + 1, index, category))
-        bar.update()
     names = ("bright", "dark") if two_classes else ("tumour",)
-    categories = [
-        {"id": number, "name": name, "supercategory": "none"}
-        for number, name in enumerate(names, 1)
-    ]
+    more = {"supercategory": "none"}
+    categories = [{"id": number, "name": name, **more} for number, name in enumerate(names, 1)]
     return {"categories": categories, "images": images, "annotations": annotations}
 
 

@@ -21,7 +21,7 @@ SCORE_LABELS = {  # precision, recall and loss are labels as they are
 }
 MAX_SIDE = 1600  # pixels of a picture that are drawn: an outline among 10,000 takes a minute
 MAX_DRAWN = 20  # classes that a figure outlines: more can be told apart neither there nor below
-CAPTION = {"size": 10, "width": 260, "most": 3}  # points of a file name, of its lines; lines
+CAPTION_SIZE = 10  # points of a file name
 
 
 def new_figure(width, height):
@@ -101,19 +101,19 @@ def reduce_case(picture, targets, preds):
     return picture[::step, ::step].copy(), *map(np.stack, reduced)
 
 
-def draw_case(axis, picture, targets, preds, title, classes, *, thin=False):
+def draw_case(axis, case, classes, *, thin=False):
     """Show a picture (H, W, 1 or 3) with outlines of bool arrays (C, H, W), of some `classes`.
 
-    thin: in their place color the pixels, see `mark_pixels`.
+    case: (picture, targets, preds, title). thin: in their place color the pixels: `mark_pixels`.
     """
-    picture, targets, preds = reduce_case(picture, targets, preds)
+    picture, targets, preds = reduce_case(*case[:3])
     picture = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
     axis.imshow(mark_pixels(picture, targets, preds) if thin else picture)
     colors = outline_colors(len(targets))
     for index in () if thin else classes:
         draw_outline(axis, targets[index], colors[index][0], "solid")
         draw_outline(axis, preds[index], colors[index][1], "dashed")
-    title, style = as_drawn(title, fontsize=12)
+    title, style = as_drawn(case[3], fontsize=12)
     axis.set_title(title, **style)
 
 
@@ -132,15 +132,6 @@ def mark_pixels(picture, targets, preds):
     return marked
 
 
-def captions_of(names):
-    """File names as they are written below pictures: (texts of several lines, path of the font)."""
-    names, path = drawable(*names)
-    path = path or dejavu()
-    font = pillow_font(path, CAPTION["size"])
-    width, most = CAPTION["width"], CAPTION["most"]
-    return ["\n".join(fit_lines(name, font, width, most)) for name in names], Path(path)
-
-
 def draw_cases(axes, cases):
     """Draw cases (picture, targets, preds, title), one in each of an array of axes.
 
@@ -152,7 +143,7 @@ def draw_cases(axes, cases):
     for axis in axes.flat:  # there may be more of them
         axis.axis("off")
     for axis, case in zip(axes.flat, cases, strict=False):
-        draw_case(axis, *case, classes, thin=thin)
+        draw_case(axis, case, classes, thin=thin)
     return classes, thin
 
 
@@ -160,25 +151,20 @@ def add_legend(figure, title, class_names, classes, thin=False):
     """Title and, below the panels, what the colors mean; the rest is what `draw_cases` returns."""
     from matplotlib.lines import Line2D
 
-    def line(color, style, label):
-        return Line2D([], [], color=color, linestyle=style, linewidth=2, label=label)
-
     colors = outline_colors(len(class_names))
     target, pred = colors[0] if len(colors) == 1 else ("black", "black")
-    lines = [line(target, "solid", "true outline"), line(pred, "dashed", "prediction")]
+    lines = [("true outline", target, "solid"), ("prediction", pred, "dashed")]
     if len(colors) > 1:
-        lines += [line(colors[index][0], "solid", class_names[index]) for index in classes]
+        lines += [(class_names[index], colors[index][0], "solid") for index in classes]
     if len(colors) > len(classes):
-        lines.append(line("none", "solid", f"and {len(colors) - len(classes)} more, not drawn"))
+        lines.append((f"and {len(colors) - len(classes)} more, not drawn", "none", "solid"))
     if thin:
-        lines = [line(color, "solid", f"{name} pixels") for name, color in PIXEL_COLORS.items()]
-        for handle in lines:
-            handle.set_linewidth(8)
+        lines = [(f"{name} pixels", color, "solid") for name, color in PIXEL_COLORS.items()]
     title, style = as_drawn(title, fontsize=13)
     figure.suptitle(title, **style)
     legend = figure.legend(
-        lines,
-        [line.get_label() for line in lines],
+        [Line2D([], [], color=c, linestyle=s, linewidth=8 if thin else 2) for _, c, s in lines],
+        [label for label, *_ in lines],
         loc="outside lower center",
         ncols=min(6, int(figure.get_figwidth() // 2)),
         frameon=False,
@@ -189,28 +175,30 @@ def add_legend(figure, title, class_names, classes, thin=False):
         text.set(text=shown, **style)
 
 
-def plot_predictions(pictures, targets, preds, titles, path, *, title, class_names, captions=()):
+def plot_predictions(cases, path, *, title, class_names, captions=()):
     """Pictures (0..1 or uint8) with both outlines, five in a row; returns `path`.
 
-    targets, preds: bool arrays (C, H, W) for each picture. captions: the file name of each, or
-    none.
+    cases: [(picture, targets, preds, title)], with bool arrays (C, H, W). captions: the file name
+    of each, or none.
     """
-    columns = min(len(pictures), 5)
-    captions, font = captions_of(captions)
-    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
-    shapes = [min(max(len(picture) / picture.shape[1], 0.2), 2) for picture in pictures]
+    columns = min(len(cases), 5)
+    captions, font = drawable(*captions)
+    font = Path(font or dejavu())
+    lines = [
+        fit_lines(name, pillow_font(font, CAPTION_SIZE), width=260, most=3) for name in captions
+    ]
+    shapes = [min(max(len(picture) / picture.shape[1], 0.2), 2) for picture, *_ in cases]
+    room = 0.3 + max(map(len, lines), default=0) * CAPTION_SIZE / 60
     heights = [
-        4 * max(shapes[start : start + columns]) + 0.3 + lines * CAPTION["size"] / 60
-        for start in range(0, len(shapes), columns)
+        4 * max(shapes[start : start + columns]) + room for start in range(0, len(shapes), columns)
     ]
     figure = new_figure(max(4 * columns, 8), sum(heights) + 1)  # wide enough for the legend
     axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
-    cases = list(zip(pictures, targets, preds, titles, strict=True))
     add_legend(figure, title, class_names, *draw_cases(axes, cases))
-    for axis, caption in zip(axes.flat, captions, strict=False):
+    for axis, own in zip(axes.flat, lines, strict=False):
         axis.set_axis_on()
         axis.set(xticks=[], yticks=[], frame_on=False)
-        axis.set_xlabel(caption, font=font, fontsize=CAPTION["size"], parse_math=False)
+        axis.set_xlabel("\n".join(own), font=font, fontsize=CAPTION_SIZE, parse_math=False)
     return save_figure(figure, path)
 
 

@@ -641,9 +641,9 @@ def test_a_large_picture_is_drawn_at_1600_pixels_a_side_or_less(
     """With its outlines, which end where the mask does, in pixels of what is drawn."""
     mask = np.zeros((1, 400, width), bool)
     mask[0, :200, :800] = True
-    arguments = [np.zeros((400, width, 1))], [mask], [np.zeros_like(mask)], [""]
+    case = np.zeros((400, width, 1)), mask, np.zeros_like(mask), ""
     options = {"title": "", "class_names": ["foreground"]}
-    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, *arguments, **options)
+    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, [case], **options)
     (image,) = figure.axes[0].images
     (contours,) = figure.axes[0].findobj(ContourSet)
     assert image.get_size()[1] == drawn
@@ -667,9 +667,9 @@ def test_a_figure_outlines_at_most_twenty_classes(n_classes, monkeypatch, tmp_pa
     largest = [n_classes - 1, 0]
     targets = [squares(n_classes, index) for index in largest]
     preds = [np.zeros_like(targets[0]), squares(n_classes, n_classes - 2)]
-    arguments = [np.zeros((64, 64, 3))] * 2, targets, preds, ["", ""]
+    cases = list(zip([np.zeros((64, 64, 3))] * 2, targets, preds, ["", ""], strict=True))
     options = {"title": "", "class_names": names}
-    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, *arguments, **options)
+    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, cases, **options)
     for axis, index, count in zip(figure.axes, largest, (1, 2), strict=True):
         outlines = axis.findobj(ContourSet)
         assert len(outlines) == count * min(n_classes, 20)

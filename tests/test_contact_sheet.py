@@ -218,11 +218,13 @@ def test_predictions_are_drawn_and_scored_at_the_size_of_each_image(tmp_path, mo
     outlines = [(index, square(25, 5, 40)) for index in range(2)]
     write_split(tmp_path / "test", images, outlines)
     drawn, model = [], brightness_model(32)
-    monkeypatch.setattr(train.plots, "plot_predictions", lambda *cases, **_: drawn.append(cases))
+    monkeypatch.setattr(
+        train.plots, "plot_predictions", lambda cases, *_, **options: drawn.extend(cases)
+    )
     dataset = data.open_split(tmp_path, "test", 32)
     loader = Batches(data.load_split(tmp_path, "test", 32), Order(2), dataset=dataset)
     train.visualize_predictions(model, loader, "cpu", chosen=Inference(0.4))
-    ((pictures, targets, preds, titles, _),) = drawn
+    pictures, targets, preds, titles = zip(*drawn, strict=True)
     torch.save(model.state_dict(), tmp_path / "best_model.pth")
     flags = ("--model", tmp_path / "best_model.pth", "--threshold", 0.4, "--output", tmp_path)
     predict.main(list(map(str, (tmp_path / "test", *flags))))
@@ -252,9 +254,9 @@ def test_thin_structures_are_marked_pixel_by_pixel(mask, thin, monkeypatch, tmp_
         plots, "save_figure", lambda *given: (figures.append(given[0]), save(*given))
     )
     pred = np.roll(mask, 1, 0)
-    case = [np.full((200, 200, 3), 90, np.uint8)], [mask[None]], [pred[None]], ["title"]
+    case = np.full((200, 200, 3), 90, np.uint8), mask[None], pred[None], "title"
     path = tmp_path / "predictions.png"
-    plots.plot_predictions(*case, path, title="", class_names=["vessel"])
+    plots.plot_predictions([case], path, title="", class_names=["vessel"])
     (axis,) = (axis for axis in figures[0].axes if axis.images)
     pixels = np.asarray(axis.images[0].get_array())
     words = [text.get_text() for text in figures[0].legends[0].get_texts()]
@@ -280,11 +282,12 @@ def test_thin_structures_of_the_contact_sheet_are_tinted(tmp_path):
 def test_the_names_below_predictions_are_no_formulas(tmp_path, monkeypatch, chinese_font):
     figures, mask = [], np.ones((1, SIZE, SIZE), bool)
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    pictures, names = [np.zeros((SIZE, SIZE, 3))] * 2, [ODD, "x" * 300]
+    cases, names = [(np.zeros((SIZE, SIZE, 3)), mask, mask, "Dice 1.00")] * 2, [ODD, "x" * 300]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.plot_predictions(
-            *(pictures, [mask] * 2, [mask] * 2, ["Dice 1.00"] * 2, tmp_path / "predictions.png"),
+            cases,
+            tmp_path / "predictions.png",
             **{"title": ODD, "class_names": [ODD], "captions": names},
         )
         figures[0].savefig(tmp_path / "drawn.png")

@@ -978,8 +978,8 @@ def test_predictions_are_drawn_over_their_own_image(monkeypatch):
     """A bright left half is predicted; the masks are rows, one more for each image."""
     drawn, captions = [], []
 
-    def record(*arguments, **options):
-        drawn.append(arguments)
+    def record(cases, path, **options):
+        drawn.extend(cases)
         captions.append(options["captions"])
 
     monkeypatch.setattr(train.plots, "plot_predictions", record)
@@ -991,7 +991,7 @@ def test_predictions_are_drawn_over_their_own_image(monkeypatch):
     model[0].weight.fill_(1)  # the probability is over 0.5 where the sum of the channels is over 0
     model[0].bias.zero_()
     train.visualize_predictions(model, [(images, masks)], "cpu", num_samples=2, names="abcd")
-    ((pictures, targets, preds, titles, _),) = drawn
+    pictures, targets, preds, titles = zip(*drawn, strict=True)
     assert captions == [["a", "d"]]
     for panel, index in enumerate((0, 3)):  # spread over the four
         grey = images[index, :, 0, 0].numpy() * STD + MEAN
