@@ -1,19 +1,10 @@
-"""Images that look alike: of neighbouring numbers, in two splits, there already."""
-
-import hashlib
-from pathlib import Path
-from typing import NamedTuple
+"""Images that look alike: of neighbouring numbers, in two splits."""
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from tqdm import tqdm
 
-from medseg.coco import image_path, read_annotations
-from medseg.files import base_name, file_format, parallel_map
-from medseg.images import read_image
-from medseg.samples import Page
-from medseg.splits import present_splits, slice_number
+from medseg.splits import slice_number
 
 THUMBNAIL = 16  # pixels a side
 NEAR_DUPLICATE = 0.9  # correlation of two thumbnails from which on images count as duplicates
@@ -83,87 +74,3 @@ def _unit_length(vectors):
     """Rows with mean 0 and length 1: the product of two is their correlation."""
     vectors = vectors - vectors.mean(1, keepdims=True)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-
-
-def find_twins(paths, most=8):
-    """Two images of the same bytes, or of the same name and pixels; None where there are none.
-
-    Pixels are read of `most` names, and of as many pictures of each.
-    """
-    by_size, by_name = {}, {}
-    for path in paths:
-        by_size.setdefault(path.stat().st_size, []).append(path)
-        if not file_format(path):
-            by_name.setdefault(base_name(path).casefold(), []).append(path)
-    by_name = [own[:most] for own in by_name.values() if len(own) > 1][:most]
-    for groups, read in ((by_size.values(), Path.read_bytes), (by_name, _read_pixels)):
-        for own in groups:
-            seen = {}
-            for path in own if len(own) > 1 else ():
-                other = seen.setdefault(hash(read(path)), path)
-                if other != path:
-                    return other, path
-    return None
-
-
-def _read_pixels(path):
-    return read_image(Page(path, 0)).pixels.tobytes()
-
-
-# ---- new images beside those of a data set --------------------------------------------------
-
-
-class Known(NamedTuple):
-    """A new image that the data set has already, or one like it."""
-
-    name: str  # of the file
-    split: str
-    like: str  # the file name of the image there
-    same: bool  # every pixel, or nearly
-
-
-def find_known(root, split, folder, names):
-    """[Known] of the new images in `folder`, which are to go into a split.
-
-    The same pixels in any split count, and near-duplicates. Of several images, one with the same
-    pixels is named, in `split` before others; else one of another split. Images that show nothing
-    and damaged ones do not count.
-    """
-    paths = []
-    for other in present_splits(root):
-        images = read_annotations(root / other, skipped=[])["images"]
-        paths += [(other, image_path(root / other, record["file_name"])) for record in images]
-    looks = parallel_map(_look, [path for _, path in paths])
-    bar = tqdm(looks, "comparing", len(paths), unit=" images", disable=None)
-    old = [(*place, look) for place, look in zip(paths, bar, strict=True) if _shows(look)]
-    new_looks = parallel_map(_look, [folder / name for name in names], catch=())
-    new = [(name, look) for name, look in zip(names, new_looks, strict=True) if _shows(look)]
-    if not old or not new:
-        return []
-    of_digest, known = {}, []
-    for index, (_, _, look) in enumerate(old):
-        of_digest.setdefault(look.digest, []).append(index)
-    alike = correlate([look.thumbnail for _, look in new], [look.thumbnail for *_, look in old])
-    for (name, look), row in zip(new, alike, strict=True):
-        same = of_digest.get(look.digest, [])
-        near = same or np.flatnonzero(row >= NEAR_DUPLICATE)
-        if len(near):
-            index = max(near, key=lambda i: ((old[i][0] == split) == bool(same), row[i]))
-            known.append(Known(name, old[index][0], old[index][1].name, bool(same)))
-    return known
-
-
-class _Look(NamedTuple):
-    digest: bytes  # of size and pixels
-    thumbnail: np.ndarray
-
-
-def _look(path):
-    image = read_image(path)
-    pixels = image.pixels.repeat(3, 2) if image.pixels.shape[2] == 1 else image.pixels
-    content = repr(image.size).encode() + pixels.tobytes()  # grey stored as colours is the same
-    return _Look(hashlib.sha256(content).digest(), thumbnail(image))
-
-
-def _shows(look):
-    return not isinstance(look, Exception) and not is_flat(look.thumbnail)

@@ -1,4 +1,4 @@
-"""From masks to scores: pixel counts, running sums, distances of outlines, bootstrap."""
+"""From masks to scores: pixel counts, running sums, bootstrap."""
 
 import math
 
@@ -6,13 +6,9 @@ import numpy as np
 import torch
 
 from medseg.dist import all_gather, all_reduce_sum, is_first
-from medseg.drawing import outline
 from medseg.inference import Inference, full_size_masks, full_size_stripes
 
 SWEEP = [step / 20 for step in range(1, 20)]  # the thresholds tried on valid
-TOLERANCE = 2  # pixels, or mm where known: about what two readers of an outline differ by
-COUNTED_PIXELS = 1 << 16  # that are counted at a time: 24 bytes of each stay in the cache
-BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
 
 
 def dice_score(tp, fp, fn):
@@ -226,12 +222,6 @@ def count_image(targets, probabilities, thresholds, clean=None, *, exclusive=Tru
     return counts
 
 
-def _rows_at_a_time(mask):
-    """Yield slices of the rows of an array (H, W), for a pixel takes 24 bytes to be counted."""
-    rows = max(COUNTED_PIXELS // mask.shape[1], 1)
-    return (slice(start, start + rows) for start in range(0, len(mask), rows))
-
-
 def count_masks(targets, preds):
     """Bool arrays (C, H, W), or the masks one by one -> int (C, 4) of tp, fp, fn, tn."""
     counts = []
@@ -334,54 +324,3 @@ def bootstrap(counts, names=("foreground",), samples=1000, seed=0, *, groups=Non
         limits = np.percentile(known, [2.5, 97.5]) if len(known) else np.full(2, math.nan)
         intervals[name] = limits.tolist()
     return intervals
-
-
-def count_calibration(targets, probabilities):
-    """Sums over the pixels of one image by their probability of foreground: float64 (C, BINS, 3).
-
-    The last axis: pixels, pixels of foreground, sum of the probabilities. targets: bool (C, H, W);
-    probabilities: float32 (C, H, W). Bin k, from 0, is of those above k / BINS up to (k + 1) /
-    BINS, the first with 0. What is no number is in none.
-    """
-    edges, sums = np.arange(1, BINS, dtype=np.float32) / BINS, np.zeros((len(targets), BINS, 3))
-    for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
-        for rows in _rows_at_a_time(target):
-            known = ~np.isnan(probability[rows])
-            values = probability[rows][known]
-            bins = np.searchsorted(edges, values)
-            for column, weights in enumerate((None, target[rows][known], values)):
-                sums[channel, :, column] += np.bincount(bins, weights, BINS)
-    return sums
-
-
-def calibration_error(sums):
-    """Expected calibration error, 0..1, from sums (BINS, 3) as `count_calibration` gives them.
-
-    The mean, over all pixels, of the distance between the mean probability of their bin and its
-    share of foreground: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
-    equation 3, with the probability of foreground in the place of the confidence.
-    """
-    pixels, foreground, probability = sums.T
-    return float(np.abs(foreground - probability).sum() / max(pixels.sum(), 1))
-
-
-def surface_scores(pred, target, spacing=(1, 1)):
-    """(HD95, surface Dice) of two bool arrays (H, W), NaN where there is none.
-
-    HD95: the 95th percentile Hausdorff distance in pixels, the larger of the two directed ones,
-    between the pixels of the outlines; NaN if a mask is empty: Taha, Hanbury, "Metrics for
-    evaluating 3D medical image segmentation", BMC Medical Imaging 2015.
-    Surface Dice (NSD): the share of the pixels of both outlines that are at most TOLERANCE from
-    the other one, 0..1; 0 if one mask is empty, NaN if both are: Nikolov et al., "Clinically
-    Applicable Segmentation of Head and Neck Anatomy for Radiotherapy", JMIR 2021.
-    spacing: of the pixels along each axis, in mm, where distances are to be in mm.
-    """
-    from scipy.spatial import KDTree  # a training does without it
-
-    if not pred.any() or not target.any():
-        return math.nan, 0.0 if pred.any() or target.any() else math.nan
-    # Of the outlines alone: distances of every pixel would take 50 bytes each.
-    pred, target = (np.argwhere(outline(mask)) * spacing for mask in (pred, target))
-    directed = [KDTree(other).query(own)[0] for own, other in ((pred, target), (target, pred))]
-    near = np.concatenate(directed) <= TOLERANCE
-    return max(float(np.percentile(own, 95)) for own in directed), float(near.mean())

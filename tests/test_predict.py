@@ -44,20 +44,22 @@ from medseg.images import save_overlay
 from medseg.inference import Inference
 from medseg.metrics import (
     SWEEP,
-    TOLERANCE,
     RunningScores,
     bootstrap,
-    calibration_error,
     class_scores,
-    count_calibration,
     image_dice,
-    surface_scores,
 )
 from medseg.phantoms import draw_phantom
 from medseg.predicting import inputs
 from medseg.predicting.figure import choose_cases, shorten_name
 from medseg.predicting.inputs import EXAMPLE
-from medseg.predicting.report import write_report
+from medseg.predicting.report import (
+    TOLERANCE,
+    calibration_error,
+    count_calibration,
+    surface_scores,
+    write_report,
+)
 from medseg.predicting.scoring import FolderScores
 from medseg.predictor import Predictor
 from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
@@ -742,8 +744,8 @@ def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
 
 
 def test_calibration_of_bins_by_hand():
-    """1/15 counts to the first bin, what is just above to the second; 0 and 1 to the outer ones."""
-    values = np.array([0, 1 / 15, np.nextafter(np.float32(1 / 15), 1), 1, np.nan], np.float32)
+    """What is below 1/15 counts to the first bin, above it to the second; 1 to the last one."""
+    values = np.array([0, 0.066, 0.067, 1, np.nan], np.float32)
     sums = count_calibration(np.array([[[0, 1, 1, 1, 1]]], bool), values.reshape(1, 1, 5))[0]
     assert sums[:, 0].tolist() == [2, 1, *[0] * 12, 1] and sums[:, 1].tolist()[:2] == [1, 1]
     assert calibration_error(np.zeros((15, 3))) == 0
@@ -773,7 +775,7 @@ def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monke
 def test_outlines_run_around_their_pixels(monkeypatch, tmp_path):
     target, pred = np.zeros((2, 1, 12, 12), bool)
     target[0, 2:6, 3:9], pred[0, 7:, 8:] = True, True  # the second up to the border
-    arguments = [np.zeros((12, 12, 3))], [target], [pred], [""], tmp_path / "predictions.png"
+    arguments = [(np.zeros((12, 12, 3)), target, pred, "")], tmp_path / "predictions.png"
     options = {"title": "", "class_names": ["foreground"]}
     figure = figure_of(monkeypatch, plots.plot_predictions, *arguments, **options)
     extents = {}
@@ -848,10 +850,10 @@ def test_the_legend_of_predictions_fits_the_figure(count, monkeypatch, tmp_path)
     """Class names may hold what matplotlib leaves out or takes for a formula."""
     names = ("_core", r"$\frac$ edema", "enhancing", "necrosis", "vessel", "ventricle")
     mask = np.ones((6, 9, 9), bool)
-    arguments = [np.zeros((9, 9, 3))] * count, [mask] * count, [mask] * count, ["title"] * count
+    cases = [(np.zeros((9, 9, 3)), mask, mask, "title")] * count
     options = {"title": "dataset/test: 256x256, 32 filters, threshold 0.5", "class_names": names}
     path = tmp_path / "predictions.png"
-    figure = figure_of(monkeypatch, plots.plot_predictions, *arguments, path, **options)
+    figure = figure_of(monkeypatch, plots.plot_predictions, cases, path, **options)
     figure.draw_without_rendering()  # at the resolution that is measured
     assert set(names) <= {text.get_text() for text in figure.findobj(Text)}
     for thing in (*figure.legends, figure._suptitle):

@@ -1,15 +1,19 @@
 """More images into a split that is there, of which nothing changes."""
 
+import hashlib
 import itertools
 import json
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
-from medseg.coco import ANNOTATIONS, listed, read_annotations
+from medseg.coco import ANNOTATIONS, image_path, listed, read_annotations
 from medseg.dataset_folder import import_lock
-from medseg.duplicates import find_known
-from medseg.files import atomic_write, read_json
+from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
+from medseg.files import atomic_write, parallel_map, read_json
+from medseg.images import read_image
 from medseg.importing.writing import check_classes, print_counts, write_split
 from medseg.patterns import same_form
 from medseg.splits import extend_split, present_splits
@@ -141,3 +145,68 @@ def leave_out_known(root, into, folder, names, duplicates=None):
         raise ValueError(f"{describe(known)}: {ways}, --duplicates keep adds them all the same")
     print(f"left out: {describe(known)}")
     return left
+
+
+def _count(known, names):
+    return f"{len(known)} of the {len(names)} new images {'is' if len(known) == 1 else 'are'}"
+
+
+def _first(known):
+    pairs = [f"{e.name} as {e.like}" if e.name != e.like else e.name for e in known[:3]]
+    return ", ".join(pairs + ["..."] * (len(known) > 3))
+
+
+class Known(NamedTuple):
+    """A new image that the data set has already, or one like it."""
+
+    name: str  # of the file
+    split: str
+    like: str  # the file name of the image there
+    same: bool  # every pixel, or nearly
+
+
+def find_known(root, split, folder, names):
+    """[Known] of the new images in `folder`, which are to go into a split.
+
+    The same pixels in any split count, and near-duplicates. Of several images, one with the same
+    pixels is named, in `split` before others; else one of another split. Images that show nothing
+    and damaged ones do not count.
+    """
+    paths = []
+    for other in present_splits(root):
+        images = read_annotations(root / other, skipped=[])["images"]
+        paths += [(other, image_path(root / other, record["file_name"])) for record in images]
+    looks = parallel_map(_look, [path for _, path in paths])
+    bar = tqdm(looks, "comparing", len(paths), unit=" images", disable=None)
+    old = [(*place, look) for place, look in zip(paths, bar, strict=True) if _shows(look)]
+    new_looks = parallel_map(_look, [folder / name for name in names], catch=())
+    new = [(name, look) for name, look in zip(names, new_looks, strict=True) if _shows(look)]
+    if not old or not new:
+        return []
+    of_digest, known = {}, []
+    for index, (_, _, look) in enumerate(old):
+        of_digest.setdefault(look.digest, []).append(index)
+    alike = correlate([look.thumbnail for _, look in new], [look.thumbnail for *_, look in old])
+    for (name, look), row in zip(new, alike, strict=True):
+        same = of_digest.get(look.digest, [])
+        near = same or np.flatnonzero(row >= NEAR_DUPLICATE)
+        if len(near):
+            index = max(near, key=lambda i: ((old[i][0] == split) == bool(same), row[i]))
+            known.append(Known(name, old[index][0], old[index][1].name, bool(same)))
+    return known
+
+
+class _Look(NamedTuple):
+    digest: bytes  # of size and pixels
+    thumbnail: np.ndarray
+
+
+def _look(path):
+    image = read_image(path)  # grey stored as colours is the same
+    pixels = np.asarray(image.rgb() if image.n_channels == 1 else image.pixels)
+    content = repr(image.size).encode() + pixels.tobytes()
+    return _Look(hashlib.sha256(content).digest(), thumbnail(image))
+
+
+def _shows(look):
+    return not isinstance(look, Exception) and not is_flat(look.thumbnail)

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from medseg.coco import ANNOTATIONS, SPLITS
-from medseg.duplicates import find_twins
 from medseg.files import base_name, file_format, read_json
+from medseg.images import read_image
 from medseg.importing.pairs import find_drawn, pair, patterns_of_folders
 from medseg.masks import read_mask
 from medseg.own_files import OWN_JSON
@@ -259,7 +259,7 @@ def _find_doubt(files):
         return "the values do not tell which are masks"
     if foreground > 0.5:
         return f"{foreground:.0%} of the masks is foreground"
-    twins = find_twins(map(Path, files))
+    twins = _find_twins(map(Path, files))
     return f"the same image is there twice: {twins[0]} and {twins[1]}" if twins else ""
 
 
@@ -275,3 +275,28 @@ def _count(path):
         return 0.0, 1.0
     counts = np.sort(np.unique(values, return_counts=True)[1])[-FEW_VALUES:]
     return counts.sum() / values.size, np.count_nonzero(values) / values.size
+
+
+def _find_twins(paths, most=8):
+    """Two images of the same bytes, or of the same name and pixels; None where there are none.
+
+    Pixels are read of `most` names, and of as many pictures of each.
+    """
+
+    def read_pixels(path):
+        return read_image(Page(path, 0)).pixels.tobytes()
+
+    by_size, by_name = {}, {}
+    for path in paths:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+        if not file_format(path):
+            by_name.setdefault(base_name(path).casefold(), []).append(path)
+    by_name = [own[:most] for own in by_name.values() if len(own) > 1][:most]
+    for groups, read in ((by_size.values(), Path.read_bytes), (by_name, read_pixels)):
+        for own in groups:
+            seen = {}
+            for path in own if len(own) > 1 else ():
+                other = seen.setdefault(hash(read(path)), path)
+                if other != path:
+                    return other, path
+    return None

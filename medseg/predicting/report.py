@@ -1,14 +1,19 @@
 """The scores of a folder with annotations: report.json and report.png."""
 
 import json
+import math
 
 import numpy as np
 
 from medseg import metrics
 from medseg.coco import recorded_group
+from medseg.drawing import outline
 from medseg.files import atomic_write
 from medseg.own_files import REPORT
 from medseg.predicting.figure import choose_cases, plot_report, spell_scores
+
+TOLERANCE = 2  # pixels, or mm where known: about what two readers of an outline differ by
+BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
 
 
 def write_report(output, folder, scores, valid, class_names):
@@ -40,7 +45,7 @@ def write_report(output, folder, scores, valid, class_names):
         "scores": metrics.without_nan(metrics.class_scores(counts, class_names, groups)),
         "confidence_95": metrics.without_nan(metrics.bootstrap(counts, class_names, groups=groups)),
         "distance_unit": "mm" if scores.spacing else "px",
-        "surface_tolerance": metrics.TOLERANCE,
+        "surface_tolerance": TOLERANCE,
         **_summarize_distances(distances, class_names),
         "calibration": _summarize_calibration(calibration, class_names),
         "valid": valid,
@@ -89,6 +94,54 @@ def print_report(folder, output, written):
         print(f"  {name.removeprefix('dice/')}: {own}")
 
 
+def count_calibration(targets, probabilities):
+    """Sums over the pixels of one image by their probability of foreground: float64 (C, BINS, 3).
+
+    The last axis: pixels, pixels of foreground, sum of the probabilities. targets: bool (C, H, W);
+    probabilities: float32 (C, H, W). Bin k, from 0, is of those from k / BINS up to (k + 1) / BINS.
+    What is no number is in none.
+    """
+    sums = np.zeros((len(targets), BINS, 3))
+    for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
+        for column, weights in enumerate((np.ones_like(target), target, probability)):
+            histogram = np.histogram(probability, BINS, (0, 1), weights=weights.astype(float))
+            sums[channel, :, column] = histogram[0]
+    return sums
+
+
+def calibration_error(sums):
+    """Expected calibration error, 0..1, from sums (BINS, 3) as `count_calibration` gives them.
+
+    The mean, over all pixels, of the distance between the mean probability of their bin and its
+    share of foreground: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
+    equation 3, with the probability of foreground in the place of the confidence.
+    """
+    pixels, foreground, probability = sums.T
+    return float(np.abs(foreground - probability).sum() / max(pixels.sum(), 1))
+
+
+def surface_scores(pred, target, spacing=(1, 1)):
+    """(HD95, surface Dice) of two bool arrays (H, W), NaN where there is none.
+
+    HD95: the 95th percentile Hausdorff distance in pixels, the larger of the two directed ones,
+    between the pixels of the outlines; NaN if a mask is empty: Taha, Hanbury, "Metrics for
+    evaluating 3D medical image segmentation", BMC Medical Imaging 2015.
+    Surface Dice (NSD): the share of the pixels of both outlines that are at most TOLERANCE from
+    the other one, 0..1; 0 if one mask is empty, NaN if both are: Nikolov et al., "Clinically
+    Applicable Segmentation of Head and Neck Anatomy for Radiotherapy", JMIR 2021.
+    spacing: of the pixels along each axis, in mm, where distances are to be in mm.
+    """
+    from scipy.spatial import KDTree  # a training does without it
+
+    if not pred.any() or not target.any():
+        return math.nan, 0.0 if pred.any() or target.any() else math.nan
+    # Of the outlines alone: distances of every pixel would take 50 bytes each.
+    pred, target = (np.argwhere(outline(mask)) * spacing for mask in (pred, target))
+    directed = [KDTree(other).query(own)[0] for own, other in ((pred, target), (target, pred))]
+    near = np.concatenate(directed) <= TOLERANCE
+    return max(float(np.percentile(own, 95)) for own in directed), float(near.mean())
+
+
 def _summarize_distances(distances, class_names):
     """hd95 and surface_dice, and of several classes those of each; distances: (N, C, 2)."""
 
@@ -127,7 +180,7 @@ def _summarize_calibration(sums, class_names):
     for name, own in zip(class_names, sums, strict=True):
         pixels, foreground, probability = own[own[:, 0] > 0].T
         classes[name] = {
-            "expected_calibration_error": metrics.calibration_error(own),
+            "expected_calibration_error": calibration_error(own),
             "pixels": pixels.astype(int).tolist(),
             "mean_probability": (probability / pixels).tolist(),
             "foreground": (foreground / pixels).tolist(),

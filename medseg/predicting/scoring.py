@@ -12,7 +12,7 @@ from medseg import coco, metrics
 from medseg.images import resize_nearest
 from medseg.inference import PLAIN
 from medseg.plots import reduce_case
-from medseg.predicting.report import write_report
+from medseg.predicting.report import count_calibration, surface_scores, write_report
 
 
 class FolderScores:
@@ -54,10 +54,10 @@ class FolderScores:
         preds = self.inference.masks(probabilities, size, **options)
         distances, encoded, reduced = [], [], []
         for target, pred in zip(targets, preds, strict=True):
-            distances.append(metrics.surface_scores(pred, target, spacing or (1, 1)))
+            distances.append(surface_scores(pred, target, spacing or (1, 1)))
             encoded.append(coco_mask.encode(np.asfortranarray(pred, dtype=np.uint8)))
             reduced.append(resize_nearest(target, *probabilities.shape[1:]))
-        calibration = metrics.count_calibration(reduced, probabilities)
+        calibration = count_calibration(reduced, probabilities)
         clean = self.inference.clean
         counts = metrics.count_image(targets, probabilities, self.thresholds, clean, **options)
         self._images[index] = counts, distances, calibration, encoded
