@@ -33,7 +33,6 @@ from tqdm import tqdm
 from medseg.archive import is_intact, unpack
 from medseg.cli import ArgumentParser, add_pixel_limit, number, run_main
 from medseg.dataset_folder import finish_import
-from medseg.files import check_regular
 from medseg.importing.flags import add_arguments, check_arguments, chosen_importer
 from medseg.importing.layouts import find_layout
 from medseg.importing.own_data import import_data, print_next
@@ -144,7 +143,6 @@ def install_download(root, sources):
 
 def install_zip(archive, root, seed=0):
     """Put the splits of a zip into `root`; see `unpack`. Raises ValueError or OSError."""
-    check_regular(archive)
     try:
         install(root, lambda folder: unpack(archive, folder, seed))
     except ValueError as error:

@@ -1,14 +1,12 @@
 """Files: their kinds and names, written whole or not at all, marked as ours; JSON, locks, a map."""
 
 import contextlib
-import gc
 import hashlib
 import importlib
 import io
 import json
 import os
 import re
-import stat
 import sys
 import warnings
 import zlib
@@ -23,19 +21,6 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")  # of NRRD and MetaImage
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 NAME_BYTES = 200  # of a file name, so that endings fit too: file systems take 255
-
-
-def check_regular(path):
-    """ValueError where `path` is a FIFO, a socket or a device: reading one may never end.
-
-    A folder, what is not there and what is no path are left to the reader.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError, TypeError):
-        return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(f"{path}: not a regular file, but a FIFO, a socket or a device")
 
 
 def file_format(path):
@@ -96,12 +81,8 @@ def result_name(path):
 
 @contextlib.contextmanager
 def name_file(path):
-    """Turn whatever a reader raises into one line that begins with the file's name.
-
-    Only regular files are read: see `check_regular`.
-    """
+    """Turn whatever a reader raises into one line that begins with the file's name."""
     try:
-        check_regular(path)
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
@@ -140,11 +121,6 @@ def escape(text, is_shown=str.isprintable):
     return "".join(shown)
 
 
-# Bytes that the values in a JSON file take in memory, at most, for each of these characters.
-JSON_COSTS = {"{": 200, "[": 80, ",": 36, '"': 24}
-JSON_MEMORY = 3 * 2**30
-
-
 @contextlib.contextmanager
 def atomic_write(path, *, sync=True):
     """A binary file to write that appears at `path` (a Path) once complete, or not at all.
@@ -178,6 +154,7 @@ def remove_partial_writes(folder):
 
 # ---- what may be replaced --------------------------------------------------------------------
 
+JPEG = b"\xff\xd8"  # its first bytes
 SEAL = b"medseg\0"  # before the digest in a picture; 32 hexadecimal digits follow
 
 
@@ -211,72 +188,49 @@ def write_picture(path, save):
 def seal(picture):
     """The bytes of a PNG or JPEG file with a digest of them, as a text or a comment in it."""
     mark = SEAL + hashlib.blake2b(picture, digest_size=16).hexdigest().encode()
-    if picture.startswith(b"\xff\xd8"):  # JPEG: after the first segment, which has to stay there
-        place = 4 + int.from_bytes(picture[4:6], "big")
-        mark = b"\xff\xfe" + (2 + len(mark)).to_bytes(2, "big") + mark
+    if picture.startswith(JPEG):  # after the first segment, which has to stay there
+        place, chunk = 4 + int.from_bytes(picture[4:6], "big"), b"\xff\xfe\0\x29" + mark
     else:  # PNG: before the last chunk
         place, chunk = len(picture) - 12, b"tEXt" + mark
-        mark = len(mark).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
-    return picture[:place] + mark + picture[place:]
+        chunk = len(mark).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return picture[:place] + chunk + picture[place:]
 
 
 def is_sealed(path):
     """Whether a PNG or JPEG file is as `write_picture` wrote it, to the byte."""
     picture = Path(path).read_bytes()
-    head, tail = (4, 0) if picture.startswith(b"\xff\xd8") else (8, 4)  # bytes around the mark
-    found = picture.rfind(SEAL)
-    begin, end = found - head, found + len(SEAL) + 32 + tail
-    return found >= head and seal(picture[:begin] + picture[end:]) == picture
+    head, tail = (4, 0) if picture.startswith(JPEG) else (8, 4)  # bytes around the mark
+    begin = picture.rfind(SEAL) - head
+    end = begin + head + len(SEAL) + 32 + tail
+    return begin >= 0 and seal(picture[:begin] + picture[end:]) == picture
 
 
-def read_json(path, max_memory=JSON_MEMORY, *, guessed=None):
-    """The content of a JSON file (a Path).
+def read_json(path, *, guessed=None):
+    """The content of a JSON file (a Path). ValueError for what is not JSON in Unicode.
 
-    guessed: a list; a file in GB18030 (GBK) rather than Unicode, as far as its characters tell, is
-    read and added to it. Without it that is a ValueError too.
-    Raises ValueError for what is not JSON, and for what would take more than max_memory bytes:
-    `{},` takes 24 times the bytes that it has in the file.
+    guessed: a list; a file in GB18030 (GBK), as far as its characters tell, is read and added to
+    it.
     """
-    check_regular(path)
-    size = path.stat().st_size
-    if size <= max_memory:
-        content = path.read_bytes()
-        try:
-            text = content.decode(json.detect_encoding(content), "surrogatepass")
-        except ValueError as error:
-            text = _decode_chinese(content)
-            if text is None:
-                raise ValueError(f"{path}: not JSON in UTF-8 ({error})") from None
-            if guessed is None:
-                raise ValueError(f"{path}: is in GB18030 (GBK): save it as UTF-8") from None
-            guessed.append(path)
-        del content
-        size = sys.getsizeof(text) + sum(n * text.count(mark) for mark, n in JSON_COSTS.items())
-    if size > max_memory:
-        raise ValueError(
-            f"{path}: would take about {size / 2**30:.0f} GiB of memory, more than the "
-            f"{max_memory >> 30} GiB that are allowed for: split it into several files"
-        )
-    collecting = gc.isenabled()
-    gc.disable()  # it would go through all the values again and again while they come, for nothing
+    content = path.read_bytes()
+    if guessed is not None and (text := _decode_chinese(content)):
+        guessed.append(path)
+        content = text
     try:
-        return json.loads(text)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    finally:
-        if collecting:
-            gc.enable()
+        raise ValueError(f"{path}: not JSON in UTF-8 ({error})") from None
 
 
 def _decode_chinese(content):
-    """Bytes of GB18030 as text, or None where its characters beyond ASCII are mostly rare ones.
+    """Bytes of GB18030 as text; None of Unicode, or where its characters are mostly rare ones.
 
     That is what letters with accents become that are in another encoding.
     """
     try:
-        text = content.decode("gb18030")
-    except ValueError:
+        content.decode(json.detect_encoding(content), "surrogatepass")
         return None
+    except ValueError:
+        text = content.decode("gb18030", "replace")
     beyond = re.sub(r"[\0-\x7f]", "", text)
     common = beyond.encode("gb2312", "ignore").decode("gb2312")
     return text if 2 * len(common) >= len(beyond) else None
@@ -333,20 +287,17 @@ def parallel_map(
             return error
 
     cores = available_cores()
+    ahead = deque()  # (future, cost)
     with ThreadPoolExecutor(cores) as pool:
-        pending, costs = deque(), deque()
         try:
             for item in items:
                 own = cost(item)
-                while pending and sum(costs) + own > limit:
-                    costs.popleft()
-                    yield pending.popleft().result()
-                pending.append(pool.submit(attempt, item))
-                costs.append(own)
-                if len(pending) > 4 * cores:
-                    costs.popleft()
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+                while ahead and (
+                    sum(cost for _, cost in ahead) + own > limit or len(ahead) > 4 * cores
+                ):
+                    yield ahead.popleft()[0].result()
+                ahead.append((pool.submit(attempt, item), own))
+            while ahead:
+                yield ahead.popleft()[0].result()
         finally:
             pool.shutdown(cancel_futures=True)

@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import COMPRESSION_INFO
 
 from medseg.cli import MAX_MEGAPIXELS
-from medseg.files import check_regular, name_file
+from medseg.files import name_file
 from medseg.settings import MAX_CHANNELS, window_limits, window_to_uint8
 
 # Pillow's names, listed so that no rare decoder meets a stranger's file; PPM is all of PNM.
@@ -139,8 +139,6 @@ def to_uint8(values, white=None, window=None):
 @contextlib.contextmanager
 def open_picture(file):
     """The one picture in what `read_samples` takes, a _Picture that is not decoded yet."""
-    if not hasattr(file, "read"):
-        check_regular(file)
     with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as opened:
         if opened.read(4) in TIFF_HEADS:
             pictures = _list_pictures(opened)

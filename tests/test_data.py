@@ -21,7 +21,6 @@ from helpers import (
     assert_done,
     brightness_model,
     edit_annotations,
-    fork_script,
     output_of,
     png_bytes,
     rasterize,
@@ -47,7 +46,6 @@ from data import (
 from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
 from medseg.drawing import outline
 from medseg.duplicates import near_duplicates
-from medseg.files import read_json
 from medseg.images import MEAN, STD, resize_nearest
 from medseg.inference import full_size_masks
 from medseg.normalization import normalize
@@ -365,31 +363,6 @@ def test_a_data_set_of_new_formats_trains_and_predicts(tmp_path, no_pictures):
 
 
 # ---- what is no regular file -----------------------------------------------------------------
-
-READERS = {  # script and arguments, with the FIFO or device in its place
-    "an image": ("predict.py", "pipe.png"),
-    "a device": ("predict.py", "zero.bmp"),
-    "NIfTI": ("predict.py", "pipe.nii.gz"),
-    "--model": ("predict.py", "a.png", "--model", "pipe.png"),
-}
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_only_regular_files_are_read(reader, tmp_path):
-    """In another process, for the wrong answer is to wait for ever."""
-    Image.new("L", (9, 9), 255).save(tmp_path / "a.png")
-    for pipe in ("pipe.png", "pipe.nii.gz"):
-        os.mkfifo(tmp_path / pipe)
-    (tmp_path / "zero.bmp").symlink_to("/dev/zero")
-    name, *arguments = READERS[reader]
-    log = tmp_path / "log"
-    process = fork_script(name, *arguments, log=log, prepare=lambda: os.chdir(tmp_path))
-    process.join(20)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"{reader}: hangs")
-    assert process.exitcode == 2 and "not a regular file" in log.read_text()
-
 
 # ---- the cache -------------------------------------------------------------------------------
 
@@ -840,26 +813,6 @@ def test_long_names_and_ids_do_not_fill_the_line(dataset):
     skipped = []
     load_coco(dataset / "train", skipped)
     assert len(skipped) == 2 and max(map(len, skipped)) < 300 + len(str(dataset))
-
-
-def test_annotations_that_would_fill_the_memory_are_refused(dataset, monkeypatch, refused):
-    path = dataset / "train" / ANNOTATIONS
-    path.write_text('{"images": [], "categories": [], "annotations": [' + "{}," * 10**6 + "{}]}")
-    monkeypatch.setattr("medseg.files.read_json.__defaults__", (200 * 2**20,))
-    taken = peak_of(lambda: pytest.raises(ValueError, load_coco, dataset / "train"))
-    assert taken < 4 * path.stat().st_size
-    command = ("train", "--data", dataset, "--out", dataset / "o", *SMALL)
-    refused(*command, words=[path])
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '"ab"', "0.1", "300", '{"a":300}', '"\u0101b"'])
-def test_json_takes_no_more_memory_than_is_estimated(content, tmp_path):
-    path = tmp_path / "many.json"
-    path.write_text("[" + f"{content}," * 20_000 + "0]", encoding="utf-8")
-    taken = peak_of(read_json, path)
-    assert taken > 20_000 * 8
-    with pytest.raises(ValueError, match="many.json"):
-        read_json(path, int(taken * 0.9))
 
 
 # ---- what else may go unseen -----------------------------------------------------------------

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from medseg.files import check_regular, read_json
+from medseg.files import read_json
 from medseg.patterns import same_form
 
 FILES = (".txt", ".json", ".csv")
@@ -81,7 +81,6 @@ def parse_classes(text):
     if not (text.lower().endswith(FILES) or ("." in text and os.path.isfile(text))):
         return _from_lines(text.split(","), "--classes")
     path = Path(text)
-    check_regular(path)
     if path.suffix.lower() == ".json":
         return _from_json(read_json(path), path)
     try:

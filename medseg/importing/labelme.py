@@ -34,7 +34,6 @@ POINTS = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2, "oriented_rectan
 OR_MORE = ("polygon", "rectangle")  # which may have more points
 ROTATED = ("rotation", "quadrilateral")  # X-AnyLabeling's polygons
 LEFT_OUT = ("point", "points", "line", "linestrip")  # they cover no area
-MAX_MEMORY = 2**30  # bytes of its content; several are read at a time
 MANY_POINTS = 10_000  # from which on Pillow takes long; OpenCV differs in 1 % of the edge's pixels
 FAR = 10  # coordinates may lie this many sides outside the image
 
@@ -161,7 +160,7 @@ def read_labelme(path, forgiven=None):
     label and a known shape_type.
     """
     forgiven, guessed = Counter() if forgiven is None else forgiven, []
-    content = read_json(path, MAX_MEMORY, guessed=guessed)
+    content = read_json(path, guessed=guessed)
     if guessed:
         forgiven[GUESSED] += 1
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):

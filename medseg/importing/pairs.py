@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from medseg.coco import listed
-from medseg.files import DICOM_SUFFIXES, VOLUME_SUFFIXES, base_name, check_regular, file_format
+from medseg.files import DICOM_SUFFIXES, VOLUME_SUFFIXES, base_name, file_format
 from medseg.own_files import OWN_PICTURES, PICTURE_ENDINGS, drawn_beside_masks
 from medseg.patterns import KNOWN, Pair, Side, describe_folder, first, make_cases, same_form, walk
 
@@ -35,8 +35,6 @@ def find_pairs(images, masks, **options):
             raise FileNotFoundError(f"{text}: no such folder or file")
     is_folder = [os.path.isdir(text) for text in texts if os.path.lexists(text)]
     if len(is_folder) == 2:
-        for text in texts:
-            check_regular(text)
         series = is_folder == [True, False] and file_format(images) == "volume"
         if not any(is_folder) or series:
             return texts, [

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from medseg.coco import listed
-from medseg.files import check_regular, read_json
+from medseg.files import read_json
 from medseg.importing.coco_files import examples_of
 from medseg.patterns import same_form
 
@@ -20,7 +20,6 @@ def via_examples(path, images, attribute=None, **options):
     Raises ValueError or FileNotFoundError that names the file.
     """
     path = Path(path)
-    check_regular(path)
     content = read_json(path)
     entries = content.get("_via_img_metadata", content) if isinstance(content, dict) else None
     if not entries or not all(isinstance(e, dict) and "regions" in e for e in entries.values()):
