@@ -49,8 +49,9 @@ def make_parser(doc):
         type=float,
         nargs=2,
         metavar=("CENTER", "WIDTH"),
-        help="of DICOM or volumes; default: that of the weights, or the file's own, or 0.5 "
-        "to 99.5 %% of a volume",
+        help="in DICOM files and volumes, show values from CENTER - WIDTH/2 to CENTER + WIDTH/2 as "
+        "black to white; default: the window of the weights, or the file's own, or 0.5 to 99.5 %% "
+        "of a volume's values",
     )
     add(
         "--write",
@@ -59,23 +60,22 @@ def make_parser(doc):
         metavar="NAME,...",
         help="what to write of each image: mask; overlay; classes, a mask of each class; objects, "
         "connected pieces by their numbers, 16 bits; probability, 16 bits, of each class; labelme, "
-        "outlines to be corrected in LabelMe; coco, one file of all; none: the table alone; "
-        "default: mask,overlay",
+        "outlines to be corrected in LabelMe; coco, one file of all; none: the table alone",
     )
     add(
         "--simplify",
         type=number(0.0, type=float),
         default=0.0,
         metavar="PIXELS",
-        help="thin the outlines of LabelMe files out, which may then pass a pixel's centre by so "
-        "many pixels; default: 0, outlines that give back every pixel",
+        help="give the outlines of --write labelme fewer points, at most so many pixels beside the "
+        "true outline; 0: outlines that give back every pixel",
     )
     add(
         "--pixel-size",
         type=pixel_size,
         metavar="MM",
-        help="width and height of a pixel in mm, 0.5 or 0.5x0.7, of images whose files do not tell "
-        "it as DICOM and NIfTI do: for areas in predictions.csv",
+        help="width and height of a pixel in mm, 0.5 or 0.5x0.7, for areas in mm2 in "
+        "predictions.csv, where the file does not say it as DICOM and NIfTI do",
     )
     add_pixel_limit(add)
     _add_page_flags(parser)
@@ -102,12 +102,17 @@ def _add_page_flags(parser):
     add = parser.add_argument_group("page").add_argument
     add("--page", action="store_true", help="open a page in the browser; needs gradio")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
-    add("--port", type=number(1, 65535), metavar="N", help="default: 7860 or the next free one")
+    add(
+        "--port",
+        type=number(1, 65535),
+        metavar="N",
+        help="port of the page; default: 7860 or the next free one",
+    )
     add(
         "--auth",
         type=user_and_password,
         metavar="USER:PASSWORD",
-        help="which the page asks for, where others can reach it",
+        help="a name and password that the page asks for: wherever others can reach it",
     )
 
 
@@ -117,9 +122,8 @@ def _add_model_flags(parser):
         "--model",
         nargs="+",
         metavar="FILE",
-        help="weights; of several, the mean of their probabilities counts; "
-        "default: best_model.pth, and where there is none dataset/tumor.pth, which comes with the "
-        "repository",
+        help="weights, or several, whose probabilities are averaged; default: best_model.pth, and "
+        "where there is none dataset/tumor.pth, which comes with the repository",
     )
     add(
         "--threshold",
@@ -129,18 +133,17 @@ def _add_model_flags(parser):
     add(
         "--tta",
         action=argparse.BooleanOptionalAction,
-        help="average the probabilities of the image and of its flips, left to right, top to "
-        "bottom and both, or of the flips and quarter turns that the weights were trained with; "
-        "default: as chosen on valid for the weights, else off",
+        help="predict the image in its flips too, and in quarter turns if the training had them, "
+        "and average; default: as chosen on valid for the weights, else off",
     )
     add(
         "--clean",
         type=named_values(CLEANINGS, read_clean),
         metavar="NAME,...",
-        help="what to do to the mask of each class, in this order. min-area=50: remove pieces of "
-        "fewer pixels of the image; min-mm2=5: of less area; largest: keep the largest piece; "
-        "fill: fill holes; split: take objects that touch apart; none; default: as chosen on valid "
-        "for the weights, else none",
+        help="clean up the mask of each class, in this order. min-area=50: remove pieces of fewer "
+        "pixels; min-mm2=5: of fewer mm2; largest: keep the largest piece; fill: fill holes; "
+        "split: take objects that touch apart; none; default: as chosen on valid for the weights, "
+        "else none",
     )
     add_device_flags(add)
     add(
