@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from medseg.augment import augment, count_draws, window_side
-from medseg.cache import RaggedRows
-from medseg.crop import Crops, OneSize, OwnSizes, find_foreground
+from medseg.crop import Images, find_foreground
 from medseg.normalization import split_rows
 
 
@@ -105,32 +104,12 @@ class Batches:
         self.transform, places = transform or Transform(), ()
         if order.foreground:
             places = find_foreground(rows, self.transform.n_channels)
-        self.images = self._open_images(places)
-        holding = torch.tensor([bool(classes) for classes in places] or [False] * len(rows))
-        self.marked = self.images.numbers[holding[self.images.numbers]]
-        self.one_by_one = type(self.images) is OwnSizes
+        crop = self.transform.crop
+        window = window_side(crop, self.transform.strengths)
+        self.images = Images(rows, self.device, crop=crop, window=window, places=places)
+        self.one_by_one = self.images.one_by_one
         self.order = replace(order, batch_size=order.world) if self.one_by_one else replace(order)
         self.images_per_epoch = order.count(self.images.numbers)
-
-    def _open_images(self, places):
-        """Where the pixels come from: OneSize, OwnSizes or Crops, on the GPU if it has room."""
-        rows, crop = self.rows, self.transform.crop
-        if crop and not isinstance(rows, RaggedRows):
-            rows = RaggedRows.of_array(rows)
-        ragged = isinstance(rows, RaggedRows)
-        pixels = rows.pixels if ragged else rows
-        self.memory_map = getattr(pixels, "_mmap", None)
-        pixels = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if pixels.nbytes < 0.4 * free:
-                pixels = pixels.to(self.device)
-        if not ragged:
-            return OneSize(pixels)
-        if not crop:
-            return OwnSizes(pixels, rows.starts, rows.sizes)
-        options = {"window": window_side(crop, self.transform.strengths), "places": places}
-        return Crops(pixels, rows.starts, rows.sizes, crop=crop, **options)
 
     def whole_images(self, most):
         """Batches of the images as prediction takes them; of more than `most`, so many at random.
@@ -151,7 +130,7 @@ class Batches:
 
     def __iter__(self):
         generator, change = self.order.generator(), self.transform
-        numbers, holds = self.order.draw(self.images.numbers, self.marked, generator)
+        numbers, holds = self.order.draw(self.images.numbers, self.images.marked, generator)
         columns = [count_draws(change.strengths, change.n_channels), self.images.n_draws]
         draws = torch.rand(len(numbers), sum(columns), generator=generator)
         for_augment, for_images = draws.split(columns, 1)
@@ -168,8 +147,8 @@ class Batches:
         if self.device.type == "cuda" and not pixels.is_cuda:
             pixels = pixels.pin_memory()  # the copy then waits in the GPU's queue, and we do not
         pixels = pixels.to(self.device, non_blocking=True)
-        if hasattr(self.memory_map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
-            self.memory_map.madvise(mmap.MADV_DONTNEED)  # else the process grows to the file's size
+        if hasattr(self.images.memory_map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+            self.images.memory_map.madvise(mmap.MADV_DONTNEED)  # else the process grows to its size
         return pixels
 
     def _augment(self, images, masks, draws, first, end):
@@ -198,7 +177,7 @@ class Batches:
     def row_numbers(self):
         """The numbers of the rows that this pass yields here, in order, a list."""
         order, mine = self.order, []
-        numbers, _ = order.draw(self.images.numbers, self.marked, order.generator())
+        numbers, _ = order.draw(self.images.numbers, self.images.marked, order.generator())
         for first, end in order.bounds(len(numbers)):
             mine += numbers[first + order.rank : end : order.world].tolist()
         return mine

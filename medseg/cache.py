@@ -19,7 +19,7 @@ class RaggedRows(Sequence):
     """Images of different sizes in one array: item i is uint8 (H, W, C), a view.
 
     pixels: uint8 array (P, C), the pixels of all images one after the other; sizes: (N, 2) of
-    heights and widths, which add up to P pixels, else ValueError. A slice is a RaggedRows too.
+    heights and widths, which add up to P pixels, else ValueError.
     """
 
     def __init__(self, pixels, sizes):
@@ -40,14 +40,6 @@ class RaggedRows(Sequence):
         return len(self.sizes)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            chosen = range(len(self))[index]
-            if chosen.step != 1:
-                raise ValueError("a slice of images of different sizes has step 1")
-            pixels = self.pixels[:0]
-            if chosen:
-                pixels = self.pixels[self.starts[chosen[0]] : self.ends[chosen[-1]]]
-            return RaggedRows(pixels, self.sizes[index])
         index = range(len(self))[index]
         height, width = self.sizes[index]
         return self.pixels[self.starts[index] : self.ends[index]].reshape(height, width, -1)

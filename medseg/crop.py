@@ -1,84 +1,72 @@
-"""Where the pixels of a batch come from: images of one size, images of their own size, crops.
-
-The three have
-
-    numbers     int64 (n,): the numbers of the images of an epoch, unshuffled
-    n_draws     how many uniform random values `gather` needs for each
-    gather()    some of the numbers (B,), whether each must hold foreground, bool (B,), and draws
-                (B, n_draws), on the CPU -> uint8 (B, H, W, C)
-"""
+"""The pixels of a split's images: whole, or random square crops of them."""
 
 import numpy as np
 import torch
 
+from medseg.cache import RaggedRows
+
 MOST_PLACES = 256  # that are kept of each class of an image
 
 
-class OneSize:
-    """Images of one size. pixels: uint8 tensor (N, S, S, C)."""
+class Images:
+    """Images of one size, images of their own sizes, of which a batch holds one, or crops.
 
-    n_draws = 0
-
-    def __init__(self, pixels):
-        self.pixels, self.numbers = pixels, torch.arange(len(pixels))
-
-    def gather(self, numbers, holds, draws):
-        return self.pixels[numbers.to(self.pixels.device)]
-
-
-class OwnSizes:
-    """Images of different sizes, of which a batch holds one, or none.
-
-    pixels: uint8 tensor (P, C), the pixels of all images one after the other. starts (N,), sizes
-    (N, 2): int64 arrays, of each image its first pixel, and its height and width.
+    rows: uint8 array (N, S, S, C) or RaggedRows; they move to the device, a GPU, if it has room.
+    crop: side in pixels of random squares, of each image as many as would tile it, at least one; 0:
+    whole images. window: side of the squares that `gather` returns, with the same middle: at least
+    `crop`. places: of `find_foreground`, where crops must hold some.
+    numbers: int64 (n,), the images of an epoch, unshuffled; marked: those with foreground; n_draws:
+    how many uniform random values `gather` needs for each.
     """
 
-    n_draws = 0
-
-    def __init__(self, pixels, starts, sizes):
-        self.pixels, self.numbers = pixels, torch.arange(len(starts))
-        self.starts, self.sizes = starts.tolist(), sizes.tolist()
-
-    def image(self, number):
-        """Image `number`: uint8 (H, W, C), a view."""
-        start, (height, width) = self.starts[number], self.sizes[number]
-        return self.pixels[start : start + height * width].view(height, width, -1)
-
-    def gather(self, numbers, holds, draws):
-        if not len(numbers):  # of several processes, one may have no image of the last batch
-            return self.pixels.new_empty(0, 1, 1, self.pixels.shape[1])
-        (number,) = numbers.tolist()
-        return self.image(number)[None]
-
-
-class Crops(OwnSizes):
-    """Random squares of images, of each as many as would tile it, at least one.
-
-    crop: their side in pixels. window: side of the squares that `gather` returns, with the same
-    middle: at least `crop`. places: of `find_foreground`, where crops must hold some.
-    """
-
-    def __init__(self, pixels, starts, sizes, *, crop, window, places=()):
-        super().__init__(pixels, starts, sizes)
-        self.crop, self.window, self.places = crop, window, places
-        self.n_draws = 4 if places else 2
-        times = (torch.from_numpy(sizes).prod(1) / crop**2).round().long().clamp(min=1)
-        self.numbers = self.numbers.repeat_interleave(times)
+    def __init__(self, rows, device, *, crop=0, window=0, places=()):
+        if crop and not isinstance(rows, RaggedRows):
+            rows = RaggedRows.of_array(rows)
+        self.ragged, self.crop, self.window = isinstance(rows, RaggedRows), crop, window
+        self.places, self.numbers = places, torch.arange(len(rows))
+        self.one_by_one, self.n_draws = self.ragged and not crop, 0
+        if self.ragged:
+            self.starts, self.sizes = rows.starts.tolist(), rows.sizes.tolist()
+        if crop:
+            self.n_draws = 4 if places else 2
+            times = (torch.from_numpy(rows.sizes).prod(1) / crop**2).round().long().clamp(min=1)
+            self.numbers = self.numbers.repeat_interleave(times)
+        holding = torch.tensor([bool(classes) for classes in places] or [False] * len(rows))
+        self.marked = self.numbers[holding[self.numbers]]
+        pixels = rows.pixels if self.ragged else rows
+        self.memory_map = getattr(pixels, "_mmap", None)
+        self.pixels = torch.from_numpy(pixels)
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if pixels.nbytes < 0.4 * free:
+                self.pixels = self.pixels.to(device)
 
     def gather(self, numbers, holds, draws):
-        if not len(numbers):
-            return self.pixels.new_empty(0, self.crop, self.crop, self.pixels.shape[1])
-        sizes = torch.tensor([self.sizes[number] for number in numbers.tolist()])
-        corners = place_crops(sizes, draws[:, :2], self.crop)
+        """uint8 (B, H, W, C) of some of the numbers (B,).
+
+        holds: bool (B,), which crops must hold foreground; draws: (B, n_draws), on the CPU.
+        """
+        if not self.ragged:
+            return self.pixels[numbers.to(self.pixels.device)]
+        channels, side, numbers = self.pixels.shape[1], self.window, numbers.tolist()
+        if not numbers:  # of several processes, one may have no image of the last batch
+            return self.pixels.new_empty(0, self.crop or 1, self.crop or 1, channels)
+        if not self.crop:
+            return self.image(*numbers)[None]
+        windows = self.pixels.new_empty(len(numbers), side, side, channels)
+        corners = place_crops(torch.tensor([self.sizes[n] for n in numbers]), draws, self.crop)
         for index in holds.nonzero().flatten().tolist():
-            corners[index] = self._around_foreground(int(numbers[index]), *draws[index, 2:])
-        corners -= (self.window - self.crop) // 2
-        shape = (len(numbers), self.window, self.window, self.pixels.shape[1])
-        windows = self.pixels.new_empty(shape)
+            corners[index] = self._around_foreground(numbers[index], *draws[index, 2:])
+        corners -= (side - self.crop) // 2
         # Slices, for an index of every pixel takes ten times as long on a CPU.
-        for window, number, corner in zip(windows, numbers.tolist(), corners.tolist(), strict=True):
+        for window, number, corner in zip(windows, numbers, corners.tolist(), strict=True):
             copy_window(self.image(number), *corner, window)
         return windows
+
+    def image(self, number):
+        """Image `number` of its own size: uint8 (H, W, C), a view."""
+        start, (height, width) = self.starts[number], self.sizes[number]
+        return self.pixels[start : start + height * width].view(height, width, -1)
 
     def _around_foreground(self, number, class_draw, place_draw):
         """Top and left of a crop around a pixel of a class of image `number`, both drawn evenly.
@@ -117,12 +105,12 @@ def find_foreground(rows, n_channels):
 def place_crops(sizes, draws, crop):
     """Top and left of a crop of each image, int64 (n, 2); every place inside is as likely.
 
-    sizes: int64 (n, 2) of heights and widths; draws: (n, 2) uniform in 0..1, 1 excluded. Where a
-    side of the image is shorter than the crop, the crop holds all of it, and top or left is
+    sizes: int64 (n, 2) of heights and widths; draws: (n, 2 or more) uniform in 0..1, 1 excluded.
+    Where a side of the image is shorter than the crop, the crop holds all of it, and top or left is
     negative.
     """
     room = sizes - crop
-    steps = (draws.double() * (room.abs() + 1)).floor().long()
+    steps = (draws[:, :2].double() * (room.abs() + 1)).floor().long()
     return room.clamp(max=0) + steps
 
 

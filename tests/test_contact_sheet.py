@@ -122,11 +122,10 @@ def test_a_name_is_broken_and_cut_in_the_middle(name):
 
 
 def test_the_extremes_are_shown_and_others_evenly_between():
-    shares = [0.5, 0.1, None, 0.0, 0.3, 0.2, 0.4]
-    assert spread_by_foreground(shares, 3) == [3, 5, 0]  # 0, 0.2, 0.5 of 0, 0.1, ..., 0.5
-    assert spread_by_foreground(shares, 6) == [3, 1, 5, 4, 6, 0]
-    assert spread_by_foreground(shares, 99) == [3, 1, 5, 4, 6, 0]
-    assert spread_by_foreground(shares, 1) == [3] and spread_by_foreground([None], 2) == []
+    shares = [0.5, 0.1, 0.0, 0.3, 0.2, 0.4]
+    assert spread_by_foreground(shares, 3) == [2, 4, 0]  # 0, 0.2, 0.5 of 0, 0.1, ..., 0.5
+    assert spread_by_foreground(shares, 6) == spread_by_foreground(shares, 99) == [2, 1, 4, 3, 5, 0]
+    assert spread_by_foreground(shares, 1) == [2] and spread_by_foreground([], 2) == []
 
 
 def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeypatch):

@@ -362,8 +362,6 @@ def test_a_data_set_of_new_formats_trains_and_predicts(tmp_path, no_pictures):
     assert (tmp_path / "out" / "report.json").exists()
 
 
-# ---- what is no regular file -----------------------------------------------------------------
-
 # ---- the cache -------------------------------------------------------------------------------
 
 

@@ -1,20 +1,13 @@
 """What a data set holds, and what is wrong with it."""
 
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from data import TURNED, COCOSegmentationDataset
-from medseg.coco import (
-    ANNOTATIONS,
-    MAX_CLASSES,
-    SPLITS,
-    listed,
-    load_coco,
-    used_categories,
-)
+from medseg.coco import ANNOTATIONS, MAX_CLASSES, SPLITS, listed, load_coco, used_categories
 from medseg.coco_dialects import print_forgiven
 from medseg.drawing import describe_shown
 from medseg.duplicates import near_duplicates, thumbnail
@@ -27,157 +20,136 @@ from medseg.samples import pixel_format
 SHOWN = 8  # images of each split in the contact sheet
 
 
-@dataclass
-class SplitSummary:
-    """What was counted in the images of one split."""
+class Examined(NamedTuple):
+    """What was read of an image of a split."""
 
-    sizes: Counter = field(default_factory=Counter)  # (width, height) -> images
-    pixel_formats: Counter = field(default_factory=Counter)  # '8-bit RGB', ... -> images
-    pixels: int = 0
-    foreground: int = 0  # pixels of any class
-    class_pixels: Counter = field(default_factory=Counter)  # name -> pixels
-    class_images: Counter = field(default_factory=Counter)  # name -> images that have it
-    turned: int = 0  # images that are stored turned or mirrored (EXIF)
-    empty: int = 0  # images without foreground
-    unreadable: int = 0  # images
-    thumbnails: list = field(default_factory=list)  # (file name, array)
-    shares: list = field(default_factory=list)  # of foreground, of each image; None: unreadable
+    index: int
+    size: tuple  # (width, height)
+    stored_as: str  # '8-bit RGB', ...
+    turned: bool  # or mirrored (EXIF)
+    foreground: int  # pixels of any class
+    areas: dict  # {class: pixels} of those that it has
+    thumbnail: tuple  # (file name, array)
+
+    @property
+    def share(self):
+        """Of its pixels that are foreground."""
+        return self.foreground / (self.size[0] * self.size[1])
 
 
 def audit(root, out, n_shown=SHOWN):
     """Print what a data set holds and what is wrong with it; write out/contact_sheet.jpg.
 
     n_shown: how many images of each split are in the contact sheet, see `spread_by_foreground`.
-    Returns the list of problems, a line each, in the order of the splits.
+    Returns the list of problems, a line each.
     """
-    problems, damaged, summaries, cocos, categories, rows = [], {}, {}, {}, {}, []
-    forgiven, channels = {}, ()
+    problems, cocos, examined, tiles, shown = [], {}, {}, [], ""
     for split in SPLITS:
+        damaged, forgiven = [], Counter()
         try:
-            forgiven[split] = Counter()
-            cocos[split] = load_coco(root / split, damaged.setdefault(split, []), forgiven[split])
-            categories[split] = used_categories(cocos[split])
+            cocos[split] = load_coco(root / split, damaged, forgiven), damaged, forgiven
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
-    names = list(dict.fromkeys(name for used in categories.values() for name in used))
-    for split in categories:
-        problems += damaged[split]
+    names = list(
+        dict.fromkeys(name for coco, *_ in cocos.values() for name in used_categories(coco))
+    )
+    for split, (coco, damaged, forgiven) in cocos.items():
+        problems += damaged
         try:
-            dataset = COCOSegmentationDataset(cocos.pop(split), root / split, classes=names)
+            dataset = COCOSegmentationDataset(coco, root / split, classes=names)
         except ValueError as error:
             problems.append(str(error))
             continue
-        summaries[split] = _examine_split(dataset, split, problems)
-        channels = dataset.channel_names
-        _print_split(split, dataset, summaries[split])
-        print_forgiven(forgiven[split], "  note         ")
-        rows.append(_tiles(dataset, summaries[split].shares, n_shown))
-        lacking = [name for name in names if name not in categories[split]]
-        if lacking:
-            shown = listed(lacking, MAX_CLASSES)
-            print(f"  lacks        {shown}: no annotation of it in this split")
+        examined[split] = list(_examine(dataset, split, problems))
+        shown = describe_shown(dataset.channel_names)
+        print(f"{split}: {len(dataset)} images, {len(coco.anns)} annotations")
+        for title, text in _describe(dataset, examined[split]):
+            print(f"  {title:<12} {text}")
+        print_forgiven(forgiven, "  note         ")
+        tiles.append(_tiles(dataset, examined[split], n_shown))
+    thumbnails = {split: [image.thumbnail for image in own] for split, own in examined.items()}
     for split in SPLITS[1:]:
-        if split in summaries and "train" in summaries:
-            overlap = near_duplicates(summaries[split].thumbnails, summaries["train"].thumbnails)
-            if overlap:
-                print(f"{split} beside train: {overlap}")
-    if any(rows):
+        overlap = near_duplicates(thumbnails.get(split), thumbnails.get("train"))
+        if overlap:
+            print(f"{split} beside train: {overlap}")
+    if any(tiles):
         legend = names[:MAX_CLASSES]  # below the images: a JPEG ends at 65,500 pixels
-        note = describe_shown(channels)
-        sheet = save_contact_sheet(rows, legend, out / "contact_sheet.jpg", note)
-        print(
-            f"contact sheet: {sheet}, "
-            f"{sum(map(len, rows))} images; in each split from least to most foreground"
-        )
+        sheet = save_contact_sheet(tiles, legend, out / "contact_sheet.jpg", shown)
+        count = sum(map(len, tiles))
+        print(f"contact sheet: {sheet}, {count} images; in each split by their share of foreground")
     return problems
 
 
-def _examine_split(dataset, split, problems):
-    """Read every image of a split; returns its SplitSummary and adds to `problems`."""
-    summary, total = SplitSummary(), len(dataset)
+def _examine(dataset, split, problems):
+    """Yield the Examined of every image of a split that can be read; adds to `problems`."""
 
     def examine(index):
-        path = dataset.path(index)
-        image = dataset.read(index)
+        path, image = dataset.path(index), dataset.read(index)
         masks = dataset.run_lengths(index, image.size)
+        foreground = unite(list(masks.values())).area if masks else 0
         areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
-        area = unite(list(masks.values())).area if masks else 0
-        small = path.name, thumbnail(image)
-        return image.size, pixel_format(path), image.orientation > 1, area, areas, small
+        own = pixel_format(path), image.orientation > 1, foreground, areas
+        return Examined(index, image.size, *own, (path.name, thumbnail(image)))
 
+    total = len(dataset)
     results = parallel_map(examine, range(total))
     for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):
         if isinstance(result, Exception):
-            summary.unreadable += 1
-            summary.shares.append(None)
             problems.append(str(result))
-            continue
-        size, stored_as, turned, area, areas, small = result
-        summary.sizes[size] += 1
-        summary.pixel_formats[stored_as] += 1
-        summary.turned += turned
-        summary.pixels += size[0] * size[1]
-        summary.foreground += area
-        summary.empty += area == 0
-        for name, pixels in areas.items():
-            summary.class_pixels[name] += pixels
-            summary.class_images[name] += pixels > 0
-        summary.thumbnails.append(small)
-        summary.shares.append(area / (size[0] * size[1]))
-    return summary
+        else:
+            yield result
 
 
-def _tiles(dataset, shares, n_shown):
+def _tiles(dataset, examined, n_shown):
     """Of a split, what `save_contact_sheet` draws: (tile, file name, share of foreground)."""
 
-    def tile(index):
-        path = dataset.path(index)
-        image = dataset.read(index)
-        masks = dataset.run_lengths(index, image.size)
-        name = path.relative_to(dataset.image_dir.parent).as_posix()
-        percent = 100 * shares[index]
-        about = f"{percent:.2f} % foreground" if percent >= 0.01 else "below 0.01 % foreground"
-        if not percent:
-            about = "no foreground"
+    def tile(place):
+        image, own = dataset.read(examined[place].index), examined[place]
+        masks = dataset.run_lengths(own.index, image.size)
+        name = dataset.path(own.index).relative_to(dataset.image_dir.parent).as_posix()
+        percent = f"{100 * own.share:.2f} %" if own.share >= 1e-4 else "below 0.01 %"
+        about = f"{percent if own.foreground else 'no'} foreground"
         return draw_tile(image.rgb(), masks, dataset.n_classes), name, about
 
-    return list(parallel_map(tile, spread_by_foreground(shares, n_shown), catch=()))
+    places = spread_by_foreground([image.share for image in examined], n_shown)
+    return list(parallel_map(tile, places, catch=()))
 
 
-def _print_split(split, dataset, summary):
-    names = {PurePosixPath(record["file_name"]).name for record in dataset.coco.imgs.values()}
-    unlisted = sum(
-        path.suffix.lower() in SUFFIXES and path.name not in names and path.name[0] != "."
-        for path in dataset.image_dir.iterdir()
-    )
-    pixels = max(summary.pixels, 1)
-    percent = 100 * summary.foreground / pixels
-    sizes = [f"{w}x{h}: {count}" for (w, h), count in summary.sizes.most_common(5)]
-    formats = [f"{name}: {count}" for name, count in summary.pixel_formats.most_common(5)]
-    more = " ..." if len(summary.sizes) > 5 else ""
-    print(f"{split}: {len(dataset)} images, {len(dataset.coco.anns)} annotations")
-    print(f"  sizes        {', '.join(sizes)}{more}")
-    print(f"  pixels       {', '.join(formats)}")
+def _describe(dataset, examined):
+    """Yield (title, text) of the lines about a split."""
+
+    def most_common(values):
+        counts = Counter(values)
+        listed_first = [f"{value}: {count}" for value, count in counts.most_common(5)]
+        return ", ".join(listed_first) + (" ..." if len(counts) > 5 else "")
+
+    yield "sizes", most_common(f"{image.size[0]}x{image.size[1]}" for image in examined)
+    yield "pixels", most_common(image.stored_as for image in examined)
     if dataset.channel_names:
-        print(f"  channels     {', '.join(dataset.channel_names)}")
-    if summary.turned:
-        print(f"  turned       {summary.turned} {TURNED.format(len(dataset))}")
-    print(
-        f"  foreground   {percent:.2f} % of the pixels "
-        f"(answering background everywhere is {100 - percent:.2f} % accurate)"
-    )
-    ids = used_categories(dataset.coco)
+        yield "channels", ", ".join(dataset.channel_names)
+    if turned := sum(image.turned for image in examined):
+        yield "turned", f"{turned} {TURNED.format(len(dataset))}"
+    pixels = max(sum(image.size[0] * image.size[1] for image in examined), 1)
+    percent = 100 * sum(image.foreground for image in examined) / pixels
+    accurate = f"answering background everywhere is {100 - percent:.2f} % accurate"
+    yield "foreground", f"{percent:.2f} % of the pixels ({accurate})"
+    used = used_categories(dataset.coco)
     annotations = Counter(entry["category_id"] for entry in dataset.coco.anns.values())
     for name in dataset.classes[:MAX_CLASSES]:
-        count = sum(annotations[key] for key in ids.get(name, ()))
-        own, images = 100 * summary.class_pixels[name] / pixels, summary.class_images[name]
-        print(
-            f"  category     {name}: {count} annotations, {own:.2f} % of the pixels, "
-            f"in {images} images"
+        areas = [image.areas[name] for image in examined if image.areas.get(name)]
+        count, percent = (
+            sum(annotations[key] for key in used.get(name, ())),
+            100 * sum(areas) / pixels,
         )
+        what = f"{count} annotations, {percent:.2f} % of the pixels, in {len(areas)} images"
+        yield "category", f"{name}: {what}"
     if len(dataset.classes) > MAX_CLASSES:
-        print(f"  and {len(dataset.classes) - MAX_CLASSES} more categories")
-    print(
-        f"  no lesion    {summary.empty} images; unreadable {summary.unreadable}; "
-        f"not listed in {ANNOTATIONS} {unlisted}"
-    )
+        yield "", f"and {len(dataset.classes) - MAX_CLASSES} more categories"
+    if lacking := [name for name in dataset.classes if name not in used]:
+        yield "lacks", f"{listed(lacking, MAX_CLASSES)}: no annotation of it in this split"
+    names = {PurePosixPath(record["file_name"]).name for record in dataset.coco.imgs.values()}
+    files = [path.name for path in dataset.image_dir.iterdir() if path.suffix.lower() in SUFFIXES]
+    unlisted = sum(name not in names and name[0] != "." for name in files)
+    empty, unreadable = sum(not own.foreground for own in examined), len(dataset) - len(examined)
+    text = f"{empty} images; unreadable {unreadable}; not listed in {ANNOTATIONS} {unlisted}"
+    yield "no lesion", text

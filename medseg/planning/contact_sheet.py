@@ -20,14 +20,12 @@ BACKGROUND = (240, 240, 240)
 
 
 def spread_by_foreground(shares, count):
-    """At most `count` indices of images, from the least to the most foreground.
+    """At most `count` places in the list of images' shares of foreground, by rising share.
 
-    shares: of each image its share of foreground, or None where it cannot be read. Both extremes
-    are among them, and the others lie evenly between, by rank.
+    Both extremes are among them, and the others lie evenly between, by rank.
     """
-    order = sorted((share, index) for index, share in enumerate(shares) if share is not None)
-    places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-    return [order[place][1] for place in places]
+    chosen = np.linspace(0, len(shares) - 1, min(count, len(shares))).round().astype(int)
+    return np.argsort(shares, kind="stable")[chosen].tolist()
 
 
 def draw_tile(image, masks, n_classes):
@@ -62,38 +60,33 @@ def save_contact_sheet(rows, class_names, path, note=""):
     rows: a list for each split of (PIL image from `draw_tile`, file name, second line); each
     begins a line of its own. Returns `path`.
     """
-    most = max(map(len, rows))
     columns = max(COLUMNS, math.ceil(math.sqrt(sum(map(len, rows)))))
-    lines = [row[start : start + columns] for row in rows for start in range(0, most, columns)]
-    lines = [line for line in lines if line]
-    names, font_path = drawable(*(name for line in lines for _, name, _ in line))
-    font, names, height = pillow_font(font_path, TEXT), iter(names), 0
-    strips = []
-    for line in lines:
+    names, font_path = drawable(*(name for row in rows for _, name, _ in row))
+    font, names, lines = pillow_font(font_path, TEXT), iter(names), []
+    for row in rows:
         captions = [
-            [*fit_lines(next(names), font, CELL - GAP, CAPTION_LINES), about] for *_, about in line
+            [*fit_lines(next(names), font, CELL - GAP, CAPTION_LINES), about] for *_, about in row
         ]
-        strips.append(_draw_line(line, captions, font, columns))
-        height += strips[-1].height
-    sheet, top = Image.new("RGB", (columns * CELL, height + GAP), BACKGROUND), 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
+        cells = [(tile, caption) for (tile, *_), caption in zip(row, captions, strict=True)]
+        for start in range(0, len(cells), columns):
+            lines.append(_draw_line(cells[start : start + columns], font, columns))
+    lines.append(Image.new("RGB", (columns * CELL, GAP), BACKGROUND))
+    sheet = Image.fromarray(np.concatenate([np.asarray(line) for line in lines]))
     drawn = with_note(with_legend(sheet, class_names, single=True), note)
     write_picture(path, lambda file: drawn.save(file, "JPEG", quality=90))
     return path
 
 
-def _draw_line(line, captions, font, columns):
-    """A strip of the sheet: tiles beside each other, as high as the highest, captions below."""
-    tallest, most = max(tile.height for tile, *_ in line), max(map(len, captions))
-    strip = Image.new("RGB", (columns * CELL, tallest + most * LINE + 2 * GAP), BACKGROUND)
-    pen = ImageDraw.Draw(strip)
-    for place, ((tile, *_), caption) in enumerate(zip(line, captions, strict=True)):
-        left = place * CELL + GAP // 2
-        strip.paste(tile, (left + (CELL - GAP - tile.width) // 2, GAP + tallest - tile.height))
+def _draw_line(cells, font, columns):
+    """A line of the sheet: tiles beside each other, as high as the highest, captions below."""
+    tallest = max(tile.height for tile, _ in cells)
+    most = max(len(caption) for _, caption in cells)
+    line = Image.new("RGB", (columns * CELL, tallest + most * LINE + 2 * GAP), BACKGROUND)
+    pen = ImageDraw.Draw(line)
+    for place, (tile, caption) in enumerate(cells):
+        left, top = place * CELL + GAP // 2, GAP + tallest
+        line.paste(tile, (left + (CELL - GAP - tile.width) // 2, top - tile.height))
         for number, text in enumerate(caption):
-            last = number == len(caption) - 1
-            top = GAP + tallest + 2 + number * LINE
-            pen.text((left, top), text, fill="dimgray" if last else "black", font=font)
-    return strip
+            color = "black" if number < len(caption) - 1 else "dimgray"
+            pen.text((left, top + 2 + number * LINE), text, fill=color, font=font)
+    return line
