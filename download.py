@@ -142,7 +142,7 @@ def install_download(root, sources):
 
 
 def install_zip(archive, root, seed=0):
-    """Put the splits of a zip into `root`; see `unpack`. Raises ValueError or OSError."""
+    """Put the splits of a zip into `root`; see `unpack`."""
     try:
         install(root, lambda folder: unpack(archive, folder, seed))
     except ValueError as error:
@@ -172,26 +172,21 @@ def get_args(argv):
     )
     instead = data.add_mutually_exclusive_group()
     instead.add_argument("--zip", metavar="FILE", help="unpack this zip instead of downloading")
-    instead.add_argument(
-        "--synthetic", action="store_true", help="draw phantoms instead of downloading"
-    )
-    data.add_argument(
-        "--data", default="dataset", metavar="FOLDER", help="folder of train, valid and test"
-    )
+    instead.add_argument("--synthetic", action="store_true", help="draw phantoms instead")
+    folder_help = "folder of train, valid and test"
+    data.add_argument("--data", default="dataset", metavar="FOLDER", help=folder_help)
     data.add_argument("--force", action="store_true", help="replace splits that are there already")
 
-    phantoms = parser.add_argument_group("phantoms")
-    phantoms.add_argument(
+    data.add_argument(
         "--phantoms",
         type=number(1, 10_000),
         nargs=3,
         default=COUNTS,
         metavar=("TRAIN", "VALID", "TEST"),
-        help="number of images in each split",
+        help="of --synthetic: number of images in each split",
     )
-    phantoms.add_argument(
-        "--two-classes", action="store_true", help="two classes of lesions, bright and dark"
-    )
+    classes_help = "of --synthetic: two classes of lesions, bright and dark"
+    data.add_argument("--two-classes", action="store_true", help=classes_help)
     seed_help = "random seed of the phantoms, and of --split"
     data.add_argument("--seed", type=number(0), default=0, help=seed_help)
     add_arguments(parser)

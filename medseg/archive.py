@@ -6,7 +6,7 @@ import os
 import zipfile
 import zlib
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -82,14 +82,6 @@ def _extract(z, folder):
             target.write_bytes(z.read(entry))
 
 
-class _Stored(NamedTuple):
-    """An image of the train split; name: of its file."""
-
-    name: str
-    group: str
-    record: dict
-
-
 def _deal_missing(folder, seed):
     """Move images and annotations from train to the splits that are not in the folder."""
     present = present_splits(folder)
@@ -98,9 +90,10 @@ def _deal_missing(folder, seed):
     train = folder / SPLITS[0]
     try:
         content = read_split(train, None)
-        names = [record["file_name"] for record in content["images"]]
-        images = zip(names, augmented_groups(names), content["images"], strict=True)
-        drawn = deal_missing([_Stored(*image) for image in images], present, seed)
+        images = [SimpleNamespace(name=one["file_name"], record=one) for one in content["images"]]
+        for image, group in zip(images, augmented_groups([i.name for i in images]), strict=True):
+            image.group = group
+        drawn = deal_missing(images, present, seed)
     except ValueError as error:
         raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
     for split, stored in drawn.items():

@@ -22,10 +22,10 @@ def list_files(folder, suffixes):
 
     Hidden files and folders are left out. Raises FileNotFoundError without a folder.
     """
-    names = walk(folder, ("**", "*")) if os.path.isdir(folder) else None
-    if names is None:
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
-    return sorted(Path(folder, name) for name in names if name.lower().endswith((*suffixes,)))
+    names = (name for name in walk(folder, ("**", "*")) if name.lower().endswith(tuple(suffixes)))
+    return sorted(Path(folder, name) for name in names)
 
 
 def is_text(text):
@@ -43,18 +43,6 @@ def check_known(classes, known, problem):
 def printable(name):
     """A name as it can be printed in one line, what would not be seen as an escape: '\\udcff'."""
     return escape(str(name))
-
-
-def existing_file(path):
-    """The Path of the file at `path`, in whichever Unicode form its names are stored, or None."""
-    if os.path.isfile(path):
-        return Path(path)
-    place = Path()
-    for part in Path(path).parts:
-        names = os.listdir(place) if not part.isascii() and place.is_dir() else ()
-        alike = [name for name in names if same_form(name) == same_form(part)]
-        place /= (alike or [part])[0]
-    return place if place.is_file() else None
 
 
 def unique_names(paths, prefix=""):
@@ -149,17 +137,15 @@ def split_pages(pairs, names, groups):
     """
     paged, files = [], 0
     for (image, masks), name, group in zip(pairs, names, groups, strict=True):
-        counts = {path: count_pages(path) for path in (image, *(mask for _, mask in masks))}
+        n_pages = count_pages(image)
         for _, mask in masks:
-            if counts[mask] != counts[image]:
-                raise ValueError(
-                    f"{mask}: has {counts[mask]} pages, but its image {image} has {counts[image]}"
-                )
-        if counts[image] == 1:
+            if (n_of_mask := count_pages(mask)) != n_pages:
+                raise ValueError(f"{mask}: has {n_of_mask} pages, its image {image} {n_pages}")
+        if n_pages == 1:
             paged.append(((image, masks), name, group))
             continue
         files += 1
-        for number in range(counts[image]):
+        for number in range(n_pages):
             own_masks = [(class_name, Page(mask, number)) for class_name, mask in masks]
             paged.append(((Page(image, number), own_masks), f"{name}_p{number:03d}", group or name))
     if files:

@@ -19,11 +19,7 @@ SOURCES = {
         "{group} {n} {channel} {class} {part} say what else a path names",
     },
     "labelme": {"metavar": "FOLDER", "help": "LabelMe files with their images"},
-    "coco": {
-        "nargs": 2,
-        "metavar": ("JSON", "IMAGES"),
-        "help": "a COCO file and a folder of images",
-    },
+    "coco": {"nargs": 2, "metavar": ("JSON", "IMAGES"), "help": "a COCO file, its images"},
     "via": {
         "nargs": "+",
         "metavar": ("JSON", "IMAGES"),
@@ -31,10 +27,7 @@ SOURCES = {
         "one that is the class",
     },
     "yolo": {"metavar": "FOLDER", "help": "images/, labels/ and data.yaml; its splits are kept"},
-    "arrays": {
-        "metavar": "FOLDER",
-        "help": "files .npz or .mat (v7.3), each an image and its mask",
-    },
+    "arrays": {"metavar": "FOLDER", "help": ".npz or .mat files (v7.3), each an image and mask"},
 }
 OPTIONS = {
     "groups": {
@@ -47,28 +40,11 @@ OPTIONS = {
         "help": "names for the values of masks, ascending; VALUE=NAME,... with values such as 128, "
         "1-59, '#ff0000' or '*'; a .txt or .json file of names; or the labels or categories to use",
     },
-    "invert": {
-        "action": "store_true",
-        "help": "what the masks show as background is the class",
-    },
-    "skip_unpaired": {
-        "action": "store_true",
-        "help": "leave out images without a mask or file, and masks without an image",
-    },
-    "empty_unmasked": {
-        "action": "store_true",
-        "help": "images without a mask show nothing of any class: of --masks, healthy cases",
-    },
     "channels": {
         "type": parse_names,
         "metavar": "A,B",
         "help": "which {channel} of the pattern of images to use, in this order (default: all, "
         "sorted); without {channel} there, names for the channels that each file has",
-    },
-    "time": {
-        "action": "store_true",
-        "help": "volumes of four axes are volumes in time, and so are their masks; with --channels "
-        "they are channels",
     },
     "context": {
         "type": number(0, 7),
@@ -82,11 +58,6 @@ OPTIONS = {
         "metavar": ("CENTER", "WIDTH"),
         "help": "of DICOM or volumes; default: the file's own, or 0.5 to 99.5 %% of a volume",
     },
-    "boxes": {"action": "store_true", "help": "COCO, YOLO: boxes alone are rectangles"},
-    "add": {
-        "action": "store_true",
-        "help": "with --into: put the images beside those of that split, which stay as they are",
-    },
     "duplicates": {
         "choices": ("skip", "keep"),
         "help": "with --add: leave out images that are in any split already, or nearly in another "
@@ -98,6 +69,15 @@ OPTIONS = {
         "take them; default: --add asks, any other import takes them",
     },
     "prefix": {"metavar": "TEXT", "help": "begin the names of the stored images with it"},
+}
+SWITCHES = {
+    "invert": "what the masks show as background is the class",
+    "skip_unpaired": "leave out images without a mask or file, and masks without an image",
+    "empty_unmasked": "images without a mask show nothing of any class: of --masks, healthy cases",
+    "time": "volumes of four axes are volumes in time, and so are their masks; with --channels "
+    "they are channels",
+    "add": "with --into: put the images beside those of that split, which stay as they are",
+    "boxes": "COCO, YOLO: boxes alone are rectangles",
 }
 IMPORTERS = tuple(SOURCES)
 GOES_WITH = {  # flag: those that it needs one of
@@ -115,6 +95,8 @@ def add_arguments(parser):
     own = parser.add_argument_group("your own data, instead of a download")
     for name, options in (SOURCES | OPTIONS).items():
         own.add_argument(flag_name(name), **options)
+    for name, text in SWITCHES.items():
+        own.add_argument(flag_name(name), action="store_true", help=text)
     splits = own.add_mutually_exclusive_group()
     splits.add_argument(
         "--split",

@@ -21,7 +21,7 @@ import numpy as np
 from medseg.coco import ANNOTATIONS, SPLITS
 from medseg.files import base_name, file_format, read_json
 from medseg.images import read_image
-from medseg.importing.pairs import find_drawn, pair, patterns_of_folders
+from medseg.importing.pairs import find_drawn, pair
 from medseg.masks import read_mask
 from medseg.own_files import OWN_JSON
 from medseg.patterns import KNOWN, compile_parts, same_form, walk
@@ -50,19 +50,20 @@ leftImg8bit/**/{id}_leftImg8bit.png    gtFine/**/{id}_gtFine_labelIds.png
 **/<I>/{id:**}.*                       **/<M>/{id:**}<E>{part}.*
 **/{n}/<I>/{id}.*                      **/{n}/<M>/{id}<E>.*
 **/<I>/{id}_*.*                        **/<M>/{id}_*.*
-<I>                                    <M>
+**/<I>/{id}.*                          **/<M>/{id}.{ah,vk}.*
+**/<I>/{image,img}_{id}.*              **/<M>/{mask,label,seg}_{id}.*
+**/<I>/{image,img}{id}.*               **/<M>/{mask,label,seg}{id}.*
 **/<I>/**/{id}.*                       **/<M>/**/{class}/{id}.*
 **/<I>/**/{id}.*                       **/<M>/**/{class}/{id}_*.*
 {id:**}.*                              {id:**}<E>.*
 {id:**}.*                              {id:**}<E>{part}.*
 {id:**}.{jpg,jpeg,bmp,tif}             {id:**}.png
-"""  # of images, of masks; <I>, <M>, <E>: each such word of the folder; alone: two plain folders
+"""  # of images, of masks; <I>, <M>, <E>: each such word of the folder
 OUTLINES = {  # keys of a JSON file, and the flag that reads it
     "--labelme": {"shapes", "imagePath"},
     "--coco": {"images", "annotations", "categories"},
     "--via": {"_via_img_metadata"},
 }
-VIA_ENTRY = {"filename", "regions"}  # of a VIA file that has only the annotations
 FEW_VALUES, MASK = 16, 0.95  # the commonest values of a mask hold such a part of its pixels
 LOOKED_AT = 8  # files of each side
 SAMPLED = 1000  # names by which a row is ruled out at once
@@ -74,19 +75,14 @@ class Reading(NamedTuple):
     """What a folder may mean.
 
     flags: that say so. files: {first file of an image: (all of its files, its masks)}. what: in
-    words. left: pictures of the folder that it does not use. doubt: why it may not be meant, ""
-    where nothing speaks against it.
+    words. n_left: pictures of the folder that it does not use. doubts: why it may not be meant.
     """
 
     flags: tuple
     files: dict = {}  # noqa: RUF012, nobody changes it
     what: str = "outlines"
-    left: tuple = ()
-    doubt: str = ""
-
-    def describe(self):
-        left = f"leaves {len(self.left)} pictures such as {self.left[0]}" if self.left else ""
-        return "; ".join(filter(None, (self.what, left, self.doubt)))
+    n_left: int = 0
+    doubts: tuple = ()
 
 
 def find_layout(folder, typed=()):
@@ -103,18 +99,21 @@ def find_layout(folder, typed=()):
         raise ValueError(f"{folder}: is a data set already: {use}")
     names = set(walk(folder, ("**", "*")))
     names -= find_drawn(names)
-    outlines = _find_outlines(folder, names)
-    readings, is_sure = _find_masks(folder, names, outlines)
-    for reading in readings:
-        command = shlex.join(["python", "download.py", *typed, *reading.flags])
-        what = reading.describe()
-        print(f"found {what}; the same as: {command}" if is_sure else f"  {command}   # {what}")
+    readings = _find_masks(folder, names)
+    if outlines := _find_outlines(folder, names):
+        readings = [*outlines, *(reading for reading in readings if not reading.doubts)]
+    is_sure = len(readings) == 1 and not readings[0].doubts
+    for flags, _, what, _, doubts in readings[:SHOWN]:
+        command = shlex.join(["python", "download.py", *typed, *flags])
+        line = f"  {command}   # {'; '.join([what, *doubts])}"
+        print(f"found {what}; the same as: {command}" if is_sure else line)
     if is_sure:
         return readings[0].flags
+    problem = "what it holds is not sure: run the command that is meant"
     if not readings:
         example = "--masks 'D/{id}.jpg' 'D/{id}_mask.png' (docs/own-data.md)"
-        raise ValueError(f"{folder}: no known layout: say which files are images, as {example}")
-    raise ValueError(f"{folder}: what it holds is not sure: run the command that is meant")
+        problem = f"no known layout: say which files are images, as {example}"
+    raise ValueError(f"{folder}: {problem}")
 
 
 def _find_outlines(folder, names):
@@ -130,48 +129,42 @@ def _find_outlines(folder, names):
             flag = None if os.path.basename(name) in OWN_JSON else _kind_of(read_json(Path(path)))
         if flag == "--labelme":  # the import reads the others
             return [*found, Reading((flag, folder))]
-        if flag:
-            found.append(Reading((flag, path, folder)))
+        found += [Reading((flag, path, folder))] if flag else []
     return found
 
 
 def _kind_of(content):
     """The flag that reads the content of a JSON file, or None."""
     content = content if isinstance(content, dict) else {}
-    for flag, keys in OUTLINES.items():
-        if keys <= content.keys():
-            return flag
-    entries = [entry.keys() if isinstance(entry, dict) else () for entry in content.values()]
-    return "--via" if entries and all(VIA_ENTRY <= {*entry} for entry in entries) else None
+    flags = [flag for flag, keys in OUTLINES.items() if keys <= content.keys()]
+    is_via = [isinstance(entry, dict) and "regions" in entry for entry in content.values()]
+    return flags[0] if flags else "--via" if is_via and all(is_via) else None
 
 
 # ---------------------------------------------------------------- the table
 
 
-def _find_masks(folder, names, outlines):
-    """([Reading], whether the only one is sure) of the outlines and the rows of the table."""
+def _find_masks(folder, names):
+    """[Reading] of the rows of the table: the only sure one, or all, those that use most first."""
     known = re.compile(f".+({KNOWN})", re.IGNORECASE | re.DOTALL)
     names = sorted(name for name in names if known.fullmatch(name))
     prefix = str(Path(folder, "x"))[:-1]
     pictures = {prefix + name for name in names}
     samples = random.Random(0).sample(names, min(SAMPLED, len(names)))
     rows = _find_rows(folder, names, list(map(same_form, samples)))
-    sure = _read([texts for texts, part in rows if part == 1], pictures)
-    more = [texts for texts, part in rows if LEAST <= part < 1]
-    readings = [reading for reading in sure if reading.left or reading.doubt]
-    sure = [reading for reading in sure if reading not in readings]
-    if outlines:
-        return outlines + sure, len(outlines + sure) == 1
+    readings = _read([texts for texts, part in rows.items() if part == 1], pictures)
+    sure = [reading for reading in readings if not reading.doubts]
     if len(sure) == 1:
-        sure = [sure[0]._replace(doubt=_find_doubt(sure[0].files))]
-        if not sure[0].doubt:
-            return sure, True
-    readings += sure + _read(more, pictures)
-    return sorted(readings, key=lambda reading: len(reading.left))[:SHOWN], False
+        place, doubts = readings.index(sure[0]), _find_doubts(sure[0].files)
+        readings[place] = sure[0]._replace(doubts=doubts)
+        if not doubts:
+            return sure
+    readings += _read([texts for texts, part in rows.items() if LEAST <= part < 1], pictures)
+    return sorted(readings, key=lambda reading: reading.n_left)
 
 
 def _find_rows(folder, names, samples):
-    """[(two patterns, part of the samples that they match)] of the rows that match some."""
+    """{two patterns: part of the samples that they match} of the rows that match some."""
     places = {PurePath(place) for place in set(map(os.path.dirname, names))}
     places = {str(own) for place in places for own in (place, *place.parents)}
     ending = re.compile(rf"[\W_]({'|'.join(ENDS)})(?=[^a-z]*$)", re.IGNORECASE)
@@ -182,8 +175,6 @@ def _find_rows(folder, names, samples):
     for row in TABLE.split("\n")[1:-1]:
         for chosen in product(*(words[mark] if mark in row else [""] for mark in words)):
             texts = re.split(" {2,}", row)
-            if texts == ["<I>", "<M>"]:
-                texts = _patterns_of_words(folder, chosen[:2], places)
             for mark, word in zip(words, chosen, strict=True):
                 texts = [text.replace(mark, word) for text in texts]
             sides = [compile_parts((*text.split("/"),)) for text in texts]
@@ -191,26 +182,14 @@ def _find_rows(folder, names, samples):
             if len({*texts}) == 2 and all(map(any, matched)):
                 texts = tuple(os.path.join(folder, text) for text in texts)
                 rows[texts] = np.any(matched, axis=0).mean()
-    return list(rows.items())
+    return rows
 
 
 def _named(places, words):
     """The names of folders that are one of the words, or end with it."""
-    wanted = re.compile(rf"(.*[\W_\d])?({'|'.join(words)})", re.IGNORECASE)
-    found = {os.path.basename(place) for place in places}
-    found = sorted(filter(wanted.fullmatch, found))
+    wanted = re.compile(rf"([^{{}}*]*[\W_\d])?({'|'.join(words)})", re.IGNORECASE)
+    found = sorted(filter(wanted.fullmatch, set(map(os.path.basename, places))))
     return found if len(found) <= SHOWN else []
-
-
-def _patterns_of_words(folder, words, places):
-    """What `patterns_of_folders` makes of the only two folders of these names, or nothing."""
-    found = [[own for own in places if os.path.basename(own) == word] for word in words]
-    if [*map(len, found)] != [1, 1]:
-        return []
-    with contextlib.suppress(ValueError):
-        texts = patterns_of_folders(*(os.path.join(folder, own) for (own,) in found))
-        return [text[len(os.path.join(folder, "")) :] for text in texts]
-    return []
 
 
 def _read(rows, pictures):
@@ -218,19 +197,16 @@ def _read(rows, pictures):
     readings = []
     for texts in rows:
         for skip in ((), ("--skip-unpaired",)):
-            try:
+            cases = []
+            with contextlib.suppress(ValueError, FileNotFoundError):
                 with contextlib.redirect_stdout(io.StringIO()):
                     cases = pair(*texts, skip_unpaired=bool(skip))
                 break
-            except (ValueError, FileNotFoundError) as error:
-                cases = []
-                if "--skip-unpaired" not in str(error):
-                    break
         files = {}
         for case in cases:
             images = [*map(str, case.images.values())]
             files[images[0]] = images, sorted(map(str, chain(*case.masks.values())))
-        masks = set(chain.from_iterable(masks for _, masks in files.values()))
+        masks = set(chain(*(masks for _, masks in files.values())))
         left = sorted(pictures.difference(masks, *(images for images, _ in files.values())))
         one_class = "{class}" in texts[1] and all(len(case.masks) == 1 for case in cases)
         one_channel = "{id}/{id}" in texts[0] and all(len(case.images) == 1 for case in cases)
@@ -240,27 +216,28 @@ def _read(rows, pictures):
         what = f"{len(files)} images, {len(masks)} masks"
         if classes := sorted({name for case in cases for name in case.masks if name}):
             what += f" of {len(classes)} classes ({', '.join(classes[:5])})"
-        doubt = "leaves out what has no partner" if skip else ""
-        readings.append(Reading(("--masks", *texts, *skip), files, what, left, doubt))
+        doubts = [f"leaves {len(left)} pictures such as {left[0]}"] if left else []
+        doubts += ["leaves out what has no partner"] if skip else []
+        readings.append(Reading(("--masks", *texts, *skip), files, what, len(left), doubts))
     return readings
 
 
 # ---------------------------------------------------------------- a look at the files
 
 
-def _find_doubt(files):
-    """What the values of the files of a Reading say against it, or ""."""
+def _find_doubts(files):
+    """What the files of a Reading say against it."""
     images, masks = (list(chain(*own)) for own in zip(*files.values(), strict=True))
     (few, _), (few_of_masks, foreground) = (
         np.median([_count(Path(path)) for path in own[:: -(-len(own) // LOOKED_AT)]], axis=0)
         for own in (images, masks)
     )
     if few_of_masks < MASK or few >= few_of_masks:
-        return "the values do not tell which are masks"
+        return ["the values do not tell which are masks"]
     if foreground > 0.5:
-        return f"{foreground:.0%} of the masks is foreground"
+        return [f"{foreground:.0%} of the masks is foreground"]
     twins = _find_twins(map(Path, files))
-    return f"the same image is there twice: {twins[0]} and {twins[1]}" if twins else ""
+    return [f"the same image is there twice: {twins[0]} and {twins[1]}"] if twins else []
 
 
 def _count(path):

@@ -2,10 +2,12 @@
 
 import os
 import shlex
+from itertools import chain
 from pathlib import Path
 
 from medseg.coco import SPLITS
 from medseg.images import SUFFIXES
+from medseg.importing import writing
 from medseg.importing.adding import add_images
 from medseg.importing.arrays import array_examples
 from medseg.importing.class_names import ClassValues, parse_classes, parse_labels
@@ -16,24 +18,12 @@ from medseg.importing.labelme import labelme_examples
 from medseg.importing.mask_folders import mask_examples
 from medseg.importing.pairs import find_pairs
 from medseg.importing.via import via_examples
-from medseg.importing.writing import (
-    check_free,
-    deal_examples,
-    picture_window,
-    present_settings,
-    write_dataset,
-)
 from medseg.importing.yolo import yolo_examples
 from medseg.patterns import literal_folder
 from medseg.settings import check_window
 from medseg.splits import next_training, present_splits, wanted_splits
 
-READERS = {
-    "labelme": labelme_examples,
-    "coco": coco_examples,
-    "via": via_examples,
-    "yolo": yolo_examples,
-}
+READERS = {"coco": coco_examples, "via": via_examples, "yolo": yolo_examples}
 
 
 def import_data(root, args):
@@ -44,7 +34,7 @@ def import_data(root, args):
     splits = wanted_splits(args.split, args.into)
     stay = [split for split in present_splits(root) if args.add or split not in splits]
     if not args.add:
-        check_free(root, splits, args.force, args.into)
+        writing.check_free(root, splits, args.force, args.into)
     elif args.into not in stay:
         raise ValueError(f"{root / args.into}: no such split to add to: write it without --add")
     parse = parse_classes if args.masks else parse_labels
@@ -57,7 +47,7 @@ def import_data(root, args):
         texts, cases = _find_masks(args, classes)
         sources = _places(texts, cases)
     _check_sources(root, splits, sources, args.add)
-    present = present_settings(root, stay)
+    present = writing.present_settings(root, stay)
     if args.masks:
         examples, classes, info = mask_examples(cases, texts, args, classes, present)
     elif args.arrays:
@@ -76,26 +66,28 @@ def import_data(root, args):
         choice = {"into": args.into, "duplicates": args.duplicates}
         add_images(root, examples, classes, any_order=any_order, **choice)
     else:
-        dealt = deal_examples(examples, args.split, args.into, args.seed)
+        dealt = writing.deal_examples(examples, args.split, args.into, args.seed)
         choice = {"info": info, "source": place}
-        write_dataset(root, dealt, classes, any_order=any_order, **choice)
+        writing.write_dataset(root, dealt, classes, any_order=any_order, **choice)
     for what, paths in late.items():
         if paths:
             print(f"note: {len(paths)} {what} ({min(paths).name})")
 
 
 def _read_outlines(args, values, options, present):
-    """(examples, class names, what to record, what to print late) of an import of READERS.
+    """(examples, class names, what to record, what to print late) of an import of outlines.
 
     values: of its flag, the folder of images among them.
     """
-    window = picture_window(list_files(values[:2][-1], SUFFIXES), None, present)
+    window = writing.picture_window(list_files(values[:2][-1], SUFFIXES), None, present)
     check_window(present, window)
     if args.labelme:
-        options["unreviewed"] = args.unreviewed or (None if args.add else "keep")
+        unreviewed = args.unreviewed or (None if args.add else "keep")
+        found = labelme_examples(*values, unreviewed=unreviewed, **options)
     else:
         options |= {"skip_unpaired": args.skip_unpaired, "boxes": args.boxes}
-    examples, classes, late = READERS[chosen_importer(args)](*values, **options)
+        found = READERS[chosen_importer(args)](*values, **options)
+    examples, classes, late = found
     return examples, classes, {"window": window} if window else {}, late
 
 
@@ -112,11 +104,11 @@ def _find_masks(args, classes):
 
 
 def _places(texts, cases):
-    """The folder of the pattern of images, and the first image and mask of each folder."""
-    files = [path for case in cases for path in case.images.values()]
-    files += [path for case in cases for own in case.masks.values() for path in own]
-    top = Path(texts[0]) if os.path.lexists(texts[0]) else Path(literal_folder(texts[0])[0])
-    return [top, *{path.parent: path for path in files}.values()]
+    """The folder of the pattern of images, and those of all images and masks."""
+    top = texts[0] if os.path.lexists(texts[0]) else literal_folder(texts[0])[0]
+    files = [case.images.values() for case in cases]
+    files += [own for case in cases for own in case.masks.values()]
+    return [Path(top), *{path.parent: path for path in chain(*files)}.values()]
 
 
 def _check_sources(root, splits, sources, add):
