@@ -7,7 +7,6 @@ parts of the path), `{n}` is a further part of that, and `{group}` too, which is
 where files that differ in `{part}` alone are united. Every other character is itself.
 """
 
-import difflib
 import functools
 import os
 import re
@@ -181,9 +180,8 @@ def _alike_folder(text, folder, name):
     for other in there:
         if same_form(other).casefold() == same_form(name).casefold():
             return other
-    near = difflib.get_close_matches(name, there, 1, 0.5)
-    meant = f"; did you mean {near[0]}?" if near else ""
-    raise FileNotFoundError(f"{text}: there is no folder {os.path.join(folder, name)}{meant}")
+    what = f"there is no folder {os.path.join(folder, name)}; {folder or 'this folder'} "
+    raise FileNotFoundError(f"{text}: {what}{describe_folder(folder)}")
 
 
 def _check_part(text, part, side):
@@ -302,8 +300,8 @@ def make_cases(files, names, side, channels):
         if name in own:
             raise ValueError(_describe_twins(own[name], file, names))
         own[name] = file
-    most = Counter(frozenset(own) for own in by_key.values()).most_common(1)[0][0]
-    order = sorted(most, key=str)
+    sets = Counter(frozenset(own) for own in by_key.values()).most_common(1)
+    order = sorted(sets[0][0], key=str) if sets else []
     if channels:
         order = [spelled.get(name.casefold(), name) for name in channels]
     wrong = [own for own in by_key.values() if own.keys() != set(order)]

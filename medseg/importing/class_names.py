@@ -16,6 +16,7 @@ BACKGROUND = ("background", "_background_", "ignore", "__ignore__")
 COLOUR = 1 << 31  # 0xRRGGBB + COLOUR is the value of a colour
 EACH = "*"  # alone: a class for each value, unasked
 REST = -1 << 40  # the value of "*" otherwise: all that are not 0 and not named
+ZEROS = (range(1), range(COLOUR, COLOUR + 1))
 VALUE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?|#([\da-fA-F]{6})|\*")
 LABELMAP = re.compile(r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3})(?::.*)?")  # CVAT's labelmap.txt
 FORMS = (
@@ -140,33 +141,25 @@ def _class_values(pairs, source, *, all_classes=False, regions=False):
     """
     entries = []
     for values, name in pairs:
-        entry = _entry(same_form(str(values).strip()), same_form(name.strip()))
-        if entry is None or (all_classes and not entry.values):
+        text, name = same_form(str(values).strip()), same_form(name.strip())
+        own, match = range(0), VALUE.fullmatch(text)
+        if match:
+            low, high, colour = match.groups()
+            first = int(colour, 16) + COLOUR if colour else int(low or REST)
+            own = range(first, int(high or first) + 1)
+        is_right = own or not (match or all_classes)
+        if not (is_right and text and name and name.isprintable()):
             raise ValueError(f"{source}: {f'{values}={name}'!r:.60}: {FORMS}")
-        is_zero = entry.values in (range(1), range(COLOUR, COLOUR + 1))
-        if all_classes and is_zero != (entry.name is None):
+        is_zero, is_background = own in ZEROS, name.casefold() in BACKGROUND
+        if all_classes and is_zero != is_background:
             print(f"warning: {source}: {values} ({name}) counts as background")
-            entry = entry._replace(name=None)
-        entries.append(entry)
+            is_background = True
+        entries.append(Entry(text, own, None if is_background else name))
     for one, other in combinations(entries, 2):
-        start, stop = (
-            max(one.values.start, other.values.start),
-            min(one.values.stop, other.values.stop),
-        )
-        if start < stop and one.name != other.name and not regions:
+        shared = set(one.values[:1]) | set(other.values[:1])
+        meet = any(value in one.values and value in other.values for value in shared)
+        if meet and one.name != other.name and not regions:
             raise ValueError(f"{source}: {one.text} and {other.text} give one value to two classes")
     if all_classes and not regions:
         entries.sort(key=lambda entry: entry.values.start)
     return ClassValues(tuple(entries), str(source))
-
-
-def _entry(text, name):
-    """The Entry of values and the name of their class; None if it is wrong."""
-    match, values = VALUE.fullmatch(text), range(0)
-    if match:
-        low, high, colour = match.groups()
-        first = int(colour, 16) + COLOUR if colour else int(low or REST)
-        values = range(first, int(high or first) + 1)
-    if not (text and name and name.isprintable()) or (match and not values):
-        return None
-    return Entry(text, values, None if name.casefold() in BACKGROUND else name)

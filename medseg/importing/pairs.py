@@ -33,18 +33,14 @@ def find_pairs(images, masks, **options):
     for text in texts:
         if not os.path.lexists(text) and not set("*{") & set(text):
             raise FileNotFoundError(f"{text}: no such folder or file")
-    is_folder = [os.path.isdir(text) for text in texts if os.path.lexists(text)]
-    if len(is_folder) == 2:
-        series = is_folder == [True, False] and file_format(images) == "volume"
-        if not any(is_folder) or series:
-            return texts, [
-                Pair((base_name(images),), "", {None: Path(images)}, {None: [Path(masks)]})
-            ]
-        if not all(is_folder):
-            file, folder = texts if is_folder[1] else texts[::-1]
-            raise ValueError(f"{file} is a file and {folder} a folder: name two of a kind")
+    if all(map(os.path.isdir, texts)):
         texts = patterns_of_folders(images, masks)
         print(f"the same as: --masks {shlex.join(texts)}")
+    elif all(map(os.path.lexists, texts)):
+        if os.path.isdir(masks) or (os.path.isdir(images) and file_format(images) != "volume"):
+            raise ValueError(f"{images} and {masks}: a file and a folder: name two of a kind")
+        file = Pair((base_name(images),), "", {None: Path(images)}, {None: [Path(masks)]})
+        return texts, [file]
     return texts, pair(*texts, **options)
 
 
@@ -69,15 +65,6 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False, *, emp
     for path in find_drawn([*image_files, *mask_files]):
         image_files.pop(path, None), mask_files.pop(path, None)
     mask_files, orphans = _assign_masks(image_files, mask_files, names)
-    if not mask_files:
-        of_images, of_masks = (
-            first(sorted({file.spell(names) for file in files}))
-            for files in (image_files.values(), orphans)
-        )
-        raise ValueError(
-            f"no mask has the {{{names[-1]}}} of an image: images have {of_images}, masks have "
-            f"{of_masks or 'none of their own'}"
-        )
     cases, problem = make_cases(image_files.values(), names, image_side, channels)
     problems = [problem] if problem else []
     masks_of = _group_masks(mask_files, names, mask_side, classes)
@@ -91,9 +78,10 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False, *, emp
         total = len(mask_files) + len(paths)
         problems.append(f"{len(paths)} of {total} masks have no image ({first(paths)})")
     pairs = [case for case in pairs if case.masks or empty_unmasked]
-    if problems and not (skip_unpaired and pairs):
-        advice = "; --skip-unpaired goes on without them" if pairs else ""
-        raise ValueError(f"{' and '.join(problems)}{advice}")
+    if not pairs:
+        raise ValueError(f"{images}: no image has a mask: {' and '.join(problems)}")
+    if problems and not skip_unpaired:
+        raise ValueError(f"{' and '.join(problems)}; --skip-unpaired goes on without them")
     if problems:
         print(f"left out: {' and '.join(problems)}")
     return pairs

@@ -26,7 +26,7 @@ from medseg.samples import LOSSY
 VOLUME = "volume"  # the encoding of volumes and arrays, beside those of `read_mask`
 ONE_CLASS = "foreground"
 COMPARED = 64  # palette masks, evenly spaced, whose palettes are compared
-MAX_VALUES = 2**18  # of all masks: numbers of objects, but no photographs
+MAX_COLOURS = 4096  # of one mask: numbers of objects, but no photographs
 NOTHING = -COLOUR  # the value of pixels that are of no class whatever --classes says
 GREYS, FULL = ("grey", "colour"), {1, 255, 65535}  # FULL: what programs write for foreground
 EDGES = 2 / 3  # part of the pixels between 0 and 255: see `are_edges`
@@ -93,6 +93,8 @@ class Counted(NamedTuple):
 def count_mask(as_shown, path):
     encoding, values = read_mask(path, as_shown)
     counts = count_values(values)
+    if encoding == "colour" and len(counts) > MAX_COLOURS:
+        raise ValueError(f"{path}: {len(counts)} colours: is this the folder of masks?")
     objects = [value for value in counts if value and counts[value] >= OBJECT]
     numbered = len(objects) >= MANY and are_single_pieces(values)
     edges = count_edges(values) if encoding in GREYS and len(counts) > 2 else 0
@@ -146,13 +148,7 @@ def find_classes(paths, names=None, *, invert=False):
 
 def classes_of_counts(counted, names=None, *, invert=False):
     """The MaskClasses of an iterable of Counted; see `find_classes`."""
-    masks, values = [], set()
-    for mask in counted:
-        masks.append(mask)
-        values.update(mask.counts)
-        if len(values) > MAX_VALUES:
-            raise ValueError(f"{mask.path}: {len(values)} values: is this the folder of masks?")
-    masks, rules = find_rules(masks, names)
+    masks, rules = find_rules([*counted], names)
     counts, chosen = add_counts(masks), isinstance(names, ClassValues)
     by_value = chosen and any(REST not in entry.values for entry in names.entries)
     if invert and (by_value or not counts[0] or not are_alike(masks, counts)):
@@ -191,21 +187,20 @@ def find_rules(masks, names):
     """
     entries = names.entries if isinstance(names, ClassValues) else ()
     numbers = [entry.values for entry in entries if REST < entry.values.start < COLOUR]
-    rules, counts_of = set(), {}
-    for mask in masks:
-        counts_of.setdefault(mask.encoding, Counter()).update(mask.counts)
+    encodings, rules = dict.fromkeys(mask.encoding for mask in masks), set()
+    counts_of = {own: add_counts(m for m in masks if m.encoding == own) for own in encodings}
     if all(map(is_grey_code, counts_of.get("colour", ()))):
         rules.add("greys")
     shown = [encoding for encoding, counts in counts_of.items() if any(counts)]
     if shown == ["alpha"]:
-        warn("the masks are black everywhere: what is opaque is foreground")
+        print("warning: the masks are black everywhere: what is opaque is foreground")
     elif "alpha" in shown:
         rules.add("alpha")
     palette = counts_of.get("palette", Counter())
     border = 255 in palette and len(palette.keys() - {0}) > 1
     if border and not any(255 in own for own in numbers):
         rules.add("palette")
-        warn(f"palette index 255 ({share_of([255], palette)}) counts as background")
+        print(f"warning: palette index 255 ({share_of([255], palette)}) counts as background")
     masks = recount(masks, rules)
     # Ranges hold what a lossy format has changed.
     if not entries or any(len(entry.values) == 1 for entry in entries if entry.name):
@@ -216,7 +211,7 @@ def find_rules(masks, names):
     cut = add_counts(mask for mask in masks if f"cut {mask.encoding}" in rules)
     if between := cut.keys() - {0, 1, 255}:
         share = share_of(between, add_counts(masks))
-        warn(f"masks hold values between 0 and 255 ({share}): above {HALF} is foreground")
+        print(f"warning: masks hold values between 0 and 255 ({share}): above {HALF} is foreground")
     return recount(masks, rules), rules
 
 
@@ -269,7 +264,7 @@ def name_values(masks, counts, names):
     one_name = len(names or [ONE_CLASS]) == 1 and names != [EACH]
     if len(values) > 1 and one_name and are_alike(masks, counts):
         held = [f"{sum(value in mask.counts for mask in masks)} hold {value}" for value in values]
-        warn(f"of the masks {', '.join(held)}: all are of one class")
+        print(f"warning: of the masks {', '.join(held)}: all are of one class")
         names = (names or [ONE_CLASS]) * len(values)
     problem = None if names else doubt(masks, counts, values)
     if names in (None, [EACH]):
@@ -314,11 +309,12 @@ def unclear(masks, problem, counts):
 
 def stated_names(masks):
     """{value: name} in the text of the masks; ValueError where they disagree."""
-    path_of = {tuple(mask.stated.items()): mask.path for mask in masks if mask.stated}
-    if len(path_of) > 1:
-        paths = " and ".join(map(str, [*path_of.values()][:2]))
-        raise ValueError(f"{paths}: their text names the values differently: --classes 1=A,2=B")
-    return dict(next(iter(path_of), ()))
+    named = {}
+    for mask in masks:
+        if named | mask.stated != mask.stated | named:
+            raise ValueError(f"{mask.path}: its text names the values otherwise: --classes 1=A,2=B")
+        named |= mask.stated
+    return named
 
 
 def name_chosen(masks, counts, chosen):
@@ -335,19 +331,15 @@ def name_chosen(masks, counts, chosen):
     if any(counts) and not names_of:
         raise unclear(masks, f"no mask has {listed(absent)} of {chosen.source}", counts)
     if absent:
-        warn(f"{chosen.source}: no mask has {listed(absent)}")
+        print(f"warning: {chosen.source}: no mask has {listed(absent)}")
     if unnamed := [value for value, entries in entries_of.items() if value and not entries]:
         none = [m for m in masks if any(m.counts) and not m.counts.keys() & names_of.keys()]
         shown = spell_all(sorted(unnamed, key=counts.get, reverse=True))
-        warn(
-            f"{chosen.source}: not named, so background: {shown} ({len(unnamed)} in all, "
+        print(
+            f"warning: {chosen.source}: not named, so background: {shown} ({len(unnamed)} in all, "
             f"{share_of(unnamed, counts)}); {len(none)} of {len(masks)} masks hold none that is"
         )
     return chosen.names, names_of
-
-
-def warn(line):
-    print(f"warning: {line}")
 
 
 def share_of(values, counts):
