@@ -2,7 +2,6 @@
 
 import csv
 import json
-import tracemalloc
 import warnings
 
 import numpy as np
@@ -45,13 +44,9 @@ from medseg.metrics import (
     count_image,
     mean_image_dice,
 )
-from medseg.phantoms import make_phantoms
 from medseg.planning.audit import audit
-from medseg.predicting.figure import plot_report
 from medseg.predicting.page import Session
-from medseg.results.masks import Masks, describe
 from medseg.training.feature_statistics import find_draw_order
-from medseg.training.history import print_test
 from net import UNet, load_model
 
 NAMES = ("core", "edema", "cyst")
@@ -148,15 +143,6 @@ def test_scores_of_each_class_against_monai():
     assert own == pytest.approx({key: result[key] for key in own}, nan_ok=True)
 
 
-def test_labels_at_the_threshold_and_of_equal_probability():
-    probabilities = np.zeros((3, 2, 2), np.float32)
-    probabilities[:, 0, 0] = (0.5, 0.4, 0.5)  # at the threshold: background
-    probabilities[:, 0, 1] = (0.4, 0.7, 0.7)  # of equal ones the first
-    probabilities[:, 1, 0] = (0.6, 0.5, 0.8)  # where classes overlap, the more probable one
-    probabilities[:, 1, 1] = (0.55, 0, 0.5)
-    assert full_size_masks(probabilities, (2, 2), 0.5).tolist() == [[0, 2], [3, 1]]
-
-
 def test_a_mask_of_classes_is_a_palette_image_with_their_names(tmp_path):
     labels = np.array([[0, 1], [2, 3]], np.uint8)
     save_mask(labels, tmp_path / "mask.png", ("core", "Ödem", "cyst"))
@@ -249,17 +235,6 @@ def test_a_split_without_foreground_has_no_score(three, tmp_path, monkeypatch, c
     assert report["no_lesion"]["images"] == len(report["per_image"])
 
 
-def test_empty_masks_are_told_also_where_the_split_lacks_a_class(capsys):
-    scores = RunningScores("cpu", NAMES[:2])
-    pred, target = torch.zeros(1, 2, 10, 10), torch.zeros(1, 2, 10, 10)
-    target[0, 0, :3, :3] = 1
-    scores.add(torch.tensor(1.0), pred, target)
-    result = scores.result()
-    assert (result["dice"], result["acc"], result["background_acc"]) == (0, 0.91, 0.91)
-    print_test(result, NAMES[:2])
-    assert "nothing was learned" in capsys.readouterr().err
-
-
 SIDES = {"0.png": (61, 47), "1.png": (83, 40), "2.png": (50, 50)}  # width, height; network: 32
 
 
@@ -299,8 +274,9 @@ def dice_of(counts):
     return 2 * tp / (2 * tp + fp + fn)
 
 
-@pytest.mark.parametrize("flags", [(), ("--clean", "min-area=30,fill", "--tta")])
-@pytest.mark.parametrize("threshold", ["0.45", "0.5", "0.52"])
+@pytest.mark.parametrize(
+    "threshold, flags", [("0.52", ()), ("0.45", ("--clean", "min-area=30,fill", "--tta"))]
+)
 def test_the_scores_are_those_of_the_files_that_were_written(apart, monkeypatch, flags, threshold):
     """Masks read back and counted: report.json, predictions.csv."""
     place, model = apart
@@ -326,45 +302,6 @@ def test_the_scores_are_those_of_the_files_that_were_written(apart, monkeypatch,
         rows = list(csv.DictReader(file))
     expected = dice_of(counts).ravel()
     assert [float(row["dice"]) for row in rows] == pytest.approx(expected, abs=1e-8)
-
-
-def test_the_test_line_is_that_of_the_files_that_were_written(apart, monkeypatch, capsys):
-    place, model = apart
-    monkeypatch.chdir(place)
-    model.info.inference = Inference(0.45, ("horizontal",), {"largest": 1.0})
-    (place / "run").mkdir()
-    torch.save(model.state_dict(), "run/best_model.pth")
-    flags = ("--classes", "each", "--swanlab", "disabled", "--device", "cpu")
-    train.main(["--test-only", "--data", ".", "--out", "run", *flags])
-    printed = capsys.readouterr().out
-    predict.main(["test", "--output", "out", "--model", "run/best_model.pth", "--device", "cpu"])
-    scores = json.loads((place / "out" / "report.json").read_text())["scores"]
-    (line,) = (line for line in printed.splitlines() if "as chosen on valid" in line)
-    assert f": Dice {scores['dice']:.4f}," in line and f"{scores['image_dice']:.4f}" in line
-    assert f"  edema: Dice {scores['dice/edema']:.4f}," in printed
-
-
-def test_classes_that_overlap_count_each_by_its_own_mask(apart, monkeypatch):
-    """A network that gives both everywhere: of exclusive classes one is left, of others both."""
-    place, model = apart
-    monkeypatch.chdir(place)
-    for weight in (model.outc.weight, model.outc.bias):
-        torch.nn.init.zeros_(weight)
-    model.outc.bias.data += torch.tensor([1.0, 2.0])
-    for exclusive, shares in ((True, (0, 1)), (False, (1, 1))):
-        model.info.draw_order = () if exclusive else (1, 2)
-        torch.save(model.state_dict(), "model.pth")
-        assert load_model("model.pth").info.exclusive == exclusive
-        predict.main(["test", "--output", "out", "--model", "model.pth", "--device", "cpu"])
-        with open(place / "out" / "predictions.csv", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        assert [float(row["share"]) for row in rows] == list(shares) * 3
-        scores = json.loads((place / "out" / "report.json").read_text())["scores"]
-        total = sum(width * height for width, height in SIDES.values())
-        for name, share, side in zip(NAMES, shares, (21, 17), strict=False):
-            assert scores[f"dice/{name}"] == pytest.approx(
-                share * 6 * side**2 / (total + 3 * side**2)
-            )
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
@@ -512,37 +449,6 @@ def test_an_annotation_without_pixels_is_in_no_image(three, tmp_path, capsys):
     assert "core: 3 annotations" in said and "in 2 images" in said
 
 
-def test_phantoms_of_two_classes(tmp_path):
-    root = make_phantoms(tmp_path / "two", (12, 2, 2), size=32, two_classes=True)
-    coco = load_coco(root / "train")
-    assert list(used_categories(coco)) == ["bright", "dark"]
-    for number in coco.getImgIds():
-        record = coco.imgs[number]
-        grey = np.asarray(Image.open(root / "train" / record["file_name"]).convert("L"), float)
-        assert grey.shape == (32, 32)
-    with pytest.raises(ValueError, match="two"):
-        make_phantoms(tmp_path / "two", (12, 2, 2), size=32)  # others are there already
-    assert make_phantoms(tmp_path / "two", (12, 2, 2), size=32, two_classes=True) == root
-
-
-def test_counts_at_each_threshold_by_plain_comparison():
-    """Probabilities that lie on a threshold are not above it; one that is no number is above none.
-
-    The thresholds are not in order, and one is there twice.
-    """
-    rng, thresholds = np.random.default_rng(8), [0.5, 0.05, 0.35, 0.5, 0.95]
-    probabilities = (rng.integers(0, 21, (3, 30, 40)) / 20).astype(np.float32)
-    probabilities[2, 0, :5] = np.nan
-    targets = rng.random((3, 30, 40)) > 0.6
-    counts = count_image(targets, probabilities, thresholds, exclusive=False)
-    for row, threshold in zip(counts, thresholds, strict=True):
-        pred = probabilities > threshold
-        for channel, (tp, fp, fn, tn) in enumerate(row):
-            own, target = pred[channel], targets[channel]
-            assert (tp, fp) == ((own & target).sum(), (own & ~target).sum())
-            assert (fn, tn) == ((~own & target).sum(), (~own & ~target).sum())
-
-
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("n_classes", [1, 3])
 def test_counts_are_those_of_the_masks_made_one_by_one(n_classes, exclusive):
@@ -577,22 +483,6 @@ def test_labels_are_those_of_whole_probability_maps(size):
         labels[resized > highest] = number
         highest = np.fmax(resized, highest)  # no number is no probability
     np.testing.assert_array_equal(full_size_masks(probabilities, size, 0.6), labels)
-
-
-def test_shares_are_counted_in_little_memory():
-    labels = np.zeros((2, 500, 400), np.uint8)
-    labels[0, :100], labels[1, 250:] = 1, 40
-    names = [f"class {number}" for number in range(1, 41)]
-    marked = np.array([(labels == number).sum() for number in range(1, 41)])
-    tracemalloc.start()
-    masks = Masks(labels, labels, np.full(40, 0.5), np.zeros(40), marked)
-    lines = describe("a", masks, names, PLAIN).splitlines()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    shares = {1: "10.00", 40: "25.00"}
-    for number, line in enumerate(lines[1:], 1):
-        assert line.split(" %")[0] == f"  class {number} {shares.get(number, '0.00')}"
-    assert peak < 6 * labels.size, f"{peak / labels.size:.1f} bytes a pixel"  # 8 of all at once
 
 
 @pytest.mark.parametrize("n_classes", [1, 2, 40])
@@ -685,40 +575,6 @@ def test_a_figure_outlines_at_most_twenty_classes(n_classes, monkeypatch, tmp_pa
     else:
         (line,) = rest
         assert str(n_classes - 20) in line
-
-
-@pytest.mark.parametrize("n_cases", [2, 8])
-@pytest.mark.parametrize("n_classes", [6, 7, 40])
-def test_the_parts_of_a_report_of_many_classes_lie_apart(n_cases, n_classes, monkeypatch, tmp_path):
-    names = [f"class {index}" for index in range(n_classes)]
-    counts = np.full((n_cases, n_classes, 4), 5)
-    report = {
-        **{"folder": "test", "image_size": 64, "images": n_cases, "class_names": names},
-        **{"threshold": 0.5, "scores": class_scores(counts, names), "valid": None},
-        **{"confidence_95": bootstrap(counts, names, samples=9), "by_lesion_size": []},
-        **{"hd95": {"median": None, "left_out": 1}, "surface_dice": {"mean": None}},
-        "distance_unit": "px",
-        "channels": [],
-        "calibration": {
-            "expected_calibration_error": 0.25,
-            "classes": dict.fromkeys(
-                names, {"pixels": [4], "mean_probability": [0.5], "foreground": [0.25]}
-            ),
-        },
-    }
-    mask = squares(n_classes, 0)
-    cases = [(np.zeros((64, 64, 3), np.uint8), mask, mask, "title")] * n_cases
-    arguments = report, np.full(n_cases, 0.5), cases
-    figure = drawn_figure(monkeypatch, tmp_path, plot_report, *arguments)
-    (table,) = (text for text in figure.axes[0].texts)
-    panels = figure.axes[5 : 5 + n_cases]
-    assert table.get_window_extent().y0 > panels[0].title.get_window_extent().y1
-    assert figure.legends[0].get_window_extent().y1 < min(
-        panel.get_window_extent().y0 for panel in panels
-    )
-    shown = sum(f"Dice {name} " in table.get_text() for name in names)
-    assert (shown == n_classes) == (n_classes == 6)  # with the eight of all classes, 14 lines
-    assert shown == n_classes or f" {n_classes - shown} " in table.get_text()
 
 
 def test_a_class_that_is_only_predicted_is_left_out_of_the_dice_of_an_image():
