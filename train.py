@@ -300,8 +300,7 @@ def main(argv=None):
                 reports.print_union(Path(args.data))
             if args.folds:
                 for fold in cross_validation.untrained_folds(args, checkpoint):
-                    with fold.training():
-                        fold.score(*train_and_test(fold.args, fold.checkpoint, signals))
+                    fold.score(*train_and_test(fold.args, fold.checkpoint, signals))
             else:
                 train_and_test(args, checkpoint, signals)
     except (MemoryError, RuntimeError) as error:

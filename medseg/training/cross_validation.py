@@ -1,301 +1,282 @@
-"""Cross-validation: an ordinary run for each fold, and the scores of all their images together."""
+"""Cross-validation: images dealt into folds, an ordinary run for each, and all their scores."""
 
 import argparse
 import gc
 import json
+import os
 import shlex
 import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from medseg.cli import one_line, output_folder
-from medseg.coco import load_coco, recorded_group
+from medseg.cli import output_folder
+from medseg.coco import load_coco, recorded_group, require_data_set
 from medseg.dist import started_by_torchrun
 from medseg.files import atomic_write, read_json
-from medseg.inference import PLAIN, read_inference
-from medseg.metrics import (
-    bootstrap,
-    class_scores,
-    count_pixels,
-    mean_image_dice,
-    without_nan,
-)
+from medseg.inference import PLAIN
+from medseg.metrics import bootstrap, class_scores, count_pixels, mean_image_dice, without_nan
 from medseg.phantoms import make_phantoms
-from medseg.signals import Stopped
-from medseg.training.checkpoint import (
-    AFRESH,
-    BEST,
-    FOLDS,
-    LAST,
-    PREVIOUS,
-    fold_runs,
-    prepare_folder,
-    read_checkpoint,
-    recorded_flags,
-    run_lock,
-)
-from medseg.training.folds import deal_images, write_folds
+from medseg.splits import given_settings, link_split, list_images, present_splits, whole_folder
+from medseg.training import checkpoint as checkpoints
+from medseg.training.checkpoint import BEST, FOLDS
 from medseg.training.history import list_skipped
 from medseg.training.precision import keep_precision
 from medseg.training.tracking import experiment_name
 from medseg.training.tuning import predict
 
 DATA = "folds"  # in --out: the data sets fold1, fold2, ...
-# {title of a column: score}
-COLUMNS = {
-    "  Dice": "dice",
-    "per-image Dice": "image_dice",
-    "   IoU": "iou",
-    "precision": "precision",
-    "recall": "recall",
-    "accuracy": "acc",
-}
+COLUMNS = ("dice", "image_dice", "iou", "precision", "recall", "acc")  # of the table
+
+# ---- images dealt into data sets ---------------------------------------------------------------
+
+
+def deal_images(root, args, damaged=None):
+    """Deal the images of train and valid of `root` into args.folds folds.
+
+    Returns ([{"train": [LinkedImage], "valid": [...], "test": [...]} of each fold], the categories
+    of all, how many groups there are, each in one fold). valid of the K-th fold holds the K-th
+    part, its train all others; test is that of `root`, or where there is none, the fold's valid.
+    damaged: a list, to which damaged records and missing files add a line each and are left out;
+    without it they are an error. Raises FileNotFoundError; ValueError for fewer images, or groups,
+    than folds, and with --classes each for a class that the train of a fold would lack.
+    """
+    require_data_set(root)
+    images, categories = {}, {}
+    for split in present_splits(root):
+        images[split] = _read_images(root / split, categories, damaged)
+    test = images.pop("test", None)
+    pool = _rename([image for own in images.values() for image in own])
+    groups = [recorded_group(image.record) for image in pool]
+    fold_of, folds = deal_groups(groups, args.folds, args.seed), []
+    for fold in range(args.folds):
+        parts = {"train": [], "valid": []}
+        for image, own in zip(pool, fold_of, strict=True):
+            parts["valid" if own == fold else "train"].append(image)
+        folds.append({**parts, "test": _rename(test) if test else parts["valid"]})
+    trained = [
+        {one["category_id"] for image in parts["train"] for one in image.annotations}
+        for parts in folds
+    ]
+    lost = set.union(*trained) - set.intersection(*trained)
+    if lost and args.classes == "each":
+        names = [name for name, category in categories.items() if category["id"] in lost]
+        raise ValueError(
+            f"{root}: a fold would train without any image of class {', '.join(names)}: try "
+            "another --seed, or --classes union"
+        )
+    return folds, [*categories.values()], len({*groups} - {""})
+
+
+def deal_groups(groups, count, seed=0):
+    """The fold of each image, from 0 to count - 1; groups: a name each, "" is a group of its own.
+
+    Groups are dealt whole, the largest first, those of one size in random order, each to the fold
+    that has fewest images. Every fold gets one, else a ValueError.
+    """
+    members = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group or index, []).append(index)
+    if len(members) < count:
+        raise ValueError(f"{len(members)} images, or groups of them, are too few for {count} folds")
+    members = list(members.values())
+    order = np.random.default_rng(seed).permutation(len(members))
+    folds = [[] for _ in range(count)]
+    for index in sorted(order, key=lambda index: -len(members[index])):
+        min(folds, key=len).extend(members[index])
+    fold_of = {index: number for number, fold in enumerate(folds) for index in fold}
+    return [fold_of[index] for index in range(len(groups))]
+
+
+def _read_images(folder, categories, damaged):
+    """[LinkedImage] of a split; categories: {name: category}, to which its own are added.
+
+    Splits may number their categories in different ways: those of one name become one.
+    """
+    coco, renumbered = load_coco(folder, damaged), {}
+    for category in coco.dataset["categories"]:
+        new = {**category, "id": len(categories) + 1}
+        renumbered[category["id"]] = categories.setdefault(str(category.get("name")), new)["id"]
+    images = []
+    for image in list_images(coco, folder):
+        if image.path.is_file():
+            images.append(image)
+        elif damaged is None:
+            raise FileNotFoundError(f"{image.path}: no such file")
+        else:
+            damaged.append(f"{image.path}: no such file")
+        for annotation in image.annotations:
+            annotation["category_id"] = renumbered.get(annotation["category_id"])
+    return images
+
+
+def _rename(images):
+    """The same images; where names are there twice, whatever the case, each with a number."""
+    if len({image.name.casefold() for image in images}) == len(images):
+        return images
+    return [image._replace(name=f"{n:05}_{image.name}") for n, image in enumerate(images)]
+
+
+# ---- the runs ----------------------------------------------------------------------------------
 
 
 def check_folds(args):
     """ValueError where --folds goes with other flags, or with what is in --out, in no way."""
+    out = Path(args.out)
     if args.folds == 1:
         raise ValueError("--folds 1: nothing would be left to train on: give 2 or more")
     if args.folds and args.test_only:
-        one = Path(args.out) / "fold1"
-        raise ValueError(f"--test-only tests one run, not --folds: give it one, as --out {one}")
+        raise ValueError(f"--test-only tests one run, as --out {out / 'fold1'}, not --folds")
     if args.folds and started_by_torchrun():
         raise ValueError("--folds trains in one process: start it without torchrun")
-    data = Path(args.out) / DATA
-    if args.folds and data.exists() and not (Path(args.out) / FOLDS).exists():
-        raise ValueError(f"{data}: is there already: remove it, or name another folder with --out")
+    if args.folds and (out / DATA).exists() and not (out / FOLDS).exists():
+        raise ValueError(f"{out / DATA}: is there already: remove it, or give another --out")
 
 
 def read_folds(args):
     """What OUT/folds.json holds where --resume goes on with a cross-validation, else None.
 
-    "flags" of the run, "folds" that are done, and the file's "path". Raises ValueError.
+    "flags" of the run, "folds" that are done, and the file's "path".
     """
     path = Path(args.out) / FOLDS
     if not (args.resume or args.test_only) or not path.exists():
         return None
-    try:
-        record, folds = read_json(path), []
-        flags = {**record["flags"]}
-        for number, fold in enumerate(record["folds"], 1):
-            if fold["class_names"] != record["folds"][0]["class_names"]:
-                raise ValueError("its folds have different classes")
-            counts = np.array(fold["counts"], np.int64)
-            chosen = read_inference(fold)
-            images = {"per_image": dict(fold["per_image"]), "groups": fold.get("groups", [])}
-            folds.append(_fold_result(number, counts, fold["class_names"], images, chosen))
-        if flags["folds"] < max(2, len(folds)):
-            raise ValueError("more folds than its flags ask for")
-    except Exception as error:  # of many kinds
-        raise ValueError(
-            f"{path}: damaged, or not written by train.py ({one_line(error)}): {AFRESH}"
-        ) from None
-    return {"flags": flags, "folds": folds, "path": path}
+    record = read_json(path)
+    if not isinstance(record, dict) or not {"flags", "folds"} <= record.keys():
+        raise ValueError(f"{path}: not written by train.py: start afresh with --overwrite")
+    return {**record, "path": path}
 
 
-@dataclass
 class Fold:
     """A run of a cross-validation: its flags, and the checkpoint to go on from or None."""
 
-    number: int
-    args: argparse.Namespace
-    checkpoint: dict
-    result: dict = None  # what folds.json holds of it
-
-    @contextmanager
-    def training(self):
-        """Hold the lock of the fold's folder; a run stopped within goes on with --resume."""
-        with run_lock(Path(self.args.out)), _resumable():
-            yield
+    def __init__(self, args, number):
+        name, self.number, self.result = f"fold{number}", number, None
+        self.args, self.checkpoint = argparse.Namespace(**vars(args)), None
+        own, out = self.args, output_folder(Path(args.out) / name)
+        own.data, own.out = str(Path(args.out) / DATA / name), str(out)
+        own.folds, own.synthetic, own.resume, own.overwrite = 0, False, False, False
+        own.experiment_name = f"{args.experiment_name or experiment_name(args)}-{name}"
+        if any((out / last).exists() for last in (checkpoints.LAST, checkpoints.PREVIOUS)):
+            self.checkpoint = checkpoints.read_checkpoint(out)
+            keep_precision(own, argparse.ArgumentParser(), self.checkpoint["flags"])
 
     def score(self, model, batches, autocast):
-        """Score its valid split by the network that was trained on the others."""
+        """Score its valid split by the network that was trained on the others, for folds.json."""
         inference, names = model.info.inference or PLAIN, model.info.class_names
         pairs = predict(model, batches, batches.device, inference.flips, autocast)
         options = {"clean": inference.clean, "exclusive": model.info.exclusive}
-        counts = count_pixels(pairs, [inference.threshold], **options)[:, 0]
-        images = _describe_images(counts, Path(self.args.data) / "valid")
-        self.result = _fold_result(self.number, counts, names, images, inference)
-
-
-@contextmanager
-def _resumable():
-    """Within, folds.json is there for --resume to find."""
-    try:
-        yield
-    except Stopped as stop:
-        stop.checkpointed = True
-        raise
+        counts = count_pixels(pairs, [inference.threshold], **options)[:, 0]  # (N, C, 4)
+        dataset, dice = batches.dataset, mean_image_dice(counts).round(4).tolist()
+        groups = [recorded_group(dataset.coco.imgs[number]) for number in dataset.image_ids]
+        self.result = {
+            "fold": self.number,
+            "images": len(counts),
+            "class_names": list(names),
+            **inference.as_dict(),
+            "scores": without_nan(class_scores(counts, names)),
+            "per_image": dict(zip(dataset.names(), dice, strict=True)),  # the mean over the classes
+            "groups": groups if any(groups) else [],
+            "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
+        }
 
 
 def untrained_folds(args, record):
     """--folds: yield each `Fold` that is to be trained and scored; then score all images together.
 
     record: of `read_folds`, to go on with; folds that are done stay. The runs are in OUT/fold1,
-    OUT/fold2, ..., the scores in folds.json. ValueError for too many folds.
+    OUT/fold2, ..., the scores in folds.json. Raises what `deal_images` raises.
     """
-    out = Path(args.out)
-    data, deal = out / DATA, None
-    if not (record and data.exists()):  # stopped before they were written
-        deal = _deal(args)
+    out, root = Path(args.out), Path(args.data)
+    if args.synthetic:
+        root = make_phantoms(root / "synthetic")
     if record is None:
-        _clear(out)
-        record = {"flags": recorded_flags(args), "folds": []}
+        _write_data(root, args)
+        record = {"flags": checkpoints.recorded_flags(args), "folds": []}
     flags, folds = record["flags"], record["folds"]
-    _write(out, flags, folds)
-    if deal:
-        with _resumable():
-            write_folds(deal, data)
+    _write_scores(out, flags, folds)
     for number in range(len(folds) + 1, args.folds + 1):
         print(f"fold {number} of {args.folds}", flush=True)
-        fold = _open_fold(args, number)
-        yield fold
+        fold = Fold(args, number)
+        with checkpoints.run_lock(Path(fold.args.out)):
+            yield fold
         folds.append(fold.result)
-        _free_memory(fold)
-        _write(out, flags, folds)
-    _print_table(folds, _pool(folds))
-    test, weights = _root(args) / "test", f"{shlex.quote(str(out))}/fold*/{BEST}"
-    images = shlex.quote(str(test)) if test.is_dir() else "IMAGE"
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next fold moves its images to what is free there
+        # Each fold has all the images: their caches would take that many times the disk.
+        shutil.rmtree(Path(fold.args.data) / ".cache", ignore_errors=True)
+        _write_scores(out, flags, folds)
+    _print_table(folds, pool_scores(folds))
+    images = shlex.quote(str(root / "test")) if (root / "test").is_dir() else "IMAGE"
+    weights = f"{shlex.quote(str(out))}/fold*/{BEST}"
     print(f"saved {out / FOLDS}; next: python predict.py {images} --model {weights}")
 
 
-def _root(args):
-    """The folder of the data set that is dealt."""
-    return Path(args.data) / "synthetic" if args.synthetic else Path(args.data)
+def _write_data(root, args):
+    """Deal the images and write OUT/folds, in place of the runs that `refuse_other_run` let pass.
 
-
-def _deal(args):
-    """Deal the images of the data set, and say how."""
-    root, skipped = _root(args), [] if args.skip_bad else None
-    if args.synthetic:
-        make_phantoms(root)
-    each_class = args.classes == "each"
-    deal = deal_images(root, args.folds, args.seed, each_class=each_class, damaged=skipped)
-    list_skipped(skipped, Path(args.out))
-    sizes = ", ".join(str(len(parts["valid"])) for parts in deal.folds)
-    how = f"{deal.groups} groups, each in one fold"
-    if not deal.groups:
-        how = (
-            "one by one, for no groups are recorded (where several are of one patient, import them "
-            "with {group} in download.py --masks, or --groups)"
-        )
+    Files are linked where the file system can, else copied.
+    """
+    out, damaged = Path(args.out), [] if args.skip_bad else None
+    folds, categories, groups = deal_images(root, args, damaged)
+    list_skipped(damaged, out)
+    sizes = ", ".join(str(len(parts["valid"])) for parts in folds)
+    how = f"{groups} groups, each in one fold"
+    if not groups:
+        how = "no groups are recorded (download.py --groups, where images share a patient)"
     print(f"{root}: train and valid dealt into folds of {sizes} images: {how}", flush=True)
-    return deal
+    for folder in (out, *checkpoints.fold_runs(out)):
+        checkpoints.prepare_folder(folder, None)
+    shutil.rmtree(out / DATA, ignore_errors=True)
+    with whole_folder(out / DATA) as building:
+        for number, parts in enumerate(folds, 1):
+            for split, images in parts.items():
+                folder, ways = building / f"fold{number}" / split, (os.link, os.symlink)
+                settings = given_settings(root / "train")
+                link_split(folder, images, categories, settings, (*ways, shutil.copy2))
 
 
-def _clear(out):
-    """Make room for a new cross-validation, in place of one that `refuse_other_run` let pass."""
-    for folder in (out, *fold_runs(out)):
-        prepare_folder(folder, None)
-    for folder in (out / DATA, *out.glob(f".{DATA}.*.tmp")):  # these of a process that was killed
-        shutil.rmtree(folder, ignore_errors=True)
+def pool_scores(folds):
+    """The scores of the images of all folds together, as report.json of predict.py has them.
 
-
-def _open_fold(args, number):
-    """The Fold of this number, with flags of its own."""
-    name, checkpoint = f"fold{number}", None
-    own = argparse.Namespace(**vars(args))
-    own.data, own.out = str(Path(args.out) / DATA / name), str(Path(args.out) / name)
-    own.folds, own.synthetic, own.resume, own.overwrite = 0, False, False, False
-    own.experiment_name = f"{args.experiment_name or experiment_name(args)}-{name}"
-    out = output_folder(own.out)
-    if any((out / last).exists() for last in (LAST, PREVIOUS)):
-        checkpoint = read_checkpoint(out)
-        keep_precision(own, argparse.ArgumentParser(), checkpoint["flags"])
-    return Fold(number, own, checkpoint)
-
-
-def _free_memory(fold):
-    """Give back what a fold that is done has taken."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what is free counts where the next fold moves its images there
-    # Each fold has all the images: their caches would take that many times the disk.
-    shutil.rmtree(Path(fold.args.data) / ".cache", ignore_errors=True)
-
-
-def _fold_result(number, counts, names, images, inference):
-    """What folds.json holds of a fold.
-
-    counts: int64 (N, C, 4); images: of `_describe_images`; inference: that made the masks.
+    Where groups are recorded, an image without one is a group of its own.
     """
-    if counts.shape[1:] != (len(names), 4) or counts.min() < 0:
-        raise ValueError(f"no counts of {len(names)} classes")
-    return {
-        "fold": number,
-        "images": len(counts),
-        "class_names": list(names),
-        **inference.as_dict(),
-        "scores": without_nan(class_scores(counts, names)),
-        **images,
-        "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
-    }
-
-
-def _describe_images(counts, folder):
-    """per_image, {file name: Dice, the mean over the classes}, and groups, a name each or "".
-
-    Either is empty where it is not known: --skip-bad left images out, or no groups are recorded.
-    """
-    coco = load_coco(folder)
-    records = [coco.imgs[number] for number in coco.getImgIds()]
-    if len(records) != len(counts):
-        return {"per_image": {}, "groups": []}
-    names, dice = [record["file_name"] for record in records], mean_image_dice(counts).round(4)
-    per_image = dict(zip(names, dice.tolist(), strict=True))
-    groups = [recorded_group(record) for record in records]
-    return {"per_image": per_image, "groups": groups if any(groups) else []}
-
-
-def _pool(folds):
-    """The scores of the images of all folds together, as report.json of predict.py has them."""
-    names = folds[0]["class_names"]
+    names, numbers = folds[0]["class_names"], None
     counts = np.concatenate([np.array(fold["counts"], np.int64) for fold in folds])
-    groups, numbers = [], None
-    for fold in folds:
-        groups += fold["groups"] or [""] * len(fold["counts"])
-    if any(groups):  # an image without one is a group of its own
-        own = [group or f"image {index}" for index, group in enumerate(groups)]
-        numbers = np.unique(own, return_inverse=True)[1]
-    thresholds = {fold["threshold"] for fold in folds}
+    groups = [group for fold in folds for group in fold["groups"] or [""] * fold["images"]]
+    if any(groups):
+        groups = [group or f"image {index}" for index, group in enumerate(groups)]
+        numbers = np.unique(groups, return_inverse=True)[1]
     return {
         "class_names": names,
-        "threshold": thresholds.pop() if len(thresholds) == 1 else None,  # each fold's own
         "images": len(counts),
         "scores": without_nan(class_scores(counts, names, numbers)),
         "confidence_95": without_nan(bootstrap(counts, names, groups=numbers)),
     }
 
 
-def _write(out, flags, folds):
-    """Write folds.json, which has scores once all folds are done."""
-    pooled = _pool(folds) if len(folds) == flags["folds"] else {}
+def _write_scores(out, flags, folds):
+    """Write folds.json, which has the scores of all images once all folds are done."""
+    pooled = pool_scores(folds) if len(folds) == flags["folds"] else {}
     with atomic_write(out / FOLDS) as file:
         file.write(json.dumps({"flags": flags, **pooled, "folds": folds}, indent=1).encode())
 
 
 def _print_table(folds, pooled):
-    """A row for each fold and for all of them, with their intervals, and a line for each class."""
+    """A row for each fold, those of all with their interval, and a line for each class."""
+    names, intervals = pooled["class_names"], pooled["confidence_95"]
     rows = [(fold["fold"], fold["images"], fold["scores"]) for fold in folds]
     rows.append(("pooled", pooled["images"], pooled["scores"]))
     for end, title in enumerate(("95 % from", "95 % to")):
-        intervals = pooled["confidence_95"].items()
-        limits = {name: interval and interval[end] for name, interval in intervals}
+        limits = {name: interval and interval[end] for name, interval in intervals.items()}
         rows.append((title, "", limits))
-    print(f"{'fold':>9}{'images':>8}   " + "   ".join(COLUMNS))
+    print(f"{'fold':>9}{'images':>8}" + "".join(f"{name:>12}" for name in COLUMNS))
     for title, images, scores in rows:
-        values = (
-            f"{'none':>{len(head)}}" if scores[name] is None else f"{scores[name]:{len(head)}.4f}"
-            for head, name in COLUMNS.items()
-        )
-        print(f"{title:>9}{images:>8}   " + "   ".join(values))
-    for name in pooled["class_names"] if len(pooled["class_names"]) > 1 else ():
-        dice, interval = (pooled[key][f"dice/{name}"] for key in ("scores", "confidence_95"))
-        said = "no image of it in train and valid"
-        if dice is not None:
-            said = "pooled Dice {:.4f} [{:.4f}, {:.4f}]".format(dice, *interval)
-        print(f"  {name}: {said}")
+        values = ["none" if scores[key] is None else f"{scores[key]:.4f}" for key in COLUMNS]
+        print(f"{title:>9}{images:>8}" + "".join(f"{value:>12}" for value in values))
+    for name in names if len(names) > 1 else ():
+        dice, interval = pooled["scores"][f"dice/{name}"], intervals[f"dice/{name}"]
+        limits = "no image has it" if dice is None else "{:.4f} [{:.4f}, {:.4f}]"
+        print(f"  {name}: pooled dice " + limits.format(dice, *interval or ()))
