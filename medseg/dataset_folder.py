@@ -1,21 +1,22 @@
 """The folder of a data set: its splits, and what a killed import left in it.
 
-An import writes into ROOT/.new-XXXX, and makes .old-XXXX for the splits that it replaces once the
-new ones are whole. One that adds to a split writes into .add-XXXX beside it, and marks that as
-COMPLETE once it is whole. From then on it can be completed, whenever it was killed.
+An import writes into ROOT/.new-XXXX, or, to add to a split, into .add-XXXX beside it. Once all is
+written it marks that folder as COMPLETE, moves what it holds to its place, and moves splits that it
+replaces to .old-XXXX. From the mark on it can be completed, whenever it was killed.
 """
 
 import contextlib
 import os
 import re
 import shutil
+from pathlib import Path
 
 from medseg.files import file_lock
 
 ANNOTATIONS = "_annotations.coco.json"
 SPLITS = ("train", "valid", "test")
 NEW, OLD, ADD = ".new-", ".old-", ".add-"  # beginnings of tempfile's names, of eight characters
-COMPLETE = "complete"  # a file in .add-XXXX
+COMPLETE = "complete"  # a file in them
 LOCK = ".importing.lock"
 
 
@@ -36,7 +37,7 @@ def finish_import(root):
     left = _find_left(root)
     if not left:
         return
-    moving = any(_is_complete(folder) for folder in left)
+    moving = any((folder / COMPLETE).exists() for folder in left)
     try:
         busy = f"{root}: an import is moving its files: waiting until it has ended"
         with file_lock(root / LOCK, busy=busy, wait=moving) as locked:
@@ -48,67 +49,60 @@ def finish_import(root):
 
 def _finish(root):
     for folder in _find_left(root):
-        complete, old = _is_complete(folder), find_old(folder)
-        if complete and old:
-            replace_splits(folder, old)
-            shutil.rmtree(old)
-        elif complete:
-            for new in filter(os.path.isdir, folder.iterdir()):
-                _move_images(new, folder.parent / new.name)
+        complete = (folder / COMPLETE).exists()
+        if complete:
+            move_out(folder)
         shutil.rmtree(folder)
         ended = "completed" if complete else "taken back: the data set is as it was before"
         print(f"{root}: an import that was killed is {ended}", flush=True)
 
 
 def _find_left(root):
-    """The folders that imports left in `root`, or beside a split that is a link elsewhere."""
-    found = []
+    """The folders that imports left in `root`, or beside a split that is a link elsewhere.
+
+    They are known by their names and by what they hold: a user's folder stays.
+    """
+    name, left = re.compile(r"\.(new|add)-[a-z0-9_]{8}"), []
     with contextlib.suppress(OSError):
         links = [path.resolve().parent for path in root.iterdir() if path.is_symlink()]
         for place in dict.fromkeys([root, *links]):
-            found += _temporary(place, NEW) + _temporary(place, ADD)
-    return found
+            for path in place.iterdir():
+                if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                    held = {own.name for own in path.iterdir()} - {COMPLETE}
+                    if held <= {*SPLITS} or (path.name.startswith(ADD) and len(held) <= 1):
+                        left.append(path)
+    return left
 
 
-def _temporary(place, prefix):
-    """The folders that imports made in a folder, known by their names and by what they hold."""
-    name, found = re.compile(re.escape(prefix) + "[a-z0-9_]{8}"), []
-    for path in place.iterdir():
-        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            held = {own.name for own in path.iterdir()}
-            if held <= {*SPLITS} or (prefix == ADD and len(held - {COMPLETE}) <= 1):
-                found.append(path)
-    return found
+def move_out(folder):
+    """Move all that an import has written into a folder to its place, or nothing where that fails.
 
-
-def _is_complete(folder):
-    """Whether all that is to be moved out of a folder was written."""
-    return (folder / COMPLETE).exists() or find_old(folder) is not None
-
-
-def old_folder(new):
-    """Where the splits go that those in the folder `new` replace."""
-    return new.with_name(OLD + new.name.removeprefix(NEW))
-
-
-def find_old(folder):
-    """The `old_folder` of a folder where it is there, else None."""
-    old = old_folder(folder)
-    return old if folder.name.startswith(NEW) and old.is_dir() else None
-
-
-def replace_splits(new, old):
-    """Move the splits in `new` to the folder that it is in, and those that are there to `old`."""
-    for path in sorted(new.iterdir()):
-        target = new.parent / path.name
-        if os.path.lexists(target):
-            os.rename(target, old / path.name)
-        os.rename(path, target)
-
-
-def _move_images(new, folder):
-    """Move images into a split, then its annotation file, which replaces the one there."""
-    for path in sorted(new.iterdir(), key=lambda path: path.name == ANNOTATIONS):
-        target = folder / path.name
-        if path.name == ANNOTATIONS or not os.path.lexists(target):
+    Split by split, what is replaced first; of an addition its images, then the annotations.
+    """
+    (folder / COMPLETE).touch()  # from here on `finish_import` completes it
+    old, moves = folder.with_name(OLD + folder.name.removeprefix(NEW)), []
+    for new in sorted(filter(Path.is_dir, folder.iterdir())):
+        target = folder.parent / new.name
+        if folder.name.startswith(NEW):
+            if os.path.lexists(target):
+                old.mkdir(exist_ok=True)
+                moves.append((target, old / new.name))
+            moves.append((new, target))
+            continue
+        for path in sorted(new.iterdir(), key=lambda path: path.name == ANNOTATIONS):
+            if path.name == ANNOTATIONS or not os.path.lexists(target / path.name):
+                moves.append((path, target / path.name))
+    try:
+        for path, target in moves:
             os.replace(path, target)
+    except BaseException:  # Ctrl-C too
+        last, target = moves[-1]
+        if last.exists() or target.is_dir():  # else the annotations are replaced: all is done
+            for path, target in reversed(moves):
+                if not os.path.lexists(path):
+                    os.replace(target, path)
+            shutil.rmtree(old, ignore_errors=True)
+        (folder / COMPLETE).unlink()
+        raise
+    if old.exists():
+        shutil.rmtree(old)

@@ -26,7 +26,7 @@ from medseg.coco import (
     recorded_settings,
     used_categories,
 )
-from medseg.dataset_folder import ADD, COMPLETE, NEW, import_lock, old_folder, replace_splits
+from medseg.dataset_folder import ADD, NEW, import_lock, move_out
 from medseg.files import file_lock
 
 ROBOFLOW = re.compile(r"(.+)\.rf\.\w+")  # the name of a picture, and a number of its variant
@@ -88,19 +88,7 @@ def install(root, write_splits, splits=SPLITS):
             read_splits(new, [], splits)
         except ValueError as error:  # the temporary folder is gone when the message is read
             raise ValueError(str(error).replace(f"{new}{os.sep}", "")) from None
-        old = old_folder(new)
-        old.mkdir()  # from here on `finish_import` completes the import where it is killed
-        try:
-            replace_splits(new, old)
-        except BaseException:  # Ctrl-C too
-            for split in splits:
-                if not (new / split).exists():
-                    os.rename(root / split, new / split)
-                if os.path.lexists(old / split):
-                    os.rename(old / split, root / split)
-            old.rmdir()
-            raise
-        shutil.rmtree(old)
+        move_out(new)
 
 
 def extend_split(folder, write_more):
@@ -116,29 +104,15 @@ def extend_split(folder, write_more):
     with tempfile.TemporaryDirectory(prefix=ADD, dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
         result = write_more(new)
-        annotations, images = new / ANNOTATIONS, []
         for path in sorted(new.iterdir()):
             target = folder / path.name
-            if path == annotations:
+            if path.name == ANNOTATIONS or not os.path.lexists(target):
                 continue
-            if not os.path.lexists(target):
-                images.append(path)
-            elif not target.is_file() or not filecmp.cmp(path, target, shallow=False):
+            if not target.is_file() or not filecmp.cmp(path, target, shallow=False):
                 raise ValueError(
                     f"{target}: is there, though {ANNOTATIONS} does not list it: move it elsewhere"
                 )
-        (Path(temporary) / COMPLETE).touch()  # from here on `finish_import` completes the addition
-        try:
-            for path in images:
-                os.rename(path, folder / path.name)
-            os.replace(annotations, folder / ANNOTATIONS)
-        except BaseException:  # Ctrl-C too
-            if annotations.exists():  # else the split is complete
-                for path in images:
-                    if not path.exists():
-                        os.rename(folder / path.name, path)
-                (Path(temporary) / COMPLETE).unlink()
-            raise
+        move_out(Path(temporary))
     return result
 
 

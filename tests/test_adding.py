@@ -38,7 +38,7 @@ from PIL import Image
 from data import load_split
 from medseg.dataset_folder import import_lock
 from medseg.planning.fingerprint import take_fingerprint
-from medseg.splits import SPLITS
+from medseg.splits import ANNOTATIONS, SPLITS
 
 CLASSES = ("--classes", "cup,disc")
 NEW = ("--masks", "more/images", "more/masks", "--into", "train", "--add")
@@ -253,21 +253,22 @@ def test_slices_that_show_nothing_are_no_duplicates(here):
 # ---- stopped and killed --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["write", "rename", "replace"])
+@pytest.mark.parametrize("place", ["write", "n11.png", ANNOTATIONS])
 def test_an_interrupted_addition_leaves_the_old_split(grown, monkeypatch, place):
+    original = os.replace
+
+    def replace(source, target):
+        if target == Path("dataset/train", place).resolve():
+            raise KeyboardInterrupt
+        original(source, target)
+
     def stop(*_):
         raise KeyboardInterrupt
 
-    def rename(source, target, calls=[]):  # noqa: B006, counts its calls
-        calls.append(target)
-        return stop() if len(calls) == 3 else os.replace(source, target)
-
     before = tree(grown)
+    monkeypatch.setattr(os, "replace", replace)
     if place == "write":
         monkeypatch.setattr("medseg.importing.adding.leave_out_known", stop)
-    else:
-        replacement = rename if place == "rename" else stop
-        monkeypatch.setattr(f"medseg.splits.os.{place}", replacement)
     result = script_here("download.py", *NEW, *CLASSES, cwd=grown)
     assert (result.returncode, result.stderr) == (130, "download.py: interrupted\n")
     assert tree(grown) == before
@@ -353,6 +354,7 @@ def test_every_command_completes_an_import(grown, command):
     """It was killed between the renames."""
     run_download(*FORCE, *CLASSES, "--data", "fresh")
     Path("fresh").rename("dataset/.new-abcdefgh")
+    Path("dataset/.new-abcdefgh/complete").touch()
     Path("dataset/.old-abcdefgh").mkdir()
     Path("dataset/train").rename("dataset/.old-abcdefgh/train")
     Path("dataset/.new-abcdefgh/train").rename("dataset/train")
