@@ -29,10 +29,9 @@ from torch.utils.data import Dataset
 from medseg import coco as coco_json
 from medseg import dist, samples
 from medseg import images as pictures
-from medseg.augment import AUGMENTATIONS
 from medseg.batches import Batches, Order, Transform
 from medseg.cache import cached_rows
-from medseg.cli import parse_named_values, run_main
+from medseg.cli import run_main
 from medseg.coco_dialects import print_forgiven
 from medseg.device import tune_convolutions
 from medseg.normalization import split_rows
@@ -303,7 +302,6 @@ def make_loaders(args, root, model, device, skipped):
     options = {"classes": classes, "n_channels": model.n_channels, "skipped": skipped}
     order = Order(args.batch_size, seed=args.seed, rank=rank, world=world)
     plain = Transform(model.n_channels, model.n_classes)
-    strengths = parse_named_values(args.augment, AUGMENTATIONS)
     loaders = {}
     with dist.first_on_each_machine():
         for split in ("test",) if args.test_only else coco_json.SPLITS:
@@ -316,7 +314,7 @@ def make_loaders(args, root, model, device, skipped):
                 print_forgiven(notes, f"{split}: ")
             if split == "train":
                 drawn = replace(order, shuffle=True, repeat=args.repeat, foreground=args.foreground)
-                changed = replace(plain, crop=args.crop, strengths=strengths)
+                changed = replace(plain, crop=args.crop, strengths=args.augment)
                 loaders[split] = Batches(rows, drawn, device, transform=changed)
             else:
                 known = dataset.without(skipped)

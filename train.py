@@ -9,9 +9,8 @@ examples:
   python train.py --test-only                 # test best_model.pth again
   torchrun --standalone --nproc_per_node=4 train.py   # four GPUs, which share each batch
 
-Writes to --out: best_model.pth (the weights with the lowest validation loss), last.pth and
-last.previous.pth (everything that --resume needs), metrics.csv (a line for each epoch),
-curves.png and predictions.png.
+Writes to --out: best_model.pth (the weights with the lowest validation loss), last.pth (everything
+that --resume needs), metrics.csv (a line for each epoch), curves.png and predictions.png.
 """
 
 import sys
@@ -28,17 +27,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Batches, count_channels, make_loaders, open_split
-from medseg import cli, coco, dist, drawing, inference, layers, metrics, phantoms, plots, predictor
+import data
+import net
+from medseg import cli, dist, drawing, inference, metrics, plots, predictor
 from medseg import device as devices
 from medseg.planning.plan import planned_flags
 from medseg.signals import Signals
 from medseg.training import checkpoint as checkpoints
-from medseg.training import cross_validation, feature_statistics, optim, tracking, tuning
+from medseg.training import cross_validation, feature_statistics, optim, run, tracking, tuning
 from medseg.training import flags as command_line
 from medseg.training import history as reports
-from medseg.training.precision import settle_precision
-from net import UNet, copy_weights, info_of, load_model
 
 # ---- loss (tutorial, section 5) --------------------------------------------------------------
 
@@ -54,53 +52,63 @@ def dice_loss(pred, target, smooth=1e-6):
     return 1 - (2 * intersection + smooth) / (total + smooth)
 
 
-def focal_loss(pred, target, alpha=0.25, gamma=2.0, *, reduction="mean"):
-    """Cross-entropy that counts sure pixels less; pred: probabilities, target: 0 and 1.
+def bce_loss(pred, target):
+    """The binary cross-entropy of each pixel; NaN where pred is."""
+    # On a GPU, binary_cross_entropy of NaN ends the process.
+    loss = F.binary_cross_entropy(pred.nan_to_num(0.5), target, reduction="none")
+    return loss.where(pred == pred, pred)
+
+
+def focal_loss(pred, target, alpha=0.25, gamma=2.0):
+    """Cross-entropy of each pixel that counts sure ones less; pred: probabilities, target: 0 and 1.
 
     -a (1 - p)^gamma log(p), with p the probability of the right answer and a = alpha where that is
     foreground, else 1 - alpha. Lin et al.: "Focal Loss for Dense Object Detection", ICCV 2017,
-    equation 5. reduction: "mean" or "sum" over the pixels of this process.
+    equation 5.
     """
-    cross_entropy = F.binary_cross_entropy(pred, target, reduction="none")
     right = pred * target + (1 - pred) * (1 - target)
     weight = alpha * target + (1 - alpha) * (1 - target)
-    loss = weight * (1 - right) ** gamma * cross_entropy
-    return loss.mean() if reduction == "mean" else loss.sum()
+    return weight * (1 - right) ** gamma * bce_loss(pred, target)
 
 
-def combined_loss(pred, target, *, dice=0.6, bce=0.4, focal=0.0):
-    """The weighted sum of Dice loss, binary cross-entropy and focal loss; NaN where pred is.
+# What --loss takes. A loss is a number for the batch of all processes, or one for each pixel.
+LOSSES = {"dice": dice_loss, "bce": bce_loss, "focal": focal_loss}
+WEIGHTS = {"dice": 0.6, "bce": 0.4}  # the tutorial's
 
-    pred: float32 probabilities, target: 0 and 1, of one shape. The tutorial's weights are 0.6 for
-    the Dice loss and 0.4 for the cross-entropy. Means are over the pixels of all processes.
+
+def combined_loss(pred, target, weights=WEIGHTS):
+    """The sum of LOSSES by {name: weight}; NaN where pred is.
+
+    pred: float32 probabilities, target: 0 and 1, of one shape. Losses of pixels count by their
+    mean over the pixels of all processes.
     """
-    # On a GPU, binary_cross_entropy of NaN ends the process; what is added last passes it on.
-    finite, loss = pred.nan_to_num(0.5), pred.new_zeros(())
-    if bce:
-        loss = loss + bce * F.binary_cross_entropy(finite, target, reduction="sum")
-    if focal:
-        loss = loss + focal * focal_loss(finite, target, reduction="sum")
-    loss, pixels = dist.all_reduce_sum(torch.stack([loss, pred.new_full((), pred.numel())]))
-    overlap = dice * dice_loss(pred, target) if dice else 0 * pred.sum()
-    return overlap + loss / pixels
+    total = pred.new_zeros(())
+    for name, weight in weights.items():
+        loss = LOSSES[name](pred, target)
+        if loss.dim():
+            sums = torch.stack([weight * loss.sum(), pred.new_full((), pred.numel())])
+            loss_sum, pixels = dist.all_reduce_sum(sums)
+            total = total + loss_sum / pixels
+        else:
+            total = total + weight * loss
+    return total
 
 
 # ---- training (tutorial, section 5) ----------------------------------------------------------
 
 
-def evaluate(
-    model, loader, criterion, device, *, autocast=nullcontext(), poll=lambda: None, inference=None
-):
+def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), inference=None):
     """Scores of `model` over every batch of `loader`, see RunningScores.result.
 
-    poll() is called after each batch. inference: score the masks that predict.py makes with it, at
-    the size of each image, `loader` being Batches; else those above 0.5 at the network's size.
+    inference: score the masks that predict.py makes with it, at the size of each image, `loader`
+    being Batches; else those above 0.5 at the network's size.
     """
     model.eval()
-    chosen = inference or predictor.PLAIN
-    options = {"info": info_of(model), "inference": chosen, "autocast": autocast}
-    predict = predictor.Predictor([model], device, **options)  # large images by tiles
-    scores = metrics.RunningScores(device, info_of(model).class_names)
+    info, chosen = net.info_of(model), inference or predictor.PLAIN
+    predict = predictor.Predictor(  # large images by tiles
+        [model], device, info=info, inference=chosen, autocast=autocast
+    )
+    scores = metrics.RunningScores(device, info.class_names)
     numbers = iter(loader.row_numbers() if inference else ())
     with torch.inference_mode():
         for images, masks in loader:
@@ -112,11 +120,10 @@ def evaluate(
                 scores.add_counts(loss, tuning.count_batch(model, inference, truths, outputs))
             else:
                 scores.add(loss, outputs, masks)
-            poll()
     return scores.result()
 
 
-def train_one_epoch(model, loader, criterion, state, device, title, *, autocast, poll):
+def train_one_epoch(model, loader, criterion, state, title, poll):
     """Train on the batches that the epoch has left; returns (scores, images per second).
 
     state: the objects that `train_model` makes. poll() is called after each step.
@@ -131,9 +138,9 @@ def train_one_epoch(model, loader, criterion, state, device, title, *, autocast,
     model.train()
     with reports.progress_bar(batches, loader, progress.step, title) as bar:
         for images, masks in bar:
-            images, masks = images.to(device), masks.to(device)
+            images, masks = images.to(step.device), masks.to(step.device)
             step.begin()
-            with autocast:
+            with step.autocast:
                 outputs = model(images)
             loss = criterion(outputs, masks)
             finite = step.finish(loss)  # backward, and the weights' update where it is finite
@@ -155,20 +162,12 @@ def train_model(
     num_epochs,
     device,
     *,
-    patience=8,
-    grace=0,  # steps before whose end patience does not count
+    options=None,  # optim.TrainingOptions, where not as in the tutorial
     out=".",
-    autocast=nullcontext(),  # for the forward pass
-    scaler=None,  # a GradScaler, for fp16
-    schedule=None,  # schedule(step): factor of the learning rate at that step of the run
-    ema=0.0,  # decay of a running mean of the weights, evaluated and kept in their place; 0: none
-    resume=None,  # what last.pth held
-    flags=None,  # recorded in last.pth
+    checkpoint=None,  # what last.pth held, to go on from
     log=lambda values, step: None,  # called after each epoch
-    signals=None,  # a `Signals` to be stopped by
-    save_every=60,  # seconds between two checkpoints, within an epoch too
 ):
-    """Train for num_epochs, or until the validation loss has not fallen for `patience` epochs.
+    """Train for num_epochs, or until the validation loss has not fallen for 8 epochs.
 
     train_loader, val_loader: iterables of (images (B, C, H, W), masks (B, 1, H, W));
     criterion(probabilities, masks): scalar tensor. Leaves the best weights in `model` and in
@@ -179,38 +178,33 @@ def train_model(
     ValueError after 20 such steps in a row, where no validation loss was a number,
     and where the last checkpoint cannot be written (an earlier one is only a warning).
     """
-    out, device, signals = Path(out), torch.device(device), signals or Signals()
+    out, device, options = Path(out), torch.device(device), options or optim.TrainingOptions()
     state = SimpleNamespace(  # what last.pth keeps: objects with state_dict and load_state_dict
         model=model,
-        running_mean=optim.RunningMean(model, ema),
-        guarded_step=optim.GuardedStep(model, optimizer, device, scaler=scaler, schedule=schedule),
-        scores=metrics.RunningScores(device, info_of(model).class_names),
+        running_mean=optim.RunningMean(model, options.ema),
+        guarded_step=optim.GuardedStep(model, optimizer, device, options),
+        scores=metrics.RunningScores(device, net.info_of(model).class_names),
         progress=checkpoints.Progress(),
         rng=checkpoints.RandomState(device),
     )
-    checkpointer = checkpoints.Checkpointer(out, vars(state), flags=flags, save_every=save_every)
-    if resume:
-        checkpointer.restore(resume)
+    checkpointer = checkpoints.Checkpointer(out, vars(state), options)
+    if checkpoint:
+        checkpointer.restore(checkpoint)
     progress, averaged = state.progress, state.running_mean.model  # the model itself without ema
     wrapped = dist.distribute(model)  # likewise in a single process
-    poll = partial(checkpointer.poll, signals)
 
-    with signals.defer():
-        if wrapped is not model and not resume:
+    with options.signals.defer():
+        if wrapped is not model and not checkpoint:
             checkpointer.save()  # what a restart by torchrun goes on from, not an older run's
-        free = checkpoints.grace_epochs(grace, len(train_loader)) if grace else 0
-        while progress.epoch < num_epochs and progress.epochs_waited(free) < patience:
+        while progress.epoch < num_epochs and progress.waited < options.patience:
             started, title = time.perf_counter(), f"epoch {progress.epoch + 1}/{num_epochs}"
             train_scores, speed = train_one_epoch(
-                wrapped, train_loader, criterion, state, device, title, autocast=autocast, poll=poll
+                wrapped, train_loader, criterion, state, title, checkpointer.poll
             )
-            val_scores = evaluate(
-                averaged, val_loader, criterion, device, autocast=autocast, poll=poll
-            )
-            progress.end_epoch()
-            better = dist.all_reduce_max(val_scores["loss"] < progress.best_loss)[0]
-            if better:
-                progress.keep_best(val_scores["loss"], averaged)
+            polling = checkpointer.polling(val_loader)
+            val_scores = evaluate(averaged, polling, criterion, device, autocast=options.autocast)
+            free = state.guarded_step.steps <= options.grace
+            better = progress.end_epoch(val_scores["loss"], averaged, free=free)
             row = reports.epoch_row(progress.epoch, train_scores, val_scores, state.guarded_step)
             row |= {"images_per_second": speed, "seconds": time.perf_counter() - started}
             progress.history.append(row)
@@ -221,7 +215,7 @@ def train_model(
                 reports.print_epoch(progress.history, num_epochs, better)
                 log(reports.log_values(row), progress.epoch)
         if progress.epoch < num_epochs and dist.is_first():
-            reports.print_early_stop(progress, patience)
+            reports.print_early_stop(progress, options.patience)
         checkpointer.save(last_chance=True)
     if progress.best_weights is None:
         raise ValueError("the loss on valid never was a number: lower --lr or try --precision fp32")
@@ -230,38 +224,31 @@ def train_model(
 
 
 def visualize_predictions(
-    model,
-    test_loader,
-    device,
-    num_samples=5,
-    threshold=0.5,
-    *,
-    path="predictions.png",
-    title="",
-    names=(),
-    chosen=None,
+    model, test_loader, device, num_samples=5, threshold=0.5, *, path="predictions.png"
 ):
-    """Draw samples of the first batches with their true and predicted masks.
+    """Draw samples of the first batches with their true and predicted masks; returns path.
 
     The samples are spread evenly over as many batches as hold num_samples images. Those of
     `data.Batches` with a data set are drawn in their own size, with the masks that predict.py
-    writes; others as the network takes them. names: of the images, in the loader's order, to write
-    below the samples. chosen: the Inference that makes the masks, in the place of the threshold.
-    Returns path.
+    writes, and named; others as the network takes them. threshold: or an `Inference`, which makes
+    the masks.
     """
     model.eval()
-    chosen, samples, cases = chosen or inference.Inference(threshold), [], []
-    options = {"info": info_of(model), "inference": chosen}
-    predict = predictor.Predictor([model], device, **options)
+    chosen = threshold
+    if not isinstance(threshold, inference.Inference):
+        chosen = inference.Inference(threshold)
+    predict = predictor.Predictor([model], device, info=net.info_of(model), inference=chosen)
+    samples, cases = [], []
     for images, masks in test_loader:
         samples += zip(images, masks, strict=True)
         if len(samples) >= num_samples:
             break
     shown = np.linspace(0, len(samples) - 1, min(num_samples, len(samples))).astype(int)
+    known = isinstance(test_loader, data.Batches) and test_loader.knows_images
     for index in shown:
         image, mask = samples[index]  # their sizes may differ
         picture, target = plots.denormalize(image[None])[0], mask.cpu().numpy() > 0.5
-        if isinstance(test_loader, Batches) and test_loader.knows_images:
+        if known:
             picture, target = test_loader.original(index)
         with torch.inference_mode():
             outputs = predict(image[None])[0].cpu().numpy()
@@ -269,10 +256,11 @@ def visualize_predictions(
         pred = np.stack(list(chosen.masks(outputs, size, exclusive=exclusive)))
         dice = metrics.image_dice(metrics.count_masks(target, pred))
         cases.append((*plots.reduce_case(picture, target, pred), f"Dice {dice.mean():.2f}"))
+    names = test_loader.names_in_order() if known else ()
     return plots.plot_predictions(
         cases,
         path,
-        title=title or f"predictions at {chosen}",
+        title=f"predictions at {chosen}{drawing.describe_shown(predict.info.channel_names, ', ')}",
         class_names=predict.info.class_names,
         captions=[names[index] for index in shown] if names else (),
     )
@@ -282,204 +270,117 @@ def visualize_predictions(
 
 
 def main(argv=None):
-    args, checkpoint = command_line.parse_arguments(argv, __doc__, planned_flags)
-    by_default = "classes" not in command_line.make_parser(__doc__).parse_given(argv, ("classes",))
-    unasked = by_default and args.classes == "union" and args.recipe != "auto"  # which tells why
+    parser = command_line.make_parser(__doc__, LOSSES, WEIGHTS)
+    args, checkpoint, kept = command_line.parse_arguments(parser, argv)
     out, signals, lock = cli.output_folder(args.out), Signals(), nullcontext()
-    writes = dist.starts_first() and not args.test_only  # the first of the processes
-    if writes:
+    if dist.starts_first() and not args.test_only:  # the first of the processes writes
         lock = checkpoints.run_lock(out)
-    try:
-        go_on = command_line.command("train.py", "--resume", out=out)
-        with signals.installed(), signals.exit_when_stopped(go_on), lock:
-            if writes and not (checkpoint or args.overwrite or dist.restart_count()):
-                checkpoints.refuse_other_run(out, folds=args.folds)
-            if dist.starts_first():
-                checkpoints.check_run_folder(out, args)
-            if writes and not checkpoint and unasked and not args.synthetic:
-                reports.print_union(Path(args.data))
-            if args.folds:
-                for fold in cross_validation.untrained_folds(args, checkpoint):
-                    fold.score(*train_and_test(fold.args, fold.checkpoint, signals))
-            else:
-                train_and_test(args, checkpoint, signals)
-    except (MemoryError, RuntimeError) as error:
-        memory = devices.out_of_memory(error)
-        if memory is None:
-            raise
-        size = "--crop" if args.crop else "--image-size"
-        raise ValueError(
-            f"out of {memory} with --batch-size {args.batch_size}: halve it, "
-            f"or lower {size} or --n-filters"
-        ) from None
+    go_on = run.command("train.py", "--resume", out=out)
+    advice = run.memory_advice(args)
+    with signals.installed(), signals.exit_when_stopped(go_on), lock, advice:
+        run.check_folder(args, checkpoint)
+        if args.recipe == "auto" and not (checkpoint or args.test_only):
+            args = command_line.add_plan(args, planned_flags(kept))
+        if args.folds:
+            for fold in cross_validation.untrained_folds(args, checkpoint):
+                fold.score(*train_and_test(fold.args, fold.checkpoint, signals))
+        else:
+            train_and_test(args, checkpoint, signals)
 
 
 def train_and_test(args, checkpoint, signals):
     """One run, in each process of torchrun; returns its network, `valid` and the autocast."""
-    device = devices.pick_device(args.device)
+    # 1. Device
+    device, out = devices.pick_device(args.device), Path(args.out)
     if device.type == "cpu":
         devices.keep_freed_memory()
     with dist.process_group(device):
-        root, out = data_root(args), Path(args.out)
-        model = make_model(args, root, device, start=not checkpoint)
-        skipped = [] if args.skip_bad else None
-        loaders = make_loaders(args, root, model, device, skipped)
-        precision = settle_precision(args, device)
+        precision = run.settle_precision(args.precision, device, checkpoint)
+        autocast = devices.make_autocast(precision, device)
+        # 2. Model and data
+        root, skipped = run.data_root(args), [] if args.skip_bad else None
+        model = run.make_network(args, root, device, start=not checkpoint)
+        loaders = data.make_loaders(args, root, model, device, skipped)
+        flags = {**vars(args), "computed_in": [device.type, precision]}
+        if not args.test_only:
+            flags["data_fingerprints"] = checkpoints.check_same_data(root, checkpoint)
         if dist.is_first():
             note = f"{devices.describe_device(device)}, {precision}"
-            reports.print_run(root, args, loaders, model, note)
+            reports.print_run(args, root, model, loaders, note)
             reports.list_skipped(skipped, out)
-        flags = checkpoints.recorded_flags(args)
-        if not args.test_only:
-            command_line.check_batch_norm(args, loaders["train"].images_per_epoch)
-            datasets = [open_split(root, split, skipped=[]) for split in ("train", "valid")]
-            flags["data_fingerprints"] = checkpoints.check_same_data(datasets, root, checkpoint)
         tracker, history = tracking.start_tracker(args, flags, checkpoint), None
-        criterion, autocast = loss_of(args), devices.make_autocast(precision, device)
+        criterion = partial(combined_loss, weights=args.loss)
         try:
             if not args.test_only:
+                # 3. Optimizer and learning rate
+                optimizer = optim.AdamW(  # with a weight decay of 0, Adam as the tutorial's
+                    model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+                )
+                options = run.training_options(args, optimizer, len(loaders["train"]))
+                options.autocast, options.scaler = autocast, devices.make_scaler(precision, device)
+                options.flags, options.signals = flags, signals
+                # 4. Training
                 if dist.is_first():
                     checkpoints.prepare_folder(out, checkpoint)
-                steps = args.epochs * len(loaders["train"])
-                warmup, ema = optim.fit_to_run(args.warmup, args.ema, steps)
                 history = train_model(
                     model,
                     loaders["train"],
                     loaders["valid"],
                     criterion,
-                    make_optimizer(args, model),
+                    optimizer,
                     args.epochs,
                     device,
-                    patience=args.patience,
-                    grace=max(args.min_steps, args.warmup),
+                    options=options,
                     out=out,
-                    autocast=autocast,
-                    scaler=devices.make_scaler(precision, device),
-                    schedule=optim.make_schedule(args.schedule, warmup, steps),
-                    ema=ema,
-                    resume=checkpoint,
-                    flags=flags,
+                    checkpoint=checkpoint,
                     log=tracker.log,
-                    signals=signals,
-                    save_every=args.save_every,
                 )
                 feature_statistics.record_statistics(model, loaders, device, out, autocast)
                 if args.tune_prediction:
                     tuning.tune_prediction(model, loaders, device, out, autocast)
-            planned = args.recipe == "auto"
-            test(model, loaders["test"], criterion, device, autocast, tracker, planned=planned)
+            # 5. Test
+            test(model, loaders["test"], criterion, device, autocast, tracker)
+            # 6. Visualization
             if dist.is_first():
-                draw(args, root, model, loaders["test"], device, history, tracker)
+                draw(args, root, model, loaders["test"], history, tracker)
         finally:
             tracker.finish(failed=sys.exc_info()[0] is not None)
         return model, loaders.get("valid"), autocast
 
 
-def data_root(args):
-    """The folder of the data set; the phantoms of --synthetic are drawn there first."""
-    if not args.synthetic:
-        return Path(args.data)
-    with dist.first_on_each_machine():
-        return phantoms.make_phantoms(Path(args.data) / "synthetic")
-
-
-def test(model, loader, criterion, device, autocast, tracker, *, planned=False):
+def test(model, loader, criterion, device, autocast, tracker):
     """Print and log the scores of the best weights, at 0.5 and as was chosen on valid.
 
     Those of the masks that predict.py writes, at the size of each image.
     """
     score = partial(evaluate, model, loader, criterion, device, autocast=autocast)
-    scores = score(inference=inference.PLAIN)
+    scores, chosen = score(inference=inference.PLAIN), model.info.inference
     tracker.log({f"test/{name}": value for name, value in scores.items()})
     if dist.is_first():
-        memory = devices.peak_memory(device)
-        reports.print_test(scores, model.info.class_names, memory, planned=planned)
-    if model.info.inference not in (None, inference.PLAIN):
-        scores = score(inference=model.info.inference)
+        reports.print_test(scores, model.info.class_names, devices.peak_memory(device))
+    if chosen not in (None, inference.PLAIN):
+        scores = score(inference=chosen)
         tracker.log({f"test/chosen_{name}": scores[name] for name in scores if name != "loss"})
         if dist.is_first():
-            reports.print_chosen_test(scores, model.info.inference, model.info.class_names)
+            reports.print_chosen_test(scores, chosen, model.info.class_names)
 
 
-def make_optimizer(args, model):
-    """Adam, as the tutorial's, where --weight-decay is 0."""
-    return optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-
-
-def loss_of(args):
-    """The criterion that --loss names."""
-    return partial(combined_loss, **command_line.loss_weights(args))
-
-
-def make_model(args, root, device, *, start=True):
-    """The network of these flags, or with --test-only that of best_model.pth, on the device.
-
-    start: whether --init counts; a run that is resumed has weights of its own.
-    """
-    torch.manual_seed(args.seed)
-    if args.test_only:
-        model = load_model(Path(args.out) / checkpoints.BEST)
-    else:
-        model = new_model(args, root)
-        if args.init and start:
-            same_classes = copy_weights(load_model(args.init), model)
-            if not same_classes and dist.is_first():
-                reports.print_new_head(model)
-    model = dist.synchronize_batch_norm(model, device)
-    model.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        model.compile()  # in place: the weights keep their names
-    return model
-
-
-def new_model(args, root):
-    """The network of these flags with random weights."""
-    names = None
-    if args.classes == "each":
-        names = list(coco.used_categories(coco.load_coco(root / "train", [])))
-        if not 1 <= len(names) <= 255:
-            raise ValueError(
-                f"{root / 'train'}: {len(names)} categories have annotations, and --classes "
-                "each takes 1 to 255"
-            )
-    model = UNet(
-        count_channels(root, args.n_channels),
-        len(names) if names else 1,
-        args.n_filters,
-        image_size=None if args.crop else args.image_size,
-        class_names=names,
-        trained_flips=inference.learned_flips(command_line.augmentations(args)),
-        **coco.recorded_settings(root / "train"),
-        **layers.architecture_of(args).as_dict(),
-    )
-    if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
-        torch.nn.init.constant_(model.outc.bias, np.log(args.prior / (1 - args.prior)))
-    return model
-
-
-def draw(args, root, model, test_loader, device, history, tracker):
+def draw(args, root, model, test_loader, history, tracker):
     """Pictures of a finished run, and the command to look at a prediction with."""
-    out = Path(args.out)
-    sides = (
-        f"{model.info.image_size}x{model.info.image_size}" if model.info.image_size else "own size"
-    )
-    title = f"{sides}, {model.n_filters} filters"
-    shown = drawing.describe_shown(model.info.channel_names, ", ")
+    out, chosen = Path(args.out), model.info.inference or inference.PLAIN
     drawn = visualize_predictions(
         model,
         test_loader,
-        device,
+        test_loader.device,
         num_samples=10,
+        threshold=chosen,
         path=out / "predictions.png",
-        title=f"{root / 'test'}: {title}, {model.info.inference or inference.PLAIN}{shown}",
-        chosen=model.info.inference,
-        names=test_loader.names_in_order(),
     )
     tracker.image("predictions", drawn)
     if history:
-        curves = plots.plot_curves(history, out / checkpoints.CURVES, title=f"{root}: {title}")
+        curves = plots.plot_curves(history, out / checkpoints.CURVES, title=str(root))
         drawn = f"{drawn} and {curves}"
-    print(f"drawn: {drawn}; next: {command_line.predict_command(args, root)}")
+    print(f"drawn: {drawn}; next: {run.predict_command(args, root)}")
 
 
 if __name__ == "__main__":

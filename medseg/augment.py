@@ -23,7 +23,7 @@ AUGMENTATIONS = {
     "noise": (0.05, 1.0),  # Gaussian; its deviation, of normalised values, is 0 to strength
 }
 # For networks that see an image few times: in `strong` of --recipe, and in short runs of auto.
-SLIGHT = "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1"
+SLIGHT = {"rotate": 5.0, "scale": 0.1, "shift": 0.05, "contrast": 0.1, "brightness": 0.1}
 SPLINE_POINTS = 7  # a side of the grid that spans an elastic displacement
 # Uniform numbers that each change needs for an image.
 DRAWS = {**dict.fromkeys(AUGMENTATIONS, 1), "shift": 2, "flip": 2, "elastic": 2 * SPLINE_POINTS**2}

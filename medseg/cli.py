@@ -2,11 +2,11 @@
 
 import argparse
 import contextlib
-import copy
 import difflib
 import errno
 import math
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -28,11 +28,7 @@ class HelpFormatter(argparse.HelpFormatter):
         text = action.help.removesuffix(" (default: %(default)s)")
         if action.default in (None, argparse.SUPPRESS):
             return text
-        if isinstance(action.default, bool):
-            return f"{text} (default: {'on' if action.default else 'off'})"
-        if isinstance(action.default, (tuple, list)):
-            return f"{text} (default: {' '.join(map(str, action.default))})"
-        return f"{text} (default: %(default)s)"
+        return f"{text} (default: {spell_value(action.default)})"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -58,19 +54,12 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
         return namespace
 
-    def parse_given(self, args, names=None):
-        """{name: value} of those among the flags `names`, or all, that the command line gives.
-
-        Other flags are passed over. --help and errors are answered as by `parse_args`.
-        """
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.print_help, parser.error = self.print_help, self.error
-        for action in self._actions:
-            if names is None or action.dest in ("help", *names):
-                action = copy.copy(action)
-                action.default = argparse.SUPPRESS  # what is not given is left out
-                parser._add_action(action)
-        return vars(parser.parse_known_args(args)[0])
+    def parse_given(self, args):
+        """{name: value} of the flags that the command line gives."""
+        absent = object()
+        namespace = argparse.Namespace(**{action.dest: absent for action in self._actions})
+        values = vars(self.parse_args(args, namespace))
+        return {name: value for name, value in values.items() if value is not absent}
 
     def _suggestion(self, unknown):
         """', did you mean --batch-size?' for the first unknown flag that resembles a known one."""
@@ -84,58 +73,52 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see python {self.prog} --help)\n")
 
-    def restore(self, saved):
-        """Make the flags of an earlier run the defaults: what the command line gives again wins.
-
-        saved: mapping of names to values; unknown names are ignored. Raises ValueError for a
-        value that the flag could not have had.
-        """
-        for action in self._actions:
-            if action.dest not in saved:
-                continue
-            value, default = saved[action.dest], action.default
-            possible = type(value) is (str if default is None else type(default))
-            if possible and action.choices:
-                possible = value in action.choices
-            if possible and action.type:
-                try:
-                    action.type(value)
-                except (ValueError, TypeError, argparse.ArgumentTypeError):
-                    possible = False
-            if not possible and not (value is None and default is None):
-                raise ValueError(f"{flag_name(action.dest)} cannot have been {value!r:.50}")
-            self.set_defaults(**{action.dest: value})
-
 
 def flag_name(name):
     """'batch_size' -> '--batch-size'."""
     return "--" + name.replace("_", "-")
 
 
+def spell_value(value):
+    """A flag's value as the command line has it: {'flip': 1.0, 'rotate': 30.0} -> 'flip=1,...'."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number:g}" for name, number in value.items()) or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(str, value))
+    return str(value) if value else "0"
+
+
 def spell_flags(values):
-    """{'weight_decay': 0.01, 'augment': True} -> '--weight-decay 0.01 --augment'."""
-    flags = []
+    """{'weight_decay': 0.01, 'augment': {'flip': 1.0}} -> '--weight-decay 0.01 --augment flip=1'.
+
+    Quoted for a shell where need be.
+    """
+    words = []
     for name, value in values.items():
         if isinstance(value, bool):
-            flags.append(flag_name(name if value else f"no_{name}"))
+            words.append(flag_name(name if value else f"no_{name}"))
         else:
-            flags.append(f"{flag_name(name)} {value}")
-    return " ".join(flags)
+            words += [flag_name(name), spell_value(value)]
+    return shlex.join(words)
 
 
-def add_device_flags(add):
+def add_device_flags(add, **of_device):
     """Add --device and --precision with a parser's or a group's add_argument."""
-    add("--device", default="auto", help="auto, cuda, mps, cpu, or the number of a GPU")
+    add(
+        "--device", default="auto", help="auto, cuda, mps, cpu, or the number of a GPU", **of_device
+    )
     add(
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
         default="auto",
-        help="auto: bf16 on a GPU that has it, a CPU with AMX, and one of AMD with avx512_bf16; "
-        "fp16 on other GPUs, else fp32",
+        help="what the network computes in; auto: bf16 on a GPU that has it, a CPU with AMX, and "
+        "one of AMD with avx512_bf16; fp16 on other GPUs, else fp32",
     )
 
 
-def add_pixel_limit(add):
+def add_pixel_limit(add, **more):
     """Add --max-megapixels with a parser's or a group's add_argument."""
     add(
         "--max-megapixels",
@@ -143,6 +126,7 @@ def add_pixel_limit(add):
         default=MAX_MEGAPIXELS,
         metavar="N",
         help="refuse larger images, which a small file may hold to fill the memory",
+        **more,
     )
 
 
@@ -188,17 +172,16 @@ def parse_named_values(text, known):
     return {name: values[name] for name in known if name in values}
 
 
-def named_values(known, convert=None):
-    """An argparse type: text that `parse_named_values` takes, or convert() of what it gives."""
+def named_values(known, convert=dict):
+    """An argparse type: convert() of what `parse_named_values` makes of the text."""
 
-    def check(text):
+    def parse(text):
         try:
-            values = parse_named_values(text, known)
+            return convert(parse_named_values(text, known))
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        return convert(values) if convert else text
 
-    return check
+    return parse
 
 
 def output_folder(path, flag="--out"):

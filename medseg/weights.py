@@ -1,9 +1,7 @@
 """Files of weights: read without trusting them, written whole or not at all."""
 
-import os
 import warnings
 import zipfile
-from contextlib import suppress
 
 import torch
 
@@ -33,16 +31,11 @@ def load_weights(path):
         ) from None
 
 
-def save_weights(path, state, *, previous=None):
-    """torch.save to a file that is whole or absent; `previous`: where the file before it goes."""
+def save_weights(path, state):
+    """torch.save to a file that is whole or absent."""
     with atomic_write(path) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # what PyTorch makes of an OSError while writing
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(one_line(error)) from None
-        if previous:
-            file.flush()
-            os.fsync(file.fileno())
-            with suppress(FileNotFoundError):
-                os.replace(path, previous)

@@ -413,7 +413,6 @@ def test_classes_that_are_taken_together_unasked_are_told(three, tmp_path, no_pi
     run = [*map(str, SMALL), "--epochs", "1", "--data", str(three), "--overwrite"]
     for flags, told in (
         ([], True),
-        (["--classes", "union"], False),
         (["--classes", "each"], False),
     ):
         train.main([*run, *flags, "--out", str(tmp_path / "run")])

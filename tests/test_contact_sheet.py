@@ -222,7 +222,7 @@ def test_predictions_are_drawn_and_scored_at_the_size_of_each_image(tmp_path, mo
     )
     dataset = data.open_split(tmp_path, "test", 32)
     loader = Batches(data.load_split(tmp_path, "test", 32), Order(2), dataset=dataset)
-    train.visualize_predictions(model, loader, "cpu", chosen=Inference(0.4))
+    train.visualize_predictions(model, loader, "cpu", threshold=Inference(0.4))
     pictures, targets, preds, titles = zip(*drawn, strict=True)
     torch.save(model.state_dict(), tmp_path / "best_model.pth")
     flags = ("--model", tmp_path / "best_model.pth", "--threshold", 0.4, "--output", tmp_path)

@@ -12,7 +12,7 @@ from helpers import ROOT, SMALL, make_dataset
 
 import data
 from medseg import device
-from medseg.training.optim import AdamW, GuardedStep
+from medseg.training.optim import AdamW, GuardedStep, TrainingOptions, make_schedule
 from medseg.weights import load_weights, save_weights
 from net import UNet
 
@@ -83,31 +83,28 @@ def train_here(out, *flags):
 def test_the_choice_is_printed_recorded_and_kept(place, monkeypatch, capsys):
     whole = train_here("whole", "--epochs", 2)
     assert "cpu, bf16;" in capsys.readouterr().out
-    assert whole["flags"]["precision"] == "bf16"
+    assert whole["flags"]["computed_in"] == ["cpu", "bf16"]
     train_here("parts", "--epochs", 1)
     monkeypatch.setattr(device, "describe_cpu", set)  # another machine
     again = train_here("parts", "--epochs", 2, "--resume", "--precision", "auto")
-    assert again["flags"] == whole["flags"]
+    assert again["flags"]["computed_in"] == ["cpu", "bf16"]
     for name, weight in whole["model"].items():
         assert torch.equal(weight, again["model"][name])
     capsys.readouterr()
     train_here("parts", "--test-only")
     assert "cpu, bf16;" in capsys.readouterr().out
-    assert train_here("other", "--epochs", 1)["flags"]["precision"] == "fp32"
+    assert train_here("other", "--epochs", 1)["flags"]["computed_in"] == ["cpu", "fp32"]
 
 
 def test_a_run_that_moves_to_another_kind_of_device_chooses_anew(place, monkeypatch):
     monkeypatch.setattr(device, "describe_cpu", set)
     state = train_here("run", "--epochs", 1)
-    state["flags"].update({"precision": "fp16", "precision_chosen_for": "cuda"})
+    state["flags"]["computed_in"] = ["cuda", "fp16"]
     save_weights(Path("run") / "last.pth", state)
     flags = train_here("run", "--epochs", 2, "--resume")["flags"]
-    assert flags["precision"] == "fp32" and flags["precision_chosen_for"] == "cpu"
-    with pytest.raises(ValueError, match="--precision"):  # and then it is kept again
+    assert flags["computed_in"] == ["cpu", "fp32"]
+    with pytest.raises(ValueError, match="--precision"):
         train_here("run", "--resume", "--epochs", 3, "--precision", "bf16")
-    save_weights(Path("run") / "last.pth", state)
-    flags = train_here("run", "--epochs", 2, "--resume", "--precision", "bf16")["flags"]
-    assert flags["precision"] == "bf16" and "precision_chosen_for" not in flags
 
 
 # ---- the start of a process ------------------------------------------------------------------
@@ -116,10 +113,11 @@ START = """
 import sys
 import train
 import torch
-from medseg.training.optim import AdamW, GuardedStep
+from medseg.training.optim import AdamW, GuardedStep, TrainingOptions
 
 model = torch.nn.Linear(2, 1)
-step = GuardedStep(model, AdamW(model.parameters(), lr=0.1, fused=True), torch.device("cpu"))
+optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
+step = GuardedStep(model, optimizer, torch.device("cpu"), TrainingOptions())
 step.begin()
 step.finish(model(torch.ones(3, 2)).sum())
 assert "torch._dynamo" not in sys.modules, "the compiler takes a second, and only for --compile"
@@ -147,7 +145,8 @@ def test_the_optimizer_is_pytorchs_to_the_last_bit():
     for kind, model in zip((AdamW, torch.optim.AdamW), models, strict=True):
         optimizer = kind(model.eval().parameters(), lr=1e-2, weight_decay=0.1, fused=True)
         optimizers.append(optimizer)
-        step = GuardedStep(model, optimizer, CPU, schedule=lambda number: 1 / (1 + number))
+        schedule = make_schedule(optimizer, "cosine", 1, 3)
+        step = GuardedStep(model, optimizer, CPU, TrainingOptions(schedule=schedule))
         for _ in range(3):
             step.begin()
             step.finish(((model(images) - masks) ** 2).mean())

@@ -1,18 +1,20 @@
-"""Which flag wins: the command line, then --init, --recipe, --arch, and the tutorial's default."""
+"""Which flag wins, what --resume keeps of them, and what is refused before anything is planned."""
 
 import argparse
 
 import pytest
 import torch
+from helpers import SMALL, assert_refused, script_here
 
-from medseg.cli import ArgumentParser
+import train
 from medseg.files import file_lock
 from medseg.layers import Architecture, architecture_of
-from medseg.training.checkpoint import KEYS, Progress, recorded_flags
+from medseg.training.checkpoint import KEYS, Progress
 from medseg.training.flags import make_parser, parse_arguments
 from net import UNet
 
 PLANNED = ("--recipe", "auto")
+PARSER = make_parser("", train.LOSSES, train.WEIGHTS)
 
 
 @pytest.fixture(autouse=True)
@@ -20,58 +22,46 @@ def weights(monkeypatch):
     """The weights for --init, whatever their path: a tutorial's of 3 filters."""
     network = UNet(n_filters=3, image_size=64)
     monkeypatch.setattr("medseg.training.flags.load_model", lambda path: network)
+    return network
 
 
 def parse(*flags):
     """The command line of a fresh start."""
-    args, _ = parse_arguments([*map(str, flags), "--out", "/nowhere"], "")
-    return args
+    return parse_arguments(PARSER, [*map(str, flags), "--out", "/nowhere"])[0]
 
 
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ((), {"depth": 5, "n_filters": 32, "norm": "none", "dropout": "bottleneck"}),
+        ("", {"depth": 5, "n_filters": 32, "norm": "none", "augment": {}, "image_size": 256}),
         # An architecture brings its own levels, filters and normalisation.
-        (("--arch", "drive"), {"depth": 4, "n_filters": 64, "norm": "batch", "dropout": "none"}),
-        (
-            ("--arch", "study"),
-            {"depth": 4, "n_filters": 64, "norm": "batch", "dropout": "channels"},
-        ),
-        (("--arch", "study", "--depth", 2, "--dropout", "none"), {"depth": 2, "dropout": "none"}),
+        ("--arch drive", {"depth": 4, "n_filters": 64, "norm": "batch", "dropout": "none"}),
+        ("--arch study --depth 2", {"depth": 2, "norm": "batch", "dropout": "channels"}),
         # A recipe wins over it, the network of --init over both, and the command line over all.
-        (
-            ("--recipe", "vessels", "--arch", "study"),
-            {"arch": "study", "depth": 3, "n_filters": 16},
-        ),
-        (
-            ("--recipe", "vessels", "--arch", "study", "--n-filters", 4),
-            {"n_filters": 4, "lr": 2e-3},
-        ),
-        (("--init", "w", "--recipe", "strong"), {"norm": "none", "n_filters": 3, "ema": 0.995}),
-        (("--init", "w", "--arch", "tutorial"), {"depth": 5, "n_filters": 3, "image_size": 64}),
-        (("--init", "w", "--image-size", 32), {"n_filters": 3, "image_size": 32}),
-        (("--init", "w", "--recipe", "vessels"), {"depth": 5, "crop": 128, "image_size": 256}),
-        (("--init", "w", "--crop", 0, "--recipe", "vessels"), {"crop": 0, "image_size": 64}),
-        (("--init", "w", "--test-only"), {"n_filters": 32, "image_size": 256}),
+        ("--recipe vessels --arch study", {"arch": "study", "depth": 3, "n_filters": 16}),
+        ("--recipe vessels --arch study --n-filters 4", {"n_filters": 4, "lr": 2e-3}),
+        ("--recipe strong", {"augment": {"rotate": 5, "scale": 0.1, "shift": 0.05}}),
+        ("--init w --recipe strong", {"norm": "none", "n_filters": 3, "ema": 0.995}),
+        ("--init w --arch tutorial", {"depth": 5, "n_filters": 3, "image_size": 64}),
+        ("--init w --image-size 32", {"n_filters": 3, "image_size": 32}),
+        ("--init w --recipe vessels", {"depth": 5, "crop": 128, "image_size": 256}),
+        ("--init w --crop 0 --recipe vessels", {"crop": 0, "image_size": 64}),
+        ("--init w --test-only", {"n_filters": 32, "image_size": 256}),
+        # Phantoms have defaults of their own, unless a recipe is given.
+        ("--synthetic", {"image_size": 64, "n_filters": 8}),
+        ("--synthetic --image-size 32 --crop 0", {"image_size": 32, "n_filters": 8}),
+        ("--synthetic --crop 64", {"crop": 64, "n_filters": 8}),
+        ("--synthetic --arch drive", {"image_size": 64, "n_filters": 64, "depth": 4}),
+        ("--synthetic --recipe tutorial", {"image_size": 256, "n_filters": 32, "lr": 1e-4}),
+        ("--synthetic --init w", {"image_size": 64, "n_filters": 3, "norm": "none"}),
     ],
 )
 def test_the_defaults_of_a_fresh_start(flags, expected):
-    args = parse(*flags)
-    assert expected.items() <= vars(args).items()
-
-
-@pytest.mark.parametrize("flags", [("--recipe", "strong", "--arch", "study"), ("--init", "w")])
-def test_the_whole_command_line_is_parsed_once(flags, monkeypatch):
-    parsed, parse_args = [], ArgumentParser.parse_args
-
-    def count(*arguments):
-        parsed.append(arguments)
-        return parse_args(*arguments)
-
-    monkeypatch.setattr(ArgumentParser, "parse_args", count)
-    parse(*flags)
-    assert len(parsed) == 1
+    args = vars(parse(*flags.split()))
+    if "augment" in expected and expected["augment"]:
+        assert expected["augment"].items() <= args["augment"].items()
+    else:
+        assert expected.items() <= args.items()
 
 
 @pytest.mark.parametrize("flags", [("--recipe", "vessels"), ("--resume",), ("--init", "missing")])
@@ -82,43 +72,40 @@ def test_help_shows_the_parsers_own_defaults_whatever_is_given_besides(flags, ca
             parse(*given, "--help")
         assert leaving.value.code == 0
         shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] and "--weight-decay" in shown[0]
+    assert shown[0] == shown[1] and "(default: dice=0.6,bce=0.4)" in shown[0]
 
 
 def test_the_architecture_of_the_flags():
-    study = parse("--arch", "study")
-    assert architecture_of(study) == Architecture(
-        depth=4,
-        norm="batch",
-        bias=False,
-        up="nearest",
-        down="stride",
-        activation="leaky_relu",
-        padding="reflect",
-        dropout="channels",
-    )
+    study = architecture_of(parse("--arch", "study"))
+    assert (study.up, study.down, study.padding) == ("nearest", "stride", "reflect")
     # Without a normalisation, which would have one, the convolutions need a bias.
-    assert architecture_of(parse("--arch", "study", "--norm", "none")).bias
+    assert not study.bias and architecture_of(parse("--arch", "study", "--norm", "none")).bias
     assert architecture_of(parse()) == Architecture()
-
-
-def test_crops_are_of_images_at_their_own_size():
-    with pytest.raises(ValueError, match="leave --image-size away"):
-        parse("--crop", 64, "--image-size", 128)
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--recipe", "strung"), ["--recipe"]),
-        (("--augment", "flip,rotat=30"), ["--augment", "did you mean rotate?"]),
-        (("--augment", "rotate=181"), ["--augment", "from 0 to 180"]),
-        (("--arch", "vgg"), ["--arch", "tutorial"]),
-        (("--depth", 9), ["--depth", "at most 8"]),
+        ("--recipe strung", ["--recipe"]),
+        ("--augment flip,rotat=30", ["--augment", "did you mean rotate?"]),
+        ("--augment rotate=181", ["--augment", "from 0 to 180"]),
+        ("--depth 9", ["--depth", "at most 8"]),
+        ("--batch-size 0", ["--batch-size", "at least 1"]),
+        ("--epochs many", ["--epochs"]),
+        ("--lr nan", ["--lr"]),
+        ("--crop 64 --image-size 128", ["--crop", "--image-size"]),
+        ("--minutes 5", ["--minutes", "--recipe auto"]),
+        ("--resume --test-only", ["--resume", "--test-only"]),
+        ("--epoch=3", ["--epoch=3", "did you mean --epochs?"]),
+        ("--batch_size=4", ["did you mean --batch-size?"]),
+        ("--frobnicate", ["--frobnicate"]),
+        ("--init w --n-filters 8", ["--n-filters 3, not 8"]),
+        ("--init w --arch study", ["--arch tutorial, not study"]),
+        ("--device warp", ["warp"]),
     ],
 )
 def test_values_that_are_refused(flags, words, refused):
-    refused("train", *flags, words=words)
+    refused("train", *flags.split(), words=words)
 
 
 # ---- on --resume -----------------------------------------------------------------------------
@@ -129,7 +116,7 @@ ABOUT_THE_RUN = {  # what it is called, where it runs and how long, which may be
     *("experiment_name", "epochs", "patience"),
     "tune_prediction",  # done at the end, with the weights that there are then
 }
-FLAGS = [action for action in make_parser("")._actions if action.dest not in NOT_OF_A_RUN]
+FLAGS = [action for action in PARSER._actions if action.dest not in NOT_OF_A_RUN]
 
 
 def another_value(action):
@@ -149,105 +136,93 @@ def another_value(action):
 @pytest.mark.parametrize("action", FLAGS, ids=[action.dest for action in FLAGS])
 def test_a_resumed_run_keeps_every_flag_that_decides_its_result(action, tmp_path, refused):
     """A flag that is new is refused too, unless it is added to ABOUT_THE_RUN."""
-    state = dict.fromkeys(KEYS, {})
-    flags = recorded_flags(parse_arguments(["--out", str(tmp_path)], "")[0])
-    state |= {"flags": flags, "progress": Progress().state_dict(), "guarded_step": {"steps": 0}}
+    flags = vars(parse_arguments(PARSER, ["--out", str(tmp_path)])[0])
+    state = {**dict.fromkeys(KEYS, {}), "flags": flags, "progress": Progress().state_dict()}
     torch.save(state, tmp_path / "last.pth")
-    resume = ["--resume", "--out", str(tmp_path)]
-    given = another_value(action)
+    resume, given = ["--resume", "--out", str(tmp_path)], another_value(action)
     if action.dest in ABOUT_THE_RUN:
-        args, checkpoint = parse_arguments([*resume, *given], "")
+        args, checkpoint, _ = parse_arguments(PARSER, [*resume, *given])
         assert getattr(args, action.dest) != flags[action.dest] and checkpoint["flags"] == flags
     else:
         refused("train", *resume, *given, words=[tmp_path / "last.pth", given[0]])
-    # What is given again as it was, is taken.
-    if action.nargs != 0 and action.default is not None:
-        parse_arguments([*resume, given[0], str(action.default)], "")
 
 
-def test_nothing_is_planned_for_a_command_that_is_refused(tmp_path, capsys):
-    """Planning takes its time: a folder with another run, and flags that do not go together."""
+def test_what_is_given_again_as_it_was_is_taken(tmp_path):
+    given = "--lr 0.5 --norm batch --skip-bad --loss dice --augment flip --epochs 3".split()
+    flags = vars(parse_arguments(PARSER, [*given, "--out", "elsewhere"])[0])
+    state = {**dict.fromkeys(KEYS, {}), "flags": {**flags, "later": 5}}
+    torch.save({**state, "progress": Progress().state_dict()}, tmp_path / "last.pth")
+    for again in ([], given):
+        resume = [*again, "--resume", "--epochs", "5", "--out", str(tmp_path)]
+        args = vars(parse_arguments(PARSER, resume)[0])
+        assert args == {**flags, "epochs": 5, "out": str(tmp_path), "resume": True}
 
-    class Planned(Exception):
-        pass
 
-    def make_plan(given):
+# ---- a plan ----------------------------------------------------------------------------------
+
+
+class Planned(Exception):
+    pass
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """start(*flags): train.py --recipe auto, up to its plan or, with words, refused before it."""
+
+    def plan(given):
         raise Planned
 
-    def start(*flags):
-        argv = [*PLANNED, "--out", str(tmp_path / "run"), *map(str, flags)]
-        parse_arguments(argv, "", make_plan)
+    def run(*flags, words=()):
+        argv = [*SMALL[4:], *PLANNED, *map(str, flags)]
+        if not words:
+            with pytest.raises(Planned):
+                train.main([*map(str, argv), "--out", str(tmp_path / "run")])
+        else:
+            result = script_here("train.py", *argv, "--out", "run", cwd=tmp_path)
+            assert_refused(result, *words)
 
-    for flags in ((), ("--minutes", 5)):
-        with pytest.raises(Planned):
-            start(*flags)
-    for flags in (("--crop", 64, "--image-size", 64), ("--loss", "dice=0"), ("--folds", 1)):
-        with pytest.raises(ValueError, match=flags[0]):
-            start(*flags)
-    with pytest.raises(ValueError, match="--n-filters"):
-        start("--init", "w", "--n-filters", 5)
-    with pytest.raises(SystemExit):
-        start("--bath-size", 4)
-    for name in ("last.pth", "folds.json"):
+    monkeypatch.setattr(train, "planned_flags", plan)
+    return run
+
+
+def test_nothing_is_planned_for_a_command_that_is_refused(start, tmp_path):
+    """Planning takes its time: a folder with another run, and flags that do not go together."""
+    start("--minutes", 5)
+    for flags in ("--crop 64 --image-size 64", "--loss dice=0", "--folds 1", "--bath-size 4"):
+        start(*flags.split(), words=[flags.split()[0]])
+    start("--init", "w", "--n-filters", 5, words=["--n-filters"])
+    for name in ("last.pth", "folds.json", "best_model.pth"):
         (tmp_path / "run" / name).touch()
-        with pytest.raises(ValueError, match=name):
-            start()
-        with pytest.raises(Planned):
-            start("--overwrite")
+        start(words=[name, "--resume", "--overwrite"])
+        start("--overwrite")
         (tmp_path / "run" / name).unlink()
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="--out"):
-        start("--out", tmp_path / "file")
+    with file_lock(tmp_path / "run" / ".lock", busy=""):
+        start("--overwrite", words=["run"])
+    (tmp_path / "run" / "metrics.csv").write_text("mine")
+    start("--overwrite", words=["metrics.csv"])
 
 
-@pytest.mark.parametrize("folds", [(), ("--folds", "2")])
-def test_nothing_is_planned_for_a_folder_in_use(folds, tmp_path):
-    """In use: another training writes to it, or it holds what is not to be replaced."""
-    argv = [*PLANNED, "--out", str(tmp_path), *folds]
-
-    def make_plan(given):
-        raise LookupError
-
-    def start(*flags):
-        parse_arguments([*argv, *flags], "", make_plan)
-
-    (tmp_path / "folds").mkdir()
-    with pytest.raises(ValueError if folds else LookupError):
-        start("--overwrite")
-    (tmp_path / "folds").rmdir()
-    with file_lock(tmp_path / ".lock", busy=""), pytest.raises(ValueError, match=str(tmp_path)):
-        start("--overwrite")
-    run = tmp_path / "fold1"
-    run.mkdir()
+def test_nothing_is_planned_over_folds_of_another_run(start, tmp_path):
+    run = tmp_path / "run" / "fold1"
+    run.mkdir(parents=True)
     (run / "best_model.pth").touch()
-    if folds:
-        with pytest.raises(ValueError, match="fold1/best_model.pth"):
-            start()
-    for flags in [("--overwrite",)] if folds else [(), ("--overwrite",)]:
-        with pytest.raises(LookupError):
-            start(*flags)
-    table = (run if folds else tmp_path) / "metrics.csv"
-    table.write_text("mine")
-    with pytest.raises(ValueError, match="metrics.csv"):
-        start("--overwrite")
+    start()
+    start("--folds", 2, words=["fold1/best_model.pth"])
+    start("--folds", 2, "--overwrite")
+    (run / "metrics.csv").write_text("mine")
+    start("--folds", 2, "--overwrite", words=["metrics.csv"])
 
 
 @pytest.mark.parametrize(
     "n_classes, flags, expected",
-    [
-        (3, (), "each"),
-        (1, (), "union"),
-        (3, ("--classes", "union"), "union"),
-    ],
+    [(3, (), "each"), (1, (), None), (3, ("--classes", "union"), "union")],
 )
-def test_a_plan_keeps_the_classes_of_the_weights(n_classes, flags, expected, tmp_path, monkeypatch):
-    """make_plan takes the classes together where nothing is given."""
+def test_a_plan_keeps_what_is_given_and_the_network_and_classes_of_the_weights(
+    n_classes, flags, expected, monkeypatch
+):
     network = UNet(3, n_classes, 3, image_size=64)
     monkeypatch.setattr("medseg.training.flags.load_model", lambda path: network)
-
-    def make_plan(given):
-        return {"crop": 16, "classes": given.get("classes", "union")}
-
-    argv = [*PLANNED, "--init", "w", "--out", str(tmp_path), *flags]
-    args, _ = parse_arguments(argv, "", make_plan)
-    assert (args.classes, args.crop, args.n_filters) == (expected, 16, 3)
+    argv = [*PLANNED, "--init", "w", "--lr", "0.5", *flags, "--out", "/nowhere"]
+    kept = parse_arguments(PARSER, argv)[2]
+    assert (kept.get("classes"), kept["n_filters"], kept["lr"]) == (expected, 3, 0.5)
+    assert "image_size" not in kept

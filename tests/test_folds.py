@@ -281,14 +281,14 @@ def hold():
     """Make the second fold wait where it has done an epoch, for a signal."""
     train_model = train.train_model
 
-    def wait(*arguments, out, log, signals, **options):
+    def wait(*arguments, out, log, options, **others):
         def log_and_wait(values, step):
             log(values, step)
             if Path(out).name == "fold2" and step == 1:
                 Path(out, "waits").touch()
-                wait_until(lambda: signals.received)
+                wait_until(lambda: options.signals.received)
 
-        return train_model(*arguments, out=out, log=log_and_wait, signals=signals, **options)
+        return train_model(*arguments, out=out, log=log_and_wait, options=options, **others)
 
     skip_pictures()
     train.train_model = wait
@@ -415,23 +415,19 @@ def test_several_processes_are_refused(dataset, refused, monkeypatch):
     refused("train", "--data", dataset, "--folds", 2, words=["--folds", "torchrun"])
 
 
-def test_a_fold_that_is_resumed_keeps_the_precision_that_was_found(copied, monkeypatch):
-    """Whatever this processor would be given now."""
-    checkpoint = torch.load("run/fold1/last.pth", weights_only=True)
-    checkpoint["flags"] |= {"precision": "bf16", "precision_chosen_for": "cpu"}
-    torch.save(checkpoint, "run/fold1/last.pth")
-    recorded = {**read("run")["flags"], "precision": "auto"}
-    Path("run/folds.json").write_text(json.dumps({"flags": recorded, "folds": []}))
+def test_a_run_that_is_gone_on_with_has_its_own_checkpoint(copied, monkeypatch):
+    Path("run/folds.json").write_text(json.dumps({"flags": read("run")["flags"], "folds": []}))
     seen = []
 
-    def stop(args, *_):
-        seen.append(argparse.Namespace(**vars(args)))
+    def stop(args, checkpoint, _):
+        seen.append((argparse.Namespace(**vars(args)), checkpoint["path"]))
         raise ValueError("enough")
 
     monkeypatch.setattr(train, "train_and_test", stop)
     refuse("--resume", "--out", "run", words=["enough"])
-    assert (seen[0].precision, seen[0].out, seen[0].folds) == ("bf16", "run/fold1", 0)
-    assert seen[0].experiment_name == "bs2-epoch2-fold1"  # for the tracker
+    args, path = seen[0]
+    assert (args.out, args.folds, path) == ("run/fold1", 0, Path("run/fold1/last.pth"))
+    assert args.experiment_name == "bs2-epoch2-fold1"  # on SwanLab
 
 
 def test_a_fold_that_is_resumed_elsewhere_is_left_alone(copied):

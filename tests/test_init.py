@@ -35,7 +35,7 @@ def write_weights(path, n_classes=1, **arguments):
 
 def run(*flags):
     """A training of one epoch whose steps change nothing: its last.pth holds what it began with."""
-    train.main([*QUICK, "--epochs", "1", "--lr", "0", *map(str, flags)])
+    train.main([*QUICK, "--epochs", "1", "--lr", "0", "--overwrite", *map(str, flags)])
     return torch.load("last.pth", weights_only=True)
 
 
@@ -47,9 +47,13 @@ def test_it_takes_network_size_and_weights(here):
             assert torch.equal(saved["model"][name], weight), name
     flags = saved["flags"]
     expected = {"arch": "drive", "norm": "batch", "n_filters": 3, "image_size": 64}
-    assert {name: flags[name] for name in expected} == expected
-    assert flags["init"] == "first.pth"
+    assert {**flags, **expected, "init": "first.pth"} == flags
     assert load_model("best_model.pth").architecture.depth == 4
+    # A resumed run needs the first weights no more.
+    Path("first.pth").unlink()
+    train.main([*QUICK, "--resume", "--epochs", "2"])
+    saved = torch.load("last.pth", weights_only=True)
+    assert saved["flags"]["init"] == "first.pth" and len(saved["progress"]["history"]) == 2
 
 
 def test_it_starts_from_the_weights_of_the_repository(here):
@@ -60,66 +64,29 @@ def test_it_starts_from_the_weights_of_the_repository(here):
     assert (saved["flags"]["n_filters"], saved["flags"]["image_size"]) == (8, 128)
 
 
-def test_a_head_of_other_classes_starts_anew(here, capsys):
-    before = write_weights("first.pth")
-    saved = run("--init", "first.pth", "--classes", "each", "--image-size", 32, "--prior", 0.3)
-    assert "the last layer starts anew: its classes are core, edge" in capsys.readouterr().out
-    assert saved["model"]["outc.weight"].shape == (2, 3, 1, 1)
-    assert saved["model"]["outc.bias"].sigmoid().tolist() == pytest.approx([0.3, 0.3])
-    assert torch.equal(saved["model"]["up5.conv2.weight"], before["up5.conv2.weight"])
-    # From weights of the same two classes it keeps the head.
-    Path("best_model.pth").rename("second.pth")
-    second = torch.load("second.pth", weights_only=True)
-    saved = run("--init", "second.pth", "--classes", "each", "--overwrite", "--prior", 0.1)
-    assert torch.equal(saved["model"]["outc.bias"], second["outc.bias"])
-
-
-def test_a_head_of_as_many_classes_by_other_names_or_in_another_order_starts_anew(here, capsys):
-    said = "the last layer starts anew"
-    for names in (["cyst", "edge"], ["edge", "core"]):
-        first = write_weights("first.pth", 2, class_names=names)
-        flags = ("--classes", "each", "--image-size", 32, "--prior", 0.3, "--overwrite")
-        saved = run("--init", "first.pth", *flags)["model"]
-        assert said in capsys.readouterr().out
-        assert saved["outc.bias"].sigmoid().tolist() == pytest.approx([0.3, 0.3])
-        assert not torch.equal(saved["outc.weight"], first["outc.weight"])
-        assert torch.equal(saved["up5.conv2.weight"], first["up5.conv2.weight"])
-    # The only class of each is the same thing under two names, as tumour and foreground.
-    first = write_weights("first.pth", class_names=["tumour"])
-    saved = run("--init", "first.pth", "--image-size", 32, "--overwrite")["model"]
-    assert said not in capsys.readouterr().out
-    assert torch.equal(saved["outc.weight"], first["outc.weight"])
-    assert load_model("best_model.pth").info.class_names == ("foreground",)
-
-
-def test_a_resumed_run_needs_the_first_weights_no_more(here):
-    write_weights("first.pth")
-    run("--init", "first.pth", "--image-size", 32)
-    Path("first.pth").unlink()
-    train.main([*QUICK, "--resume", "--epochs", "2"])
-    saved = torch.load("last.pth", weights_only=True)
-    assert saved["flags"]["init"] == "first.pth" and len(saved["progress"]["history"]) == 2
-
-
 @pytest.mark.parametrize(
-    "flags, words",
+    "names, flags, kept",
     [
-        (("--n-filters", 8), ["--n-filters 3, not 8", "leave --n-filters away"]),
-        (("--norm", "batch"), ["--norm none, not batch"]),
-        (("--arch", "study"), ["--arch tutorial, not study"]),
-        (("--depth", 4), ["--depth 5, not 4"]),
-        (("--n-channels", 1), ["--n-channels 3, not 1"]),
+        (None, ("--classes", "each"), False),  # of one class
+        (["cyst", "edge"], ("--classes", "each"), False),  # others
+        (["edge", "core"], ("--classes", "each"), False),  # in another order
+        (["core", "edge"], ("--classes", "each"), True),
+        (["tumour"], (), True),  # the only class of each is the same thing under two names
     ],
 )
-def test_flags_that_contradict_the_weights(flags, words, refused, tmp_path):
-    write_weights(tmp_path / "first.pth")
-    refused("train", "--init", "first.pth", *flags, words=["first.pth", *words])
-
-
-def test_a_recipe_gives_way_to_the_network_of_the_weights(here, capsys):
-    write_weights("first.pth")
-    run("--init", "first.pth", "--recipe", "strong", "--image-size", 32)
-    assert "recipe strong: --norm none" in capsys.readouterr().out  # as test_flags has it
+def test_a_head_of_other_classes_starts_anew(names, flags, kept, here, capsys):
+    first = write_weights("first.pth", len(names or "1"), class_names=names)
+    saved = run("--init", "first.pth", "--image-size", 32, "--prior", 0.3, *flags)["model"]
+    assert ("the last layer starts anew" in capsys.readouterr().out) != kept
+    assert torch.equal(saved["up5.conv2.weight"], first["up5.conv2.weight"])
+    if kept:
+        assert torch.equal(saved["outc.weight"], first["outc.weight"])
+        assert torch.equal(saved["outc.bias"], first["outc.bias"])
+    else:
+        assert saved["outc.weight"].shape == (2, 3, 1, 1)
+        assert saved["outc.bias"].sigmoid().tolist() == pytest.approx([0.3, 0.3])
+    expected = ("core", "edge") if flags else ("foreground",)
+    assert load_model("best_model.pth").info.class_names == expected
 
 
 def test_with_crops_images_keep_their_own_size_whatever_the_weights_had(here):

@@ -206,7 +206,7 @@ def test_images_from_first_to_last_are_read_and_measured(tmp_path, monkeypatch):
 # ---- what follows from it --------------------------------------------------------------------
 
 BLOBS = {side: 0.9 + 0.1 * min(side / 256, 1) for side in SIDES}  # 0.96 from 160 on
-SLIGHT = "rotate=5,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1"
+SLIGHT = {"rotate": 5, "scale": 0.1, "shift": 0.05, "contrast": 0.1, "brightness": 0.1}
 LINES = {side: min(side / 1024, 1) for side in SIDES}
 
 
@@ -254,9 +254,9 @@ def test_each_rule_follows_what_it_looks_at():
     assert decide(**several, together=0.4)["classes"] == "each"
     assert decide(**several)["classes"] == usual["classes"] == "union"
     assert usual["prior"] == 0.05 and decide(foreground=[0.0])["prior"] > 0
-    assert "rotate=180" not in usual["augment"] and "mirror" in usual["augment"]
+    assert usual["augment"]["rotate"] != 180 and "mirror" in usual["augment"]
     free = {"mirror": False, "flip": False, "turn": False}
-    assert "rotate=180" in decide(oriented=free)["augment"]
+    assert decide(oriented=free)["augment"]["rotate"] == 180
     assert "flip" in decide(oriented=free)["augment"]
     boxes = names(decide(oriented=free, boxes=0.9)["augment"])
     assert "turn" in boxes and "rotate=180" not in boxes
@@ -270,7 +270,7 @@ def test_each_rule_follows_what_it_looks_at():
 
 
 def names(augment):
-    return [part.partition("=")[0] for part in augment.split(",")]
+    return list(augment)
 
 
 def test_a_network_goes_down_to_a_few_pixels():
@@ -281,8 +281,8 @@ def test_a_network_goes_down_to_a_few_pixels():
 
 
 def test_a_flag_that_is_given_wins_and_the_others_go_by_it():
-    flags = decide({"image_size": 32, "augment": "none", "n_filters": 3})
-    assert (flags["image_size"], flags["augment"], flags["n_filters"]) == (32, "none", 3)
+    flags = decide({"image_size": 32, "augment": {}, "n_filters": 3})
+    assert (flags["image_size"], flags["augment"], flags["n_filters"]) == (32, {}, 3)
     assert flags["depth"] == 3 and flags["crop"] == 0
     assert decide({"crop": 64})["crop"] == 64 and decide({"crop": 64})["depth"] == 3
     assert decide({"image_size": 512}, kept=LINES)["crop"] == 0
@@ -483,7 +483,7 @@ def test_a_plan_is_printed_recorded_and_repeated(planned, dataset, tmp_path):
     weights = [load_weights(tmp_path / out / "best_model.pth") for out in ("run", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     own = load_weights(tmp_path / "again" / "last.pth")["flags"]
-    same = own.keys() - {"recipe", "data_fingerprints", "tracker_runs"}
+    same = own.keys() - {"recipe", "out", "data_fingerprints", "tracker_runs"}
     assert {name: own[name] for name in same} == {name: recorded[name] for name in same}
 
 

@@ -38,7 +38,7 @@ from pydicom.data import get_testdata_file
 import data
 import predict
 from medseg import device, plots, predictor
-from medseg.cli import ArgumentParser
+from medseg.cli import ArgumentParser, spell_value
 from medseg.drawing import class_colors
 from medseg.images import save_overlay
 from medseg.inference import Inference
@@ -63,7 +63,6 @@ from medseg.predicting.report import (
 from medseg.predicting.scoring import FolderScores
 from medseg.predictor import Predictor
 from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
-from medseg.training.checkpoint import history_row
 
 
 @pytest.fixture
@@ -457,12 +456,8 @@ def test_help_explains_every_option_and_shows_its_default(name, capsys, monkeypa
     shown = "".join(capsys.readouterr().out.split())  # long texts are wrapped
     for action in parsers[0]._actions:
         help = action.help.removesuffix(" (default: %(default)s)")  # Python 3.10 adds it
-        default = action.default
-        if isinstance(default, bool):
-            default = "on" if default else "off"
-        elif isinstance(default, tuple):
-            default = " ".join(map(str, default))
-        text = help if default in (None, SUPPRESS) else f"{help} (default: {default})"
+        known = action.default not in (None, SUPPRESS)
+        text = f"{help} (default: {spell_value(action.default)})" if known else help
         assert help and "".join(text.replace("%%", "%").split()) in shown
         assert all(flag in shown for flag in action.option_strings)
 
@@ -834,7 +829,8 @@ def test_a_report_is_in_words_and_its_ticks_lie_apart(graded, tmp_path, monkeypa
 
 @pytest.mark.parametrize("epochs", [1, 2, 50])
 def test_curves_have_whole_epochs(epochs, monkeypatch, tmp_path):
-    row = history_row(RunningScores("cpu").keys())
+    keys = RunningScores("cpu").keys()
+    row = {f"{split}_{key}": 0.0 for split in ("train", "val") for key in keys}
     history = [{**row, "epoch": n + 1, "val_loss": 1 / (n + 1)} for n in range(epochs)]
     path = tmp_path / "curves.png"
     figure = figure_of(monkeypatch, plots.plot_curves, history, path, title=r"a $\frac$")

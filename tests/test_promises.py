@@ -5,8 +5,6 @@ Processes are killed, disks are full, folders are gone, data are damaged.
 
 import ast
 import contextlib
-import copy as copylib
-import itertools
 import math
 import os
 import resource
@@ -31,6 +29,7 @@ from helpers import (
     script_here,
     skip_pictures,
     start_python,
+    tree,
     wait_until,
 )
 from PIL import Image
@@ -89,122 +88,36 @@ def copy(trained, tmp_path):
     return tmp_path
 
 
-def damage(path, harm):
-    content = path.read_bytes()
-    # Where the bits of a weight are: with one of them flipped, the file can still be read.
-    weight = load_weights(path)["model"]["outc.weight"].numpy().tobytes()
-    middle = content.index(weight)
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    path.write_bytes({"cut": content[:middle], "flipped": flipped}.get(harm, b""))
-    if harm == "gone":
-        path.unlink()  # as between the two renamings of a new one
-
-
-@pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone"])
-def test_the_checkpoint_before_the_last_is_used_with_a_warning(copy, harm, capsys):
+@pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone", "of something else"])
+def test_a_last_that_does_not_load_is_one_line_and_stays(harm, copy, refused):
     last = copy / "run" / "last.pth"
-    damage(last, harm)
-    main_here(*flags(copy, "run", "--resume"))
-    said = capsys.readouterr().err
-    assert "WARNING" in said and "last.previous.pth" in said
+    content = last.read_bytes()
+    # Where the bits of a weight are: with one of them flipped, the file can still be read.
+    middle = content.index(load_weights(last)["model"]["outc.weight"].numpy().tobytes())
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    last.write_bytes({"cut": content[:middle], "flipped": flipped}.get(harm, b""))
+    if harm == "gone":
+        last.unlink()
+    if harm == "of something else":
+        torch.save({"progress": 5}, last)
+    before = tree(copy)
+    refused("train", *flags(copy, "run", "--resume"), words=[last])
+    assert tree(copy) == before
+
+
+@pytest.mark.parametrize("part", ["model", "guarded_step", "rng"])
+def test_a_checkpoint_that_does_not_fit_is_one_line_with_what_to_do(part, copy, refused):
+    last = copy / "run" / "last.pth"
     state = load_weights(last)
-    again = torch.load(last, weights_only=True)
-    assert torch.equal(state["model"]["outc.weight"], again["model"]["outc.weight"])
-    assert len(state["progress"]["history"]) == 2
+    torch.save({**state, part: state["progress"]}, last)
+    words = [last, "--resume", "--overwrite"]
+    refused("train", *flags(copy, "run", "--resume", "--epochs", 3), words=words)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_resuming_wants_the_same_data(split, copy, refused):
     edit_annotations(copy / "dataset" / split, lambda content: content["annotations"].pop())
     refused("train", *flags(copy, "run", "--resume"), words=["last.pth", "--data", "--resume"])
-
-
-def test_resuming_wants_the_same_flags_but_takes_more_epochs(copy, refused):
-    changes = "--lr 1|--seed 5|--batch-size 3|--image-size 64|--precision fp16|--skip-bad"
-    for change in map(str.split, changes.split("|")):
-        refused("train", *flags(copy, "run", "--resume", *change), words=change[:1])
-    main_here(*flags(copy, "run", "--resume", "--epochs", 3))
-    assert len((copy / "run" / "metrics.csv").read_text().splitlines()) == 4
-
-
-def replaced(value, path, new):
-    """Nested dicts and lists with `new` at one path of keys; what is beside it is shared."""
-    if not path:
-        return new
-    changed = copylib.copy(value)
-    changed[path[0]] = replaced(value[path[0]], path[1:], new)
-    return changed
-
-
-def paths_in(value, path=()):
-    """The paths of keys to everything in nested dicts and lists, of many tensors to the first."""
-    keys = ()
-    if isinstance(value, (dict, list)):
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        if keys and isinstance(value[keys[0]], torch.Tensor):
-            keys = keys[:1]
-    for key in keys:
-        yield (*path, key)
-        yield from paths_in(value[key], (*path, key))
-
-
-def check_damaged_checkpoint(copy, state):
-    """train.py --resume on a last.pth with this state: it ends, in one line where it refuses."""
-    out = copy / "damaged"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    torch.save(state, out / "last.pth")
-    command = flags(copy, "damaged", "--resume", "--epochs", 3)
-    result = script_here("train.py", *command, cwd=copy)
-    if result.returncode:
-        assert_refused(result, out / "last.pth")
-    return result.returncode
-
-
-WRONG = {
-    "none": lambda: None,
-    "text": lambda: "x",
-    "far below 0": lambda: -(2**63),
-    "nan": lambda: math.nan,
-    "nan tensor": lambda: torch.full((2,), math.nan),
-    "sparse": lambda: torch.zeros(2, 2).to_sparse(),
-    "no data": lambda: torch.zeros(2, device="meta"),
-    "dict": dict,
-}
-
-
-@pytest.mark.parametrize("wrong", ["none", "far below 0", "sparse", "dict"])
-@pytest.mark.parametrize(
-    "path",
-    [
-        ("guarded_step",),
-        ("guarded_step", "steps"),
-        ("guarded_step", "scaler", "_growth_tracker"),
-        ("guarded_step", "optimizer"),
-        ("flags",),
-        ("progress", "epoch"),
-        ("progress", "step"),
-        ("progress", "history", 0, "seconds"),
-        ("progress", "history", 1, "val_loss"),
-        ("scores", "counts"),
-        ("rng", "cpu"),
-    ],
-)
-def test_a_damaged_checkpoint_is_one_line(path, wrong, copy):
-    state = replaced(load_weights(copy / "run" / "last.pth"), path, WRONG[wrong]())
-    assert check_damaged_checkpoint(copy, state) == 2
-
-
-@pytest.mark.slow
-def test_a_checkpoint_may_be_damaged_anywhere(copy):
-    """What is in it is replaced in turn; what decides nothing may be."""
-    good = load_weights(copy / "run" / "last.pth")
-    wrong = itertools.cycle(WRONG.values())
-    places = list(paths_in(good))[::3]
-    statuses = [
-        check_damaged_checkpoint(copy, replaced(good, path, next(wrong)())) for path in places
-    ]
-    assert len(statuses) > 30 and statuses.count(2) > len(statuses) / 2
 
 
 # ---- stopping --------------------------------------------------------------------------------
@@ -268,37 +181,27 @@ def fill(disk, leave):
         file.write(bytes(max(space.f_bavail * space.f_frsize - leave, 0)))
 
 
-def same_step(one, other):
-    return all(one["progress"][key] == other["progress"][key] for key in ("epoch", "step"))
-
-
-@pytest.mark.parametrize("room", [0, 0.5, 1.5, 2.5, 3.6])
+@pytest.mark.parametrize("room", [0, 0.5, 2.5])
 def test_a_full_disk_costs_no_checkpoint(trained, small_disk, room):
     """There is room for `room` times last.pth. Later more is made, and the run ends as usual."""
-    disk = small_disk(16)
-    run = disk / "run"
+    run = small_disk(16) / "run"
     shutil.copytree(trained / "run", run)
-    size = (run / "last.pth").stat().st_size
-    shutil.copy(run / "last.previous.pth", run / "last.pth")  # a step before the end
-    before = load_weights(run / "last.pth")
-    fill(disk, int(room * size))
+    before = (run / "last.pth").read_bytes()
+    fill(run.parent, int(room * len(before)))
     arguments = ["--out", run, "--resume", "--epochs", 3, "--data", trained / "dataset"]
     result = script_here("train.py", *arguments, cwd=trained)
-    # One more checkpoint needs room for one: the one before the last makes room for the next.
+    # One more checkpoint needs room for one beside it.
     assert result.returncode == (0 if room > 1 else 2), result.stderr
     assert "Traceback" not in result.stderr
     for path in run.glob("*.pth"):
         load_weights(path)
     if result.returncode == 2:
-        assert str(disk) in result.stderr and "No space left" in result.stderr
-        assert not list(run.glob(".*.tmp"))
-    if room == 0:
-        warnings = [line for line in result.stderr.splitlines() if "WARNING" in line]
-        assert any("No space left" in line for line in warnings), result.stderr
-        assert "--resume" in result.stderr.splitlines()[-1]
-        assert same_step(load_weights(run / "last.pth"), before)
-    (disk / "filler").unlink()
-    main_here(*arguments)
+        assert not list(run.glob(".*.tmp")) and (run / "last.pth").read_bytes() == before
+        warning, *_, line = result.stderr.splitlines()
+        assert "WARNING" in warning and "No space left" in warning
+        assert str(run) in line and "--resume" in line
+        (run.parent / "filler").unlink()
+        main_here(*arguments)
     if not (trained / "three").exists():
         main_here(*flags(trained, "three", "--epochs", 3))
     expected = load_weights(trained / "three" / "last.pth")["model"]
@@ -401,12 +304,10 @@ def spoiled(value):
     return images, masks
 
 
-def train_line(model, batches, optimizer, out, epochs=1, criterion=train.combined_loss, patience=8):
+def train_line(model, batches, optimizer, out, epochs=1, criterion=train.combined_loss):
     """train_model on these batches, validated on batch(5)."""
     valid = [batch(5)]
-    return train.train_model(
-        model, batches, valid, criterion, optimizer, epochs, "cpu", out=out, patience=patience
-    )
+    return train.train_model(model, batches, valid, criterion, optimizer, epochs, "cpu", out=out)
 
 
 def fused_adam(weights):
@@ -512,7 +413,7 @@ def test_background_everywhere_is_warned_of_once(tmp_path, capsys):
     model = Line()
     torch.nn.init.constant_(model.conv.bias, -50)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
-    train_line(model, [batch(0)], optimizer, tmp_path, epochs=6, patience=9)
+    train_line(model, [batch(0)], optimizer, tmp_path, epochs=6)
     said = capsys.readouterr().err
     background = 100 * (1 - batch(5)[1].mean().item())
     assert said.count("WARNING") == 1

@@ -526,7 +526,7 @@ def test_test_only_prints_both_and_draws_the_chosen_masks(trained, monkeypatch):
     drawn = []
 
     def record(model, loader, device, **options):
-        drawn.append((options["chosen"], options["title"]))
+        drawn.append(options["threshold"])
         return options["path"]
 
     monkeypatch.setattr(train, "visualize_predictions", record)
@@ -534,9 +534,9 @@ def test_test_only_prints_both_and_draws_the_chosen_masks(trained, monkeypatch):
         again = output_of("train.py", "--test-only", "--out", out, "--device", "cpu", cwd=place)
         for line in printed.splitlines():
             assert line in again or not line.startswith("test with"), line
-    (plain, plain_title), (chosen, title) = drawn
+    plain, chosen = drawn
     assert chosen == load_model(place / "tuned" / "best_model.pth").info.inference != plain
-    assert f", {chosen}" in title and plain_title.endswith(", threshold 0.5")
+    assert plain == PLAIN
 
 
 def test_a_run_that_has_ended_can_choose_later(trained, no_pictures):

@@ -1,13 +1,12 @@
 """A plan for a data set: looked at, timed on this machine, printed, and handed over as flags."""
 
 import math
-import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from medseg.cli import flag_name, spell_flags
+from medseg.cli import spell_flags
 from medseg.device import describe_device, pick_device
 from medseg.dist import started_by_torchrun
 from medseg.layers import architecture_of
@@ -116,7 +115,7 @@ def warn_of_few_steps(plan, steps, given, longer, minutes):
     if "minutes" in longer:
         longer = {"minutes": minutes * folds}
     learned = "nothing" if steps < few / 3 else "little"
-    flags = {**given, "recipe": "auto", **longer}
+    flags = {"recipe": "auto", **given, **longer}
     return (
         f"WARNING: {steps} steps are too few, the network will learn {learned} in that time; "
         f"{enough} take {spell_minutes(60 * minutes * folds)}: {spell_command(flags)}"
@@ -154,11 +153,7 @@ def print_plan(plan, root, folds=0):
 
 def spell_command(flags):
     """The command that trains with these flags."""
-    command = ["python", "train.py"]
-    for name, value in flags.items():
-        switch = isinstance(value, bool)
-        command += [spell_flags({name: value})] if switch else [flag_name(name), str(value)]
-    return shlex.join(command)
+    return f"python train.py {spell_flags(flags)}"
 
 
 def spell_minutes(seconds):

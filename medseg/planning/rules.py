@@ -257,7 +257,7 @@ def choose_augmentation(plan, look, passes):
         reason = "the images have an above and a below, a left and a right"
     if boxes:
         reason += "; the masks are upright boxes"
-    plan.choose(reason, augment=",".join(f"{name}={value:g}" for name, value in changes.items()))
+    plan.choose(reason, augment=changes)
 
 
 def wanted_steps(plan, look):

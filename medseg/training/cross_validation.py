@@ -22,7 +22,6 @@ from medseg.splits import given_settings, link_split, list_images, present_split
 from medseg.training import checkpoint as checkpoints
 from medseg.training.checkpoint import BEST, FOLDS
 from medseg.training.history import list_skipped
-from medseg.training.precision import keep_precision
 from medseg.training.tracking import experiment_name
 from medseg.training.tuning import predict
 
@@ -158,9 +157,8 @@ class Fold:
         own.data, own.out = str(Path(args.out) / DATA / name), str(out)
         own.folds, own.synthetic, own.resume, own.overwrite = 0, False, False, False
         own.experiment_name = f"{args.experiment_name or experiment_name(args)}-{name}"
-        if any((out / last).exists() for last in (checkpoints.LAST, checkpoints.PREVIOUS)):
+        if (out / checkpoints.LAST).exists():
             self.checkpoint = checkpoints.read_checkpoint(out)
-            keep_precision(own, argparse.ArgumentParser(), self.checkpoint["flags"])
 
     def score(self, model, batches, autocast):
         """Score its valid split by the network that was trained on the others, for folds.json."""
@@ -193,7 +191,7 @@ def untrained_folds(args, record):
         root = make_phantoms(root / "synthetic")
     if record is None:
         _write_data(root, args)
-        record = {"flags": checkpoints.recorded_flags(args), "folds": []}
+        record = {"flags": dict(vars(args)), "folds": []}
     flags, folds = record["flags"], record["folds"]
     _write_scores(out, flags, folds)
     for number in range(len(folds) + 1, args.folds + 1):

@@ -1,6 +1,5 @@
 """What an epoch shows on the screen and leaves behind: bar, line, metrics.csv, tracked values."""
 
-import contextlib
 import csv
 import io
 import math
@@ -11,7 +10,7 @@ from datetime import timedelta
 from tqdm import tqdm
 
 from medseg.cli import spell_flags
-from medseg.coco import listed, load_coco, used_categories
+from medseg.coco import listed, used_categories
 from medseg.dist import is_first, rank_and_world
 from medseg.files import atomic_write
 from medseg.training.recipes import RECIPES
@@ -91,18 +90,13 @@ def print_epoch(history, num_epochs, better):
         parts.append(f"{row['skipped']} steps skipped: not finite")
     print(" | ".join(parts), flush=True)
 
-    all_background = 0  # epochs in a row, up to this one
-    for epoch in reversed(history):
-        if epoch["val_dice"] != 0 or epoch["val_acc"] != epoch["val_background_acc"]:
-            break
-        all_background += 1
-    if all_background == ALL_BACKGROUND_LIMIT:
-        print(
-            f"WARNING: for {ALL_BACKGROUND_LIMIT} epochs the predicted masks were empty: that is "
+    empty = [epoch["val_dice"] == 0 and _is_background(epoch, "val_") for epoch in history]
+    recent = [False, *empty][-ALL_BACKGROUND_LIMIT - 1 :]
+    if recent == [False] + [True] * ALL_BACKGROUND_LIMIT:  # said once
+        warn(
+            f"for {ALL_BACKGROUND_LIMIT} epochs the predicted masks were empty: that is "
             f"{100 * row['val_background_acc']:.2f} % accurate and finds nothing. Some more epochs "
-            "may mend it; else try another --lr",
-            file=sys.stderr,
-            flush=True,
+            "may mend it; else try another --lr"
         )
 
 
@@ -111,6 +105,15 @@ def print_early_stop(progress, patience):
         f"stopping early: no lower validation loss since epoch {progress.best_epoch}; "
         f"--resume with a --patience above {patience} goes on"
     )
+
+
+def _is_background(scores, prefix=""):
+    """Whether all masks were empty."""
+    return scores[f"{prefix}acc"] == scores[f"{prefix}background_acc"]
+
+
+def warn(text):
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def log_values(row):
@@ -127,31 +130,19 @@ def log_values(row):
     return values
 
 
-def print_test(scores, class_names, gpu_gib=None, *, planned=False):
-    """The scores of the test; gpu_gib: the GPU memory that the run took, if it ran on one.
-
-    planned: whether --recipe auto has chosen its flags already.
-    """
-    print(
-        f"test with the best weights: loss {scores['loss']:.4f}, "
-        f"{_spell(scores, 'dice', 'iou', 'miou', 'precision', 'recall', 'image_dice')}",
-        flush=True,
-    )
+def print_test(scores, class_names, gpu_gib=None):
+    """The scores of the test; gpu_gib: the GPU memory that the run took, if it ran on one."""
+    names = ("dice", "iou", "miou", "precision", "recall", "image_dice")
+    start = f"test with the best weights: loss {scores['loss']:.4f}"
+    print(f"{start}, {_spell(scores, *names)}", flush=True)
     if not math.isnan(scores["acc"]):
-        print(
-            f"test accuracy {scores['acc']:.4f}; answering background everywhere scores "
-            f"{scores['background_acc']:.4f}",
-            flush=True,
-        )
+        background = f"answering background everywhere scores {scores['background_acc']:.4f}"
+        print(f"test accuracy {scores['acc']:.4f}; {background}", flush=True)
     _print_classes(scores, class_names)
-    if scores["dice"] == 0 and scores["acc"] == scores["background_acc"]:
-        advice = "--recipe auto chooses flags that suit the data set"
-        if planned:
-            advice = "give more --minutes, and look at the masks with data.py"
-        print(
-            f"WARNING: the masks are empty, nothing was learned: {advice}",
-            file=sys.stderr,
-            flush=True,
+    if scores["dice"] == 0 and _is_background(scores):
+        warn(
+            "the masks are empty, nothing was learned: --recipe auto chooses flags that suit the "
+            "data set, with more --minutes for a longer run; look at the masks with data.py"
         )
     if gpu_gib is not None:
         print(f"peak GPU memory {gpu_gib:.2f} GiB", flush=True)
@@ -159,11 +150,8 @@ def print_test(scores, class_names, gpu_gib=None, *, planned=False):
 
 def print_chosen_test(scores, inference, class_names):
     """The scores of the test with masks made as was chosen on valid."""
-    print(
-        f"test with {inference}, as chosen on valid: "
-        f"{_spell(scores, 'dice', 'iou', 'precision', 'recall', 'image_dice')}",
-        flush=True,
-    )
+    names = ("dice", "iou", "precision", "recall", "image_dice")
+    print(f"test with {inference}, as chosen on valid: {_spell(scores, *names)}", flush=True)
     _print_classes(scores, class_names)
 
 
@@ -180,67 +168,52 @@ def _spell(scores, *names, lacking="no foreground in test"):
     return ", ".join(f"{SPELLED[name]} {scores[name]:.4f}" for name in names)
 
 
-def print_run(root, args, loaders, model, machine):
-    """What is about to be trained or tested: images, device, size of the network."""
+def print_run(args, root, model, loaders, machine):
+    """What is about to be trained or tested: images, device, size of the network, steps."""
     counts = ", ".join(f"{len(loader.rows)} {split}" for split, loader in loaders.items())
     world, weights = rank_and_world()[1], sum(weight.numel() for weight in model.parameters())
     processes = f"{world} x " if world > 1 else ""
     side = model.info.image_size
     sizes = f"{side}x{side}" if side else "their own size"
-    if args.crop and not args.test_only:
-        sizes += f", trained on crops of {args.crop}x{args.crop}"
+    cropped = f", trained on crops of {args.crop}x{args.crop}" if args.crop else ""
     print(
-        f"{root}: {counts} images at {sizes}; "
-        f"{processes}{machine}; {weights:,} parameters; writing to {args.out}",
+        f"{root}: {counts} images at {sizes}{cropped}; {processes}{machine}; "
+        f"{weights:,} parameters; writing to {args.out}",
         flush=True,
     )
     if not args.test_only:
-        _print_steps(args, loaders["train"])
-        print(
-            f"the epochs are scored at {sizes.partition(',')[0]}, each class above 0.5; the test "
-            "and --tune-prediction by the masks that predict.py writes, at the size of each image",
-            flush=True,
-        )
+        _print_training(args, loaders, sizes)
     if RECIPES[args.recipe]:
         values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
         print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
 
 
-def print_union(root):
-    """Say that several classes are taken together, where the data set has them."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # which will be told when it is read
-        names = list(used_categories(load_coco(root / "train", skipped=[])))
-        if len(names) > 1:
-            print(
-                f"the classes {listed(names)} are taken together as one foreground: "
-                "--classes each keeps them apart, --classes union is this",
-                flush=True,
-            )
-
-
-def _print_steps(args, loader):
-    """How many steps there will be; a warning where they are too few to learn from."""
-    steps = args.epochs * len(loader)
+def _print_training(args, loaders, sizes):
+    """How many steps there will be, and of which classes; a warning where they are too few."""
+    per_epoch = len(loaders["train"])
+    steps = args.epochs * per_epoch
     print(
-        f"{args.epochs} epochs of {len(loader)} steps, {steps} in all, with a batch size of "
-        f"{args.batch_size}",
+        f"{args.epochs} epochs of {per_epoch} steps, {steps} in all, with a batch size of "
+        f"{args.batch_size}; the epochs are scored at {sizes}, each class above 0.5; the test and "
+        "--tune-prediction by the masks that predict.py writes, at the size of each image",
         flush=True,
     )
+    names = list(used_categories(loaders["valid"].dataset.coco))
     if args.recipe == "auto":  # the plan has told
         return
-    problem = None
-    if steps < FEW_STEPS:
-        problem = f"{steps} steps are too few to learn from at a learning rate of {args.lr:g}"
-    elif len(loader) == 1:
-        problem = f"one batch of {args.batch_size} holds all {loader.images_per_epoch} images"
-    if problem:
-        advice = "give --recipe auto, or a smaller --batch-size and a larger --repeat or --epochs"
-        print(f"WARNING: {problem}: {advice}", flush=True)
-
-
-def print_new_head(model):
-    classes = ", ".join(model.info.class_names)
-    print(f"the last layer starts anew: its classes are {classes}", flush=True)
+    if args.classes == "union" and len(names) > 1:
+        print(
+            f"the classes {listed(names)} are taken together as one foreground: --classes each "
+            "keeps them apart",
+            flush=True,
+        )
+    if steps < FEW_STEPS or per_epoch == 1:
+        print(
+            f"WARNING: {steps} steps, {per_epoch} an epoch, are few to learn from at a learning "
+            f"rate of {args.lr:g}: give --recipe auto, or a smaller --batch-size and a larger "
+            "--repeat or --epochs",
+            flush=True,
+        )
 
 
 def list_skipped(lines, out):

@@ -3,9 +3,14 @@
 import copy
 import inspect
 import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.utils import get_total_norm
+from torch.optim.lr_scheduler import LRScheduler
+
+from medseg.signals import Signals
 
 
 class AdamW(torch.optim.AdamW):
@@ -34,23 +39,37 @@ def fit_to_run(warmup, decay, steps):
     return min(warmup, longest), min(decay, 1 - 1 / longest) if longest else 0.0
 
 
-def make_schedule(schedule, warmup, steps):
-    """The factor of the learning rate as a function of the step; None where it is always 1.
+def make_schedule(optimizer, name, warmup, steps):
+    """A scheduler for a run of so many steps, stepped after each of them.
 
-    From 0 to 1 over `warmup` steps, then 1 ('constant'), or down to 0 at `steps` ('cosine').
+    It multiplies the learning rate by a factor that rises from 0 to 1 over `warmup` steps and then
+    stays 1 ('constant'), or falls to 0 at `steps` ('cosine').
     Loshchilov, Hutter: "SGDR", ICLR 2017, equation 5, one cycle.
     """
-    if schedule == "constant" and not warmup:
-        return None
 
     def factor(step):
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if schedule == "cosine":
+        if name == "cosine":
             return (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
         return 1.0
 
-    return factor
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@dataclass
+class TrainingOptions:
+    """How `train_model` trains, where that is not as the tutorial does."""
+
+    patience: int = 8
+    grace: int = 0  # steps before whose end patience does not count
+    schedule: LRScheduler | None = None  # stepped after each step of the optimizer
+    ema: float = 0.0  # decay of a running mean of the weights, evaluated and kept; 0: none
+    autocast: AbstractContextManager = field(default_factory=nullcontext)  # of the forward pass
+    scaler: torch.amp.GradScaler | None = None  # for fp16
+    save_every: float = 60.0  # seconds between two checkpoints, within an epoch too
+    flags: dict | None = None  # recorded in last.pth
+    signals: Signals = field(default_factory=Signals)  # to be stopped by
 
 
 class GuardedStep:
@@ -59,37 +78,32 @@ class GuardedStep:
     Nothing here waits for the GPU: a GradScaler skips such steps on the device, with fp16 as with
     a scale fixed at 1. Used as
 
-        step.begin()               # sets the learning rate
-        loss = criterion(model(images), masks)
-        finite = step.finish(loss)  # bool tensor: whether the weights have changed
+        step.begin()
+        with step.autocast:
+            outputs = model(images)
+        finite = step.finish(criterion(outputs, masks))  # bool tensor: whether weights changed
 
-    schedule: factor of the optimizer's learning rate as a function of the step, or None.
+    options: `TrainingOptions`, of which schedule, autocast and scaler count.
     """
 
-    def __init__(self, model, optimizer, device, *, scaler=None, schedule=None):
-        self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.scaler, self.fixed_scale = scaler, None
-        if scaler is None:
+    def __init__(self, model, optimizer, device, options):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.schedule, self.autocast = options.schedule, options.autocast
+        self.scaler, self.fixed_scale = options.scaler, None
+        if self.scaler is None:
             self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
             self.fixed_scale = 1.0
-        self.base_lr = optimizer.param_groups[0]["lr"]
         # Running statistics of batch normalisation, which the forward pass already changes.
         self.buffers = [value for value in model.buffers() if value.is_floating_point()]
         self.steps = 0  # begun so far
+        self.lr = None  # learning rate of the last step
         # Steps skipped in this epoch, and in a row up to now.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
         self.shown = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
 
-    @property
-    def lr(self):
-        """Learning rate of the last step."""
-        return self.base_lr * (self.schedule(self.steps - 1) if self.schedule else 1)
-
     def begin(self):
         self.steps += 1
-        if self.schedule:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr
+        self.lr = self.optimizer.param_groups[0]["lr"]
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
 
     def finish(self, loss):
@@ -102,6 +116,8 @@ class GuardedStep:
         finite = torch.isfinite(get_total_norm(gradients, math.inf))
         self.scaler.step(self.optimizer)  # unless a gradient is not finite
         self.scaler.update(self.fixed_scale)
+        if self.schedule:
+            self.schedule.step()
         for buffer, before in zip(self.buffers, self.buffers_before, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
         in_epoch, in_a_row = self.skipped
@@ -122,18 +138,20 @@ class GuardedStep:
     def state_dict(self):
         return {
             "steps": self.steps,
+            "lr": self.lr,
             "skipped": self.skipped,
             "scaler": self.scaler.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule else {},
         }
 
     def load_state_dict(self, state):
-        self.steps = state["steps"]
+        self.steps, self.lr = state["steps"], state["lr"]
         self.skipped.copy_(state["skipped"])
         self.scaler.load_state_dict(state["scaler"])
-        # Learning rate and the like are what the optimizer was made with.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.optimizer.load_state_dict(state["optimizer"])  # with the learning rate of this step
+        if self.schedule:
+            self.schedule.load_state_dict(state["schedule"])
 
 
 class RunningMean:
