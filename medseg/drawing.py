@@ -11,6 +11,7 @@ from medseg.fonts import drawable, fit_lines, pillow_font
 THIN = 0.01  # of the longer side of a picture: foreground this thin is hidden by its outlines
 LEGEND_LINES = 8  # of a legend, from which on it has several columns
 STRIPE = 64  # rows that are tinted at a time: few megabytes
+GREY = (240, 240, 240)
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 PALETTE = (
@@ -64,22 +65,21 @@ def overlay(image, labels, n_classes=1, *, opacity=0.4, outlined=False):
     if outlined:
         image = overlay(image, labels, n_classes, opacity=opacity)
         labels, opacity = outline_labels(labels, n_classes), 1
-    tints = np.arange(256)[:, None] * np.ones((256, 1, 3))  # of each label, value and colour
-    for number, color in enumerate(class_colors(n_classes), 1):
-        tints[number] = tints[number] * (1 - opacity) + opacity * np.array(color)
-    tables = np.ascontiguousarray(tints.reshape(-1, 3).T.astype(np.uint8))  # one of each colour
-    drawn = np.array(image)
-    for start in range(0, len(drawn), STRIPE):
-        numbers = labels[start : start + STRIPE]
-        columns = np.flatnonzero(numbers.any(0))
-        if not columns.size:
-            continue
-        inside = np.s_[:, columns[0] : columns[-1] + 1]  # mostly a small part of the image
-        part = drawn[start : start + STRIPE][inside]
-        first = numbers[inside].astype(np.intp) * 256  # the place of its value 0
-        for channel, table in enumerate(tables):
-            part[..., channel] = table.take(first + part[..., channel])
-    return Image.fromarray(drawn)
+    drawn, colors = image.copy(), np.array([(0, 0, 0), *class_colors(n_classes)], np.uint8)
+    for top in range(0, len(labels), STRIPE):
+        numbers = labels[top : top + STRIPE].astype(np.uint8)
+        if numbers.any():
+            below = image.crop((0, top, image.width, top + len(numbers)))
+            tinted = Image.blend(below, Image.fromarray(colors[numbers]), opacity)
+            drawn.paste(tinted, (0, top), Image.fromarray(numbers > 0))
+    return drawn
+
+
+def _add_room(image, height):
+    """(the PIL image with so many rows of grey below it, what draws on it)"""
+    taller = Image.new("RGB", (max(image.width, 200), image.height + height), GREY)
+    taller.paste(image)
+    return taller, ImageDraw.Draw(taller)
 
 
 def with_legend(image, class_names, *, single=False):
@@ -95,9 +95,7 @@ def with_legend(image, class_names, *, single=False):
     column = math.ceil(max(map(font.getlength, names))) + 44
     columns = max(min(width // column, math.ceil(len(names) / LEGEND_LINES)), 1)
     lines = math.ceil(len(names) / columns)
-    taller = Image.new("RGB", (width, image.height + line * lines + 6), (240, 240, 240))
-    taller.paste(image)
-    draw = ImageDraw.Draw(taller)
+    taller, draw = _add_room(image, line * lines + 6)
     for number, (name, color) in enumerate(zip(names, colors, strict=True)):
         left, top = number // lines * column, image.height + 4 + number % lines * line
         draw.rectangle((left + 6, top + 2, left + 20, top + 16), fill=color)
@@ -110,12 +108,10 @@ def with_note(image, note):
     if not note:
         return image
     (note,), path = drawable(note)
-    font, width = pillow_font(path, 14), max(image.width, 200)
-    lines = fit_lines(note, font, width - 12, 4)
-    taller = Image.new("RGB", (width, image.height + 20 * len(lines) + 6), (240, 240, 240))
-    taller.paste(image)
-    text, place = "\n".join(lines), (6, image.height + 4)
-    ImageDraw.Draw(taller).multiline_text(place, text, fill="black", font=font)
+    font = pillow_font(path, 14)
+    lines = fit_lines(note, font, max(image.width, 200) - 12, 4)
+    taller, draw = _add_room(image, 20 * len(lines) + 6)
+    draw.multiline_text((6, image.height + 4), "\n".join(lines), fill="black", font=font)
     return taller
 
 
@@ -127,7 +123,7 @@ def draw_panels(panels, name=None):
     width, height = next(iter(panels.values())).size
     column, top = max(width, 150), 28 if name else 0
     size = (len(panels) * (column + 10) + 10, height + 50 + top)
-    figure = Image.new("RGB", size, (240, 240, 240))
+    figure = Image.new("RGB", size, GREY)
     draw, font = ImageDraw.Draw(figure), ImageFont.load_default(18)
     if name:
         (shown,), path = drawable(name)
@@ -173,30 +169,3 @@ def outline_labels(labels, n_classes=1):
             edge = outline(mask)
             edges[edge], mask = number, mask & ~edge
     return edges
-
-
-def montage(pictures, masks, *, draw, side=256, limit=20):
-    """Up to `limit` slices with their masks drawn on them, numbered, as one PIL RGB image.
-
-    pictures: sequence of uint8 arrays, as of `rgb_image`; masks: sequence of arrays (H, W). The
-    slices are spread over those with foreground, or over all where there is none.
-    draw(PIL RGB image, mask) -> PIL image.
-    side: pixels of the longer side of a slice.
-    """
-    chosen = [index for index in range(len(pictures)) if np.any(masks[index])]
-    chosen = chosen or list(range(len(pictures)))
-    spread = np.linspace(0, len(chosen) - 1, min(limit, len(chosen))).round().astype(int)
-    chosen = [chosen[position] for position in spread]
-    height, width = np.shape(pictures[0])[:2]
-    scale = side / max(height, width)
-    width, height = max(round(width * scale), 1), max(round(height * scale), 1)
-    columns = min(math.ceil(math.sqrt(len(chosen) * height / width)), len(chosen))
-    rows = math.ceil(len(chosen) / columns)
-    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + 24) + 4), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for place, index in enumerate(chosen):
-        left, top = 4 + place % columns * (width + 4), 24 + place // columns * (height + 24)
-        tile = draw(rgb_image(pictures[index]), np.asarray(masks[index]))
-        sheet.paste(tile.resize((width, height), Image.Resampling.BILINEAR), (left, top))
-        pen.text((left, top - 4), f"slice {index}", fill="black", font=font, anchor="ls")
-    return sheet

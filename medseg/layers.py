@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 import torch.nn as nn
 
 CHOICES = {
+    "depth": range(1, 9),
+    "bias": (True, False),
     "norm": (None, "batch", "group"),
     "up": ("transpose", "bilinear", "nearest"),
     "down": ("maxpool", "stride"),
@@ -43,13 +45,8 @@ class Architecture:
     dropout: str = "bottleneck"
 
     def __post_init__(self):
-        if type(self.depth) is not int or not 1 <= self.depth <= 8:
-            raise ValueError(f"depth {self.depth!r:.20}: it must be from 1 to 8")
-        if type(self.bias) is not bool:
-            raise ValueError(f"bias {self.bias!r:.20}: it must be True or False")
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
+            if (value := getattr(self, name)) not in choices:
                 known = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} {value!r:.20}: it must be one of {known}")
 
@@ -57,15 +54,8 @@ class Architecture:
         return asdict(self)
 
     def conv3x3(self, in_channels, out_channels, stride=1):
-        return nn.Conv2d(
-            in_channels,
-            out_channels,
-            3,
-            stride,
-            padding=1,
-            padding_mode=self.padding,
-            bias=self.bias,
-        )
+        options = {"padding_mode": self.padding, "bias": self.bias}
+        return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, **options)
 
     def make_norm(self, channels):
         """The layer after a 3x3 convolution."""
@@ -85,11 +75,8 @@ class Architecture:
         """(B, channels, H, W) -> (B, channels, H/2, W/2)."""
         if self.down == "maxpool":
             return nn.MaxPool2d(2)
-        return nn.Sequential(
-            self.conv3x3(channels, channels, stride=2),
-            self.make_norm(channels),
-            self.make_activation(),
-        )
+        halving = self.conv3x3(channels, channels, stride=2)
+        return nn.Sequential(halving, self.make_norm(channels), self.make_activation())
 
     def make_up(self, in_channels, out_channels):
         """(B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
@@ -103,21 +90,16 @@ class Architecture:
         )
 
 
+FOUR_LEVELS = {"depth": 4, "norm": "batch"}
 # Named networks: arguments of `Architecture`, without those that are the tutorial's.
 ARCHITECTURES = {
     "tutorial": {},
     # Four levels, batch normalisation and bilinear upsampling; see docs/networks.md.
-    "drive": {"depth": 4, "norm": "batch", "up": "bilinear", "dropout": "none"},
+    "drive": {**FOUR_LEVELS, "up": "bilinear", "dropout": "none"},
     # Strided convolutions down, nearest up, reflected borders, dropout of whole channels.
     "study": {
-        "depth": 4,
-        "norm": "batch",
-        "bias": False,
-        "up": "nearest",
-        "down": "stride",
-        "activation": "leaky_relu",
-        "padding": "reflect",
-        "dropout": "channels",
+        **{**FOUR_LEVELS, "bias": False, "up": "nearest", "down": "stride"},
+        **{"activation": "leaky_relu", "padding": "reflect", "dropout": "channels"},
     },
 }
 N_FILTERS = {"tutorial": 32, "drive": 64, "study": 64}  # of the first level, as published

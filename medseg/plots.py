@@ -81,17 +81,15 @@ def draw_outline(axis, mask, color, style):
 def choose_classes(cases):
     """The class indices to outline in a figure, in order: all, or the MAX_DRAWN with most pixels.
 
-    cases: [(targets, preds)], arrays (C, H, W) of 0 and 1. Each case's largest classes come first,
-    true and predicted pixels together, so that a case of small ones is outlined too.
+    cases: [(targets, preds)], arrays (C, H, W) of 0 and 1. What counts is a class's share of the
+    pixels of a case, true and predicted together, so that a case of small ones is outlined too.
     """
     n_classes = len(cases[0][0])
     if n_classes <= MAX_DRAWN:
         return list(range(n_classes))
     pixels = np.stack([np.sum(target, (1, 2)) + np.sum(pred, (1, 2)) for target, pred in cases])
-    ranks = np.argsort(np.argsort(-pixels, axis=1, kind="stable"), axis=1)  # within each case
-    ranks[pixels == 0] = n_classes
-    order = np.lexsort((-pixels.sum(0), ranks.min(0)))
-    return sorted(order[:MAX_DRAWN].tolist())
+    shares = pixels / np.maximum(pixels.sum(1, keepdims=True), 1)  # within each case
+    return sorted(np.argsort(-shares.max(0), kind="stable")[:MAX_DRAWN].tolist())
 
 
 def reduce_case(picture, targets, preds):

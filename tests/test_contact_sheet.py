@@ -27,7 +27,6 @@ from medseg import drawing, fonts, plots
 from medseg.drawing import (
     class_colors,
     describe_shown,
-    montage,
     overlay,
     rgb_image,
     with_legend,
@@ -37,6 +36,7 @@ from medseg.fonts import drawable, fit_lines, pillow_font
 from medseg.inference import Inference
 from medseg.planning.audit import audit
 from medseg.planning.contact_sheet import draw_tile, spread_by_foreground
+from medseg.results.folder import montage
 from medseg.run_lengths import encode
 
 ODD = "$\\frac$ 病人_7"  # what matplotlib takes for a formula; characters that few fonts have

@@ -29,8 +29,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from medseg import settings, volumes
 from medseg.dicom import read_dicom
-from medseg.drawing import montage, overlay
+from medseg.drawing import overlay
 from medseg.files import base_name, file_format
+from medseg.results.folder import montage
 from medseg.settings import window_limits, window_to_uint8
 from medseg.volume_files import is_sealed_mask
 from medseg.volumes import open_volume, stack_volumes, write_mask

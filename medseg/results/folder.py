@@ -1,16 +1,17 @@
 """What is made of predictions: files for each image, and one table of all."""
 
 import hashlib
+import math
 import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from medseg.device import choose_precision
-from medseg.drawing import describe_shown, montage, overlay, with_legend, with_note
+from medseg.drawing import describe_shown, overlay, rgb_image, with_legend, with_note
 from medseg.files import file_format, result_name, shorten
 from medseg.images import save_mask, save_overlay, save_png
 from medseg.inference import MAX_LEVEL
@@ -267,3 +268,30 @@ def describe_run(args, model, window):
         "orientation": model.info.orientation,
         "pixel_size_mm": args.pixel_size,
     }
+
+
+def montage(pictures, masks, *, draw, side=256, limit=20):
+    """Up to `limit` slices with their masks drawn on them, numbered, as one PIL RGB image.
+
+    pictures: sequence of uint8 arrays, as of `rgb_image`; masks: sequence of arrays (H, W). The
+    slices are spread over those with foreground, or over all where there is none.
+    draw(PIL RGB image, mask) -> PIL image.
+    side: pixels of the longer side of a slice.
+    """
+    chosen = [index for index in range(len(pictures)) if np.any(masks[index])]
+    chosen = chosen or list(range(len(pictures)))
+    spread = np.linspace(0, len(chosen) - 1, min(limit, len(chosen))).round().astype(int)
+    chosen = [chosen[position] for position in spread]
+    height, width = np.shape(pictures[0])[:2]
+    scale = side / max(height, width)
+    width, height = max(round(width * scale), 1), max(round(height * scale), 1)
+    columns = min(math.ceil(math.sqrt(len(chosen) * height / width)), len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + 24) + 4), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for place, index in enumerate(chosen):
+        left, top = 4 + place % columns * (width + 4), 24 + place // columns * (height + 24)
+        tile = draw(rgb_image(pictures[index]), np.asarray(masks[index]))
+        sheet.paste(tile.resize((width, height), Image.Resampling.BILINEAR), (left, top))
+        pen.text((left, top - 4), f"slice {index}", fill="black", font=font, anchor="ls")
+    return sheet
