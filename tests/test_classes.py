@@ -29,7 +29,6 @@ from data import (
     Transform,
     load_split,
     open_split,
-    split_rows,
 )
 from medseg import plots
 from medseg.coco import SPLITS, load_coco, used_categories
@@ -103,17 +102,6 @@ def test_grey_and_classes_get_caches_of_their_own(three):
     assert images.shape == (4, 1, 48, 48) and masks.shape == (4, 1, 48, 48)
     luma = np.asarray(Image.open(three / "train" / "0.png").convert("L")) / 255
     np.testing.assert_allclose(images[0, 0].numpy(), (luma - 0.449) / 0.226, atol=1e-5)
-
-
-def test_sixty_five_classes_share_nine_bytes():
-    rng = np.random.default_rng(1)
-    masks = (rng.random((2, 16, 16, 65)) > 0.5).astype(np.uint8)
-    packed = np.packbits(masks, axis=3, bitorder="little")
-    rows = np.concatenate([np.zeros((2, 16, 16, 3), np.uint8), packed], axis=3)
-    assert rows.shape[3] == 3 + 9
-    _, found = split_rows(torch.from_numpy(rows), 3, 65)
-    np.testing.assert_array_equal(found.permute(0, 2, 3, 1).numpy(), masks)
-    assert len(set(class_colors(65))) == 65
 
 
 def test_scores_of_each_class_against_monai():
@@ -436,18 +424,6 @@ def test_the_audit_counts_each_class_and_names_what_a_split_lacks(three, tmp_pat
     assert Image.open(tmp_path / "contact_sheet.jpg").width == 8 * 160
 
 
-def test_an_annotation_without_pixels_is_in_no_image(three, tmp_path, capsys):
-    def empty(content):
-        outline = {"size": [48, 48], "counts": [48 * 48]}
-        next(a for a in content["annotations"] if a["category_id"] == 1)["segmentation"] = outline
-
-    names = {"categories": [{"id": 1, "name": "core"}]}
-    edit_annotations(three / "train", lambda content: [empty(content), content.update(names)])
-    audit(three, tmp_path)
-    said = capsys.readouterr().out.partition("valid")[0]
-    assert "core: 3 annotations" in said and "in 2 images" in said
-
-
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("n_classes", [1, 3])
 def test_counts_are_those_of_the_masks_made_one_by_one(n_classes, exclusive):
@@ -521,23 +497,6 @@ def drawn_figure(monkeypatch, tmp_path, plot, *arguments, **options):
         warnings.simplefilter("error")  # that the panels have collapsed, for one
         figures[0].draw_without_rendering()
     return figures[0]
-
-
-@pytest.mark.parametrize("width, drawn", [(1600, 1600), (1601, 801), (3200, 1600)])
-def test_a_large_picture_is_drawn_at_1600_pixels_a_side_or_less(
-    width, drawn, monkeypatch, tmp_path
-):
-    """With its outlines, which end where the mask does, in pixels of what is drawn."""
-    mask = np.zeros((1, 400, width), bool)
-    mask[0, :200, :800] = True
-    case = np.zeros((400, width, 1)), mask, np.zeros_like(mask), ""
-    options = {"title": "", "class_names": ["foreground"]}
-    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, [case], **options)
-    (image,) = figure.axes[0].images
-    (contours,) = figure.axes[0].findobj(ContourSet)
-    assert image.get_size()[1] == drawn
-    right = max(path.vertices[:, 0].max() for path in contours.get_paths())
-    assert right == pytest.approx(800 * drawn / width, abs=1)
 
 
 def squares(n_classes, largest):

@@ -247,20 +247,6 @@ def test_several_masks_of_an_image_are_united(here):
     refuse_download(*patterns, "--force", words=["x_mask_1.png", "30x40", "x.png", "40x30"])
 
 
-def test_skip_unpaired(here):
-    for stem in "abcdefgh":
-        save(photo(), f"images/{stem}.jpg")
-    for stem in (*"abch", *(f"more/{number}" for number in range(4))):
-        save(grey([0, 1])(labels()), f"masks/{stem}.png")
-    names = ["4 of 8", "images/d.jpg, images/e.jpg", "4 of 8", "more/0.png, masks/more/1.png"]
-    refuse_download(*MASKS, words=[*names, "--skip-unpaired"])
-    out = run_download(*MASKS, "--skip-unpaired")
-    assert all(name in out for name in names)
-    assert set(stored()) == {"a", "b", "c", "h"}
-    save(grey([0, 1])(labels()), "masks/c.tif")
-    refuse_download(*MASKS, "--force", "--skip-unpaired", words=["masks/c.png", "masks/c.tif"])
-
-
 @pytest.mark.parametrize("folders", ["data data/masks", "data/images data", "data/i data/m"])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_nested_folders_and_one_inside_the_other(here, folders, suffix):

@@ -8,7 +8,6 @@ import tifffile
 from helpers import (
     ALL,
     annotations,
-    class_names,
     grey,
     labels,
     photo,
@@ -20,7 +19,6 @@ from helpers import (
 )
 from numpy.testing import assert_array_equal
 from PIL import Image
-from pycocotools.mask import decode
 
 VOXELS = (8, 6, 5)  # cut across the last axis
 
@@ -70,28 +68,8 @@ def pixels(name, split="train"):
     return tifffile.imread(f"dataset/{split}/{name}.tif")
 
 
-def masks_of(name, split="train"):
-    """{class: mask} of an image by its annotations."""
-    coco = annotations(split)
-    classes = {category["id"]: category["name"] for category in coco["categories"]}
-    (number,) = (one["id"] for one in coco["images"] if one["file_name"] == f"{name}.tif")
-    return {
-        classes[one["category_id"]]: decode(one["segmentation"])
-        for one in coco["annotations"]
-        if one["image_id"] == number
-    }
-
-
 def groups(split):
     return {record["group"] for record in annotations(split)["images"]}
-
-
-def test_parts_are_united(here):
-    image("s/a/images/a.png")
-    drawn = [mask(f"s/a/masks/{seed}.png", seed) for seed in range(3)]
-    out = run_download("--masks", "s/{id}/images/*.png", "s/{id}/masks/{part}.png", *ALL)
-    assert_array_equal(stored()["a"]["foreground"], np.any(drawn, axis=0))
-    assert "1 images with 3 masks" in out and "united" in out
 
 
 def test_groups_stay_together_and_images_have_the_names_of_their_ids(here):
@@ -107,41 +85,6 @@ def test_groups_stay_together_and_images_have_the_names_of_their_ids(here):
     names = {name for split in ("train", "valid", "test") for name in stored(split)}
     assert names == {f"{patient}_{number}" for patient in "pqr" for number in "12"}
     refuse_download("--masks", *patterns, *ALL, "--force", "--groups", "p", words=["--groups"])
-
-
-def test_classes_of_volumes_are_named_by_their_files(here):
-    liver, spleen = {}, {}
-    for number, case in enumerate(("s0", "s1")):
-        volume(f"S/{case}/ct.nii.gz", number)
-        liver[case] = volume(f"S/{case}/seg/liver.nii.gz", number, 2)
-        spleen[case] = volume(f"S/{case}/seg/spleen.nii.gz", number + 9, 2)
-    patterns = "S/{id}/ct.nii.gz", "S/{id}/seg/{class}.nii.gz"
-    run_download("--masks", *patterns, *ALL)
-    assert class_names() == ["liver", "spleen"]
-    masks = stored()
-    assert len(masks) == 2 * VOXELS[2]
-    for case in ("s0", "s1"):
-        for index in range(VOXELS[2]):
-            own = masks[f"{case}_z{index:03}"]
-            assert_array_equal(own["liver"], liver[case][..., index] > 0)
-            assert_array_equal(own["spleen"], spleen[case][..., index] > 0)
-    assert groups("train") == {"s0", "s1"}
-    run_download("--masks", *patterns, *ALL, "--force", "--classes", "spleen,liver")
-    assert class_names() == ["spleen", "liver"]
-    run_download("--masks", *patterns, *ALL, "--force", "--classes", "spleen")
-    assert class_names() == ["spleen"]
-    refuse_download("--masks", *patterns, *ALL, "--force", "--classes", "lung", words=["lung"])
-    refuse_download("--masks", *patterns, *ALL, "--force", "--classes", "1=a", words=["{class}"])
-
-
-def test_unpaired_images_are_left_out(here):
-    for stem in "ab":
-        image(f"i/{stem}.png")
-    drawn = mask("m/a_x.png")
-    patterns = ("--masks", "i/{id}.png", "m/{id}_x.png", *ALL)
-    refuse_download(*patterns, words=["i/b.png", "--skip-unpaired"])
-    run_download(*patterns, "--skip-unpaired")
-    assert_array_equal(stored()["a"]["foreground"], drawn)
 
 
 def test_a_split_is_not_read_into_itself(here):
@@ -179,7 +122,7 @@ def test_modalities_become_the_channels_of_each_slice(here):
             expected = np.stack([shown(own[channel], index) for channel in info["channels"]], -1)
             assert_array_equal(pixels(name), expected)
             assert pixels(name).dtype == np.uint8
-            seg, masks = own["seg"][..., index], masks_of(name)
+            seg, masks = own["seg"][..., index], stored()[name]
             for number, class_name in {1: "core", 2: "oedema", 4: "enhancing"}.items():
                 assert_array_equal(masks[class_name], seg == number)
     assert groups("train") == set(made)
@@ -217,21 +160,6 @@ def test_modalities_that_lie_apart_are_refused(here):
     refuse_download("--masks", *BRATS, *ALL, words=["B_1_t2.nii", "7.5 mm"])
 
 
-def test_the_channels_of_one_volume_are_named(here):
-    voxels = np.random.default_rng(0).integers(0, 900, (*VOXELS, 2)).astype(np.int16)
-    Path("imagesTr").mkdir()
-    write_nifti("imagesTr/b.nii", voxels, zooms=(1, 1, 3, 1))
-    volume("labelsTr/b.nii", 1, 2)
-    for sides in (("imagesTr", "labelsTr"), ("imagesTr/{id}.nii", "labelsTr/{id}.nii")):
-        run_download("--masks", *sides, *ALL, "--channels", "FLAIR,T1w", "--force")
-        assert annotations("train")["info"]["channels"] == ["FLAIR", "T1w"]
-        for index in range(VOXELS[2]):
-            expected = np.stack([shown(voxels[..., k], index) for k in range(2)], -1)
-            assert_array_equal(pixels(f"b_z{index:03}"), expected)
-    words = ["imagesTr/b.nii", "2 channels"]
-    refuse_download("--masks", *sides, *ALL, "--force", "--channels", "a,b,c", words=words)
-
-
 def test_pictures_are_channels_too(here):
     stains = np.random.default_rng(0).integers(0, 256, (2, 30, 40), np.uint8)
     for name, one in zip(("dapi", "gfp"), stains, strict=True):
@@ -240,7 +168,7 @@ def test_pictures_are_channels_too(here):
     patterns = ("--masks", "i/{id}_{channel}.png", "m/{id}.png", *ALL, "--force")
     run_download(*patterns)
     assert_array_equal(pixels("a"), np.moveaxis(stains, 0, -1))
-    assert_array_equal(masks_of("a")["foreground"], drawn)
+    assert_array_equal(stored()["a"]["foreground"], drawn)
     image("i/a_gfp.png")
     refuse_download(*patterns, words=["i/a_gfp.png", "colours"])
     save(Image.fromarray(stains[1, 1:]), "i/a_gfp.png")

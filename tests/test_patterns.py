@@ -14,26 +14,8 @@ from medseg.patterns import has_placeholder, match, name_pattern
 
 NFD = unicodedata.normalize("NFD", "Zähler")
 LAYOUTS = {  # name: (files, pattern of images, pattern of masks, pairs)
-    "dsb": (
-        "s/a/images/a.png s/a/masks/1.png s/a/masks/2.png s/b/images/b.png s/b/masks/mask0.png",
-        "s/{id}/images/*.png", "s/{id}/masks/{part}.png",
-        "s/a/images/a.png < s/a/masks/1.png + s/a/masks/2.png",
-        "s/b/images/b.png < s/b/masks/mask0.png",
-    ),
     "one of two readers": (
         "x.jpg x_1stHO.png x_2ndHO.png", "{id}.jpg", "{id}_1stHO.png", "x.jpg < x_1stHO.png",
-    ),
-    "busi": (
-        "g/b (1).png|g/b (1)_mask.png|g/b (1)_mask_1.png|n/n (1).png|n/n (1)_mask.png",
-        "*/{id}.png", "*/{id}_mask{part}.png",
-        "g/b (1).png < g/b (1)_mask.png + g/b (1)_mask_1.png", "n/n (1).png < n/n (1)_mask.png",
-    ),
-    "drive": (
-        "a/images/21_training.tif a/1st_manual/21_manual1.gif a/mask/21_training_mask.gif "
-        "b/images/01_test.tif b/1st_manual/01_manual1.gif b/mask/01_test_mask.gif",
-        "*/images/{id}_*.tif", "*/1st_manual/{id}_manual1.gif",
-        "a/images/21_training.tif < a/1st_manual/21_manual1.gif",
-        "b/images/01_test.tif < b/1st_manual/01_manual1.gif",
     ),
     "em": (
         "train/images/0.png train/masks/0.png val/images/0.png val/masks/0.png",
@@ -45,75 +27,12 @@ LAYOUTS = {  # name: (files, pattern of images, pattern of masks, pairs)
         "{train,val}/images/{id}.{jpg,p*}", "{train/masks,val/masks}/{id}.png",
         "train/images/0.png < train/masks/0.png", "val/images/1.png < val/masks/1.png",
     ),
-    "ph2": (
-        "P/PH2 images/I2/I2_Dermoscopic_Image/I2.bmp|P/PH2 images/I2/I2_lesion/I2_lesion.bmp|"
-        "P/PH2 images/I2/I2_roi/I2_R1.bmp|P/PH2.txt",
-        "P/**/{id}_Dermoscopic_Image/*.bmp", "P/**/{id}_lesion/*.bmp",
-        "P/PH2 images/I2/I2_Dermoscopic_Image/I2.bmp < P/PH2 images/I2/I2_lesion/I2_lesion.bmp",
-    ),
-    "montgomery": (
-        "CXR_png/a_0.png M/leftMask/a_0.png M/rightMask/a_0.png",
-        "CXR_png/{id}.png", "M/{class}/{id}.png",
-        "CXR_png/a_0.png < leftMask=M/leftMask/a_0.png + rightMask=M/rightMask/a_0.png",
-    ),
-    "lgg": (
-        "k/TCGA_1_2/TCGA_1_2_1.tif k/TCGA_1_2/TCGA_1_2_1_mask.tif k/TCGA_3/TCGA_3_1.tif "
-        "k/TCGA_3/TCGA_3_1_mask.tif k/data.csv",
-        "k/{group}/{id}.tif", "k/{group}/{id}_mask.tif",
-        "[TCGA_1_2] k/TCGA_1_2/TCGA_1_2_1.tif < k/TCGA_1_2/TCGA_1_2_1_mask.tif",
-        "[TCGA_3] k/TCGA_3/TCGA_3_1.tif < k/TCGA_3/TCGA_3_1_mask.tif",
-    ),
     "brats 2020": (
         "B_1/B_1_t1.nii B_1/B_1_t1ce.nii B_1/B_1_seg.nii B_355/B_355_t1.nii B_355/B_355_t1ce.nii "
         "B_355/W39_1998.09.19_Segm.nii",
         "{id}/{id}_{channel}.nii", "{id}/*_{seg,Segm}.nii",
         "t1=B_1/B_1_t1.nii + t1ce=B_1/B_1_t1ce.nii < B_1/B_1_seg.nii",
         "t1=B_355/B_355_t1.nii + t1ce=B_355/B_355_t1ce.nii < B_355/W39_1998.09.19_Segm.nii",
-    ),
-    "nnunet": (
-        "imagesTr/p_1_0000.nii.gz imagesTr/p_1_0001.nii.gz labelsTr/p_1.nii.gz imagesTs/p_2.nii.gz",
-        "imagesTr/{id}_{channel}.nii.gz", "labelsTr/{id}.nii.gz",
-        "0000=imagesTr/p_1_0000.nii.gz + 0001=imagesTr/p_1_0001.nii.gz < labelsTr/p_1.nii.gz",
-    ),
-    "bids": (
-        "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz sub-01/ses-1/anat/sub-01_ses-1_T2w.nii.gz "
-        "derivatives/sub-01/ses-1/anat/sub-01_ses-1_T1w_mask.nii.gz "
-        "sub-02/anat/sub-02_T1w.nii.gz derivatives/sub-02/anat/sub-02_T1w_mask.nii.gz",
-        "sub-{group}/**/{id}_T1w.nii.gz", "derivatives/**/{id}_T1w_mask.nii.gz",
-        "[01] sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz < "
-        "derivatives/sub-01/ses-1/anat/sub-01_ses-1_T1w_mask.nii.gz",
-        "[02] sub-02/anat/sub-02_T1w.nii.gz < derivatives/sub-02/anat/sub-02_T1w_mask.nii.gz",
-    ),
-    "totalsegmentator": (
-        "s1/ct.nii.gz s1/seg/liver.nii.gz s1/seg/spleen.nii.gz s2/ct.nii.gz s2/seg/liver.nii.gz "
-        "meta.csv",
-        "{id}/ct.nii.gz", "{id}/seg/{class}.nii.gz",
-        "s1/ct.nii.gz < liver=s1/seg/liver.nii.gz + spleen=s1/seg/spleen.nii.gz",
-        "s2/ct.nii.gz < liver=s2/seg/liver.nii.gz",
-    ),
-    "acdc": (
-        "p1/p1_4d.nii.gz p1/p1_frame01.nii.gz p1/p1_frame01_gt.nii.gz p1/p1_frame12.nii.gz "
-        "p1/p1_frame12_gt.nii.gz",
-        "{group}/{group}_frame{id}.nii.gz", "{group}/{group}_frame{id}_gt.nii.gz",
-        "[p1] p1/p1_frame01.nii.gz < p1/p1_frame01_gt.nii.gz",
-        "[p1] p1/p1_frame12.nii.gz < p1/p1_frame12_gt.nii.gz",
-    ),
-    "chaos mr": (
-        "MR/1/DICOM/IMG-4.dcm MR/1/Ground/IMG-4.png MR/2/DICOM/IMG-4.dcm MR/2/Ground/IMG-4.png",
-        "MR/{group}/DICOM/{id}.dcm", "MR/{group}/Ground/{id}.png",
-        "[1] MR/1/DICOM/IMG-4.dcm < MR/1/Ground/IMG-4.png",
-        "[2] MR/2/DICOM/IMG-4.dcm < MR/2/Ground/IMG-4.png",
-    ),
-    "idrid": (
-        "1. Im/a. Set/I_01.jpg|2. All/a. Set/1. HE/I_01_HE.tif|2. All/a. Set/2. OD/I_01_OD.tif",
-        "1. Im/**/{id}.jpg", "2. A*/*/{class}/{id}_*.tif",
-        "1. Im/a. Set/I_01.jpg < 1. HE=2. All/a. Set/1. HE/I_01_HE.tif + "
-        "2. OD=2. All/a. Set/2. OD/I_01_OD.tif",
-    ),
-    "cityscapes": (
-        "img/ulm/ulm_0_img.png gt/ulm/ulm_0_gt_labelIds.png gt/ulm/ulm_0_gt_color.png",
-        "img/**/{id}_img.png", "gt/**/{id}_gt_labelIds.png",
-        "img/ulm/ulm_0_img.png < gt/ulm/ulm_0_gt_labelIds.png",
     ),
     "one folder, a class each": (
         "i_1.png i_1_axon.png i_1_axon_b.png i_2.png i_2_axon.png", "{id}.png", "{id}_{class}.png",
