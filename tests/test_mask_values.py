@@ -103,7 +103,7 @@ CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class
     ([GREYS, lambda m: GREYS(m).convert("RGB")], None, {"85": 1, "128": 2, "255": 3}),
     ([BORDER], None, {"1": 1, "2": 2}),
     ([BORDER], "*=cell", {"cell": [1, 2]}),
-    ([BORDER], "0=out", {"out": 0}),
+    ([BORDER], "0=out", {"out": [0, 3]}),
     ([BORDER], "*=cell,255=border", {"cell": [1, 2], "border": 3}),
     ([BLACK], None, {"#0000ff": 1, "#808080": 3, "#ff0000": 2}),
     ([BLACK], "#0000ff=vein,#ff0000=artery,#808080=vein", {"vein": [1, 3], "artery": 2}),
@@ -120,7 +120,7 @@ CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class
     ([ONE, FULL], "a,b", {"a": [], "b": []}),
     ([BIT, FULL], None, {"foreground": 0}, INVERT),
     ([BIT, FULL], "membrane", {"membrane": 0}, INVERT),
-    ([palette([0, 1, 1, 255])], None, {"foreground": 0}, INVERT),
+    ([palette([0, 1, 1, 255])], None, {"foreground": [0, 3]}, INVERT),
 ]
 
 

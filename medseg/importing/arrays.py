@@ -13,6 +13,7 @@ from medseg.images import MEASURED_PIXELS, as_picture
 from medseg.importing.collect import find_groups, list_files, unique_names
 from medseg.importing.values import VOLUME, Counted, classes_of_counts, count_values
 from medseg.importing.writing import Example, choose_window
+from medseg.masks import whole_numbers
 from medseg.samples import to_uint8
 
 KEYS = (("image", "img"), ("label", "mask"))  # of a .npz file
@@ -80,10 +81,7 @@ def read_arrays(path):
         image, labels = arrays.image, arrays.labels
         if labels.ndim != 2 or labels.shape != image.shape[:2] or image.ndim not in (2, 3):
             raise ValueError(f"an image {image.shape} with a mask {labels.shape}: not (H, W) both")
-        whole = labels.astype(np.int64)
-        if not (whole == labels).all():
-            raise ValueError("its mask holds other numbers than whole ones")
-        return arrays._replace(labels=whole)
+        return arrays._replace(labels=whole_numbers(labels, path))
 
 
 def _read_npz(path):

@@ -5,20 +5,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
+from medseg import settings
 from medseg.coco import listed
 from medseg.dicom import read_dicom
-from medseg.files import base_name, file_format
+from medseg.files import base_name, escape, file_format
 from medseg.images import as_picture, read_image
+from medseg.importing import collect
 from medseg.importing.class_names import one_class
-from medseg.importing.collect import (
-    Upright,
-    find_groups,
-    fit_mask,
-    printable,
-    read_upright,
-    split_pages,
-    unique_names,
-)
 from medseg.importing.pairs import advise_groups
 from medseg.importing.values import find_classes
 from medseg.importing.volumes import volume_examples
@@ -26,14 +19,6 @@ from medseg.importing.writing import Example, picture_window
 from medseg.modalities import Modalities, channels_of, format_of, read_channels
 from medseg.patterns import first, name_pattern
 from medseg.samples import count_pages
-from medseg.settings import (
-    MAX_CHANNELS,
-    OF_FILE,
-    OF_VOLUME,
-    check_channels,
-    check_window,
-    count_recorded,
-)
 
 
 def mask_examples(cases, texts, args, classes, present):
@@ -62,7 +47,7 @@ def mask_examples(cases, texts, args, classes, present):
     _report_cases(cases, pairs, class_names)
     formats = {format_of(image) for image, _ in pairs}
     groups = _groups_of(cases, texts, args.groups, "volume" in formats)
-    names = unique_names(relative, args.prefix or "")
+    names = collect.unique_names(relative, args.prefix or "")
     if formats == {None}:
         pairs = _number_channels(pairs)
     window, info = _settings_of(pairs, formats, texts[0], args, present)
@@ -73,7 +58,7 @@ def mask_examples(cases, texts, args, classes, present):
         )
     else:
         if not info["channels"]:
-            pairs, names, groups = split_pages(pairs, names, groups)
+            pairs, names, groups = collect.split_pages(pairs, names, groups)
         meanings, examples = {}, []
         for name in class_names or [None]:
             paths = [path for _, masks in pairs for own, path in masks if own == name]
@@ -97,11 +82,11 @@ def _report_cases(cases, pairs, class_names):
     united = sum(len(paths) > 1 for case in cases for paths in case.masks.values())
     several = f"; {united} times several masks, united" if united else ""
     print(
-        f"pairs: {len(pairs)} images with {n_masks} masks{of_classes}, such as {printable(image)} "
-        f"with {printable(first(path for _, path in own))}{several}"
+        f"pairs: {len(pairs)} images with {n_masks} masks{of_classes}, such as "
+        f"{escape(str(image))} with {escape(first(path for _, path in own))}{several}"
     )
     if groups := {case.group for case in cases} - {""}:
-        print(f"groups: {len(groups)}, such as {printable(min(groups))}: each stays in one split")
+        print(f"groups: {len(groups)}, such as {escape(min(groups))}: each stays in one split")
 
 
 def _groups_of(cases, texts, table, are_volumes):
@@ -113,7 +98,7 @@ def _groups_of(cases, texts, table, are_volumes):
         return groups
     paths = [os.path.abspath(next(iter(case.images.values()))) for case in cases]
     top = os.path.commonpath([os.path.dirname(path) for path in paths])
-    groups = find_groups([os.path.relpath(path, top) for path in paths], table)
+    groups = collect.find_groups([os.path.relpath(path, top) for path in paths], table)
     if not any(groups) and not are_volumes:
         advise_groups(cases, texts)
     return groups
@@ -130,14 +115,15 @@ def _settings_of(pairs, formats, text, args, present):
         window = picture_window(paths, window, present)
     if args.context and "volume" not in formats:
         raise ValueError(f"{text}: holds no volumes, whose slices --context is for")
-    default = OF_VOLUME if "volume" in formats else OF_FILE if "dicom" in formats else None
+    defaults = {"volume": settings.OF_VOLUME, "dicom": settings.OF_FILE}
+    default = next((own for name, own in defaults.items() if name in formats), None)
     info = {"window": tuple(window or ()) or default, "channels": channels}
     info |= {"context": args.context, "pattern": "{channel}" in text and name_pattern(text)}
-    if (count_recorded(info) or 1) > MAX_CHANNELS:
+    if (settings.count_recorded(info) or 1) > settings.MAX_CHANNELS:
         what = f"--context {args.context}: makes" if args.context else f"{text}: has"
-        raise ValueError(f"{what} more than {MAX_CHANNELS} channels")
-    check_window(present, info["window"])
-    check_channels(present, info)
+        raise ValueError(f"{what} more than {settings.MAX_CHANNELS} channels")
+    settings.check_window(present, info["window"])
+    settings.check_channels(present, info)
     if channels:
         print(f"channels: {', '.join(channels)}")
     return window, info
@@ -167,18 +153,16 @@ def _read_picture(path, window):
 
 def _read_example(image, masks, meanings, window):
     """What `Example.read` returns, of the path of a picture and [(class name or None, mask)]."""
-    if isinstance(image, Modalities):
-        picture = read_channels(image, window, _read_picture)
-        upright = Upright(picture, picture.size, picture.orientation)
-    elif file_format(image) == "dicom":
-        picture = _read_picture(image, window)
-        upright = Upright(picture, picture.size, 1)
+    if channels_of(image) or file_format(image) == "dicom":
+        read = partial(read_channels, read=_read_picture) if channels_of(image) else _read_picture
+        picture = read(image, window)
+        upright = collect.Upright(picture, picture.size, picture.orientation)
     else:
-        upright = read_upright(image, window)
+        upright = collect.read_upright(image, window)
     united = {}
     for class_name, path in masks:
         encoding, values = meanings[class_name].read(path)
-        fitted = fit_mask(values, upright)
+        fitted = collect.fit_mask(values, upright)
         if fitted is None:
             sizes = ["x".join(map(str, size)) for size in (values.shape[::-1], upright.size)]
             raise ValueError(f"{path}: is {sizes[0]}, but its image {image} is {sizes[1]}")

@@ -27,7 +27,6 @@ VOLUME = "volume"  # the encoding of volumes and arrays, beside those of `read_m
 ONE_CLASS = "foreground"
 COMPARED = 64  # palette masks, evenly spaced, whose palettes are compared
 MAX_COLOURS = 4096  # of one mask: numbers of objects, but no photographs
-NOTHING = -COLOUR  # the value of pixels that are of no class whatever --classes says
 GREYS, FULL = ("grey", "colour"), {1, 255, 65535}  # FULL: what programs write for foreground
 EDGES = 2 / 3  # part of the pixels between 0 and 255: see `are_edges`
 MANY, OBJECT = 10, 5  # values of one mask that may be numbers of objects, of so many pixels each
@@ -170,8 +169,7 @@ def apply_rules(rules, encoding, values):
     if encoding == "colour":
         values = values & 255 if "greys" in rules else np.where(values, values | COLOUR, 0)
     if encoding in rules:
-        nothing = 0 if encoding == "alpha" else NOTHING
-        values = np.where(values == 255, nothing, values.astype(np.int64))
+        values = np.where(values == 255, 0, values)
     if f"cut {encoding}" in rules and (encoding in LOSSY or values.max() != 1):
         values = np.where(values > HALF, 255, 0).astype(np.uint8)
     return np.where(values, 0, 255).astype(np.uint8) if "invert" in rules else values
@@ -180,9 +178,9 @@ def apply_rules(rules, encoding, values):
 def find_rules(masks, names):
     """(masks with the counts after the rules, rules) of a list of Counted; prints warnings.
 
-    "greys": colours are greys, as all are. "alpha": that of black masks is background, as others
-    are not black. "palette": index 255 is of no class beside others, PASCAL VOC's border.
-    "cut JPEG" and the like: masks of this encoding are cut at half, but for those of 0 and 1.
+    "greys": colours are greys, as all are. "alpha": what is opaque in black masks is background, as
+    others are not black. "palette": index 255 is background beside others, PASCAL VOC's border.
+    "cut JPEG" and the like: masks of this encoding are cut at half, but for greys of 0 and 1.
     "invert", "as shown": see `find_classes`, as names.
     """
     entries = names.entries if isinstance(names, ClassValues) else ()
@@ -202,12 +200,10 @@ def find_rules(masks, names):
         rules.add("palette")
         print(f"warning: palette index 255 ({share_of([255], palette)}) counts as background")
     masks = recount(masks, rules)
-    # Ranges hold what a lossy format has changed.
-    if not entries or any(len(entry.values) == 1 for entry in entries if entry.name):
-        rules.update(f"cut {encoding}" for encoding in LOSSY if encoding in counts_of)
-    greys = [mask for mask in masks if mask.encoding in GREYS and max(mask.counts) != 1]
-    if all(own in (range(1), range(255, 256)) for own in numbers) and are_edges(greys):
-        rules.update(f"cut {encoding}" for encoding in GREYS)
+    if all(own in (range(1), range(255, 256)) for own in numbers):  # else they name what is between
+        greys = [mask for mask in masks if mask.encoding in GREYS and max(mask.counts) != 1]
+        soft = (*LOSSY, *GREYS) if are_edges(greys) else LOSSY
+        rules.update(f"cut {encoding}" for encoding in soft if encoding in counts_of)
     cut = add_counts(mask for mask in masks if f"cut {mask.encoding}" in rules)
     if between := cut.keys() - {0, 1, 255}:
         share = share_of(between, add_counts(masks))
@@ -223,7 +219,6 @@ def recount(masks, rules):
         counts = Counter()
         for value, pixels in zip(values.tolist(), mask.counts.values(), strict=True):
             counts[value] += pixels
-        del counts[NOTHING]
         counted.append(mask._replace(counts=counts))
     return counted
 
