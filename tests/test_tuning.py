@@ -119,15 +119,15 @@ def counts_of(*dice, size=100):
 @pytest.mark.parametrize(
     "before, after, expected",
     [
-        ((0.5, 0.5, 0.5, 0.5), (0.6, 0.6, 0.6, 0.6), True),
-        ((0.5, 0.5, 0.5, 0.5), (0.6, 0.58, 0.5, 0.55), True),
-        ((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5), False),
-        ((0.5, 0.5, 0.5, 0.5), (0.4, 0.4, 0.4, 0.4), False),
+        ((0.5,) * 4, (0.6,) * 4, True),
+        ((0.5,) * 4, (0.6, 0.58, 0.5, 0.55), True),
+        ((0.5,) * 4, (0.5,) * 4, False),
+        ((0.5,) * 4, (0.4,) * 4, False),
         # One image alone: the mean is as large as its standard error, and here a bit smaller.
-        ((0.5, 0.5, 0.5, 0.5), (0.9, 0.5, 0.5, 0.49), False),
-        ((0.5, 0.5, 0.5, 0.5), (0.7, 0.3, 0.7, 0.4), False),  # mean 0.025, standard error 0.10
-        ((0.5, 0.5), (0.6, 0.6), True),
-        ((0.5, 0.5), (0.8, 0.49), False),  # mean 0.145, standard error 0.155
+        ((0.5,) * 4, (0.9, 0.5, 0.5, 0.49), False),
+        ((0.5,) * 4, (0.7, 0.3, 0.7, 0.4), False),  # mean 0.025, standard error 0.10
+        ((0.5,) * 2, (0.6,) * 2, True),
+        ((0.5,) * 2, (0.8, 0.49), False),  # mean 0.145, standard error 0.155
     ],
 )
 def test_a_gain_is_seen_in_many_images(before, after, expected):
@@ -135,17 +135,15 @@ def test_a_gain_is_seen_in_many_images(before, after, expected):
 
 
 def test_a_gain_is_of_the_split_too():
-    before, sizes = [0.5] * 4, (10_000, 100, 100, 100)
+    def of(*dice):  # of a large image and three small ones
+        return np.concatenate([counts_of(dice[0], size=10_000), counts_of(*dice[1:])])
 
-    def of(dice):
-        return np.concatenate([counts_of(one, size=s) for one, s in zip(dice, sizes, strict=True)])
-
-    assert not gains(of(before), of((0.48, 0.6, 0.6, 0.6)))  # the large image lost pixels
-    assert gains(of(before), of((0.51, 0.6, 0.6, 0.6)))
-    assert not gains(of(before), of((0.6, 0.4, 0.4, 0.4)), expected=True)  # it alone gained
-    for change, expected in ((0.0019, False), (0.0021, True)):
-        after = [one + change for one in before]
-        assert gains(counts_of(*before, size=10**6), counts_of(*after, size=10**6)) is expected
+    before = of(*[0.5] * 4)
+    assert not gains(before, of(0.48, 0.6, 0.6, 0.6))  # the large image lost pixels
+    assert gains(before, of(0.51, 0.6, 0.6, 0.6))
+    assert not gains(before, of(0.6, 0.4, 0.4, 0.4), expected=True)  # it alone gained
+    large = [counts_of(*[0.5 + change] * 4, size=10**6) for change in (0, 0.0019, 0.0021)]
+    assert not gains(large[0], large[1]) and gains(large[0], large[2])
 
 
 def counted(targets, probabilities, thresholds, clean=None):
@@ -177,15 +175,10 @@ def lesions(count=5, *, inside=0.9, halo=0.0, speck=0.0, side=20):
     return targets, probabilities
 
 
-def test_nothing_gains_on_perfect_masks():
-    chosen, lines = choice(*lesions())
-    assert chosen == PLAIN == Inference(0.5, (), {})
-    assert all("not chosen" in line for line in lines)
-
-
 @pytest.mark.parametrize(
     "drawn, expected",
     [
+        ({}, PLAIN),
         # By hand: above the halo the square alone is left, and its Dice is 1.
         ({"inside": 0.9, "halo": 0.62}, Inference(0.65)),
         ({"inside": 0.32, "halo": 0.12}, Inference(0.15)),
@@ -234,17 +227,13 @@ def test_no_threshold_at_the_edge_or_that_marks_everything(background, inside, e
     assert ("0.5 stays" in lines[0]) == (expected == 0.5)
 
 
-def test_no_threshold_that_marks_nearly_nothing():
-    """Up to 0.6 all is marked, then 4 of the 64 pixels of each lesion."""
+def test_no_threshold_that_marks_nearly_nothing_but_where_a_class_is_missed_everywhere():
     targets, probabilities = lesions(side=60)
-    probabilities[:] = 0.62
+    probabilities[:] = 0.62  # up to 0.6 all is marked, then 4 of the 64 pixels of each lesion
     for number, one in enumerate(probabilities):
         one[0, 2 + number : 4 + number, 5:7] = 0.72
     assert choice(targets, probabilities)[0] == PLAIN
-
-
-def test_a_class_that_is_missed_everywhere_refuses_no_threshold():
-    """Of two classes one is marked at 0.15 to 0.3, the other never."""
+    # Of two classes one is marked at 0.15 to 0.3, the other never.
     targets, probabilities = lesions(inside=0.32, halo=0.12)
     both = np.concatenate([targets, targets[:, :, ::-1]], 1)
     missed = np.concatenate([probabilities, np.zeros_like(probabilities)], 1)
@@ -368,16 +357,12 @@ def test_flips_that_were_neither_chosen_nor_trained_are_told():
         inference, said = choose_inference(args, recorded, trained)
         return inference, said.splitlines()
 
-    plain = Inference(0.35)
-    inference, (line, warning) = lines(plain, (), "--tta")
+    inference, (line, warning) = lines(Inference(0.35), (), "--tta")
     assert inference == Inference(0.35, ALL_FLIPS)
     assert "threshold 0.35 was chosen on valid" in line and warning.startswith("WARNING: --tta")
     assert [line[:7] for line in lines(None, (), "--tta")[1]] == ["WARNING"]
-    for recorded, trained in ((plain, ALL_FLIPS), (TUNED, ()), (None, ALL_FLIPS)):
+    for recorded, trained in ((Inference(0.35), ALL_FLIPS), (TUNED, ()), (None, ALL_FLIPS)):
         assert "WARNING" not in " ".join(lines(recorded, trained, "--tta")[1])
-    for flags in ((), ("--no-tta",)):
-        assert "WARNING" not in " ".join(lines(plain, (), *flags)[1])
-    assert lines(TUNED, ALL_FLIPS, "--tta")[1][0].startswith(f"{TUNED}: chosen on valid")
 
 
 def test_weights_without_a_choice_predict_as_ever_and_take_flags(place):
@@ -427,21 +412,18 @@ def test_the_report_scores_masks_as_they_are_written(place, dataset):
     run(place, dataset / "test", "--model", "tuned.pth", "--output", "scored")
     report = json.loads(Path("scored/report.json").read_text())
     assert {key: report[key] for key in TUNED.as_dict()} == TUNED.as_dict()
-    rows = load_split(dataset, "test", 48)[..., 3] > 0
+
+    def dice(split, masks):
+        target = load_split(dataset, split, 48)[..., 3] > 0
+        return 2 * (masks & target).sum() / (masks.sum() + target.sum())
+
     masks = np.stack([Image.open(f"scored/{number}_test_mask.png") for number in range(4)]) > 0
-    dice = 2 * (masks & rows).sum() / (masks.sum() + rows.sum())
-    assert report["scores"]["dice"] == pytest.approx(dice)
+    assert report["scores"]["dice"] == pytest.approx(dice("test", masks))
     # The sweep on valid is of masks made in that way too.
-    valid = load_split(dataset, "valid", 48)
     for index in (3, 12):
         cut = TUNED._replace(threshold=SWEEP[index])
-        masks = np.stack([by_hand(row[..., 0], cut) for row in valid])
-        dice = 2 * (masks & (valid[..., 3] > 0)).sum() / (masks.sum() + valid[..., 3].sum())
-        assert report["valid"]["dice"][index] == pytest.approx(dice)
-    run(place, dataset / "test", "--model", "plain.pth", "--output", "plain")
-    plain = json.loads(Path("plain/report.json").read_text())
-    assert (plain["threshold"], plain["flips"], plain["clean"]) == (0.5, [], "none")
-    assert plain["scores"]["dice"] != report["scores"]["dice"]
+        masks = [by_hand(row[..., 0], cut) for row in load_split(dataset, "valid", 48)]
+        assert report["valid"]["dice"][index] == pytest.approx(dice("valid", np.stack(masks)))
 
 
 # ---- train.py --------------------------------------------------------------------------------
@@ -526,20 +508,17 @@ def test_test_only_prints_both_and_draws_the_chosen_masks(trained, monkeypatch):
     drawn = []
 
     def record(model, loader, device, **options):
-        drawn.append(options["threshold"])
+        drawn.extend(value for value in options.values() if isinstance(value, Inference))
         return options["path"]
 
     monkeypatch.setattr(train, "visualize_predictions", record)
-    for out, printed in said.items():
-        again = output_of("train.py", "--test-only", "--out", out, "--device", "cpu", cwd=place)
-        for line in printed.splitlines():
-            assert line in again or not line.startswith("test with"), line
-    plain, chosen = drawn
-    assert chosen == load_model(place / "tuned" / "best_model.pth").info.inference != plain
-    assert plain == PLAIN
+    printed = output_of("train.py", "--test-only", "--out", "tuned", "--device", "cpu", cwd=place)
+    for line in said["tuned"].splitlines():
+        assert line in printed or not line.startswith("test with"), line
+    assert drawn == [load_model(place / "tuned" / "best_model.pth").info.inference]
 
 
-def test_a_run_that_has_ended_can_choose_later(trained, no_pictures):
+def test_a_run_that_has_ended_can_choose_later_and_init_takes_no_choice_over(trained, no_pictures):
     place, said = trained
     output_of("train.py", *FLAGS, "--out", "later", cwd=place)
     (place / "later" / "curves.png").touch()  # the last file that a training writes
@@ -548,17 +527,11 @@ def test_a_run_that_has_ended_can_choose_later(trained, no_pictures):
     tuned = output_of("train.py", "--resume", "--tune-prediction", "--out", "later", cwd=place)
     for pattern in (", as chosen on valid: ", "^chosen on valid: ", "^test with the best weights"):
         assert line_with(tuned, pattern) == line_with(said["tuned"], pattern)
-    expected = load_model(place / "tuned" / "best_model.pth").info.inference
-    assert load_model(place / "later" / "best_model.pth").info.inference == expected
     # A run that goes on keeps the flag, and chooses anew at its end.
     more = output_of("train.py", "--resume", "--epochs", 4, "--out", "later", cwd=place)
     assert "chosen on valid: " in more
     assert load_model(place / "later" / "best_model.pth").info.inference is not None
-
-
-def test_init_takes_no_choice_over(trained, no_pictures):
-    place, _ = trained
-    init = ("--init", "tuned/best_model.pth", "--epochs", 1, "--out", "next")
+    init = ("--init", "later/best_model.pth", "--epochs", 1, "--out", "next")
     output_of("train.py", *SMALL[4:], *init, cwd=place)
     assert load_model(place / "next" / "best_model.pth").info.inference is None
 

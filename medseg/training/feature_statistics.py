@@ -5,7 +5,7 @@ import torch
 
 from medseg.dist import is_first
 from medseg.inference import view
-from medseg.ood import MIN_IMAGES, fit_with_threshold, recording_features
+from medseg.ood import fit_with_threshold, recording_features
 from medseg.tiles import apply_by_tiles
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
@@ -17,22 +17,18 @@ MAX_SHARED = 0.05  # of the pixels of a class that may be of another one, too
 def record_statistics(model, loaders, device, out, autocast):
     """Add to best_model.pth what a UNet was trained on: `FeatureStatistics`, how classes overlap.
 
-    model: with its best weights. loaders: {split: `data.Batches`}, of which train and valid are
-    passed through the network, whole images, and turned as the training has turned them, by the
-    first process. Of too few images there are none.
+    model: with its best weights. loaders: {split: `Batches`}, of which train and valid are passed
+    through the network, whole images, and turned as the training has turned them, by the first
+    process. Of too few images there are no statistics.
     """
     rows = loaders["train"].rows
     model.info.draw_order = find_draw_order(rows, model.n_channels, model.n_classes)
     if not is_first():
         return
-    if len(rows) >= MIN_IMAGES:
-        features = [
-            pool_features(model, loaders[split].whole_images(MAX_IMAGES), device, autocast)
-            for split in ("train", "valid")
-        ]
-        model.info.feature_statistics = fit_with_threshold(*features)
-    if model.info.feature_statistics or not model.info.exclusive:
-        save_weights(out / BEST, model.state_dict())
+    splits = (loaders[split].whole_images(MAX_IMAGES) for split in ("train", "valid"))
+    features = [pool_features(model, batches, device, autocast) for batches in splits]
+    model.info.feature_statistics = fit_with_threshold(*features)
+    save_weights(out / BEST, model.state_dict())
 
 
 def pool_features(model, batches, device, autocast):
@@ -58,17 +54,15 @@ def find_draw_order(rows, n_channels, n_classes):
     """Numbers of classes that overlap, in the order in which they are drawn; () if they do not.
 
     rows: of the training split, see `data.load_split`. The larger one comes first: so a class that
-    lies inside another is drawn over it. Polygons of classes that touch share the pixels of their
-    border, and outlines that are drawn by hand cross a little: two classes overlap where they share
-    more than MAX_SHARED of the pixels of the smaller one. A border of one pixel is less of any
-    class wider than some 20 pixels, and a class within another shares all of them.
+    lies inside another is drawn over it. Outlines of classes that touch share the pixels of their
+    border or cross a little: two classes overlap where they share more than MAX_SHARED of the
+    pixels of the smaller one.
     """
     both = np.zeros((n_classes, n_classes), np.int64)
     for row in rows if n_classes > 1 else ():
         packed = np.asarray(row[..., n_channels:])
         packed = packed[packed.any(-1)]
-        bits = np.unpackbits(packed, axis=-1, count=n_classes, bitorder="little")
-        bits = bits.astype(np.float32)
+        bits = np.unpackbits(packed, axis=-1, count=n_classes, bitorder="little").astype(np.float32)
         both += np.rint(bits.T @ bits).astype(np.int64)
     areas = both.diagonal()
     shared = both - np.diag(areas)

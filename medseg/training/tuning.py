@@ -7,14 +7,7 @@ import torch
 
 from medseg.dist import is_first
 from medseg.inference import PLAIN
-from medseg.metrics import (
-    SWEEP,
-    class_scores,
-    count_image,
-    count_pixels,
-    image_dice,
-    present_classes,
-)
+from medseg.metrics import SWEEP, class_scores, count_image, count_pixels, mean_image_dice
 from medseg.predictor import Predictor
 from medseg.training.checkpoint import BEST
 from medseg.weights import save_weights
@@ -26,16 +19,14 @@ MIN_IMAGES = 4  # of valid, to choose a threshold or whether pieces are removed
 def gains(before, after, *, expected=False):
     """Whether masks became better by more than noise; counts of the same images, (N, C, 4).
 
-    The Dice of the split must gain MIN_GAIN, which one large image can do alone, and the Dice of
-    the images, on average, more than the standard error of that average, which chance does in one
-    of six cases. So a gain has to be seen in many images. After the one-standard-error rule of
-    Breiman, Friedman, Olshen, Stone: "Classification and Regression Trees", 1984, chapter 3: of
-    models that are no further apart, the simplest. It takes at least two images.
+    The Dice of the split must gain MIN_GAIN, which one large image can do alone, and the mean Dice
+    of the images more than its standard error: so a gain has to be seen in many images. After the
+    one-standard-error rule of Breiman, Friedman, Olshen, Stone: "Classification and Regression
+    Trees", 1984, chapter 3. It takes at least two images.
     expected: of a change that is expected to help whatever valid says, as the mean of several
     predictions of a network that has learned the flips: then the Dice of the images must not fall.
     """
-    present = present_classes(before)
-    difference = (image_dice(after) - image_dice(before))[:, present].mean(1)  # (N,)
+    difference = mean_image_dice(after) - mean_image_dice(before)  # (N,)
     noise = 0 if expected else difference.std(ddof=1) / math.sqrt(len(difference))
     gained = split_dice(after) - split_dice(before)
     return bool(gained >= MIN_GAIN and difference.mean() > noise)
@@ -89,11 +80,15 @@ def choose(count, flips):
 def better_threshold(counts, at, lines):
     """The index in SWEEP of the highest Dice where it gains, else `at`; counts: (N, T, C, 4).
 
-    Where only a threshold that `usable_thresholds` refuses has that Dice, `at` stays as well, and
-    `lines` gets a line that says so.
+    Where only a threshold has that Dice that may not be chosen, `at` stays as well, and `lines` get
+    a line that says so. May not: the lowest and the highest, beyond which the best may lie, and
+    those that mark nearly all or nothing of each class: that leave less than a tenth of the
+    background's area unmarked, or mark less than a tenth of the foreground's.
     """
     dice = np.array([split_dice(counts[:, index]) for index in range(len(SWEEP))])
-    usable = usable_thresholds(counts)
+    tp, fp, fn, tn = np.moveaxis(counts.sum(0), -1, 0)  # (T, C) each
+    usable = ~((tn + fn <= 0.1 * (tn + fp)) | (tp + fp <= 0.1 * (tp + fn))).all(1)
+    usable[[0, -1]] = False
     best = int(np.argmax(dice))
     if not usable[best] and gains(counts[:, at], counts[:, best]):
         others = np.flatnonzero(usable & (dice > dice[best] - MIN_GAIN))
@@ -104,21 +99,6 @@ def better_threshold(counts, at, lines):
             return at
         best = int(others[np.argmax(dice[others])])
     return best if gains(counts[:, at], counts[:, best]) else at
-
-
-def usable_thresholds(counts):
-    """bool (T,): the thresholds of SWEEP that may be chosen; counts: (N, T, C, 4).
-
-    Not the lowest and the highest, beyond which the best may lie, nor those that mark nearly all or
-    nothing of each class: that leave less than a tenth of the background's area unmarked, or mark
-    less than a tenth of the foreground's.
-    """
-    tp, fp, fn, tn = np.moveaxis(counts.sum(0), -1, 0)  # (T, C) each
-    nearly_all = tn + fn <= 0.1 * (tn + fp)
-    nearly_nothing = tp + fp <= 0.1 * (tp + fn)
-    usable = ~(nearly_all | nearly_nothing).all(1)
-    usable[[0, -1]] = False
-    return usable
 
 
 def tune_prediction(model, loaders, device, out, autocast):
@@ -160,9 +140,8 @@ def count_batch(model, inference, truths, outputs):
     truths: the true masks of each image, see `data.Batches.true_masks`; outputs: probabilities of
     the UNet, (B, C, S, S), already averaged over the flips of `inference`.
     """
-    counts = np.zeros((len(outputs), model.n_classes, 4), np.int64)
-    thresholds, options = [inference.threshold], {"exclusive": model.info.exclusive}
     pairs = zip(truths, outputs.float().cpu().numpy(), strict=True)
-    for own, pair in zip(counts, pairs, strict=True):
-        own[:] = count_image(*pair, thresholds, inference.clean, **options)[0]
+    how = ([inference.threshold], inference.clean)
+    counts = [count_image(*pair, *how, exclusive=model.info.exclusive) for pair in pairs]
+    counts = np.array(counts, np.int64).reshape(-1, model.n_classes, 4)
     return torch.from_numpy(counts).to(outputs.device)
