@@ -281,7 +281,7 @@ def test_via_of_version_1_without_attributes_and_checkboxes(here):
 
 BAD_VIA = {  # the content, or a shape; what the message names
     "COCO": ({"images": [], "annotations": []}, "v.json"),
-    "text": ({**RECT, "x": "1"}, "a.png"),
+    "text": ({**RECT, "x": "a"}, "a.png"),
     "lengths": ({"name": "polygon", **CORNERS, "all_points_x": [1]}, "a.png"),
     "shape": ({"name": "star"}, "star"),
     "elsewhere": ({"a": {"filename": "b.png", "regions": []}}, "b.png"),

@@ -129,9 +129,9 @@ def _read_example(path, image_path, record, outlines, no_pixel):
     parts = {}
     for name, annotation in outlines:
         try:
-            segmentation = annotation.get("segmentation") or [_rectangle(annotation)]
+            segmentation = annotation.get("segmentation") or [corners(annotation.get("bbox") or ())]
             runs = read_segmentation(segmentation, height, width)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             label = f"annotation {annotation['id']!r:.40} of {image_path.name}"
             raise ValueError(f"{path}: {label}: {error}") from None
         if not runs.area:
@@ -143,12 +143,9 @@ def _read_example(path, image_path, record, outlines, no_pixel):
     return upright.image, masks
 
 
-def _rectangle(annotation):
-    """The box of an annotation as a polygon [x1, y1, x2, y2, ...]."""
-    try:
-        x, y, width, height = map(float, annotation["bbox"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError("its bbox is not four numbers") from None
+def corners(box):
+    """[x, y, width, height] as a polygon [x1, y1, x2, y2, ...]; ValueError or TypeError."""
+    x, y, width, height = map(float, box)
     return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 

@@ -24,34 +24,27 @@ def yolo_examples(folder, **options):
     if not paths:
         raise ValueError(f"{folder}: holds no images in a folder called images")
     names, split_of = _read_names(folder), {a: s for s, own in ALIASES.items() for a in own}
-    labels = [_labels_of(folder, path) for path in paths]
-    if not any(label.is_file() for label in labels):
-        raise ValueError(f"{labels[0]}: no such file, nor are there labels of the other images")
-    images, annotations, unlabelled = [], [], 0
-    for number, (path, size) in enumerate(zip(paths, parallel_map(shown_size, paths), strict=True)):
-        relative = path.relative_to(folder)
-        record = {"id": number, "file_name": relative.as_posix()}
-        record |= {"width": size[0], "height": size[1]}
-        split = next((split_of[own] for own in relative.parts[:-1] if own in split_of), "")
-        images.append({**record, "split": split})
-        if labels[number].is_file():
-            for own in _read_labels(labels[number], names, size):
-                annotations.append({"id": len(annotations), "image_id": number, **own})
-        else:
-            unlabelled += 1
+    images, annotations, unlabelled = [], [], []
+    for path, size in zip(paths, parallel_map(shown_size, paths), strict=True):
+        *places, name = path.relative_to(folder).parts
+        split = next((split_of[place] for place in places if place in split_of), "")
+        record = {"id": len(images), "file_name": "/".join([*places, name]), "split": split}
+        images.append(record | {"width": size[0], "height": size[1]})
+        places[len(places) - 1 - places[::-1].index("images")] = "labels"
+        labels = folder.joinpath(*places, name).with_suffix(".txt")
+        if not labels.is_file():
+            unlabelled.append(labels)
+            continue
+        for own in _read_labels(labels, names, size):
+            annotations.append({"id": len(annotations), "image_id": record["id"], **own})
+    if len(unlabelled) == len(paths):
+        raise ValueError(f"{unlabelled[0]}: no such file, nor are there labels of other images")
     if unlabelled:
-        print(f"note: {unlabelled} of {len(paths)} images have no labels: they have no foreground")
+        what = "images have no labels: they have no foreground"
+        print(f"note: {len(unlabelled)} of {len(paths)} {what}")
     categories = [{"id": number, "name": name} for number, name in sorted(names.items())]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return examples_of(content, folder, folder, **options)
-
-
-def _labels_of(folder, image):
-    """The Path of the labels of an image: `images` in its path is `labels` there."""
-    *places, name = image.relative_to(folder).parts
-    last = len(places) - 1 - places[::-1].index("images")
-    places[last] = "labels"
-    return folder.joinpath(*places, name).with_suffix(".txt")
 
 
 def _read_names(folder):
