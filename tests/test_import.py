@@ -31,8 +31,8 @@ from PIL import Image
 from medseg import phantoms
 from medseg.images import as_picture
 from medseg.importing import collect, writing
-from medseg.importing.writing import Example, write_dataset
-from medseg.splits import SPLITS, draw_splits
+from medseg.importing.writing import Example, deal_examples, write_dataset
+from medseg.splits import SPLITS
 
 THIRDS = ("--split", 34, 33, 33)
 UNSPLIT = ("--masks", "images", "masks")
@@ -107,10 +107,12 @@ def test_split_is_drawn_by_the_seed(here):
 def test_every_split_gets_an_image():
     for count in range(3, 30):
         items = [Example(str(number), "", None) for number in range(count)]
-        sizes = [len(own) for own in draw_splits(items, (90, 5, 5), 0).values()]
+        dealt = deal_examples(items, (90, 5, 5), None, 0)
+        assert deal_examples(items[::-1], (90, 5, 5), None, 0) == dealt
+        sizes = [len(own) for own in dealt.values()]
         assert sum(sizes) == count and min(sizes) >= 1 and abs(sizes[0] - 0.9 * count) < 2.1
     with pytest.raises(ValueError, match="3 splits"):
-        draw_splits(items[:2], (90, 5, 5), 0)
+        deal_examples(items[:2], (90, 5, 5), None, 0)
 
 
 def splits_by_group():

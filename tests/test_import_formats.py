@@ -55,14 +55,14 @@ def test_coco_polygons_and_run_lengths(here):
     counts = [0] * int(flat[0]) + np.diff(edges).tolist()
     uneven = [[1.3, 2.7, 30.2, 5.5, 17.9, 25.1]]
     annotations = [
-        *((0, 2, polygon(3, 4, 6)), (0, 2, polygon(20, 4, 6))),
+        (0, 2, {"segmentation": [OUTLINE, *polygon(20, 4, 6)["segmentation"]]}),
         (0, 3, {"segmentation": {"size": [30, 40], "counts": rle}}),
         (1, 2, {"segmentation": {"size": [30, 40], "counts": counts}, "iscrowd": 1}),
         (1, 3, {"segmentation": uneven}),
     ]
     coco_file(annotations, ["a.png", "b.png", "empty.png"])
     out = run_download(*COCO)
-    assert "k3 (2), k2 (3)" in out and "k0 (0)" in out and class_names() == ["k3", "k2"]
+    assert "k3 (2), k2 (2)" in out and "k0 (0)" in out and class_names() == ["k3", "k2"]
     got = stored()
     assert_array_equal(got["a"]["k2"], square_mask(3, 4, 6, 6) | square_mask(20, 4, 6, 6))
     assert_array_equal(got["a"]["k3"], blob)
@@ -94,7 +94,7 @@ def test_coco_annotations_of_a_picture_before_turning(here):
 def test_coco_images_are_found(here):
     """By their path, else by their name, in any Unicode form, and not outside the folder."""
     nfc, nfd = (unicodedata.normalize(form, "Läsion é") for form in ("NFC", "NFD"))
-    names = ["images/1/a.png", "upload\\b.png", "../../c.png", "/data/d.png", "e.png"]
+    names = ["images/1/a.png", "/data/d.png", "../../c.png", "upload\\b.png", "e.png"]
     coco_file(ONE, [*names, f"p/{nfc}.png", f"q/{nfd}.png"])
     for seed, form, place in ((5, nfc, f"p/{nfd}.png"), (6, nfd, f"q/{nfc}.png")):
         Path(f"images/{form}.png").unlink()
@@ -103,7 +103,7 @@ def test_coco_images_are_found(here):
     save(photo(99), "c.png")
     run_download(*COCO)
     expected = {"c": 2, f"p_{nfc}": 5, f"q_{nfc}": 6}
-    assert stored().keys() >= {"a", "b", "d", "e", *expected}
+    assert list(stored()) == sorted(["a", "b", "d", "e", *expected])
     for name, seed in expected.items():
         assert_array_equal(read_rgb(f"dataset/train/{name}.png"), photo(seed))
     save(photo(9), f"images/p/{nfc}.png")  # two of them: the one that is named exactly
