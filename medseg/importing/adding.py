@@ -147,15 +147,6 @@ def leave_out_known(root, into, folder, names, duplicates=None):
     return left
 
 
-def _count(known, names):
-    return f"{len(known)} of the {len(names)} new images {'is' if len(known) == 1 else 'are'}"
-
-
-def _first(known):
-    pairs = [f"{e.name} as {e.like}" if e.name != e.like else e.name for e in known[:3]]
-    return ", ".join(pairs + ["..."] * (len(known) > 3))
-
-
 class Known(NamedTuple):
     """A new image that the data set has already, or one like it."""
 
