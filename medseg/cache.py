@@ -103,7 +103,7 @@ def _read(path, dataset, skipped):
         if dataset.image_size is None:
             rows = RaggedRows(pixels, np.load(_sizes_path(path)))
         damaged = problems.read_text("utf-8").splitlines() if problems.exists() else []
-    except (OSError, ValueError):  # not there yet, or cut short
+    except (OSError, ValueError, EOFError):  # not there yet, or cut short
         return None
     fits = len(rows) == len(dataset) - len(damaged) and pixels.shape[1:] == dataset.row_shape
     if not fits or pixels.dtype != np.uint8 or (damaged and skipped is None):

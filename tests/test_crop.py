@@ -1,7 +1,6 @@
 """Images at their own size: the cache, crops of them, prediction and scores, end to end."""
 
 import json
-import os
 import time
 import weakref
 from collections import Counter
@@ -15,10 +14,8 @@ from helpers import edit_annotations, output_of, square, write_split
 from PIL import Image
 
 import predict
-import train
 from data import (
     Batches,
-    COCOSegmentationDataset,
     Order,
     Transform,
     load_split,
@@ -73,18 +70,15 @@ def to_pixels(images):
     return (pixels * 255).round().long()
 
 
-# ---- the cache -------------------------------------------------------------------------------
+# ---- whole images ----------------------------------------------------------------------------
 
 
 def test_every_image_keeps_its_own_size(own_sizes):
     rows = load_split(own_sizes, "train", None)
-    assert isinstance(rows, RaggedRows) and isinstance(rows.pixels, np.memmap) and len(rows) == 4
     for number in range(4):
         np.testing.assert_array_equal(rows[number], expected_row(own_sizes / "train", number))
         assert np.shares_memory(rows[number], rows.pixels)
     assert rows[-1].shape == (50, 41, 4) and len(list(rows)) == 4
-    with pytest.raises(IndexError):
-        rows[4]
     for pixels, sizes in ((rows.pixels, [[3, 4]]), (rows.pixels[:0], [[0, 4]])):
         with pytest.raises(ValueError):
             RaggedRows(pixels, sizes)
@@ -92,65 +86,6 @@ def test_every_image_keeps_its_own_size(own_sizes):
     assert image.shape == (3, 33, 20) and mask.sum() == 100
     assert load_split(own_sizes, "train", None, n_channels=1)[0].shape == (40, 60, 2)
     assert load_split(own_sizes, "train", 32).shape == (4, 32, 32, 4)
-
-
-def test_the_cache_is_made_once_and_follows_its_sources(own_sizes, monkeypatch):
-    first = load_split(own_sizes, "train", None)
-    path, sizes = sorted((own_sizes / ".cache").iterdir())
-    complete = {path: path.read_bytes(), sizes: sizes.read_bytes()}
-    with monkeypatch.context() as patch:
-        patch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
-        again = load_split(own_sizes, "train", None)
-    np.testing.assert_array_equal(again.pixels, first.pixels)
-    np.testing.assert_array_equal(again.sizes, SIZES)
-    for damaged, cut in ((path, 1), (path, 3000), (sizes, 1), (sizes, None)):
-        damaged.write_bytes(complete[damaged][: cut and -cut])
-        if cut is None:
-            damaged.unlink()
-        again = load_split(own_sizes, "train", None)
-        np.testing.assert_array_equal(again.pixels, first.pixels)
-        np.testing.assert_array_equal(again.sizes, SIZES)
-        assert {file: file.read_bytes() for file in complete} == complete
-    Image.new("RGB", (20, 33), (9, 9, 9)).save(own_sizes / "train" / "1.png")
-    changed = load_split(own_sizes, "train", None)
-    assert (changed[1][..., :3] == 9).all()
-    np.testing.assert_array_equal(changed[2], first[2])
-    assert len(list((own_sizes / ".cache").iterdir())) == 2
-
-
-def test_damaged_images_shift_nothing(own_sizes, monkeypatch):
-    path = own_sizes / "train" / "1.png"
-    good, state = path.read_bytes(), path.stat()
-
-    def write(content):
-        path.write_bytes(content)
-        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-
-    write(bytes(len(good)))
-    with monkeypatch.context() as patch:
-        for _ in range(2):  # made, and read from disk
-            skipped = []
-            rows = load_split(own_sizes, "train", None, skipped=skipped)
-            assert len(skipped) == 1 and "1.png" in skipped[0]
-            for row, number in zip(rows, (0, 2, 3), strict=True):
-                np.testing.assert_array_equal(row, expected_row(own_sizes / "train", number))
-            patch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
-    with pytest.raises(ValueError, match="1 of 4 images in train"):  # not the rows without it
-        load_split(own_sizes, "train", None)
-    write(good)  # read in vain before, as on a bad disk
-    assert len(load_split(own_sizes, "train", None)) == 4
-    monkeypatch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
-    assert len(load_split(own_sizes, "train", None)) == 4
-
-
-def test_memory_where_the_folder_cannot_be_written(own_sizes, capsys):
-    (own_sizes / ".cache").write_text("not a folder")
-    rows = load_split(own_sizes, "train", None)
-    assert not isinstance(rows.pixels, np.memmap) and "in memory" in capsys.readouterr().err
-    np.testing.assert_array_equal(rows[3], expected_row(own_sizes / "train", 3))
-
-
-# ---- whole images ----------------------------------------------------------------------------
 
 
 def test_whole_images_come_one_by_one(own_sizes):
@@ -212,6 +147,11 @@ def crops(rows, size, epoch=0, start=0, strengths=(), **options):
 
 @pytest.mark.parametrize("strengths", [{}, {"rotate": 1e-9}])  # resampled, and where they were
 def test_crops_are_slices_of_the_images(strengths):
+    one_size = np.stack([numbered_rows()[2]] * 3)
+    for pixels, _ in crops(one_size, 16, strengths=strengths):
+        _, top, left = pixels[0, 0]
+        np.testing.assert_array_equal(pixels, one_size[0, top:, left:, :3][:16, :16])
+    assert len(crops(one_size, 16)) == 3 * 16
     rows, seen = numbered_rows(), dict.fromkeys(range(4), 0)
     assert (
         len(Batches(rows, Order(4), transform=Transform(crop=20))) == 6
@@ -223,15 +163,6 @@ def test_crops_are_slices_of_the_images(strengths):
         np.testing.assert_array_equal(mask, source[..., 3])
         seen[number] += 1
     assert seen == {0: 6, 1: 2, 2: 10, 3: 5}  # height x width / 400, rounded
-
-
-def test_crops_of_images_of_one_size():
-    rows = np.stack([numbered_rows()[2]] * 3)
-    pairs = crops(rows, 16)
-    assert len(pairs) == 3 * 16
-    for pixels, _ in pairs:
-        _, top, left = pixels[0, 0]
-        np.testing.assert_array_equal(pixels, rows[0, top : top + 16, left : left + 16, :3])
 
 
 def test_every_place_is_as_likely():
@@ -445,20 +376,6 @@ def predict_all(network, frames, folder):
     return problems
 
 
-def test_images_are_predicted_at_their_own_size(own_sizes, tmp_path):
-    tensor, picture = predict.preprocess_image(own_sizes / "test" / "0.png", image_size=None)
-    assert tensor.shape == (1, 3, 40, 60) and picture.size == (60, 40)
-    pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
-    predict_all(Threshold(), pictures[1:2], tmp_path)
-    (tmp_path / "many").mkdir()
-    assert predict_all(Threshold(), pictures, tmp_path / "many") == []
-    for number in range(4):
-        mask = np.asarray(Image.open(tmp_path / "many" / f"{number}_mask.png")) > 0
-        assert mask.shape == SIZES[number]
-        np.testing.assert_array_equal(mask, expected_row(own_sizes / "test", number)[..., 3])
-    assert (tmp_path / "1_mask.png").read_bytes() == (tmp_path / "many" / "1_mask.png").read_bytes()
-
-
 def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
     # A second square that the network cannot see.
     edit_annotations(
@@ -481,23 +398,6 @@ def test_a_folder_is_scored_at_full_resolution(own_sizes, tmp_path):
     expected = {name: scores.result()[name] for name in report["scores"]}
     assert report["scores"] == pytest.approx(expected, abs=1e-9)
     assert Image.open(tmp_path / "report.png").size[0] > 1000
-
-
-def test_samples_of_several_batches_are_drawn(own_sizes, tmp_path, monkeypatch):
-    drawn, plot = [], train.plots.plot_predictions
-
-    def record(cases, *path, **more):
-        drawn.extend(cases)
-        return plot(cases, *path, **more)
-
-    monkeypatch.setattr(train.plots, "plot_predictions", record)
-    loader = Batches(load_split(own_sizes, "test", None), Order(1))
-    path = tmp_path / "predictions.png"
-    assert train.visualize_predictions(Threshold(), loader, "cpu", 3, path=path) == path
-    pictures, targets, _, titles = zip(*drawn, strict=True)
-    assert [picture.shape[:2] for picture in pictures] == SIZES[:3]
-    assert [target.sum() for target in targets] == [100] * 3 and {*titles} == {"Dice 1.00"}
-    assert Image.open(path).size[0] > 500
 
 
 def test_memory_that_does_not_suffice_is_said_with_the_image(own_sizes, tmp_path, capsys):
