@@ -49,19 +49,7 @@ def first_version(images, masks, draws):
     return torch.addcmul(brightness[..., None, None], images, contrast[..., None, None]), masks
 
 
-@pytest.mark.parametrize("side", [64, 33])
-def test_the_strong_recipe_is_bit_for_bit_the_first_version(side):
-    strengths, generator = strengths_of(STRONG), torch.Generator().manual_seed(0)
-    images = torch.randn(9, 3, side, side, generator=generator)
-    images = images.contiguous(memory_format=torch.channels_last)
-    masks = (torch.rand(9, 2, side, side, generator=generator) > 0.5).float()
-    draws = torch.rand(9, 6, generator=generator)
-    assert count_draws(strengths) == 6
-    expected = first_version(images, masks, draws)
-    assert all(map(torch.equal, augment(images, masks, draws, strengths), expected))
-
-
-def test_batches_of_the_strong_recipe_are_those_of_the_first_version():
+def test_the_strong_recipe_is_bit_for_bit_the_first_version():
     rows = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 4), dtype=np.uint8)
     rows[..., 3] //= 128
     loader = Batches(
@@ -97,22 +85,44 @@ def test_image_and_mask_stay_aligned(text):
     inner_or_outer = dilated == eroded
     assert ((bright != (new_masks > 0.5)) & inner_or_outer).sum() == 0
     assert (new_masks.mean((1, 2, 3)) > 0.02).all()
-    if text in ("gamma", "noise"):
-        assert torch.equal(new_masks, masks)
     different = {tuple(image.flatten().tolist()) for image in new_images}
     expected = {"flip": 4, "turn,flip": 8}.get(text, 48)  # else each in a way of its own
     assert len(different) == expected
 
 
+def turned(quarters):
+    return lambda images: torch.rot90(images, quarters, (1, 2))
+
+
+def flipped(*dims):
+    return lambda images: images.flip(dims)
+
+
+EXACT = {  # the change, its draws for each image, and what becomes of each image (C, H, W)
+    "flip=1": (
+        [[0.6, 0.6], [0.4, 0.6], [0.6, 0.4], [0.4, 0.4]],
+        [flipped(), flipped(2), flipped(1), flipped(1, 2)],
+    ),
+    "flip=0": ([[0.0, 0.0]], [flipped()]),
+    "mirror=1": ([[0.4], [0.6]], [flipped(2), flipped()]),
+    "turn=1": ([[0.1], [0.3], [0.6], [0.9], [0.0]], [turned(n) for n in (0, 1, 2, 3, 0)]),
+    # With a value of 0.2, three images in twenty are turned.
+    "turn=0.2": ([[0.06], [0.12], [0.18], [0.21], [0.9]], [turned(n) for n in (1, 2, 3, 0, 0)]),
+    "turn=0": ([[0.3]], [flipped()]),
+    "rotate=90": ([[1.0], [0.0], [0.5]], [turned(1), turned(-1), flipped()]),
+}
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_quarter_turn_is_that_of_torch(channels):
-    images, masks = torch.randn(2, channels, 30, 30), (torch.rand(2, 2, 30, 30) > 0.5).float()
-    draws = torch.tensor([[1.0], [0.0]])  # 90 degrees one way and the other
-    new_images, new_masks = augment(images, masks, draws, {"rotate": 90.0})
-    for index, turns in enumerate((1, -1)):
-        expected = torch.rot90(images[index], turns, (1, 2))
-        torch.testing.assert_close(new_images[index], expected, atol=1e-4, rtol=0)
-        assert torch.equal(new_masks[index], torch.rot90(masks[index], turns, (1, 2)))
+@pytest.mark.parametrize("text", EXACT)
+def test_flips_and_quarter_turns_are_exact(text, channels):
+    draws, changes = EXACT[text]
+    images, masks = torch.randn(5, channels, 24, 24), (torch.rand(5, 2, 24, 24) > 0.5).float()
+    images, masks = images[: len(draws)], masks[: len(draws)]
+    new_images, new_masks = augment(images, masks, torch.tensor(draws), strengths_of(text))
+    for index, change in enumerate(changes):
+        torch.testing.assert_close(new_images[index], change(images[index]), atol=1e-4, rtol=0)
+        assert torch.equal(new_masks[index], change(masks[index]))
 
 
 def test_a_rotation_keeps_right_angles_in_an_oblong_image():
@@ -140,35 +150,6 @@ def test_shift_and_scale_by_hand():
     _, (small, large) = augment(*squares(2), draws, strengths)
     assert small.sum() == pytest.approx(28 * 26 / 4, rel=0.1)
     assert large.sum() == pytest.approx((56 - 2) * (52 - 4), rel=0.05)  # 2 and 4 are outside
-
-
-def test_flips_are_exact():
-    images, masks = torch.randn(4, 3, 21, 30), (torch.rand(4, 2, 21, 30) > 0.5).float()
-    draws = torch.tensor([[0.6, 0.6], [0.4, 0.6], [0.6, 0.4], [0.4, 0.4]])
-    new_images, new_masks = augment(images, masks, draws, {"flip": 1.0})
-    for index, dims in enumerate(([], [2], [1], [1, 2])):
-        assert torch.equal(new_images[index], images[index].flip(dims))
-        assert torch.equal(new_masks[index], masks[index].flip(dims))
-    never = augment(images, masks, torch.zeros(4, 2), {"flip": 0.0})
-    assert torch.equal(never[0], images) and torch.equal(never[1], masks)
-    flipped = (uniform(4000, {"flip": 1.0}) < 0.5).float().mean(0)
-    assert flipped == pytest.approx([0.5, 0.5], abs=0.03)
-
-
-def test_turns_are_exact():
-    images, masks = torch.randn(5, 3, 21, 21), (torch.rand(5, 2, 21, 21) > 0.5).float()
-    draws = torch.tensor([[0.1], [0.3], [0.6], [0.9], [0.0]])
-    new_images, new_masks = augment(images, masks, draws, {"turn": 1.0})
-    for index, turns in enumerate((0, 1, 2, 3, 0)):
-        for new, old in ((new_images, images), (new_masks, masks)):
-            expected = np.rot90(old[index].numpy(), turns, (1, 2))
-            np.testing.assert_array_equal(new[index].numpy(), expected)
-    # With a value of 0.2, three images in twenty are turned.
-    few = augment(images, masks, draws / 5, {"turn": 0.2})
-    assert torch.equal(few[0], new_images)
-    for value, column in ((0.2, draws + 0.21), (0.0, draws)):
-        unchanged = augment(images, masks, column, {"turn": value})
-        assert torch.equal(unchanged[0], images) and torch.equal(unchanged[1], masks)
 
 
 def test_elastic_is_smooth_and_bounded():
@@ -201,41 +182,26 @@ def test_elastic_is_smooth_and_bounded():
     np.testing.assert_allclose(basis, expected, atol=1e-6)
 
 
-def test_gamma_against_numpy():
+def test_grey_values_by_hand():
     rng = np.random.default_rng(0)
-    pixels = rng.random((3, 8, 9, 3))
+    pixels, masks = rng.random((3, 8, 9, 3)), torch.ones(3, 1, 8, 9)
     images = torch.from_numpy((pixels - MEAN) / STD).permute(0, 3, 1, 2).float()
-    draws = torch.tensor([[0.0], [0.5], [1.0]])
-    new, _ = augment(images, torch.zeros(3, 1, 8, 9), draws, {"gamma": 0.2})
+    new, same = augment(images, masks, torch.tensor([[0.0], [0.5], [1.0]]), {"gamma": 0.2})
     for index, exponent in enumerate((1 / 1.2, 1, 1.2)):
         expected = (pixels[index] ** exponent - MEAN) / STD
         np.testing.assert_allclose(new[index].permute(1, 2, 0), expected, atol=2e-5)
-
-
-def test_noise_has_the_deviation_that_was_drawn():
-    images, masks = torch.zeros(3, 1, 200, 200), torch.zeros(3, 1, 200, 200)
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(same, masks)
+    draws = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    new, _ = augment(images[:2], masks[:2], draws, {"contrast": 0.5, "brightness": 0.25})
+    torch.testing.assert_close(new, torch.stack([images[0] * 1.5 - 0.25, images[1]]))
+    blank = torch.zeros(3, 1, 200, 200)
+    noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
     draws = torch.tensor([[0.0], [0.5], [1.0]])
-    new, _ = augment(images, masks, draws, {"noise": 0.1}, noise=noise)
+    new, _ = augment(blank, blank, draws, {"noise": 0.1}, noise=noise)
     assert new.std((1, 2, 3)).tolist() == pytest.approx([0, 0.05, 0.1], abs=1e-3)
 
 
-def test_contrast_and_brightness_by_hand():
-    images, masks = torch.randn(2, 3, 5, 5), torch.ones(2, 1, 5, 5)
-    draws = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
-    new, _ = augment(images, masks, draws, {"contrast": 0.5, "brightness": 0.25})
-    torch.testing.assert_close(new[0], images[0] * 1.5 - 0.25)
-    assert torch.equal(new[1], images[1])
-
-
 # ---- in batches ------------------------------------------------------------------------------
-
-
-def test_a_mirror_image_is_flipped_horizontally_alone():
-    images, masks = torch.rand(2, 3, 8, 6), (torch.rand(2, 1, 8, 6) > 0.5).float()
-    mirrored, masks_too = augment(images, masks, torch.tensor([[0.4], [0.6]]), {"mirror": 1.0})
-    assert torch.equal(mirrored[0], images[0].flip(2)) and torch.equal(mirrored[1], images[1])
-    assert torch.equal(masks_too[0], masks[0].flip(2)) and torch.equal(masks_too[1], masks[1])
 
 
 @pytest.mark.parametrize("text", [STRONG, "flip,turn,noise", "elastic,gamma,noise=1"])

@@ -85,19 +85,15 @@ def chinese_font(tmp_path, monkeypatch):
 # ---- names -----------------------------------------------------------------------------------
 
 
-def test_a_name_is_drawn_with_a_font_that_has_its_characters(chinese_font):
+def test_a_name_is_drawn_with_a_font_that_has_its_characters(chinese_font, monkeypatch):
     assert drawable("plain $x^2$") == (["plain $x^2$"], None)
     assert drawable("naïve") == (["naïve"], fonts.dejavu())
     assert drawable("a", "病人") == (["a", "病人"], chinese_font)
     assert drawable("病肿") == (["病\\u80bf"], chinese_font)  # of 肿 there is no glyph
     assert drawable("a\nb\udcff") == (["a\\nb\\udcff"], None)  # one line, and text that can be
-
-
-def test_without_a_font_the_name_is_escaped(monkeypatch):
     monkeypatch.setattr(fonts, "_font_files", lambda: [fonts.dejavu()])
     fonts._best_font.cache_clear()
     assert drawable("病人_7") == (["\\u75c5\\u4eba_7"], None)
-    fonts._best_font.cache_clear()
 
 
 def test_a_legend_has_the_characters_of_its_classes(chinese_font):
@@ -178,23 +174,6 @@ def test_more_images_are_shown_where_they_are_asked_for(dataset, tmp_path, refus
 # ---- predictions.png of train.py -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank, world, batch", [(0, 1, 3), (1, 2, 3), (0, 3, 4)])
-def test_names_are_in_the_order_of_the_images(rank, world, batch):
-    rows = np.zeros((7, 4, 4, 4), np.uint8)
-    rows[..., :3] = np.arange(7)[:, None, None, None]
-    order = Order(batch, shuffle=True, rank=rank, world=world)
-
-    class Named(list):
-        def names(self):
-            return list(self)
-
-    batches = Batches(rows, order, dataset=Named("abcdefg"))
-    seen = torch.cat([images[:, 0, 0, 0] for images, _ in batches]).argsort().argsort()
-    names = batches.names_in_order()
-    assert [sorted(names)[place] for place in seen] == names
-    assert Batches(rows, order, dataset=Named("a")).names_in_order() == []
-
-
 def test_predictions_have_the_names_of_their_files(dataset, tmp_path, monkeypatch):
     """One of the four test images is damaged and left out."""
     (dataset / "test" / "1_test.png").write_bytes(b"no picture")
@@ -269,12 +248,11 @@ def test_thin_structures_are_marked_pixel_by_pixel(mask, thin, monkeypatch, tmp_
         assert where.any() and np.allclose(pixels[where], to_rgb(color))
 
 
-def test_thin_structures_of_the_contact_sheet_are_tinted(tmp_path):
+def test_thin_structures_of_the_contact_sheet_are_tinted():
     """A vessel of 3 pixels covers less than one of the sheet, which shows the image below it."""
     mask = encode(ribbons(3, 600).T)
     tile = np.asarray(draw_tile(Image.new("RGB", (600, 600), (0, 0, 200)), {0: mask}, 1))
-    share = tile[..., 0].mean() / 255
-    assert share == pytest.approx(0.8 * ribbons(3, 600).mean(), rel=0.05)
+    assert tile[..., 0].mean() / 255 == pytest.approx(0.8 * ribbons(3, 600).mean(), rel=0.05)
     assert tile[..., 2].min() > 30  # no pixel is covered
 
 
@@ -298,9 +276,8 @@ def test_the_names_below_predictions_are_no_formulas(tmp_path, monkeypatch, chin
 
 def test_the_montage_shows_the_slices_with_foreground():
     pictures = [np.full((40, 80), 3 * index, np.uint8) for index in range(60)]
-    masks = np.zeros((60, 40, 80), np.uint8)
+    masks, shown = np.zeros((60, 40, 80), np.uint8), []
     masks[10:13, 5:10, 5:10] = 2
-    shown = []
 
     def draw(image, mask):
         shown.append((image.getpixel((0, 0))[0] // 3, int(mask.max())))
@@ -308,16 +285,12 @@ def test_the_montage_shows_the_slices_with_foreground():
 
     montage(pictures, masks, draw=draw)
     assert shown == [(10, 2), (11, 2), (12, 2)]
-    shown.clear()
     sheet = montage(pictures, masks * 0, draw=draw)
-    assert len(shown) == 20 and shown[0][0] == 0 and shown[-1][0] == 59
+    assert len(shown) == 23 and (shown[3], shown[-1]) == ((0, 0), (59, 0))
     assert sheet.mode == "RGB" and max(sheet.size) < 2000
-    masks[:] = 1
-    red = np.asarray(montage(pictures, masks, draw=overlay)).astype(int)
-    assert (red[..., 0] - red[..., 1] > 80).mean() > 0.5
 
 
-@pytest.mark.parametrize("n_classes", [1, 3, 9, 249])
+@pytest.mark.parametrize("n_classes", [1, 9, 249])
 def test_an_overlay_is_a_weighted_mean_of_picture_and_colour(n_classes):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (150, 30, 3), np.uint8)

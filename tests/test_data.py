@@ -462,8 +462,8 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
     rows = numbered_rows(10)
     rows[3:, :4, :, 3] = 1
 
-    def order(epoch=0, start=0, seed=0):
-        batches = Batches(rows, Order(4, True, seed))
+    def order(epoch=0, start=0, **options):
+        batches = Batches(rows, Order(4, True, **options))
         batches.set_epoch(epoch, start)
         drawn = sum((numbers_of(images) for images, _ in batches), [])
         assert drawn == batches.row_numbers()
@@ -473,6 +473,8 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
     assert len({tuple(order(epoch)) for epoch in range(5)}) == 5
     assert order() != order(seed=1)
     assert order(epoch=3, start=1) == order(epoch=3)[4:]
+    parts = [order(rank=rank, world=3) for rank in range(3)]
+    assert [parts[place % 4 % 3].pop(0) for place in range(10)] == order()
     plain = list(Batches(rows, Order(4)))
     assert [len(images) for images, _ in plain] == [4, 4, 2] and len(Batches(rows, Order(4))) == 3
     images, masks = plain[0]
