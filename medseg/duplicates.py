@@ -11,6 +11,7 @@ NEAR_DUPLICATE = 0.9  # correlation of two thumbnails from which on images count
 # Mean correlation of images with successive numbers from which on these count as a series: brain
 # slices have 0.68 and sections of tissue 0.47, blood cells 0.07 and photographs of retinas -0.04.
 SERIES = 0.25
+NAMED = 3  # near-duplicates that are named
 FLAT = 1.0  # grey levels; a thumbnail that deviates less shows nothing
 
 
@@ -51,12 +52,16 @@ def near_duplicates(some, train):
     if not some or not train:
         return ""
     correlation = correlate(*([values for _, values in images] for images in (some, train)))
-    fraction = (correlation.max(1) >= NEAR_DUPLICATE).mean()
+    alike, nearest = correlation.max(1), correlation.argmax(1)
     text = (
-        f"{fraction:.1%} of the images have a near-duplicate there "
+        f"{(alike >= NEAR_DUPLICATE).mean():.1%} of the images have a near-duplicate there "
         f"(correlation of 16x16 grey details from {NEAR_DUPLICATE} on)"
     )
-    places, alike, neighbours = {}, [], []  # number -> its places in train
+    first = [index for index in np.argsort(-alike)[:NAMED] if alike[index] >= NEAR_DUPLICATE]
+    if first:
+        pairs = (f"{some[index][0]} of {train[nearest[index]][0]}" for index in first)
+        text += f", such as {', '.join(pairs)}"
+    places, beside_each, neighbours = {}, [], []  # number -> its places in train
     for place, (name, _) in enumerate(train):
         places.setdefault(slice_number(name), []).append(place)
     for row, (name, _) in zip(correlation, some, strict=True):
@@ -64,8 +69,8 @@ def near_duplicates(some, train):
         if number is not None:
             beside = [*places.get(number - 1, ()), *places.get(number + 1, ())]
             neighbours.append(bool(beside))
-            alike += row[beside].tolist()
-    if alike and np.mean(alike) >= SERIES:
+            beside_each += row[beside].tolist()
+    if beside_each and np.mean(beside_each) >= SERIES:
         text += f", {np.mean(neighbours):.1%} a neighbour by the number in the file name"
     return text
 

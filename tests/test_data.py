@@ -691,7 +691,8 @@ def test_near_duplicates_and_neighbours_by_hand():
     own = shared + rng.standard_normal((8, 256))
     train = thumbnails(**{f"a{number}": value for number, value in enumerate(own[:6])})
     assert near_duplicates(thumbnails(b=own[6], c=own[7]), train).startswith("0.0%")
-    assert near_duplicates(thumbnails(b=own[6], c=own[1]), train).startswith("50.0%")
+    line = near_duplicates(thumbnails(b=own[6], c=own[1]), train)
+    assert line.startswith("50.0%") and "c.png of a1.png" in line and "b.png" not in line
     assert near_duplicates(thumbnails(b=own[0]), train[:1]).startswith("100.0%")  # one alone
     flat = np.arange(256.0)
     train = thumbnails(n10_x=flat, n20_x=-flat, n5_x=flat, other=flat)

@@ -160,9 +160,10 @@ def targets_of(path):  # a page in either language is one target, a mirror is fo
 
 
 def table_numbers(path):
-    """The numbers of each table, as a list of lists."""
+    """The numbers of each table that has some: the Chinese page has a glossary, too."""
     tables = re.findall(r"(?:^\|.*\n)+", text(path), re.MULTILINE)
-    return [re.findall(r"\d[\d.]*", table) for table in tables]
+    numbers = [re.findall(r"\d[\d.]*", table) for table in tables]
+    return [own for own in numbers if own]
 
 
 def decimals_of(path):
