@@ -42,7 +42,7 @@ def add_images(root, examples, classes, *, into, duplicates=None, any_order=Fals
         with tqdm(desc="importing", total=len(examples), unit="image", disable=None) as bar:
             written = write_split(new, examples, head, bar)
         names = [record["file_name"] for record, _ in written]
-        kept = leave_out_known(root, into, new, names, duplicates)
+        kept = leave_out_known(root, into, records, [new / name for name in names], duplicates)
         check_names(root, records, kept)
         for name in set(names).difference(kept):
             (new / name).unlink()
@@ -118,17 +118,23 @@ def _comparable(name):
     return same_form(same_form(PurePosixPath(name).stem).casefold())
 
 
-def leave_out_known(root, into, folder, names, duplicates=None):
-    """A set of those of the new images `names` in `folder` that are to be added to a split.
+def leave_out_known(root, into, records, new, duplicates=None):
+    """A set of the file names of those of the images `new` that are to be added to a split.
 
-    duplicates: what becomes of images that are in any split already, or are nearly in another one:
-    "skip" leaves them out, which is printed, "keep" adds them, None is a ValueError. A line is
-    printed where images are nearly in the split itself. Raises ValueError where none are left.
+    records: as of `check_groups`. duplicates: what becomes of images that are in any split already,
+    or are nearly in another one: "skip" leaves them out, which is printed, "keep" adds them, None
+    is a ValueError. A line is printed where images are nearly in the split itself. Raises
+    ValueError where none are left.
     """
-    entries = find_known(root, into, folder, names)
+    there = [
+        (split, image_path(root / split, record["file_name"]))
+        for split, images in records.items()
+        for record in images
+    ]
+    names, entries = {path.name for path in new}, find_known(there, into, new)
     known = [own for own in entries if own.same or own.split != into]
     near = [own for own in entries if not own.same and own.split == into]
-    left = set(names) - {own.name for own in known}
+    left = names - {own.name for own in known}
 
     def describe(entries):
         splits = " and ".join(dict.fromkeys(str(root / own.split) for own in entries))
@@ -139,7 +145,7 @@ def leave_out_known(root, into, folder, names, duplicates=None):
     if near:
         print(f"note: {describe(near)}")
     if not known or duplicates == "keep":
-        return set(names)
+        return names
     if duplicates is None or not left:
         ways = "--duplicates skip leaves these out" if left else "nothing to add"
         raise ValueError(f"{describe(known)}: {ways}, --duplicates keep adds them all the same")
@@ -156,48 +162,37 @@ class Known(NamedTuple):
     same: bool  # every pixel, or nearly
 
 
-def find_known(root, split, folder, names):
-    """[Known] of the new images in `folder`, which are to go into a split.
+def find_known(there, into, new):
+    """[Known] of new images, which are to go into a split.
 
-    The same pixels in any split count, and near-duplicates. Of several images, one with the same
-    pixels is named, in `split` before others; else one of another split. Images that show nothing
-    and damaged ones do not count.
+    there: [(split, Path)] of the images of a data set; new: paths. The same pixels in any split
+    count, and near-duplicates. Of several images, one with the same pixels is named, in the split
+    itself before others; else one of another split. Images that show nothing and damaged ones do
+    not count.
     """
-    paths = []
-    for other in present_splits(root):
-        images = read_annotations(root / other, skipped=[])["images"]
-        paths += [(other, image_path(root / other, record["file_name"])) for record in images]
-    looks = parallel_map(_look, [path for _, path in paths])
-    bar = tqdm(looks, "comparing", len(paths), unit=" images", disable=None)
-    old = [(*place, look) for place, look in zip(paths, bar, strict=True) if _shows(look)]
-    new_looks = parallel_map(_look, [folder / name for name in names], catch=())
-    new = [(name, look) for name, look in zip(names, new_looks, strict=True) if _shows(look)]
-    if not old or not new:
+    looks = parallel_map(_look, [path for _, path in there])
+    bar = tqdm(looks, "comparing", len(there), unit=" images", disable=None)
+    old = [(*own, *look) for own, look in zip(there, bar, strict=True) if isinstance(look, tuple)]
+    looks = parallel_map(_look, new, catch=())
+    seen = [(path.name, *look) for path, look in zip(new, looks, strict=True) if look]
+    if not old or not seen:
         return []
-    of_digest, known = {}, []
-    for index, (_, _, look) in enumerate(old):
-        of_digest.setdefault(look.digest, []).append(index)
-    alike = correlate([look.thumbnail for _, look in new], [look.thumbnail for *_, look in old])
-    for (name, look), row in zip(new, alike, strict=True):
-        same = of_digest.get(look.digest, [])
-        near = same or np.flatnonzero(row >= NEAR_DUPLICATE)
+    digests, known = np.array([digest for _, _, digest, _ in old]), []
+    alike = correlate([look for *_, look in seen], [look for *_, look in old])
+    for (name, digest, _), row in zip(seen, alike, strict=True):
+        same = np.flatnonzero(digests == digest)
+        near = same if len(same) else np.flatnonzero(row >= NEAR_DUPLICATE)
         if len(near):
-            index = max(near, key=lambda i: ((old[i][0] == split) == bool(same), row[i]))
-            known.append(Known(name, old[index][0], old[index][1].name, bool(same)))
+            index = max(near, key=lambda i: ((old[i][0] == into) == (len(same) > 0), row[i]))
+            split, path, *_ = old[index]
+            known.append(Known(name, split, path.name, len(same) > 0))
     return known
 
 
-class _Look(NamedTuple):
-    digest: bytes  # of size and pixels
-    thumbnail: np.ndarray
-
-
 def _look(path):
+    """(digest of size and pixels, thumbnail) of an image, or None where it shows nothing."""
     image = read_image(path)  # grey stored as colours is the same
     pixels = np.asarray(image.rgb() if image.n_channels == 1 else image.pixels)
-    content = repr(image.size).encode() + pixels.tobytes()
-    return _Look(hashlib.sha256(content).digest(), thumbnail(image))
-
-
-def _shows(look):
-    return not isinstance(look, Exception) and not is_flat(look.thumbnail)
+    digest = hashlib.sha256(repr(image.size).encode() + pixels.tobytes()).hexdigest()
+    small = thumbnail(image)
+    return None if is_flat(small) else (digest, small)
