@@ -58,18 +58,17 @@ def _ids(records):
 
 def _mend_size(image, forgiven):
     """Give a record whole numbers as its size, and 0 for both sides where one is not told."""
-    sides = image.get("width"), image.get("height")
-    if all(type(side) is int and side > 0 for side in sides):
-        return
+    sides = [image.get("width"), image.get("height")]
     try:
         numbers = [float(side or 0) for side in sides]
     except (TypeError, ValueError):
         return
-    if all(number >= 0 and number.is_integer() for number in numbers):
-        told = all(numbers)
-        image["width"], image["height"] = map(int, numbers) if told else (0, 0)
-        what = "that is no whole number" if told else "of 0: the picture's own is taken"
-        forgiven[f"images with a size {what}"] += 1
+    if not all(numbers):
+        image["width"] = image["height"] = 0
+        forgiven["images with a size of 0: the picture's own is taken"] += 1
+    elif {*map(type, sides)} != {int} and all(map(float.is_integer, numbers)):
+        image["width"], image["height"] = map(int, numbers)
+        forgiven["images with a size that is no whole number"] += 1
 
 
 def _mend_outline(annotation, forgiven):
