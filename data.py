@@ -54,6 +54,7 @@ class COCOSegmentationDataset(Dataset):
     height and width.
     classes: names of categories, each a channel of the mask; None, the tutorial's way, is a single
     channel with the union of all annotations. n_channels: 3, or 1 for grey images.
+    Pixels of the category `ignore` are -1 in the masks of all classes: they count nowhere.
     Items raise FileNotFoundError, or ValueError naming the file, where an image or annotation is
     damaged.
     """
@@ -73,6 +74,9 @@ class COCOSegmentationDataset(Dataset):
         self.window = coco_json.recorded_window(coco.dataset)
         self.forgiven = {}  # what `load_coco` counted
         self.turned = set()  # indices of the images that `row` has read and turned (EXIF)
+        self.ignored = coco_json.ignored(coco)
+        used = {one["category_id"] for one in coco.anns.values()} if self.ignored else set()
+        self.ignores = bool(self.ignored & used)
         self.channel_of = None  # {category id: channel of the mask}
         if classes is not None:
             channels = {name: channel for channel, name in enumerate(classes)}
@@ -89,7 +93,7 @@ class COCOSegmentationDataset(Dataset):
     def row_shape(self):
         """Of `row`, without a height and width of the image's own: eight classes share a byte."""
         side = (self.image_size, self.image_size) if self.image_size else ()
-        return (*side, self.n_channels + math.ceil(self.n_classes / 8))
+        return (*side, self.n_channels + math.ceil((self.n_classes + self.ignores) / 8))
 
     @property
     def channel_names(self):
@@ -144,20 +148,23 @@ class COCOSegmentationDataset(Dataset):
         return pictures.read_image(self.path(index), self.window)
 
     def load(self, index):
-        """Image `index` as shown, a `Picture`, and its masks, uint8 (C, H, W) of 0 and 1."""
+        """Image `index` as shown, a `Picture`, and its masks: see `load_masks`."""
         image = self.read(index)
         return image, self.load_masks(index, image.size)
 
     def load_masks(self, index, size, shape=None):
-        """The masks of image `index`, uint8 (C, H, W) of 0 and 1; size: its (width, height).
+        """The masks of image `index`, int8 (C, H, W) of 0, 1 and -1; size: its (width, height).
 
         shape: another (height, width), to which `resize_nearest` would bring them. Many classes of
         a large image take memory for that size alone.
         """
         shape = shape or (size[1], size[0])
-        masks = np.zeros((self.n_classes, *shape), np.uint8)
-        for channel, mask in self.run_lengths(index, size).items():
-            masks[channel] = mask.draw(*shape)
+        masks = np.zeros((self.n_classes, *shape), np.int8)
+        for channel, mask in self._read_outlines(index, size).items():
+            if channel < self.n_classes:
+                masks[channel] = mask.draw(*shape)
+            else:
+                masks[:, mask.draw(*shape) > 0] = -1
         return masks
 
     def true_masks(self, index, size=None):
@@ -171,10 +178,16 @@ class COCOSegmentationDataset(Dataset):
             turned = samples.stored_orientation(path)[0] > 4
             size = self.read(index).size if turned else (record["width"], record["height"])
         shape = (self.n_classes, *size[::-1])
-        return ClassMasks(self.run_lengths(index, size), shape)
+        return ClassMasks(self._read_outlines(index, size), shape)
 
     def run_lengths(self, index, size):
-        """{channel: RunLengths} of the classes that image `index`, of (width, height), has.
+        """{channel: RunLengths} of the classes that image `index`, of (width, height), has."""
+        outlines = self._read_outlines(index, size)
+        outlines.pop(self.n_classes, None)
+        return outlines
+
+    def _read_outlines(self, index, size):
+        """As `run_lengths`, and at n_classes what is to be ignored.
 
         Outlines are of the image as it is shown; where the record has the size before turning
         (EXIF), if that is another, they are of the stored image and are turned along.
@@ -189,9 +202,11 @@ class COCOSegmentationDataset(Dataset):
                 raise ValueError(f"{path}: is {actual}, but its record says {recorded}")
         outlines = {}
         for annotation in self.coco.imgToAnns.get(record["id"], ()):
-            channel = 0
-            if self.channel_of is not None:
-                channel = self.channel_of.get(annotation["category_id"])
+            channel, category = 0, annotation["category_id"]
+            if category in self.ignored:
+                channel = self.n_classes
+            elif self.channel_of is not None:
+                channel = self.channel_of.get(category)
                 if channel is None:  # a category that is not asked for
                     continue
             try:
@@ -208,7 +223,7 @@ class COCOSegmentationDataset(Dataset):
     def row(self, index):
         """Image `index` at training size and its masks: uint8 (S, S, n_channels + bytes).
 
-        The mask of class k is bit k % 8 of the byte k // 8.
+        The mask of class k is bit k % 8 of the byte k // 8; that of what is ignored comes last.
         """
         image = self.read(index)
         if image.orientation > 1:
@@ -217,26 +232,35 @@ class COCOSegmentationDataset(Dataset):
         height, width = pixels.shape[:2]
         row = np.zeros((height, width, self.row_shape[-1]), np.uint8)
         row[..., : self.n_channels] = pixels
-        for channel, mask in self.run_lengths(index, image.size).items():
-            byte = self.n_channels + channel // 8
-            row[..., byte] |= mask.draw(height, width) << channel % 8
+        for channel, mask in self._read_outlines(index, image.size).items():
+            drawn, byte = mask.draw(height, width), self.n_channels + channel // 8
+            if channel == self.n_classes:
+                row[drawn > 0, self.n_channels :] = 0
+            row[..., byte] |= drawn << channel % 8
         return row
 
 
 class ClassMasks(NamedTuple):
     """The masks of an image, drawn one after the other, for those of many classes are large.
 
-    parts: {channel: RunLengths}; shape: (C, H, W).
+    parts: {channel: RunLengths}, at C of the pixels to be ignored; shape: (C, H, W).
     """
 
     parts: dict
     shape: tuple
 
+    def known(self):
+        """bool (H, W): which pixels count, or None where all do."""
+        ignored = self.parts.get(self.shape[0])
+        return None if ignored is None else ignored.draw(*self.shape[1:]) == 0
+
     def __iter__(self):
         """Yield a bool array (H, W) for each class."""
+        known = self.known()
         for channel in range(self.shape[0]):
             if channel in self.parts:
-                yield self.parts[channel].draw(*self.shape[1:]) > 0
+                mask = self.parts[channel].draw(*self.shape[1:]) > 0
+                yield mask if known is None else mask & known
             else:
                 yield np.zeros(self.shape[1:], bool)
 

@@ -79,16 +79,17 @@ WEIGHTS = {"dice": 0.6, "bce": 0.4}  # the tutorial's
 def combined_loss(pred, target, weights=WEIGHTS):
     """The sum of LOSSES by {name: weight}; NaN where pred is.
 
-    pred: float32 probabilities, target: 0 and 1, of one shape. Losses of pixels count by their
-    mean over the pixels of all processes.
+    pred: float32 probabilities, target: 0 and 1, of one shape, and -1 for pixels to be ignored.
+    Losses of pixels count by their mean over the other pixels of all processes.
     """
-    total = pred.new_zeros(())
+    known, total = target >= 0, pred.new_zeros(())
+    pred, target = torch.where(known, pred, 0.0), target.clamp(min=0)  # their loss is 0
     for name, weight in weights.items():
         loss = LOSSES[name](pred, target)
         if loss.dim():
-            sums = torch.stack([weight * loss.sum(), pred.new_full((), pred.numel())])
+            sums = torch.stack([weight * loss.sum(), known.sum().to(loss.dtype)])
             loss_sum, pixels = dist.all_reduce_sum(sums)
-            total = total + loss_sum / pixels
+            total = total + loss_sum / pixels.clamp(min=1)
         else:
             total = total + weight * loss
     return total

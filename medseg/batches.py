@@ -93,7 +93,8 @@ class Batches:
     """The batches of a split, on the device and normalised: what a DataLoader is to a Dataset.
 
     rows: uint8 array (N, S, S, n_channels + bytes) or RaggedRows, see `data.load_split`. Iterating
-    yields (images float32 (B, n_channels, S, S), masks float32 (B, n_classes, S, S) of 0 and 1).
+    yields (images float32 (B, n_channels, S, S), masks float32 (B, n_classes, S, S) of 0 and 1, and
+    -1 where a pixel is to be ignored).
     Crops and augmentation are, as the `Order`, a function of seed and epoch. dataset: of the rows,
     if `true_masks` are wanted. RaggedRows without crop come one image at a time, for each process.
     On a GPU with room for it the whole split is moved there once, so that an epoch copies nothing.
@@ -103,7 +104,8 @@ class Batches:
         self.rows, self.device, self.dataset = rows, torch.device(device), dataset
         self.transform, places = transform or Transform(), ()
         if order.foreground:
-            places = find_foreground(rows, self.transform.n_channels)
+            change = self.transform
+            places = find_foreground(rows, change.n_channels, change.n_classes)
         crop = self.transform.crop
         window = window_side(crop, self.transform.strengths)
         self.images = Images(rows, self.device, crop=crop, window=window, places=places)

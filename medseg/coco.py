@@ -24,6 +24,7 @@ from medseg.settings import channel_names, is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
 MAX_OUTLINE = 4_000_000  # pixels, of the length of an outline that is drawn at once: 160 MB
+IGNORE = "ignore"  # the category of pixels that nobody annotated: they count nowhere
 MAX_CLASSES = 255  # that are told apart: a mask has a byte a pixel, and 0 is background
 _FOLDERS = "{}/, {}/ and {}/".format(*SPLITS)
 LAYOUT = f"a data set is a folder with {_FOLDERS}, each with images and {ANNOTATIONS}"
@@ -148,9 +149,9 @@ def recorded_group(record):
 def used_categories(coco):
     """{name: set of category ids} of the categories with an annotation, in the order of the ids.
 
-    Annotations of a category that is not listed are of "?".
+    Annotations of a category that is not listed are of "?"; IGNORE is none of them.
     """
-    used = {annotation["category_id"] for annotation in coco.anns.values()}
+    used = {annotation["category_id"] for annotation in coco.anns.values()} - ignored(coco)
     categories = {}
     for category in coco.dataset.get("categories", []):
         if category["id"] in used:
@@ -159,6 +160,12 @@ def used_categories(coco):
     if used:
         categories["?"] = used
     return categories
+
+
+def ignored(coco):
+    """The ids of the category IGNORE, a set."""
+    categories = coco.dataset.get("categories", [])
+    return {category["id"] for category in categories if category.get("name") == IGNORE}
 
 
 def check_classes(coco, classes, folder):

@@ -81,7 +81,7 @@ class Images:
         return (pixel - self.crop // 2).clamp(room.clamp(max=0), room.clamp(min=0))
 
 
-def find_foreground(rows, n_channels):
+def find_foreground(rows, n_channels, n_classes):
     """Where each image has foreground: of every class in it, int array (k,) of pixels of it.
 
     rows: uint8 arrays (H, W, n_channels + bytes), see `data.load_split`. Pixels are numbered line
@@ -93,7 +93,7 @@ def find_foreground(rows, n_channels):
         marked = np.flatnonzero(masks.any(1))
         packed, classes = masks[marked], []
         present = np.unpackbits(np.bitwise_or.reduce(packed, 0), bitorder="little")
-        for number in np.flatnonzero(present):
+        for number in np.flatnonzero(present[:n_classes]):
             pixels = marked[packed[:, number // 8] >> number % 8 & 1 > 0]
             if len(pixels) > MOST_PLACES:
                 pixels = pixels[rng.integers(len(pixels), size=MOST_PLACES)]

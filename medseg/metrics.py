@@ -83,16 +83,19 @@ def mean_over_classes(scores, names):
 
 
 def confusion_counts(pred, target, n_classes):
-    """Bool tensors (B, C, H, W) -> int64 (B, n_classes, 4) of tp, fp, fn, tn of each image.
+    """pred: bool (B, C, H, W); target: of 0 and 1, and -1 where a pixel is to be ignored.
 
-    A single class is of all channels together.
+    Returns int64 (B, n_classes, 4) of tp, fp, fn, tn of each image. A single class is of all
+    channels together.
     """
     # A process may have no image of the last batch.
     pixels = pred.shape[1:].numel() // n_classes
     pred, target = (mask.reshape(len(mask), n_classes, pixels) for mask in (pred, target))
+    known, target = target >= 0, target > 0.5
+    pred = pred & known
     tp, positive, true = (pred & target).sum(2), pred.sum(2), target.sum(2)
     fp, fn = positive - tp, true - tp
-    return torch.stack([tp, fp, fn, pixels - tp - fp - fn], 2)
+    return torch.stack([tp, fp, fn, known.sum(2) - tp - fp - fn], 2)
 
 
 class RunningScores:
@@ -114,9 +117,10 @@ class RunningScores:
     def add(self, loss, pred, target, threshold=0.5, *, finite=True):
         """Count a batch. loss: scalar tensor, the batch's; pred, target: (B, C, H, W), 0..1.
 
+        Pixels with a target below 0 are ignored.
         finite: bool or bool tensor; where False, the batch counts nothing.
         """
-        counts = confusion_counts(pred > threshold, target > 0.5, len(self.names))
+        counts = confusion_counts(pred > threshold, target, len(self.names))
         self.add_counts(loss, counts, finite=finite)
 
     @torch.no_grad()
@@ -184,9 +188,9 @@ class RunningScores:
 def count_image(targets, probabilities, thresholds, clean=None, *, exclusive=True, spacing=None):
     """Counts of one image, of the masks that are written: int (T, C, 4) of tp, fp, fn, tn.
 
-    targets: bool (C, H, W) at the image's own size, or a `data.ClassMasks`; probabilities: float32
-    (C, S, S); thresholds: T of them; clean, exclusive, spacing: see
-    `medseg.inference.Inference.masks`.
+    targets: bool (C, H, W) at the image's own size, or a `data.ClassMasks`, which knows what is to
+    be ignored; probabilities: float32 (C, S, S); thresholds: T of them; clean, exclusive, spacing:
+    see `medseg.inference.Inference.masks`.
     """
     size = targets.shape[:0:-1]
     if clean:
@@ -201,7 +205,7 @@ def count_image(targets, probabilities, thresholds, clean=None, *, exclusive=Tru
     falling = np.asarray(thresholds, probabilities.dtype)[order]
     bins, lowest = len(falling), falling[-1]
     counts = np.zeros((bins, len(probabilities), 4), np.int64)
-    labels = None
+    labels, known = None, known_pixels(targets)
     if exclusive and len(probabilities) > 1:  # the most probable class is that at any threshold
         labels = full_size_masks(probabilities, size, lowest)
     for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
@@ -212,23 +216,33 @@ def count_image(targets, probabilities, thresholds, clean=None, *, exclusive=Tru
             marked = stripe > lowest
             if labels is not None:
                 marked &= labels[:, columns] == channel + 1
+            if known is not None:
+                marked &= known[:, columns]
             found = np.searchsorted(-falling, -stripe[marked], side="right")
-            known = found + bins * target[:, columns][marked]
-            histogram += np.bincount(known, minlength=2 * bins)
+            found += bins * target[:, columns][marked]
+            histogram += np.bincount(found, minlength=2 * bins)
         fp, tp = histogram.reshape(2, bins).cumsum(1)
         positives = np.count_nonzero(target)
-        negatives = target.size - positives
+        negatives = (target.size if known is None else np.count_nonzero(known)) - positives
         counts[order, channel] = np.stack([tp, fp, positives - tp, negatives - fp], 1)
     return counts
 
 
 def count_masks(targets, preds):
     """Bool arrays (C, H, W), or the masks one by one -> int (C, 4) of tp, fp, fn, tn."""
-    counts = []
+    counts, known = [], known_pixels(targets)
     for target, pred in zip(targets, preds, strict=True):
+        pixels = target.size
+        if known is not None:
+            pred, pixels = pred & known, np.count_nonzero(known)
         tp, positive, true = (np.count_nonzero(mask) for mask in (target & pred, pred, target))
-        counts.append((tp, positive - tp, true - tp, target.size - positive - true + tp))
+        counts.append((tp, positive - tp, true - tp, pixels - positive - true + tp))
     return np.array(counts)
+
+
+def known_pixels(targets):
+    """bool (H, W): which pixels of true masks count, or None where all do."""
+    return targets.known() if hasattr(targets, "known") else None
 
 
 def count_pixels(pairs, thresholds, clean=None, **options):

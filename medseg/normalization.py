@@ -10,13 +10,20 @@ from medseg.images import mean_and_std
 def split_rows(rows, n_channels, n_classes):
     """uint8 tensor (B, S, S, n_channels + bytes) -> images and masks as a network takes them.
 
-    Images: float32 (B, n_channels, S, S) normalised; masks: float32 (B, n_classes, S, S).
+    Images: float32 (B, n_channels, S, S) normalised; masks: float32 (B, n_classes, S, S) of 0 and
+    1, and -1 where the bit that follows those of the classes says that a pixel is to be ignored.
     """
     masks = rows[..., n_channels:]
     if n_classes > 1:
         bits = torch.arange(8, dtype=torch.uint8, device=rows.device)
-        masks = ((masks[..., None] >> bits) & 1).flatten(-2)[..., :n_classes]
-    return normalize(rows[..., :n_channels]), masks.permute(0, 3, 1, 2).float().contiguous()
+        masks = ((masks[..., None] >> bits) & 1).flatten(-2)
+        masks, ignored = masks[..., :n_classes], masks[..., n_classes : n_classes + 1] > 0
+    else:
+        ignored = masks > 1
+    masks = masks.permute(0, 3, 1, 2).float().contiguous()
+    if ignored.shape[-1]:  # of eight classes without it, there is no such bit
+        masks.masked_fill_(ignored.permute(0, 3, 1, 2), -1)
+    return normalize(rows[..., :n_channels]), masks
 
 
 def normalize(pixels):

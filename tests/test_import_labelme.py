@@ -49,13 +49,15 @@ def test_labelme_shapes_order_and_holes(here):
     ]
     labelme("x", shapes, flags={"unknown": 1}, text="also allowed")
     out = run_download(*LABELME)
-    assert "line (1), linestrip (1), point (1)" in out and "1 areas labelled __ignore__" in out
+    assert "line (1), linestrip (1), point (1)" in out and "ignore (1)" in out
     a, b = square_mask(6, 3, 10, 10), square_mask(2, 3, 4, 10)  # a covers the rest of b
-    a[12, 15] = False
+    ignored = square_mask(15, 12, 1, 1)
+    a &= ~ignored
     b[4:6, 3:5] = False
     a |= square_mask(22, 5, 9, 5) | square_mask(38, 27, 2, 3)
     b[range(20, 24), range(20, 24)] = True
-    assert list(stored()["x"]) == ["a", "b"]
+    assert list(stored()["x"]) == ["a", "b", "ignore"]
+    assert_array_equal(stored()["x"]["ignore"], ignored)
     assert_array_equal(stored()["x"]["a"], a)
     assert_array_equal(stored()["x"]["b"], b)
 

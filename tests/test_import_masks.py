@@ -123,12 +123,13 @@ def test_alpha_of_a_black_mask_beside_others_is_no_mask(here):
     assert_array_equal(stored()["b"]["foreground"], labels(1) == 1)
 
 
-def test_ignored_index_of_a_palette_is_background(here):
+def test_index_255_of_a_palette_is_ignored(here):
     several, one = labels(2, 3), labels(2, 2)
     save_pair("a", palette([0, 1, 15, 255], COLOURS * 64)(several))
     percent = 100 * (several == 3).mean()
     assert f"palette index 255 ({percent:.2f} % of the pixels)" in run_download(*MASKS)
-    assert list(stored()["a"]) == ["1", "15"]
+    assert list(stored()["a"]) == ["1", "15", "ignore"]
+    assert_array_equal(stored()["a"]["ignore"], several == 3)
     save_pair("a", palette([0, 1, 255], COLOURS * 64)(one))
     run_download(*MASKS, "--force")
     assert_array_equal(stored()["a"]["foreground"], one == 1)

@@ -101,9 +101,9 @@ CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class
     ([GREYS], "85=a,128=b,129=c,255=d", {"a": 1, "b": 2, "c": [], "d": 3}),
     ([GREYS], None, {"85": 1, "128": 2, "255": 3}),
     ([GREYS, lambda m: GREYS(m).convert("RGB")], None, {"85": 1, "128": 2, "255": 3}),
-    ([BORDER], None, {"1": 1, "2": 2}),
-    ([BORDER], "*=cell", {"cell": [1, 2]}),
-    ([BORDER], "0=out", {"out": [0, 3]}),
+    ([BORDER], None, {"1": 1, "2": 2, "ignore": 3}),
+    ([BORDER], "*=cell", {"cell": [1, 2], "ignore": 3}),
+    ([BORDER], "0=out", {"out": 0, "ignore": 3}),
     ([BORDER], "*=cell,255=border", {"cell": [1, 2], "border": 3}),
     ([BLACK], None, {"#0000ff": 1, "#808080": 3, "#ff0000": 2}),
     ([BLACK], "#0000ff=vein,#ff0000=artery,#808080=vein", {"vein": [1, 3], "artery": 2}),
@@ -120,7 +120,7 @@ CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class
     ([ONE, FULL], "a,b", {"a": [], "b": []}),
     ([BIT, FULL], None, {"foreground": 0}, INVERT),
     ([BIT, FULL], "membrane", {"membrane": 0}, INVERT),
-    ([palette([0, 1, 1, 255])], None, {"foreground": [0, 3]}, INVERT),
+    ([palette([0, 1, 1, 255])], None, {"foreground": 0, "ignore": 3}, INVERT),
 ]
 
 
@@ -133,7 +133,8 @@ def test_values_of_classes(here, case, capsys):
     assert classes.names == list(numbers)
     classes.report()
     said = capsys.readouterr().out
-    assert ("=A," in said) == (len(numbers) > 1 and text in (None, "*"))  # a hint
+    several = len(numbers.keys() - {"ignore"}) > 1
+    assert ("=A," in said) == (several and text in (None, "*"))  # a hint
     for own, label_map in zip(masks, maps, strict=True):
         if any(map(np.size, numbers.values())):
             assert_masks(own, label_map, numbers)
@@ -187,7 +188,7 @@ FILES = {  # content of a file for masks of 0 to 3, the numbers of each class
         {"top": [3], "whole": [1, 2, 3], "core": [2, 3]},
     ),
     "numbers.json": ({"1": "a", "2": "b", "3": "c", "4": "absent"}, {**NUMBERS, "absent": []}),
-    "ignore.json": ({"labels": {"a": 1, "b": 2, "ignore": 3}}, {"a": [1], "b": [2]}),
+    "ignore.json": ({"labels": {"a": 1, "b": 2, "ignore": 3}}, {"a": [1], "b": [2], "ignore": [3]}),
     "unlabelled.json": ({"0": "unlabelled", "1": "a", "2": "a", "3": "c"}, {"a": [1, 2], "c": [3]}),
     "_classes.csv": ("Pixel Value, Class\n0, background\n1, a\n2, b\n3, c\n", NUMBERS),
     "list.json": (["background", "a", "b", "c"], NUMBERS),
@@ -206,7 +207,7 @@ def test_files_of_names(here, name, capsys):
     assert_masks(masks, labels(1, 3), numbers)
     assert classes.names == list(numbers)
     said = capsys.readouterr().out
-    for part in ("ignore", "unlabelled", "absent"):
+    for part in ("unlabelled", "absent"):
         assert (f"({part})" in said) == (f'"{part}' in json.dumps(content))
 
 

@@ -7,12 +7,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+from medseg.coco import IGNORE
 from medseg.files import read_json
 from medseg.patterns import same_form
 
 FILES = (".txt", ".json", ".csv")
-# nnU-Net's "ignore" and LabelMe's among them: nothing is left out of training here.
-BACKGROUND = ("background", "_background_", "ignore", "__ignore__")
+BACKGROUND = ("background", "_background_")
 COLOUR = 1 << 31  # 0xRRGGBB + COLOUR is the value of a colour
 EACH = "*"  # alone: a class for each value, unasked
 REST = -1 << 40  # the value of "*" otherwise: all that are not 0 and not named
@@ -154,6 +154,7 @@ def _class_values(pairs, source, *, all_classes=False, regions=False):
         if all_classes and is_zero != is_background:
             print(f"warning: {source}: {values} ({name}) counts as background")
             is_background = True
+        name = IGNORE if name == "__ignore__" else name  # as LabelMe and nnU-Net call it
         entries.append(Entry(text, own, None if is_background else name))
     for one, other in combinations(entries, 2):
         shared = set(one.values[:1]) | set(other.values[:1])

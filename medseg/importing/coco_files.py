@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
-from medseg.coco import MAX_CLASSES, listed, read_coco, read_segmentation
+from medseg.coco import IGNORE, MAX_CLASSES, listed, read_coco, read_segmentation
 from medseg.coco_dialects import name_forms, print_forgiven
 from medseg.images import SUFFIXES
 from medseg.importing.collect import (
@@ -100,10 +100,12 @@ def choose_classes(counts, classes, problem):
     """The names of the classes to import; prints them and what is left out, with their outlines.
 
     counts: {name: number of its outlines}. classes: as for `Options`. problem: begins the message
-    on one of them that is not there.
+    on one of them that is not there. What is to be ignored is chosen without being named.
     """
     check_known(classes, list(counts), problem)
     chosen = list(classes or filter(counts.get, counts))
+    if counts.get(IGNORE) and IGNORE not in chosen:
+        chosen.append(IGNORE)
     wanted = set(chosen)
     left = [name for name in counts if name not in wanted]
     for what, names in (("outlines", chosen), ("left out: outlines", left)):

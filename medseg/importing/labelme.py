@@ -1,8 +1,8 @@
 """A folder of LabelMe files (versions 4 to 7) -> examples for `write_dataset`.
 
 Shapes are drawn as LabelMe draws them (Pillow's polygon with its outline), in order, later over
-earlier ones. `_background_` cuts holes; `__ignore__` is background too. LabelMe shows pictures
-turned by their EXIF orientation, and its points refer to that.
+earlier ones. `_background_` cuts holes; `__ignore__` is what nobody annotated. LabelMe shows
+pictures turned by their EXIF orientation, and its points refer to that.
 """
 
 import base64
@@ -17,7 +17,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import Image, ImageDraw
 
-from medseg.coco import MAX_CLASSES, listed
+from medseg.coco import IGNORE, MAX_CLASSES, listed
 from medseg.coco_dialects import FRACTIONS, GUESSED, are_fractions, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import parallel_map, read_json
@@ -58,7 +58,7 @@ def labelme_examples(folder, *, classes=None, group=None, prefix="", unreviewed=
     if unlabelled:
         print(f"note: {unlabelled} images have no LabelMe file of their name")
     names = choose_classes(_count_labels(paths), classes, f"{folder}: no area is labelled")
-    numbers = {BACKGROUND: 0, IGNORED: 0, **{name: n for n, name in enumerate(names, start=1)}}
+    numbers = {BACKGROUND: 0, **{name: n for n, name in enumerate(names, start=1)}}
     relative = [path.relative_to(folder) for path in paths]
     wrong, elsewhere = [], []
     find = partial(_find_picture, by_name(pictures), elsewhere)
@@ -122,9 +122,7 @@ def _count_labels(paths):
     if left_out:
         shown = [f"{name} ({n})" for name, n in sorted(left_out.items())]
         print(f"left out: shapes without an area: {listed(shown, MAX_CLASSES)}")
-    if counts[IGNORED]:
-        print(f"warning: {counts[IGNORED]} areas labelled {IGNORED} count as background")
-    return {name: counts[name] for name in sorted(counts.keys() - {BACKGROUND, IGNORED})}
+    return {name: counts[name] for name in sorted(counts.keys() - {BACKGROUND})}
 
 
 # ---------------------------------------------------------------- one file
@@ -178,7 +176,8 @@ def read_labelme(path, forgiven=None):
             raise ValueError(f"{path}: shapes[{number}] has the unknown shape_type {kind!r:.40}")
         if kind == "rectangle" and len(shape.get("points") or ()) > 2:
             forgiven["rectangles of more than two points: the box around these is taken"] += 1
-        shape |= {"label": same_form(label), "shape_type": kind}
+        label = IGNORE if label == IGNORED else same_form(label)
+        shape |= {"label": label, "shape_type": kind}
     return content
 
 

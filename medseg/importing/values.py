@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medseg.coco import MAX_CLASSES, listed
+from medseg.coco import IGNORE, MAX_CLASSES, listed
 from medseg.files import parallel_map
 from medseg.importing.class_names import COLOUR, EACH, REST, ClassValues, spell
 from medseg.masks import HALF, is_grey_code, palette_in_use, read_mask, read_names
@@ -25,6 +25,7 @@ from medseg.samples import LOSSY
 
 VOLUME = "volume"  # the encoding of volumes and arrays, beside those of `read_mask`
 ONE_CLASS = "foreground"
+VOID = np.int64(2 << 40)  # of what index 255 of a palette says is to be ignored
 COMPARED = 64  # palette masks, evenly spaced, whose palettes are compared
 MAX_COLOURS = 4096  # of one mask: numbers of objects, but no photographs
 GREYS, FULL = ("grey", "colour"), {1, 255, 65535}  # FULL: what programs write for foreground
@@ -56,8 +57,11 @@ class MaskClasses:
         others: such a dict of other masks of the same image, which are united with it.
         """
         parts = {name: [runs] for name, runs in (others or {}).items()}
-        for value, runs in encode_labels(apply_rules(self.rules, encoding, values)).items():
-            for name in self.names_of.get(value, ()):
+        labels, names_of = apply_rules(self.rules, encoding, values), self.names_of
+        if encoding == "palette" and "palette" in self.rules:
+            labels, names_of = np.where(values == 255, VOID, labels), {**names_of, VOID: (IGNORE,)}
+        for value, runs in encode_labels(labels).items():
+            for name in names_of.get(value, ()):
                 parts.setdefault(name, []).append(runs)
         return {name: unite(own) for name, own in parts.items()}
 
@@ -68,7 +72,8 @@ class MaskClasses:
                 shown, share = spell_all(values), share_of(values, self.counts)
                 kind = "value" if len(values) == 1 else "values"
                 print(f"class {name}: {kind} {shown}, {share} of the masks")
-        if len(self.names) > 1 and self.names == [*map(spell, self.names_of)]:
+        named = [name for name in self.names if name != IGNORE]
+        if len(named) > 1 and named == [*map(spell, self.names_of)]:
             print(f"classes named by their values: {spell_choice([*self.names_of])} names them")
 
 
@@ -158,6 +163,8 @@ def classes_of_counts(counted, names=None, *, invert=False):
         counts, rules = add_counts(masks), {*rules, "invert"}
     name = name_chosen if chosen else name_values
     classes, names_of = name(masks, counts, names)
+    if "palette" in rules and IGNORE not in classes:
+        classes = [*classes, IGNORE]
     return MaskClasses(classes, names_of, counts, rules)
 
 
@@ -179,7 +186,7 @@ def find_rules(masks, names):
     """(masks with the counts after the rules, rules) of a list of Counted; prints warnings.
 
     "greys": colours are greys, as all are. "alpha": what is opaque in black masks is background, as
-    others are not black. "palette": index 255 is background beside others, PASCAL VOC's border.
+    others are not black. "palette": index 255 beside others is ignored, PASCAL VOC's border.
     "cut JPEG" and the like: masks of this encoding are cut at half, but for greys of 0 and 1.
     "invert", "as shown": see `find_classes`, as names.
     """
@@ -198,7 +205,7 @@ def find_rules(masks, names):
     border = 255 in palette and len(palette.keys() - {0}) > 1
     if border and not any(255 in own for own in numbers):
         rules.add("palette")
-        print(f"warning: palette index 255 ({share_of([255], palette)}) counts as background")
+        print(f"palette index 255 ({share_of([255], palette)}) counts in no loss and no score")
     masks = recount(masks, rules)
     if all(own in (range(1), range(255, 256)) for own in numbers):  # else they name what is between
         greys = [mask for mask in masks if mask.encoding in GREYS and max(mask.counts) != 1]

@@ -17,7 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from medseg.coco import ANNOTATIONS, MAX_CLASSES, listed, read_annotations, recorded_settings
+from medseg.coco import (
+    ANNOTATIONS,
+    IGNORE,
+    MAX_CLASSES,
+    listed,
+    read_annotations,
+    recorded_settings,
+)
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, Picture, measure_window, save_picture
 from medseg.phantoms import is_phantom
@@ -102,7 +109,7 @@ def write_dataset(root, dealt, classes, *, info=None, any_order=False, source=No
         with tqdm(desc="importing", total=total, unit="image", disable=None) as bar:
             for split, examples in dealt.items():
                 written[split] = write_split(folder / split, examples, head, bar)
-        if not any(areas for images in written.values() for _, areas in images):
+        if not any(areas.keys() - {IGNORE} for images in written.values() for _, areas in images):
             what = f"the masks or outlines of all {total} images cover no pixel"
             raise ValueError(f"{source or root}: {what}")
 
@@ -282,6 +289,8 @@ def print_counts(split, images, classes, total=None):
     for name in shown:
         percent, count = 100 * areas[name] / pixels, sum(name in own for _, own in images)
         doubt = "  <- more than half: the right folder, and not inverted?" if percent > 50 else ""
+        if name == IGNORE:
+            doubt = ", which count in no loss and no score"
         print(f"  {name:{width}}  {percent:6.2f} % of the pixels, in {count} images{doubt}")
     if len(classes) > len(shown):
         print(f"  and {len(classes) - len(shown)} more classes")

@@ -94,17 +94,19 @@ def print_report(folder, output, written):
         print(f"  {name.removeprefix('dice/')}: {own}")
 
 
-def count_calibration(targets, probabilities):
+def count_calibration(targets, probabilities, known=1):
     """Sums over the pixels of one image by their probability of foreground: float64 (C, BINS, 3).
 
     The last axis: pixels, pixels of foreground, sum of the probabilities. targets: bool (C, H, W);
     probabilities: float32 (C, H, W). Bin k, from 0, is of those from k / BINS up to (k + 1) / BINS.
-    What is no number is in none.
+    What is no number is in none. known: bool (H, W), which pixels count.
     """
     sums = np.zeros((len(targets), BINS, 3))
     for channel, (target, probability) in enumerate(zip(targets, probabilities, strict=True)):
         for column, weights in enumerate((np.ones_like(target), target, probability)):
-            histogram = np.histogram(probability, BINS, (0, 1), weights=weights.astype(float))
+            histogram = np.histogram(
+                probability, BINS, (0, 1), weights=(weights * known).astype(float)
+            )
             sums[channel, :, column] = histogram[0]
     return sums
 
