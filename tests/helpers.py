@@ -509,6 +509,17 @@ def grey(values, dtype=np.uint8):
     return lambda label_map: Image.fromarray(np.array(values, dtype)[label_map])
 
 
+def palette(indices, colours=range(256 * 3)):
+    """Label map -> PIL image of these indices of a palette, of colours in one row."""
+
+    def make(label_map):
+        image = Image.fromarray(np.array(indices, np.uint8)[label_map])
+        image.putpalette(np.array(colours).astype(np.uint8).tobytes())
+        return image
+
+    return make
+
+
 def save_pair(stem, mask=None, suffix=".png", seed=0, **options):
     """Write images/STEM.png and a mask of its size, without one a mask of 0 and 1."""
     mask = grey([0, 1])(labels(seed)) if mask is None else mask

@@ -17,6 +17,7 @@ from helpers import (
     brightness_model,
     grey,
     labels,
+    palette,
     photo,
     read_rgb,
     refuse_download,
@@ -35,16 +36,6 @@ import predict
 from medseg.own_files import drawn_beside_masks
 
 # ---------------------------------------------------------------- encodings of masks
-
-
-def palette(indices, colours):
-    def make(m):
-        values = np.array(indices, np.uint8)[m]
-        image = Image.frombytes("P", values.shape[::-1], values.tobytes())
-        image.putpalette([channel for colour in colours for channel in colour])
-        return image
-
-    return make
 
 
 def colours(values, mode="RGB"):

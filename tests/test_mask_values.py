@@ -1,7 +1,6 @@
 """What the values of masks mean, against label maps: --classes, --invert, and what is asked."""
 
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +15,7 @@ from helpers import (
     coco_file,
     grey,
     labels,
+    palette,
     photo,
     polygon,
     refuse_download,
@@ -34,18 +34,6 @@ from medseg.importing.values import Counted, classes_of_counts, find_classes
 
 LEVELS = np.array([0, 85, 128, 255], np.uint8)
 COLOURS = np.array([(0, 0, 0), (0, 0, 255), (255, 0, 0), (128, 128, 128)], np.uint8)
-ANY_COLOURS = np.arange(256 * 3) % 251
-
-
-def palette(indices, colours=ANY_COLOURS):
-    """Label map -> PIL image of these indices of a palette."""
-
-    def make(label_map):
-        image = Image.fromarray(np.array(indices, np.uint8)[label_map])
-        image.putpalette(np.array(colours, np.uint8).tobytes())
-        return image
-
-    return make
 
 
 def masks_of(pictures, text=None, **options):
@@ -471,13 +459,8 @@ def test_masks_of_numpy(here, case):
     assert_masks(stored()["a"], labels(1), {"foreground": 1})
 
 
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, ("unpickled",)
-
-
 BAD_ARRAYS = {
-    "pickle": np.array([Trap()], dtype=object),
+    "pickle": np.array([{}], dtype=object),
     "colours": np.zeros((*PHOTO[::-1], 3), np.uint8),
     "fractions": np.full(PHOTO[::-1], 0.5),
     "not a number": np.full(PHOTO[::-1], np.nan),

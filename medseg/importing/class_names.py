@@ -96,10 +96,10 @@ def parse_classes(text):
 
 def parse_labels(text):
     """--classes as LabelMe and COCO files take it: the labels to use, without the background."""
-    if not text.lower().endswith(FILES):
-        return [same_form(name.strip()) for name in text.split(",")]
-    labels = parse_classes(text)
-    return labels.names if isinstance(labels, ClassValues) else labels
+    if text.lower().endswith(FILES):
+        labels = parse_classes(text)
+        return labels.names if isinstance(labels, ClassValues) else labels
+    return [same_form(name.strip()) for name in text.split(",")]
 
 
 def _from_lines(lines, source):

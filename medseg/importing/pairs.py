@@ -252,7 +252,12 @@ def advise_groups(cases, texts):
         count = counts.total()
         if len(counts) < SERIES or count < 2 * len(counts) or 2 * count < len(paths):
             continue
-        changed = [[_replace_last(*change, text) for text in texts] for change in changes.items()]
+        changed = [
+            [
+                re.sub(rf"(.*){place}", rf"\g<1>{new}", text, count=1) for text in texts
+            ]  # the last one
+            for place, new in changes.items()
+        ]
         pairs = (own for both in changed for own in (both, (both[0], texts[1])))
         ways = (own for own in pairs if own[0] != texts[0] and _pairs_as_many(own, cases))
         way = next((f"--masks {shlex.join(own)}" for own in ways), "--groups table.csv")
@@ -261,11 +266,6 @@ def advise_groups(cases, texts):
             f"to the splits one by one; where each is a patient, keep it in one by {way}"
         )
         return
-
-
-def _replace_last(expression, new, text):
-    places = list(re.finditer(expression, text))[-1:]
-    return "".join(text[: place.start()] + new + text[place.end() :] for place in places) or text
 
 
 def _pairs_as_many(patterns, cases):
