@@ -105,10 +105,9 @@ def evaluate(model, loader, criterion, device, *, autocast=nullcontext(), infere
     being Batches; else those above 0.5 at the network's size.
     """
     model.eval()
-    info, chosen = net.info_of(model), inference or predictor.PLAIN
-    predict = predictor.Predictor(  # large images by tiles
-        [model], device, info=info, inference=chosen, autocast=autocast
-    )
+    info, way = net.info_of(model), inference or predictor.PLAIN
+    # Large images by tiles.
+    predict = predictor.Predictor([model], device, info=info, inference=way, autocast=autocast)
     scores = metrics.RunningScores(device, info.class_names)
     numbers = iter(loader.row_numbers() if inference else ())
     with torch.inference_mode():
@@ -235,11 +234,10 @@ def visualize_predictions(
     the masks.
     """
     model.eval()
-    chosen = threshold
+    chosen, info, samples, cases = threshold, net.info_of(model), [], []
     if not isinstance(threshold, inference.Inference):
         chosen = inference.Inference(threshold)
-    predict = predictor.Predictor([model], device, info=net.info_of(model), inference=chosen)
-    samples, cases = [], []
+    predict = predictor.Predictor([model], device, info=info, inference=chosen)
     for images, masks in test_loader:
         samples += zip(images, masks, strict=True)
         if len(samples) >= num_samples:
@@ -253,17 +251,19 @@ def visualize_predictions(
             picture, target = test_loader.original(index)
         with torch.inference_mode():
             outputs = predict(image[None])[0].cpu().numpy()
-        size, exclusive = target.shape[:0:-1], predict.info.exclusive
-        pred = np.stack(list(chosen.masks(outputs, size, exclusive=exclusive)))
+        masks = chosen.masks(outputs, target.shape[:0:-1], exclusive=info.exclusive)
+        pred = np.stack(list(masks))
         dice = metrics.image_dice(metrics.count_masks(target, pred))
         cases.append((*plots.reduce_case(picture, target, pred), f"Dice {dice.mean():.2f}"))
-    names = test_loader.names_in_order() if known else ()
+    names, where = test_loader.names_in_order() if known else (), "predictions at "
+    if known:
+        where = f"{test_loader.dataset.image_dir}: "
     return plots.plot_predictions(
         cases,
         path,
-        title=f"predictions at {chosen}{drawing.describe_shown(predict.info.channel_names, ', ')}",
-        class_names=predict.info.class_names,
-        captions=[names[index] for index in shown] if names else (),
+        title=f"{where}{chosen}{drawing.describe_shown(info.channel_names, ', ')}",
+        class_names=info.class_names,
+        captions=[names[index] for index in shown] if known else (),
     )
 
 
@@ -271,15 +271,10 @@ def visualize_predictions(
 
 
 def main(argv=None):
-    parser = command_line.make_parser(__doc__, LOSSES, WEIGHTS)
+    parser, signals = command_line.make_parser(__doc__, LOSSES, WEIGHTS), Signals()
     args, checkpoint, kept = command_line.parse_arguments(parser, argv)
-    out, signals, lock = cli.output_folder(args.out), Signals(), nullcontext()
-    if dist.starts_first() and not args.test_only:  # the first of the processes writes
-        lock = checkpoints.run_lock(out)
-    go_on = run.command("train.py", "--resume", out=out)
-    advice = run.memory_advice(args)
-    with signals.installed(), signals.exit_when_stopped(go_on), lock, advice:
-        run.check_folder(args, checkpoint)
+    stopping = signals.exit_when_stopped(run.command("train.py", "--resume", out=Path(args.out)))
+    with signals.installed(), stopping, run.open_folder(args, checkpoint), run.memory_advice(args):
         if args.recipe == "auto" and not (checkpoint or args.test_only):
             args = command_line.add_plan(args, planned_flags(kept))
         if args.folds:
@@ -302,9 +297,7 @@ def train_and_test(args, checkpoint, signals):
         root, skipped = run.data_root(args), [] if args.skip_bad else None
         model = run.make_network(args, root, device, start=not checkpoint)
         loaders = data.make_loaders(args, root, model, device, skipped)
-        flags = {**vars(args), "computed_in": [device.type, precision]}
-        if not args.test_only:
-            flags["data_fingerprints"] = checkpoints.check_same_data(root, checkpoint)
+        flags = run.recorded_flags(args, root, [device.type, precision], checkpoint)
         if dist.is_first():
             note = f"{devices.describe_device(device)}, {precision}"
             reports.print_run(args, root, model, loaders, note)
@@ -323,18 +316,17 @@ def train_and_test(args, checkpoint, signals):
                 # 4. Training
                 if dist.is_first():
                     checkpoints.prepare_folder(out, checkpoint)
+                splits = loaders["train"], loaders["valid"]
+                own = {"options": options, "out": out, "checkpoint": checkpoint}
                 history = train_model(
                     model,
-                    loaders["train"],
-                    loaders["valid"],
+                    *splits,
                     criterion,
                     optimizer,
                     args.epochs,
                     device,
-                    options=options,
-                    out=out,
-                    checkpoint=checkpoint,
                     log=tracker.log,
+                    **own,
                 )
                 feature_statistics.record_statistics(model, loaders, device, out, autocast)
                 if args.tune_prediction:
@@ -343,7 +335,9 @@ def train_and_test(args, checkpoint, signals):
             test(model, loaders["test"], criterion, device, autocast, tracker)
             # 6. Visualization
             if dist.is_first():
-                draw(args, root, model, loaders["test"], history, tracker)
+                chosen, path = model.info.inference or inference.PLAIN, out / "predictions.png"
+                visualize_predictions(model, loaders["test"], device, 10, chosen, path=path)
+                run.finish(args, root, device, history, tracker)
         finally:
             tracker.finish(failed=sys.exc_info()[0] is not None)
         return model, loaders.get("valid"), autocast
@@ -354,34 +348,15 @@ def test(model, loader, criterion, device, autocast, tracker):
 
     Those of the masks that predict.py writes, at the size of each image.
     """
-    score = partial(evaluate, model, loader, criterion, device, autocast=autocast)
-    scores, chosen = score(inference=inference.PLAIN), model.info.inference
-    tracker.log({f"test/{name}": value for name, value in scores.items()})
-    if dist.is_first():
-        reports.print_test(scores, model.info.class_names, devices.peak_memory(device))
-    if chosen not in (None, inference.PLAIN):
-        scores = score(inference=chosen)
-        tracker.log({f"test/chosen_{name}": scores[name] for name in scores if name != "loss"})
+    chosen, names = model.info.inference or inference.PLAIN, model.info.class_names
+    for way in [inference.PLAIN] if chosen == inference.PLAIN else [inference.PLAIN, chosen]:
+        scores = evaluate(model, loader, criterion, device, autocast=autocast, inference=way)
+        if way != inference.PLAIN:
+            del scores["loss"]  # which no threshold changes
+        prefix = "test/" if way == inference.PLAIN else "test/chosen_"
+        tracker.log({f"{prefix}{name}": value for name, value in scores.items()})
         if dist.is_first():
-            reports.print_chosen_test(scores, chosen, model.info.class_names)
-
-
-def draw(args, root, model, test_loader, history, tracker):
-    """Pictures of a finished run, and the command to look at a prediction with."""
-    out, chosen = Path(args.out), model.info.inference or inference.PLAIN
-    drawn = visualize_predictions(
-        model,
-        test_loader,
-        test_loader.device,
-        num_samples=10,
-        threshold=chosen,
-        path=out / "predictions.png",
-    )
-    tracker.image("predictions", drawn)
-    if history:
-        curves = plots.plot_curves(history, out / checkpoints.CURVES, title=str(root))
-        drawn = f"{drawn} and {curves}"
-    print(f"drawn: {drawn}; next: {run.predict_command(args, root)}")
+            reports.print_test(scores, names, way)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,20 @@
 
 import argparse
 import contextlib
-import difflib
 import errno
 import math
 import os
 import shlex
 import sys
 import tempfile
+from difflib import get_close_matches as close_matches
 from pathlib import Path
 
 MAX_MEGAPIXELS = 89  # of an image: Pillow's limit
 
 
-class HelpFormatter(argparse.HelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the examples and shows the default of every flag that has one."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=100)
-
-    def _fill_text(self, text, width, indent):
-        return text
 
     def _get_help_string(self, action):
         # Python 3.10 gives switches an ending of its own, which says False for off.
@@ -44,14 +38,18 @@ class ArgumentParser(argparse.ArgumentParser):
             prog=prog,
             description=description,
             epilog=examples.strip("\n"),
-            formatter_class=HelpFormatter,
+            formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=100),
             allow_abbrev=False,
         )
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            spelled = [flag.partition("=")[0].replace("_", "-").lower() for flag in unknown]
+            close = [match for flag in spelled for match in close_matches(flag, known, 1)]
+            hint = f", did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace
 
     def parse_given(self, args):
@@ -60,15 +58,6 @@ class ArgumentParser(argparse.ArgumentParser):
         namespace = argparse.Namespace(**{action.dest: absent for action in self._actions})
         values = vars(self.parse_args(args, namespace))
         return {name: value for name, value in values.items() if value is not absent}
-
-    def _suggestion(self, unknown):
-        """', did you mean --batch-size?' for the first unknown flag that resembles a known one."""
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        for flag in unknown:
-            spelled = flag.partition("=")[0].replace("_", "-").lower()
-            if spelled.startswith("--") and (close := difflib.get_close_matches(spelled, known, 1)):
-                return f", did you mean {close[0]}?"
-        return ""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see python {self.prog} --help)\n")
@@ -87,20 +76,16 @@ def spell_value(value):
         return "on" if value else "off"
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value))
-    return str(value) if value else "0"
+    return str(value or 0)
 
 
 def spell_flags(values):
-    """{'weight_decay': 0.01, 'augment': {'flip': 1.0}} -> '--weight-decay 0.01 --augment flip=1'.
-
-    Quoted for a shell where need be.
-    """
+    """{'lr': 0.01, 'compile': False} -> '--lr 0.01 --no-compile', quoted for a shell."""
     words = []
     for name, value in values.items():
-        if isinstance(value, bool):
-            words.append(flag_name(name if value else f"no_{name}"))
-        else:
-            words += [flag_name(name), spell_value(value)]
+        switch = isinstance(value, bool)
+        words.append(flag_name(f"no_{name}" if value is False else name))
+        words += [] if switch else [spell_value(value)]
     return shlex.join(words)
 
 
@@ -109,25 +94,16 @@ def add_device_flags(add, **of_device):
     add(
         "--device", default="auto", help="auto, cuda, mps, cpu, or the number of a GPU", **of_device
     )
-    add(
-        "--precision",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="what the network computes in; auto: bf16 on a GPU that has it, a CPU with AMX, and "
-        "one of AMD with avx512_bf16; fp16 on other GPUs, else fp32",
-    )
+    kinds = ("auto", "bf16", "fp16", "fp32")
+    which = "auto: bf16 on a GPU that has it, a CPU with AMX, and one of AMD with avx512_bf16"
+    text = f"what the network computes in; {which}; fp16 on other GPUs, else fp32"
+    add("--precision", choices=kinds, default="auto", help=text)
 
 
 def add_pixel_limit(add, **more):
     """Add --max-megapixels with a parser's or a group's add_argument."""
-    add(
-        "--max-megapixels",
-        type=number(1),
-        default=MAX_MEGAPIXELS,
-        metavar="N",
-        help="refuse larger images, which a small file may hold to fill the memory",
-        **more,
-    )
+    more |= {"help": "refuse larger images, which a small file may hold to fill the memory"}
+    add("--max-megapixels", type=number(1), default=MAX_MEGAPIXELS, metavar="N", **more)
 
 
 def number(low, high=math.inf, type=int):
@@ -147,28 +123,23 @@ def number(low, high=math.inf, type=int):
 def parse_named_values(text, known):
     """'flip,rotate=30' -> {'flip': 1.0, 'rotate': 30.0}, in the order of `known`; 'none' -> {}.
 
-    known: {name: (value where none is given, highest value)}; the lowest is 0. The first is None
-    of a name that needs a value. Raises ValueError.
+    known: {name: (value where none is given, or None, highest value)}; the lowest is 0. Raises
+    ValueError.
     """
     values = {}
     for part in text.split(",") if text != "none" else ():
         name, given, value = (piece.strip() for piece in part.partition("="))
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
+            close = close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             raise ValueError(f"unknown name {name!r}: {hint}")
-        if name in values:
-            raise ValueError(f"{name} is there twice")
         default, highest = known[name]
-        if default is None and not value:
-            raise ValueError(f"{name} needs a value, as in {name}=50")
         try:
-            number = float(value) if given else default
+            values[name] = float(value if given or default is None else default)
         except ValueError:
-            number = math.nan
-        if not 0 <= number <= highest:
-            raise ValueError(f"{name}={value}: it must be from 0 to {highest:g}")
-        values[name] = float(number)
+            values[name] = math.nan
+        if not 0 <= values[name] <= highest:
+            raise ValueError(f"{part.strip()}: {name}= takes a number from 0 to {highest:g}")
     return {name: values[name] for name in known if name in values}
 
 
@@ -200,12 +171,12 @@ def output_folder(path, flag="--out"):
 def one_line(error):
     """The message of an exception without line breaks, and what helps where a disk is full."""
     line = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            line += ": make room there, or write to another disk (--out, --output or --data)"
     if isinstance(error, MemoryError):
         return f"out of memory ({line}): end other programs, or give less or smaller images at once"
+    if isinstance(error, OSError) and error.strerror:
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        line += ": make room there, or write to another disk (--out, --output or --data)"
     return line
 
 

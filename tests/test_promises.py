@@ -36,7 +36,6 @@ from PIL import Image
 
 import train
 from data import load_split
-from medseg.coco import load_coco
 from medseg.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -362,53 +361,6 @@ def test_it_stops_after_too_many_in_a_row_and_names_the_step(tmp_path):
     assert torch.equal(load_weights(tmp_path / "best_model.pth")["conv.weight"], best)
 
 
-def test_many_bad_steps_that_are_not_in_a_row_do_not_stop_it(tmp_path):
-    model = Line()
-    batches = ([spoiled(math.nan)] * 19 + [batch(0)]) * 2
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    (row,) = train_line(model, batches, optimizer, tmp_path)
-    assert row["skipped"] == 38
-
-
-@pytest.mark.parametrize("lr", [1e3, 1e20, 1e38])
-def test_a_far_too_large_learning_rate_leaves_finite_best_weights_or_none(trained, tmp_path, lr):
-    """Whether any validation loss is a number depends on the random weights."""
-    command = flags(trained, tmp_path / "run", "--lr", lr, "--epochs", 4)
-    result = script_here("train.py", *command, cwd=tmp_path)
-    best = tmp_path / "run" / "best_model.pth"
-    if best.exists():
-        assert_done(result)
-        assert all(torch.isfinite(weight).all() for weight in load_weights(best).values())
-    else:
-        assert result.returncode == 2 and "--lr" in result.stderr.splitlines()[-1]
-
-
-class Destroying(list):
-    """Batches after which, from the second epoch on, the next step makes every weight infinite."""
-
-    def __init__(self, batches, optimizer):
-        super().__init__(batches)
-        self.optimizer, self.epochs = optimizer, 0
-
-    def __iter__(self):
-        self.epochs += 1
-        if self.epochs == 2:
-            self.optimizer.param_groups[0]["lr"] = math.inf
-        return super().__iter__()
-
-
-def test_weights_that_are_destroyed_are_never_the_best(tmp_path):
-    good, bad = Line(), Line()
-    train_line(good, [batch(0)], momentum(good.parameters()), tmp_path / "good")
-    optimizer = momentum(bad.parameters())
-    batches = Destroying([batch(0)], optimizer)
-    history = train_line(bad, batches, optimizer, tmp_path / "bad", epochs=3)
-    assert [math.isfinite(row["val_loss"]) for row in history] == [True, False, False]
-    best, expected = (load_weights(tmp_path / run / "best_model.pth") for run in ("bad", "good"))
-    assert torch.equal(best["conv.weight"], expected["conv.weight"])
-    assert torch.equal(best["conv.bias"], expected["conv.bias"])
-
-
 def test_background_everywhere_is_warned_of_once(tmp_path, capsys):
     model = Line()
     torch.nn.init.constant_(model.conv.bias, -50)
@@ -510,27 +462,6 @@ def test_no_good_image_left_is_an_error(dataset, refused):
         path.write_bytes(b"damaged")
     command = (*SMALL, "--data", dataset, "--out", dataset / "run", "--skip-bad")
     refused("train", *command, words=["all 4 images in test"])
-
-
-def test_damaged_records_are_all_named(dataset):
-    same_id = {"id": 0, "file_name": "again.png", "width": 3, "height": 3}
-    nameless = {"id": 77, "width": 3, "height": 3}
-
-    def change(content):
-        content["images"] += [5, {"id": [1]}, same_id, nameless]
-        odd_id = {"image_id": 3, "id": {}, "segmentation": []}
-        content["annotations"] += [None, {"image_id": 99}, odd_id]
-
-    edit_annotations(dataset / "train", change)
-    skipped = []
-    coco = load_coco(dataset / "train", skipped)
-    named = [line.split("annotations: ")[1].split()[0] for line in skipped]
-    damaged = {"images": (6, 7, 8, 9), "annotations": (6, 7, 8)}
-    assert named == [f"{key}[{number}]" for key in damaged for number in damaged[key]]
-    # Of two images with id 0 neither is used; the annotation of 3 cannot be read.
-    assert sorted(coco.imgs) == [1, 2, 4, 5]
-    with pytest.raises(ValueError, match=r"images\[6\].*7 such"):
-        load_coco(dataset / "train")
 
 
 # ---- two at once -----------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import shutil
 import signal
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,12 +38,11 @@ from medseg.metrics import RunningScores, metrics
 from medseg.phantoms import make_phantoms
 from medseg.signals import Stopped
 from medseg.training import history
-from medseg.training.checkpoint import Checkpointer, Progress
+from medseg.training.checkpoint import Progress
 from medseg.training.optim import (
     GuardedStep,
     RunningMean,
     TrainingOptions,
-    fit_to_run,
     make_schedule,
 )
 from medseg.weights import load_weights
@@ -188,24 +186,10 @@ def test_patience_does_not_count_within_the_first_steps(grace, epochs, tmp_path)
     assert len(train_tiny(losses, tmp_path, patience=3, grace=grace)) == epochs
 
 
-def test_a_short_run_is_not_all_beginning():
-    assert fit_to_run(100, 0.995, 1880) == (100, 0.995)  # strong on the tutorial's data
-    assert fit_to_run(100, 0.995, 50) == (10, 0.9)  # a fifth of the steps, 10
-    assert fit_to_run(100, 0.995, 4) == (0, 0.0)
-
-
 def test_a_loss_that_is_never_a_number_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="--lr"):
         train_tiny([math.nan] * 3, tmp_path)
     assert not (tmp_path / "best_model.pth").exists()
-
-
-def test_an_epochs_line_tells_the_time(tmp_path, capsys):
-    (row, _) = train_tiny([2, 1], tmp_path)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 2 and "0:00:00 left" in lines[-1]
-    history.print_epoch([{**row, "seconds": 9.0}], 10**14, False)  # a run without an end
-    assert "left" in capsys.readouterr().out
 
 
 def test_train_model_takes_a_dataloader(dataset, tmp_path):
@@ -363,23 +347,6 @@ def test_a_skipped_step_leaves_batch_normalisation_alone(tmp_path):
     assert history[0]["skipped"] == 1 and math.isfinite(history[0]["val_loss"])
     assert torch.isfinite(model[1].running_mean).all()
     assert torch.isfinite(model[1].running_var).all()
-
-
-@pytest.mark.parametrize("took, pause", [(1, 60), (10, 200)])
-def test_on_a_slow_disk_checkpoints_are_rarer(took, pause, tmp_path, monkeypatch):
-    """Writing takes less than a twentieth of the time."""
-    now = [1000.0]
-    monkeypatch.setattr("medseg.training.checkpoint.time.monotonic", lambda: now[0])
-
-    def write(*_, **__):
-        now[0] += took
-
-    monkeypatch.setattr("medseg.training.checkpoint.save_weights", write)
-    checkpointer = Checkpointer(tmp_path, {"progress": Progress()}, TrainingOptions())
-    checkpointer.save()
-    for seconds, due in ((pause - 1, False), (pause, True)):
-        now[0] = 1000.0 + took + seconds
-        assert checkpointer.due() == due
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -771,16 +738,6 @@ def few_phantoms(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_later_test_is_on_the_data_of_the_training(few_phantoms, tmp_path):
-    flags = ("--synthetic", "--data", "Y", "--out", "run", "--epochs", 1)
-    result = output_of("train.py", *SMALL, *flags, cwd=tmp_path)
-    scores = [line for line in result.splitlines() if line.startswith("test ")]
-    again = output_of("train.py", "--test-only", "--out", "run", cwd=tmp_path)
-    assert f"{Path('Y/synthetic')}: 2 test images at 32x32" in again
-    assert [line for line in again.splitlines() if line.startswith("test ")] == scores
-
-
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "flags, expected",
     [
@@ -860,14 +817,6 @@ def test_what_the_optimizer_and_the_loop_are_given(given):
     assert {given("--seed", 1)["model"]["schedule"].lr_lambdas[0](step) for step in (0, 9)} == {1}
 
 
-def test_the_seed_decides_the_weights(given):
-    for seed in (0, 7):
-        torch.manual_seed(seed)
-        expected = UNet(n_filters=2).state_dict()
-        state = given("--seed", seed)["model"]["state"]
-        assert all(torch.equal(state[name], expected[name]) for name in expected)
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_a_recipe_is_a_set_of_flags_that_the_command_line_overrules(dataset, tmp_path):
     own = ("--epochs", 1, "--lr", "0.01", "--schedule", "cosine")
@@ -888,18 +837,6 @@ def test_masks_that_stayed_empty_are_told_after_the_test(recipe, dataset, tmp_pa
     for prior, told in ((0.001, True), (0.9, False)):
         result = script_here("train.py", *SMALL, *flags, "--prior", prior, cwd=tmp_path)
         assert ("nothing was learned" in result.stderr) == told
-
-
-@pytest.mark.parametrize("batch_size, fits", [(1, False), (5, False), (2, True)])
-@pytest.mark.usefixtures("no_pictures")
-def test_batch_normalisation_of_one_value_is_refused(batch_size, fits, dataset, tmp_path):
-    """Six images of 32 x 32 and five levels: the last batch has one image, its lowest level one."""
-    own = ("--norm", "batch", "--epochs", 1, "--batch-size", batch_size, "--out", "run")
-    result = script_here("train.py", *SMALL, *own, cwd=tmp_path)
-    if fits:
-        assert result.returncode == 0, result.stderr
-    else:
-        assert_refused(result, "more than 1 value")
 
 
 # ---- pictures --------------------------------------------------------------------------------

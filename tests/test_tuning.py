@@ -497,7 +497,7 @@ def test_the_test_with_the_choice_is_that_of_predict_py(trained):
     line = line_with(said["tuned"], ", as chosen on valid: ")
     run(place, "dataset/test", "--model", "tuned/best_model.pth", "--output", "scored")
     report = json.loads((place / "scored" / "report.json").read_text())
-    names = ("dice", "iou", "precision", "recall", "image_dice")
+    names = ("dice", "iou", "miou", "precision", "recall", "image_dice")
     assert scores_in(line) == [round(report["scores"][name], 4) for name in names]
     plain = scores_in(line_with(said["tuned"], "test with the best weights"))
     assert plain[0] != scores_in(line)[0]
@@ -507,9 +507,8 @@ def test_test_only_prints_both_and_draws_the_chosen_masks(trained, monkeypatch):
     place, said = trained
     drawn = []
 
-    def record(model, loader, device, **options):
-        drawn.extend(value for value in options.values() if isinstance(value, Inference))
-        return options["path"]
+    def record(model, loader, device, count, chosen, *, path):
+        drawn.append(chosen)
 
     monkeypatch.setattr(train, "visualize_predictions", record)
     printed = output_of("train.py", "--test-only", "--out", "tuned", "--device", "cpu", cwd=place)

@@ -130,35 +130,24 @@ def log_values(row):
     return values
 
 
-def print_test(scores, class_names, gpu_gib=None):
-    """The scores of the test; gpu_gib: the GPU memory that the run took, if it ran on one."""
-    names = ("dice", "iou", "miou", "precision", "recall", "image_dice")
-    start = f"test with the best weights: loss {scores['loss']:.4f}"
-    print(f"{start}, {_spell(scores, *names)}", flush=True)
-    if not math.isnan(scores["acc"]):
+def print_test(scores, class_names, inference):
+    """The scores of the test, with masks made by an Inference, and of each of several classes."""
+    if "loss" in scores:
+        title = f"the best weights: loss {scores['loss']:.4f}, "
+    else:
+        title = f"{inference}, as chosen on valid: "
+    print(f"test with {title}{_spell(scores, *SPELLED)}", flush=True)
+    if "loss" in scores and not math.isnan(scores["acc"]):
         background = f"answering background everywhere scores {scores['background_acc']:.4f}"
         print(f"test accuracy {scores['acc']:.4f}; {background}", flush=True)
-    _print_classes(scores, class_names)
-    if scores["dice"] == 0 and _is_background(scores):
+    for name in class_names if len(class_names) > 1 else ():
+        own = {key: scores[f"{key}/{name}"] for key in ("dice", "iou", "precision", "recall")}
+        print(f"  {name}: {_spell(own, *own, lacking='no image of it in test')}", flush=True)
+    if "loss" in scores and scores["dice"] == 0 and _is_background(scores):
         warn(
             "the masks are empty, nothing was learned: --recipe auto chooses flags that suit the "
             "data set, with more --minutes for a longer run; look at the masks with data.py"
         )
-    if gpu_gib is not None:
-        print(f"peak GPU memory {gpu_gib:.2f} GiB", flush=True)
-
-
-def print_chosen_test(scores, inference, class_names):
-    """The scores of the test with masks made as was chosen on valid."""
-    names = ("dice", "iou", "precision", "recall", "image_dice")
-    print(f"test with {inference}, as chosen on valid: {_spell(scores, *names)}", flush=True)
-    _print_classes(scores, class_names)
-
-
-def _print_classes(scores, class_names):
-    for name in class_names if len(class_names) > 1 else ():
-        own = {key: scores[f"{key}/{name}"] for key in ("dice", "iou", "precision", "recall")}
-        print(f"  {name}: {_spell(own, *own, lacking='no image of it in test')}", flush=True)
 
 
 def _spell(scores, *names, lacking="no foreground in test"):

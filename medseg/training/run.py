@@ -1,16 +1,16 @@
 """What the flags of a run stand for: its folder, its network, how it trains, what comes next."""
 
 import shlex
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import count_channels
-from medseg import coco, dist
+from medseg import coco, dist, plots
 from medseg.cli import output_folder
-from medseg.device import choose_precision, out_of_memory
+from medseg.device import choose_precision, out_of_memory, peak_memory
 from medseg.inference import learned_flips
 from medseg.layers import architecture_of
 from medseg.own_files import check_outputs
@@ -20,21 +20,30 @@ from medseg.training import optim
 from net import UNet, copy_weights, load_model
 
 
-def check_folder(args, checkpoint):
-    """--out as a folder that can be written to.
+@contextmanager
+def open_folder(args, checkpoint):
+    """Within, --out is a folder that no other training writes to.
 
-    ValueError where it holds another run, or files that this run would replace and that are not
-    ours. Of several processes, the first looks.
+    ValueError where one does, where it holds another run, or files that this run would replace and
+    that are not ours. Of several processes, the first looks.
     """
-    out = output_folder(args.out)
-    if dist.starts_first():
-        runs = [*checkpoints.fold_runs(out)] if args.folds else []
-        if not (args.test_only or checkpoint or args.overwrite or dist.restart_count()):
+    out, lock = output_folder(args.out), nullcontext()
+    if dist.starts_first() and not args.test_only:
+        lock = checkpoints.run_lock(out)
+    with lock:
+        if dist.starts_first():
+            _refuse_others(out, args, checkpoint)
+        yield
+
+
+def _refuse_others(out, args, checkpoint):
+    runs, drawn = checkpoints.fold_runs(out) if args.folds else [], ["predictions.png"]
+    if not args.test_only:
+        drawn += [checkpoints.CURVES, "metrics.csv"]
+        if not (checkpoint or args.overwrite or dist.restart_count()):
             checkpoints.refuse_other_run([out, *runs])
-        drawn = ["predictions.png", checkpoints.CURVES, "metrics.csv"][: 1 if args.test_only else 3]
-        written = [run / name for run in (runs if args.folds else [out]) for name in drawn]
-        check_outputs([*written, *[out / "skipped.txt"] * args.skip_bad], "--out")
-    return out
+    written = [run / name for run in (runs if args.folds else [out]) for name in drawn]
+    check_outputs([*written, *[out / "skipped.txt"] * args.skip_bad], "--out")
 
 
 def data_root(args):
@@ -101,6 +110,17 @@ def settle_precision(name, device, checkpoint):
     return known[int(dist.all_reduce_max(known.index(chosen) if dist.is_first() else 0)[0])]
 
 
+def recorded_flags(args, root, computed_in, checkpoint):
+    """The flags that last.pth keeps, and what else has to stay as it was; ValueError where not.
+
+    computed_in: [kind of device, precision].
+    """
+    flags = {**vars(args), "computed_in": computed_in}
+    if not args.test_only:
+        flags["data_fingerprints"] = checkpoints.check_same_data(root, checkpoint)
+    return flags
+
+
 def training_options(args, optimizer, steps_per_epoch):
     """The `optim.TrainingOptions` of these flags."""
     steps = args.epochs * steps_per_epoch
@@ -125,6 +145,20 @@ def memory_advice(args):
             raise
         advice = f"halve --batch-size {args.batch_size}, or lower {size} or --n-filters"
         raise ValueError(f"out of {memory}: {advice}") from None
+
+
+def finish(args, root, device, history, tracker):
+    """Draw the curves of a finished run, log what is drawn, and print what comes next."""
+    out, memory = Path(args.out), peak_memory(device)
+    if memory is not None:
+        print(f"peak GPU memory {memory:.2f} GiB", flush=True)
+    drawn = out / "predictions.png"
+    tracker.image("predictions", drawn)
+    if history:
+        drawn = (
+            f"{drawn} and {plots.plot_curves(history, out / checkpoints.CURVES, title=str(root))}"
+        )
+    print(f"drawn: {drawn}; next: {predict_command(args, root)}")
 
 
 def command(script, *words, out=None):
