@@ -178,13 +178,11 @@ def test_bad_masks_are_one_line(here, case):
     refuse_download(*MASKS, words=["masks", word])
 
 
-def test_damaged_image_leaves_nothing(here):
-    for stem in "abc":
+def test_a_damaged_image_or_an_empty_folder_leaves_nothing(here):
+    for stem in "ab":
         save_pair(stem)
-    path = Path("images/b.png")
-    path.write_bytes(path.read_bytes()[:500])
+    Path("images/b.png").write_bytes(Path("images/b.png").read_bytes()[:500])
     refuse_download(*MASKS, words=["b.png"])
-    refuse_download("--masks", "nowhere", "masks", words=["nowhere"])
     Path("nothing").mkdir()
     refuse_download("--masks", "images", "nothing", words=["nothing"])
 

@@ -4,7 +4,6 @@ import gzip
 import json
 import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 import nibabel
@@ -383,24 +382,6 @@ def test_the_window_of_the_weights_counts_without_being_told(here):
     as_stored, _ = predicted("v.nii.gz", "--model", "plain.pth")
     assert_array_equal(predicted("v.nii.gz")[0], as_stored)
     assert "--window 0.1 2000000.5: " in predicted("v.nii.gz", "--window", 0.1, 2000000.5)[1]
-
-
-def test_the_page_takes_window_and_orientation_of_the_weights(here, monkeypatch):
-    from medseg.predicting import page
-
-    stored_as(brain(spacing=(1, 3, 1)), "PSR").to_filename("v.nii.gz")
-    save_weights(window=(300, 500), orientation="LPS")
-    served = {}
-    monkeypatch.setattr(page, "serve", lambda model, *_, **given: served.update(given, model=model))
-    predict.main(["--page", "--device", "cpu"])
-    session = page.Session(here, **served)
-    session.predict([here / "v.nii.gz"], 0.5)
-    marked = [session.view(index, 0.5)[2][0]["pixels"] for index in range(len(session.predictions))]
-    assert session.first == np.argmax(marked)  # the slice that is shown at first
-    predict.main(["v.nii.gz", "--device", "cpu", "--output", "masks"])
-    with zipfile.ZipFile(session.download("all", 0.5)) as archive:
-        for name in ("v_mask.nii.gz", "v_montage.png"):
-            assert archive.read(name) == Path("masks", name).read_bytes()
 
 
 def test_a_grouped_split_keeps_window_and_orientation(here):

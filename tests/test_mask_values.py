@@ -23,7 +23,6 @@ from helpers import (
     save,
     save_pair,
     stored,
-    write_nifti,
 )
 from numpy.testing import assert_array_equal
 from PIL import Image
@@ -227,25 +226,6 @@ def test_a_file_of_labels_for_coco(here):
     write("labels.txt", "__ignore__\n_background_\nk3\nk2\n")
     run_download("--coco", "c.json", "images", *ALL, "--classes", "labels.txt")
     assert class_names() == ["k3", "k2"]
-
-
-def test_volumes_of_a_hundred_labels(here):
-    """As TotalSegmentator's, with a JSON of its names; some labels are in no volume."""
-    names = {str(number): f"organ_{number}" for number in range(1, 105)}
-    write("names.json", names)
-    numbers = np.random.default_rng(0).permuted(np.arange(102) % 101).reshape(6, 17, 1)
-    for path in ("ct.nii.gz", "labels.nii.gz"):
-        write_nifti(Path(path), numbers.astype(np.uint8))
-    pair = ("--masks", "ct.nii.gz", "labels.nii.gz", *ALL, "--force")
-    assert "101 (organ_101)" in run_download(*pair, "--classes", "names.json")
-    assert class_names() == list(names.values())
-    ((_, masks),) = stored().items()
-    assert_masks(masks, numbers[..., 0], {f"organ_{number}": number for number in range(1, 101)})
-    for path in ("ct.nii.gz", "labels.nii.gz"):
-        write_nifti(Path(path), np.arange(600).reshape(20, 30, 1).astype(np.uint16))
-    line = refuse_download(*pair, words=["labels.nii.gz"])
-    out = run_download(*pair, "--classes", commands_in(line)[0])
-    assert "class foreground: values 1, 2, 3" in out
 
 
 # ---------------------------------------------------------------- strays, numbers of objects
