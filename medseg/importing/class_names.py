@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medseg.coco import IGNORE
-from medseg.files import read_json
+from medseg.files import name_file, read_json
 from medseg.patterns import same_form
 
 FILES = (".txt", ".json", ".csv")
@@ -84,10 +84,8 @@ def parse_classes(text):
     path = Path(text)
     if path.suffix.lower() == ".json":
         return _from_json(read_json(path), path)
-    try:
+    with name_file(path):
         lines = path.read_text("utf-8-sig").rstrip().splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is no text in UTF-8: {FORMS}") from None
     if path.suffix.lower() == ".csv":
         pairs = [line.split(",", 1) for line in lines[1:] if "," in line]
         return _class_values(pairs, path, all_classes=True)
