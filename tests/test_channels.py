@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,14 +10,17 @@ import tifffile
 import torch
 from helpers import (
     ALL,
+    annotations,
     assert_refused,
     brightness_model,
     output_of,
     refuse_download,
     run_download,
     save,
-    script,
+    script_here,
+    square,
     write_nifti,
+    write_split,
 )
 from PIL import Image
 
@@ -31,41 +35,37 @@ SIDE = 48
 LAYOUT = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
 
 
+class Channels(NamedTuple):
+    """Pixels (H, W, C) that are saved as a TIFF file."""
+
+    pixels: np.ndarray
+
+    @property
+    def size(self):
+        return self.pixels.shape[1::-1]
+
+    def save(self, path):
+        tifffile.imwrite(path, self.pixels, **LAYOUT)
+
+
 def channel_image(seed, shown=True):
-    """(uint8 (SIDE, SIDE, 7), corner of the square): channel 5 shows it, the others noise."""
+    """(Channels of seven, corner of the square): channel 5 shows it, the others noise."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 256, (SIDE, SIDE, 7), np.uint8)
     pixels[..., 5] = generator.integers(60, 100, (SIDE, SIDE))
     x, y = generator.integers(4, SIDE - 20, 2).tolist()
     if shown:
         pixels[y : y + 16, x : x + 16, 5] += 90
-    return pixels, (x, y)
+    return Channels(pixels), (x, y)
 
 
-def channel_set(root, shown=True, dtype=np.uint8):
+def channel_set(root, shown=True):
     """A data set of seven channels as it would be anybody's: nothing records how many."""
     for number, (split, count) in enumerate({"train": 24, "valid": 6, "test": 8}.items()):
-        images, annotations = [], []
-        for index in range(count):
-            pixels, (x, y) = channel_image(1000 * number + index, shown)
-            images.append((f"{index}.tif", pixels.astype(dtype)))
-            annotations.append((index, [[x, y, x + 16, y, x + 16, y + 16, x, y + 16]]))
-        folder = root / split
-        folder.mkdir(parents=True)
-        for name, pixels in images:
-            tifffile.imwrite(folder / name, pixels, **LAYOUT)
-        content = {
-            "images": [
-                {"id": index, "file_name": name, "width": SIDE, "height": SIDE}
-                for index, (name, _) in enumerate(images)
-            ],
-            "annotations": [
-                {"id": index, "image_id": index, "category_id": 1, "segmentation": outline}
-                for index, outline in annotations
-            ],
-            "categories": [{"id": 1, "name": "square"}],
-        }
-        (folder / "_annotations.coco.json").write_text(json.dumps(content))
+        made = [channel_image(1000 * number + index, shown) for index in range(count)]
+        images = {f"{index}.tif": image for index, (image, _) in enumerate(made)}
+        outlines = [(index, square(*corner, 16)) for index, (_, corner) in enumerate(made)]
+        write_split(root / split, images, outlines)
     return root
 
 
@@ -76,10 +76,10 @@ def test_a_data_set_has_as_many_channels_as_its_images(tmp_path):
         count_channels(root, 5)
     rows = load_split(root, "test", SIDE, n_channels=7)
     assert rows.shape == (8, SIDE, SIDE, 8)
-    np.testing.assert_array_equal(rows[2, ..., :7], channel_image(2002)[0])
+    np.testing.assert_array_equal(rows[2, ..., :7], channel_image(2002)[0].pixels)
     images, masks = next(iter(Batches(rows, Order(8), transform=Transform(7))))
     assert images.shape == (8, 7, SIDE, SIDE) and masks.sum() == 8 * 16 * 16
-    expected = (channel_image(2002)[0] / 255 - 0.449) / 0.226
+    expected = (channel_image(2002)[0].pixels / 255 - 0.449) / 0.226
     np.testing.assert_allclose(images[2].permute(1, 2, 0), expected, atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_what_one_of_seven_channels_shows_is_learned(tmp_path, shown, least, mos
 def test_other_channels_than_those_of_the_weights_are_refused(tmp_path):
     torch.save(net.UNet(7, 1, 2, depth=1, image_size=16).state_dict(), tmp_path / "seven.pth")
     tifffile.imwrite(tmp_path / "two.tif", np.zeros((9, 9, 2), np.uint8), **LAYOUT)
-    result = script("predict.py", "two.tif", "--model", "seven.pth", cwd=tmp_path)
+    result = script_here("predict.py", "two.tif", "--model", "seven.pth", cwd=tmp_path)
     assert_refused(result, "two.tif", "2 channels", "7")
 
 
@@ -139,40 +139,36 @@ def test_neighbouring_slices_are_channels(tmp_path):
 
 def test_grey_values_of_a_set_are_shown_alike(here):
     """A hot pixel in every second image of 12 bits does not darken it, here and in predict.py."""
-    for number in range(6):
-        values = np.full((40, 40), 400, np.uint16)
-        values[:, 20:] = 1200
-        mask = np.zeros((40, 40), np.uint8)
-        mask[:, 20:] = 255
-        if number % 2:
-            values[3, 3] = 65000
-        save(Image.fromarray(values), f"images/{number}.png")
-        save(Image.fromarray(mask), f"masks/{number}.png")
-    out = run_download("--masks", "images", "masks", "--split", 50, 50, 0)
-    assert "grey values: 400 to 1200" in out
+
+    def write(left, right, dtype):
+        for number in range(6):
+            values = np.full((40, 40), left, dtype)
+            values[:, 20:] = right
+            if dtype == np.uint16 and number % 2:
+                values[3, 3] = 65000
+            save(Image.fromarray(values), f"images/{number}.png")
+            save(Image.fromarray(np.uint8(255 * (values == right))), f"masks/{number}.png")
+
+    write(400, 1200, np.uint16)
+    assert "400 to 1200" in run_download("--masks", "images", "masks", "--split", 50, 50, 0)
     for split in ("train", "valid"):
-        assert json.loads(Path(f"dataset/{split}/_annotations.coco.json").read_text())["info"][
-            "window"
-        ] == [800, 800]
+        assert annotations(split)["info"]["window"] == [800, 800]
         rows = load_split("dataset", split, None)
         assert all(row[8, 8, 0] == 0 and row[8, 30, 0] == 255 for row in rows)
     into = ("--masks", "images", "masks", "--into", "test")
     refuse_download(*into, "--window", "800", "1600", words=["--window 800 800"])
     run_download(*into, "--window", "800", "1600", "--data", "wide")
     assert [row[8, 8, 0] for row in load_split("wide", "test", None)] == [64] * 6
-    for number in range(6):  # brighter ones are shown as those that are there
-        brighter = np.asarray(Image.open(f"images/{number}.png")) // 2 * 3
-        save(Image.fromarray(brighter.astype(np.uint16)), f"images/{number}.png")
-    run_download(*into)
-    assert [row[8, 8, 0] for row in load_split("dataset", "test", None)] == [64] * 6
     torch.save(brightness_model(window=(800, 800)).state_dict(), "model.pth")
     for number in (0, 1):
         options = f"--model model.pth --device cpu --output {number}.png"
         output_of("predict.py", f"images/{number}.png", *options.split(), cwd=here)
         mask = np.asarray(Image.open(f"{number}.png"))
         assert mask[8, 8] == 0 and mask[8, 30] == 255
-    for number in range(6):  # 8 bits stay as they are
-        save(Image.fromarray(np.full((40, 40), 7, np.uint8)), f"images/{number}.png")
+    write(600, 1800, np.uint16)  # brighter ones are shown as those that are there
+    run_download(*into)
+    assert [row[8, 8, 0] for row in load_split("dataset", "test", None)] == [64] * 6
+    write(7, 9, np.uint8)  # 8 bits stay as they are
     assert "grey values" not in run_download("--masks", "images", "masks", "--force", *ALL)
 
 
@@ -198,7 +194,7 @@ def test_weights_of_other_channels_are_no_start(tmp_path):
     root = channel_set(tmp_path / "set")
     torch.save(net.UNet(3, 1, 8).state_dict(), tmp_path / "three.pth")
     flags = f"--data {root} --init three.pth --swanlab disabled --device cpu --out run"
-    result = script("train.py", *flags.split(), cwd=tmp_path)
+    result = script_here("train.py", *flags.split(), cwd=tmp_path)
     assert_refused(result, "3 channels", "7 channels")
     named, other = (
         net.UNet(2, 1, 2, depth=1, channels=names) for names in (("a", "b"), ("b", "a"))

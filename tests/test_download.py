@@ -319,15 +319,15 @@ def test_force_replaces_only_the_splits(there):
 @pytest.mark.parametrize("fails_at", range(1, 7))
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), KeyboardInterrupt()])
 def test_failed_replacement_is_rolled_back(there, monkeypatch, fails_at, error):
-    before, rename, calls = tree(there), os.rename, []
+    before, replace, calls = tree(there), os.replace, []
 
     def failing(a, b):
         calls.append(a)
         if len(calls) == fails_at:
             raise error
-        rename(a, b)
+        replace(a, b)
 
-    monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(os, "replace", failing)
     result = script_here("download.py", "--zip", "more.zip", "--force", cwd=there.parent)
     assert result.returncode == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert len(result.stderr.splitlines()) == 1 and tree(there) == before

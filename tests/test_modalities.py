@@ -7,7 +7,6 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-import SimpleITK
 import tifffile
 from helpers import assert_done, assert_refused, script, script_here
 
@@ -27,9 +26,7 @@ def learn(data, *flags, run=run):
     """Import with these flags, and train as the import says."""
     printed = assert_done(run("download.py", "--data", data, *flags))
     classes = ["--classes", "each"] if "--classes each" in printed else []
-    grey = ["--n-channels", "1"] if "--n-channels 1" in printed else []
-    out = ["--out", f"runs/{data}"]
-    assert_done(run("train.py", "--data", data, *TRAIN, *out, *classes, *grey))
+    assert_done(run("train.py", "--data", data, *TRAIN, "--out", f"runs/{data}", *classes))
 
 
 def predict(data, *arguments, run=run):
@@ -172,45 +169,3 @@ def test_lgg():
     scores = report("lgg")
     assert [*scores["per_group"]] == [*groups("lgg")["test"]]
     assert scores["scores"]["group_dice"] > 0.8 and scores["channels"] == ["pre", "flair", "post"]
-
-
-def test_acdc():
-    """Two frames of each patient, the whole film beside them."""
-    for patient in range(1, 5):
-        case = f"training/patient{patient:03}/patient{patient:03}"
-        voxels, labels = zip(*(tumour(10 * patient + frame) for frame in (1, 2)), strict=True)
-        for frame, own, mask in zip((1, 12), voxels, labels, strict=True):
-            write(f"{case}_frame{frame:02}.nii.gz", own["flair"])
-            write(f"{case}_frame{frame:02}_gt.nii.gz", (mask > 0).astype(np.uint8))
-        write(f"{case}_4d.nii.gz", np.stack([own["flair"] for own in voxels], -1))
-    frame = "training/{group}/{group}_frame{id}"
-    learn("acdc", "--masks", f"{frame}.nii.gz", f"{frame}_gt.nii.gz", "--split", 50, 25, 25)
-    assert sum(len(own["images"]) for own in records("acdc").values()) == 4 * 12
-    assert sorted(map(len, groups("acdc").values())) == [1, 1, 2]
-    assert report("acdc")["scores"]["group_dice"] > 0.8
-    film = read(predict("acdc", f"{case}_4d.nii.gz")["patient004_4d_mask.nii.gz"])
-    assert film.shape == (24, 24, 6, 2)
-    assert all(dice(film[..., time] > 0, labels[time] > 0) > 0.8 for time in (0, 1))
-
-
-def test_promise12():
-    """MetaImage, each file beside its voxels."""
-    Path("P").mkdir()
-    for number in range(5):
-        voxels, labels = tumour(number)
-        parts = {"": voxels["flair"], "_segmentation": (labels > 0).astype(np.int8)}
-        for ending, own in parts.items():
-            image = SimpleITK.GetImageFromArray(own.transpose(2, 1, 0))
-            image.SetSpacing((0.6, 0.6, 3.6))
-            image.SetOrigin((-5, 7, 9))
-            SimpleITK.WriteImage(image, f"P/Case{number:02}{ending}.mhd")
-    learn("promise", "--masks", "P/{id}.mhd", "P/{id}_segmentation.mhd", "--split", 60, 20, 20)
-    assert report("promise")["scores"]["dice"] > 0.8
-    model = ("--model", "runs/promise/best_model.pth")
-    assert_refused(run("predict.py", "P/Case04.mhd", *model, "--output", "m.mhd"), ".mha")
-    assert_done(run("predict.py", "P/Case04.mhd", *model, "--output", "m.mha"))
-    mask = SimpleITK.ReadImage("m.mha")
-    for read_value in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
-        np.testing.assert_allclose(*(getattr(one, read_value)() for one in (mask, image)))
-    drawn = SimpleITK.GetArrayFromImage(mask).transpose(2, 1, 0)
-    assert dice(drawn > 0, labels > 0) > 0.8

@@ -135,10 +135,11 @@ def _find_outlines(folder, names):
 
 def _kind_of(content):
     """The flag that reads the content of a JSON file, or None."""
-    content = content if isinstance(content, dict) else {}
-    flags = [flag for flag, keys in OUTLINES.items() if keys <= content.keys()]
-    is_via = [isinstance(entry, dict) and "regions" in entry for entry in content.values()]
-    return flags[0] if flags else "--via" if is_via and all(is_via) else None
+    if not isinstance(content, dict) or not content:
+        return None
+    if all(isinstance(entry, dict) and "regions" in entry for entry in content.values()):
+        return "--via"
+    return next((flag for flag, keys in OUTLINES.items() if keys <= content.keys()), None)
 
 
 # ---------------------------------------------------------------- the table
@@ -254,22 +255,18 @@ def _count(path):
     return counts.sum() / values.size, np.count_nonzero(values) / values.size
 
 
-def _find_twins(paths, most=8):
+def _find_twins(paths):
     """Two images of the same bytes, or of the same name and pixels; None where there are none.
 
-    Pixels are read of `most` names, and of as many pictures of each.
+    Pixels are read of LOOKED_AT names, and of as many pictures of each.
     """
-
-    def read_pixels(path):
-        return read_image(Page(path, 0)).pixels.tobytes()
-
     by_size, by_name = {}, {}
     for path in paths:
         by_size.setdefault(path.stat().st_size, []).append(path)
         if not file_format(path):
             by_name.setdefault(base_name(path).casefold(), []).append(path)
-    by_name = [own[:most] for own in by_name.values() if len(own) > 1][:most]
-    for groups, read in ((by_size.values(), Path.read_bytes), (by_name, read_pixels)):
+    by_name = [own[:LOOKED_AT] for own in by_name.values() if len(own) > 1][:LOOKED_AT]
+    for groups, read in ((by_size.values(), Path.read_bytes), (by_name, _read_pixels)):
         for own in groups:
             seen = {}
             for path in own if len(own) > 1 else ():
@@ -277,3 +274,7 @@ def _find_twins(paths, most=8):
                 if other != path:
                     return other, path
     return None
+
+
+def _read_pixels(path):
+    return read_image(Page(path, 0)).pixels.tobytes()
