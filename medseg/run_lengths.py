@@ -34,12 +34,6 @@ class RunLengths:
         """[x, y, width, height] of the pixels of the foreground."""
         return coco_mask.toBbox(self.coco).tolist()
 
-    def __or__(self, other):
-        return unite([self, other]) if isinstance(other, RunLengths) else np.asarray(self) | other
-
-    def __array__(self, dtype=None, copy=None):
-        return self.draw().astype(bool if dtype is None else dtype)
-
     def draw(self, height=None, width=None):
         """The mask, uint8 of 0 and 1; of another size as `resize_nearest` makes it."""
         drawn = coco_mask.decode(self.coco)

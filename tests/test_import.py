@@ -32,6 +32,7 @@ from medseg import phantoms
 from medseg.images import as_picture
 from medseg.importing import collect, writing
 from medseg.importing.writing import Example, deal_examples, write_dataset
+from medseg.run_lengths import encode
 from medseg.splits import SPLITS
 
 THIRDS = ("--split", 34, 33, 33)
@@ -269,19 +270,19 @@ def test_what_the_masks_of_an_example_may_be(here, capsys):
         write_dataset(Path(folder), {"train": [example]}, ["a", "b"])
 
     full = np.ones(PHOTO[::-1], bool)
-    write("good", a=full, b=~full)
+    write("good", a=encode(full), b=encode(~full))
     assert list(stored(root="good")["x"]) == ["a"]  # an empty mask is no annotation
     lines = capsys.readouterr().out.splitlines()
     assert ["<-" in line for line in lines] == [False, True, False]  # more than half of the pixels
     with pytest.raises(ValueError, match="^x: "):
-        write("bad", a=full.T)
+        write("bad", a=encode(full.T))
 
 
 def test_memory_does_not_grow_with_the_images(here):
     def load():
         mask = np.zeros((256, 256), bool)
         mask[50:90, 60:99] = True
-        return as_picture(Image.new("RGB", (256, 256))), {"a": mask}
+        return as_picture(Image.new("RGB", (256, 256))), {"a": encode(mask)}
 
     peaks = []
     for count in (60, 360):

@@ -34,7 +34,7 @@ def import_data(root, args):
     splits = wanted_splits(args.split, args.into)
     stay = [split for split in present_splits(root) if args.add or split not in splits]
     if not args.add:
-        writing.check_free(root, splits, args.force, args.into)
+        writing.check_free(root, splits, args.force)
     elif args.into not in stay:
         raise ValueError(f"{root / args.into}: no such split to add to: write it without --add")
     parse = parse_classes if args.masks else parse_labels

@@ -28,7 +28,6 @@ from medseg.coco import (
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, Picture, measure_window, save_picture
 from medseg.phantoms import is_phantom
-from medseg.run_lengths import RunLengths, encode
 from medseg.samples import open_picture
 from medseg.settings import window_limits
 from medseg.splits import (
@@ -48,11 +47,10 @@ class Example:
 
     name: the stem of the file to write, unique in the data set whatever the case. group: images
     of one group stay in one split, and their records name it; "" is a group of its own.
-    read(): (image, masks). image is an
-    `Picture`, saved as PNG or TIFF, or the Path of a file of `medseg.samples.FORMATS` that is
-    upright and was read without an error, copied as it is. masks is {class name: RunLengths, or
-    bool array (H, W)} of the image's size; a class that is not there need not be named. read
-    raises FileNotFoundError, or ValueError naming the file; it is called from several threads.
+    read(): (image, masks). image is a `Picture`, saved as PNG or TIFF, or the Path of a file of
+    `medseg.samples.FORMATS` that is upright and was read without an error, copied as it is. masks
+    is {class name: RunLengths} of the image's size; a class that is not there need not be named.
+    read raises FileNotFoundError, or ValueError naming the file; several threads call it.
     split: to which the image belongs already, or "".
     """
 
@@ -123,19 +121,13 @@ def write_dataset(root, dealt, classes, *, info=None, any_order=False, source=No
         )
 
 
-def check_free(root, splits, force, into=None):
-    """Raise ValueError where `root` has one of `splits`, unless `force` says to replace them.
-
-    into: the one split that was asked for, to which images can be added.
-    """
+def check_free(root, splits, force):
+    """Raise ValueError where `root` has one of `splits`, unless `force` says to replace them."""
     there = [split for split in present_splits(root) if split in splits]
     if there and not force:
-        ways = "--into writes another split"
-        if into:
-            ways = "--add puts the new images beside those that it holds"
         raise ValueError(
-            f"{root / there[0]} is there already: {ways}, --force replaces it, --data names "
-            "another folder"
+            f"{root / there[0]} is there already: --force replaces it, --into writes another "
+            "split, with --add beside the images that it holds, --data names another folder"
         )
 
 
@@ -232,8 +224,7 @@ def _convert(example, folder, ids):
     image, masks = example.read()
     file_name, (width, height) = _save_image(image, folder, example.name)
     annotations = {}
-    for name, mask in masks.items():
-        runs = mask if isinstance(mask, RunLengths) else encode(mask)
+    for name, runs in masks.items():
         if runs.shape != (height, width):
             size = "x".join(map(str, runs.shape[::-1]))
             raise ValueError(f"{example.name}: a mask of {name!r}, {size}, on {width}x{height}")
