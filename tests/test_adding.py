@@ -37,6 +37,7 @@ from PIL import Image
 
 from data import load_split
 from medseg.dataset_folder import import_lock
+from medseg.importing.adding import find_known
 from medseg.planning.fingerprint import take_fingerprint
 from medseg.splits import ANNOTATIONS, SPLITS
 
@@ -397,3 +398,10 @@ def test_a_killed_grouped_split_leaves_nothing(here):
         assert not list(here.glob(".grouped.*.tmp")) and content("grouped")
         shutil.rmtree("grouped")
     assert call > 4
+
+
+def test_grey_stored_as_colours_is_the_same_image(here):
+    photo(1).convert("L").save("grey.png")
+    Image.open("grey.png").convert("RGB").save("colours.png")
+    (known,) = find_known([("test", Path("grey.png"))], "train", [Path("colours.png")])
+    assert known == ("colours.png", "test", "grey.png", True)

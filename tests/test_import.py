@@ -26,7 +26,7 @@ from helpers import (
     tree,
     write_groups,
 )
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 from medseg import phantoms
 from medseg.images import as_picture
@@ -298,5 +298,14 @@ def test_two_classes_of_phantoms(here):
     flags = ("--synthetic", "--phantoms", 4, 1, 1, "--data")
     run_download(*flags, "two", "--two-classes")
     assert class_names(root="two") == ["bright", "dark"]
-    assert {a["category_id"] for a in annotations("train", "two")["annotations"]} == {1, 2}
+    content, values = annotations("train", "two"), {1: [], 2: []}
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    for annotation in content["annotations"]:
+        image = Image.open(f"two/train/{names[annotation['image_id']]}").convert("L")
+        mask = Image.new("L", image.size)
+        ImageDraw.Draw(mask).polygon(annotation["segmentation"][0], fill=1)
+        inside, near = np.asarray(mask), np.asarray(mask.filter(ImageFilter.MaxFilter(31)))
+        inside, around = (np.median(np.asarray(image)[near + inside == n]) for n in (2, 1))
+        values[annotation["category_id"]].append(inside - around)
+    assert np.mean(values[1]) > np.mean(values[2]) + 20  # dark ones have bright rims
     refuse_download(*flags, "two", words=["two", "--force"])

@@ -193,9 +193,10 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
             load_model(path)
 
 
-def test_a_model_has_weights_of_its_own():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_has_weights_of_its_own(dtype):
     """float32 ones on the CPU that can be trained, whatever the state dict holds later."""
-    state = UNet(n_filters=2, norm="batch").half().state_dict()
+    state = UNet(n_filters=2, norm="batch").to(dtype).state_dict()
     model = UNet.from_state_dict(state)
     expected = {name: weight.clone() for name, weight in state.items()}
     for weight in state.values():

@@ -152,11 +152,11 @@ def test_images_of_one_size_are_never_divided():
 
 
 def test_few_large_images_are_read_ahead():
-    read, costs = [], [9, 9, 1, 1, 1, 9, 30]
-    for done, _ in enumerate(parallel_map(read.append, costs, cost=int, limit=10), 1):
-        ahead = costs[done : len(read)]
-        assert sum(ahead) <= 10 or len(ahead) == 1
-    assert sorted(read) == sorted(costs)
+    read, costs, results = [], [9, 9, 1, 1, 1, 9, 30], []
+    for result in parallel_map(lambda cost: read.append(cost) or cost, costs, cost=int, limit=10):
+        results.append(result)
+        assert sum(read) - sum(results) <= 10 or len(read) == len(results) + 1
+    assert results == costs
 
 
 def test_limits_of_pictures(place, refused):
