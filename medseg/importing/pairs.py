@@ -253,10 +253,8 @@ def advise_groups(cases, texts):
         if len(counts) < SERIES or count < 2 * len(counts) or 2 * count < len(paths):
             continue
         changed = [
-            [
-                re.sub(rf"(.*){place}", rf"\g<1>{new}", text, count=1) for text in texts
-            ]  # the last one
-            for place, new in changes.items()
+            [re.sub(f"(.*){place}", rf"\g<1>{new}", text, count=1) for text in texts]
+            for place, new in changes.items()  # the last such place of each text
         ]
         pairs = (own for both in changed for own in (both, (both[0], texts[1])))
         ways = (own for own in pairs if own[0] != texts[0] and _pairs_as_many(own, cases))
