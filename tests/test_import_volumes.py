@@ -642,6 +642,7 @@ def test_masks_of_other_formats(here):
         predict.main(["a.mhd", "--device", "cpu", "--output", "m.nrrd"])
 
 
+@pytest.mark.slow  # three reports with their figures
 def test_scores_and_areas_are_in_the_mm_that_the_import_recorded(here):
     for seed, name in enumerate(("p1", "p2")):
         series_and_nifti(name, seed)
