@@ -242,6 +242,7 @@ def pool_scores(folds):
     Where groups are recorded, an image without one is a group of its own.
     """
     names, numbers = folds[0]["class_names"], None
+    thresholds = {fold["threshold"] for fold in folds}
     counts = np.concatenate([np.array(fold["counts"], np.int64) for fold in folds])
     groups = [group for fold in folds for group in fold["groups"] or [""] * fold["images"]]
     if any(groups):
@@ -250,6 +251,7 @@ def pool_scores(folds):
     return {
         "class_names": names,
         "images": len(counts),
+        "threshold": thresholds.pop() if len(thresholds) == 1 else None,  # each fold's own
         "scores": without_nan(class_scores(counts, names, numbers)),
         "confidence_95": without_nan(bootstrap(counts, names, groups=numbers)),
     }
