@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from medseg.pieces import WORDS, class_mask, class_masks, clean_masks, read_clean, spell_clean
+from medseg.pieces import WORDS, class_mask, clean_masks, read_clean, spell_clean
 from medseg.samples import STRIPE
 
 # {name: (whether H and W change places, axes of (..., H, W) that are reversed then)}; the degrees
@@ -174,24 +174,3 @@ def full_size_masks(probabilities, size, threshold, *, exclusive=True):
         else:
             masks[..., columns] = marked
     return masks
-
-
-def full_size_levels(probabilities, size):
-    """float32 (C, S, S) of 0..1 -> uint16 (C, height, width) of 0..MAX_LEVEL."""
-    levels = np.zeros((len(probabilities), *size[::-1]), np.uint16)
-    for columns, stripe in full_size_stripes(probabilities, size):
-        levels[..., columns] = np.rint(stripe * MAX_LEVEL)
-    return levels
-
-
-def sum_probabilities(masks, probabilities):
-    """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
-
-    masks: as of `medseg.pieces.class_masks`, of a picture; probabilities: float32 (C, S, S).
-    """
-    sums, size = np.zeros(len(probabilities)), masks.shape[:-3:-1]
-    for number, (rows, sides), mask in class_masks(masks):
-        for columns, (stripe,) in full_size_stripes(probabilities[[number - 1]], size, sides):
-            marked = mask[:, columns.start - sides.start : columns.stop - sides.start]
-            sums[number - 1] += stripe[rows][marked].sum(dtype=np.float64)
-    return sums

@@ -103,21 +103,6 @@ def class_masks(masks):
             yield number, box, mask[box]
 
 
-def are_single_pieces(labels, tolerance=0.1):
-    """Whether each value of an integer array (H, W), beside 0, is one connected piece.
-
-    tolerance: the fraction of the values that may be in several.
-    """
-    from scipy import ndimage  # which finds the boxes of thousands of values at once
-
-    if labels.dtype not in (np.uint8, np.uint16):  # values up to any number
-        _, numbers = np.unique(labels, return_inverse=True)
-        labels = np.where(labels == 0, 0, numbers.reshape(labels.shape) + 1)
-    boxes = [(number, box) for number, box in enumerate(ndimage.find_objects(labels), 1) if box]
-    several = [len(number_pieces(labels[box] == number)[1]) > 1 for number, box in boxes]
-    return bool(several) and sum(several) <= tolerance * len(several)
-
-
 # ---- --clean ---------------------------------------------------------------------------------
 
 
@@ -206,53 +191,3 @@ def _follow(following):
     while ((further := following[following]) != following).any():
         following = further
     return following
-
-
-def measure_pieces(mask, start, spacing=None):
-    """A dict of how many pieces a bool array (H, W), or (I, J, K) of a volume, has and how large.
-
-    Their keys are columns of predictions.csv. start: where the array begins in its picture;
-    spacing: mm of a pixel along each axis, or None. A piece lies at its centroid; pixel (0, 0) has
-    its centre at 0, 0; x is along the columns of a picture, and along the first axis of a volume.
-    Its diameter is the longest distance between the centres of two of its pixels.
-    """
-    numbers, sizes, boxes = number_pieces(mask)
-    largest = int(sizes.argmax())
-    piece, center = numbers[inside(boxes[largest])] == largest + 1, []
-    for axis, first in enumerate((boxes[largest, :, 0] + start).tolist()):
-        counts = piece.sum(tuple({*range(mask.ndim)} - {axis}))
-        center.append(float(first + counts @ np.arange(len(counts)) / sizes[largest]))
-    corners = hull_corners(piece)
-    axes = [f"largest_{axis}" for axis in ("yx" if mask.ndim == 2 else "xyz")]
-    return {
-        "pieces": len(sizes),
-        "mean_pixels": float(sizes.mean()),
-        "median_pixels": float(np.median(sizes)),
-        "largest_pixels": int(sizes[largest]),
-        **dict(zip(axes, center, strict=True)),
-        "largest_diameter": longest_distance(corners),
-        "largest_diameter_mm": spacing and longest_distance(corners * np.array(spacing)),
-    }
-
-
-def hull_corners(piece):
-    """Pixels of a bool array, among them the corners of its convex hull, float64 (N, axes).
-
-    The longest distance within it is between two of them (Shamos, "Computational Geometry", 1978).
-    Of a volume, the corners of each of its slices.
-    """
-    import cv2
-
-    corners = []
-    for index, part in enumerate(piece if piece.ndim == 3 else piece[None]):
-        way = {"mode": cv2.RETR_EXTERNAL, "method": cv2.CHAIN_APPROX_SIMPLE}
-        if lines := cv2.findContours(part.view(np.uint8), **way)[0]:
-            hull = cv2.convexHull(np.concatenate(lines))[:, 0, ::-1]
-            corners.append(np.insert(hull, 0, index, 1))
-    return np.concatenate(corners)[:, -piece.ndim :].astype(float)
-
-
-def longest_distance(points):
-    """The longest distance between two of the points, an array (N, axes) of one or more."""
-    parts = (points[start : start + 256, None] - points for start in range(0, len(points), 256))
-    return float(max((part**2).sum(-1).max() for part in parts) ** 0.5)

@@ -61,22 +61,23 @@ def read_settings(mapping):
     either side of a slice are channels of it, 0 or more.
     Raises ValueError for other values.
     """
-    window, orientation = mapping.get("window"), mapping.get("orientation")
-    channels, context = mapping.get("channels") or (), mapping.get("context") or 0
+    settings = {name: mapping.get(name) for name in OF_IMPORT}
+    window, pattern = settings["window"], settings["pattern"]
     if isinstance(window, (list, tuple)):
-        window = tuple(map(float, window))
+        settings["window"] = window = tuple(map(float, window))
         window_limits(window)
-    pattern, names = mapping.get("pattern"), isinstance(channels, (list, tuple))
-    for name, value, is_right in (
-        ("window", window, isinstance(window, tuple) or window in (None, OF_VOLUME, OF_FILE)),
-        ("orientation", orientation, orientation in (None, *ORIENTATIONS)),
-        ("channels", channels, names and len(channels) <= MAX_CHANNELS),
-        ("context", context, context in range(MAX_CHANNELS)),
+    settings["channels"] = tuple(settings["channels"] or ())
+    settings["pattern"] = None if pattern is None else str(pattern)
+    settings["context"] = settings["context"] or 0
+    for name, is_right in (
+        ("window", isinstance(window, tuple) or window in (None, OF_VOLUME, OF_FILE)),
+        ("orientation", settings["orientation"] in (None, *ORIENTATIONS)),
+        ("channels", len(settings["channels"]) <= MAX_CHANNELS),
+        ("context", settings["context"] in range(MAX_CHANNELS)),
     ):
         if not is_right:
-            raise ValueError(f"{name} {value!r:.60}")
-    settings = {"window": window, "orientation": orientation, "channels": tuple(channels)}
-    return {**settings, "pattern": None if pattern is None else str(pattern), "context": context}
+            raise ValueError(f"{name} {settings[name]!r:.60}")
+    return settings
 
 
 def count_recorded(settings):
@@ -145,18 +146,18 @@ def check_window(present, window):
     """
     for folder, settings in present:
         recorded = settings["window"]
-        if recorded == window:
-            continue
         differ = (
             f"{folder}: its window is {spell_window(recorded)}, that of the new images "
             f"{spell_window(window)}"
         )
+        if recorded == window:
+            continue
         if None in (recorded, window) or isinstance(recorded, str) and isinstance(window, str):
             print(f"warning: {differ}")
-        elif isinstance(recorded, str):
-            raise ValueError(f"{differ}: leave --window out")
-        else:
-            raise ValueError(f"{differ}: give --window {spell_window(recorded)}")
+            continue
+        given = isinstance(recorded, tuple)
+        flag = f"give --window {spell_window(recorded)}" if given else "leave --window out"
+        raise ValueError(f"{differ}: {flag}")
 
 
 def check_channels(present, info):

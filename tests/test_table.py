@@ -18,8 +18,8 @@ from scipy import ndimage
 from scipy.spatial.distance import pdist
 
 import predict
-from medseg.inference import full_size_stripes, sum_probabilities
-from medseg.results.masks import Masks
+from medseg.inference import full_size_stripes
+from medseg.results.masks import Masks, sum_probabilities
 from medseg.results.table import COLUMNS, measure, program_version, table_text
 
 

@@ -19,7 +19,7 @@ from medseg.coco import IGNORE, MAX_CLASSES, listed
 from medseg.files import parallel_map
 from medseg.importing.class_names import COLOUR, EACH, REST, ClassValues, spell
 from medseg.masks import HALF, is_grey_code, palette_in_use, read_mask, read_names
-from medseg.pieces import are_single_pieces
+from medseg.pieces import number_pieces
 from medseg.run_lengths import encode_labels, unite
 from medseg.samples import LOSSY
 
@@ -100,10 +100,25 @@ def count_mask(as_shown, path):
     if encoding == "colour" and len(counts) > MAX_COLOURS:
         raise ValueError(f"{path}: {len(counts)} colours: is this the folder of masks?")
     objects = [value for value in counts if value and counts[value] >= OBJECT]
-    numbered = len(objects) >= MANY and are_single_pieces(values)
+    numbered = len(objects) >= MANY and _are_single_pieces(values)
     edges = count_edges(values) if encoding in GREYS and len(counts) > 2 else 0
     stated = read_names(path) if encoding == "palette" else {}
     return Counted(path, encoding, counts, edges, stated, numbered)
+
+
+def _are_single_pieces(labels, tolerance=0.1):
+    """Whether each value of an integer array (H, W), beside 0, is one connected piece.
+
+    tolerance: the fraction of the values that may be in several.
+    """
+    from scipy import ndimage  # which finds the boxes of thousands of values at once
+
+    if labels.dtype not in (np.uint8, np.uint16):  # values up to any number
+        _, numbers = np.unique(labels, return_inverse=True)
+        labels = np.where(labels == 0, 0, numbers.reshape(labels.shape) + 1)
+    boxes = [(number, box) for number, box in enumerate(ndimage.find_objects(labels), 1) if box]
+    several = [len(number_pieces(labels[box] == number)[1]) > 1 for number, box in boxes]
+    return bool(several) and sum(several) <= tolerance * len(several)
 
 
 def count_values(values):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medseg.inference import full_size_levels, full_size_masks, sum_probabilities
+from medseg.inference import MAX_LEVEL, full_size_masks, full_size_stripes
 from medseg.pieces import class_mask, class_masks, clean_masks, number_pieces, spell_clean
 
 MAX_OBJECTS = 65535  # which 16 bits count
@@ -50,6 +50,27 @@ def make_masks(model, probabilities, size, spacing=None, *, inference=None, writ
     sums, wanted = sum_probabilities(measured, probabilities), "probability" in write
     levels = full_size_levels(probabilities, size) if wanted else ()
     return Masks(labels, measured, probabilities.max((1, 2)), sums, marked, levels)
+
+
+def full_size_levels(probabilities, size):
+    """float32 (C, S, S) of 0..1 -> uint16 (C, height, width) of 0..MAX_LEVEL."""
+    levels = np.zeros((len(probabilities), *size[::-1]), np.uint16)
+    for columns, stripe in full_size_stripes(probabilities, size):
+        levels[..., columns] = np.rint(stripe * MAX_LEVEL)
+    return levels
+
+
+def sum_probabilities(masks, probabilities):
+    """float64 (C,): the sum of a class's probabilities over the pixels of its mask, of each class.
+
+    masks: as of `medseg.pieces.class_masks`, of a picture; probabilities: float32 (C, S, S).
+    """
+    sums, size = np.zeros(len(probabilities)), masks.shape[:-3:-1]
+    for number, (rows, sides), mask in class_masks(masks):
+        for columns, (stripe,) in full_size_stripes(probabilities[[number - 1]], size, sides):
+            marked = mask[:, columns.start - sides.start : columns.stop - sides.start]
+            sums[number - 1] += stripe[rows][marked].sum(dtype=np.float64)
+    return sums
 
 
 def stack_masks(slices):

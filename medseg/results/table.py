@@ -8,8 +8,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from medseg.files import atomic_write
-from medseg.pieces import class_masks, measure_pieces
+from medseg.pieces import class_masks, inside, number_pieces
 
 COLUMNS = (
     *("image", "class", "pixels", "share", "area_mm2", "volume_ml", "pieces", "largest_pixels"),
@@ -35,7 +37,7 @@ def measure(masks, class_names, spacing=None, depth=None):
     for number, box, mask in class_masks(masks.measured):
         own = {"pixels": int(mask.sum()), "first_object": first}
         own["mean_probability"] = float(masks.sums[number - 1]) / own["pixels"]
-        own |= measure_pieces(mask, [side.start for side in box], spacing)
+        own |= _measure_pieces(mask, [side.start for side in box], spacing)
         measured[number], first = own, first + own["pieces"]
     for number, name in enumerate(class_names, 1):
         row = {"class": name, "pixels": 0, "pieces": 0, "largest_pixels": 0}
@@ -97,3 +99,53 @@ def program_version():
     with suppress(OSError, IndexError):  # running git would take longer than all of this file
         return (ROOT / ".git/logs/HEAD").read_bytes().splitlines()[-1].split()[1].decode()
     return None
+
+
+def _measure_pieces(mask, start, spacing=None):
+    """A dict of how many pieces a bool array (H, W), or (I, J, K) of a volume, has and how large.
+
+    Their keys are columns of predictions.csv. start: where the array begins in its picture;
+    spacing: mm of a pixel along each axis, or None. A piece lies at its centroid; pixel (0, 0) has
+    its centre at 0, 0; x is along the columns of a picture, and along the first axis of a volume.
+    Its diameter is the longest distance between the centres of two of its pixels.
+    """
+    numbers, sizes, boxes = number_pieces(mask)
+    largest = int(sizes.argmax())
+    piece, center = numbers[inside(boxes[largest])] == largest + 1, []
+    for axis, first in enumerate((boxes[largest, :, 0] + start).tolist()):
+        counts = piece.sum(tuple({*range(mask.ndim)} - {axis}))
+        center.append(float(first + counts @ np.arange(len(counts)) / sizes[largest]))
+    corners = _hull_corners(piece)
+    axes = [f"largest_{axis}" for axis in ("yx" if mask.ndim == 2 else "xyz")]
+    return {
+        "pieces": len(sizes),
+        "mean_pixels": float(sizes.mean()),
+        "median_pixels": float(np.median(sizes)),
+        "largest_pixels": int(sizes[largest]),
+        **dict(zip(axes, center, strict=True)),
+        "largest_diameter": _longest_distance(corners),
+        "largest_diameter_mm": spacing and _longest_distance(corners * np.array(spacing)),
+    }
+
+
+def _hull_corners(piece):
+    """Pixels of a bool array, among them the corners of its convex hull, float64 (N, axes).
+
+    The longest distance within it is between two of them (Shamos, "Computational Geometry", 1978).
+    Of a volume, the corners of each of its slices.
+    """
+    import cv2
+
+    corners = []
+    for index, part in enumerate(piece if piece.ndim == 3 else piece[None]):
+        way = {"mode": cv2.RETR_EXTERNAL, "method": cv2.CHAIN_APPROX_SIMPLE}
+        if lines := cv2.findContours(part.view(np.uint8), **way)[0]:
+            hull = cv2.convexHull(np.concatenate(lines))[:, 0, ::-1]
+            corners.append(np.insert(hull, 0, index, 1))
+    return np.concatenate(corners)[:, -piece.ndim :].astype(float)
+
+
+def _longest_distance(points):
+    """The longest distance between two of the points, an array (N, axes) of one or more."""
+    parts = (points[start : start + 256, None] - points for start in range(0, len(points), 256))
+    return float(max((part**2).sum(-1).max() for part in parts) ** 0.5)
