@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -71,8 +72,12 @@ def cached_rows(dataset, skipped=None):
                 if cached is None:
                     _write(path, dataset, split, skipped)
                     cached = _read(path, dataset, skipped)
-                    if locked:
-                        _remove_stale(path, f"{prefix}{'?' * len(key)}.*")  # of any version
+                    if locked:  # earlier caches, of any version, and what a killed process left
+                        pattern = f"{prefix}{'?' * len(key)}.*"
+                        stale = {*folder.glob(pattern), *folder.glob(f".{pattern}")}
+                        for other in stale - {path, _beside(path)}:
+                            with contextlib.suppress(OSError):  # another process may have it open
+                                other.unlink()
         except OSError as error:
             print(f"{folder}: {error.strerror}; keeping {split} in memory instead", file=sys.stderr)
     if cached is None:
@@ -97,12 +102,13 @@ def fingerprint(dataset, *fields):
 
 def _read(path, dataset, skipped):
     """(rows, lines about images left out), or None where the cache is not what is asked for."""
-    problems = _problems_path(path)
+    more = _beside(path)
     try:
         rows = pixels = np.load(path, mmap_mode="c")
+        more = json.loads(more.read_text("utf-8")) if more.exists() else {}
+        damaged = more.get("damaged", [])
         if dataset.image_size is None:
-            rows = RaggedRows(pixels, np.load(_sizes_path(path)))
-        damaged = problems.read_text("utf-8").splitlines() if problems.exists() else []
+            rows = RaggedRows(pixels, more.get("sizes", []))
     except (OSError, ValueError, EOFError):  # not there yet, or cut short
         return None
     fits = len(rows) == len(dataset) - len(damaged) and pixels.shape[1:] == dataset.row_shape
@@ -111,18 +117,13 @@ def _read(path, dataset, skipped):
     return rows, damaged
 
 
-def _problems_path(path):
-    """The file beside the pixels with a line for each image that was left out, if any was."""
-    return path.with_suffix(".txt")
-
-
-def _sizes_path(path):
-    """The file beside the pixels of RaggedRows that holds their sizes."""
-    return path.with_suffix(".sizes.npy")
+def _beside(path):
+    """The file beside the pixels with what they lack: sizes, and a line for each image left out."""
+    return path.with_suffix(".json")
 
 
 def _stack(rows, dataset):
-    """What `_read` gives of the rows of a dataset, in memory."""
+    """The rows of a dataset, in memory."""
     if dataset.image_size:
         return np.stack(rows)
     pixels = np.concatenate([row.reshape(-1, *dataset.row_shape) for row in rows])
@@ -130,7 +131,7 @@ def _stack(rows, dataset):
 
 
 def _write(path, dataset, split, skipped):
-    damaged, count, sizes = None if skipped is None else [], 0, []
+    damaged, sizes = None if skipped is None else [], []
     with atomic_write(path, sync=False) as file:
 
         def write_header(rows):
@@ -140,25 +141,15 @@ def _write(path, dataset, split, skipped):
         write_header(len(dataset))
         for row in _decode(dataset, split, damaged):
             file.write(row.tobytes())  # not through a memory map: a full disk would be a bus error
-            count += row.size // math.prod(dataset.row_shape)  # 1, or the number of its pixels
             sizes.append(row.shape[:2])
-        if dataset.image_size is None:  # before the pixels, which say that the pair is complete
-            with atomic_write(_sizes_path(path), sync=False) as sizes_file:
-                np.save(sizes_file, np.array(sizes))
-        file.seek(0)
-        write_header(count)  # as long as the first: numpy leaves room for any number of rows
-        _problems_path(path).unlink(missing_ok=True)
-        if damaged:
-            with atomic_write(_problems_path(path), sync=False) as problems:
-                problems.write("".join(f"{line}\n" for line in damaged).encode())
-
-
-def _remove_stale(path, pattern):
-    """Remove earlier caches of this split, and what a killed process left of one."""
-    stale = {*path.parent.glob(pattern), *path.parent.glob(f".{pattern}")}
-    for other in stale - {path, _problems_path(path), _sizes_path(path)}:
-        with contextlib.suppress(OSError):  # another process may have it open, or have removed it
-            other.unlink()
+        file.seek(0)  # numpy leaves room for any number of rows: the header is as long as the first
+        ragged = dataset.image_size is None
+        write_header(sum(map(math.prod, sizes)) if ragged else len(sizes))
+        _beside(path).unlink(missing_ok=True)
+        if ragged or damaged:  # before the pixels, which say that the pair is complete
+            more = {"damaged": damaged or [], "sizes": sizes if ragged else []}
+            with atomic_write(_beside(path), sync=False) as beside:
+                beside.write(json.dumps(more).encode())
 
 
 def _decode(dataset, split, damaged=None):
