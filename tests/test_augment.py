@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Batches, Order, Transform
-from medseg.augment import AUGMENTATIONS, augment, count_draws, spline_basis, window_side
+from medseg.augment import AUGMENTATIONS, augment, count_draws, spline_basis
 from medseg.cli import parse_named_values
 from medseg.images import MEAN, STD
 
@@ -237,10 +237,3 @@ def test_noise_differs_by_image_batch_and_epoch():
             fields += [image[0].flatten() for image in images]
     correlations = torch.corrcoef(torch.stack(fields)) - torch.eye(8)
     assert correlations.abs().max() < 0.3  # of 256 values: deviation 0.06
-
-
-def test_the_window_is_as_large_as_the_words_reach():
-    assert window_side(100, {}) == window_side(100, {"flip": 1, "turn": 1, "noise": 1}) == 100
-    assert window_side(100, {"rotate": 180.0}) == window_side(100, {"rotate": 45.0}) == 144
-    assert 150 < window_side(100, strengths_of("rotate,scale,shift")) < 165
-    assert window_side(100, strengths_of(STRONG)) < 130

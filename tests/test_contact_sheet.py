@@ -35,7 +35,7 @@ from medseg.drawing import (
 from medseg.fonts import drawable, fit_lines, pillow_font
 from medseg.inference import Inference
 from medseg.planning.audit import audit
-from medseg.planning.contact_sheet import draw_tile, spread_by_foreground
+from medseg.planning.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
 from medseg.results.folder import montage
 from medseg.run_lengths import encode
 
@@ -169,6 +169,9 @@ def test_more_images_are_shown_where_they_are_asked_for(dataset, tmp_path, refus
         heights.append(Image.open(tmp_path / "contact_sheet.jpg").size)
     assert heights[0] == heights[1]  # 6, 4 and 4 images, or one each: three rows
     refused("data", dataset, "--show", 0, words=["--show", "at least 1"])
+    tiles = [(Image.new("RGB", (152, 152)), "a.png", "no foreground")] * 20  # in three lines of 8
+    path = save_contact_sheet([tiles], [], tmp_path / "twenty.jpg")
+    assert Image.open(path).size == (8 * 160, 3 * (152 + 2 * 14 + 16) + 8)
 
 
 # ---- predictions.png of train.py -------------------------------------------------------------
