@@ -23,6 +23,7 @@ from medseg.coco import (
     image_path,
     load_coco,
     read_annotations,
+    recorded_group,
     recorded_settings,
     used_categories,
 )
@@ -30,6 +31,7 @@ from medseg.dataset_folder import ADD, NEW, import_lock, move_out
 from medseg.files import file_lock
 
 ROBOFLOW = re.compile(r"(.+)\.rf\.\w+")  # the name of a picture, and a number of its variant
+FEW = 20  # images of train and valid: of fewer, all are to be scored
 PERCENTAGES = (70, 15, 15)  # of the imported images in train, valid and test
 
 
@@ -308,11 +310,17 @@ def _link(path, target, ways):
 
 
 def next_training(root):
-    """The command that trains on a data set, with the flags for its classes."""
+    """The command that trains on a data set, with the flags for its classes and its size."""
     command = ["python", "train.py"]
     if root != Path("dataset"):
         command += ["--data", str(root)]
     command += ["--recipe", "auto"]  # which would take classes that share no image for kinds of one
-    if 1 < len(used_categories(load_coco(root / "train", skipped=[]))) <= MAX_CLASSES:
+    splits = [split for split in present_splits(root) if split != "test"]
+    cocos = {split: load_coco(root / split, skipped=[]) for split in splits}
+    if 1 < len(used_categories(cocos["train"])) <= MAX_CLASSES:
         command += ["--classes", "each"]
+    records = [record for coco in cocos.values() for record in coco.imgs.values()]
+    groups = {recorded_group(record) or index for index, record in enumerate(records)}
+    if len(records) < FEW and len(groups) > 1:  # the few of valid alone would tell little
+        command += ["--folds", str(min(len(groups), 4))]
     return shlex.join(command)

@@ -74,7 +74,7 @@ def test_the_next_command_suits_the_data(here):
     out = run_download(*UNSPLIT, "--into", "test", "--classes", "cup,disc")
     assert "missing: train" in out and "missing: valid" in out and "python" not in out
     out = run_download(*UNSPLIT, "--data", "own", "--classes", "cup,disc")
-    command = "next: python train.py --data own --recipe auto --classes each\n"
+    command = "next: python train.py --data own --recipe auto --classes each --folds 4\n"
     assert out.endswith(f"next: python data.py own\n{command}")
     assert output_of("data.py", "own", cwd=here).endswith(command)
 

@@ -1,8 +1,9 @@
 """What a data set looks like: all that the rules of a plan ask of it, read in one pass."""
 
+import contextlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,11 +13,11 @@ from data import COCOSegmentationDataset
 from medseg.cache import fingerprint
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.duplicates import near_duplicates, thumbnail
-from medseg.files import atomic_write, parallel_map, read_json
+from medseg.files import atomic_write, parallel_map
 from medseg.images import is_grey, read_image
 from medseg.run_lengths import unite
 
-VERSION = 3  # raise it when the meaning of a field, or the pixels of an image, change
+VERSION = 4  # raise it when the meaning of a field, or the pixels of an image, change
 MAX_READ = 2000  # images of all splits; of more, evenly spaced ones are read
 MAX_MEASURED = 64  # training images whose masks are resized to all SIDES and back
 MAX_SIDE = 2048  # of a mask that is measured; a larger one is reduced to it first
@@ -28,8 +29,7 @@ ORIENTATIONS = {  # what may be done to an image whose orientation means nothing
 }
 
 
-@dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(NamedTuple):
     """Numbers on a data set. Of images and masks they are of the training split, as stored."""
 
     images: dict  # split -> number of images
@@ -38,9 +38,8 @@ class Fingerprint:
     height: int
     largest: int  # pixels of the longest side of any image, in any split
     channels: int  # of the images; 1 where the colours of every one of them are equal
-    class_names: list  # of the categories that have annotations
+    n_classes: int  # categories that have annotations
     together: float  # share of the images that have two classes or more
-    overlap: bool  # whether a pixel belongs to two classes
     foreground: list  # share of the pixels, of each class
     boxes: float  # share of the images with foreground in which it is one upright rectangle
     empty: dict  # split -> share of the images without foreground
@@ -48,10 +47,6 @@ class Fingerprint:
     kept: dict  # side -> Dice of the masks, resized to side x side and back, with themselves
     oriented: dict  # change of ORIENTATIONS -> whether images look different after it
     duplicates: str  # a line on near-duplicates of training images in valid and test, or ''
-
-    @property
-    def n_classes(self):
-        return len(self.class_names)
 
 
 def take_fingerprint(root, *, skip_bad=False):
@@ -68,57 +63,34 @@ def take_fingerprint(root, *, skip_bad=False):
     }
     key = "".join(fingerprint(dataset, "st_size", "st_mtime_ns") for dataset in datasets.values())
     path = root / ".cache" / f"fingerprint-{VERSION}.json"
-    kept = _read(path, key)
-    if kept is None:
-        kept = _measure(datasets, skip_bad)
-        try:
-            with atomic_write(path, sync=False) as file:
-                file.write(json.dumps({"key": key, **asdict(kept)}).encode())
-        except OSError:  # a folder that cannot be written to is read again the next time
-            pass
-    return kept
-
-
-def _read(path, key):
-    """The Fingerprint in a file, None where it is of other data."""
-    try:
-        content = read_json(path)
-    except (FileNotFoundError, ValueError):
-        return None
-    if not isinstance(content, dict) or content.pop("key", None) != key:
-        return None
-    if content.keys() != {field.name for field in fields(Fingerprint)}:
-        return None
-    content["kept"] = {int(side): dice for side, dice in content["kept"].items()}
-    return Fingerprint(**content)
+    if path.exists() and (known := json.loads(path.read_text())).pop("key") == key:
+        return Fingerprint(**{**known, "kept": {int(n): dice for n, dice in known["kept"].items()}})
+    look = _measure(datasets, skip_bad)
+    with contextlib.suppress(OSError):  # a folder that cannot be written to is read again
+        with atomic_write(path, sync=False) as file:
+            file.write(json.dumps({"key": key, **look._asdict()}).encode())
+    return look
 
 
 def _measure(datasets, skip_bad):
     counts = {split: len(dataset) for split, dataset in datasets.items()}
     part = min(1.0, MAX_READ / sum(counts.values()))
     seen = {split: _examine(split, dataset, part, skip_bad) for split, dataset in datasets.items()}
-    train, dataset = seen["train"], datasets["train"]
-    sizes = [
-        (record["width"], record["height"])
-        for own in datasets.values()
-        for record in own.coco.imgs.values()
-    ]
-    own_sizes = np.array([image.size for image in train])
-    width, height = np.median(own_sizes, 0).astype(int).tolist()
-    areas = np.sum([image.areas for image in train], 0)
-    others = [image.thumbnail for split in SPLITS[1:] for image in seen[split]]
-    kept, thickness = _measure_masks(dataset, train)
+    train, others = seen["train"], [image for split in SPLITS[1:] for image in seen[split]]
+    records = [record for own in datasets.values() for record in own.coco.imgs.values()]
+    sizes, areas = np.array([image.size for image in train]), [image.areas for image in train]
+    width, height = np.median(sizes, 0).astype(int).tolist()
+    kept, thickness = _measure_masks(datasets["train"], train)
     return Fingerprint(
         images=counts,
         read=sum(map(len, seen.values())),
         width=width,
         height=height,
-        largest=max(map(max, sizes)),
-        channels=max(image.channels for images in seen.values() for image in images),
-        class_names=list(dataset.classes),
-        together=float(np.mean([sum(map(bool, image.areas)) > 1 for image in train])),
-        overlap=any(sum(image.areas) > image.area for image in train),
-        foreground=(areas / own_sizes.prod(1).sum()).tolist(),
+        largest=max(max(record["width"], record["height"]) for record in records),
+        channels=max(image.channels for image in [*train, *others]),
+        n_classes=datasets["train"].n_classes,
+        together=float(np.mean([sum(map(bool, own)) > 1 for own in areas])),
+        foreground=(np.sum(areas, 0) / sizes.prod(1).sum()).tolist(),
         boxes=float(np.mean([image.box for image in train if image.area] or [False])),
         empty={
             split: float(np.mean([image.area == 0 for image in images]))
@@ -127,12 +99,11 @@ def _measure(datasets, skip_bad):
         thickness=thickness,
         kept=kept,
         oriented=_find_orientation([image.picture for image in train]),
-        duplicates=near_duplicates(others, [image.thumbnail for image in train]),
+        duplicates=near_duplicates(*([own.thumbnail for own in both] for both in (others, train))),
     )
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     """What is kept of an image that was read."""
 
     index: int
@@ -152,28 +123,23 @@ def _examine(split, dataset, part, skip_bad):
         path = dataset.path(index)
         image = read_image(path)
         masks = dataset.run_lengths(index, image.size)
+        areas = [masks[number].area if number in masks else 0 for number in range(n_classes)]
         union = unite(list(masks.values())) if masks else None
-        return _Seen(
-            index,
-            image.size,
-            1 if is_grey(image) else image.n_channels,
-            [masks[channel].area if channel in masks else 0 for channel in range(n_classes)],
-            union.area if masks else 0,
-            masks != {} and union.area == union.box[2] * union.box[3] > 0,
-            (path.name, thumbnail(image)),
-            np.asarray(image.rgb().convert("L").resize((16, 16), Image.Resampling.BOX), np.float32),
-        )
+        area, box = (union.area, union.box) if masks else (0, [0] * 4)
+        grey = image.rgb().convert("L").resize((16, 16), Image.Resampling.BOX)
+        channels = 1 if is_grey(image) else image.n_channels
+        about = channels, areas, area, area == box[2] * box[3] > 0, (path.name, thumbnail(image))
+        return _Seen(index, image.size, *about, np.asarray(grey, np.float32))
 
     n_classes, total = dataset.n_classes, len(dataset)
     wanted = np.unique(np.linspace(0, total - 1, max(round(part * total), 1)).astype(int))
     results = parallel_map(examine, wanted.tolist())
-    bar = tqdm(results, f"looking at {split}", len(wanted), unit=" images", disable=None)
     seen = []
-    for result in bar:
-        if not isinstance(result, Exception):
-            seen.append(result)
+    for one in tqdm(results, f"looking at {split}", len(wanted), unit=" images", disable=None):
+        if not isinstance(one, Exception):
+            seen.append(one)
         elif not skip_bad:
-            raise result
+            raise one
     if not seen:
         raise ValueError(f"{dataset.image_dir}: none of its images can be read")
     return seen
@@ -184,29 +150,29 @@ def _measure_masks(dataset, seen):
     filled = [image for image in seen if image.area]
     if not filled:
         return dict.fromkeys(SIDES, 1.0), 0.0
-    wanted = np.unique(np.linspace(0, len(filled) - 1, MAX_MEASURED).astype(int))
 
-    def measure(image):
-        width, height = image.size
+    def measure(number):
+        """[(a mask's Dice kept of each side, its thickness)] of an image."""
+        index, (width, height) = filled[number].index, filled[number].size
         shrink = max(width, height, MAX_SIDE) / MAX_SIDE
         shape = (max(round(height / shrink), 1), max(round(width / shrink), 1))
-        masks = dataset.run_lengths(image.index, image.size).values()
-        drawn = [(mask, mask.draw(*shape)) for mask in masks]
-        drawn = [(mask, own) for mask, own in drawn if own.any()]
-        kept = [[_kept(mask, own, side) for side in SIDES] for mask, own in drawn]
-        return kept, [shrink * _thickness(own) for _, own in drawn]
+        masks = dataset.run_lengths(index, (width, height)).values()
+        drawn = [(mask, own) for mask in masks if (own := mask.draw(*shape)).any()]
+        return [
+            ([_kept(mask, own, side) for side in SIDES], shrink * _thickness(own))
+            for mask, own in drawn
+        ]
 
-    results = list(parallel_map(measure, [filled[number] for number in wanted]))
-    kept = np.concatenate([kept for kept, _ in results if kept])
-    thickness = float(np.median(np.concatenate([values for _, values in results])))
-    return dict(zip(SIDES, kept.mean(0).tolist(), strict=True)), thickness
+    wanted = np.unique(np.linspace(0, len(filled) - 1, MAX_MEASURED).astype(int))
+    results = [one for of_image in parallel_map(measure, wanted.tolist()) for one in of_image]
+    kept, thickness = zip(*results, strict=True)
+    return dict(zip(SIDES, np.mean(kept, 0).tolist(), strict=True)), float(np.median(thickness))
 
 
 def _kept(mask, own, side):
     """Dice of a mask with itself, resized to side x side as for training, and back."""
     small = Image.fromarray(mask.draw(side, side) * np.float32(1))
-    back = small.resize(own.shape[::-1], Image.Resampling.BILINEAR)
-    back = np.asarray(back) > 0.5
+    back = np.asarray(small.resize(own.shape[::-1], Image.Resampling.BILINEAR)) > 0.5
     return 2 * (back & (own > 0)).sum() / (back.sum() + own.sum())
 
 

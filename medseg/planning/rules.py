@@ -1,8 +1,8 @@
 """From what a data set looks like to the flags of train.py, each with its reason.
 
-Read top to bottom: start, input, size, network, batch, optimizer, length, augmentation. A flag that
-the user gives wins, and the rules after it go by it. Dice in the comments is of test images, with
-one seed and equal computing time; docs/results.md says of which data sets.
+Read top to bottom: start, images, network, length, augmentation. A flag that the user gives wins,
+and the rules after it go by it. Dice in the comments is of test images, with one seed and equal
+computing time; docs/results.md says of which data sets.
 """
 
 import math
@@ -14,18 +14,11 @@ from medseg.cli import spell_flags
 # are marked by them with a Dice of KNOWN. dataset/tumor.pth: 0.80 on tumours, 0.62 on drawn ones,
 # 0.18 on blood cells, 0.11 on ultrasound images, 0.05 on retinas, 0.04 on membranes.
 FEW, KNOWN = 300, 0.4
-NETWORK = {"init", "arch", "depth", "norm", "dropout", "n_filters", "n_channels"}  # flags of one
-SIZE = {"image_size", "crop"}
-# Masks that are resized to the training size and back keep this Dice at least: what is lost there
-# no network finds.
-KEPT = 0.97
+KEPT = 0.97  # Dice that masks keep at the training size: what is lost there no network finds
 # Pixels a side; images that need more are trained on crops of their own size. Retinas of 999x960:
-# 0.783 so, 0.760 whole at 512x512.
-WHOLE_LIMIT, CROP = 384, 128
-CROP_DEPTH = 3  # levels of a network for crops. Membranes: 0.812 with three, 0.809 with five
-# Side of a square image that is predicted at its own size, at most: by tiles, which take little
-# memory, but the images themselves are decoded, and five of them drawn at the end.
-LARGEST = 6000
+# 0.783 so, 0.760 whole at 512x512. Membranes in crops: 0.812 with three levels, 0.809 with five.
+WHOLE_LIMIT, CROP, CROP_DEPTH = 384, 128, 3
+LARGEST = 6000  # side of an image that is predicted at its own size: it is decoded whole
 BOTTOM = 4  # pixels a side of the deepest level; nnU-Net has 4 to 7
 PIXELS = {"cpu": 8 * 128**2, "cuda": 16 * 256**2}  # of a batch
 BATCHES = (4, 8)  # the smallest that batch normalisation takes well, and the largest
@@ -35,27 +28,24 @@ FILTERS = {"cpu": 16, "cuda": 32}
 CHANGES = {"scale": 0.3, "shift": 0.1, "contrast": 0.3, "brightness": 0.3, "gamma": 0.3}
 # A network that sees an image a few times does not learn it by heart, and learns more slowly where
 # images are turned and changed. Dice on valid with turns, flips and CHANGES, and with SLIGHT ones:
-# 0.50 and 0.64 after two passes over 1,502 brain slices; 0.67 after 16 passes and 0.74 after 13;
-# 0.955 after 25 passes over 210 images of blood cells and 0.957 after 30; but 0.860 and 0.847 after
-# 69 over 72 ultrasound images.
+# 0.50 and 0.64 after two passes over 1,502 brain slices, 0.955 and 0.957 after 25 and 30 over 210
+# images of blood cells, but 0.860 and 0.847 after 69 over 72 ultrasound images.
 FEW_PASSES = 40
-LEARNING_RATE = {"whole": 1e-3, "crops": 2e-3}
 STEPS, PASSES = 3000, 20  # without --minutes: so many steps, or so many times all images
 # Steps below which --minutes make the network smaller (`shrink`): PASSES over the images, but these
 # at least and at most. Dice on valid of 1,502 brain slices, on one core: 0.696 at 128x128 with 16
 # filters (1,040 steps in 20 minutes), 0.735 with 8 (2,490 in 15), 0.751 with 8 at 96x96 (in 17).
-WANTED_STEPS = (400, 4000)
-NO_STEPS = 40  # fewer teach nothing
+WANTED_STEPS, NO_STEPS = (400, 4000), 40  # fewer than the last teach nothing
 # A run of fewer steps is told to be too short, and how long it takes to have ENOUGH of them; where
 # it starts from weights, a third of both. White blood cells had a Dice of 0.91 after 100 steps.
 FEW_STEPS, ENOUGH = 300, 400
-# Sizes at which masks keep this Dice give way before the filters do. Dice on valid at 64x64 with 16
+# Sizes at which masks keep FAIR give way before the filters do. Dice on valid at 64x64 with 16
 # filters and at 96x96 with 8: 0.860 and 0.853 on ultrasound, whose masks keep 0.968 at 64x64; 0.417
-# and 0.557 on 80 brain slices, whose masks keep 0.951.
-FAIR = 0.96
-WORTH = 0.9  # no size is taken at which masks keep less than this part of the largest size's Dice
-AROUND = 15  # seconds that a run takes besides its steps, and the time to predict valid and test
-TUNING = 5  # so often: once as they are, and over the flips
+# and 0.557 on 80 brain slices, whose masks keep 0.951. None is taken at which they keep less than
+# WORTH of the largest size's.
+FAIR, WORTH = 0.96, 0.9
+# Seconds that a run takes besides its steps, and how often valid and test are predicted at its end.
+AROUND, TUNING = 15, 5
 EVALUATIONS, EVALUATION_SHARE = 20, 0.08  # of valid: so many, in that part of the time at most
 
 
@@ -67,52 +57,32 @@ class Plan:
 
     def choose(self, reason="", **flags):
         """Take values for flags that are not given, with one line on why; '' has no line."""
-        own = {name: value for name, value in flags.items() if name not in self.given}
         self.flags |= {name: self.given.get(name, value) for name, value in flags.items()}
+        own = {name: value for name, value in flags.items() if value and name not in self.given}
         if own and reason:
             self.lines.append(f"{spell_flags(own)}: {reason}")
 
     def __getattr__(self, name):
         """The flag of this name."""
-        try:
-            return self.__dict__["flags"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+        return self.__dict__["flags"][name]
 
     @property
     def side(self):
         """Pixels a side of the squares that the network is trained on."""
-        return self.crop or self.image_size
+        return self.flags["crop"] or self.flags["image_size"]
 
 
-def may_start(look, given):
-    """Whether weights that are there already may be a start: not where a network is asked for."""
-    return look.images["train"] < FEW and not (NETWORK | SIZE) & given.keys()
+def choose_start(plan, flags, dice):
+    """The network of weights that mark the training images with this Dice; flags: that make it."""
+    if dice >= KNOWN:
+        plan.given = {**flags, **plan.given}
+        plan.flags |= flags
+        reason = f"marks the training images with a Dice of {dice:.2f} already"
+        plan.lines.append(f"--init {flags['init']}: {reason}; its network and its size are kept")
 
 
-def choose_start(plan, start):
-    """The network of weights that know what is wanted. start: a `Start`."""
-    if start.dice < KNOWN:
-        return
-    plan.given = {**start.flags, **plan.given}
-    plan.flags |= start.flags
-    reason = f"marks the training images with a Dice of {start.dice:.2f} already; its network"
-    plan.lines.append(f"--init {start.flags['init']}: {reason} is kept, --n-filters begins anew")
-
-
-def choose_what_data_decide(plan, look, device_type):
-    """All but the length of the run, for which a step has to be timed.
-
-    look: the Fingerprint of the data set; device_type: 'cpu' or 'cuda'.
-    """
-    choose_input(plan, look)
-    choose_size(plan, look)
-    choose_network(plan, look, device_type)
-    choose_batch(plan, look, device_type)
-    choose_optimizer(plan)
-
-
-def choose_input(plan, look):
+def choose_images(plan, look):
+    """Channels and classes; whole images, as small as the masks allow, or crops of them."""
     reasons = {1: f"the channels are equal in all {look.read} images read", 3: "there are colours"}
     reason = reasons.get(look.channels, f"an image has {look.channels} channels")
     plan.choose(reason, n_channels=look.channels)
@@ -124,51 +94,38 @@ def choose_input(plan, look):
     else:
         kinds = f"no image has two of the {look.n_classes} classes, so they are taken for kinds of "
         plan.choose(f"{kinds}one thing; --classes each keeps them apart", classes="union")
-
-
-def choose_size(plan, look):
-    """Whole images, as small as the masks allow, or crops of the images at their own size."""
     side = min((side for side, dice in look.kept.items() if dice >= KEPT), default=max(look.kept))
     can_crop = look.largest <= LARGEST and "image_size" not in plan.given
     if plan.given.get("crop", side > WHOLE_LIMIT and can_crop):
         lost = f"at 256x256 the masks alone would lose {1 - look.kept[256]:.2f} Dice"
         plan.choose(f"the foreground is {look.thickness:.0f} pixels thick, and {lost}", crop=CROP)
     else:
-        plan.choose(crop=0)
         kept = f"resized to {side}x{side} and back, the masks keep a Dice of {look.kept[side]:.3f}"
-        plan.choose(kept, image_size=side)
+        plan.choose(kept, crop=0, image_size=side)
 
 
 def choose_network(plan, look, device_type):
+    """Network and batches; AdamW with a high rate, which batch normalisation allows."""
+    depth = min(max(round(math.log2(plan.side / BOTTOM)), 1), 5)
+    deepest = round(plan.side / 2**depth)
+    sizes = f"{plan.side}x{plan.side} to {deepest}x{deepest} pixels"
+    reason = f"so many levels shrink the image from {sizes}"
     if plan.crop:
-        plan.choose(
-            "thin structures are seen from nearby, and the steps are quick", depth=CROP_DEPTH
-        )
-    else:
-        depth = min(max(round(math.log2(plan.side / BOTTOM)), 1), 5)
-        plan.choose(f"{plan.side / 2**depth:.0f} pixels a side at its deepest level", depth=depth)
+        depth, reason = CROP_DEPTH, "thin structures are seen from nearby, and the steps are quick"
+    plan.choose(reason, depth=depth)
     plan.choose(f"what a {device_type.upper()} computes in time", n_filters=FILTERS[device_type])
-    if "init" in plan.given and plan.classes == "union":
-        return  # its last layer is kept too
-    # Lin et al.: "Focal Loss", ICCV 2017, section 4.1.
-    share = sum(look.foreground) / (look.n_classes if plan.classes == "each" else 1)
-    prior = min(max(round(share, 3), 0.001), 0.5)
-    plan.choose("the share of foreground, with which the network begins", prior=prior)
-
-
-def choose_batch(plan, look, device_type):
+    if "init" not in plan.given or plan.classes == "each":  # else its last layer is kept too
+        # Lin et al.: "Focal Loss", ICCV 2017, section 4.1.
+        share = sum(look.foreground) / (look.n_classes if plan.classes == "each" else 1)
+        prior = min(max(round(share, 3), 0.001), 0.5)
+        plan.choose("the share of foreground, with which the network begins", prior=prior)
     low, high = BATCHES
     batch = min(max(2 ** round(math.log2(PIXELS[device_type] / plan.side**2)), low), high)
     reason = f"many small steps, for there are {look.images['train']} training images"
     plan.choose(reason, batch_size=batch)
-    plan.choose(norm="batch" if plan.batch_size >= low else "group")
-    plan.choose(dropout="none" if plan.crop else "bottleneck")
-
-
-def choose_optimizer(plan):
-    """AdamW with a high learning rate, which batch normalisation allows and a cosine takes back."""
-    rate = LEARNING_RATE["crops" if plan.crop else "whole"]
-    reason = "AdamW; the rate falls to 0 at the end of the run"
+    norm, dropout = "batch" if plan.batch_size >= low else "group", "bottleneck"
+    plan.choose(norm=norm, dropout="none" if plan.crop else dropout)
+    reason, rate = "AdamW; the rate falls to 0 at the end of the run", 2e-3 if plan.crop else 1e-3
     plan.choose(reason, lr=rate, weight_decay=0.01, schedule="cosine")
     masks = "threshold, flips and largest piece as they suit valid"
     plan.choose(masks, tune_prediction=True)
@@ -197,7 +154,7 @@ def choose_length(plan, look, times, minutes, spent=0.0):
     plan.choose(
         "warm-up and mean of the weights over a twentieth of the steps; no early stopping",
         warmup=min(steps // 20, 100),
-        ema=round(max(1 - 20 / steps, 0.0), 4),
+        ema=round(max(1 - 20 / steps, 0), 4),
         patience=plan.epochs,
     )
     return steps, steps * times.step + plan.epochs * evaluation + around
@@ -217,21 +174,17 @@ def few_steps(plan):
 
 
 def lengthen(plan, look, times, spent):
-    """(a flag that makes a run of these flags long enough as {name: value}, its minutes).
+    """(a flag that makes a run of these flags long enough, its value).
 
-    The reverse of `choose_length`, whose minutes these are; it has been called.
+    The reverse of `choose_length`, which has been called.
     """
     pool, evaluation, around = costs(plan, look, times)
     enough = few_steps(plan)[1]
     if "epochs" in plan.given:
-        per_epoch = math.ceil(max(round(plan.repeat * pool), 1) / plan.batch_size)
-        epochs = math.ceil(enough / per_epoch)
-        seconds = epochs * (per_epoch * times.step + evaluation)
-        return {"epochs": epochs}, math.ceil((seconds + spent + around) / 60)
+        return "epochs", math.ceil(enough / math.ceil(plan.repeat * pool / plan.batch_size))
     seconds = enough * times.step
     seconds = max(seconds + 3 * evaluation, seconds / (1 - EVALUATION_SHARE))
-    minutes = math.ceil((seconds + spent + around) / 60)
-    return {"minutes": minutes}, minutes
+    return "minutes", math.ceil((seconds + spent + around) / 60)
 
 
 def choose_augmentation(plan, look, passes):
@@ -242,8 +195,8 @@ def choose_augmentation(plan, look, passes):
     a run of few passes over whole images. passes: how many there are.
     """
     if passes < FEW_PASSES and not plan.crop:
-        reason = f"slight, for each training image is seen {passes:.1f} times"
-        plan.choose(reason, augment=SLIGHT)
+        seen = f"about {passes:.0f} times" if passes > 1.5 else "hardly once"
+        plan.choose(f"slight, for each training image is seen {seen}", augment=SLIGHT)
         return
     boxes = look.boxes >= 0.5
     changes = {"rotate": 10 if boxes else 30, **CHANGES}
@@ -260,13 +213,6 @@ def choose_augmentation(plan, look, passes):
     plan.choose(reason, augment=changes)
 
 
-def wanted_steps(plan, look):
-    """Steps that a run should have: where --minutes hold fewer, the network is made smaller."""
-    least, most = WANTED_STEPS
-    whole = 0 if plan.crop else PASSES * look.images["train"] / plan.batch_size
-    return round(min(max(whole, least), most))
-
-
 def shrink(plan, look, given, steps):
     """The next flag to make smaller where the time is short, as a dict; {} where there is none.
 
@@ -275,7 +221,8 @@ def shrink(plan, look, given, steps):
     takes nearly all the time. Weights to start from keep their network and its size.
     given: flags that stay; steps: that the time holds so far.
     """
-    if "init" in plan.flags:
+    wanted = 0 if plan.crop else PASSES * look.images["train"] / plan.batch_size
+    if "init" in plan.flags or steps >= round(min(max(wanted, WANTED_STEPS[0]), WANTED_STEPS[1])):
         return {}
     fixed = plan.crop or "image_size" in given
     smaller = [] if fixed else [side for side in look.kept if side < plan.image_size]

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,24 @@ SECONDS = 2.0  # for each of both, but for the first call
 TIMED_SIDE, GROWTH = 256, 2.5
 OVERHEAD = 1.15  # of a step in a training: loading, augmentation, update, scores
 
-Times = namedtuple("Times", ["step", "image"])  # seconds: of a training step, to predict an image
+
+class Times(NamedTuple):
+    """Seconds of a training step, and to predict an image."""
+
+    step: float
+    image: float
 
 
-def time_network(network, device, *, side, batch_size, precision="auto"):
-    """The Times of a UNet on a device.
+def time_network(network, device, side, batch_size, precision="auto"):
+    """The Times of a UNet on a device, of square images; precision: as the flag of train.py.
 
-    side: of its square images, in pixels; precision: as the flag of train.py has it.
     A step is the passes forward and backward; no optimizer, whose first use imports a compiler.
     """
     precision = choose_precision(precision, device)
     network = network.to(device, memory_format=torch.channels_last).train()
     timed = min(side, TIMED_SIDE) if device.type == "cpu" else side
-    shape = (batch_size, network.n_channels, timed, timed)
-    images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    images = torch.randn(batch_size, network.n_channels, timed, timed, device=device)
+    images = images.to(memory_format=torch.channels_last)
     masks = torch.zeros(batch_size, network.n_classes, timed, timed, device=device)
     autocast = make_autocast(precision, device)
 
@@ -43,8 +47,8 @@ def time_network(network, device, *, side, batch_size, precision="auto"):
             network(images)
 
     larger = (side / timed) ** GROWTH
-    step_seconds, image_seconds = _seconds(step, device), _seconds(predict, device) / batch_size
-    return Times(OVERHEAD * larger * step_seconds, larger * image_seconds)
+    of_step, of_batch = _seconds(step, device), _seconds(predict, device)
+    return Times(OVERHEAD * larger * of_step, larger * of_batch / batch_size)
 
 
 def _seconds(function, device):
@@ -52,13 +56,13 @@ def _seconds(function, device):
 
     On a shared machine the shortest promised a run of 20 minutes that took 24.8.
     """
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    function()
-    wait()
-    times, until = [], time.perf_counter() + SECONDS
-    while len(times) < 3 or time.perf_counter() < until:
+    times, until = [], None
+    while until is None or len(times) < 4 or time.perf_counter() < until:
         started = time.perf_counter()
         function()
-        wait()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ended = time.perf_counter()
+        times.append(ended - started)
+        until = until or ended + SECONDS
+    return statistics.median(times[1:])
