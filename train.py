@@ -274,7 +274,7 @@ def main(argv=None):
     parser, signals = command_line.make_parser(__doc__, LOSSES, WEIGHTS), Signals()
     args, checkpoint, kept = command_line.parse_arguments(parser, argv)
     stopping = signals.exit_when_stopped(run.command("train.py", "--resume", out=Path(args.out)))
-    with signals.installed(), stopping, run.open_folder(args, checkpoint), run.memory_advice(args):
+    with signals.installed(), stopping, run.open_folder(args, checkpoint):
         if args.recipe == "auto" and not (checkpoint or args.test_only):
             args = command_line.add_plan(args, planned_flags(kept))
         if args.folds:
@@ -290,7 +290,7 @@ def train_and_test(args, checkpoint, signals):
     device, out = devices.pick_device(args.device), Path(args.out)
     if device.type == "cpu":
         devices.keep_freed_memory()
-    with dist.process_group(device):
+    with dist.process_group(device), run.memory_advice(args):
         precision = run.settle_precision(args.precision, device, checkpoint)
         autocast = devices.make_autocast(precision, device)
         # 2. Model and data

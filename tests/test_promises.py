@@ -87,7 +87,7 @@ def copy(trained, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone", "of something else"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "gone", "other", "older"])
 def test_a_last_that_does_not_load_is_one_line_and_stays(harm, copy, refused):
     last = copy / "run" / "last.pth"
     content = last.read_bytes()
@@ -97,8 +97,13 @@ def test_a_last_that_does_not_load_is_one_line_and_stays(harm, copy, refused):
     last.write_bytes({"cut": content[:middle], "flipped": flipped}.get(harm, b""))
     if harm == "gone":
         last.unlink()
-    if harm == "of something else":
+    if harm == "other":
         torch.save({"progress": 5}, last)
+    if harm == "older":
+        last.write_bytes(content)
+        state = load_weights(last)
+        del state["progress"]["waited"]
+        torch.save(state, last)
     before = tree(copy)
     refused("train", *flags(copy, "run", "--resume"), words=[last])
     assert tree(copy) == before
@@ -394,11 +399,12 @@ def test_out_of_memory_is_one_line(trained, tmp_path):
 def test_out_of_gpu_memory_is_one_line(refused, monkeypatch, tmp_path):
     """The error is raised by hand: there may be no GPU here."""
 
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(train, "train_and_test", full)
-    refused("train", "--batch-size", 48, "--out", tmp_path, words=["GPU", "--batch-size 48"])
+    monkeypatch.setattr(train.run, "make_network", full)
+    command = ("--device", "cpu", "--batch-size", 48, "--out", tmp_path)
+    refused("train", *command, words=["GPU", "--batch-size 48"])
 
 
 # ---- damaged data ----------------------------------------------------------------------------

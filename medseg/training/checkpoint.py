@@ -31,7 +31,8 @@ def read_checkpoint(out):
     """
     path = out / LAST
     state = load_weights(path)
-    if not isinstance(state, dict) or not KEYS <= state.keys():
+    whole = isinstance(state, dict) and KEYS <= state.keys()
+    if not whole or not Progress().state_dict().keys() <= state["progress"].keys():
         raise ValueError(f"{path}: not written by train.py (of this version): {AFRESH}")
     return {**state, "path": path}
 

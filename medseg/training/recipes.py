@@ -36,7 +36,7 @@ PHANTOMS = {
     "n_filters": 8,
     "norm": "batch",
     "prior": 0.04,
-    "epochs": 8,
+    "epochs": 10,
     "batch_size": 8,
     "lr": 2e-3,
     "schedule": "cosine",
