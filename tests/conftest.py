@@ -1,7 +1,10 @@
 """Fixtures that several test files use; what they are made of is in helpers.py."""
 
 import pytest
-from helpers import assert_refused, make_dataset, script_here, skip_pictures
+
+pytest.register_assert_rewrite("helpers")  # so that an assertion there shows its values
+
+from helpers import assert_refused, make_dataset, script_here, skip_pictures  # noqa: E402
 
 
 @pytest.fixture
