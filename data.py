@@ -20,7 +20,6 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from medseg.cli import run_main
 from medseg.coco_dialects import print_forgiven
 from medseg.device import tune_convolutions
 from medseg.normalization import split_rows
-from medseg.run_lengths import encode, unite
+from medseg.run_lengths import ClassMasks, encode, unite
 from medseg.settings import count_recorded
 
 TURNED = (
@@ -238,31 +237,6 @@ class COCOSegmentationDataset(Dataset):
                 row[drawn > 0, self.n_channels :] = 0
             row[..., byte] |= drawn << channel % 8
         return row
-
-
-class ClassMasks(NamedTuple):
-    """The masks of an image, drawn one after the other, for those of many classes are large.
-
-    parts: {channel: RunLengths}, at C of the pixels to be ignored; shape: (C, H, W).
-    """
-
-    parts: dict
-    shape: tuple
-
-    def known(self):
-        """bool (H, W): which pixels count, or None where all do."""
-        ignored = self.parts.get(self.shape[0])
-        return None if ignored is None else ignored.draw(*self.shape[1:]) == 0
-
-    def __iter__(self):
-        """Yield a bool array (H, W) for each class."""
-        known = self.known()
-        for channel in range(self.shape[0]):
-            if channel in self.parts:
-                mask = self.parts[channel].draw(*self.shape[1:]) > 0
-                yield mask if known is None else mask & known
-            else:
-                yield np.zeros(self.shape[1:], bool)
 
 
 def open_split(

@@ -188,7 +188,7 @@ class RunningScores:
 def count_image(targets, probabilities, thresholds, clean=None, *, exclusive=True, spacing=None):
     """Counts of one image, of the masks that are written: int (T, C, 4) of tp, fp, fn, tn.
 
-    targets: bool (C, H, W) at the image's own size, or a `data.ClassMasks`, which knows what is to
+    targets: bool (C, H, W) at the image's own size, or run_lengths.ClassMasks, which know what is to
     be ignored; probabilities: float32 (C, S, S); thresholds: T of them; clean, exclusive, spacing:
     see `medseg.inference.Inference.masks`.
     """

@@ -5,6 +5,7 @@ these are kept, and one after the other is drawn.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -38,6 +39,31 @@ class RunLengths:
         """The mask, uint8 of 0 and 1; of another size as `resize_nearest` makes it."""
         drawn = coco_mask.decode(self.coco)
         return drawn if height is None else resize_nearest(drawn, height, width)
+
+
+class ClassMasks(NamedTuple):
+    """The masks of an image, drawn one after the other, for those of many classes are large.
+
+    parts: {channel: RunLengths}, at C of the pixels to be ignored; shape: (C, H, W).
+    """
+
+    parts: dict
+    shape: tuple
+
+    def known(self):
+        """bool (H, W): which pixels count, or None where all do."""
+        ignored = self.parts.get(self.shape[0])
+        return None if ignored is None else ignored.draw(*self.shape[1:]) == 0
+
+    def __iter__(self):
+        """Yield a bool array (H, W) for each class."""
+        known = self.known()
+        for channel in range(self.shape[0]):
+            if channel in self.parts:
+                mask = self.parts[channel].draw(*self.shape[1:]) > 0
+                yield mask if known is None else mask & known
+            else:
+                yield np.zeros(self.shape[1:], bool)
 
 
 def encode(mask):
