@@ -188,8 +188,8 @@ class RunningScores:
 def count_image(targets, probabilities, thresholds, clean=None, *, exclusive=True, spacing=None):
     """Counts of one image, of the masks that are written: int (T, C, 4) of tp, fp, fn, tn.
 
-    targets: bool (C, H, W) at the image's own size, or run_lengths.ClassMasks, which know what is to
-    be ignored; probabilities: float32 (C, S, S); thresholds: T of them; clean, exclusive, spacing:
+    targets: bool (C, H, W) at the image's own size, or a run_lengths.ClassMasks, which knows what
+    is ignored; probabilities: float32 (C, S, S); thresholds: T of them; clean, exclusive, spacing:
     see `medseg.inference.Inference.masks`.
     """
     size = targets.shape[:0:-1]
