@@ -19,7 +19,6 @@ from helpers import (
     save,
     script_here,
     square,
-    write_nifti,
     write_split,
 )
 from PIL import Image
@@ -29,7 +28,6 @@ from data import Batches, Order, Transform, count_channels, load_split
 from medseg.augment import augment, count_draws
 from medseg.images import measure_window
 from medseg.normalization import normalize
-from medseg.volumes import open_volume
 
 SIDE = 48
 LAYOUT = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
@@ -125,16 +123,6 @@ def test_grey_values_change_a_channel_at_a_time():
     shown = darker[0, :, 0, 0] * 0.226 + 0.449
     expected = [(100 / 255) ** power for power in (0.5, 2, 1, 0.5**0.5)]
     np.testing.assert_allclose(shown, expected, rtol=1e-5)
-
-
-def test_neighbouring_slices_are_channels(tmp_path):
-    voxels = np.arange(5 * 6 * 4, dtype=np.int16).reshape(5, 6, 4)
-    volume = open_volume(write_nifti(tmp_path / "a.nii", voxels, zooms=(1, 1, 3)))
-    alone, pictures = volume.pictures((60, 120)), volume.pictures((60, 120), context=1)
-    assert len(pictures) == 4
-    for place, slices in enumerate([(0, 0, 1), (1, 0, 2), (2, 1, 3), (3, 2, 3)]):
-        expected = np.concatenate([alone[index] for index in slices], axis=-1)
-        np.testing.assert_array_equal(pictures[place], expected)
 
 
 def test_grey_values_of_a_set_are_shown_alike(here):
