@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from medseg.coco import listed
-from medseg.files import base_name, escape, name_file
+from medseg.files import base_name, name_file
 from medseg.images import read_image
 from medseg.patterns import same_form, walk
 from medseg.samples import Page, count_pages, stored_orientation, turn
@@ -38,11 +38,6 @@ def check_known(classes, known, problem):
     if unknown := [name for name in classes or () if name not in known]:
         others = listed(known, 20)
         raise ValueError(f"--classes: {problem} {unknown[0]!r:.60}, but {others}")
-
-
-def printable(name):
-    """A name as it can be printed in one line, what would not be seen as an escape: '\\udcff'."""
-    return escape(str(name))
 
 
 def unique_names(paths, prefix=""):
