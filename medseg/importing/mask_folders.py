@@ -71,7 +71,11 @@ def mask_examples(cases, texts, args, classes, present):
         if class_name is None or len(meaning.names_of) > 1 or meaning.rules - {"greys"}:
             meaning.report()  # else a mask of the class has one value, and its name says it all
     names = chain.from_iterable(meaning.names for meaning in meanings.values())
-    return examples, list(dict.fromkeys(names)), {key: value for key, value in info.items() if value}
+    return (
+        examples,
+        list(dict.fromkeys(names)),
+        {key: value for key, value in info.items() if value},
+    )
 
 
 def _report_cases(cases, pairs, class_names):
