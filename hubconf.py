@@ -4,7 +4,7 @@ model = torch.hub.load("OWNER/REPOSITORY", "unet", weights="best_model.pth")
 model = torch.hub.load("path/of/a/clone", "unet", source="local", n_filters=16, norm="batch")
 """
 
-from medseg.pretrained import PRETRAINED
+from medseg.weights import PRETRAINED
 from net import UNet, load_model
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]

@@ -37,11 +37,11 @@ from medseg import images as pictures
 from medseg.files import VOLUME_SUFFIXES
 from medseg.normalization import normalize
 from medseg.predicting import flags, inputs, reading, saving
-from medseg.pretrained import default_model
 from medseg.results.folder import MAX_LINES, Results, describe_run
 from medseg.results.masks import make_masks
 from medseg.samples import set_pixel_limit
 from medseg.settings import choose_window
+from medseg.weights import default_model
 
 # ---- the tutorial's functions ----------------------------------------------------------------
 

@@ -74,11 +74,6 @@ def base_name(path):
     return path.name if path.suffix[1:].isdecimal() else path.stem
 
 
-def result_name(path):
-    """What the results of an image file are called: its `base_name`, shortened where it is long."""
-    return shorten(base_name(path))
-
-
 @contextlib.contextmanager
 def name_file(path):
     """Turn whatever a reader raises into one line that begins with the file's name."""

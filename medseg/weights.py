@@ -1,12 +1,17 @@
-"""Files of weights: read without trusting them, written whole or not at all."""
+"""Files of weights: read without trusting them, written whole; those that the repository has."""
 
 import warnings
 import zipfile
+from pathlib import Path
 
 import torch
 
 from medseg.cli import one_line
 from medseg.files import atomic_write
+
+# docs/pretrained.md tells how they were made.
+PRETRAINED = Path(__file__).parents[1] / "dataset" / "tumor.pth"
+ABOUT_PRETRAINED = "brain tumours in MRI slices, test Dice 0.77"
 
 
 def load_weights(path):
@@ -39,3 +44,20 @@ def save_weights(path, state):
         except RuntimeError as error:  # what PyTorch makes of an OSError while writing
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(one_line(error)) from None
+
+
+def pretrained_path():
+    """PRETRAINED as it is seen from the current folder, or None where it was removed."""
+    if not PRETRAINED.exists():
+        return None
+    here = Path.cwd()
+    return PRETRAINED.relative_to(here) if PRETRAINED.is_relative_to(here) else PRETRAINED
+
+
+def default_model():
+    """The weights to use where none are named: best_model.pth, else PRETRAINED, and says so."""
+    own, path = Path("best_model.pth"), pretrained_path()
+    if own.exists() or path is None:
+        return str(own)
+    print(f"no {own} here: taking {path} ({ABOUT_PRETRAINED}; see docs/pretrained.md)")
+    return str(path)

@@ -7,8 +7,7 @@ import torch
 from helpers import make_dataset, set_classes
 
 import train
-from medseg.pretrained import PRETRAINED
-from medseg.weights import load_weights
+from medseg.weights import PRETRAINED, load_weights
 from net import UNet, load_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -46,7 +46,7 @@ from medseg.images import save_mask
 from medseg.predicting import page
 from medseg.predicting.inputs import EXAMPLE, learned_images
 from medseg.predictor import Prediction, Predictor
-from medseg.pretrained import pretrained_path
+from medseg.weights import pretrained_path
 from net import ModelInfo
 
 pytestmark = pytest.mark.slow

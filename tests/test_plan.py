@@ -281,7 +281,7 @@ def test_weights_that_find_the_masks_are_a_start(astray, tmp_path, monkeypatch):
     """They mark the bright square of each of four images; of some, the mask is another square."""
     path = tmp_path / "known.pth"
     torch.save(brightness_model().state_dict(), path)
-    monkeypatch.setattr("medseg.pretrained.PRETRAINED", path)
+    monkeypatch.setattr("medseg.weights.PRETRAINED", path)
     images = {f"{number}.png": scan(32, 32, 4, 4, 8) for number in range(4)}
     squares = [square(4, 4, 8)] * (4 - astray) + [square(20, 20, 8)] * astray
     root = write_set(tmp_path / "set", images, list(enumerate(squares)))
@@ -304,7 +304,7 @@ def test_images_from_first_to_last_decide_on_a_start(tmp_path, monkeypatch):
     """The weights mark the squares of the first 32 of 64 images, and not those of the others."""
     path = tmp_path / "known.pth"
     torch.save(brightness_model().state_dict(), path)
-    monkeypatch.setattr("medseg.pretrained.PRETRAINED", path)
+    monkeypatch.setattr("medseg.weights.PRETRAINED", path)
     images = {f"{number}.png": scan(32, 32, 4, 4, 8) for number in range(64)}
     outlines = [(n, square(4, 4, 8) if n < 32 else square(20, 20, 8)) for n in range(64)]
     root = write_set(tmp_path / "set", images, outlines)

@@ -62,7 +62,7 @@ from medseg.predicting.report import (
 )
 from medseg.predicting.scoring import FolderScores
 from medseg.predictor import Predictor
-from medseg.pretrained import ABOUT_PRETRAINED, PRETRAINED
+from medseg.weights import ABOUT_PRETRAINED, PRETRAINED
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_before_any_training_the_repositorys_weights_are_used(place, refused, mo
     assert str(PRETRAINED) in note and ABOUT_PRETRAINED in note
     np.testing.assert_array_equal(masks["first"], masks["named"])
     assert masks["first"].shape == (256, 256) and (masks["first"] != masks["own"]).any()
-    monkeypatch.setattr("medseg.pretrained.PRETRAINED", place / "none.pth")
+    monkeypatch.setattr("medseg.weights.PRETRAINED", place / "none.pth")
     refused("predict", "scan.png", words=["best_model.pth", "python train.py"])
 
 

@@ -366,7 +366,6 @@ def test_files_of_a_volume(place):
     "arguments, words",
     [
         (("scans", "--write", "masks"), ["--write", "did you mean mask?"]),
-        (("scans", "--write", "mask,mask"), ["--write", "twice"]),
         (("scans/a.png", "--write", "coco", "--output", "a.png"), ["--write", "a.png"]),
         (("v.nii", "--write", "labelme"), ["v.nii", "--write labelme", "3D Slicer"]),
         (("scans", "v.nii", "--write", "coco"), ["v.nii", "--write coco"]),

@@ -17,7 +17,7 @@ from medseg.phantoms import make_phantoms
 from medseg.planning import rules
 from medseg.planning.fingerprint import take_fingerprint
 from medseg.planning.timing import time_network
-from medseg.pretrained import pretrained_path
+from medseg.weights import pretrained_path
 from net import UNet, load_model
 
 NOT_REPEATED = ("recipe", "minutes", "out", "overwrite")  # in the command that a plan prints

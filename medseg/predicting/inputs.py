@@ -17,17 +17,16 @@ from medseg.files import (
     base_name,
     file_format,
     name_file,
-    result_name,
     shorten,
 )
 from medseg.images import SUFFIXES, as_picture, read_image
 from medseg.modalities import Modalities, format_of, open_channels, read_channels
 from medseg.own_files import is_own
 from medseg.predicting.cases import find_cases
-from medseg.pretrained import pretrained_path
 from medseg.samples import KINDS
 from medseg.settings import count_recorded
 from medseg.volumes import SINGLE_SUFFIXES
+from medseg.weights import load_weights, pretrained_path
 
 EXAMPLE = Path("dataset/test/27_jpg.rf.b2a2b9811786cc32a23c46c560f04d07.jpg")  # the tutorial's
 MAX_NAMED = 3  # of the files that could not be predicted, in the line on them
@@ -100,7 +99,7 @@ def as_frame(image, window=None):
     if not isinstance(image, (str, Path)):
         return Frame(Path("image"), "image", "image", partial(as_picture, image))
     path = Path(image)
-    return Frame(path, result_name(path), path.name, partial(read_image, path, window))
+    return Frame(path, shorten(base_name(path)), path.name, partial(read_image, path, window))
 
 
 def check_channels(picture, info):
@@ -199,7 +198,7 @@ def expand(inputs, info=None, *, series=False):
             paths.append(given)
         else:
             raise FileNotFoundError(f"{given}: no such image or folder")
-    names = {path: result_name(path) for path in paths}
+    names = {path: shorten(base_name(path)) for path in paths}
     formats = {path: file_format(path) for path in paths}
     for _ in range(2):  # again, for a_png.png may be there too
         count = Counter((path.parent, name) for path, name in names.items())
@@ -288,8 +287,6 @@ def learned_images(model_path, count):
     if pretrained_path() and Path(model_path).samefile(pretrained_path()):
         folder = EXAMPLE.parent if EXAMPLE.exists() else None
     elif last.exists():
-        from medseg.weights import load_weights
-
         with suppress(ValueError, LookupError, TypeError):  # of another program
             flags = load_weights(last)["flags"]
             folder = Path(flags["data"], "synthetic" if flags["synthetic"] else "", "test")

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from medseg.device import choose_precision
 from medseg.drawing import describe_shown, overlay, rgb_image, with_legend, with_note
-from medseg.files import file_format, result_name, shorten
+from medseg.files import base_name, file_format, shorten
 from medseg.images import save_mask, save_overlay, save_png
 from medseg.inference import MAX_LEVEL
 from medseg.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
@@ -167,7 +167,7 @@ class Results:
 
         slices = [self._make_masks(*one) for one in predicted]
         masks = stack_masks(slices)
-        paths = self._paths(name or result_name(volume.path), volume.path)
+        paths = self._paths(name or shorten(base_name(volume.path)), volume.path)
         written, stored = self._write(paths, masks, volume.path, save), masks.measured
         if stored.dtype == bool:
             stored = np.stack([volume.stored(mask, bool) for mask in stored])
