@@ -50,18 +50,19 @@ OPTIONS = {
         "type": number(0, 7),
         "default": 0,
         "metavar": "N",
-        "help": "of volumes: the N slices before and after each slice are channels of it",
+        "help": "add the N slices before and after each slice of a volume to its channels",
     },
     "window": {
         "type": float,
         "nargs": 2,
         "metavar": ("CENTER", "WIDTH"),
-        "help": "of DICOM or volumes; default: the file's own, or 0.5 to 99.5 %% of a volume",
+        "help": "in DICOM files and volumes, the values that become black to white: CENTER - WIDTH/2 "
+        "to CENTER + WIDTH/2; default: the file's own, or 0.5 to 99.5 %% of a volume's values",
     },
     "duplicates": {
         "choices": ("skip", "keep"),
-        "help": "with --add: leave out images that are in any split already, or nearly in another "
-        "one, or add them all the same; default: an error that names them",
+        "help": "with --add, of images that are in any split already, or nearly in another one: "
+        "leave them out, or add them all the same; default: an error that names them",
     },
     "unreviewed": {
         "choices": ("skip", "keep"),
@@ -71,13 +72,14 @@ OPTIONS = {
     "prefix": {"metavar": "TEXT", "help": "begin the names of the stored images with it"},
 }
 SWITCHES = {
-    "invert": "what the masks show as background is the class",
+    "invert": "the class is what the masks show as background, as where cells are drawn and the "
+    "membranes between them are wanted",
     "skip_unpaired": "leave out images without a mask or file, and masks without an image",
-    "empty_unmasked": "images without a mask show nothing of any class: of --masks, healthy cases",
+    "empty_unmasked": "with --masks: images without a mask are healthy, with nothing of any class",
     "time": "volumes of four axes are volumes in time, and so are their masks; with --channels "
     "they are channels",
     "add": "with --into: put the images beside those of that split, which stay as they are",
-    "boxes": "COCO, YOLO: boxes alone are rectangles",
+    "boxes": "draw a rectangle for an object of COCO or YOLO that has a box and no outline",
 }
 IMPORTERS = tuple(SOURCES)
 GOES_WITH = {  # flag: those that it needs one of

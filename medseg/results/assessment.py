@@ -42,5 +42,6 @@ def describe_assessments(assessed):
         lines.append(f"agreement {known[0][0]:.2f}: the mean Dice between members")
     elif lowest := sorted(entry for entry in known if entry[0] < 1)[:MAX_LISTED]:
         listed = ", ".join(f"{title} {agreement:.2f}" for agreement, title in lowest)
-        lines.append(f"to check first, for there the members agree least (mean Dice): {listed}")
+        what = "to check first, for there the members agree least (mean Dice, docs/unlike.md)"
+        lines.append(f"{what}: {listed}")
     return lines
