@@ -56,8 +56,8 @@ OPTIONS = {
         "type": float,
         "nargs": 2,
         "metavar": ("CENTER", "WIDTH"),
-        "help": "in DICOM files and volumes, the values that become black to white: CENTER - WIDTH/2 "
-        "to CENTER + WIDTH/2; default: the file's own, or 0.5 to 99.5 %% of a volume's values",
+        "help": "in DICOM files and volumes, the values that become black to white: CENTER - "
+        "WIDTH/2 to CENTER + WIDTH/2; default: the file's own, or 0.5 to 99.5 %% of a volume",
     },
     "duplicates": {
         "choices": ("skip", "keep"),
