@@ -69,57 +69,6 @@ def to_pixels(images):
     return (pixels * 255).round().long()
 
 
-# ---- whole images ----------------------------------------------------------------------------
-
-
-def test_every_image_keeps_its_own_size(own_sizes):
-    rows = load_split(own_sizes, "train", None)
-    for number in range(4):
-        np.testing.assert_array_equal(rows[number], expected_row(own_sizes / "train", number))
-        assert np.shares_memory(rows[number], rows.pixels)
-    assert rows[-1].shape == (50, 41, 4) and len(list(rows)) == 4
-    for pixels, sizes in ((rows.pixels, [[3, 4]]), (rows.pixels[:0], [[0, 4]])):
-        with pytest.raises(ValueError):
-            RaggedRows(pixels, sizes)
-    image, mask = open_split(own_sizes, "train", None)[1]
-    assert image.shape == (3, 33, 20) and mask.sum() == 100
-    assert load_split(own_sizes, "train", None, n_channels=1)[0].shape == (40, 60, 2)
-    assert load_split(own_sizes, "train", 32).shape == (4, 32, 32, 4)
-
-
-def test_whole_images_come_one_by_one(own_sizes):
-    rows = load_split(own_sizes, "train", None)
-    loader = Batches(rows, Order(32))
-    assert len(loader) == 4
-    for (images, masks), row in zip(loader, rows, strict=True):
-        assert len(images) == 1 and masks.dtype == torch.float32
-        np.testing.assert_array_equal(to_pixels(images)[0], row[..., :3])
-        np.testing.assert_array_equal(masks[0, 0], row[..., 3])
-    turned = Transform(strengths={"rotate": 30.0, "noise": 0.1})
-    flipped = Batches(rows, Order(2, shuffle=True), transform=turned)
-    assert sorted(tuple(images.shape[2:]) for images, _ in flipped) == sorted(SIZES)
-
-
-def test_processes_get_a_whole_image_each(own_sizes):
-    rows = load_split(own_sizes, "train", None)
-    transform = Transform(strengths={"flip": 1.0, "noise": 0.1})
-    alone = list(Batches(rows, Order(4, True), transform=transform))
-    of_ranks = []
-    for rank in range(3):
-        order = Order(4, True, rank=rank, world=3)
-        loader = Batches(rows, order, transform=transform)
-        of_ranks.append(list(loader))
-        assert len(loader) == len(of_ranks[-1]) == 2
-    for index, (images, masks) in enumerate(alone):
-        own_images, own_masks = of_ranks[index % 3][index // 3]
-        assert torch.equal(own_images, images) and torch.equal(own_masks, masks)
-    empty, _ = of_ranks[1][1]  # the last batch has one image: none for the second process
-    assert empty.shape[:2] == (0, 3) and UNet(n_filters=2)(empty).shape[0] == 0
-
-
-# ---- crops -----------------------------------------------------------------------------------
-
-
 def numbered_rows():
     """Images whose pixels hold their number, row and column: no two pixels are the same."""
     rows = []
@@ -130,6 +79,43 @@ def numbered_rows():
         row[..., 3] = (row[..., 1] + row[..., 2]) % 2
         rows.append(row)
     return RaggedRows(np.concatenate([row.reshape(-1, 4) for row in rows]), SIZES)
+
+
+# ---- whole images ----------------------------------------------------------------------------
+
+
+def test_whole_images_come_one_by_one(own_sizes):
+    rows = load_split(own_sizes, "train", None)
+    loader = Batches(rows, Order(32))
+    assert len(loader) == len(rows) == 4
+    for number, (images, masks) in enumerate(loader):
+        expected = expected_row(own_sizes / "train", number)
+        np.testing.assert_array_equal(rows[number], expected)
+        np.testing.assert_array_equal(to_pixels(images), expected[None, ..., :3])
+        np.testing.assert_array_equal(masks[0, 0], expected[..., 3])
+    with pytest.raises(ValueError):
+        RaggedRows(rows.pixels, [[3, 4]])
+    image, mask = open_split(own_sizes, "train", None)[1]
+    assert image.shape == (3, 33, 20) and mask.sum() == 100
+    assert load_split(own_sizes, "train", None, n_channels=1)[0].shape == (40, 60, 2)
+
+
+def test_processes_get_a_whole_image_each():
+    transform, parts = Transform(strengths={"flip": 1.0, "rotate": 30.0, "noise": 0.1}), []
+    alone = list(Batches(numbered_rows(), Order(4, True), transform=transform))
+    assert sorted(tuple(images.shape[2:]) for images, _ in alone) == sorted(SIZES)
+    for rank in range(3):
+        order = Order(4, True, rank=rank, world=3)
+        parts.append(list(Batches(numbered_rows(), order, transform=transform)))
+        assert len(parts[-1]) == 2
+    for index, (images, masks) in enumerate(alone):
+        own_images, own_masks = parts[index % 3][index // 3]
+        assert torch.equal(own_images, images) and torch.equal(own_masks, masks)
+    empty, _ = parts[1][1]  # the last batch has one image: none for the second process
+    assert empty.shape[:2] == (0, 3) and UNet(n_filters=2)(empty).shape[0] == 0
+
+
+# ---- crops -----------------------------------------------------------------------------------
 
 
 def crops(rows, size, epoch=0, start=0, strengths=(), **options):
@@ -152,9 +138,6 @@ def test_crops_are_slices_of_the_images(strengths):
         np.testing.assert_array_equal(pixels, one_size[0, top:, left:, :3][:16, :16])
     assert len(crops(one_size, 16)) == 3 * 16
     rows, seen = numbered_rows(), dict.fromkeys(range(4), 0)
-    assert (
-        len(Batches(rows, Order(4), transform=Transform(crop=20))) == 6
-    )  # 6 + 2 + 10 + 5 crops in batches of 4
     for pixels, mask in crops(rows, 20, strengths=strengths):
         number, top, left = pixels[0, 0]
         source = rows[number][top : top + 20, left : left + 20]
@@ -162,6 +145,7 @@ def test_crops_are_slices_of_the_images(strengths):
         np.testing.assert_array_equal(mask, source[..., 3])
         seen[number] += 1
     assert seen == {0: 6, 1: 2, 2: 10, 3: 5}  # height x width / 400, rounded
+    assert len(Batches(rows, Order(4), transform=Transform(crop=20))) == 6
 
 
 def test_every_place_is_as_likely():
@@ -190,26 +174,21 @@ def test_windows_against_clamped_indices():
         np.testing.assert_array_equal(window, rows[number][lines[:, None], columns])
 
 
-def test_crops_are_a_function_of_seed_epoch_and_place():
-    rows, strengths = numbered_rows(), {"rotate": 30.0, "flip": 1.0, "noise": 0.2}
+@pytest.mark.parametrize("foreground", [0.0, 0.5])
+def test_crops_are_a_function_of_seed_epoch_and_place(foreground):
+    strengths = {"rotate": 30.0, "flip": 1.0, "noise": 0.2}
 
     def order(**options):
-        return [image.tobytes() for image, _ in crops(rows, 20, strengths=strengths, **options)]
+        options |= {"strengths": strengths, "foreground": foreground}
+        return [image.tobytes() for image, _ in crops(numbered_rows(), 20, **options)]
 
     first = order()
     assert first == order() and len(set(first)) == len(first)
     assert first != order(epoch=1) and first != order(seed=1)
     assert order(epoch=2)[8:] == order(epoch=2, start=2)
-    even, odd = (order(rank=rank, world=2) for rank in range(2))
-    together = []
-    for position in range(0, 12, 2):  # two images of each batch of four
-        for pair in zip(even[position : position + 2], odd[position : position + 2], strict=False):
-            together += pair
-    together += even[len(odd) :]
-    assert together == first
-
-
-def test_an_empty_part_of_a_batch_has_the_size_of_the_crop():
+    for rank in range(2):
+        mine = [own for place, own in enumerate(first) if place % 4 % 2 == rank]
+        assert order(rank=rank, world=2) == mine
     transform = Transform(crop=20, strengths={"rotate": 30.0})
     rows = numbered_rows()[0][None]  # 6 crops of 20, in batches of 5
     *_, (images, masks) = Batches(rows, Order(5, rank=1, world=2), transform=transform)
@@ -224,16 +203,12 @@ def marked_rows():
 
     The masks are their fourth and fifth bytes.
     """
-    plain, rows = numbered_rows(), []
-    for number, row in enumerate(plain):
-        masks = np.zeros((*row.shape[:2], 2), np.uint8)
-        if number == 0:
-            masks[39, 10, 0] = 1
-        if number == 2:
-            masks[20:50, 30:60, 0] = 1
-            masks[5, 33, 1] = 2
-        rows.append(np.concatenate([row[..., :3], masks], 2))
-    return RaggedRows(np.concatenate([row.reshape(-1, 5) for row in rows]), SIZES)
+    plain = numbered_rows()
+    rows = RaggedRows(np.pad(plain.pixels[:, :3], ((0, 0), (0, 2))), SIZES)
+    rows[0][39, 10, 3] = 1
+    rows[2][20:50, 30:60, 3] = 1
+    rows[2][5, 33, 4] = 2
+    return rows
 
 
 def draw_foreground(share, epochs, rows=None, crop=16, **options):
@@ -288,15 +263,6 @@ def test_whole_images_without_foreground_are_drawn_less_often(repeat):
     assert len(seen) == 40 and max(counts) < 1.3 * min(counts)
     plain = draw_foreground(0.33, [0], rows * np.uint8([1, 1, 1, 0]), crop=0)
     assert sorted(number for number, *_ in plain) == list(range(40))  # there is none to prefer
-
-
-def test_foreground_is_a_function_of_seed_epoch_and_place():
-    first = draw_foreground(0.5, [2])
-    assert first == draw_foreground(0.5, [2]) != draw_foreground(0.5, [3])
-    parts = [draw_foreground(0.5, [2], rank=rank, world=2) for rank in range(2)]
-    for rank, part in enumerate(parts):
-        mine = [n for n in range(len(first)) if n % 8 % 2 == rank]
-        assert part == [first[n] for n in mine]
 
 
 @pytest.mark.parametrize("text", ["rotate=180", "rotate,scale,shift,elastic", "scale=1,rotate=180"])
