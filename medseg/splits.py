@@ -2,7 +2,6 @@
 
 import contextlib
 import filecmp
-import glob
 import json
 import os
 import re
@@ -28,7 +27,6 @@ from medseg.coco import (
     used_categories,
 )
 from medseg.dataset_folder import ADD, NEW, import_lock, move_out
-from medseg.files import file_lock
 
 ROBOFLOW = re.compile(r"(.+)\.rf\.\w+")  # the name of a picture, and a number of its variant
 FEW = 20  # images of train and valid: of fewer, all are to be scored
@@ -269,17 +267,15 @@ def whole_folder(target):
 
     What a killed process left of it is removed.
     """
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    busy = f"{target}: another process is writing it: wait until it has ended"
-    with file_lock(target.with_name(f".{target.name}.lock"), busy=busy):
-        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
-            print(f"{left}: removed, a killed process left it", flush=True)
-        try:
-            yield building
-            os.replace(building, target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    building = target.with_name(f".{target.name}.new.tmp")
+    if building.exists():
+        shutil.rmtree(building)
+        print(f"{building}: removed, a killed process left it", flush=True)
+    try:
+        yield building
+        os.replace(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def link_split(folder, entries, categories, info, ways=(os.link, shutil.copy2)):
@@ -300,13 +296,12 @@ def link_split(folder, entries, categories, info, ways=(os.link, shutil.copy2)):
 
 
 def _link(path, target, ways):
-    for way in ways[:-1]:
+    for way in ways:
         try:
-            way(path, target)
-            return
+            return way(path, target)
         except OSError:  # another disk, or a file system or an account that has no such links
-            continue
-    ways[-1](path, target)
+            if way is ways[-1]:
+                raise
 
 
 def next_training(root):

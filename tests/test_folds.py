@@ -309,12 +309,12 @@ def test_stopped_in_a_fold_it_names_the_command_that_goes_on(copied, done):
 
 
 def test_overwrite_leaves_no_weights_of_an_earlier_one(copied):
-    Path("run/.folds.1.tmp").mkdir()  # of a process that was killed
+    Path("run/.folds.new.tmp").mkdir()  # of a process that was killed
     run(*FLAGS, "--folds", 2, "--out", "run", "--overwrite")
     left = sorted(map(str, Path("run").glob("fold*/best_model.pth")))
     assert left == ["run/fold1/best_model.pth", "run/fold2/best_model.pth"]
     assert {path.name for path in Path("run/folds").iterdir()} == {"fold1", "fold2"}
-    assert len(read("run")["folds"]) == 2 and not Path("run/.folds.1.tmp").exists()
+    assert len(read("run")["folds"]) == 2 and not Path("run/.folds.new.tmp").exists()
     # A single run takes the place of both.
     run(*FLAGS, "--out", "run", "--overwrite")
     assert not Path("run/folds.json").exists()
