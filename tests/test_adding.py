@@ -39,6 +39,7 @@ from data import load_split
 from medseg.dataset_folder import import_lock
 from medseg.importing.adding import find_known
 from medseg.planning.fingerprint import take_fingerprint
+from medseg.settings import check_window
 from medseg.splits import ANNOTATIONS, SPLITS
 
 CLASSES = ("--classes", "cup,disc")
@@ -151,6 +152,12 @@ def test_another_window_is_refused(here):
     run_download("--masks", "a/images", "a/masks", "--window", 40, 400)
     add = ("--masks", "b/images", "b/masks", "--into", "train", "--add", "--window")
     refuse_download(*add, 50, 400, words=["dataset/train", "--window 40 400"])
+
+
+def test_every_split_that_stays_is_compared():
+    present = [(name, {"window": (center, 400.0)}) for name, center in (("a", 40.0), ("b", 50.0))]
+    with pytest.raises(ValueError, match="^b: .*--window 50 400"):
+        check_window(present, (40.0, 400.0))
 
 
 def test_the_same_images_again_are_one_line(grown):

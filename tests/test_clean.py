@@ -36,6 +36,7 @@ LARGEST = "11111...... 1...1...... 1...1...... 1...1.222.. 11111.2.2.. ......222
 FILLED = "11111..1... 11111...1.. 11111...... 11111.222.. 11111.222.1 ......222.."
 ALL = "11111...... 11111...... 11111...... 11111...... 11111...... ..........."
 RINGS = "1111111. 1.....1. 1.222.1. 1.2.2.1. 1.222.1. 1.....1. 1111111. 3333...."
+SWAPPED = str.maketrans("12", "21")
 RINGS_FILLED = "1111111. 1111111. 1122211. 1122211. 1122211. 1111111. 1111111. 3333...."
 
 
@@ -55,6 +56,7 @@ RINGS_FILLED = "1111111. 1111111. 1122211. 1122211. 1122211. 1111111. 1111111. 3
         ("1.22. ....7 11.2.", "largest", "..22. ....7 11..."),  # each class keeps one
         ("... ...", "largest", "... ..."),
         (RINGS, "fill", RINGS_FILLED),
+        (RINGS.translate(SWAPPED), "fill", RINGS_FILLED.translate(SWAPPED)),
         # A hole between two classes is one of neither, nor is one that leads out of the image.
         *((text, "fill", text) for text in ("1112 1..2 1112", "1111 1... 1111", "1.1 1.1 111")),
         # An island that is removed is a hole like any other.
