@@ -252,23 +252,27 @@ def test_slices_that_show_nothing_are_no_duplicates(here):
 # ---- stopped and killed --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["write", "n11.png", ANNOTATIONS])
-def test_an_interrupted_addition_leaves_the_old_split(grown, monkeypatch, place):
-    original = os.replace
+STOPS = {"write": NEW, "train/n11.png": NEW, f"train/{ANNOTATIONS}": NEW, "train": FORCE}
+
+
+@pytest.mark.parametrize("place", STOPS)
+def test_an_interrupted_import_leaves_the_old_splits(grown, monkeypatch, place):
+    original, stopped = os.replace, []
 
     def replace(source, target):
-        if target == Path("dataset/train", place).resolve():
-            raise KeyboardInterrupt
+        if Path(target).resolve() == Path("dataset", place).resolve() and not stopped:
+            stop()
         original(source, target)
 
     def stop(*_):
+        stopped.append(place)
         raise KeyboardInterrupt
 
     before = tree(grown)
     monkeypatch.setattr(os, "replace", replace)
     if place == "write":
         monkeypatch.setattr("medseg.importing.adding.leave_out_known", stop)
-    result = script_here("download.py", *NEW, *CLASSES, cwd=grown)
+    result = script_here("download.py", *STOPS[place], *CLASSES, cwd=grown)
     assert (result.returncode, result.stderr) == (130, "download.py: interrupted\n")
     assert tree(grown) == before
 
