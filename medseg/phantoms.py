@@ -72,25 +72,25 @@ def write_images(folder, split_number, count, size, seed, two_classes):
         Image.fromarray(pixels).convert("RGB").save(folder / name, quality=92)
         images.append({"id": index, "file_name": name, "width": size, "height": size})
         for outline, dark in lesions:
-            category = 2 if two_classes and dark else 1
-            annotations.append(to_coco(outline, len(annotations) + 1, index, category))
+            ids = {"id": len(annotations) + 1, "image_id": index}
+            ids["category_id"] = 2 if two_classes and dark else 1
+            annotations.append(to_coco(outline, **ids))
     names = ("bright", "dark") if two_classes else ("tumour",)
     more = {"supercategory": "none"}
     categories = [{"id": number, "name": name, **more} for number, name in enumerate(names, 1)]
     return {"categories": categories, "images": images, "annotations": annotations}
 
 
-def to_coco(outline, annotation_id, image_id, category_id):
+def to_coco(outline, **ids):
     """The COCO annotation of one outline, an array (K, 2) of x and y in pixels."""
     x, y = outline.round(2).T
     area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2  # the shoelace formula
-    box = [x.min(), y.min(), np.ptp(x), np.ptp(y)]
+    box = [round(float(side), 2) for side in (x.min(), y.min(), np.ptp(x), np.ptp(y))]
+    polygon = [np.stack([x, y], axis=1).ravel().tolist()]
     return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": category_id,
-        "segmentation": [np.stack([x, y], axis=1).ravel().tolist()],
-        "bbox": [round(float(side), 2) for side in box],
+        **ids,
+        "segmentation": polygon,
+        "bbox": box,
         "area": round(float(area), 2),
         "iscrowd": 0,
     }

@@ -99,22 +99,6 @@ def reduce_case(picture, targets, preds):
     return picture[::step, ::step].copy(), *map(np.stack, reduced)
 
 
-def draw_case(axis, case, classes, *, thin=False):
-    """Show a picture (H, W, 1 or 3) with outlines of bool arrays (C, H, W), of some `classes`.
-
-    case: (picture, targets, preds, title). thin: in their place color the pixels: `mark_pixels`.
-    """
-    picture, targets, preds = reduce_case(*case[:3])
-    picture = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
-    axis.imshow(mark_pixels(picture, targets, preds) if thin else picture)
-    colors = outline_colors(len(targets))
-    for index in () if thin else classes:
-        draw_outline(axis, targets[index], colors[index][0], "solid")
-        draw_outline(axis, preds[index], colors[index][1], "dashed")
-    title, style = as_drawn(case[3], fontsize=12)
-    axis.set_title(title, **style)
-
-
 def mark_pixels(picture, targets, preds):
     """The picture (0..1 or uint8) with the pixels that are right, missed or wrong in PIXEL_COLORS.
 
@@ -133,15 +117,24 @@ def mark_pixels(picture, targets, preds):
 def draw_cases(axes, cases):
     """Draw cases (picture, targets, preds, title), one in each of an array of axes.
 
-    Returns the class indices that are drawn, see `choose_classes`, and whether their structures are
-    thin, so that pixels are colored in the place of outlines.
+    Pictures (H, W, 1 or 3) have the outlines of their masks, bool arrays (C, H, W), over them, or
+    where structures are thin their pixels coloured, see `mark_pixels`. Returns the class indices
+    that are drawn, see `choose_classes`, and whether structures are thin.
     """
     thin = are_thin(np.any(targets, 0) for _, targets, *_ in cases)
     classes = choose_classes([(targets, preds) for _, targets, preds, _ in cases])
     for axis in axes.flat:  # there may be more of them
         axis.axis("off")
-    for axis, case in zip(axes.flat, cases, strict=False):
-        draw_case(axis, case, classes, thin=thin)
+    for axis, (*case, title) in zip(axes.flat, cases, strict=False):
+        picture, targets, preds = reduce_case(*case)
+        picture = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
+        axis.imshow(mark_pixels(picture, targets, preds) if thin else picture)
+        colors = outline_colors(len(targets))
+        for index in () if thin else classes:
+            draw_outline(axis, targets[index], colors[index][0], "solid")
+            draw_outline(axis, preds[index], colors[index][1], "dashed")
+        title, style = as_drawn(title, fontsize=12)
+        axis.set_title(title, **style)
     return classes, thin
 
 
