@@ -87,6 +87,12 @@ def test_the_first_commands_train_on_phantoms_and_predict(tmp_path):
     assert list(tmp_path.glob("*_prediction.png")) and list(tmp_path.glob("*_mask.png"))
 
 
+def test_every_column_of_the_table_is_explained():
+    from medseg.results.table import COLUMNS
+
+    assert {*COLUMNS, "dice"} <= set(inline_code(ROOT / "docs" / "tutorial.md"))
+
+
 def test_ci_runs_the_test_command():
     ci = text(ROOT / ".ci" / "run")
     assert "python -m pytest" in commands(README) and re.search(r"python\S* -m pytest$", ci, re.M)
