@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SMALL, output_of, wait_until
+from helpers import ROOT, SMALL, output_of, run_python, start_python, wait_until
 from PIL import Image
 
 from medseg.training import tracking
@@ -33,16 +33,15 @@ def no_account(here, monkeypatch):
         if name.startswith(("SWANLAB_", "WANDB_", "MLFLOW_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(here))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     Image.new("RGB", (8, 8), "red").save("p.png")
 
 
-def start(*flags, flags_before=None):
-    """(a tracker as train.py starts it, the flags that last.pth would hold)."""
+def start(*flags, runs=None):
+    """(a tracker as train.py starts it, the runs that last.pth would hold); runs: of a last.pth."""
     args = make_parser("").parse_args([*flags, "--project", "Brain"])
     recorded = {"lr": args.lr, "augment": "none", "data_fingerprints": ["x" * 2000]}
-    checkpoint = {"flags": flags_before} if flags_before else None
-    return start_tracker(args, recorded, checkpoint), recorded
+    tracker = start_tracker(args, recorded, {"flags": {"tracker_runs": runs}} if runs else None)
+    return tracker, recorded["tracker_runs"]
 
 
 # ---- what all share --------------------------------------------------------------------------
@@ -65,15 +64,16 @@ def test_the_experiment_is_named_after_batch_size_epochs_and_recipe(flags, name,
     assert begun[0][1:3] == ("Brain", name)
 
 
-def stub_run(function):
-    return Run("id", function, function, function, ["see", "it"], local=False)
+def stub(function):
+    """begin(mode) of a tracker whose calls are all function(...)."""
+    return lambda mode: Run("id", function, function, function, ["see", "it"], local=False)
 
 
 def test_errors_are_told_once_and_stop_nothing(capsys):
     def fail(*_):
         raise RuntimeError("two\nlines")
 
-    tracker = Tracker("Stub", lambda mode: stub_run(fail), ["local"])
+    tracker = Tracker("Stub", stub(fail), ["local"])
     tracker.image("predictions", "missing.png")
     tracker.log({"train/loss": 0.5}, step=1)
     tracker.finish()
@@ -85,32 +85,21 @@ def test_errors_are_told_once_and_stop_nothing(capsys):
 def test_what_hangs_is_waited_for_once(monkeypatch, capsys):
     calls, never = [], threading.Event()
     monkeypatch.setattr(tracking, "CALL", 0.2)
+    monkeypatch.setattr(tracking, "START", 0.2)
 
     def hang(*given):
         calls.append(given)
         never.wait(10)
 
-    tracker = Tracker("Stub", lambda mode: stub_run(hang), ["local"])
-    tracker.log({"train/loss": 0.5}, step=1)
-    tracker.log({"train/loss": 0.5}, step=2)
+    tracker = Tracker("Stub", stub(hang), ["local"])
+    for step in (1, 2):
+        tracker.log({"train/loss": 0.5, "val/iou": float("nan")}, step=step)
     tracker.finish()
-    never.set()
     assert calls == [("train/loss", 0.5, 1)]
     assert "see it" in capsys.readouterr().out  # for not all was uploaded
-
-
-def test_modes_are_tried_in_turn_but_not_after_one_that_hangs(monkeypatch):
-    tried = []
-    monkeypatch.setattr(tracking, "START", 0.2)
-
-    def begin(mode):
-        tried.append(mode)
-        if mode == "hang":
-            time.sleep(1)
-        return None if mode == "ok" else 1 / 0
-
-    Tracker("Stub", begin, ["fail", "hang", "ok"])
-    assert tried == ["fail", "hang"]
+    Tracker("Stub", hang, ["online", "offline"])  # which may wait for a lock of the first
+    assert calls[1:] == [("online",)]
+    never.set()
 
 
 @pytest.mark.parametrize("name", ["swanlab", "tensorboard", "wandb", "mlflow"])
@@ -123,12 +112,11 @@ def test_a_package_that_is_not_installed_is_named_with_its_command(name, monkeyp
 def test_nothing_is_recorded_where_that_is_asked_for(flags, monkeypatch):
     for name, (title, _, modes) in tracking.TRACKERS.items():
         monkeypatch.setitem(tracking.TRACKERS, name, (title, None, modes))
-    before = {"tracker_runs": {"swanlab": "kept"}}
-    tracker, recorded = start(*flags, flags_before=before)
+    tracker, runs = start(*flags, runs={"swanlab": "kept"})
     tracker.log({"train/loss": 0.5}, step=1)
     tracker.image("predictions", "missing.png")
     tracker.finish(failed=True)
-    assert recorded["tracker_runs"] == before["tracker_runs"]
+    assert runs == {"swanlab": "kept"}
 
 
 # ---- TensorBoard, Weights & Biases, MLflow: read back with their own libraries ---------------
@@ -137,18 +125,17 @@ def test_nothing_is_recorded_where_that_is_asked_for(flags, monkeypatch):
 def record(name):
     """A run that is stopped after an epoch, and goes on; its id."""
     Path("a run").mkdir()
-    out = ("--tracker", name, "--out", "a run")
-    tracker, before = start(*out)
+    flags = ("--tracker", name, "--out", "a run")
+    tracker, runs = start(*flags)
     tracker.log({"train/loss": 0.5, "val/dice/Tümor (1)": 0.25, "val/iou": float("nan")}, step=1)
     tracker.finish(failed=True)
-    (run_id,) = before["tracker_runs"].values()
-    tracker, after = start(*out, flags_before=before)
+    tracker, after = start(*flags, runs=runs)
     tracker.log({"train/loss": 0.125}, step=2)
     tracker.log({"test/dice": 0.75})
     tracker.image("predictions", Path("p.png"))
     tracker.finish()
-    assert after["tracker_runs"] == before["tracker_runs"] == {name: run_id}
-    return run_id
+    assert after == runs and list(runs) == [name]
+    return runs[name]
 
 
 def read_tensorboard(folder):
@@ -241,11 +228,11 @@ def test_mlflow_without_a_server(capsys):
 @pytest.mark.parametrize("name", ["swanlab", "tensorboard", "mlflow"])  # W&B takes another
 def test_a_folder_that_cannot_be_made_leaves_training_without_it(name, capsys):
     Path("file").write_text("not a folder")
-    tracker, recorded = start("--tracker", name, "--out", "file/run")
+    tracker, runs = start("--tracker", name, "--out", "file/run")
     tracker.log({"train/loss": 0.5}, step=1)
     tracker.finish()
-    assert tracker.run is None and recorded["tracker_runs"] == {}
-    assert capsys.readouterr().out.count(": could not start ") >= 1
+    assert tracker.run is None and runs == {}
+    assert ": could not start " in capsys.readouterr().out
 
 
 # ---- SwanLab: a stand-in for the service -----------------------------------------------------
@@ -292,7 +279,7 @@ class Service(BaseHTTPRequestHandler):
 
 @contextmanager
 def service(hangs=lambda path: False, nonsense=None):
-    """A server that runs within the context, which is what this process has an API key for.
+    """A server that runs within the context; its `account` are variables for a user of it.
 
     hangs(path): whether a request gets no response. nonsense: bytes to respond with instead.
     """
@@ -300,12 +287,11 @@ def service(hangs=lambda path: False, nonsense=None):
     server.daemon_threads, server.block_on_close = True, False
     server.requests, server.stop = [], threading.Event()
     server.hangs, server.nonsense = hangs, nonsense
+    host = f"http://127.0.0.1:{server.server_port}"
+    server.account = {"SWANLAB_API_HOST": host, "SWANLAB_API_KEY": "x"}
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SWANLAB_API_HOST", f"http://127.0.0.1:{server.server_port}")
-            patch.setenv("SWANLAB_API_KEY", "x")
-            yield server
+        yield server
     finally:
         server.stop.set()
         server.shutdown()
@@ -328,82 +314,54 @@ def uploaded(server, run_id):
     return values, pictures, state
 
 
-def python(program):
-    """Start `program` in a process of its own, where begin(*flags, run_id=None) starts a tracker.
+def program(text):
+    """Arguments of Python: a program that can call `start`, in a process of its own.
 
     SwanLab remembers the server it has logged in to, and some of it acts when the process exits.
     """
-    prelude = """
-        import os, signal, sys, time
-        from medseg.training import tracking
-        from medseg.training.flags import make_parser
-
-        def begin(*flags, run_id=None):
-            args = make_parser("").parse_args([*flags, "--project", "Brain"])
-            checkpoint = {"flags": {"tracker_runs": {"swanlab": run_id}}}
-            return tracking.start_tracker(args, {}, checkpoint)
-    """
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(program)],
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait(process):
-    """Wait for a process of `python`; returns what it printed to stdout."""
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-    assert "Traceback" not in err, err
-    return out
+    head = "import os, signal, sys, time\nfrom test_tracking import start, tracking\n"
+    return "-c", head + textwrap.dedent(text)
 
 
 # ---- SwanLab: what is recorded ---------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_offline_needs_no_network_and_its_sync_command_uploads_everything(monkeypatch):
-    proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in proxies:
-            patch.setenv(name, NOWHERE)
-        process = python("""
-            tracker = begin("--swanlab", "offline", "--out", "it's a folder")
-            print("run", tracker.run.id)
-            tracker.log({"train/loss": 0.5, "val/dice": 0.25, "val/iou": float("nan")}, step=1)
-            tracker.log({"train/loss": 0.125}, step=2)
-            tracker.image("predictions", "p.png")
-            tracker.finish()
-        """)
-        out = wait(process)
-    assert process.returncode == 0 and out.count("swanlab sync") == 1
-    assert list(Path("it's a folder/swanlog").glob("run-*"))
-    run_id, command = re.search("^run (.*)$", out, re.M)[1], re.search("swanlab sync .*", out)[0]
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+def test_offline_needs_no_network_and_its_sync_command_uploads_everything(here):
+    text = """
+        tracker, runs = start("--swanlab", "offline", "--out", "it's a folder")
+        print("run", runs["swanlab"])
+        tracker.log({"train/loss": 0.5, "val/dice": 0.25, "val/iou": float("nan")}, step=1)
+        tracker.log({"train/loss": 0.125}, step=2)
+        tracker.image("predictions", "p.png")
+        tracker.finish()
+    """
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)
+    result = run_python(*program(text), cwd=here, **proxies)
+    assert result.returncode == 0 and result.stdout.count("swanlab sync") == 1, result.stderr
+    run_id = re.search("^run (.*)$", result.stdout, re.MULTILINE)[1]
+    command = re.search("swanlab sync .*", result.stdout)[0]
     with service() as server:  # the command goes to a shell, as when a person pastes it
-        subprocess.run(command, shell=True, check=True, timeout=LIMIT, capture_output=True)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, **server.account, "PATH": path}
+        subprocess.run(command, shell=True, check=True, env=environment, timeout=LIMIT)
         values, pictures, state = uploaded(server, run_id)
     expected = {("train/loss", 1): 0.5, ("val/dice", 1): 0.25, ("train/loss", 2): 0.125}
     assert (values, pictures, state) == (expected, ["predictions"], "FINISHED")
 
 
 @pytest.mark.slow
-def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us():
-    program = """
+def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us(here):
+    text = """
         def leave(number, frame):
             sys.exit(128 + number)
 
         signal.signal(signal.SIGINT, leave)
         signal.signal(signal.SIGTERM, leave)
-        for step, run_id in [(1, None), (2, "earlier"), (3, None)]:
-            tracker = begin(run_id=run_id)  # with an API key, that is online
+        for step, runs in [(1, None), (2, {"swanlab": "earlier"}), (3, None)]:
+            tracker, runs = start(runs=runs)  # with an API key, that is online
             assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is leave
-            print("run", tracker.run.id)
+            print("run", runs["swanlab"])
             tracker.log({"train/loss": 0.5, "train/epoch": step}, step=step)
             tracker.image("predictions", "p.png")
             if step < 3:
@@ -415,10 +373,9 @@ def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us
             tracker.finish(failed=True)
     """
     with service() as server:
-        process = python(program)
-        out = wait(process)
-        assert process.returncode == 143 and "swanlab sync" not in out
-        runs = re.findall("^run (.*)$", out, re.MULTILINE)
+        result = run_python(*program(text), cwd=here, **server.account)
+        assert result.returncode == 143 and "swanlab sync" not in result.stdout, result.stderr
+        runs = re.findall("^run (.*)$", result.stdout, re.MULTILINE)
         assert runs[1] == "earlier" and len(set(runs)) == 3
         states = ["FINISHED", "FINISHED", "CRASHED"]
         for step, (run, state) in enumerate(zip(runs, states, strict=True), start=1):
@@ -432,9 +389,8 @@ def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--swanlab auto", "--tracker wandb"])
-def test_without_a_key_nothing_prompts_at_a_terminal(flags):
-    program = f"""if True:
-        from test_tracking import start
+def test_without_a_key_nothing_prompts_at_a_terminal(flags, monkeypatch):
+    text = f"""
         tracker, _ = start(*{flags.split()})
         print("offline is", tracker.run.local)
         tracker.finish()
@@ -446,12 +402,11 @@ def test_without_a_key_nothing_prompts_at_a_terminal(flags):
         said.append(os.read(descriptor, 4096))
         return said[-1]
 
-    command = ["timeout", str(LIMIT), sys.executable, "-c", program]
-    os.environ["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests'}"
-    status = pty.spawn(command, read)
-    text = b"".join(said).decode()
-    assert os.waitstatus_to_exitcode(status) == 7 and "offline is True" in text, text
-    assert "Enter your choice" not in text and "Traceback" not in text
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    status = pty.spawn(["timeout", str(LIMIT), sys.executable, *program(text)], read)
+    printed = b"".join(said).decode()
+    assert os.waitstatus_to_exitcode(status) == 7 and "offline is True" in printed, printed
+    assert "Enter your choice" not in printed and "Traceback" not in printed
 
 
 def test_online_without_a_key_is_refused():
@@ -471,9 +426,10 @@ def test_online_without_a_key_is_refused():
 )
 def test_without_a_service_it_is_offline_soon(harm, mode, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "ANSWER", 1)
-    with service(**harm or {}):
-        if not harm:
-            monkeypatch.setenv("SWANLAB_API_HOST", NOWHERE)
+    with service(**harm or {}) as server:
+        account = server.account if harm else {**server.account, "SWANLAB_API_HOST": NOWHERE}
+        for name, value in account.items():
+            monkeypatch.setenv(name, value)
         began = time.monotonic()
         tracker, _ = start("--swanlab", mode)
         assert time.monotonic() - began < 6 and tracker.run.local
@@ -484,32 +440,33 @@ def test_without_a_service_it_is_offline_soon(harm, mode, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [False, True])
-def test_servers_that_hang_delay_neither_training_nor_exit(dies):
+def test_servers_that_hang_delay_neither_training_nor_exit(dies, here):
     """At the login, or once the run has begun. The process leaves as train.py does."""
-    process_of = f"""
+    text = f"""
         tracking.START, tracking.CALL = {20 if dies else 1}, 2
-        tracker = begin()
+        tracker, _ = start()
         tracker.log({{"train/loss": 0.5}}, step=1)
         tracker.image("predictions", "p.png")
-        print("ready")
-        time.sleep(1.5)
+        print("ready", flush=True)
+        time.sleep(1.5)  # so long the picture is uploaded
         tracker.finish()
         assert tracker.hung
         os._exit(2)
     """
     with service(hangs=lambda path: not dies and path.startswith("/api/login")) as server:
-        began, process, said = time.monotonic(), python(process_of), ""
-        while "ready" not in said:
-            said += process.stdout.readline()
-        if dies:
-            server.shutdown()
-            server.server_close()  # from here on a connection is refused, or never accepted
-        out = said + wait(process)
+        began, said = time.monotonic(), ""
+        with start_python(*program(text), cwd=here, **server.account) as process:
+            while "ready" not in said:
+                said += process.stdout.readline()
+            if dies:
+                server.shutdown()
+                server.server_close()  # from here on a connection is refused, or never accepted
+            said += process.communicate(timeout=LIMIT)[0]
     # Without os._exit, the upload of the picture would delay the exit for 60 seconds.
     assert process.returncode == 2 and time.monotonic() - began < 40
-    assert ("could not start online: no answer within 1 s" in out) is not dies
-    assert ("could not finish: no answer within 2 s" in out) is dies
-    assert ("swanlab sync " in out) is dies
+    assert ("could not start online: no answer within 1 s" in said) is not dies
+    assert ("could not finish: no answer within 2 s" in said) is dies
+    assert ("swanlab sync " in said) is dies
 
 
 @pytest.mark.slow
