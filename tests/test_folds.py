@@ -38,6 +38,7 @@ from medseg.files import file_lock
 from medseg.inference import full_size_masks
 from medseg.metrics import bootstrap
 from medseg.predictor import Predictor
+from medseg.splits import next_training
 from medseg.training import cross_validation
 from medseg.training.cross_validation import deal_groups, deal_images, pool_scores
 from net import ModelInfo
@@ -152,6 +153,11 @@ def test_folds_keep_the_groups_of_the_import(here):
         assert patients and valid and not patients & valid
     with pytest.raises(ValueError, match="4 .*groups"):
         deal(Path("dataset"), 5)
+    # So few images are all scored; of two patients, by two folds.
+    assert next_training(Path("dataset")).endswith("--recipe auto --folds 4")
+    two = {"images": annotations("train")["images"][:3], "annotations": []}  # of two patients
+    edit_annotations(Path("dataset/train"), lambda content: content.update(two))
+    assert next_training(Path("dataset")).endswith("--recipe auto --folds 2")
 
 
 # ---- the runs --------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import json
 import re
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel
@@ -26,7 +25,7 @@ from scipy import ndimage
 
 import predict
 import train
-from data import Batches, Order, Transform, load_split, open_split
+from data import Batches, Order, Transform, open_split
 from medseg.inference import PLAIN, VIEWS, Inference, learned_flips, read_inference
 from medseg.metrics import SWEEP, count_image
 from medseg.predicting.flags import choose_inference
@@ -259,19 +258,6 @@ def test_flips_are_taken_where_they_gain_also_by_another_threshold():
     assert taken(bad, mixed).flips == ALL_FLIPS
 
 
-# ---- in the weights --------------------------------------------------------------------------
-
-
-def test_it_is_read_as_it_was_written():
-    state = UNet(n_filters=2, inference=TUNED).state_dict()
-    for _ in range(2):
-        model = UNet.from_state_dict(state)
-        assert model.info.inference == TUNED and type(model.info.inference.flips) is tuple
-        state = model.state_dict()
-    plain = UNet(n_filters=2).state_dict()
-    assert UNet.from_state_dict(plain).info.inference is None
-
-
 # ---- predict.py ------------------------------------------------------------------------------
 
 
@@ -365,18 +351,17 @@ def test_flips_that_were_neither_chosen_nor_trained_are_told():
         assert "WARNING" not in " ".join(lines(recorded, trained, "--tta")[1])
 
 
-def test_weights_without_a_choice_predict_as_ever_and_take_flags(place):
+def test_weights_without_a_choice_predict_as_ever_and_take_flags(place, monkeypatch):
     for flags, inference in (
         ((), PLAIN),
-        (("--clean=largest",), PLAIN._replace(clean={"largest": 1.0})),
+        (("--clean=largest",), Inference(clean={"largest": 1.0})),
     ):
         said, mask = run_on_blobs(place, "--model", "plain.pth", *flags)
         assert "chosen" not in said
         np.testing.assert_array_equal(mask, by_hand(blobs(), inference))
     seen, forward = [], UNet.forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(UNet, "forward", lambda net, x: seen.append(x) or forward(net, x))
-        run(place, "a.png", "--model", "plain.pth", "--tta")
+    monkeypatch.setattr(UNet, "forward", lambda net, x: seen.append(x) or forward(net, x))
+    run(place, "a.png", "--model", "plain.pth", "--tta")
     assert len(seen) == 4
     for axes, image in zip(((3,), (2,), (2, 3)), seen[1:], strict=True):  # those of ALL_FLIPS
         assert torch.equal(image, seen[0].flip(axes))
@@ -401,29 +386,6 @@ def test_every_road_makes_the_same_masks(place):
 
     run(place, "--model", "tuned.pth", "--export", "half.pth")
     assert load_model("half.pth").info.inference == TUNED
-
-
-def test_the_report_scores_masks_as_they_are_written(place, dataset):
-    for split in ("valid", "test"):  # more bright pixels than the annotated square
-        for number in range(4):
-            path = dataset / split / f"{number}_{split}.png"
-            pixels = np.asarray(Image.open(path).convert("L"))
-            Image.fromarray(np.maximum(pixels, blobs(number))).save(path)
-    run(place, dataset / "test", "--model", "tuned.pth", "--output", "scored")
-    report = json.loads(Path("scored/report.json").read_text())
-    assert {key: report[key] for key in TUNED.as_dict()} == TUNED.as_dict()
-
-    def dice(split, masks):
-        target = load_split(dataset, split, 48)[..., 3] > 0
-        return 2 * (masks & target).sum() / (masks.sum() + target.sum())
-
-    masks = np.stack([Image.open(f"scored/{number}_test_mask.png") for number in range(4)]) > 0
-    assert report["scores"]["dice"] == pytest.approx(dice("test", masks))
-    # The sweep on valid is of masks made in that way too.
-    for index in (3, 12):
-        cut = TUNED._replace(threshold=SWEEP[index])
-        masks = [by_hand(row[..., 0], cut) for row in load_split(dataset, "valid", 48)]
-        assert report["valid"]["dice"][index] == pytest.approx(dice("valid", np.stack(masks)))
 
 
 # ---- train.py --------------------------------------------------------------------------------
