@@ -234,7 +234,8 @@ def test_every_image_is_scored_by_the_network_that_has_not_seen_it(done):
 
 def test_the_intervals_of_all_folds_are_of_groups():
     """Each image of a group is like the others: of two groups, one or both are drawn."""
-    low, high, fold = [[1, 3, 0, 9]], [[4, 0, 0, 9]], {"class_names": ["foreground"], "images": 5}
+    low, high, fold = [[1, 3, 0, 9]], [[4, 0, 0, 9]], {"class_names": ["foreground"]}
+    fold |= {"images": 5, "threshold": 0.5}
     folds = [
         {**fold, "counts": [low] * 5, "groups": ["a"] * 5},
         {**fold, "counts": [high] * 5, "groups": ["b"] * 5},
