@@ -12,7 +12,6 @@ from medseg.cli import (
     named_values,
     number,
     spell_flags,
-    spell_value,
 )
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES, arch_flags, network_flags
@@ -94,7 +93,7 @@ def _add_training_flags(add):
     min_steps = "do not count epochs for --patience that end within so many first steps"
     add("--min-steps", 300, min_steps, type=AT_LEAST_0)
     add("--n-filters", 32, "channels of the network's first level", type=number(1, 1024))
-    seed = "of the first weights, the order of the images, their augmentation and the folds"
+    seed = "seed of the first weights, of the order and augmentation of images, and of the folds"
     add("--seed", 0, seed, type=AT_LEAST_0)
     folds = (
         "cross-validation: deal train and valid into N folds, train each in OUT/fold1, ..., score "
@@ -118,13 +117,13 @@ def _add_recipe_flags(add, losses, weights):
     add("--dropout", "bottleneck", dropout, choices=CHOICES["dropout"])
     prior = "probability of foreground that the untrained network gives; 0: about one half"
     add("--prior", 0.0, prior, type=number(0.0, 0.99, float))
-    add("--weight-decay", 0.0, "decoupled, as in AdamW; 0: plain Adam", type=REAL)
-    add("--warmup", 0, "steps in which the learning rate rises", type=AT_LEAST_0)
+    add("--weight-decay", 0.0, "decoupled weight decay, as in AdamW; 0: plain Adam", type=REAL)
+    add("--warmup", 0, "steps at the start in which the learning rate rises", type=AT_LEAST_0)
     schedule = "cosine: the learning rate falls to 0 at the end of --epochs"
     add("--schedule", "constant", schedule, choices=("constant", "cosine"))
     ema = "evaluate and keep a running mean of the weights, with this decay; 0: the weights"
     add("--ema", 0.0, ema, type=number(0.0, 0.9999, float))
-    strengths = spell_value({name: strength for name, (strength, _) in AUGMENTATIONS.items()})
+    strengths = ", ".join(f"{name}={value:g}" for name, (value, _) in AUGMENTATIONS.items())
     augment = f"random changes of the training images, as in flip,rotate=30; known: {strengths}"
     add("--augment", {}, augment, type=named_values(AUGMENTATIONS), metavar="NAME=STRENGTH,...")
     tune = (
