@@ -255,13 +255,13 @@ def visualize_predictions(
         pred = np.stack(list(masks))
         dice = metrics.image_dice(metrics.count_masks(target, pred))
         cases.append((*plots.reduce_case(picture, target, pred), f"Dice {dice.mean():.2f}"))
-    names, where = test_loader.names_in_order() if known else (), "predictions at "
+    names, where = (), "predictions"
     if known:
-        where = f"{test_loader.dataset.image_dir}: "
+        names, where = test_loader.names_in_order(), test_loader.dataset.image_dir
     return plots.plot_predictions(
         cases,
         path,
-        title=f"{where}{chosen}{drawing.describe_shown(info.channel_names, ', ')}",
+        title=f"{where}: {chosen}{drawing.describe_shown(info.channel_names, ', ')}",
         class_names=info.class_names,
         captions=[names[index] for index in shown] if known else (),
     )
@@ -348,15 +348,16 @@ def test(model, loader, criterion, device, autocast, tracker):
 
     Those of the masks that predict.py writes, at the size of each image.
     """
-    chosen, names = model.info.inference or inference.PLAIN, model.info.class_names
-    for way in [inference.PLAIN] if chosen == inference.PLAIN else [inference.PLAIN, chosen]:
+    ways = {"": inference.PLAIN}
+    if model.info.inference not in (None, inference.PLAIN):
+        ways["chosen_"] = model.info.inference
+    for prefix, way in ways.items():
         scores = evaluate(model, loader, criterion, device, autocast=autocast, inference=way)
-        if way != inference.PLAIN:
-            del scores["loss"]  # which no threshold changes
-        prefix = "test/" if way == inference.PLAIN else "test/chosen_"
-        tracker.log({f"{prefix}{name}": value for name, value in scores.items()})
+        if prefix:
+            del scores["loss"]  # of the first alone
+        tracker.log({f"test/{prefix}{name}": value for name, value in scores.items()})
         if dist.is_first():
-            reports.print_test(scores, names, way)
+            reports.print_test(scores, model.info.class_names, way)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import HOME, ROOT, SMALL, fork_script, output_of
+from helpers import HOME, ROOT, SMALL, fork_script, output_of, wait_until
 
 from data import Batches, Order
 from medseg.dist import SharedDropout, all_reduce_max, process_group
@@ -53,17 +52,13 @@ def finish(process, timeout=180):
     return said
 
 
-def free_port():
+def environments():
+    """What torchrun tells each of two processes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def own_environment(rank, port):
-    """What torchrun tells one of two processes."""
-    return {
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"},
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
-    }
+        port = str(server.getsockname()[1])
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    both["GLOO_SOCKET_IFNAME"] = "lo"
+    return [{**both, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
 
 
 def train_in_two(*arguments, cwd):
@@ -71,30 +66,22 @@ def train_in_two(*arguments, cwd):
 
     They find the environment that torchrun makes. Forks need not import PyTorch.
     """
-    port = free_port()
 
-    def start(rank):
+    def start(log, environment):
         def prepare():
-            os.environ.update(own_environment(rank, port))
+            os.environ.update(environment)
             os.chdir(cwd)
 
-        return fork_script("train.py", *arguments, log=logs[rank], prepare=prepare)
+        return fork_script("train.py", *arguments, log=log, prepare=prepare)
 
-    logs = [cwd / f"log{rank}" for rank in range(2)]
-    processes = [start(rank) for rank in range(2)]
+    logs = [cwd / "log0", cwd / "log1"]
+    processes = list(map(start, logs, environments()))
     for process in processes:
         process.join(120)
         process.kill()
     said = "".join(log.read_text() for log in logs)
     assert [process.exitcode for process in processes] == [0, 0], said
     return said
-
-
-def wait_for(path, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert path.exists()
 
 
 def workers(process):
@@ -108,10 +95,7 @@ def curve(folder):
     """metrics.csv as a list of dicts of floats, without times."""
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    for row in rows:
-        for name in TIMES:
-            del row[name]
-    return [{key: float(value) for key, value in row.items()} for row in rows]
+    return [{key: float(row[key]) for key in row if key not in TIMES} for row in rows]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -154,15 +138,14 @@ def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
 def run_pair(function):
     """function(rank) in two processes that make a process group, forked from this one."""
 
-    def run(rank):
-        os.environ.update(own_environment(rank, port))
+    def run(environment):
+        os.environ.update(environment)
         sys.setswitchinterval(1000)  # nobody is given the GIL who does not wait for long
         with process_group(torch.device("cpu")):
-            function(rank)
+            function(int(environment["RANK"]))
 
-    port = free_port()
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run, args=(rank,)) for rank in range(2)]
+    processes = [fork.Process(target=run, args=(own,)) for own in environments()]
     for process in processes:
         process.start()
     for process in processes:
@@ -212,7 +195,7 @@ def test_a_killed_worker_is_restarted_and_the_result_is_the_same(dataset, tmp_pa
     train_in_two(*flags, "--out", "calm", cwd=tmp_path)
     hit = torchrun(*flags, "--out", "hit", cwd=tmp_path, restarts=2)
     try:
-        wait_for(tmp_path / "hit" / "metrics.csv")
+        wait_until((tmp_path / "hit" / "metrics.csv").exists)
         os.kill(max(workers(hit)), signal.SIGKILL)
     finally:
         said = finish(hit)
@@ -226,7 +209,7 @@ def test_stopping_reaches_all_processes(dataset, tmp_path):
     endless = ("--epochs", 5000, "--patience", 5000, "--out", "run")
     process = torchrun(*SMALL, *endless, cwd=tmp_path)
     try:
-        wait_for(tmp_path / "run" / "metrics.csv")
+        wait_until((tmp_path / "run" / "metrics.csv").exists)
         os.kill(workers(process)[0], signal.SIGTERM)  # to one of them
     finally:
         said = finish(process, 60)
