@@ -8,9 +8,10 @@ import torch
 from helpers import (
     PHOTO,
     SIZE,
-    SMALL,
-    annotations,
+    assert_done,
     box,
+    brightness_model,
+    class_names,
     edit_annotations,
     labelme,
     photo,
@@ -60,7 +61,7 @@ def deal_classes(content, count):
         content["annotations"].append({**one, "segmentation": square(40, 40, 1)})
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])  # after eight classes it has a byte of its own
+@pytest.mark.parametrize("count", [1, 8])  # after eight classes it has a byte of its own
 @pytest.mark.parametrize("crop", [0, SIZE])
 def test_masks_are_minus_one_there(ignoring, count, crop):
     names = [f"c{number}" for number in range(count)] if count > 1 else None
@@ -117,30 +118,25 @@ def test_loss_and_scores_are_those_of_the_other_pixels():
 
 
 @pytest.mark.parametrize("clean", [(), ("--clean", "min-area=3")])
-def test_report_leaves_it_out(ignoring, tmp_path, clean, no_pictures):
-    flags = ("--data", ignoring, "--epochs", 2, "--lr", 0.01, "--out", tmp_path, *SMALL)
-    assert script_here("train.py", *flags, cwd=tmp_path).returncode == 0
-    # At 0.3 a network that has learned little answers something.
-    how = ("--model", tmp_path / "best_model.pth", "--threshold", 0.3, *clean)
-    done = script_here("predict.py", ignoring / "test", "--output", "out", *how, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_report_leaves_it_out(ignoring, tmp_path, clean, monkeypatch):
+    monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *_: None)
+    torch.save(brightness_model().state_dict(), tmp_path / "best_model.pth")
+    # At 0.02 some of what is dark is foreground too.
+    how = ("--threshold", 0.02, "--output", "out", *clean)
+    assert_done(script_here("predict.py", ignoring / "test", *how, cwd=tmp_path))
     report = json.loads((tmp_path / "out/report.json").read_text())
     dataset, counts = open_split(ignoring, "test"), np.zeros(3)
     for index in range(len(dataset)):
         known = np.ones((SIZE, SIZE), bool)
         known[PLACE] = index == 0
         mask = tmp_path / "out" / f"{dataset.path(index).stem}_mask.png"
-        pred, target = read_mask(mask)[known], dataset.load(index)[1][0][known] > 0
+        pred = np.asarray(Image.open(mask))[known] > 0
+        target = dataset.load(index)[1][0][known] > 0
         counts += (pred & target).sum(), (pred | target).sum(), (pred == target).mean()
     assert report["scores"]["iou"] == pytest.approx(counts[0] / counts[1])
     sizes = [SIZE**2, *[SIZE**2 - 22 * 24] * 3]
     pixels = report["calibration"]["classes"]["foreground"]["pixels"]
     assert abs(sum(pixels) / (32 / SIZE) ** 2 - sum(sizes)) < 0.05 * sum(sizes)
-
-
-def read_mask(path):
-
-    return np.asarray(Image.open(path)) > 0
 
 
 def test_import_of_every_kind(here):
@@ -154,10 +150,7 @@ def test_import_of_every_kind(here):
     classes = ("--classes", "1=tumour,255=ignore", "--data", "voc", "--split", 100, 0, 0)
     run_download("--masks", "images", "masks", *classes)
     assert (stored("train", "voc")["b"]["ignore"] == square_mask(30, 20, 6, 5)).all()
-    assert [one["name"] for one in annotations("train", "voc")["categories"]] == [
-        "tumour",
-        "ignore",
-    ]
+    assert class_names("train", "voc") == ["tumour", "ignore"]
     for root in ("dataset", "voc"):
         both = open_split(root, "train", None, classes=["tumour"]), open_split(root, "train", None)
         for dataset in both:

@@ -1,5 +1,6 @@
 """Prediction: the functions, the files it writes, and what it refuses; and scores of a folder."""
 
+import csv
 import importlib
 import itertools
 import json
@@ -267,7 +268,7 @@ def test_long_and_odd_names_lose_nothing_and_no_more_is_loaded_than_needed(place
 
 
 def test_files_that_cannot_be_read_are_counted_and_the_others_predicted(place, refused):
-    """A picture, and one frame of two or both."""
+    """A picture, and one frame of two or both. They have no row, and the settings say why."""
     content = Path(sample("SC_rgb_rle_2frame.dcm")).read_bytes()
     write_scans(place / "scans", ["a"])
     for name, kept in {"one.dcm": 2600, "both.dcm": 1600, "fine.dcm": 2696}.items():
@@ -275,9 +276,18 @@ def test_files_that_cannot_be_read_are_counted_and_the_others_predicted(place, r
     refused("predict", "scans/both.dcm", words=["2 of 2 pictures", "1 of 1 files"])
     (place / "scans" / "b.png").write_bytes(b"damaged")
     words = ["4 of 8 pictures", "3 of 5 files", "b.png", "both.dcm"]
-    refused("predict", "scans", "--output", "out", words=words)
+    refused("predict", "scans", "--output", "out", "--write", "mask,coco", words=words)
     masks = {"a_mask.png", "one_f000_mask.png", "fine_f000_mask.png", "fine_f001_mask.png"}
     assert pictures(place / "out", "_mask.png") == masks
+    titles = ["a.png", "fine.dcm, frame 0", "fine.dcm, frame 1", "one.dcm, frame 0"]
+    settings = json.loads((place / "out/predictions.json").read_text())
+    left_out = {(one["file"], Path(one["file"]).name in one["why"]) for one in settings["left_out"]}
+    assert left_out == {(f"scans/{name}", True) for name in ("b.png", "one.dcm", "both.dcm")}
+    assert settings["images"] == 4
+    rows = csv.DictReader((place / "out/predictions.csv").read_text("utf-8-sig").splitlines())
+    assert [row["image"] for row in rows] == titles
+    coco = json.loads((place / "out/predictions.coco.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == titles
 
 
 def test_the_threshold_holds_for_volumes(place, capsys):

