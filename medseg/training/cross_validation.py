@@ -17,11 +17,11 @@ from medseg.dist import started_by_torchrun
 from medseg.files import atomic_write, read_json
 from medseg.inference import PLAIN
 from medseg.metrics import bootstrap, class_scores, count_pixels, mean_image_dice, without_nan
-from medseg.phantoms import make_phantoms
 from medseg.splits import given_settings, link_split, list_images, present_splits, whole_folder
 from medseg.training import checkpoint as checkpoints
 from medseg.training.checkpoint import BEST, FOLDS
 from medseg.training.history import list_skipped
+from medseg.training.run import data_root
 from medseg.training.tracking import experiment_name
 from medseg.training.tuning import predict
 
@@ -72,13 +72,14 @@ def deal_groups(groups, count, seed=0):
     """The fold of each image, from 0 to count - 1; groups: a name each, "" is a group of its own.
 
     Groups are dealt whole, the largest first, those of one size in random order, each to the fold
-    that has fewest images. Every fold gets one, else a ValueError.
+    that has fewest images. ValueError unless there are 2 folds or more, and a group for each.
     """
     members = {}
     for index, group in enumerate(groups):
         members.setdefault(group or index, []).append(index)
-    if len(members) < count:
-        raise ValueError(f"{len(members)} images, or groups of them, are too few for {count} folds")
+    if not 2 <= count <= len(members):
+        most = f"{len(members)}, the images, or groups of them, in train and valid"
+        raise ValueError(f"--folds {count}: it takes from 2 to {most}")
     members = list(members.values())
     order = np.random.default_rng(seed).permutation(len(members))
     folds = [[] for _ in range(count)]
@@ -123,8 +124,6 @@ def _rename(images):
 def check_folds(args):
     """ValueError where --folds goes with other flags, or with what is in --out, in no way."""
     out = Path(args.out)
-    if args.folds == 1:
-        raise ValueError("--folds 1: nothing would be left to train on: give 2 or more")
     if args.folds and args.test_only:
         raise ValueError(f"--test-only tests one run, as --out {out / 'fold1'}, not --folds")
     if args.folds and started_by_torchrun():
@@ -186,9 +185,7 @@ def untrained_folds(args, record):
     record: of `read_folds`, to go on with; folds that are done stay. The runs are in OUT/fold1,
     OUT/fold2, ..., the scores in folds.json. Raises what `deal_images` raises.
     """
-    out, root = Path(args.out), Path(args.data)
-    if args.synthetic:
-        root = make_phantoms(root / "synthetic")
+    out, root = Path(args.out), data_root(args)
     if record is None:
         _write_data(root, args)
         record = {"flags": dict(vars(args)), "folds": []}
@@ -221,10 +218,8 @@ def _write_data(root, args):
     folds, categories, groups = deal_images(root, args, damaged)
     list_skipped(damaged, out)
     sizes = ", ".join(str(len(parts["valid"])) for parts in folds)
-    how = f"{groups} groups, each in one fold"
-    if not groups:
-        how = "no groups are recorded (download.py --groups, where images share a patient)"
-    print(f"{root}: train and valid dealt into folds of {sizes} images: {how}", flush=True)
+    known = f"{groups} groups are" if groups else "no groups (download.py --groups) are"
+    print(f"{root}: dealt into folds of {sizes} images; {known} kept together", flush=True)
     for folder in (out, *checkpoints.fold_runs(out)):
         checkpoints.prepare_folder(folder, None)
     shutil.rmtree(out / DATA, ignore_errors=True)

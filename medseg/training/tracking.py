@@ -50,26 +50,25 @@ class Tracker:
         # swanlab reads tensors later, on another thread, and drops a step that is no Python int.
         numbers = {key: float(value) for key, value in values.items() if value == value}
         step = None if step is None else int(step)
-        if self.run:
-            self._call("log", lambda: [self.run.log(*one, step) for one in numbers.items()])
+        self._call("log", lambda: [self.run.log(*one, step) for one in numbers.items()])
 
     def image(self, name, path):
         """Log a picture file (PNG, JPEG), read now."""
-        if self.run:
-            self._call("log", lambda: self.run.image(name, str(path)))
+        self._call("log", lambda: self.run.image(name, str(path)))
 
     def finish(self, failed=False):
         """Upload what is left, and say how to see the run. failed: mark it as crashed."""
-        run, self.run = self.run, None
-        if run:
-            self._call("finish", lambda: run.finish(failed))
-            if run.local or self.hung:
-                print(f"{self.title}: to see this run: {shlex.join(run.command)}", flush=True)
+        self._call("finish", lambda: self.run.finish(failed))
+        if self.run and (self.run.local or self.hung):
+            print(f"{self.title}: to see this run: {shlex.join(self.run.command)}", flush=True)
+        self.run = None
 
     def _call(self, doing, function, seconds=None):
-        """What function() returns; None where it fails, or where an earlier call has hung."""
+        """What function() returns; None where it fails, an earlier call has hung, or no run is."""
+        if self.hung or not (self.run or seconds):
+            return None
         try:
-            return None if self.hung else _run_bounded(function, seconds or CALL)
+            return _run_bounded(function, seconds or CALL)
         except Exception as error:
             # It may hold a lock that another call would wait for.
             self.hung, why = isinstance(error, futures.TimeoutError), one_line(error)[:200]
