@@ -44,7 +44,10 @@ SIZES = [(1, 1, 1), (1, 37, 50), (1, 255, 257), (3, 40, 33)]  # (B, H, W)
 
 
 def make_model(name, **arguments):
-    """A network whose output is far from constant: its weights are drawn anew."""
+    """A network whose weights are drawn anew: bright and dark pixels are on two sides of 0.5.
+
+    Or of the threshold that it has.
+    """
     torch.manual_seed(0)
     model = UNet(**{"n_filters": 2, "image_size": 32, **NETWORKS[name], **arguments})
     for module in model.modules():
@@ -53,7 +56,10 @@ def make_model(name, **arguments):
     with torch.no_grad():
         for _ in range(3):  # running means and variances
             model(torch.randn(2, model.n_channels, 64, 64))
-    return model.eval()
+        sides = torch.tensor([-1.8, 2.0]).repeat_interleave(32).expand(1, model.n_channels, 64, 64)
+        model.eval().outc.bias -= model(sides).logit().mean((0, 2, 3))
+        model.outc.bias += torch.tensor((model.info.inference or Inference()).threshold).logit()
+    return model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,11 +91,14 @@ def exported(tmp_path_factory):
 # ---- the same probabilities ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".torchscript"])
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "group"])
+CASES = [(name, ".onnx") for name in (*ARCHITECTURES, "group")]
+CASES += [("tutorial", ".torchscript"), ("group", ".torchscript")]
+
+
+@pytest.mark.parametrize("name, suffix", CASES)
 def test_probabilities_are_those_of_pytorch(name, suffix, exported):
     model, run = make_model(name), export.FORMATS[suffix][1](exported(name, suffix))
-    sizes = [*SIZES, (1, 640, 640)] if (name, suffix) == ("tutorial", ".onnx") else SIZES
+    sizes = [*SIZES, (1, 640, 640)] if (name, suffix) == CASES[0] else SIZES
     for batch, height, width in sizes:
         images = torch.randn(batch, model.n_channels, height, width)
         with torch.no_grad():
@@ -102,15 +111,13 @@ def test_probabilities_are_those_of_pytorch(name, suffix, exported):
 # ---- metadata, read by others ----------------------------------------------------------------
 
 PLAIN = {"image_size": 32, "exclusive": True, "trained_flips": [], "draw_order": []}
+GREY = {"n_channels": 1, "mean": [0.449], "std": [0.226], **PLAIN, "class_names": ["foreground"]}
 COLOUR = {"n_channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], **PLAIN}
-GREY = {"n_channels": 1, "mean": [0.449], "std": [0.226], **PLAIN, "image_size": None}
 METADATA = {
-    "tutorial": {**COLOUR, "class_names": ["foreground"]},
     "chosen": {**COLOUR, "class_names": ["1", "2", "3"], "inference": CHOSEN.as_dict()},
-    "volumes": {**GREY, "class_names": ["foreground"], "window": [40, 400], "orientation": "LPS"},
+    "volumes": {**GREY, "image_size": None, "window": [40, 400], "orientation": "LPS"},
     "slices": {
-        **{**PLAIN, "n_channels": 6, "mean": [0.449] * 6, "std": [0.226] * 6},
-        "class_names": ["foreground"],
+        **{**GREY, "n_channels": 6, "mean": [0.449] * 6, "std": [0.226] * 6},
         "channels": ["t1", "t2", "t1 -1", "t2 -1", "t1 +1", "t2 +1"],
     },
 }
@@ -159,7 +166,7 @@ def save_pictures(folder):
     save_turned(pixels, folder / "turned.tif", 6)
 
 
-@pytest.mark.parametrize("name", ["tutorial", "group", "chosen", "regions", "volumes"])
+@pytest.mark.parametrize("name", ["group", "chosen", "regions", "volumes"])
 def test_masks_without_pytorch_are_those_of_predict(name, exported, tmp_path):
     path, scans, home = exported(name, ".onnx"), tmp_path / "scans", tmp_path / "home"
     save_pictures(scans)
@@ -190,41 +197,39 @@ def test_without_pytorch_there_are_pictures_alone(exported, tmp_path):
 # ---- the command -----------------------------------------------------------------------------
 
 
-def test_the_command_exports(tmp_path):
-    model = make_model("group", class_names=["gland", "Läsion"])
-    torch.save(model.state_dict(), tmp_path / "best_model.pth")
-    result = script_here("predict.py", "--export", "model.onnx", cwd=tmp_path)
-    assert re.search(r" \d\.\de-\d\d", assert_done(result))  # the difference
-    assert len(result.stdout.splitlines()) == 1 and not result.stderr.strip()
-    assert {path.name for path in tmp_path.iterdir()} == {"best_model.pth", "model.onnx"}
-    texts = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
-    assert json.loads(texts["class_names"]) == ["gland", "Läsion"]
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with best_model.pth and an image, which is the current one."""
     monkeypatch.chdir(tmp_path)
-    torch.save(make_model("group").state_dict(), "best_model.pth")
+    model = make_model("group", class_names=["gland", "Läsion"])
+    torch.save(model.state_dict(), "best_model.pth")
     Image.new("RGB", (40, 30)).save("scan.png")
     return tmp_path
 
 
-@pytest.mark.parametrize("change, difference", [(2e-4, "2.0e-04"), (float("nan"), "nan")])
-def test_an_export_that_differs_is_not_written(change, difference, place, refused, monkeypatch):
+def test_an_export_that_differs_is_not_written(place, refused, monkeypatch):
     write, load, limit = export.FORMATS[".torchscript"]
-    wrong = (write, lambda path: lambda images: load(path)(images) + change, limit)
-    monkeypatch.setitem(export.FORMATS, ".torchscript", wrong)
-    refused("predict", "--export", "model.torchscript", words=["model.torchscript", difference])
+    for change, difference in {2e-4: "2.0e-04", float("nan"): "nan"}.items():
+        wrong = (write, lambda path, by=change: lambda images: load(path)(images) + by, limit)
+        monkeypatch.setitem(export.FORMATS, ".torchscript", wrong)
+        refused("predict", "--export", "m.torchscript", words=["m.torchscript", difference])
     assert len(list(place.iterdir())) == 2
 
 
-def test_an_older_pytorch_exports_to_onnx(place, monkeypatch):
-    """The oldest that requirements.txt allows; one that new has the older exporter as well."""
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
+@pytest.mark.parametrize("version", [torch.__version__, TorchVersion("2.6.0+cu124")])
+def test_the_command_exports(version, place, monkeypatch, capsys):
+    """Also with the oldest PyTorch allowed: one that new has the older exporter as well."""
+    monkeypatch.setattr(torch, "__version__", version)
     predict.main(["--export", "m.onnx"])
-    (value,) = onnx.load("m.onnx").graph.input
-    sides = [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert re.search(r" \d\.\de-\d\d", said)  # the difference
+    assert {path.name for path in place.iterdir()} == {"best_model.pth", "scan.png", "m.onnx"}
+    proto = onnx.load("m.onnx")
+    texts = {entry.key: entry.value for entry in proto.metadata_props}
+    assert json.loads(texts["class_names"]) == ["gland", "Läsion"]
+    sides = [
+        one.dim_param or one.dim_value for one in proto.graph.input[0].type.tensor_type.shape.dim
+    ]
     assert sides == ["batch", 1, "height", "width"]
     images = torch.randn(3, 1, 45, 31)
     with torch.no_grad():
