@@ -35,7 +35,7 @@ from medseg.coco_dialects import print_forgiven
 from medseg.device import tune_convolutions
 from medseg.normalization import split_rows
 from medseg.run_lengths import ClassMasks, encode, unite
-from medseg.settings import count_recorded
+from medseg.settings import channel_names
 
 TURNED = (
     "of {} images are stored turned (EXIF): they are read as they are shown, and so are their "
@@ -70,7 +70,9 @@ class COCOSegmentationDataset(Dataset):
     ):
         self.coco, self.image_dir, self.transform = coco, Path(image_dir), transform
         self.image_size, self.n_channels, self.classes = image_size, n_channels, classes
-        self.window = coco_json.recorded_window(coco.dataset)
+        self.recorded = coco_json.recorded_settings(image_dir, coco.dataset)
+        window = self.recorded["window"]
+        self.window = window if isinstance(window, tuple) else None  # else volumes had theirs
         self.forgiven = {}  # what `load_coco` counted
         self.turned = set()  # indices of the images that `row` has read and turned (EXIF)
         self.ignored = coco_json.ignored(coco)
@@ -97,7 +99,7 @@ class COCOSegmentationDataset(Dataset):
     @property
     def channel_names(self):
         """As the import recorded them: see `medseg.settings.channel_names`."""
-        return coco_json.recorded_channels(self.coco.dataset)
+        return channel_names(self.recorded["channels"], self.recorded["context"])
 
     @property
     def variant(self):
@@ -271,8 +273,9 @@ def count_channels(root, chosen):
     chosen: 1 or 3, which is returned where that is grey or colour. ValueError for another number
     that the images do not have.
     """
-    count = count_recorded(coco_json.recorded_settings(Path(root) / "train"))
-    if count is None:
+    recorded = coco_json.recorded_settings(Path(root) / "train")
+    count = len(channel_names(recorded["channels"], recorded["context"]))
+    if not count:
         dataset = open_split(root, "train", skipped=[])
         of_tiff = dataset.path(0).suffix.lower() in (".tif", ".tiff")  # no other has more than 3
         count = dataset.read(0).n_channels if of_tiff else 3

@@ -20,7 +20,7 @@ from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import name_file, read_json
 from medseg.run_lengths import RunLengths, decompress_counts, encode, encode_counts, unite
 from medseg.samples import open_picture
-from medseg.settings import channel_names, is_spacing, read_settings
+from medseg.settings import is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
 MAX_OUTLINE = 4_000_000  # pixels, of the length of an outline that is drawn at once: 160 MB
@@ -95,31 +95,15 @@ def read_coco(path, skipped=None, *, advice="", forgiven=None, boxes=False):
     return content
 
 
-def recorded_settings(folder):
+def recorded_settings(folder, content=None):
     """What the import of a split recorded for prediction; see `read_settings`.
 
-    Raises as `read_annotations` does for a missing or unreadable file.
+    content: of its file, where that has been read already; else raises as `read_annotations` does.
     """
-    info = read_annotations(folder, skipped=[]).get("info")
-    try:
-        return read_settings(info if isinstance(info, dict) else {})
-    except ValueError as error:
-        raise ValueError(f"{Path(folder) / ANNOTATIONS}: its info has the {error}") from None
-
-
-def recorded_channels(content):
-    """The names of the channels of a split's images, a tuple; content: of its file."""
-    with contextlib.suppress(ValueError, AttributeError):  # it has no info, or a damaged one
-        settings = read_settings(content.get("info", {}))
-        return channel_names(settings["channels"], settings["context"])
-    return ()
-
-
-def recorded_window(content):
-    """(center, width) of the grey values of a split's images, or None; content: of its file."""
+    content = read_annotations(folder, skipped=[]) if content is None else content
     info = content.get("info")
-    window = info.get("window") if isinstance(info, dict) else None
-    return tuple(window) if isinstance(window, list) and len(window) == 2 else None
+    with name_file(Path(folder) / ANNOTATIONS):
+        return read_settings(info if isinstance(info, dict) else {})
 
 
 def load_coco(folder, skipped=None, forgiven=None):

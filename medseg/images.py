@@ -12,27 +12,9 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medseg.drawing import (
-    class_colors,
-    draw_labels,
-    draw_panels,
-    overlay,
-    rgb_image,
-    with_legend,
-    with_note,
-)
+from medseg import drawing, samples
 from medseg.files import name_file, write_picture
-from medseg.samples import (
-    RANGES,
-    STRIPE,
-    Page,
-    large_array,
-    open_picture,
-    pixels_of,
-    read_samples,
-    samples_of,
-    to_uint8,
-)
+from medseg.samples import RANGES, pixels_of
 from medseg.settings import MAX_CHANNELS
 
 MEASURED, MEASURED_PIXELS = 64, 1 << 16  # files, and values of each, that tell a window
@@ -91,7 +73,7 @@ class Picture:
     def rgb(self):
         """A PIL RGB image for eyes: of two channels the first, else the first three."""
         is_array = isinstance(self.source, np.ndarray)
-        return rgb_image(self.source) if is_array else self.source.convert("RGB")
+        return drawing.rgb_image(self.source) if is_array else self.source.convert("RGB")
 
 
 def as_picture(image):
@@ -123,11 +105,11 @@ def read_image(path, window=None):
     Raises FileNotFoundError; ValueError for what is not one whole picture of at most
     `pixel_limit` pixels.
     """
-    with name_file(path), open_picture(path) as picture:
+    with name_file(path), samples.open_picture(path) as picture:
         if (image := picture.plain()) is not None:
             return Picture(image)
-        values, white, orientation = samples_of(picture)
-        return Picture(to_uint8(values, white, window), orientation)
+        values, white, orientation = samples.samples_of(picture)
+        return Picture(samples.to_uint8(values, white, window), orientation)
 
 
 def measure_window(paths):
@@ -141,7 +123,7 @@ def measure_window(paths):
     values, ends = [], ()
     for path in paths[:: -(-len(paths) // MEASURED)]:
         with name_file(path):
-            one, white, _ = read_samples(Page(path, 0))
+            one, white, _ = samples.read_samples(samples.Page(path, 0))
         if one.dtype.itemsize == 1:
             return None
         ends = (white,) if white else (1, *RANGES) if one.dtype.kind == "f" else RANGES
@@ -165,42 +147,31 @@ def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
     if own != n_channels and {own, n_channels} != {1, 3}:
         raise ValueError(f"has {own} channels, and the network takes {n_channels}")
     if own == 3 and n_channels == 1:
-        pixels = _to_grey(pixels)
+        image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+        pixels = image.convert("L")
     if image_size is not None:
         pixels = _resize(pixels, image_size)
+    elif isinstance(pixels, Image.Image):
+        pixels = pixels_of(pixels)
     pixels = pixels.repeat(3, 2) if pixels.shape[2] < n_channels else pixels
     return np.require(pixels, requirements="W")  # PyTorch warns of what cannot be written to
 
 
-def _to_grey(pixels):
-    """uint8 (H, W, 3) -> (H, W, 1), as Pillow has it; by stripes. A PIL image -> one of mode L."""
-    if isinstance(pixels, Image.Image):
-        return pixels.convert("L")
-    grey = large_array((*pixels.shape[:2], 1), np.uint8)
-    for top in range(0, len(pixels), STRIPE):
-        stripe = Image.fromarray(np.ascontiguousarray(pixels[top : top + STRIPE]))
-        grey[top : top + STRIPE, :, 0] = np.asarray(stripe.convert("L"))
-    return grey
-
-
 def _resize(pixels, side):
     """uint8 (H, W, C), or PIL image -> (side, side, C), by channels where these are no colours."""
-    if isinstance(pixels, np.ndarray) and pixels.shape[2] == 3:
-        pixels = Image.fromarray(np.ascontiguousarray(pixels))
-    if isinstance(pixels, Image.Image):
-        resized = np.array(pixels.resize((side, side), Image.Resampling.BILINEAR))
-        return resized.reshape(side, side, -1)
-    planes = (Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(pixels, 2, 0))
-    return np.stack([plane.resize((side, side), Image.Resampling.BILINEAR) for plane in planes], 2)
+    if isinstance(pixels, Image.Image) or pixels.shape[2] == 3:
+        planes = [pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)]
+    else:
+        planes = map(Image.fromarray, np.moveaxis(pixels, 2, 0))
+    resized = [plane.resize((side, side), Image.Resampling.BILINEAR) for plane in planes]
+    return np.concatenate([np.asarray(plane).reshape(side, side, -1) for plane in resized], 2)
 
 
 def is_grey(picture):
     """Whether red, green and blue are equal in 64x64 evenly spaced pixels, or it has no colour."""
     rows, columns = (((np.arange(64) + 0.5) * side / 64).astype(int) for side in picture.size[::-1])
-    samples = picture.pixels[rows[:, None], columns]
-    return (
-        samples.shape[2] == 1 or samples.shape[2] == 3 and bool((samples == samples[..., :1]).all())
-    )
+    chosen = picture.pixels[rows[:, None], columns]
+    return picture.n_channels in (1, 3) and bool((chosen == chosen[..., :1]).all())
 
 
 def give_memory_back():
@@ -240,21 +211,13 @@ def save_picture(picture, path):
     pixels = picture.pixels
     if pixels.shape[2] in (1, 3):
         path = Path(f"{path}.png")
-        Image.fromarray(
-            np.ascontiguousarray(pixels).squeeze(2) if pixels.shape[2] == 1 else pixels
-        ).save(path)
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path)
         return path
     import tifffile  # which takes as long to import as NumPy
 
     path = Path(f"{path}.tif")
-    tifffile.imwrite(
-        path,
-        pixels,
-        photometric="minisblack",
-        planarconfig="contig",
-        compression="zlib",
-        metadata=None,
-    )
+    layout = {"photometric": "minisblack", "planarconfig": "contig", "metadata": None}
+    tifffile.imwrite(path, pixels, compression="zlib", **layout)
     return path
 
 
@@ -269,8 +232,8 @@ def save_overlay(image, labels, path, class_names, note=""):
 
     note: a text below. A small image is enlarged: see `enlarge_small`.
     """
-    drawn = with_legend(enlarge_small(overlay(image, labels, len(class_names))), class_names)
-    drawn = with_note(drawn, note)
+    drawn = enlarge_small(drawing.overlay(image, labels, len(class_names)))
+    drawn = drawing.with_note(drawing.with_legend(drawn, class_names), note)
     drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))  # which leaves a smaller one as it is
     save_jpeg(drawn, path)
 
@@ -294,11 +257,11 @@ def save_figure(image, labels, path, class_names, name=None, side=400):
     labels = resize_nearest(labels, height, width)
     panels = {
         "Original Image": image,
-        "Predicted Mask": draw_labels(labels, len(class_names)),
-        "Overlay": overlay(image, labels, len(class_names)),
+        "Predicted Mask": drawing.draw_labels(labels, len(class_names)),
+        "Overlay": drawing.overlay(image, labels, len(class_names)),
     }
-    figure = draw_panels(panels, name)
-    save_png(with_legend(figure, class_names, single=name is not None), path)
+    figure = drawing.draw_panels(panels, name)
+    save_png(drawing.with_legend(figure, class_names, single=name is not None), path)
 
 
 def save_mask(labels, path, class_names=("foreground",)):
@@ -312,7 +275,7 @@ def save_mask(labels, path, class_names=("foreground",)):
         return
     image = Image.fromarray(labels.astype(np.uint8)).convert("P")
     image.putpalette(
-        [0, 0, 0, *(value for color in class_colors(len(class_names)) for value in color)]
+        [0, 0, 0, *(value for color in drawing.class_colors(len(class_names)) for value in color)]
     )
     text = PngInfo()
     names = ", ".join(f"{number}={name}" for number, name in enumerate(class_names, 1))

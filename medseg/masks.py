@@ -8,11 +8,7 @@ import numpy as np
 
 from medseg.files import name_file
 from medseg.images import SUFFIXES
-from medseg.samples import (
-    open_picture,
-    pixel_limit,
-    too_many_pixels,
-)
+from medseg.samples import open_picture
 
 ARRAY = ".npy"
 MASK_SUFFIXES = (*SUFFIXES, ARRAY)
@@ -36,8 +32,7 @@ def read_mask(path, palette_colours=False):
         with open_picture(path) as picture:
             if "CMYK" in picture.pixel_format:
                 raise ValueError("holds CMYK, which is no mask: save it as PNG")
-            lossy, decoded = picture.lossy(), picture.decode()
-        values, has_alpha, palette = decoded
+            lossy, (values, has_alpha, palette) = picture.lossy(), picture.decode()
         if palette is not None:
             of_writer = picture.format == "GIF" or _is_order_of_writer(palette, values)
             if not (palette_colours or of_writer):
@@ -46,15 +41,13 @@ def read_mask(path, palette_colours=False):
         encoding, values = _stored_values(values, has_alpha, path)
         if not lossy:
             return encoding, values
-        if encoding == "colour":
-            rounding = 1 if lossy == "lossy WebP" else 0  # its greys may be 9, 10, 9
-            if not is_grey_code(values, rounding).all():
-                raise ValueError(
-                    f"{lossy} has changed the colours of this mask: save masks as PNG before "
-                    f"they are ever {lossy}"
-                )
-            values = (values & 255).astype(np.uint8)
-        return lossy, values
+        rounding = 1 if lossy == "lossy WebP" else 0  # its greys may be 9, 10, 9
+        if encoding == "colour" and not is_grey_code(values, rounding).all():
+            raise ValueError(
+                f"{lossy} has changed the colours of this mask: save masks as PNG before they are "
+                f"ever {lossy}"
+            )
+        return lossy, (values & 255).astype(np.uint8) if encoding == "colour" else values
 
 
 def _is_order_of_writer(palette, indices):
@@ -128,8 +121,6 @@ def _read_array(path):
         raise ValueError(
             f"an array {array.shape} of {array.dtype}: a mask has whole numbers (H, W)"
         )
-    if array.size > pixel_limit():
-        raise too_many_pixels(array.size, f"{array.size} pixels")
     return array.astype(array.dtype.newbyteorder("="))
 
 

@@ -325,8 +325,6 @@ def _list_pictures(file):
     logging.getLogger("tifffile").disabled = True  # it logs what it mends; the rest it raises
     file.seek(0)
     tiff = tifffile.TiffFile(file, _multifile=False)
-    if not len(tiff.pages):
-        raise ValueError("is damaged: it has no pages")
     file.seek(tiff.pages.next_page_offset)
     if file.read(tiff.tiff.offsetsize) != bytes(tiff.tiff.offsetsize):
         raise ValueError("is damaged: not all of its pages are there")
@@ -339,8 +337,6 @@ def _list_pictures(file):
     if "C" not in axes[: len(outer)]:
         return [[page] for page in pages]
     series = [own.pages for own in tiff.series if (own.axes, own.shape) == (axes, shape)]
-    if any(len(own) != math.prod(outer) or None in own for own in series):
-        raise ValueError(f"has other pages than its axes {axes} {shape} say")
     channel = axes.index("C")
     numbers = np.moveaxis(np.arange(math.prod(outer)).reshape(outer), channel, -1)
     numbers = numbers.reshape(-1, outer[channel]).tolist()
@@ -387,11 +383,12 @@ class _Tiff:
                     image.seek(self.page.index)
                     return _decode_by_pillow(image)  # which turns it
         try:
-            values, palette = self._decode_by_tifffile()
+            values = np.concatenate([self._read_page(own) for own in self.pages], 2)
         except Exception as error:  # of many kinds, as decoders are
             if "imagecodecs" not in str(error):
                 raise
             raise ValueError(f"{error}: run `pip install imagecodecs`") from None
+        palette = self._as_shown(values)
         return turn(values, self.orientation()), self.has_alpha, palette
 
     def _is_right_in_pillow(self):
@@ -407,12 +404,9 @@ class _Tiff:
             and page.compression in PILLOWS
         )
 
-    def _decode_by_tifffile(self):
-        """(values, palette), not turned."""
+    def _as_shown(self, values):
+        """Invert, in place, values (H, W, C) that store white as 0; returns the palette or None."""
         page, palette = self.page, None
-        values = np.concatenate([self._read_page(own) for own in self.pages], 2)
-        if values.dtype.kind not in "buif":
-            raise ValueError(f"holds samples of {values.dtype}: save it with real numbers")
         colours = values[..., : values.shape[2] - self.has_alpha]  # a view
         if page.photometric == PALETTE:
             palette = page.colormap.T >> (8 if page.colormap.max() > 255 else 0)
@@ -423,12 +417,11 @@ class _Tiff:
         elif page.photometric not in (BLACK_IS_ZERO, RGB, YCBCR):  # the last: by a JPEG decoder
             name = getattr(page.photometric, "name", page.photometric)
             raise ValueError(f"holds colours as {name}: save it as grey or RGB")
-        return values, palette
+        return palette
 
     def _read_page(self, page):
         """The samples (H, W, C) of one page, alpha behind the others."""
-        keyframe = page.keyframe
-        values, axes = page.asarray(maxworkers=1), keyframe.axes
-        if values.shape != keyframe.shape or axes not in ("YX", "YXS", "SYX"):
-            raise ValueError(f"has axes {axes} {values.shape}: save each picture in a page")
+        values, axes = page.asarray(maxworkers=1), page.keyframe.axes
+        if axes not in ("YX", "YXS", "SYX") or values.dtype.kind == "c":
+            raise ValueError(f"has axes {axes} of {values.dtype}: save it as real numbers, (H, W)")
         return np.moveaxis(values, 0, 2) if axes == "SYX" else np.atleast_3d(values)

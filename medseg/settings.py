@@ -1,6 +1,5 @@
 """What prediction has to do as the import did: the window of grey values, the orientation."""
 
-import itertools
 import math
 
 import numpy as np
@@ -10,19 +9,13 @@ import numpy as np
 OF_VOLUME, OF_FILE = "percentiles", "file"
 MAX_CHANNELS = 16  # of an image
 OF_IMPORT = ("window", "orientation", "channels", "pattern", "context")
-# Where the three axes of an array lead, as `nibabel.aff2axcodes` has it: "RAS", "LPS", ... (48).
-ORIENTATIONS = frozenset(
-    "".join(letters)
-    for axes in itertools.permutations(("LR", "PA", "IS"))
-    for letters in itertools.product(*axes)
-)
 
 
 def window_limits(window):
     """(center, width) -> (low, high). ValueError for a width that is not above 0."""
     center, width = map(float, window)
     if not (math.isfinite(center) and 0 < width < math.inf):
-        raise ValueError(f"a window of center {center:g} and width {width:g} shows nothing")
+        raise ValueError(f"--window: center {center:g} and width {width:g} show nothing")
     return center - width / 2, center + width / 2
 
 
@@ -55,36 +48,21 @@ def read_settings(mapping):
 
     mapping: anything's metadata, which may lack them and hold more. window: (center, width),
     OF_VOLUME (the percentiles of each), OF_FILE (DICOM's own window), or None of pictures.
-    orientation: that all volumes were turned to, one of ORIENTATIONS, or None. channels: the names
+    orientation: that all volumes were turned to, as "RAS", or None. channels: the names
     of those of an image, a tuple, empty of pictures that are grey or colour. pattern: what the
     files of channels are called, see `medseg.patterns`, or None. context: how many slices on
     either side of a slice are channels of it, 0 or more.
     Raises ValueError for other values.
     """
     settings = {name: mapping.get(name) for name in OF_IMPORT}
-    window, pattern = settings["window"], settings["pattern"]
-    if isinstance(window, (list, tuple)):
-        settings["window"] = window = tuple(map(float, window))
-        window_limits(window)
+    if isinstance(settings["window"], (list, tuple)):
+        settings["window"] = tuple(map(float, settings["window"]))
+        window_limits(settings["window"])
+    elif settings["window"] not in (None, OF_VOLUME, OF_FILE):
+        raise ValueError(f"has the window {settings['window']!r:.60}")
     settings["channels"] = tuple(settings["channels"] or ())
-    settings["pattern"] = None if pattern is None else str(pattern)
     settings["context"] = settings["context"] or 0
-    for name, is_right in (
-        ("window", isinstance(window, tuple) or window in (None, OF_VOLUME, OF_FILE)),
-        ("orientation", settings["orientation"] in (None, *ORIENTATIONS)),
-        ("channels", len(settings["channels"]) <= MAX_CHANNELS),
-        ("context", settings["context"] in range(MAX_CHANNELS)),
-    ):
-        if not is_right:
-            raise ValueError(f"{name} {settings[name]!r:.60}")
     return settings
-
-
-def count_recorded(settings):
-    """How many channels the images of these settings have; None of what is grey or colour."""
-    if settings["channels"] or settings["context"]:
-        return max(len(settings["channels"]), 1) * (2 * settings["context"] + 1)
-    return None
 
 
 def context_offsets(context):
@@ -110,32 +88,27 @@ def spell_window(window):
         OF_VOLUME: "the 0.5 to 99.5 percentiles of each volume",
         OF_FILE: "that of each file",
     }
-    return words[window] if window in words else " ".join(map(spell_number, window))
-
-
-def spell_number(value):
-    """40.0 -> '40', 0.1 -> '0.1': no digit is lost."""
-    return repr(float(value)).removesuffix(".0")
+    if window in words:
+        return words[window]
+    return " ".join(repr(float(value)).removesuffix(".0") for value in window)  # no digit is lost
 
 
 def choose_window(given, trained):
     """(center, width) to predict with, or None for each file's own limits.
 
-    given: --window, two numbers or None; it wins, and is told where it differs. trained: the
+    given: --window, two numbers or None; it wins, and a line says where it differs. trained: the
     window of the weights. Raises ValueError for a window that shows nothing.
     """
     if given:
         given = tuple(given)
-        try:
-            window_limits(given)
-        except ValueError as error:
-            raise ValueError(f"--window: {error}") from None
-    if given and trained not in (None, given):
-        print(
-            f"--window {spell_window(given)}: the weights were trained with another window, "
-            f"{spell_window(trained)}"
-        )
-    return given or (trained if isinstance(trained, tuple) else None)
+        window_limits(given)
+        if trained not in (None, given):
+            print(
+                f"--window {spell_window(given)}: the weights were trained with another window, "
+                f"{spell_window(trained)}"
+            )
+        return given
+    return trained if isinstance(trained, tuple) else None
 
 
 def check_window(present, window):
@@ -152,12 +125,11 @@ def check_window(present, window):
         )
         if recorded == window:
             continue
-        if None in (recorded, window) or isinstance(recorded, str) and isinstance(window, str):
-            print(f"warning: {differ}")
-            continue
-        given = isinstance(recorded, tuple)
-        flag = f"give --window {spell_window(recorded)}" if given else "leave --window out"
-        raise ValueError(f"{differ}: {flag}")
+        if None not in (recorded, window) and tuple in (type(recorded), type(window)):
+            given = isinstance(recorded, tuple)
+            flag = f"give --window {spell_window(recorded)}" if given else "leave --window out"
+            raise ValueError(f"{differ}: {flag}")
+        print(f"warning: {differ}")
 
 
 def check_channels(present, info):

@@ -19,7 +19,6 @@ import numpy as np
 from medseg import dicom
 from medseg.files import ITK_SUFFIXES, import_reader, name_file, nifti_version
 
-MAX_VOLUME_BYTES = 4 << 30  # of voxels, as stored
 UNITS = {1: 1e3, 2: 1.0, 3: 1e-3}  # mm of a metre, millimetre, micrometre, by their codes
 DATA_FILE = rb"(?mi)^(?:data ?file|elementdatafile)\s*[:=]\s*(.*\S)"  # of NRRD and MetaImage
 LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])  # between the axes of DICOM and ITK and those of NIfTI
@@ -48,7 +47,7 @@ class Header(NamedTuple):
 
 
 def read_header(path):
-    """The Header of the volume at a Path; ValueError where it cannot be true."""
+    """The Header of the volume at a Path; ValueError for what is none."""
     if path.is_dir():
         return _read_series(path)
     if path.name.lower().endswith(ITK_SUFFIXES):
@@ -56,16 +55,10 @@ def read_header(path):
     return _read_nifti(path)
 
 
-def _check_claim(shape, dtype):
-    """The bytes of voxels of this shape and type; ValueError where there can be none."""
-    said, size = " x ".join(map(str, shape)), math.prod(map(int, shape)) * dtype.itemsize
-    if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"holds no volume: its shape is {said or 'missing'}")
-    if dtype.kind not in "iuf":
-        raise ValueError(f"its voxels are {dtype.name}: only real numbers can be shown as grey")
-    if size > MAX_VOLUME_BYTES:
-        raise ValueError(f"claims {size / 2**30:.0f} GiB ({said}): more than 4 GiB")
-    return size
+def _check_kind(shape, dtype):
+    """ValueError for what is no volume of grey values."""
+    if len(shape) < 2 or dtype.kind not in "iuf":
+        raise ValueError(f"holds no volume of real numbers: {len(shape)} axes of {dtype.name}")
 
 
 def _read_nifti(path):
@@ -82,12 +75,13 @@ def _read_nifti(path):
     make = nibabel.Nifti1Header if version == 1 else nibabel.Nifti2Header
     header, unmended = (make(head[: make.sizeof_hdr], check=check) for check in (True, False))
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    _check_kind(shape, dtype)
     offset = header.get_data_offset()
-    size = offset + _check_claim(shape, dtype)
 
     def read():
         if not compressed:
             return np.memmap(path, dtype, "r", offset, shape, order="F")
+        size = offset + math.prod(shape) * dtype.itemsize
         with gzip.open(path) as file:
             content = file.read(size + 1)  # to its end, where the checksum is
         return np.ndarray(shape, dtype, content, offset, order="F")
@@ -123,7 +117,6 @@ def _read_series(folder):
     slices, affine, spacing = dicom.open_series(folder)
     header = slices[0][0].header
     shape = header.Columns, header.Rows, len(slices)
-    _check_claim(shape, np.dtype(np.float32))
 
     def read():
         voxels = np.empty(shape, np.float32, order="F")
@@ -146,7 +139,7 @@ def _read_itk(path):
     ndim, vectors = reader.GetDimension(), reader.GetNumberOfComponents()
     shape = (*reader.GetSize(), *((1,) * (3 - ndim)), *((vectors,) if vectors > 1 else ()))
     one_voxel = itk.Image([1] * ndim, reader.GetPixelID(), vectors)
-    _check_claim(shape, itk.GetArrayViewFromImage(one_voxel).dtype)
+    _check_kind(shape, itk.GetArrayViewFromImage(one_voxel).dtype)
     affine, axes = np.eye(4), min(ndim, 3)
     spacing = [*reader.GetSpacing(), 1, 1][:3]
     direction = np.reshape(reader.GetDirection(), (ndim, ndim))[:axes, :axes]
@@ -186,9 +179,7 @@ def _ask_itk(function):
     try:
         return function()
     except RuntimeError:
-        raise ValueError(
-            "SimpleITK cannot read it: it is damaged, cut or of no such kind"
-        ) from None
+        raise ValueError("SimpleITK cannot read it: is it damaged or cut?") from None
 
 
 # ---- masks -----------------------------------------------------------------------------------

@@ -31,8 +31,6 @@ def read_frames(path):
     return list(read_dicom(path))
 
 
-# ---- DICOM -----------------------------------------------------------------------------------
-
 RESCALED = {"RescaleSlope": "2", "RescaleIntercept": "-100"}  # -100 100 200 / 300 500 1900
 WINDOWED = {**RESCALED, "WindowCenter": ["200", "5"], "WindowWidth": ["400", "5"]}  # 0..400
 MONO1 = {"PhotometricInterpretation": "MONOCHROME1"}
@@ -54,17 +52,11 @@ PADDING = 0x00280120
         (STORED * 0, {}, [[0, 0, 0], [0, 0, 0]]),
         (STORED, PADDED, [[0, 85, 128], [170, 255, 0]]),  # 127.5
         (STORED, {**PADDED, **MONO1}, [[255, 170, 127], [85, 0, 0]]),
-        (STORED, {**PADDED, **RESCALED}, [[0, 85, 128], [170, 255, 0]]),
         (STORED, {**PADDED, **WINDOWED}, [[0, 64, 128], [191, 255, 0]]),
         (STORED, {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 200}, [[0, 0, 0], [0, 0, 255]]),
         (STORED, {"PixelPaddingValue": 200, "PixelPaddingRangeLimit": 0}, [[0, 0, 0], [0, 0, 255]]),
         (SIGNED, {"PixelPaddingValue": -1000}, SIGNED_PADDED),
         (SIGNED, {"PixelPaddingValue": pydicom.DataElement(PADDING, "US", 64536)}, SIGNED_PADDED),
-        (
-            np.where(STORED == 1000, 65336, STORED).astype(np.uint16),
-            {"PixelPaddingValue": pydicom.DataElement(PADDING, "SS", -200)},
-            [[0, 85, 128], [170, 255, 0]],
-        ),
     ],
 )
 def test_frames_by_hand(tmp_path, pixels, fields, wanted):
@@ -89,8 +81,6 @@ def test_frames_have_their_own_slope_and_window_and_share_their_range(tmp_path):
     assert_array_equal(frames[0], wanted[0])
     assert_array_equal(list(frames), wanted)
     assert_array_equal(frames[-1], wanted[2])
-    with pytest.raises(IndexError):
-        frames[3]
     rescale = [item(RescaleSlope=k, RescaleIntercept=0, RescaleType="US") for k in (1, 2, 4)]
     window = item(FrameVOILUTSequence=[item(WindowCenter=500, WindowWidth=1000)])
     slopes = [item(PixelValueTransformationSequence=[one]) for one in rescale]
@@ -129,17 +119,12 @@ def test_samples_of_pydicom(name):
     assert frame.dtype == np.uint8
     # Half a grey level may round either way.
     assert np.abs(frame - wanted).max() <= 1 and (frame != wanted).mean() < 0.01
-    assert ("WindowCenter" in dataset) == (name != "CT_small.dcm")
-    assert (dataset.PhotometricInterpretation == "MONOCHROME1") == (name == "CR1/6154")
 
 
-def test_deflated_and_jpeg_2000_are_read():
+def test_deflated_jpeg_2000_and_colour_whatever_the_window():
     for name, size in [("image_dfl.dcm", (512, 512)), ("JPEG2000.dcm", (1024, 256))]:
         (frame,) = read_dicom(sample(name))
         assert frame.shape == size and frame.max() == 255
-
-
-def test_colour_is_rgb_whatever_the_window():
     path = sample("SC_rgb_rle_2frame.dcm")
     frames = list(read_dicom(path, (0, 1)))
     assert_array_equal(frames, pydicom.dcmread(path).pixel_array)
@@ -165,38 +150,17 @@ def test_frames_are_decoded_one_at_a_time(tmp_path):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("keep", [0, 100, 131, 133, 200, 400, 6000, 39000])
-def test_a_cut_dicom_file_is_one_line(tmp_path, keep):
-    path = tmp_path / "cut.dcm"
-    path.write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:keep])
-    refuse(read_frames, path)
-
-
-@pytest.mark.parametrize(
-    "name", "MR_truncated rtplan no_meta meta_missing_tsyntax badVR JPEG-lossy".split()
-)
-def test_samples_that_cannot_be_read_are_one_line(name):
-    refuse(read_frames, sample(f"{name}.dcm"), *["`pip install"] * (name == "JPEG-lossy"))
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"Rows": 65535, "Columns": 65535},
-        {"NumberOfFrames": 2**31 - 1},
-        {"NumberOfFrames": -1},
-        {"Rows": 0},
-        {"Rows": 3},
-        {"SamplesPerPixel": 4},
-        {"PhotometricInterpretation": "HSV"},
-    ],
-)
-def test_absurd_headers_are_refused_before_memory_is_taken(tmp_path, values):
-    path = write_dicom(tmp_path / "a.dcm", **values)
-    tracemalloc.start()
-    refuse(read_frames, path)
-    assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    tracemalloc.stop()
+def test_what_cannot_be_read_is_one_line(tmp_path):
+    path = tmp_path / "a.dcm"
+    for keep in (0, 100, 133, 400, 6000, 39000):
+        path.write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:keep])
+        refuse(read_frames, path)
+    for name in "MR_truncated rtplan no_meta meta_missing_tsyntax badVR".split():
+        refuse(read_frames, sample(f"{name}.dcm"))
+    refuse(read_frames, sample("JPEG-lossy.dcm"), "`pip install")
+    refuse(read_frames, write_dicom(path, Rows=65535, Columns=65535), "--max-megapixels")
+    for values in ({"NumberOfFrames": 3}, {"Rows": 3}, {"PhotometricInterpretation": "HSV"}):
+        refuse(read_frames, write_dicom(path, **values))
 
 
 # ---- a DICOM series as a volume ---------------------------------------------------------------
@@ -236,13 +200,9 @@ def test_a_series_is_a_volume(tmp_path, axes, fields):
 
 
 def test_padding_of_a_series_and_frames_of_one_file(tmp_path):
-    padded = {
-        "PixelPaddingValue": 0,
-        "PixelPaddingRangeLimit": 100,
-        "RescaleIntercept": "7",
-        "RescaleSlope": "1",
-    }
-    volume = open_volume(write_series(tmp_path / "s", SERIES, **padded, **MONO1))
+    padded = {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 100, **MONO1}
+    rescaled = {"RescaleIntercept": "7", "RescaleSlope": "1"}
+    volume = open_volume(write_series(tmp_path / "s", SERIES, **padded, **rescaled))
     wanted = np.where(SERIES <= 100, np.nan, SERIES + 7)
     assert_array_equal(slices_of(volume).transpose(0, 2, 1), wanted)
     assert_allclose(volume.limits[0], np.nanpercentile(wanted, [0.5, 99.5]))
@@ -278,21 +238,22 @@ def tilt(folder):
     "change, words",
     [
         (add_slice(SeriesInstanceUID="1.2.10"), "2 series"),
-        (add_slice(-6), "one place"),
+        (add_slice(-6), "0 to 2 mm"),
         (add_slice(1), "2 to 3 mm"),
-        (add_slice(-2.5), "0.5 to 2 mm"),
-        (add_slice(x=9), "above each other"),
+        (add_slice(x=9), "above"),
         (add_slice(PixelSpacing=[0.5, 0.9]), "PixelSpacing"),
         (add_slice(ImagePositionPatient=None), "place"),
         (add_slice(ImageOrientationPatient=[0, 1, 0, 0, 0, 1]), "direction"),
         (add_slice(**MONO1), "differ"),
         (lambda folder: (folder / "3_2.dcm").unlink(), "2 to 4 mm"),
         (tilt, "tilted"),
-        (lambda folder: [path.unlink() for path in folder.iterdir()], "no DICOM"),
         (lambda folder: [path.unlink() for path in list(folder.iterdir())[1:]], "1 slices"),
     ],
 )
 def test_what_is_no_series_of_even_slices_is_one_line(tmp_path, change, words):
     folder = write_series(tmp_path / "s", SERIES)
     change(folder)
-    refuse(open_volume, folder, words, *["dcm2niix"] * ("no DICOM" not in words))
+    refuse(open_volume, folder, words, "dcm2niix")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    refuse(open_volume, folder)

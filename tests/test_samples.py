@@ -9,13 +9,12 @@ import struct
 import subprocess
 import sys
 import zlib
-from unittest import mock
 
 import cv2
 import numpy as np
 import pytest
 import tifffile
-from helpers import STORED_TURNED, png_bytes, read_rgb, save_turned
+from helpers import STORED_TURNED, png_bytes, read_rgb, refuse, save_turned
 from numpy.testing import assert_array_equal
 from PIL import Image
 from PIL.TiffImagePlugin import AppendingTiffWriter
@@ -50,15 +49,17 @@ def test_formats_and_modes(tmp_path):
         **{name: Image.fromarray(rgb) for name in ("rgb.bmp", "rgb.tif", "a.webp", "b.gif")},
         "rgba.png": Image.fromarray(rgb).convert("RGBA"),
         "16bit.png": Image.fromarray(GREY.astype(np.uint16) * 257),
-        "16bit.tif": Image.fromarray(GREY.astype(np.uint16) * 257),
         "float.tif": Image.fromarray(GREY.astype(np.float32) / 255),
         "32bit.tif": Image.fromarray(GREY.astype(np.int32)),
     }
     for name, picture in pictures.items():
         picture.save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
         assert_array_equal(read_rgb(tmp_path / name), rgb, err_msg=name)
-    Image.fromarray(rgb).save(tmp_path / "photo.jpg", quality=95)
-    assert np.abs(read_rgb(tmp_path / "photo.jpg").astype(int) - rgb).max() < 12
+    photos = [Image.fromarray(drawn(np.uint8, 24, 24, 3)) for _ in range(2)]
+    photos[0].save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=photos[1:])
+    photos[0].save(tmp_path / "plain.jpg")
+    assert Image.open(tmp_path / "camera.jpg").n_frames == 2  # of which the first is read
+    assert_array_equal(values_of(tmp_path / "camera.jpg"), Image.open(tmp_path / "plain.jpg"))
     Image.fromarray(rgb).convert("1").save(tmp_path / "bilevel.png")
     assert set(np.unique(read_rgb(tmp_path / "bilevel.png"))) == {0, 255}
     cmyk = Image.fromarray(rgb).convert("CMYK")
@@ -69,13 +70,12 @@ def test_formats_and_modes(tmp_path):
 @pytest.mark.parametrize("dtype", "u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split())
 def test_tiff_of_every_type_order_and_arrangement(tmp_path, dtype):
     path = tmp_path / "a.tif"
-    for channels, order, planar in itertools.product((1, 2, 3, 4, 5, 7, 16), "<>", (False, True)):
+    for channels, order, planar in itertools.product((1, 2, 3, 4, 5, 16), "<>", (False, True)):
         values = drawn(dtype, 21, 18, channels)
         stored = np.moveaxis(values, 2, 0) if planar and channels > 1 else values.squeeze()
         layout = {"planarconfig": "separate" if planar else "contig"} if channels > 1 else {}
         options = {"photometric": "rgb" if channels == 3 else "minisblack", "metadata": None}
         for extra in (
-            {},
             {"bigtiff": True},
             {"tile": (16, 16), "compression": "zlib"},
             {"compression": "zlib", "predictor": dtype not in ("u8", "i8"), "rowsperstrip": 5},
@@ -92,12 +92,10 @@ def test_tiff_of_every_type_order_and_arrangement(tmp_path, dtype):
 @pytest.mark.parametrize("channels", [3, 4])
 def test_16_bit_colours_and_alpha(tmp_path, suffix, channels):
     """OpenCV's channels are blue, green, red and alpha."""
-    values, path = drawn(np.uint16, 30, 20, channels), str(tmp_path / f"a{suffix}")
-    cv2.imwrite(path, values)
-    assert_array_equal(values_of(path), values[..., 2::-1])
-    assert_array_equal(
-        values_of(io.BytesIO((tmp_path / f"a{suffix}").read_bytes())), values_of(path)
-    )
+    values, path = drawn(np.uint16, 30, 20, channels), tmp_path / f"a{suffix}"
+    cv2.imwrite(str(path), values)
+    for source in (path, io.BytesIO(path.read_bytes())):
+        assert_array_equal(values_of(source), values[..., 2::-1])
     assert pixel_format(path).startswith("16-bit RGB")
     (tmp_path / "la.png").write_bytes(png_bytes(values[..., :2]))
     assert_array_equal(values_of(tmp_path / "la.png"), values[..., :1])
@@ -105,18 +103,17 @@ def test_16_bit_colours_and_alpha(tmp_path, suffix, channels):
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "i2", "f4"])
 def test_what_stores_white_as_zero_is_inverted(tmp_path, dtype):
-    values = drawn(dtype, 20, 30)
+    values, path = drawn(dtype, 20, 30), tmp_path / "a.tif"
     white = {"u": np.iinfo("u4").max >> 32 - 8 * int(dtype[1]), "i": -1, "f": 1}[dtype[0]]
     for order, compression in itertools.product("<>", (None, "lzw")):
         options = {"byteorder": order, "compression": compression, "photometric": "miniswhite"}
-        tifffile.imwrite(tmp_path / "a.tif", values, **options)
-        assert_array_equal(values_of(tmp_path / "a.tif")[..., 0], values.dtype.type(white) - values)
-    tifffile.imwrite(tmp_path / "a.tif", (values > 0).astype(dtype), photometric="miniswhite")
-    read = read_mask(tmp_path / "a.tif")[1]
-    assert_array_equal(read, white - (values > 0).astype(int))
+        tifffile.imwrite(path, values, **options)
+        assert_array_equal(values_of(path)[..., 0], values.dtype.type(white) - values)
+    tifffile.imwrite(path, (values > 0).astype(dtype), photometric="miniswhite")
+    assert_array_equal(read_mask(path)[1], white - (values > 0).astype(int))
 
 
-def test_bits_and_palettes(tmp_path):
+def test_bits_palettes_and_extra_samples(tmp_path):
     path, indices = tmp_path / "a.tif", drawn(np.uint16, 20, 30, top=4095)
     for photometric in ("minisblack", "miniswhite"):
         tifffile.imwrite(path, indices, bitspersample=12, photometric=photometric)
@@ -127,138 +124,92 @@ def test_bits_and_palettes(tmp_path):
         tifffile.imwrite(path, indices, photometric="palette", colormap=colours)
         assert_array_equal(values_of(path), (colours >> 8).T[indices])
         assert_array_equal(read_mask(path, palette_colours=False)[1], indices)
+    values = drawn(np.uint16, 8, 9, 5)
+    for last, kept in (("unspecified", 5), ("unassalpha", 4)):
+        tifffile.imwrite(path, values, photometric="rgb", extrasamples=("unspecified", last))
+        assert_array_equal(values_of(path), values[..., :kept])
+    options = {"photometric": "miniswhite", "planarconfig": "contig", "extrasamples": "unassalpha"}
+    for dtype in (np.uint8, np.uint16):
+        grey, top = drawn(dtype, 8, 9, 2), np.iinfo(dtype).max
+        tifffile.imwrite(path, grey, **options)
+        shown = np.where(grey[..., 1] > top // 2, top - grey[..., 0], 0)
+        assert_array_equal(read_mask(path)[1], shown)
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_more_than_8_bits_are_scaled_by_range_or_window(bits):
     white = 2**bits - 1
     values = np.arange(white + 1, dtype=np.uint16).reshape(-1, 1, 1)
-    assert_array_equal(to_uint8(values), (values * (255 / white)).round())
-    assert_array_equal(to_uint8(values), to_uint8(values.astype(np.int64)))
+    for kind in (np.uint16, np.int64):
+        assert_array_equal(to_uint8(values.astype(kind)), (values * (255 / white)).round())
     for kind in (np.uint16, np.int32, np.float32):
         scaled = to_uint8(values.astype(kind), window=(100, 50)).ravel()
-        assert (
-            (scaled[:76] == 0).all() and (scaled[125:] == 255).all() and scaled[100] in (127, 128)
-        )
+        assert set(scaled[:76]) == {0} and set(scaled[125:]) == {255} and scaled[100] in (127, 128)
     eight = values[:256].astype(np.uint8)
     assert_array_equal(to_uint8(eight, window=(100, 50)), eight)
-    assert_array_equal(to_uint8(eight, 255.0 * 2, (100, 50)), to_uint8(eight, 510))
-    with pytest.raises(ValueError):
-        to_uint8(np.float32([[[np.nan]]]))
-    with pytest.raises(ValueError):
-        to_uint8(np.int16([[[-1]]]))
+    assert_array_equal(to_uint8(eight, 510.0, (100, 50)), (eight / 2).round())
+    for wrong in (np.float32([[[np.nan]]]), np.int16([[[-1]]])):
+        with pytest.raises(ValueError):
+            to_uint8(wrong)
     assert to_uint8(np.int16([[[-5]], [[5]]]), window=(0, 10)).ravel().tolist() == [0, 255]
 
 
-def test_alpha_is_told_from_other_extra_samples(tmp_path):
-    path, values = tmp_path / "a.tif", drawn(np.uint16, 8, 9, 5)
-    for extra, kept in {
-        ("unspecified", "unspecified"): [0, 1, 2, 3, 4],
-        ("unspecified", "unassalpha"): [0, 1, 2, 3],
-    }.items():
-        tifffile.imwrite(path, values, photometric="rgb", extrasamples=extra)
-        assert_array_equal(values_of(path), values[..., kept])
-    options = {
-        "photometric": "miniswhite",
-        "planarconfig": "contig",
-        "extrasamples": ["unassalpha"],
-    }
-    for dtype in (np.uint8, np.uint16):
-        grey = drawn(dtype, 8, 9, 2)
-        tifffile.imwrite(path, grey, **options)
-        half = np.iinfo(dtype).max // 2
-        shown = np.where(grey[..., 1] > half, np.iinfo(dtype).max - grey[..., 0], 0)
-        assert_array_equal(read_mask(path)[1], shown)
+PNM = [  # bytes of 3 x 2 pixels, the red ones, bits
+    (b"P6\n# by hand\n3 2\n100\n" + bytes(range(0, 90, 5)), [0, 38, 76, 115, 153, 191], 8),
+    (b"P6 3 2 65535\n" + bytes([128, 0] * 15 + [255] * 6), [128] * 5 + [255], 16),
+    (b"P5 3 2 255\n" + bytes(range(6)), [0, 1, 2, 3, 4, 5], 8),
+    (b"P5 3 2 4095\n" + bytes([4, 0] * 6), [64] * 6, 16),
+    (b"P2 3 2 10 # ten\n0 1 2\n10 5 10", [0, 26, 51, 255, 128, 255], 8),
+    (b"P3 3 2 1\n1 1 1 0 0 0 1 1 1\n0 0 0 1 1 1 0 0 0\n", [255, 0, 255, 0, 255, 0], 8),
+    (b"P4 3 2\n\x40\xa0", [255, 0, 255, 0, 255, 0], 1),
+]
 
 
-# name: (bytes of 3 x 2 pixels, the red ones)
-PNM = {
-    "a.ppm": (b"P6 3 2 255\n" + bytes(range(18)), [0, 3, 6, 9, 12, 15]),
-    "b.ppm": (b"P6\n# by hand\n3 2\n100\n" + bytes(range(0, 90, 5)), [0, 38, 76, 115, 153, 191]),
-    "c.ppm": (b"P6 3 2 65535\n" + bytes([128, 0] * 15 + [255] * 6), [128] * 5 + [255]),
-    "d.pgm": (b"P5 3 2 255\n" + bytes(range(6)), [0, 1, 2, 3, 4, 5]),
-    "e.pgm": (b"P5 3 2 4095\n" + bytes([4, 0] * 6), [64] * 6),
-    "f.pgm": (b"P5 3 2 65535\n" + bytes([8, 0] * 5 + [15, 255]), [128] * 5 + [255]),
-    "g.pgm": (b"P2 3 2 10 # ten\n0 1 2\n10 5 10", [0, 26, 51, 255, 128, 255]),
-    "h.ppm": (b"P3 3 2 1\n1 1 1 0 0 0 1 1 1\n0 0 0 1 1 1 0 0 0\n", [255, 0, 255, 0, 255, 0]),
-    "i.pbm": (b"P4 3 2\n\x40\xa0", [255, 0, 255, 0, 255, 0]),
-    "j.pnm": (b"P5 3 2 255\n" + bytes(range(6)), [0, 1, 2, 3, 4, 5]),
-}
-
-
-@pytest.mark.parametrize("name", PNM)
-def test_pnm_is_scaled_from_the_range_that_it_names(tmp_path, name):
-    content, red = PNM[name]
-    (tmp_path / name).write_bytes(content)
-    assert read_rgb(tmp_path / name)[..., 0].ravel().tolist() == red
-    bits = {"c.ppm": 16, "e.pgm": 16, "f.pgm": 16, "i.pbm": 1}.get(name, 8)
-    assert pixel_format(tmp_path / name).startswith(f"{bits}-bit")
-    for damaged in (content.rstrip()[:-2], content[:6]):
-        (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(ValueError, match=name) as caught:
-            read_rgb(tmp_path / name)
-        assert "reshape" not in str(caught.value)  # it says what is wrong with the file
+@pytest.mark.parametrize("content, red, bits", PNM)
+def test_pnm_is_scaled_from_the_range_that_it_names(tmp_path, content, red, bits):
+    path = tmp_path / "a.pnm"
+    path.write_bytes(content)
+    assert read_rgb(path)[..., 0].ravel().tolist() == red
+    assert pixel_format(path).startswith(f"{bits}-bit")
+    path.write_bytes(content.rstrip()[:-2])
+    refuse(read_rgb, path)
 
 
 # ---- several pictures in a file --------------------------------------------------------------
 
 
 def test_axes_that_the_file_names_are_channels_or_pages(tmp_path):
-    path = tmp_path / "a.tif"
-    values = drawn(np.uint16, 4, 3, 20, 30)  # slices, channels
-    for options in ({"ome": True}, {"imagej": True}, {}):
-        for axes, stored in (("ZCYX", values), ("CZYX", values.swapaxes(0, 1))):
-            if "imagej" in options and axes != "ZCYX":
-                continue
-            tifffile.imwrite(
-                path, stored, photometric="minisblack", metadata={"axes": axes}, **options
-            )
-            assert count_pages(path) == 4
-            for number in range(4):
-                assert_array_equal(values_of(Page(path, number)), np.moveaxis(values[number], 0, 2))
-            with pytest.raises(ValueError, match="4 pictures"):
-                read_samples(path)
-        tifffile.imwrite(
-            path, values[0], photometric="minisblack", metadata={"axes": "CYX"}, **options
-        )
-        assert count_pages(path) == 1
+    path, values = tmp_path / "a.tif", drawn(np.uint16, 4, 3, 20, 30)  # slices, channels
+
+    def write(stored, axes, **options):
+        metadata = {"axes": axes} if axes else None
+        tifffile.imwrite(path, stored, photometric="minisblack", metadata=metadata, **options)
+        return count_pages(path)
+
+    for options, axes in (({"ome": True}, "CZYX"), ({"imagej": True}, "ZCYX"), ({}, "CZYX")):
+        assert write(values if axes == "ZCYX" else values.swapaxes(0, 1), axes, **options) == 4
+        for number in range(4):
+            assert_array_equal(values_of(Page(path, number)), np.moveaxis(values[number], 0, 2))
+        with pytest.raises(ValueError, match="4 pictures"):
+            read_samples(path)
+        assert write(values[0], "CYX", **options) == 1
         assert_array_equal(values_of(path), np.moveaxis(values[0], 0, 2))
-    tifffile.imwrite(path, values[0], photometric="minisblack", metadata=None)  # pages, unnamed
-    assert count_pages(path) == 3
+    assert write(values[0], None) == 3  # pages without a name
     assert_array_equal(values_of(Page(path, 1))[..., 0], values[0, 1])
 
 
 def test_smaller_copies_and_masks_of_a_page_are_no_pages(tmp_path):
     path, values = tmp_path / "a.tif", drawn(np.uint8, 64, 64, 3)
     with tifffile.TiffWriter(path) as file:
-        file.write(values[::4, ::4], subfiletype=1, photometric="rgb", metadata=None)
-        file.write(values, photometric="rgb", metadata=None)
-        file.write(values[::2, ::2], subfiletype=1, photometric="rgb", metadata=None)
+        for step, kind in ((4, 1), (1, 0), (2, 1)):
+            options = {"subfiletype": kind, "photometric": "rgb", "metadata": None}
+            file.write(values[::step, ::step], **options)
         file.write(values[..., 0] > 9, subfiletype=4, metadata=None)
     assert count_pages(path) == 1
     assert_array_equal(values_of(path), values)
 
 
-def test_the_first_picture_of_a_camera_s_file(tmp_path):
-    first, second = (Image.fromarray(drawn(np.uint8, 24, 24, 3)) for _ in range(2))
-    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
-    first.save(tmp_path / "b.jpg", "JPEG")
-    assert Image.open(tmp_path / "a.jpg").n_frames == 2
-    assert_array_equal(values_of(tmp_path / "a.jpg"), values_of(tmp_path / "b.jpg"))
-
-
-@pytest.mark.parametrize("suffix", [".webp", ".gif"])
-def test_animations_are_refused(tmp_path, suffix):
-    moving = tmp_path / f"moving{suffix}"
-    Image.fromarray(GREY).save(moving, save_all=True, append_images=[Image.fromarray(255 - GREY)])
-    with pytest.raises(ValueError, match=f"{moving.name}.*2 pictures"):
-        read_rgb(moving)
-    moving.write_bytes(moving.read_bytes()[:90])
-    with pytest.raises(ValueError, match=moving.name):
-        read_rgb(moving)
-
-
-# ---- damaged, forged and too large -----------------------------------------------------------
+# ---- damaged, too large and refused ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("compression", [None, "zlib", "lzw", "packbits"])
@@ -271,46 +222,38 @@ def test_a_cut_tiff_is_an_error_and_not_zeros(tmp_path, compression):
             content = path.read_bytes()
             for part in (0.3, 0.6, 0.9):
                 path.write_bytes(content[: int(len(content) * part)])
-                with pytest.raises(ValueError, match="a.tif"):
-                    read_rgb(path)
-
-
-def test_forged_headers_do_not_fill_the_memory(tmp_path):
-    path = tmp_path / "a.tif"
-    for tag, value in {"ImageWidth": 1 << 30, "SamplesPerPixel": 60000}.items():
-        tifffile.imwrite(path, drawn(np.uint16, 32, 32, 5), tile=(16, 16), **CHANNELS)
-        with tifffile.TiffFile(path, mode="r+b") as file:
-            file.pages[0].tags[tag].overwrite(value)
-        with mock.patch("tifffile.TiffPage.asarray", side_effect=AssertionError("decoded")):
-            with pytest.raises(ValueError, match="a.tif") as caught:
-                read_rgb(path)
-        assert "decoded" not in str(caught.value)
-    for size in ((40_000, 40_000), (10_000, 10_000)):  # Pillow only warns of the second
-        (tmp_path / "bomb.png").write_bytes(png_bytes(GREY[..., None], size=size))
-        with pytest.raises(ValueError, match="bomb.png.*--max-megapixels"):
-            read_rgb(tmp_path / "bomb.png")
+                refuse(read_rgb, path)
 
 
 def test_pictures_that_are_refused(tmp_path):
-    Image.new("L", (64, 64)).save(
-        tmp_path / "stack.tif", save_all=True, append_images=[Image.new("L", (64, 64))]
-    )
-    (tmp_path / "text.png").write_text("not a picture")
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "head.tif").write_bytes(b"II*\0" + bytes(4))
-    Image.effect_noise((200, 200), 50).save(tmp_path / "complete.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:3000])
-    tifffile.imwrite(tmp_path / "many.tif", drawn(np.uint8, 8, 8, 17), **CHANNELS)
-    tifffile.imwrite(tmp_path / "complex.tif", drawn("f4", 8, 8).astype(np.complex64))
-    tifffile.imwrite(
-        tmp_path / "deep.tif", drawn(np.uint8, 16, 16, 16), volumetric=True, tile=(16,) * 3
-    )
-    refused = "stack.tif text.png empty.jpg head.tif cut.jpg many.tif complex.tif deep.tif"
-    for name in refused.split():
-        with pytest.raises(ValueError, match=name):
-            read_rgb(tmp_path / name)
-    with pytest.raises(ValueError, match="folder"):
-        read_rgb(tmp_path)
+    two = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    for name in ("stack.tif", "moving.webp", "moving.gif"):
+        two[0].save(tmp_path / name, save_all=True, append_images=two[1:])
+        refuse(read_rgb, tmp_path / name, "2 pictures")
+    Image.effect_noise((200, 200), 50).save(tmp_path / "whole.jpg")
+    damaged = bytearray(png_bytes(drawn(np.uint8, 24, 40, 3)))
+    damaged[900] ^= 255  # which Pillow forgets where it looks for EXIF behind the pixels
+    for name, content in {
+        "text.png": b"not a picture",
+        "empty.jpg": b"",
+        "head.tif": b"II*\0" + bytes(4),
+        "cut.jpg": (tmp_path / "whole.jpg").read_bytes()[:3000],
+        "damaged.png": damaged,
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        refuse(read_rgb, tmp_path / name)
+    for side in (40_000, 10_000):  # Pillow only warns of the second
+        (tmp_path / "bomb.png").write_bytes(png_bytes(GREY[..., None], size=(side, side)))
+        refuse(read_rgb, tmp_path / "bomb.png", "--max-megapixels")
+    for pixels, options in (
+        (drawn(np.uint8, 8, 8, 17), CHANNELS),
+        (drawn("f4", 8, 8).astype(np.complex64), {}),
+        (drawn(np.uint8, 16, 16, 16), {"volumetric": True, "tile": (16,) * 3}),
+        (drawn(np.uint8, 8, 8, 3), {"photometric": "cielab"}),
+    ):
+        tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+        refuse(read_rgb, tmp_path / "a.tif")
+    refuse(read_rgb, tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing.png"):
         read_rgb(tmp_path / "nothing.png")
 
@@ -323,47 +266,35 @@ def test_without_imagecodecs_a_tiff_that_needs_it_says_so(tmp_path):
     code = "import sys; sys.modules['imagecodecs'] = None; from medseg.images import read_image; "
     code += f"print(read_image(r'{tmp_path}/a.tif').size); read_image(r'{tmp_path}/b.tif')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "(30, 20)" in result.stdout and "b.tif" in result.stderr
-    assert "`pip install imagecodecs`" in result.stderr
+    assert "(30, 20)" in result.stdout
+    assert "b.tif" in result.stderr and "`pip install imagecodecs`" in result.stderr
 
 
 # ---- masks -----------------------------------------------------------------------------------
 
 
-def test_masks_of_every_format_keep_their_values(tmp_path):
-    values = drawn(np.uint8, 9, 12, top=3)
-    grey, colour = Image.fromarray(values), np.stack([values] * 3, 2)
-    files = {
-        "a.pgm": b"P5 12 9 3\n" + values.tobytes(),
-        "b.pgm": b"P2 12 9 3\n" + " ".join(map(str, values.ravel())).encode(),
-        "c.pgm": b"P5 12 9 300\n" + values.astype(">u2").tobytes(),
-        "e.png": png_bytes(colour * np.uint16(257)),
-        "f.png": png_bytes(np.stack([values, np.full_like(values, 255)], 2) * np.uint16(257)),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    tifffile.imwrite(tmp_path / "d.tif", colour.astype(np.uint16), photometric="rgb")
+def test_masks_keep_their_values(tmp_path):
+    values, path = drawn(np.uint8, 9, 12, top=3), tmp_path / "a.tif"
+    colour = np.stack([values] * 3, 2)
+    for content in (
+        b"P5 12 9 3\n" + values.tobytes(),
+        b"P2 12 9 3\n" + " ".join(map(str, values.ravel())).encode(),
+        b"P5 12 9 300\n" + values.astype(">u2").tobytes(),
+    ):
+        (tmp_path / "a.pgm").write_bytes(content)
+        assert_array_equal(read_mask(tmp_path / "a.pgm")[1], values)
     for dtype in ("i8", "u8", "f2", "f8"):
-        tifffile.imwrite(tmp_path / f"t{dtype}.tif", values.astype(dtype))
-    grey.save(tmp_path / "g.webp", lossless=True)
-    grey.save(tmp_path / "h.gif")
-    grey.convert("RGB").save(tmp_path / "i.ppm")
-    for path in sorted(tmp_path.iterdir()):
-        kind, read = read_mask(path)
-        colour = path.name in ("d.tif", "e.png", "g.webp", "i.ppm")
-        assert kind == ("colour" if colour else "grey"), path.name
-        factor = 0x010101 if colour else 257 if path.name == "f.png" else 1
-        assert_array_equal(read, values.astype(int) * factor, err_msg=path.name)
-    clear = np.stack([values, np.zeros_like(values)], 2).astype(np.uint16)
-    (tmp_path / "f.png").write_bytes(png_bytes(clear))
-    assert not read_mask(tmp_path / "f.png")[1].any()  # all of it is transparent
-    wrong = {"d.tif": np.full((8, 8, 3), 300, np.uint16), "e.tif": drawn(np.uint8, 8, 8, 5)}
-    wrong |= {"f.tif": drawn(np.uint8, 8, 8, 2), "g.tif": np.full((8, 8), 0.5)}
-    for name, pixels in wrong.items():
-        options = {"d.tif": {"photometric": "rgb"}, "g.tif": {}}.get(name, CHANNELS)
-        tifffile.imwrite(tmp_path / name, pixels, **options)
-        with pytest.raises(ValueError, match=name):
-            read_mask(tmp_path / name)
+        tifffile.imwrite(path, values.astype(dtype))
+        assert_array_equal(read_mask(path)[1], values, err_msg=dtype)
+    tifffile.imwrite(path, colour.astype(np.uint16), photometric="rgb")
+    (tmp_path / "a.png").write_bytes(png_bytes(colour * np.uint16(257)))
+    for name in ("a.tif", "a.png"):  # 8 bits a colour, in the lower byte and in both
+        kind, read = read_mask(tmp_path / name)
+        assert kind == "colour"
+        assert_array_equal(read, values.astype(int) * 0x010101, err_msg=name)
+    for pixels in (np.full((8, 8, 3), 300, np.uint16), drawn(np.uint8, 8, 8, 5)):
+        tifffile.imwrite(path, pixels, photometric="rgb" if pixels.shape[2] == 3 else "minisblack")
+        refuse(read_mask, path)
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".npy"])
@@ -377,50 +308,23 @@ def test_labels_that_are_whole_but_for_rounding(tmp_path, suffix, capsys):
     assert capsys.readouterr().out.count("warning: ") == 1  # for the folder
 
 
-def palette_mask(path, colours, indices):
-    image = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
-    image.putpalette(np.array(colours, np.uint8).tobytes())
-    image.save(path)
-
-
-def test_palettes_in_the_order_of_their_writer_are_read_by_colour(tmp_path):
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
+def test_palettes_in_the_order_of_their_writer_are_read_by_colour(tmp_path, suffix):
     """Class numbers begin with a background that is black or not there, and keep their indices."""
-    black, white, red = (0, 0, 0), (255, 255, 255), (200, 0, 0)
-    indices = drawn(np.uint8, 9, 12, top=1)
-    for suffix in (".png", ".tif", ".bmp"):
-        path = tmp_path / f"a{suffix}"
-        for colours in ((white, black), (red, black)):
-            palette_mask(path, [*colours, *[(7, 7, 7)] * 254], indices)
-            encoding, codes = read_mask(path)
-            code = 0xFFFFFF if colours[0] == white else 0xC80000
-            assert encoding == "colour" and set(codes[indices == 0].tolist()) == {code}
-            assert not codes[indices == 1].any()
-        for colours in ((black, white, red), (white, red), (red, (9, 9, 9), black)):
-            palette_mask(path, [*colours, *[(7, 7, 7)] * (256 - len(colours))], indices)
-            assert read_mask(path)[0] == "palette"
-            assert_array_equal(read_mask(path)[1], indices)
-    palette_mask(path, [red] * 255 + [black], indices * 255)  # what is ignored, in black
-    assert read_mask(path)[0] == "palette"
-    disc = Image.fromarray(np.kron(indices, np.ones((9, 9), np.uint8)) * 255)
-    for mode, share in itertools.product(
-        ("RGB", "RGBA"), (disc, Image.eval(disc, lambda v: 255 - v))
+    black, white, red, path = (0, 0, 0), (255, 255, 255), (200, 0, 0), tmp_path / f"a{suffix}"
+    for colours, highest, encoding in (
+        ([red, black], 1, "colour"),
+        ([black, white, red], 1, "palette"),
+        ([red, (9, 9, 9), black], 1, "palette"),
+        ([red] * 255 + [black], 255, "palette"),  # what is ignored, in black
     ):
-        share.convert(mode).save(tmp_path / "a.gif")
-        assert_array_equal(read_mask(tmp_path / "a.gif")[1] & 255, np.asarray(share))
-
-
-def test_a_mask_that_is_black_everywhere_is_its_alpha(tmp_path):
-    alpha = drawn(np.uint8, 9, 12, top=1) * np.uint8(255)
-    for bands, factor in ((4, 1), (2, 1), (4, 257)):
-        pixels = np.zeros((9, 12, bands), np.uint16 if factor > 1 else np.uint8)
-        pixels[..., -1] = alpha * np.uint16(factor)
-        (tmp_path / "a.png").write_bytes(png_bytes(pixels))
-        encoding, values = read_mask(tmp_path / "a.png")
-        assert encoding == "alpha"
-        assert_array_equal(values, alpha)
-    pixels[..., -1] = 65535
-    (tmp_path / "a.png").write_bytes(png_bytes(pixels))
-    assert not read_mask(tmp_path / "a.png")[1].any()  # an empty mask
+        indices = drawn(np.uint8, 9, 12, top=1) * np.uint8(highest)
+        image = Image.frombytes("P", (12, 9), indices.tobytes())
+        image.putpalette([*np.ravel(colours), *[7] * (768 - 3 * len(colours))])
+        image.save(path)
+        codes = np.where(indices == 0, 0xC80000, 0) if encoding == "colour" else indices
+        assert read_mask(path)[0] == encoding
+        assert_array_equal(read_mask(path)[1], codes)
 
 
 @pytest.mark.parametrize("profile", [b"", b"odd"])
@@ -449,16 +353,12 @@ def with_exif(content, orientation):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
     shown, turn = drawn(np.uint8, 24, 40, 3), STORED_TURNED[orientation]
-    codes = shown.astype(int) @ (65536, 256, 1)
     for suffix in (".png", ".webp", ".tif"):
         path = tmp_path / f"a{suffix}"
         options = {"lossless": True} if suffix == ".webp" else {}
-        save_turned(shown[..., 0], path, orientation, **options)
-        assert_array_equal(read_rgb(path)[..., 1], shown[..., 0])
-        assert_array_equal(read_mask(path)[1] & 255, shown[..., 0])
         save_turned(shown, path, orientation, **options)
         assert_array_equal(read_rgb(path), shown, err_msg=suffix)
-        assert_array_equal(read_mask(path)[1], codes, err_msg=suffix)
+        assert_array_equal(read_mask(path)[1], shown.astype(int) @ (65536, 256, 1), err_msg=suffix)
         assert read_samples(path).orientation == orientation
     save_turned(shown, tmp_path / "a.jpg", orientation, quality=95)
     inverse = {6: 8, 8: 6}.get(orientation, orientation)  # turns a picture back
@@ -474,15 +374,6 @@ def test_pictures_and_masks_are_read_as_they_are_shown(tmp_path, orientation):
         tag = [(0x0112, 3, 1, orientation, True)]
         tifffile.imwrite(tmp_path / "b.tif", turn(values.squeeze()), extratags=tag, **layout)
         assert_array_equal(values_of(tmp_path / "b.tif"), values)
-
-
-def test_a_damaged_png_is_refused_though_its_exif_is_looked_for(tmp_path):
-    """Pillow looks for it behind the pixels, and forgets the damage that it met on the way."""
-    content = bytearray(png_bytes(drawn(np.uint8, 24, 40, 3)))
-    content[900] ^= 255
-    (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ValueError, match="a.png"):
-        read_rgb(tmp_path / "a.png")
 
 
 def test_pages_of_a_tiff_have_their_own_orientation(tmp_path):

@@ -123,7 +123,7 @@ def _settings_of(pairs, formats, text, args, present):
     default = next((own for name, own in defaults.items() if name in formats), None)
     info = {"window": tuple(window or ()) or default, "channels": channels}
     info |= {"context": args.context, "pattern": "{channel}" in text and name_pattern(text)}
-    if (settings.count_recorded(info) or 1) > settings.MAX_CHANNELS:
+    if len(settings.channel_names(channels, args.context)) > settings.MAX_CHANNELS:
         what = f"--context {args.context}: makes" if args.context else f"{text}: has"
         raise ValueError(f"{what} more than {settings.MAX_CHANNELS} channels")
     settings.check_window(present, info["window"])

@@ -24,7 +24,6 @@ from medseg.modalities import Modalities, format_of, open_channels, read_channel
 from medseg.own_files import is_own
 from medseg.predicting.cases import find_cases
 from medseg.samples import KINDS
-from medseg.settings import count_recorded
 from medseg.volumes import SINGLE_SUFFIXES
 from medseg.weights import load_weights, pretrained_path
 
@@ -107,8 +106,8 @@ def check_channels(picture, info):
 
     info: the `net.ModelInfo`. What is grey or colour alone is turned into each other elsewhere.
     """
-    count, own = count_recorded(vars(info)), picture.n_channels
-    if count not in (None, own):
+    count, own = len(info.channel_names), picture.n_channels
+    if count not in (0, own):
         around = f", and of {info.context} slices on either side" if info.context else ""
         names = ", ".join(info.channels) or "grey"
         names += f", files called {info.pattern}" if info.pattern else ""
