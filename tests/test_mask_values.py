@@ -46,7 +46,7 @@ def masks_of(pictures, text=None, **options):
         picture.save(paths[-1])
     classes = find_classes(paths, text and parse_classes(text), **options)
     masks = [classes.to_masks(*classes.read(path)) for path in paths]
-    return [{name: np.asarray(runs) for name, runs in own.items()} for own in masks], classes
+    return [{name: runs.draw() for name, runs in own.items()} for own in masks], classes
 
 
 def assert_masks(masks, label_map, numbers):
@@ -379,7 +379,7 @@ def test_lossy_and_smoothed_masks_take_halves_or_ranges(here):
         ):
             classes = find_classes([path], text and parse_classes(text))
             (mask,) = classes.to_masks(*classes.read(path)).values()
-            assert_array_equal(mask, (values >= first) & (values < end))
+            assert_array_equal(mask.draw(), (values >= first) & (values < end))
 
 
 def test_values_1_and_255_of_one_mask_are_two_classes(here):
@@ -468,7 +468,8 @@ def test_predicted_masks_bring_the_names_of_their_classes(here):
         ("x,y", {"x": 1, "y": 2}),
     ):
         classes = find_classes(paths, text and parse_classes(text))
-        assert_masks(classes.to_masks(*classes.read(paths[0])), label_map, numbers)
+        masks = classes.to_masks(*classes.read(paths[0]))
+        assert_masks({name: mask.draw() for name, mask in masks.items()}, label_map, numbers)
     with pytest.raises(ValueError, match="a_mask.*bleed"):
         find_classes(paths, parse_classes("bleed=lesion"))
     save_mask(np.where(label_map == 2, 2, 0), paths[0], names)
