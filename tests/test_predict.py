@@ -615,23 +615,23 @@ def test_calibration_of_bins_by_hand():
 
 
 def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monkeypatch):
-    """Six lesions of 10 to 60 pixels, each half found; three images without one."""
-    counts = [[size // 2, 0, size // 2, 100 - size] for size in range(10, 70, 10)]
+    """Seven lesions of 10 to 70 pixels, each half found; three images without one."""
+    counts = [[size // 2, 0, size // 2, 100 - size] for size in range(10, 80, 10)]
     counts += [[0, alarm, 0, 100 - alarm] for alarm in (0, 5, 7)]
-    distances = np.array([[[1, 0.5]], [[2, 1]], [[9, 0]], *[[[math.nan, math.nan]]] * 6])
-    monkeypatch.setattr(graded.dataset, "names", lambda: list("abcdefghi"))
+    distances = np.array([[[1, 0.5]], [[2, 1]], [[9, 0]], *[[[math.nan, math.nan]]] * 7])
+    monkeypatch.setattr(graded.dataset, "names", lambda: list("abcdefghij"))
     monkeypatch.setattr("medseg.predicting.report.group_images", lambda *_: (None, None))
     monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *_: None)
     graded.result = lambda: (np.array(counts)[:, None, None], distances, np.zeros((1, 15, 3)))
     graded.case = lambda index: (None,) * 3
     report = write_report(tmp_path, "test", graded, None, ["foreground"])
     thirds = report["by_lesion_size"]
-    assert [group["pixels"] for group in thirds] == [[10, 20], [30, 40], [50, 60]]
+    assert [group["pixels"] for group in thirds] == [[10, 20], [30, 40], [50, 70]]
     assert [group["dice"] for group in thirds] == pytest.approx([2 / 3] * 3)
-    assert [group["images"] for group in thirds] == [2, 2, 2]
+    assert [group["images"] for group in thirds] == [2, 2, 3]
     assert report["no_lesion"] == {"images": 3, "with_false_alarm": 2}
-    assert report["hd95"] == {"mean": 4.0, "median": 2.0, "left_out": 6}
-    assert report["surface_dice"] == {"mean": 0.5, "median": 0.5, "left_out": 6}
+    assert report["hd95"] == {"mean": 4.0, "median": 2.0, "left_out": 7}
+    assert report["surface_dice"] == {"mean": 0.5, "median": 0.5, "left_out": 7}
     assert report["distance_unit"] == "px"
 
 

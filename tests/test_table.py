@@ -181,6 +181,23 @@ def test_pixel_size_is_that_of_files_that_tell_none(place):
     assert float(volume["volume_ml"]) == pytest.approx(int(volume["pixels"]) * 0.0012)
 
 
+def test_slices_of_a_series_reach_halfway_to_their_neighbours(place, capsys):
+    """At 0, 2 and 6 mm: 2, 3 and 4 mm each, the outer ones as far outwards as inwards."""
+    pixels = bright_squares(32, 32, (8, 6, 10, 12)).astype(np.uint16)
+    Path("scans").mkdir()
+    for name, z in {"a": 6, "b": 0, "c": 2}.items():
+        fields = {"ImagePositionPatient": [0, 0, z], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        fields |= {"PixelSpacing": [0.5, 0.8], "SeriesInstanceUID": "1.2.9"}
+        write_dicom(f"scans/{name}.dcm", pixels, **fields)
+    predict.main(["scans"])
+    rows = read_table()
+    volumes = [
+        int(row["pixels"]) * 0.4 * mm / 1000 for row, mm in zip(rows, (4, 2, 3), strict=True)
+    ]
+    assert [float(row["volume_ml"]) for row in rows] == pytest.approx(volumes)
+    assert f"series 1.2.9: foreground {sum(volumes):.4g} mL" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("unit, mm", [("micron", 1e-3), ("unknown", 1)])
 def test_a_volume(place, unit, mm):
     """Two boxes, of which one reaches through three slices; spacing and places are the file's."""

@@ -83,7 +83,9 @@ def open_file(file, window=None, info=None, pixel_size=None):
         several = len(arrays) > 1
         for number in range(len(arrays)):
             title = f"{file.title}, {what} {number}" if several else file.title
-            frame = Frame(path, file.name, title, partial(_read_array, arrays, number))
+            frame = Frame(
+                path, file.name, title, partial(lambda at: as_picture(arrays[at]), number)
+            )
             if volume:
                 frames.append(frame._replace(spacing=volume.slice_spacing))
                 continue
@@ -112,10 +114,6 @@ def check_channels(picture, info):
         names = ", ".join(info.channels) or "grey"
         names += f", files called {info.pattern}" if info.pattern else ""
         raise ValueError(f"has {own} channels, and the weights take {count}: {names}{around}")
-
-
-def _read_array(arrays, index):
-    return as_picture(arrays[index])
 
 
 def sort_files(files, window, pixel_size=None):

@@ -44,9 +44,10 @@ class FolderScores:
         """
         index = self._indices.get(path.resolve())
         with suppress(ValueError):
-            return None if index is None else self._compare(index, size, probabilities)
+            return None if index is None else self.compare(index, size, probabilities)
 
-    def _compare(self, index, size, probabilities):
+    def compare(self, index, size, probabilities):
+        """As `add`, of an image by its index; ValueError where its annotations are damaged."""
         from pycocotools import mask as coco_mask
 
         targets, spacing = self.dataset.true_masks(index, size), self._spacings[index]
@@ -69,16 +70,6 @@ class FolderScores:
     def missing(self):
         """The indices of the annotated images that have not been compared."""
         return [index for index in range(len(self.dataset)) if index not in self._images]
-
-    def complete(self, predict_image):
-        """Predict the images that are missing, as those with a record in a folder further down.
-
-        predict_image(Picture) -> `medseg.predictor.Prediction`.
-        Raises FileNotFoundError or ValueError where one cannot be read or predicted.
-        """
-        for index in self.missing():
-            image = self.dataset.read(index)
-            self._compare(index, image.size, predict_image(image).probabilities)
 
     def result(self):
         """Counts (N, T, C, 4), at `thresholds`, and `surface_scores` (N, C, 2) of all images.
@@ -114,13 +105,16 @@ def open_folder(model, folder, spacing=None):
 def report(model, folder, scores, output, predict_image):
     """Write report.json and report.png of an annotated folder to `output`.
 
-    scores: its FolderScores after the predictions; images that it has not met are predicted here.
+    scores: its FolderScores after the predictions; images that it has not met, as those with a
+    record in a folder further down, are predicted here.
     predict_image(Picture) -> `medseg.predictor.Prediction`. Returns what report.json holds.
     The threshold that suits the model best is sought in the split `valid` beside the folder, never
     in the folder itself.
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
     """
-    scores.complete(predict_image)
+    for index in scores.missing():
+        image = scores.dataset.read(index)
+        scores.compare(index, image.size, predict_image(image).probabilities)
     valid, sweep = Path(folder).resolve().parent / "valid", None
     if (valid / coco.ANNOTATIONS).exists() and not valid.samefile(folder):
         sweep = sweep_thresholds(model, valid, scores.spacing)
