@@ -23,6 +23,7 @@ extended only with --add.
 """
 
 import contextlib
+import io
 import shlex
 import shutil
 import sys
@@ -43,11 +44,9 @@ from medseg.splits import check_disk_space, install, present_splits, read_splits
 
 SLUG = "pkdarabi/brain-tumor-image-dataset-semantic-segmentation"
 PAGE = f"https://www.kaggle.com/datasets/{SLUG}"
-SOURCES = {
-    "kaggle": f"https://www.kaggle.com/api/v1/datasets/download/{SLUG}",
-    "mirror": "https://github.com/Zeyi-Lin/UNet-Medical/releases/download/data/"
-    "Brain.Tumor.Image.DataSet.zip",
-}
+MIRROR = (
+    "https://github.com/Zeyi-Lin/UNet-Medical/releases/download/data/Brain.Tumor.Image.DataSet.zip"
+)
 ORIGIN = f'Roboflow export "TumorSeg", CC BY 4.0, from {PAGE}'
 
 TIMEOUT = (10, 60)  # seconds to connect, seconds between two reads
@@ -58,20 +57,59 @@ ADVICE = f"try another --source, or download the zip in a browser from {PAGE} an
 # ---------------------------------------------------------------- Kaggle and the mirror
 
 
-def fetch(url, partial):
-    """Download `url` to the file `partial`, resuming after the bytes that it already has.
+@contextlib.contextmanager
+def timeouts():
+    """Within, every request has TIMEOUT: Kaggle's client sets none and would wait forever."""
+    from requests.adapters import HTTPAdapter
 
-    Raises requests.RequestException.
+    def send_with_timeout(self, request, **options):
+        return send(self, request, **{**options, "timeout": TIMEOUT})
+
+    send, HTTPAdapter.send = HTTPAdapter.send, send_with_timeout
+    try:
+        yield
+    finally:
+        HTTPAdapter.send = send
+
+
+def fetch_from_kaggle(folder):
+    """Download the zip into `folder` with Kaggle's client, which resumes; returns its path.
+
+    Kaggle serves public data sets without an account too. The client takes a zip of the right
+    length for a whole one. Raises requests.RequestException, or ValueError where it gives up.
+    """
+    archive = folder / f"{SLUG.partition('/')[2]}.zip"
+    unwanted = io.StringIO()  # without credentials, importing it prints eighteen lines of help
+    with timeouts(), contextlib.redirect_stdout(unwanted):
+        try:
+            import kaggle
+
+            quiet = not sys.stderr.isatty()
+            with contextlib.suppress(ValueError):  # another length than was announced
+                kaggle.api.dataset_download_files(SLUG, path=str(folder), quiet=quiet)
+        except ImportError:
+            raise ValueError("Kaggle's client is missing: run `pip install kaggle`") from None
+        except (SystemExit, NotADirectoryError, PermissionError) as error:
+            ways = "set KAGGLE_API_TOKEN, or KAGGLE_CONFIG_DIR to a folder that it may write to"
+            raise ValueError(f"Kaggle's client gave up ({error}): {ways}") from None
+    return archive
+
+
+def fetch_from_mirror(folder):
+    """Download the tutorial's own copy of the zip into `folder`; returns its path.
+
+    What an earlier run left there is resumed. Raises requests.RequestException.
     """
     import requests
 
+    partial = folder / "mirror.zip"
     start = partial.stat().st_size if partial.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    with requests.get(MIRROR, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # range not satisfiable: `partial` is as long, or longer
-            return
+            return partial
         response.raise_for_status()
         if response.status_code != 206:  # not partial content: the whole file comes
             start = 0
@@ -84,6 +122,10 @@ def fetch(url, partial):
             for chunk in response.iter_content(2**16):
                 out.write(chunk)
                 bar.update(len(chunk))
+    return partial
+
+
+SOURCES = {"kaggle": fetch_from_kaggle, "mirror": fetch_from_mirror}
 
 
 def describe_failure(error, source):
@@ -106,15 +148,15 @@ def fetch_zip(source, folder):
     """
     import requests
 
-    archive = folder / f"{source}.zip"
     for _ in range(2):  # after resuming, the damage may be in the older part, which is deleted
         try:
-            fetch(SOURCES[source], archive)
+            archive = SOURCES[source](folder)
         except requests.RequestException as error:
             raise ValueError(describe_failure(error, source)) from None
         if is_intact(archive):
             return archive
-        archive.unlink(missing_ok=True)
+        for left in folder.glob(f"{archive.name}*"):  # the client's notes on it too
+            left.unlink()
     raise ValueError(f"{source} sent a damaged zip twice")
 
 

@@ -32,7 +32,7 @@ def is_intact(archive):
     try:
         with zipfile.ZipFile(archive) as z:
             return z.testzip() is None
-    except DAMAGED:
+    except (*DAMAGED, OSError):  # a place before its beginning
         return False
 
 
