@@ -84,13 +84,10 @@ def as_picture(image):
         return read_image(image)
     if isinstance(image, Image.Image):
         return Picture(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ValueError(
-            f"an image is an array of uint8, (H, W) or (H, W, C), not {image.dtype} {image.shape}"
-        )
-    pixels = image if image.ndim == 3 else image[..., None]
-    if not 1 <= pixels.shape[2] <= MAX_CHANNELS:
-        raise ValueError(f"{pixels.shape[2]} channels: an image has 1 to {MAX_CHANNELS}")
+    pixels = image[..., None] if image.ndim == 2 else image
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or not 1 <= pixels.shape[2] <= MAX_CHANNELS:
+        form = f"an array of uint8, (H, W) or (H, W, C), of 1 to {MAX_CHANNELS} channels"
+        raise ValueError(f"an image is {form}, not {image.dtype} {image.shape}")
     return Picture(pixels)
 
 

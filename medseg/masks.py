@@ -107,9 +107,7 @@ def _color_codes(colours):
 
 def is_grey_code(codes, tolerance=0):
     """Whether 0xRRGGBB, or each of an array of them, is grey, up to a difference of its samples."""
-    red, green, blue = (codes >> shift & 255 for shift in (16, 8, 0))
-    highest, lowest = (np.maximum(red, green), blue), (np.minimum(red, green), blue)
-    return np.maximum(*highest) - np.minimum(*lowest) <= tolerance
+    return np.ptp([codes >> shift & 255 for shift in (16, 8, 0)], 0) <= tolerance
 
 
 def _read_array(path):

@@ -274,8 +274,6 @@ def _orientations():
 
 def _orientation_of(affine):
     """As `nibabel.aff2axcodes`, in one word; None where an axis leads nowhere."""
-    if not np.isfinite(affine).all():
-        raise ValueError("its affine is not finite")
     with np.errstate(all="ignore"):
         codes = _orientations().aff2axcodes(affine)
     return None if None in codes else "".join(codes)
