@@ -432,23 +432,43 @@ def written_and_true(test):
     return masks, targets
 
 
+def dice_of(masks, targets):
+    return 2 * (masks & targets).sum() / (masks.sum() + targets.sum())
+
+
 def test_a_folder_with_annotations_is_scored(odd, monkeypatch):
-    """Scores from the mask files and the squares; the network sees every image once."""
+    """Scores from the mask files and the squares; the network sees every image once.
+
+    Of four images two are of one patient, and one has no group.
+    """
     seen, apply = [], predictor.apply_by_tiles
 
     def watch(network, images, *given, **options):
         seen.extend(images)
         return apply(network, images, *given, **options)
 
+    def group(content):
+        for number, name in {0: "patient 1", 2: "patient 1", 3: "patient 2"}.items():
+            content["images"][number]["group"] = name
+
     monkeypatch.setattr(predictor, "apply_by_tiles", watch)
+    edit_annotations(odd, group)
     report = report_on(odd)
     assert len(seen) == 4 + 4  # test and, for the threshold, valid
-    masks, targets = (torch.from_numpy(own)[:, None] for own in written_and_true(odd))
+    masks, targets = written_and_true(odd)
+    groups = {"patient 1": [0, 2], "1_test.png": [1], "patient 2": [3]}
+    dice = {name: dice_of(masks[own], targets[own]) for name, own in groups.items()}
+    assert report["per_group"] == pytest.approx(dice, abs=1e-4) and report["groups"] == 3
+    assert report["scores"]["group_dice"] == pytest.approx(np.mean([*dice.values()]))
+    interval = [min(dice.values()), max(dice.values())]
+    assert report["confidence_95"]["group_dice"] == pytest.approx(interval, abs=0.1)
     scores = RunningScores("cpu")
-    scores.add(torch.zeros(()), masks, targets.float())
+    pair = (torch.from_numpy(own)[:, None] for own in (masks, targets.astype(np.float32)))
+    scores.add(torch.zeros(()), *pair)
     result = scores.result()
-    expected = {name: result[name] for name in report["scores"]}
-    assert report["scores"] == pytest.approx(expected, abs=1e-9)
+    expected = {name: result[name] for name in report["scores"] if name != "group_dice"}
+    assert report["scores"] == pytest.approx({**report["scores"], **expected}, abs=1e-9)
+    assert report["scores"]["dice"] == pytest.approx(dice_of(masks, targets))
     assert 0.5 < report["scores"]["dice"] < 1
     assert list(report["per_image"]) == [f"{number}_test.png" for number in range(4)]
     mean = np.mean(list(report["per_image"].values()))
@@ -457,25 +477,6 @@ def test_a_folder_with_annotations_is_scored(odd, monkeypatch):
     for folder in ("test/../valid", "link"):  # valid itself, however it is named
         seen.clear()
         assert report_on(f"{odd.parent}/{folder}")["valid"] is None and len(seen) == 4
-
-
-def test_groups_have_scores(odd):
-    """Of four images two are of one patient, and one has no group; by hand, from the counts."""
-
-    def group(content):
-        for number, name in {0: "patient 1", 2: "patient 1", 3: "patient 2"}.items():
-            content["images"][number]["group"] = name
-
-    edit_annotations(odd, group)
-    report, dice = report_on(odd), {}
-    masks, targets = written_and_true(odd)
-    for name, own in {"patient 1": [0, 2], "1_test.png": [1], "patient 2": [3]}.items():
-        mask, target = masks[own], targets[own]
-        dice[name] = 2 * (mask & target).sum() / (mask.sum() + target.sum())
-    assert report["per_group"] == pytest.approx(dice, abs=1e-4) and report["groups"] == 3
-    assert report["scores"]["group_dice"] == pytest.approx(np.mean([*dice.values()]))
-    interval = [min(dice.values()), max(dice.values())]
-    assert report["confidence_95"]["group_dice"] == pytest.approx(interval, abs=0.1)
 
 
 def test_the_bootstrap():
@@ -729,17 +730,3 @@ def test_curves_have_whole_epochs(epochs, monkeypatch):
         low, high = axis.get_xlim()
         ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
         assert ticks and all(tick == round(tick) for tick in ticks)
-
-
-@pytest.mark.parametrize("count", [1, 7])
-def test_the_legend_of_predictions_fits_the_figure(count, monkeypatch):
-    """Class names may hold what matplotlib leaves out or takes for a formula."""
-    names = ("_core", r"$\frac$ edema", "enhancing", "necrosis", "vessel", "ventricle")
-    mask = np.ones((6, 9, 9), bool)
-    cases = [(np.zeros((9, 9, 3)), mask, mask, "title")] * count
-    options = {"title": "dataset/test: 256x256, 32 filters, threshold 0.5", "class_names": names}
-    figure = figure_of(monkeypatch, plots.plot_predictions, cases, None, **options)
-    assert all(name in texts_of(figure) for name in names)
-    for thing in (*figure.legends, figure._suptitle):
-        box = thing.get_window_extent()
-        assert 0 <= box.x0 and box.x1 <= figure.bbox.width

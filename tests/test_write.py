@@ -347,18 +347,20 @@ def test_what_cannot_be_written(place, refused, arguments, words):
 @pytest.mark.parametrize("orientation", [2, 6, 8])
 def test_what_is_stored_turned_is_predicted_as_it_is_shown(place, orientation):
     """Every file of a picture, in four formats, is that of its upright copy, in numbers too."""
-    shown = bright(40, 64, *RING, (60, 2, 3, 2, 255))
-    for suffix in ("jpg", "png", "webp", "tif"):
-        options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
+    shown, kinds = (
+        bright(40, 64, *RING, (60, 2, 3, 2, 255)),
+        "mask,overlay,probability,labelme,coco",
+    )
+    Path("turned").mkdir()
+    for suffix in ("png", "webp", "tif", "jpg"):
         save(Image.fromarray(shown), f"plain/{suffix}.png")
-        Path("turned").mkdir(exist_ok=True)
+        options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
         save_turned(shown, f"turned/{suffix}.{suffix}", orientation, **options)
     # Of a JPEG file the values are others.
     ImageOps.exif_transpose(Image.open("turned/jpg.jpg")).save("plain/jpg.png")
     for folder in ("plain", "turned"):
-        wanted = "mask,overlay,probability,labelme,coco"
-        predict.main([folder, "--write", wanted, "--output", f"{folder}_out"])
-    for path in sorted(Path("plain_out").glob("*.[pj][np]g")):
+        predict.main([folder, "--write", kinds, "--output", f"{folder}_out"])
+    for path in Path("plain_out").glob("*.[pj][np]g"):
         own = np.asarray(Image.open(Path("turned_out") / path.name))
         np.testing.assert_array_equal(own, np.asarray(Image.open(path)), err_msg=path.name)
     np.testing.assert_array_equal(Image.open("turned_out/png_mask.png"), 255 * (shown > 100))
