@@ -148,6 +148,7 @@ def test_the_page_takes_the_files_of_a_case(cases):
     session = Session(Path(), open_models(["best_model.pth"], "cpu"))
     session.predict(files, 0.5)
     assert not session.problems and len(session.predictions) == 5
+    assert session.first == 1  # a slice with most of the foreground
     mask = nibabel.load(session.download("masks", 0.5))
     assert_array_equal(np.asarray(mask.dataobj), cases["B_1"])
     assert "shown: red t2, green flair, blue t1ce" in session.view(0, 0.5)[1]
