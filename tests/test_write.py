@@ -68,13 +68,13 @@ def test_outlines_give_back_every_pixel(classes):
 
 
 def test_outlines_of_a_drawing():
-    """A ring with a dot in its hole: four corners, a hole, three points within the one pixel."""
+    """A ring with a dot in its larger hole: corners, and three points within the one pixel."""
     labels = np.zeros((9, 12), np.uint8)
-    labels[1:8, 2:10], labels[3:6, 4:8], labels[4, 5] = 1, 0, 1
+    labels[1:8, 2:10], labels[2:7, 3:9], labels[4, 5] = 1, 0, 1
     ring, hole, dot = trace_labels(labels)
     assert [number for number, _ in (ring, hole, dot)] == [1, 0, 1]
     assert sorted(ring[1]) == [(2.5, 1.5), (2.5, 7.5), (9.5, 1.5), (9.5, 7.5)]
-    assert sorted(hole[1]) == [(4.5, 3.5), (4.5, 5.5), (7.5, 3.5), (7.5, 5.5)]
+    assert sorted(hole[1]) == [(3.5, 2.5), (3.5, 6.5), (8.5, 2.5), (8.5, 6.5)]
     assert all((int(x), int(y)) == (5, 4) for x, y in dot[1]) and len(dot[1]) == 3
 
 
