@@ -1,5 +1,7 @@
-"""download.py --masks with patterns of placeholders: groups, classes, parts, channels."""
+"""download.py --masks with patterns: groups, classes and channels by the names of files."""
 
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 import tifffile
 from helpers import (
     ALL,
+    PHOTO,
     annotations,
+    class_names,
     grey,
     labels,
     photo,
@@ -21,6 +25,10 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 VOXELS = (8, 6, 5)  # cut across the last axis
+BRATS = ("--masks", "B/{id}/{id}_{channel}.nii", "B/{id}/*_{seg,Segm}.nii")
+SCANS = ("--masks", "S/{id}/ct.nii.gz", "S/{id}/segmentations/{class}.nii.gz", *ALL)
+LESIONS = ("--masks", "fundus/{id}.jpg", "truth/{class}/{id}_*.tif", *ALL)
+CLASSES = ("--masks", "scans/{id}.png", "classes/{id}_{class}.png", *ALL)
 
 
 def image(path, seed=0):
@@ -34,157 +42,237 @@ def mask(path, seed=0):
     return drawn == 1
 
 
-def volume(path, seed=0, values=900):
+def volume(path, seed=0, values=2, zooms=(1, 1, 3)):
     """Write a volume of numbers below `values`; returns it."""
     voxels = np.random.default_rng(seed).integers(0, values, VOXELS).astype(np.int16)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_nifti(path, voxels, zooms=(1, 1, 3))
+    write_nifti(path, voxels, zooms=zooms)
     return voxels
-
-
-def brats(*cases, modalities=("flair", "t1", "t1ce", "t2"), odd=None):
-    """Cases of BraTS 2020, `odd` with a mask of another name: {case: {channel or seg: voxels}}."""
-    made = {}
-    for number, case in enumerate(cases):
-        own = made[case] = {}
-        for seed, name in enumerate(modalities):
-            own[name] = volume(f"B/{case}/{case}_{name}.nii", 10 * number + seed)
-        seg = "W39_1998.09.19_Segm" if case == odd else f"{case}_seg"
-        own["seg"] = np.array([0, 1, 2, 4], np.int16)[volume("x.nii", number, 4)]
-        write_nifti(f"B/{case}/{seg}.nii", own["seg"], zooms=(1, 1, 3))
-    return made
-
-
-BRATS = "B/{id}/{id}_{channel}.nii", "B/{id}/*_{seg,Segm}.nii"
-
-
-def shown(voxels, index):
-    """A slice as it is stored: from the 0.5 to 99.5 percentiles of its volume."""
-    low, high = np.percentile(voxels, (0.5, 99.5))
-    return ((voxels[..., index].clip(low, high) - low) / (high - low) * 255).round()
-
-
-def pixels(name, split="train"):
-    return tifffile.imread(f"dataset/{split}/{name}.tif")
 
 
 def groups(split):
     return {record["group"] for record in annotations(split)["images"]}
 
 
-def test_groups_stay_together_and_images_have_the_names_of_their_ids(here):
-    for patient in "pqr":
-        for number in "12":
-            image(f"k/{patient}/{number}.tif", ord(patient))
-            mask(f"k/{patient}/{number}_mask.tif", ord(patient) + int(number))
-    patterns = "k/{group}/{id}.tif", "k/{group}/{id}_mask.tif"
-    out = run_download("--masks", *patterns, "--split", 34, 33, 33)
-    assert "groups: 3" in out
-    assert groups("train") | groups("valid") | groups("test") == set("pqr")
-    assert all(len(groups(split)) == 1 for split in ("train", "valid", "test"))
-    names = {name for split in ("train", "valid", "test") for name in stored(split)}
-    assert names == {f"{patient}_{number}" for patient in "pqr" for number in "12"}
-    refuse_download("--masks", *patterns, *ALL, "--force", "--groups", "p", words=["--groups"])
+def compare(wanted):
+    """The data set holds these images, {stem: {class: mask}}."""
+    found = stored()
+    assert {stem: set(own) for stem, own in found.items()} == {k: set(v) for k, v in wanted.items()}
+    for stem, masks in wanted.items():
+        for name, drawn in masks.items():
+            assert_array_equal(found[stem][name], drawn, f"{stem}, {name}")
 
 
-def test_a_split_is_not_read_into_itself(here):
-    image("dataset/valid/a.png")
-    mask("dataset/valid/a_mask.png")
-    patterns = "dataset/valid/{id}.png", "dataset/valid/{id}_mask.png"
-    refuse_download("--masks", *patterns, "--into", "valid", "--force", words=["dataset/valid"])
+# ---------------------------------------------------------------- {channel}
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["i/{ID}.png", "m/{id}_x.png"], ["{ID}"]),
-        (["i", "m/{id}_x.png"], ["i:", "{id}"]),
-        (["i/{id}.png", "m/{id}_x.png", "--channels", "a"], ["i/a.png", "colours"]),
-        (["i", "m", "--channels", "a,b"], ["i/a.png", "3 channels", "a, b"]),
-    ],
-)
-def test_wrong_patterns_are_refused(here, arguments, words):
-    image("i/a.png")
-    mask("m/a_x.png")
-    refuse_download("--masks", *arguments, *ALL, words=words)
+def brats(*cases, modalities=("flair", "t1", "t1ce", "t2")):
+    """Cases with a mask of 0, 1, 2 and 4, the last of another name: {case: {modality: voxels}}."""
+    made = {}
+    for number, case in enumerate(cases):
+        paths = {name: f"B/{case}/{case}_{name}.nii" for name in modalities}
+        own = made[case] = {n: volume(path, 10 * number + len(n), 900) for n, path in paths.items()}
+        own["seg"] = np.array([0, 1, 2, 4], np.int16)[volume("x.nii", number, 4)]
+        seg = f"B/{case}/{case}_seg" if case != cases[-1] else f"B/{case}/W39_Segm"
+        write_nifti(f"{seg}.nii", own["seg"], zooms=(1, 1, 3))
+    return made
+
+
+def assert_pixels(channels, name):
+    """An image holds these slices, each from the 0.5 to 99.5 percentiles of its volume."""
+    z, shown = int(name[-3:]), []
+    for voxels in channels:
+        low, high = np.percentile(voxels, (0.5, 99.5))
+        shown.append(((voxels[..., z].clip(low, high) - low) / (high - low) * 255).round())
+    assert_array_equal(tifffile.imread(f"dataset/train/{name}.tif"), np.stack(shown, -1))
 
 
 def test_modalities_become_the_channels_of_each_slice(here):
-    made = brats("B_1", "B_2", "B_355", odd="B_355")
-    out = run_download("--masks", *BRATS, *ALL, "--classes", "1=core,2=oedema,4=enhancing")
-    assert "flair, t1, t1ce, t2" in out
+    made, names = brats("B_1", "B_2", "B_355"), {1: "core", 2: "oedema", 4: "enhancing"}
+    out = run_download(*BRATS, *ALL, "--classes", "1=core,2=oedema,4=enhancing")
+    assert "flair, t1, t1ce, t2" in out and groups("train") == set(made)
     info = annotations("train")["info"]
     assert info["channels"] == ["flair", "t1", "t1ce", "t2"]
     assert info["pattern"] == "{id}_{channel}.nii"
+    wanted = {}
     for case, own in made.items():
-        for index in range(VOXELS[2]):
-            name = f"{case}_z{index:03}"
-            expected = np.stack([shown(own[channel], index) for channel in info["channels"]], -1)
-            assert_array_equal(pixels(name), expected)
-            assert pixels(name).dtype == np.uint8
-            seg, masks = own["seg"][..., index], stored()[name]
-            for number, class_name in {1: "core", 2: "oedema", 4: "enhancing"}.items():
-                assert_array_equal(masks[class_name], seg == number)
-    assert groups("train") == set(made)
-
-
-def test_channels_are_chosen_in_their_order(here):
-    made = brats("B_1")
-    run_download("--masks", *BRATS, *ALL, "--channels", "t2,flair")
+        for z in range(VOXELS[2]):
+            wanted[f"{case}_z{z:03}"] = {n: own["seg"][..., z] == v for v, n in names.items()}
+            assert_pixels([own[channel] for channel in info["channels"]], f"{case}_z{z:03}")
+    compare(wanted)
+    run_download(*BRATS, *ALL, "--channels", "t2,flair", "--force")
     assert annotations("train")["info"]["channels"] == ["t2", "flair"]
-    expected = np.stack([shown(made["B_1"][name], 2) for name in ("t2", "flair")], -1)
-    assert_array_equal(pixels("B_1_z002"), expected)
-    into = ("--masks", *BRATS, "--into", "valid")
-    refuse_download(*into, words=["t2, flair", "--channels"])
-    run_download(*into, "--channels", "t2,flair")
+    assert_pixels([made["B_1"][name] for name in ("t2", "flair")], "B_1_z002")
+    refuse_download(*BRATS, "--into", "valid", words=["t2, flair", "--channels"])
+    run_download(*BRATS, "--into", "valid", "--channels", "t2,flair")
 
 
-def test_a_missing_modality_is_named(here):
-    brats("B_1", "B_2")
+def test_wrong_modalities_are_named(here):
+    made = brats("B_1", "B_2")
     Path("B/B_2/B_2_t1ce.nii").unlink()
-    refuse_download("--masks", *BRATS, *ALL, words=["B/B_2/B_2_t1ce.nii", "--skip-unpaired"])
-    run_download("--masks", *BRATS, *ALL, "--skip-unpaired")
+    refuse_download(*BRATS, *ALL, words=["B/B_2/B_2_t1ce.nii", "--skip-unpaired"])
+    run_download(*BRATS, *ALL, "--skip-unpaired")
     assert groups("train") == {"B_1"}
-
-
-def test_more_channels_than_an_image_may_have(here):
-    brats("B_1", modalities=[f"c{number}" for number in range(17)])
-    refuse_download("--masks", *BRATS, *ALL, words=[BRATS[0], "16 channels"])
-
-
-def test_modalities_that_lie_apart_are_refused(here):
-    made = brats("B_1")
     shifted = np.diag([1.0, 1, 3, 1])
     shifted[0, 3] = 7.5
     write_nifti("B/B_1/B_1_t2.nii", made["B_1"]["t2"], shifted)
-    refuse_download("--masks", *BRATS, *ALL, words=["B_1_t2.nii", "7.5 mm"])
+    two = (*BRATS, *ALL, "--skip-unpaired", "--force")
+    refuse_download(*two, words=["B_1_t2.nii", "7.5 mm"])
+    shutil.rmtree("B")
+    brats("B_1", modalities=[f"c{number}" for number in range(17)])
+    refuse_download(*two, words=[BRATS[1], "16 channels"])
 
 
 def test_pictures_are_channels_too(here):
     stains = np.random.default_rng(0).integers(0, 256, (2, 30, 40), np.uint8)
     for name, one in zip(("dapi", "gfp"), stains, strict=True):
         save(Image.fromarray(one), f"i/a_{name}.png")
-    drawn = mask("m/a.png")
-    patterns = ("--masks", "i/{id}_{channel}.png", "m/{id}.png", *ALL, "--force")
-    run_download(*patterns)
-    assert_array_equal(pixels("a"), np.moveaxis(stains, 0, -1))
-    assert_array_equal(stored()["a"]["foreground"], drawn)
-    image("i/a_gfp.png")
-    refuse_download(*patterns, words=["i/a_gfp.png", "colours"])
-    save(Image.fromarray(stains[1, 1:]), "i/a_gfp.png")
-    refuse_download(*patterns, words=["i/a_gfp.png", "40x29"])
+    drawn, patterns = mask("m/a.png"), ("i/{id}_{channel}.png", "m/{id}.png", *ALL, "--force")
+    run_download("--masks", *patterns)
+    assert_array_equal(tifffile.imread("dataset/train/a.tif"), np.moveaxis(stains, 0, -1))
+    compare({"a": {"foreground": drawn}})
+    for gfp, words in ((photo(), "colours"), (Image.fromarray(stains[1, 1:]), "40x29")):
+        save(gfp, "i/a_gfp.png")
+        refuse_download("--masks", *patterns, words=["i/a_gfp.png", words])
 
 
 def test_the_channels_of_one_picture_are_named(here):
-    values = np.random.default_rng(0).integers(0, 256, (30, 40, 5), np.uint8)
-    Path("i").mkdir()
-    tifffile.imwrite("i/a.tif", values, photometric="minisblack", planarconfig="contig")
+    values, own = np.random.default_rng(0).integers(0, 256, (30, 40, 5), np.uint8), Path("i/a.tif")
+    own.parent.mkdir()
+    tifffile.imwrite(own, values, photometric="minisblack", planarconfig="contig")
     mask("m/a.png")
-    run_download("--masks", "i", "m", *ALL, "--channels", "a,b,c,d,e")
-    assert annotations("train")["info"]["channels"] == list("abcde")
-    assert_array_equal(pixels("a"), values)
-    run_download("--masks", "i", "m", *ALL, "--force")
-    assert annotations("train")["info"]["channels"] == list("12345")
+    for flags, names in ((["--channels", "a,b,c,d,e"], "abcde"), (["--force"], "12345")):
+        run_download("--masks", "i", "m", *ALL, *flags)
+        assert annotations("train")["info"]["channels"] == list(names)
+        assert_array_equal(tifffile.imread("dataset/train/a.tif"), values)
     tifffile.imwrite("i/b.tif", values[..., :4], photometric="minisblack", planarconfig="contig")
     mask("m/b.png")
     refuse_download("--masks", "i", "m", *ALL, "--force", words=["i/b.tif", "4 channels"])
+
+
+# ---------------------------------------------------------------- {group}
+
+
+def test_groups_stay_together_and_images_have_the_names_of_their_ids(here):
+    for seed, (patient, number) in enumerate((p, n) for p in "pqr" for n in "12"):
+        image(f"k/{patient}/{number}.tif", seed)
+        mask(f"k/{patient}/{number}_mask.tif", seed)
+    patterns = ("--masks", "k/{group}/{id}.tif", "k/{group}/{id}_mask.tif")
+    assert "groups: 3" in run_download(*patterns, "--split", 34, 33, 33)
+    splits = ("train", "valid", "test")
+    assert sorted(map(groups, splits), key=min) == [{"p"}, {"q"}, {"r"}]
+    names = {name for split in splits for name in stored(split)}
+    assert names == {f"{patient}_{number}" for patient in "pqr" for number in "12"}
+    refuse_download(*patterns, *ALL, "--force", "--groups", "p", words=["--groups"])
+
+
+@pytest.mark.parametrize(
+    "image_path, mask_path, sides, advice",
+    [
+        ("k/{}/{}.png", "k/{}/{}_m.png", "k/*/{id}.png k/*/{id}_m.png", "k/{group}/{id}.png"),
+        ("i/{}/{}.png", "m/{}/{}.png", "i m", "i/{group}/{id}.png"),
+        ("i/{}/{}.png", "m/all/{1}.png", "i/*/{id}.png m/*/{id}.png", "i/{group}/{id}.png"),
+        ("i/{}/{}.png", "m/{}/{}.png", "i/{n}/{id}.png m/{n}/{id}.png", "i/{group}/{id}.png"),
+        ("i/{}_{}.png", "m/{}_{}.png", "i m", "i/{group}_{id}.png"),
+    ],
+)
+def test_slices_of_patients_are_told_with_a_pattern(here, image_path, mask_path, sides, advice):
+    """The line names a pattern that keeps them together, and it does."""
+    for number in range(18):
+        names = f"p{number % 6}", f"{number:02}"
+        image(image_path.format(*names), number)
+        mask(mask_path.format(*names), number)
+    out = run_download("--masks", *sides.split(" "))
+    (line,) = (line for line in out.splitlines() if line.startswith("note: "))
+    assert "18 images are of 6" in line and f"'{advice}'" in line
+    out = run_download(*shlex.split(line.partition(" in one by ")[2]), "--force")
+    assert "groups: 6" in out and "note: " not in out
+    assert annotations("train")["images"][0]["group"][0] == "p"
+
+
+# ---------------------------------------------------------------- {class}
+
+
+def test_classes_are_those_of_the_names(here):
+    wanted = {"IDRiD_1": {}, "IDRiD_2": {}}  # the first has one class, the second three
+    for number, (folder, end) in enumerate((("1. MA", "_MA"), ("2. HE", "_HE"), ("5. OD", "_OD"))):
+        for stem in list(wanted)[number > 0 :]:
+            image(f"fundus/{stem}.jpg")
+            wanted[stem][folder] = mask(f"truth/{folder}/{stem}{end}.tif", number)
+    run_download(*LESIONS)
+    assert class_names() == ["1. MA", "2. HE", "5. OD"]
+    compare(wanted)
+    run_download(*LESIONS, "--force", "--classes", "5. OD,1. MA", "--skip-unpaired")
+    assert class_names() == ["5. OD", "1. MA"]
+    refuse_download(*LESIONS, "--force", "--classes", "OD", words=["OD"])
+
+
+def test_all_values_of_a_file_are_its_class(here):
+    """Also three hundred numbers of objects, and what is background with --invert."""
+    numbers = np.arange(300, dtype=np.uint16).repeat(4).reshape(PHOTO[::-1])
+    image("scans/1.png")
+    save(grey(range(300), np.uint16)(numbers), "classes/1_cells.png")
+    drawn = mask("classes/1_wall.png", 1)
+    run_download(*CLASSES)
+    compare({"1": {"cells": numbers > 0, "wall": drawn}})
+    run_download(*CLASSES, "--classes", "wall", "--force", "--invert")
+    compare({"1": {"wall": ~drawn}})
+    refuse_download(*CLASSES, "--force", "--classes", "1=cell", words=["--classes"])
+
+
+def test_images_without_a_mask_are_empty_where_a_flag_says_so(here):
+    wanted = {"1": {}, "2": {}, "3": {}}
+    for number, (stem, name) in enumerate((("1", "axon"), ("1", "myelin"), ("2", "myelin"))):
+        wanted[stem][name] = mask(f"classes/{stem}_{name}.png", number)
+    assert (wanted["1"]["axon"] & wanted["1"]["myelin"]).any()  # files of classes may overlap
+    for stem in wanted:
+        image(f"scans/{stem}.png")
+    refuse_download(*CLASSES, words=["1 of 3", "scans/3.png", "--skip-unpaired"])
+    assert "empty: 1 of 3" in run_download(*CLASSES, "--empty-unmasked")
+    compare(wanted)
+    refuse_download("--labelme", "x", "--empty-unmasked", words=["--empty-unmasked"])
+
+
+def test_a_volume_for_each_organ(here):
+    """A class may be empty in all of its files, and a scan without any."""
+    wanted = {}
+    for seed, name in enumerate(("s0", "s1")):
+        volume(f"S/{name}/ct.nii.gz", seed, 900)
+        path = f"S/{name}/segmentations/{{}}.nii.gz".format
+        masks = {o: volume(path(o), seed + 2 * len(o)) == 1 for o in ("liver", "spleen")}
+        volume(path("aorta"), 0, 1)
+        for z in range(VOXELS[2]):
+            wanted[f"{name}_z{z:03}"] = {organ: own[..., z] for organ, own in masks.items()}
+    run_download(*SCANS)
+    assert class_names() == ["aorta", "liver", "spleen"]
+    compare(wanted)
+    shutil.rmtree("S/s1/segmentations")
+    run_download(*SCANS, "--empty-unmasked", "--force")
+    compare({name: own if name[:2] == "s0" else {} for name, own in wanted.items()})
+
+
+REFUSED = {  # the arguments of --masks, what the message names
+    "i": ["i", "two"],
+    "i/1.bmp i/2.bmp i/1.png": ["3 names", "quotes"],
+    "i i/001.tif": ["i/001.tif: no such"],
+    "i i/1.png": ["i and i/1.png"],
+    "i i": ["i", "same files"],
+    "i i/{id}.png": ["i:", "{id}"],
+    "i/{id}.bmp j/{id}.png": ["j/{id}.png", "such as S"],
+    "i/{id}.bmp i/{id}.png --channels a": ["i/1.bmp", "colours"],
+    "i/1.bmp i/1.png --channels a,b": ["i/1.bmp", "3 channels", "a, b"],
+    "S/{id}/ct.nii.gz i/{id}.png --skip-unpaired": ["i/1.png"],
+    "own/test/{id}.jpg own/test/{id}_m.png --into test --data own --force": ["own/test"],
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_wrong_arguments_are_one_line_and_write_nothing(here, arguments):
+    for number in (1, 2, 3):
+        image(f"i/{number}.bmp", number)
+        mask(f"i/{number}.png", number)
+    volume("S/1/ct.nii.gz", 1)
+    image("own/test/a.jpg")
+    mask("own/test/a_m.png")
+    split = () if "--into" in arguments else ALL
+    refuse_download("--masks", *arguments.split(" "), *split, words=REFUSED[arguments])
