@@ -1,5 +1,6 @@
 """--write: probabilities, LabelMe and COCO files, and the way back by download.py."""
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,6 +307,10 @@ def test_probabilities_of_16_bits(place, refused):
     assert np.abs(levels / 65535 - np.asarray(resized)).max() < 0.51 / 65535
     labels = full_size_masks(probabilities, (64, 48), 0.5)
     np.testing.assert_array_equal(levels > 0.5 * 65535, labels > 0)
+    text = Path("predictions/predictions.csv").read_text("utf-8-sig")
+    row, *_ = csv.DictReader(text.splitlines())
+    mean = levels[labels > 0].mean() / 65535
+    assert float(row["mean_probability"]) == pytest.approx(mean, abs=1e-5)
     refused("predict", "predictions", "--output", "twice", words=["no images"])
 
 
