@@ -36,7 +36,7 @@ from medseg import device as devices
 from medseg import images as pictures
 from medseg.files import VOLUME_SUFFIXES
 from medseg.normalization import normalize
-from medseg.predicting import flags, inputs, reading, saving
+from medseg.predicting import ahead, flags, inputs
 from medseg.results.folder import MAX_LINES, Results, describe_run
 from medseg.results.masks import make_masks
 from medseg.samples import set_pixel_limit
@@ -161,8 +161,8 @@ def predict_images(model, frames, problems=None):
     sizes = {"image_size": model.info.image_size, "n_channels": model.n_channels}
     options = {"threshold": model.inference.threshold, "return_predictions": True}
     prepare = partial(preprocess_image, **sizes, normalized=False)
-    readable = reading.read_ahead(frames, model.info, prepare, leave_out)
-    while batch := reading.take_batch(readable, model.batch_size):
+    readable = ahead.read_ahead(frames, model.info, prepare, leave_out)
+    while batch := ahead.take_batch(readable, model.batch_size):
         frames, images, tensors = zip(*batch, strict=True)
         try:
             tensor = torch.cat(tensors) if len(batch) > 1 else tensors[0]
@@ -190,7 +190,7 @@ def predict_many(model, frames, results, problems, folder=None, *, lines=True):
         spacings = {frame.spacing for frame in frames}
         scores = scoring.open_folder(model, folder, *(spacings if len(spacings) == 1 else ()))
     predicted = predict_images(model, frames, problems)
-    saving.save_images(predicted, len(frames), results, scores, lines=lines)
+    ahead.save_images(predicted, len(frames), results, scores, lines=lines)
     if not scores or (problems and scores.missing()):
         return False
     written = scoring.report(model, folder, scores, results.output, partial(predict_image, model))
@@ -208,7 +208,7 @@ def predict_volume(model, file, results, window, *, lines=True):
     line, written = results.add_volume(volume, predicted, window, **names)
     if lines:
         print(line)
-        saving.print_saved(written)
+        ahead.print_saved(written)
 
 
 # ---- the command line ------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from medseg.cli import parse_named_values
 from medseg.coco import SPLITS
 from medseg.crop import place_crops
 from medseg.images import MEAN, STD, read_image
-from medseg.predicting import reading
+from medseg.predicting import ahead
 from medseg.predicting.inputs import expand, sort_files
 from medseg.predictor import Predictor
 from medseg.results.folder import Results
@@ -250,7 +250,7 @@ class Threshold(torch.nn.Module):
 
 def test_large_images_one_by_one_and_one_too_large_for_the_memory(own_sizes, here, monkeypatch):
     """Each is gone when the next one is read; the one that does not fit is named."""
-    monkeypatch.setattr(reading, "AHEAD_PIXELS", 1)  # then all images are large
+    monkeypatch.setattr(ahead, "AHEAD_PIXELS", 1)  # then all images are large
     seen, alive, problems = [], [], []
 
     def read(path):

@@ -25,7 +25,7 @@ from medseg.layers import ARCHITECTURES
 from medseg.normalization import normalize
 from medseg.ood import count_features, fit, fit_with_threshold
 from medseg.phantoms import make_phantoms
-from medseg.predicting import inputs, reading
+from medseg.predicting import ahead, inputs
 from medseg.predictor import Prediction, Predictor, common_info, pairwise_dice
 from medseg.results.assessment import describe_assessments, reliability_columns
 from net import ModelInfo, UNet, load_model
@@ -426,5 +426,5 @@ def test_reading_ahead_ends_its_threads_where_an_image_fails():
 
     frames, before = [inputs.as_frame(np.zeros((4, 4), np.uint8))] * 3, set(threading.enumerate())
     with pytest.raises(ValueError) as failure:  # which keeps its frames
-        next(reading.read_ahead(frames, ModelInfo(), fail, fail))
+        next(ahead.read_ahead(frames, ModelInfo(), fail, fail))
     assert failure and set(threading.enumerate()) <= before
