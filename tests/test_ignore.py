@@ -28,6 +28,7 @@ from PIL import Image
 from data import load_split, open_split
 from medseg.batches import Batches, Order, Transform
 from medseg.metrics import RunningScores
+from medseg.predicting.report import surface_scores
 from train import combined_loss
 
 SPLITS = ("train", "valid", "test")
@@ -125,15 +126,17 @@ def test_report_leaves_it_out(ignoring, tmp_path, clean, monkeypatch):
     how = ("--threshold", 0.02, "--output", "out", *clean)
     assert_done(script_here("predict.py", ignoring / "test", *how, cwd=tmp_path))
     report = json.loads((tmp_path / "out/report.json").read_text())
-    dataset, counts = open_split(ignoring, "test"), np.zeros(3)
+    dataset, counts, surfaces = open_split(ignoring, "test"), np.zeros(3), []
     for index in range(len(dataset)):
         known = np.ones((SIZE, SIZE), bool)
         known[PLACE] = index == 0
         mask = tmp_path / "out" / f"{dataset.path(index).stem}_mask.png"
-        pred = np.asarray(Image.open(mask))[known] > 0
-        target = dataset.load(index)[1][0][known] > 0
+        pred, target = np.asarray(Image.open(mask)) > 0, dataset.load(index)[1][0] > 0
+        surfaces.append(surface_scores(pred & known, target))
+        pred, target = pred[known], target[known]
         counts += (pred & target).sum(), (pred | target).sum(), (pred == target).mean()
     assert report["scores"]["iou"] == pytest.approx(counts[0] / counts[1])
+    assert report["surface_dice"]["mean"] == pytest.approx(np.nanmean(surfaces, 0)[1])
     sizes = [SIZE**2, *[SIZE**2 - 22 * 24] * 3]
     pixels = report["calibration"]["classes"]["foreground"]["pixels"]
     assert abs(sum(pixels) / (32 / SIZE) ** 2 - sum(sizes)) < 0.05 * sum(sizes)

@@ -201,7 +201,7 @@ def test_a_volume(place, unit, mm):
         content = bytearray(Path("brain.nii").read_bytes())
         content[80:84] = bytes(4)  # pixdim[1]
         Path("brain.nii").write_bytes(content)
-    predict.main(["brain.nii", "--output", "out"])
+    predict.main(["brain.nii", "--output", "out", "--write", "mask,probability"])
     (row,) = read_table("out")
     mask = np.asarray(nibabel.load("out/brain_mask.nii.gz").dataobj) > 0
     largest = np.argwhere(ndimage.label(mask, np.ones((3, 3, 3)))[0] == 1)
@@ -209,6 +209,8 @@ def test_a_volume(place, unit, mm):
     assert int(row["pixels"]) == mask.sum() and int(row["largest_pixels"]) == len(largest)
     center = [float(row[f"largest_{axis}"]) for axis in "xyz"]
     assert center == pytest.approx(largest.mean(0).tolist())
+    highest = nibabel.load("out/brain_probability.nii.gz").get_fdata().max()
+    assert float(row["highest_probability"]) == pytest.approx(highest, abs=1e-4)
     measured = [row[name] for name in ("volume_ml", "largest_diameter_mm")]
     if mm is None:
         assert measured == ["", ""]
