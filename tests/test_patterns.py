@@ -235,6 +235,7 @@ def test_the_files_of_cases_alone():
         ("a.jpg b.png", "a.png b.png", ("{id}.*", "{id}.png")),
         ("s/1.ppm s/2.ppm", "s/1.ah.ppm s/2.ah.ppm", ("{id:**}.ppm", "{id:**}.ah.ppm")),
         ("1_h.jpg 2_h.jpg ._3_h.jpg", "1_h.tif 2_h.tif", ("{id}.jpg", "{id}.tif")),
+        ("Za\u0308.png Ü.png", "Z\xe4_m.png U\u0308_m.png", ("{id}.png", "{id}_m.png")),
     ],
 )
 def test_two_folders_write_two_patterns(images, masks, expected):
