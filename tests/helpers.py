@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import csv
 import hashlib
 import importlib
 import io
@@ -33,6 +34,7 @@ from pydicom.data import get_testdata_file
 from medseg.cli import run_main
 from medseg.coco import read_segmentation
 from medseg.images import read_image
+from medseg.weights import load_weights
 from net import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,6 +227,26 @@ SMALL = (
     *("--image-size", 32, "--n-filters", 2, "--batch-size", 2),
     *("--swanlab", "disabled", "--device", "cpu"),
 )
+
+TIMES = ("seconds", "images_per_second")  # these differ between any two runs
+
+
+def without_times(row):
+    return {key: value for key, value in row.items() if key not in TIMES}
+
+
+def read_metrics(folder):
+    """metrics.csv of a run but for its times, a dict of texts for each epoch."""
+    with open(folder / "metrics.csv") as file:
+        return [without_times(row) for row in csv.DictReader(file)]
+
+
+def outcome(folder):
+    """What is the same where one run ends as another: its metrics, and the bits of its weights."""
+    last = load_weights(folder / "last.pth")
+    weights = last["model"], last["running_mean"], load_weights(folder / "best_model.pth")
+    bits = [{key: value.numpy().tobytes() for key, value in one.items()} for one in weights]
+    return read_metrics(folder), bits
 
 
 def tree(root):

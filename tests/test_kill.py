@@ -1,17 +1,15 @@
 """A training that is killed at random moments and resumed ends as one that was left alone."""
 
-import csv
 import random
 import time
 
 import pytest
 import torch
-from helpers import SMALL, fork_script, make_dataset, skip_pictures, wait_until
+from helpers import SMALL, fork_script, make_dataset, outcome, skip_pictures, wait_until
 
 from medseg.weights import load_weights
 
 KILLS = 12
-TIMES = ("seconds", "images_per_second")  # these differ between any two runs
 
 
 @pytest.fixture
@@ -27,15 +25,6 @@ def start(tmp_path):
 
     torch.set_num_threads(1)  # threads do not survive a fork
     return start
-
-
-def outcome(out):
-    """The weights, the best ones, and the metrics of every epoch."""
-    with open(out / "metrics.csv") as file:
-        rows = [{key: row[key] for key in row.keys() - TIMES} for row in csv.DictReader(file)]
-    weights = [load_weights(out / "best_model.pth"), load_weights(out / "last.pth")["model"]]
-    bits = [{key: value.numpy().tobytes() for key, value in one.items()} for one in weights]
-    return rows, bits
 
 
 def kill_after(process, seconds):
