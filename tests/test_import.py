@@ -1,39 +1,59 @@
-"""download.py's imports: names, groups, splits, what is replaced, and flags."""
+"""download.py's imports: names, groups, splits, what is replaced or added, and flags.
 
+Imports are also stopped and killed: the old data set is there, or the new one.
+"""
+
+import itertools
+import os
 import shutil
+import signal
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
-    PHOTO,
     annotations,
+    assert_done,
     box,
+    brightness_model,
     class_names,
     coco_file,
+    edit_annotations,
+    fork_script,
     grey,
     labelme,
     labels,
     output_of,
+    photo,
     polygon,
+    read_rgb,
     refuse_download,
     run_download,
+    save,
     save_pair,
     script_here,
     shape,
     stored,
     tree,
+    write_dicom,
     write_groups,
 )
+from numpy.testing import assert_array_equal, assert_equal
 from PIL import Image, ImageDraw, ImageFilter
 
+from data import load_split
 from medseg import phantoms
+from medseg.dataset_folder import import_lock
 from medseg.images import as_picture
 from medseg.importing import collect, writing
+from medseg.importing.adding import find_known
 from medseg.importing.writing import Example, deal_examples, write_dataset
+from medseg.planning.fingerprint import take_fingerprint
 from medseg.run_lengths import encode
-from medseg.splits import SPLITS
+from medseg.settings import check_window
+from medseg.splits import ANNOTATIONS, SPLITS
 
 THIRDS = ("--split", 34, 33, 33)
 UNSPLIT = ("--masks", "images", "masks")
@@ -58,7 +78,9 @@ def test_two_calls_keep_a_published_split(here):
     before, into = tree("mine"), (*UNSPLIT, "--into", "test", "--data", "mine")
     refuse_download(*into, "--classes", "vessel", words=["foreground", "vessel", "--classes"])
     out = run_download(*into)
-    assert "next: python data.py mine\nnext: python train.py --data mine --recipe auto\n" in out
+    assert out.endswith(
+        "next: python data.py mine\nnext: python train.py --data mine --recipe auto\n"
+    )
     assert counts("mine") == {"train": 16, "valid": 4, "test": 20}
     assert before.items() <= tree("mine").items()
     refuse_download(*into, words=["mine/test", "--force"])
@@ -71,8 +93,6 @@ def test_two_calls_keep_a_published_split(here):
 def test_the_next_command_suits_the_data(here):
     for number in range(6):
         save_pair(f"{number}", grey([0, 1, 2])(labels(number, 2)), seed=number)
-    out = run_download(*UNSPLIT, "--into", "test", "--classes", "cup,disc")
-    assert "missing: train" in out and "missing: valid" in out and "python" not in out
     out = run_download(*UNSPLIT, "--data", "own", "--classes", "cup,disc")
     command = "next: python train.py --data own --recipe auto --classes each --folds 4\n"
     assert out.endswith(f"next: python data.py own\n{command}")
@@ -100,7 +120,6 @@ def test_split_is_drawn_by_the_seed(here):
         run_download(*UNSPLIT, "--data", data, "--seed", seed)
     assert counts("a") == counts("c") == {"train": 14, "valid": 3, "test": 3}
     assert set(stored("test", "a")) == set(stored("test", "b")) != set(stored("test", "c"))
-    assert "group" not in annotations("train", "a")["images"][0]
     everything = [set(stored(split, "a")) for split in SPLITS]
     assert set.union(*everything) == {str(number) for number in range(20)}
 
@@ -129,57 +148,48 @@ def test_groups_stay_together(here):
     for patient in range(8):
         for number in range(patient % 3 + 1):
             save_pair(f"p{patient}/{number}")
-    flags = (*UNSPLIT, "--split", 50, 25, 25)
     names = [path.relative_to("images").as_posix() for path in Path("images").rglob("*.png")]
+    flags = (*UNSPLIT, "--split", 50, 25, 25, "--force")
     table = write_groups({name: name.split("/")[0] for name in names})
     assert "groups: 8 of groups.csv" in run_download(*flags, *table)
     places = splits_by_group()
     assert len(places) == 8 and all(len(set(splits)) == 1 for splits in places.values())
-    for record in annotations("train")["images"]:  # which has no other key of ours
-        stem, size = record["file_name"].split("_")[0], {"width": PHOTO[0], "height": PHOTO[1]}
-        assert record == {key: record[key] for key in ("id", "file_name")} | {**size, "group": stem}
+    for record in annotations("train")["images"]:
+        assert record["group"] == record["file_name"].split("_")[0]
     for groups, word in (
         (dict.fromkeys(names, "p"), "1 groups"),
         (dict.fromkeys(names[1:], "p"), names[0]),
-        ({"": "p"}, "groups.csv"),
         ({"1.png,p\n1.png": "q"}, "1.png"),
     ):
         write_groups(groups)
-        refuse_download(*flags, "--force", *table, words=[word])
-    refuse_download(*flags, "--force", "--groups", "none.csv", words=["none.csv"])
+        refuse_download(*flags, *table, words=[word])
+    refuse_download(*flags, "--groups", "none.csv", words=["none.csv"])
 
 
-def test_bids_names_are_subjects(here):
-    names = [f"sub-{n}_ses-{s}_T{t}w" for n in (1, 10, "b2") for s in (1, 2) for t in (1, 2)]
-    names += [f"sub-{n}/{t}" for n in ("x", "y") for t in ("flair", "dwi")]
-    names += ["sub-z", "SUB-1_T1w", "my_sub-1_T1w", "sub-_1", "sub-1é_T1w"]
-    for name in names:
-        save_pair(name)
-    out = run_download(*UNSPLIT, *THIRDS)
-    (line,) = (line for line in out.splitlines() if line.startswith("groups: "))
-    assert "6 subjects" in line and "17 images" in line and "sub-1:" in line and "--groups" in line
+@pytest.mark.parametrize("source", ["masks", "labelme", "coco"])
+def test_bids_names_are_subjects(here, source):
+    stems = [f"sub-{n}_ses-{s}_T{t}w" for n in (1, 10, "b2") for s in (1, 2) for t in (1, 2)]
+    stems += ["sub-z", "SUB-1_T1w", "my_sub-1_T1w", "sub-_1", "sub-1é_T1w"]
+    for stem in stems:
+        save_pair(stem)
+        labelme(stem, [shape("a", box(2, 3, 5))])
+    if source == "coco":
+        coco_file([(0, 2, polygon(3, 4, 6))], [f"{stem}.png" for stem in stems])
+    flags = {
+        "masks": UNSPLIT,
+        "labelme": ("--labelme", "lm"),
+        "coco": ("--coco", "c.json", "images"),
+    }
+    assert "4 subjects in the names of 13 images" in run_download(*flags[source], *THIRDS)
     places = splits_by_group()
-    subjects = {"sub-1": 4, "sub-10": 4, "sub-b2": 4, "sub-x": 2, "sub-y": 2, "sub-z": 1}
-    for subject, count in subjects.items():
-        assert len(places[subject]) == count and len(set(places[subject])) == 1
-    assert len(places) == 6 + 4  # the others are no subjects
-    table = write_groups({f"{name}.png": name[-1] for name in names})
-    assert "subjects" not in run_download(*UNSPLIT, *THIRDS, "--force", *table)
-    ends = [{name[-1] for name in stored(split)} for split in SPLITS]
-    assert sum(map(len, ends)) == len(set.union(*ends))
+    assert len(places) == 4 + 4  # the others are no subjects
+    assert [len(places[f"sub-{subject}"]) for subject in (1, 10, "b2", "z")] == [4, 4, 4, 1]
+    assert all(len(set(places[f"sub-{subject}"])) == 1 for subject in (1, 10, "b2"))
+
+
+def test_a_table_of_groups_names_files_or_paths_in_any_case(here):
     write_groups({"a": 1, "C/b.PNG": 2, "c.png": 3})
     assert collect.find_groups(["x/a.png", "x/c/b.png"], "groups.csv") == ["1", "2"]
-
-
-@pytest.mark.parametrize("source", ["labelme", "coco"])
-def test_bids_names_of_annotated_images(here, source):
-    stems = [f"sub-{subject}_{number}" for subject in "abc" for number in range(4)]
-    for stem in stems:
-        labelme(stem, [shape("a", box(2, 3, 5))])
-    coco_file([(n, 2, polygon(3, 4, 6)) for n in range(12)], [f"{stem}.png" for stem in stems])
-    flags = ("--labelme", "lm") if source == "labelme" else ("--coco", "c.json", "images")
-    assert "3 subjects in the names of 12 images" in run_download(*flags, *THIRDS)
-    assert all(len(set(splits)) == 1 for splits in splits_by_group().values())
 
 
 # ---- whole or not at all -------------------------------------------------------------------------
@@ -235,7 +245,6 @@ WRONG = [  # flags; the one that the message names
     ("--labelme a --coco b c", "--coco"),
     ("--labelme a --split 50 20 20", "--split"),
     ("--labelme a --into test --split 80 20 0", "--split"),
-    ("--labelme a --into tests", "--into"),
     ("--labelme a --boxes", "--coco"),
     ("--labelme a --window 40 80", "--window"),
     ("--masks a b --window 40 0", "--window"),
@@ -243,8 +252,13 @@ WRONG = [  # flags; the one that the message names
     ("--into test --synthetic", "--into"),
     ("--two-classes", "--two-classes"),
     ("--zip a --synthetic", "--synthetic"),
-    ("--phantoms 0 1 1", "--phantoms"),
     ("x --zip y", "x"),
+    ("x --masks a b", "FOLDER"),
+    ("--dry-run", "FOLDER"),
+    ("--synthetic --add", "--add"),
+    ("--masks a b --add", "--into"),
+    ("--masks a b --into train --add --force", "--add"),
+    ("--masks a b --into train --duplicates skip", "--duplicates"),
 ]
 
 
@@ -264,20 +278,6 @@ def test_names_are_unique_and_safe():
         assert not set(name) & set('\n\\/:*?"<>|') and name.isprintable()
 
 
-def test_what_the_masks_of_an_example_may_be(here, capsys):
-    def write(folder, **masks):
-        example = Example("x", "", lambda: (as_picture(Image.new("RGB", PHOTO)), masks))
-        write_dataset(Path(folder), {"train": [example]}, ["a", "b"])
-
-    full = np.ones(PHOTO[::-1], bool)
-    write("good", a=encode(full), b=encode(~full))
-    assert list(stored(root="good")["x"]) == ["a"]  # an empty mask is no annotation
-    lines = capsys.readouterr().out.splitlines()
-    assert ["<-" in line for line in lines] == [False, True, False]  # more than half of the pixels
-    with pytest.raises(ValueError, match="^x: "):
-        write("bad", a=encode(full.T))
-
-
 def test_memory_does_not_grow_with_the_images(here):
     def load():
         mask = np.zeros((256, 256), bool)
@@ -285,27 +285,361 @@ def test_memory_does_not_grow_with_the_images(here):
         return as_picture(Image.new("RGB", (256, 256))), {"a": encode(mask)}
 
     peaks = []
-    for count in (20, 120):
+    for count in (10, 60):
         items = [Example(f"{number:04}", "", load) for number in range(count)]
         tracemalloc.start()
         write_dataset(Path(f"d{count}"), {"train": items}, ["a"])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 100 * 6000, peaks  # bytes; a mask and image have 260,000
+    assert peaks[1] - peaks[0] < 50 * 6000, peaks  # bytes; a mask and image have 260,000
 
 
 def test_two_classes_of_phantoms(here):
-    flags = ("--synthetic", "--phantoms", 4, 1, 1, "--data")
-    run_download(*flags, "two", "--two-classes")
-    assert class_names(root="two") == ["bright", "dark"]
-    content, values = annotations("train", "two"), {1: [], 2: []}
+    flags = ("--synthetic", "--phantoms", 4, 1, 1)
+    run_download(*flags, "--two-classes")
+    assert class_names() == ["bright", "dark"]
+    content, values = annotations("train"), {1: [], 2: []}
     names = {image["id"]: image["file_name"] for image in content["images"]}
     for annotation in content["annotations"]:
-        image = Image.open(f"two/train/{names[annotation['image_id']]}").convert("L")
+        image = Image.open(f"dataset/train/{names[annotation['image_id']]}").convert("L")
         mask = Image.new("L", image.size)
         ImageDraw.Draw(mask).polygon(annotation["segmentation"][0], fill=1)
         inside, near = np.asarray(mask), np.asarray(mask.filter(ImageFilter.MaxFilter(31)))
         inside, around = (np.median(np.asarray(image)[near + inside == n]) for n in (2, 1))
         values[annotation["category_id"]].append(inside - around)
     assert np.mean(values[1]) > np.mean(values[2]) + 20  # dark ones have bright rims
-    refuse_download(*flags, "two", words=["two", "--force"])
+    refuse_download(*flags, words=["dataset", "--force"])
+
+
+# ---- images that are added to a split ------------------------------------------------------------
+
+CLASSES = ("--classes", "cup,disc")
+MORE = ("--masks", "more/images", "more/masks")
+NEW = (*MORE, "--into", "train", "--add")
+FORCE = (*MORE, "--split", 50, 25, 25, "--force", *CLASSES)
+ADD = (*NEW, *CLASSES)
+LM = ("--labelme", "lm", "--into", "train", "--add")
+AREA = [shape("cup", box(2, 3, 5))]
+
+
+def pairs(folder, *names, size=(40, 30)):
+    """FOLDER/images and FOLDER/masks with a noise image and a mask of 0, 1 and 2 for each name.
+
+    The seed of both is the number that the name ends with.
+    """
+    for name in names:
+        seed = int(name[-2:])
+        save(photo(seed, size), f"{folder}/images/{name}.png")
+        save(grey([0, 1, 2])(labels(seed, 2, size)), f"{folder}/masks/{name}.png")
+
+
+@pytest.fixture
+def grown(here):
+    """dataset/ with six images, and four more in more/."""
+    pairs("first", *(f"p{n}_{n:02}" for n in range(6)))
+    run_download("--masks", "first/images", "first/masks", *CLASSES, *THIRDS)
+    pairs("more", "n10", "n11")
+    pairs("more", "n12", "n13", size=(50, 64))
+    return here
+
+
+def test_what_is_there_stays_and_what_is_new_comes(grown):
+    def as_others_write_it(content):
+        content["categories"] = [{"id": 7, "name": "cup"}, {"id": "z", "name": "disc", "x": 1}]
+        content["images"][0] |= {"id": 5, "licence": 3}
+        content["images"][1]["id"] = "one"
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["category_id"] = {1: 7, 2: "z"}[annotation["category_id"]]
+            annotation["image_id"] = [5, "one"][annotation["image_id"]]
+            annotation["id"] = number
+        del content["annotations"][-1]["id"]
+
+    edit_annotations(Path("dataset/train"), as_others_write_it)
+    Path("dataset/train/notes.txt").write_text("mine")
+    before, old = tree("dataset"), annotations("train")
+    assert "train: 4 images added, 6 in all" in run_download(*ADD)
+    after, new = tree("dataset"), annotations("train")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {f"train/{ANNOTATIONS}"}
+    added = [f"n{n}.png" for n in range(10, 14)]
+    assert sorted(after.keys() - before.keys()) == [f"train/{name}" for name in added]
+    for key in ("images", "annotations"):
+        assert new[key][: len(old[key])] == old[key]
+        ids = [entry.get("id", number) for number, entry in enumerate(new[key])]
+        assert len(set(ids)) == len(ids)
+    assert new["categories"] == old["categories"]
+    for name in added:
+        assert Path("dataset/train", name).read_bytes() == Path("more/images", name).read_bytes()
+        mask = np.asarray(Image.open(f"more/masks/{name}"))
+        assert_equal(stored()[name[:3]], {"cup": mask == 1, "disc": mask == 2})
+    assert len(load_split("dataset", "train", 32)) == 6
+    assert take_fingerprint(Path("dataset")).images["train"] == 6
+
+
+REFUSED = {  # flags; what the message names
+    "other classes": ((*NEW, "--classes", "cup,lens"), ["dataset/train", "cup, lens"]),
+    "another order": ((*NEW, "--classes", "disc,cup"), ["dataset/train", "disc, cup"]),
+    "a new class": (NEW, ["dataset/train", "1, 2", "--classes"]),
+    "a group of test": ((*ADD, "--groups", "test.csv"), ["dataset/test", "--into test"]),
+    "a group of valid": ((*ADD, "--groups", "valid.csv"), ["dataset/valid"]),
+    "a split there": ((*NEW[:5], *CLASSES), ["dataset/train", "--add", "--force"]),
+    "no split there": ((*NEW, "--data", "none"), ["none/train", "--add"]),
+    "itself": (("--masks", "dataset/train", "more/masks", *NEW[3:]), ["dataset/train"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_disagrees_changes_nothing(grown, case):
+    flags, words = REFUSED[case]
+    for split, group in {"valid": "3", "test": "1"}.items():
+        edit_annotations(
+            Path("dataset", split), lambda content, g=group: content["images"][0].update(group=g)
+        )
+    write_groups({f"n1{n}": 1 for n in range(4)}, "test.csv")
+    write_groups({f"n1{n}": n for n in range(4)}, "valid.csv")
+    refuse_download(*flags, words=words)
+
+
+def test_another_window_is_refused(here):
+    rows, size = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64), (64, 64)
+    for name in ("a/images/0", "a/images/1", "a/images/2", "b/images/3"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_dicom(f"{name}.dcm", np.roll(rows, int(name[-1]) * 5 + 1))
+        save(grey([0, 1])(labels(0, size=size)), f"{name.replace('images', 'masks')}.png")
+    run_download("--masks", "a/images", "a/masks", "--window", 40, 400)
+    add = ("--masks", "b/images", "b/masks", "--into", "train", "--add", "--window")
+    refuse_download(*add, 50, 400, words=["dataset/train", "--window 40 400"])
+    present = [(name, {"window": (center, 400.0)}) for name, center in (("a", 40.0), ("b", 50.0))]
+    with pytest.raises(ValueError, match="^b: .*--window 50 400"):  # every split that stays
+        check_window(present, (40.0, 400.0))
+
+
+def test_the_same_images_again_are_one_line(grown):
+    run_download(*ADD)
+    words = ["4 of the 4", "dataset/train", "n10.png", "nothing to add"]
+    refuse_download(*ADD, words=words)
+    refuse_download(*ADD, "--duplicates", "skip", words=words)
+    for folder in ("images", "masks"):
+        os.rename(f"more/{folder}/n10.png", f"more/{folder}/a10.png")
+    pairs("more", "n14")
+    refuse_download(*ADD, words=["a10.png as n10.png", "--duplicates skip"])
+    out = run_download(*ADD, "--duplicates", "skip")
+    assert "left out: 4 of the 5" in out and "train: 1 images added, 7 in all" in out
+    assert "n14" in stored() and "a10" not in stored()
+    refuse_download(*ADD, "--duplicates", "keep", words=["n11.png", "--prefix"])
+    out = run_download(*ADD, "--duplicates", "keep", "--prefix", "b/")
+    assert "5 images added, 12 in all" in out
+    assert_array_equal(stored()["b_a10"]["cup"], stored()["n10"]["cup"])
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_images_of_other_splits_are_told(grown, split):
+    """They would make its score too good, even where train has one that is more alike."""
+    (stem, *_) = stored(split)
+    pixels = read_rgb(f"dataset/{split}/{stem}.png") // 2
+    for name, level in (("first", 9), ("second", 10)):
+        save(Image.fromarray(pixels + np.uint8(level)), f"{name}/{name}.png")
+        labelme(name, AREA, name, image=False)
+    labelme("other", AREA, "second", image=False)
+    save(photo(77), "second/other.png")
+    add = ("--into", "train", "--add", "--duplicates")
+    run_download("--labelme", "first", *add, "keep")
+    words = ["1 of the 2", f"dataset/{split}", f"second.png as {stem}.png", "--duplicates skip"]
+    refuse_download("--labelme", "second", *add[:3], words=words)
+    run_download("--labelme", "second", *add, "skip")
+    assert "other" in stored() and "second" not in stored()
+
+
+def test_grey_stored_as_colours_is_the_same_image_and_black_slices_are_not(here):
+    for name, mode in (("grey", "L"), ("colours", "RGB")):
+        photo(1).convert("L").convert(mode).save(f"{name}.png")
+        Image.new(mode, (40, 30)).save(f"black_{name}.png")
+    known = [("test", Path("grey.png")), ("test", Path("black_grey.png"))]
+    found = find_known(known, "train", [Path("colours.png"), Path("black_colours.png")])
+    assert list(found) == [("colours.png", "test", "grey.png", True)]
+
+
+def test_names_of_any_split_are_taken(grown):
+    for seed, split in enumerate(SPLITS, 77):
+        name, folder = annotations(split)["images"][0]["file_name"].upper(), f"lm_{split}"
+        labelme(Path(name).stem, AREA, folder, image=False, imagePath="x.jpg")
+        save(photo(seed), f"{folder}/x.jpg")
+        add = ("--labelme", folder, *LM[2:])
+        refuse_download(*add, words=[f"dataset/{split}", "--prefix"])
+        run_download(*add, "--prefix", f"{split}-")
+    assert len(stored()) == 5
+
+
+def test_labels_count_by_name_whatever_their_order(grown):
+    """Sorted, as LabelMe files have them, and not as the data set has them."""
+    for split in SPLITS:
+        edit_annotations(
+            Path("dataset", split),
+            lambda content: [c.update(name="ab"[c["id"] % 2]) for c in content["categories"]],
+        )
+    labelme("x", [shape("a", box(2, 3, 5)), shape("b", box(20, 3, 4))], image=False)
+    save(photo(77), "lm/x.png")
+    refuse_download(*LM, "--classes", "a,b", words=["b, a", "a, b"])
+    run_download(*LM)
+    assert {name: mask.sum() for name, mask in stored()["x"].items()} == {"a": 25, "b": 16}
+    labelme("y", [shape("c", box(2, 3, 5))], "lm2")
+    refuse_download("--labelme", "lm2", *LM[2:], words=["dataset/train", "b, a", "images c"])
+
+
+HEALTHY = (("--masks", "h/images", "h/masks"), LM[:2], ("--coco", "c.json", "images"))
+
+
+@pytest.mark.parametrize("flags", HEALTHY)
+def test_healthy_images_are_added(grown, flags):
+    save(Image.new("L", (40, 30)), "h/masks/h.png")
+    labelme("h", [], "lm", image=False)
+    coco_file([], ["h.png"])
+    for folder in ("h/images", "lm", "images"):
+        save(photo(50), f"{folder}/h.png")
+    refuse_download(*flags, "--data", "new", words=["empty", "--add"])
+    run_download(*flags, "--into", "train", "--add")
+    assert stored()["h"] == {}
+
+
+# ---- stopped and killed --------------------------------------------------------------------------
+
+STOPS = {"write": ADD, "train/n11.png": ADD, f"train/{ANNOTATIONS}": ADD, "train": FORCE}
+
+
+@pytest.mark.parametrize("place", STOPS)
+def test_an_interrupted_import_leaves_the_old_splits(grown, monkeypatch, place):
+    original, stopped = os.replace, []
+
+    def replace(source, target):
+        if Path(target).resolve() == Path("dataset", place).resolve() and not stopped:
+            stop()
+        original(source, target)
+
+    def stop(*_):
+        stopped.append(place)
+        raise KeyboardInterrupt
+
+    before = tree(grown)
+    monkeypatch.setattr(os, "replace", replace)
+    if place == "write":
+        monkeypatch.setattr("medseg.importing.adding.leave_out_known", stop)
+    result = script_here("download.py", *STOPS[place], cwd=grown)
+    assert (result.returncode, result.stderr) == (130, "download.py: interrupted\n")
+    assert tree(grown) == before
+
+
+def test_what_a_killed_addition_left_is_taken_over(grown):
+    image = Path("more/images/n11.png").read_bytes()
+    Path("dataset/train/n11.png").write_bytes(image[:-1])
+    refuse_download(*ADD, words=["dataset/train/n11.png"])
+    Path("dataset/train/n11.png").write_bytes(image)
+    run_download(*ADD)
+    assert len(stored()) == 6
+
+
+def content(root):
+    """{split: names of its images}, where the files and the annotations agree."""
+    names = {}
+    for split in SPLITS:
+        images = [record["file_name"] for record in annotations(split, root)["images"]]
+        files = [path.name for path in Path(root, split).iterdir()]
+        assert sorted(files) == sorted([*images, ANNOTATIONS])
+        names[split] = sorted(images)
+    return names
+
+
+def killed(arguments, script, call):
+    """Run a command in a process that kills itself at its call-th change of a folder.
+
+    Returns whether it was killed: not where it ended before.
+    """
+
+    def prepare():
+        count = itertools.count()
+        for name in ("rename", "replace", "mkdir", "rmdir", "unlink"):
+            original = getattr(os, name)
+
+            def change(*args, original=original, **options):
+                if next(count) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **options)
+
+            setattr(os, name, change)
+
+    process = fork_script(script, *arguments, log="log", prepare=prepare)
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL), Path("log").read_text()
+    return process.exitcode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [FORCE, ADD], ids=["force", "add"])
+def test_a_killed_import_is_completed_or_taken_back(grown, flags):
+    shutil.copytree("dataset", "before")
+    shutil.copytree("dataset", "after")
+    run_download(*flags, "--data", "after")
+    expected, outcomes = [content("before"), content("after")], set()
+    for call in itertools.count():
+        shutil.rmtree("dataset")
+        shutil.copytree("before", "dataset")
+        if not killed(flags, "download.py", call):
+            break
+        left = {path.name for path in Path("dataset").iterdir()} - {*SPLITS, ".importing.lock"}
+        assert ("killed" in output_of("data.py", "dataset", cwd=grown)) == bool(left), (call, left)
+        assert {path.name for path in Path("dataset").iterdir()} - {".importing.lock"} == {*SPLITS}
+        outcomes.add(expected.index(content("dataset")))
+    assert outcomes == {0, 1} and content("dataset") == expected[1] and call > 6
+
+
+@pytest.mark.slow
+def test_a_killed_grouped_split_leaves_nothing(here):
+    run_download(*("--synthetic", "--phantoms", 60, 60, 60, "--data", "many"))
+    arguments = ("many", "--grouped-split", "grouped")
+    for call in itertools.count():
+        if not killed(arguments, "data.py", call):
+            break
+        left = list(here.glob(".grouped.*.tmp"))
+        if not Path("grouped").exists():
+            assert ("killed" in output_of("data.py", *arguments, cwd=here)) == bool(left)
+        assert not list(here.glob(".grouped.*.tmp")) and content("grouped")
+        shutil.rmtree("grouped")
+    assert call > 4
+
+
+COMMANDS = {
+    "train": ("--epochs", 1, "--n-filters", 2, "--image-size", 16, "--device", "cpu"),
+    "data": (),
+    "download": (*LM, "--classes", "cup"),
+    "predict": ("dataset/test", "--model", "m.pth"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_completes_an_import(grown, no_pictures, command):
+    """It was killed between the renames."""
+    run_download(*FORCE, "--data", "fresh")
+    Path("fresh").rename("dataset/.new-abcdefgh")
+    Path("dataset/.new-abcdefgh/complete").touch()
+    Path("dataset/.old-abcdefgh").mkdir()
+    Path("dataset/train").rename("dataset/.old-abcdefgh/train")
+    Path("dataset/.new-abcdefgh/train").rename("dataset/train")
+    Path("dataset/test").rename("dataset/.old-abcdefgh/test")
+    torch.save(brightness_model(32).state_dict(), "m.pth")
+    labelme("x", AREA)
+    printed = assert_done(script_here(f"{command}.py", *COMMANDS[command], cwd=grown))
+    assert printed.count("killed") == 1 and not list(Path("dataset").glob(".[no]*"))
+    assert all(name.startswith("n1") for name in content("dataset")["test"])
+
+
+def test_folders_of_a_user_stay_and_a_running_import_is_left_alone(grown):
+    for name in (".new-settings", ".old-12345678", ".add-settings"):
+        Path("dataset", name, "mine").mkdir(parents=True)
+        Path("dataset", name, "notes.txt").touch()
+    output_of("data.py", cwd=grown)
+    assert len(list(Path("dataset").glob(".*-*/notes.txt"))) == 3
+    with import_lock(Path("dataset")):
+        Path("dataset/.new-abcdefgh/train").mkdir(parents=True)
+        output_of("data.py", cwd=grown)
+        assert Path("dataset/.new-abcdefgh/train").exists()
+        result = script_here("download.py", *FORCE, cwd=grown)
+        assert result.returncode == 2 and "dataset" in result.stderr
