@@ -112,9 +112,7 @@ def test_probabilities_are_those_of_pytorch(name, suffix, exported):
 
 PLAIN = {"image_size": 32, "exclusive": True, "trained_flips": [], "draw_order": []}
 GREY = {"n_channels": 1, "mean": [0.449], "std": [0.226], **PLAIN, "class_names": ["foreground"]}
-COLOUR = {"n_channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], **PLAIN}
 METADATA = {
-    "chosen": {**COLOUR, "class_names": ["1", "2", "3"], "inference": CHOSEN.as_dict()},
     "volumes": {**GREY, "image_size": None, "window": [40, 400], "orientation": "LPS"},
     "slices": {
         **{**GREY, "n_channels": 6, "mean": [0.449] * 6, "std": [0.226] * 6},

@@ -56,9 +56,12 @@ def test_pieces_against_scipy(dimensions):
     rng = np.random.default_rng(0)
     for share in (0, 0.05, 0.2, 0.4, 1) * 5:
         mask = rng.random(rng.integers(1, 9, dimensions)) < share
-        spacing = rng.random(dimensions) + 0.1
+        spacing = tuple(rng.random(dimensions) + 0.1)
         numbers, count = ndimage.label(mask, np.ones((3,) * dimensions))
-        (row,) = measure(Masks(mask, mask[None], [1], [0]), ["one"], tuple(spacing))
+        none, row = measure(
+            Masks(mask, np.stack([mask & False, mask]), [0, 1], [0, 0]), "ab", spacing
+        )
+        assert none["pixels"] == none["pieces"] == 0 and none["largest_x"] is None
         assert row["pieces"] == count
         if not count:
             assert row["largest_pixels"] == 0 and row["largest_x"] is None
@@ -72,32 +75,6 @@ def test_pieces_against_scipy(dimensions):
         distances = [pdist(pixels * unit).max(initial=0) for unit in (1, spacing)]
         own = row["largest_diameter"], row["largest_diameter_mm"]
         assert own == pytest.approx(tuple(distances))
-
-
-def test_measurements_of_two_classes_by_hand():
-    labels = np.zeros((10, 20), np.uint8)
-    labels[2:5, 4:9], labels[7, 18:], labels[9, 0] = 1, 1, 3
-    names, known = ["left", "none", "dot"], ([0.9, 0.1, 0.8], [13.6, 0, 0.75])
-    left, none, dot = measure(Masks(labels, labels, *known), names, (0.5, 0.25), depth=4)
-    assert (left["pixels"], left["share"]) == (17, 17 / 200)
-    assert (left["area_mm2"], left["volume_ml"]) == (17 * 0.125, 17 * 0.125 * 4 / 1000)
-    assert (left["pieces"], left["largest_pixels"], left["first_object"]) == (2, 15, 1)
-    assert (left["mean_pixels"], left["median_pixels"]) == (8.5, 8.5)
-    assert (left["largest_x"], left["largest_y"], left["largest_z"]) == (6, 3, None)
-    assert left["largest_diameter"] == pytest.approx(np.hypot(4, 2))
-    assert left["largest_diameter_mm"] == pytest.approx(np.hypot(4 * 0.25, 2 * 0.5))
-    assert left["highest_probability"] == 0.9
-    assert left["mean_probability"] == pytest.approx(0.8)
-    assert (none["pixels"], none["area_mm2"], none["pieces"]) == (0, 0, 0)
-    assert none["largest_x"] is none["mean_probability"] is none["first_object"] is None
-    assert (dot["largest_x"], dot["largest_y"], dot["mean_probability"]) == (0, 9, 0.75)
-    assert dot["first_object"] == 3
-    # The same, and more of the second class, by the mask of each.
-    masks = np.stack([labels == number for number in (1, 2, 3)])
-    masks[1, 2:4, 4:6] = True
-    rows = measure(Masks(labels, masks, *known), names)
-    assert [row["pixels"] for row in rows] == [17, 4, 1] and rows[1]["share"] == 4 / 200
-    assert rows[0]["area_mm2"] is rows[0]["volume_ml"] is rows[0]["largest_diameter_mm"] is None
 
 
 def test_the_version_is_the_commit(tmp_path, monkeypatch):
