@@ -1,5 +1,6 @@
 """Volumes and DICOM files from download.py --masks through the weights to predict.py."""
 
+import csv
 import gzip
 import json
 import shutil
@@ -40,29 +41,37 @@ from PIL import Image
 import predict
 from medseg import volumes as medseg_volumes
 from medseg.dicom import read_dicom
-from medseg.importing import volumes
 from medseg.splits import grouped_split
 from medseg.volumes import open_volume
 from net import UNet, load_model
 
-THIRDS = ("--split", 34, 33, 33)
+THIRDS, SPLITS = ("--split", 34, 33, 33), ("train", "valid", "test")
 VOLUMES = ("--masks", "vi", "vm")
 
 
-def volume(number, classes=2, name="case_{:03}"):
-    """(voxels, class numbers) of a pair of volumes that is written to vi/ and vm/.
+def picture(name, split="train", root="dataset"):
+    with Image.open(f"{root}/{split}/{name}.png") as image:
+        return np.asarray(image)
 
-    They are cut along axis 1, into 4 slices and `number` more.
+
+def write_pair(voxels, numbers, image="a", mask="a", zooms=(1, 3, 1)):
+    """Write a volume to vi/ and its mask to vm/."""
+    for path, array in ((f"vi/{image}.nii.gz", voxels), (f"vm/{mask}.nii.gz", numbers)):
+        Path(path).parent.mkdir(exist_ok=True)
+        write_nifti(path, array, zooms=zooms)
+    return voxels, numbers
+
+
+def volume(number, classes=2):
+    """(voxels, class numbers), cut along axis 1 into 4 slices and `number` more, the first empty.
+
+    The files are vi/case_000_0000.nii.gz, vm/case_000.nii.gz.
     """
-    rng = np.random.default_rng(number)
+    rng, name = np.random.default_rng(number), f"case_{number:03}"
     voxels = rng.integers(0, 1000, (12, 4 + number, 10)).astype(np.int16)
     numbers = rng.integers(0, classes + 1, voxels.shape).astype(np.uint8)
-    numbers[:, 0] = 0  # a slice with nothing
-    name = name.format(number)
-    for path, array in ((f"vi/{name}_0000.nii.gz", voxels), (f"vm/{name}.nii.gz", numbers)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_nifti(path, array, zooms=(1, 3, 1))
-    return voxels, numbers
+    numbers[:, 0] = 0
+    return write_pair(voxels, numbers, f"{name}_0000", name)
 
 
 def test_volumes_become_slices(here):
@@ -76,20 +85,19 @@ def test_volumes_become_slices(here):
         percent = 100 * (everything == value).mean()
         assert f"class {name}: value {value}, {percent:.2f} % of the pixels" in out
     seen = set()
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         masks = stored(split)
         (name,) = {stem.rpartition("_")[0] for stem in masks}  # one volume in one split
-        voxels, numbers = made[name]
         seen.add(name)
-        assert set(masks) == {f"{name}_z{index:03}" for index in range(voxels.shape[1])}
+        voxels, numbers = made[name]
+        assert len(masks) == voxels.shape[1]
         for index in range(voxels.shape[1]):
             own = masks[f"{name}_z{index:03}"]
             assert set(own) == (set() if index == 0 else {"core", "edema"})
-            for value, mask in enumerate((own.get("core", False), own.get("edema", False)), 1):
-                assert_array_equal(numbers[:, index] == value, mask)
-            with Image.open(f"dataset/{split}/{name}_z{index:03}.png") as picture:
-                assert picture.mode == "L"
-                assert_array_equal(np.asarray(picture), (voxels[:, index] * 0.255).round())
+            for value, class_name in enumerate(("core", "edema"), 1):
+                assert_array_equal(numbers[:, index] == value, own.get(class_name, False))
+            pixels = picture(f"{name}_z{index:03}", split)
+            assert_array_equal(pixels, (voxels[:, index] * 0.255).round())
     assert seen == set(made)
 
 
@@ -98,36 +106,21 @@ def test_two_files(here):
     pair = ("vi/case_000_0000.nii.gz", "vm/case_000.nii.gz")
     assert "class foreground: value 1" in run_download("--masks", *pair, "--into", "test")
     assert {image["group"] for image in annotations("test")["images"]} == {"case_000_0000"}
-    for index in range(4):
-        mask = stored("test")[f"case_000_0000_z{index:03}"].get("foreground", np.zeros((12, 10)))
+    for index in range(1, 4):
+        mask = stored("test")[f"case_000_0000_z{index:03}"]["foreground"]
         assert_array_equal(mask, numbers[:, index] == 1)
     refuse_download("--masks", *pair, "--data", "mine", words=["1 groups", "too few", "--into"])
-    refuse_download("--masks", pair[0], "vm", *ALL, words=[pair[0], "vm", "a folder"])
-    refuse_download("--masks", pair[0], "none.nii", *ALL, words=["none.nii", "no such"])
 
 
-def test_each_volume_is_opened_twice_and_another_direction_is_noted(here, monkeypatch):
-    """All are opened to count the values, and again to read the slices: two are kept."""
-    opened, open_channels = [], volumes.open_channels
-
-    def count(image, **options):
-        opened.append(image.name)
-        return open_channels(image, **options)
-
-    monkeypatch.setattr(volumes, "open_channels", count)
-    for number in range(4):
-        volume(number)
-    voxels = np.zeros((3, 4, 5), np.int16)
-    write_nifti("vi/other_0000.nii.gz", voxels + np.arange(5, dtype=np.int16))
-    write_nifti("vm/other.nii.gz", voxels.astype(np.uint8))
-    assert "warning: 1 of 5 volumes" in run_download(*VOLUMES, *ALL)
-    assert sorted(opened) == sorted(2 * [path.name for path in Path("vi").iterdir()])
+def test_a_volume_that_is_cut_in_another_direction_is_told(here):
+    for name, zooms in {"a": (1, 3, 1), "b": (1, 1, 3), "c": (1, 3, 1)}.items():
+        voxels = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+        write_pair(voxels, (voxels > 9).astype(np.uint8), name, name, zooms)
+    assert "warning: 1 of 3 volumes" in run_download(*VOLUMES, *ALL)
 
 
 IMAGE, MASK = Path("vi/case_000_0000.nii.gz"), Path("vm/case_000.nii.gz")
 ZEROS = np.zeros((12, 4, 10), np.uint8)
-SHIFTED = np.diag([1.0, 3, 1, 1])
-SHIFTED[0, 3] = 5
 
 
 def numbers(value):
@@ -136,7 +129,6 @@ def numbers(value):
 
 BAD_VOLUMES = {  # what is changed, the file that the message names
     "shape": (lambda: write_nifti(MASK, ZEROS[1:]), MASK),
-    "affine": (lambda: write_nifti(MASK, ZEROS, SHIFTED), MASK),
     "4-D": (lambda: shutil.copy(NIBABEL_DATA / "example4d.nii.gz", IMAGE), IMAGE),
     "fractions": (numbers(0.5), MASK),
     "negative": (numbers(-1), MASK),
@@ -155,7 +147,27 @@ def test_bad_volumes_are_one_line(here, case):
     change, name = BAD_VOLUMES[case]
     change()
     line = refuse_download(*VOLUMES, *ALL, words=[name])
-    assert case not in ("shape", "affine") or str(IMAGE) in line
+    assert case != "shape" or str(IMAGE) in line
+
+
+@pytest.mark.parametrize("step", [1.0000153, 0.99, 1.3])
+def test_numbers_that_are_nearly_whole_are_rounded_with_a_warning(here, step):
+    _, numbers = volume(0)
+    volume(1)
+    write_nifti(MASK, numbers.astype(np.float32) * np.float32(step), zooms=(1, 3, 1))
+    if step == 1.3:
+        refuse_download(*VOLUMES, *ALL, words=[MASK])
+        return
+    out = run_download(*VOLUMES, *ALL)
+    (line,) = (line for line in out.splitlines() if line.startswith("warning"))
+    assert "1 of 2" in line and str(step)[:8] in line and MASK.name in line
+    masks = stored()["case_000_z002"]
+    assert_array_equal(masks["1"] + 2 * masks["2"], numbers[:, 2])
+
+
+# ---- DICOM files of one frame ----------------------------------------------------------------
+
+DICOM = ("--masks", "di", "dm", *ALL)
 
 
 def dicom_pair():
@@ -167,21 +179,15 @@ def dicom_pair():
     return mask
 
 
-DICOM = ("--masks", "di", "dm", *ALL)
-
-
 def test_dicom_images_and_a_window(here):
     mask = dicom_pair()
     run_download(*DICOM, "--window", "150", "200")  # from 50 to 250
-    with Image.open("dataset/train/scan.png") as picture:
-        by_hand = [[0, 64, 128], [191, 255, 255]]
-        assert_array_equal(np.asarray(picture.convert("L")), by_hand)
+    assert_array_equal(picture("scan"), [[0, 64, 128], [191, 255, 255]])
     assert_array_equal(stored()["scan"]["foreground"], mask)
     assert "spacing" not in annotations("train")["images"][0]
     write_dicom(Path("di/scan.dcm"), PixelSpacing=[0.5, 0.8])
     run_download(*DICOM, "--force")  # the range of all its values
-    with Image.open("dataset/train/scan.png") as picture:
-        assert picture.convert("L").getpixel((1, 0)) == round(25.5)
+    assert picture("scan")[0, 1] == round(25.5)
     assert annotations("train")["images"][0]["spacing"] == [0.5, 0.8]
 
 
@@ -195,8 +201,7 @@ def test_dicom_files_without_a_suffix(here):
     assert set(stored()) == set(names)
     for name, masks in stored().items():
         assert_array_equal(masks["foreground"], mask == 1)
-        with Image.open(f"dataset/train/{name}.png") as picture:
-            assert_array_equal(np.asarray(picture.convert("L")), read_dicom("di/IM7")[0])
+        assert_array_equal(picture(name), read_dicom("di/IM7")[0])
 
 
 def test_bad_dicom_is_one_line(here, monkeypatch):
@@ -214,89 +219,6 @@ def test_bad_dicom_is_one_line(here, monkeypatch):
     refuse_download(*pictures, "--window", "40", "80", words=["di/scan.png", "--window"])
     monkeypatch.setitem(sys.modules, "pydicom", None)
     refuse_download("--masks", "di/{id}.dcm", "dm/{id}.png", *ALL, words=["install pydicom`"])
-
-
-def four(number, times=3):
-    """(voxels, class numbers), written to vi/ and vm/ as volumes in time."""
-    rng = np.random.default_rng(number)
-    voxels = rng.integers(0, 1000, (12, 10, 4, times)).astype(np.int16)
-    numbers = rng.integers(0, 2, voxels.shape).astype(np.uint8)
-    for folder, array in (("vi", voxels), ("vm", numbers)):
-        Path(folder).mkdir(exist_ok=True)
-        write_nifti(Path(folder, f"c{number}.nii.gz"), array, zooms=(1, 1, 3, 1))
-    return voxels, numbers
-
-
-def test_four_axes_are_volumes_in_time_or_channels(here):
-    made = [four(number) for number in range(2)]
-    refuse_download(*VOLUMES, *ALL, words=["vi/c0.nii.gz", "--channels", "--time"])
-    run_download(*VOLUMES, *ALL, "--time")
-    masks = stored()
-    assert len(masks) == 2 * 3 * 4
-    for number, (voxels, numbers) in enumerate(made):
-        low, high = np.percentile(voxels, [0.5, 99.5])
-        for index in range(12):
-            time, z = divmod(index, 4)
-            mask = masks[f"c{number}_z{index:03}"]["foreground"]
-            assert_array_equal(mask, numbers[..., z, time] == 1)
-            shown = (voxels[..., z, time].clip(low, high) - low) * 255 / (high - low)
-            with Image.open(f"dataset/train/c{number}_z{index:03}.png") as picture:
-                assert_array_equal(np.asarray(picture), shown.round())
-    for number, (_, numbers) in enumerate(made):
-        write_nifti(Path(f"vm/c{number}.nii.gz"), numbers[..., 0], zooms=(1, 1, 3))
-    refuse_download(*VOLUMES, *ALL, "--time", "--force", words=["vm/c0.nii.gz", "12 x 10 x 4 x 3"])
-    run_download(*VOLUMES, *ALL, "--force", "--channels", "t1,t2,flair")
-    assert annotations("train")["info"]["channels"] == ["t1", "t2", "flair"]
-    assert_array_equal(stored()["c1_z002"]["foreground"], made[1][1][..., 2, 0] == 1)
-
-
-@pytest.mark.parametrize("step, refused", [(1.0000153, False), (0.99, False), (1.3, True)])
-def test_numbers_that_are_nearly_whole_are_rounded_with_a_warning(here, step, refused):
-    _, numbers = volume(0)
-    volume(1)
-    write_nifti(MASK, numbers.astype(np.float32) * np.float32(step), zooms=(1, 3, 1))
-    if refused:
-        refuse_download(*VOLUMES, *ALL, words=[MASK])
-        return
-    out = run_download(*VOLUMES, *ALL)
-    (line,) = (line for line in out.splitlines() if line.startswith("warning"))
-    assert "1 of 2" in line and str(step)[:8] in line and MASK.name in line
-    for index in range(1, 4):
-        masks = stored()[f"case_000_z{index:03}"]
-        for value in (1, 2):
-            assert_array_equal(masks[str(value)], numbers[:, index] == value)
-
-
-def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
-    """The written slices have those beside them, and predict.py puts them together alike."""
-    for number in range(3):
-        volume(number, classes=1)
-    for folder in ("p", "q"):
-        save(photo(1), f"{folder}/1.png")
-    refuse_download("--masks", "p", "q", "--context", "1", words=["--context"])
-    run_download(*VOLUMES, *THIRDS, "--context", "1", "--window", "500", "1000")
-    name = min(stored("test")).rpartition("_")[0]
-    voxels = nibabel.load(f"vi/{name}_0000.nii.gz").get_fdata()
-    shown = [(voxels[:, index] * 0.255).round() for index in range(voxels.shape[1])]
-    last = len(shown) - 1
-    for index in range(len(shown)):
-        pixels = np.asarray(Image.open(f"dataset/test/{name}_z{index:03}.png"))
-        beside = [shown[place] for place in (index, max(index - 1, 0), min(index + 1, last))]
-        assert_array_equal(pixels, np.stack(beside, 2))
-    torch.manual_seed(2)
-    model = UNet(3, 1, 4, depth=1, image_size=None, window=(500, 1000), context=1)
-    torch.nn.init.normal_(model.outc.weight, std=20)
-    torch.save(model.state_dict(), "three.pth")
-    flags = "--model three.pth --precision fp32 --threshold 0.45 --write probability".split()
-    output_of("predict.py", f"vi/{name}_0000.nii.gz", *flags, "--output", "whole", cwd=here)
-    output_of("predict.py", "dataset/test", *flags, "--output", "slices", cwd=here)
-    whole = nibabel.load(f"whole/{name}_0000_probability.nii.gz").get_fdata()
-    assert whole.std() > 1e-3
-    for index in range(len(shown)):
-        alone = np.asarray(Image.open(f"slices/{name}_z{index:03}_probability.png")) / 65535
-        assert np.abs(whole[:, index] - alone).max() < 1e-4
-    Image.fromarray(pixels[..., 0]).save("grey.png")
-    assert_refused(script_here("predict.py", "grey.png", *flags, cwd=here), "grey.png", "channels")
 
 
 # ---- predict.py ------------------------------------------------------------------------------
@@ -318,9 +240,81 @@ def predicted(name, *flags, output=None):
     output = output or ("m.nii.gz" if name.endswith(".nii.gz") else "m.png")
     flags = ("--device", "cpu", "--output", output, *flags)
     said = output_of("predict.py", name, *flags, cwd=Path.cwd())
-    if output == "m.png":
-        return np.asarray(Image.open(output)), said
-    return np.asarray(nibabel.load(output).dataobj), said
+    read = Image.open if output == "m.png" else lambda path: nibabel.load(path).dataobj
+    return np.asarray(read(output)), said
+
+
+def four(number, times=3):
+    """(voxels, class numbers), written to vi/ and vm/ as volumes in time."""
+    rng = np.random.default_rng(number)
+    voxels = rng.integers(0, 1000, (12, 10, 4, times)).astype(np.int16)
+    numbers, name = rng.integers(0, 2, voxels.shape).astype(np.uint8), f"c{number}"
+    return write_pair(voxels, numbers, name, name, (1, 1, 3, 1))
+
+
+def test_four_axes_are_volumes_in_time_or_channels(here):
+    made = [four(number) for number in range(2)]
+    refuse_download(*VOLUMES, *ALL, words=["vi/c0.nii.gz", "--channels", "--time"])
+    run_download(*VOLUMES, *ALL, "--time")
+    masks = stored()
+    assert len(masks) == 2 * 3 * 4
+    for number, (voxels, numbers) in enumerate(made):
+        low, high = np.percentile(voxels, [0.5, 99.5])
+        shown = ((voxels.clip(low, high) - low) * 255 / (high - low)).round()
+        for index in range(12):
+            time, z = divmod(index, 4)
+            name = f"c{number}_z{index:03}"
+            assert_array_equal(masks[name]["foreground"], numbers[..., z, time] == 1)
+            assert_array_equal(picture(name), shown[..., z, time])
+        write_nifti(Path(f"vm/c{number}.nii.gz"), numbers[..., 0], zooms=(1, 1, 3))
+    refuse_download(*VOLUMES, *ALL, "--time", "--force", words=["vm/c0.nii.gz", "12 x 10 x 4 x 3"])
+    run_download(*VOLUMES, *ALL, "--force", "--channels", "t1,t2,flair")
+    assert annotations("train")["info"]["channels"] == ["t1", "t2", "flair"]
+    assert_array_equal(stored()["c1_z002"]["foreground"], made[1][1][..., 2, 0] == 1)
+
+
+def test_volumes_in_time_are_predicted_one_by_one(here):
+    voxels, _ = four(0)
+    save_weights()
+    mask, _ = predicted("vi/c0.nii.gz")
+    assert mask.shape == voxels.shape
+    predict.main(["vi/c0.nii.gz", "--device", "cpu", "--output", "all"])
+    rows = list(csv.reader(Path("all/predictions.csv").read_text("utf-8-sig").splitlines()))
+    for time, row in enumerate(rows[1:]):
+        assert row[0] == f"c0.nii.gz, time {time}"
+        assert int(row[2]) == np.count_nonzero(mask[..., time])
+    assert len(rows) == 4
+
+
+def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
+    """The written slices have those beside them, and predict.py puts them together alike."""
+    for number in range(3):
+        volume(number, classes=1)
+    for folder in ("p", "q"):
+        save(photo(1), f"{folder}/1.png")
+    refuse_download("--masks", "p", "q", "--context", "1", words=["--context"])
+    run_download(*VOLUMES, *THIRDS, "--context", "1", "--window", "500", "1000")
+    name = min(stored("test")).rpartition("_")[0]
+    voxels = nibabel.load(f"vi/{name}_0000.nii.gz").get_fdata()
+    shown, last = (np.moveaxis(voxels, 1, 0) * 0.255).round(), voxels.shape[1] - 1
+    for index in range(len(shown)):
+        places = [index, max(index - 1, 0), min(index + 1, last)]
+        pixels = picture(f"{name}_z{index:03}", "test")
+        assert_array_equal(pixels, np.moveaxis(shown[places], 0, 2))
+    torch.manual_seed(2)
+    model = UNet(3, 1, 4, depth=1, image_size=None, window=(500, 1000), context=1)
+    torch.nn.init.normal_(model.outc.weight, std=20)
+    torch.save(model.state_dict(), "three.pth")
+    flags = "--model three.pth --precision fp32 --threshold 0.45 --write probability".split()
+    output_of("predict.py", f"vi/{name}_0000.nii.gz", *flags, "--output", "whole", cwd=here)
+    output_of("predict.py", "dataset/test", *flags, "--output", "slices", cwd=here)
+    whole = nibabel.load(f"whole/{name}_0000_probability.nii.gz").get_fdata()
+    assert whole.std() > 1e-3
+    for index in range(len(shown)):
+        alone = np.asarray(Image.open(f"slices/{name}_z{index:03}_probability.png")) / 65535
+        assert np.abs(whole[:, index] - alone).max() < 1e-4
+    Image.fromarray(pixels[..., 0]).save("grey.png")
+    assert_refused(script_here("predict.py", "grey.png", *flags, cwd=here), "grey.png", "channels")
 
 
 # ---- what travels from the import through the weights to the prediction ----------------------
@@ -337,25 +331,26 @@ def brain(seed=0, shape=(20, 22, 18), spacing=(1, 1, 1)):
     return nibabel.Nifti1Image(voxels, affine)
 
 
+def brains(names, shape=(8, 9, 10), **options):
+    return {name: brain(seed, shape, **options) for seed, name in enumerate(names)}
+
+
 def recorded(split="train", root="dataset"):
     info = annotations(split, root)["info"]
     return {key: value for key, value in info.items() if key != "description"}
 
 
-def import_masks(*flags):
-    return run_download("--masks", *flags)
+def positive(image, affine=None):
+    voxels = (np.asarray(image.dataobj) > 0).astype("u1")
+    return nibabel.Nifti1Image(voxels, image.affine if affine is None else affine)
 
 
 def write_pairs(images, masks=None):
     """Write nibabel images to vi/NAME.nii.gz, and masks of their positive voxels to vm/."""
     for name, image in images.items():
-        positive = nibabel.Nifti1Image((np.asarray(image.dataobj) > 0).astype("u1"), image.affine)
-        for folder, one in (("vi", image), ("vm", (masks or {}).get(name, positive))):
+        for folder, one in (("vi", image), ("vm", (masks or {}).get(name, positive(image)))):
             Path(folder).mkdir(exist_ok=True)
             one.to_filename(f"{folder}/{name}.nii.gz")
-
-
-PAIRS = ("vi", "vm")
 
 
 def test_the_window_of_the_weights_counts_without_being_told(here):
@@ -363,62 +358,47 @@ def test_the_window_of_the_weights_counts_without_being_told(here):
     shutil.copy(sample("CT_small.dcm"), "ct.dcm")
     save_weights("plain.pth")
     save_weights(window=(300, 500))
+    plain = ("--model", "plain.pth")
     for name in ("v.nii.gz", "ct.dcm"):
         own, said = predicted(name)
-        assert "--window" not in said
-        told, said = predicted(name, "--window", 300, 500)
-        assert "--window" not in said
-        assert_array_equal(own, told)
-        plain, said = predicted(name, "--window", 300, 500, "--model", "plain.pth")
-        assert "--window" not in said  # pictures record none: as ever
-        assert_array_equal(own, plain)
-        assert 0.02 < (own > 0).mean() < 0.98
+        assert "--window" not in said and 0.02 < (own > 0).mean() < 0.98
+        for flags in ((), plain):  # weights of pictures record none
+            told, said = predicted(name, "--window", 300, 500, *flags)
+            assert "--window" not in said
+            assert_array_equal(own, told)
         other, said = predicted(name, "--window", 100, 200)
         (line,) = (line for line in said.splitlines() if "--window" in line)
         assert "--window 100 200" in line and "300 500" in line
-        as_stored, _ = predicted(name, "--model", "plain.pth")
-        assert (other != own).any() and (as_stored != own).any()
+        assert (other != own).any() and (predicted(name, *plain)[0] != own).any()
     save_weights(window="percentiles")  # without a window of numbers each file counts
-    as_stored, _ = predicted("v.nii.gz", "--model", "plain.pth")
-    assert_array_equal(predicted("v.nii.gz")[0], as_stored)
-    assert "--window 0.1 2000000.5: " in predicted("v.nii.gz", "--window", 0.1, 2000000.5)[1]
-
-
-def test_a_grouped_split_keeps_window_and_orientation(here):
-    write_pairs({str(number): brain(number, (6, 6, 9)) for number in range(6)})
-    import_masks(*PAIRS, "--window", 40, 400, *THIRDS)
-    grouped_split("dataset", "grouped", block=9)
-    for split in ("train", "valid", "test"):
-        assert recorded(split, "grouped") == {"window": [40, 400], "orientation": "RAS"}
+    assert_array_equal(predicted("v.nii.gz")[0], predicted("v.nii.gz", *plain)[0])
 
 
 def test_the_import_records_window_and_orientation_in_every_split(here):
-    write_pairs({name: stored_as(brain(seed), "LPS") for seed, name in enumerate("abc")})
-    import_masks(*PAIRS, "--window", 40, 400, *THIRDS)
-    for split in ("train", "valid", "test"):
-        assert recorded(split) == {"window": [40, 400], "orientation": "LPS"}
-    import_masks(*PAIRS, *ALL, "--data", "own")
+    write_pairs({name: stored_as(image, "LPS") for name, image in brains("123456").items()})
+    run_download(*VOLUMES, "--window", 40, 400, *THIRDS)
+    grouped_split("dataset", "grouped", block=10)
+    for split, root in ((split, root) for split in SPLITS for root in ("dataset", "grouped")):
+        assert recorded(split, root) == {"window": [40, 400], "orientation": "LPS"}
+    run_download(*VOLUMES, *ALL, "--data", "own")
     assert recorded("train", "own") == {"window": "percentiles", "orientation": "LPS"}
-    for folder in ("di", "dm", "pi"):
-        Path(folder).mkdir()
-    write_dicom(Path("di/a.dcm"))
-    Image.fromarray(STORED > 150).save("dm/a.png")
-    Image.fromarray(STORED.astype(np.uint8)).save("pi/a.png")
-    import_masks("di", "dm", *ALL, "--data", "dicom")
+    dicom_pair()
+    save(Image.fromarray(STORED.astype(np.uint8)), "pi/scan.png")
+    run_download(*DICOM, "--data", "dicom")
     assert recorded("train", "dicom") == {"window": "file"}
-    import_masks("di", "dm", *ALL, "--data", "dicom", "--force", "--window", 0.5, 9)
+    run_download(*DICOM, "--data", "dicom", "--force", "--window", 0.5, 9)
     assert recorded("train", "dicom") == {"window": [0.5, 9]}
-    import_masks("pi", "dm", *ALL, "--data", "pictures")
+    run_download("--masks", "pi", "dm", *ALL, "--data", "pictures")
     assert recorded("train", "pictures") == {}
     coco = ("--coco", "pictures/train/_annotations.coco.json", "pictures/train")
-    for flags in (("--masks", "di", "dm"), ("--masks", "pi", "dm"), coco):  # of another kind
+    for flags in (DICOM[:3], ("--masks", "pi", "dm"), coco):  # of another kind
         out = run_download(*flags, "--into", "test", "--force", "--data", "own")
         assert [line for line in out.splitlines() if "warning" in line and "own/train" in line]
 
 
 def test_a_training_copies_window_and_orientation_into_its_weights(here, dataset, no_pictures):
     def record(**values):
-        for split in ("train", "valid", "test"):
+        for split in SPLITS:
             edit_annotations(dataset / split, lambda content: content.update(info=values))
 
     def train(*flags, out="one"):
@@ -436,31 +416,32 @@ def test_a_training_copies_window_and_orientation_into_its_weights(here, dataset
     record(window=[40, 0])
     result = script_here("train.py", "--data", dataset, *SMALL, "--out", "three", cwd=here)
     assert_refused(result, dataset / "train" / "_annotations.coco.json", "width 0")
-    record(description="another program's")
-    assert train("--epochs", 1, out="three") == (None, None)
 
 
 @pytest.mark.parametrize(
     "before, now, said",
     [
-        ((40, 400), None, "give --window 40 400"),
         ((-600.25, 1500), (50, 350), "give --window -600.25 1500"),
+        ((40, 400), None, "give --window 40 400"),
         (None, (40, 400), "leave --window out"),
         ((40, 400), (40, 400), ""),
         (None, None, ""),
     ],
 )
-def test_a_split_that_is_added_has_the_window_of_the_others(here, before, now, said):
-    write_pairs({"a": brain(), "b": brain(1)})
+def test_a_split_that_is_added_has_window_and_orientation_of_the_others(here, before, now, said):
+    write_pairs({"a": stored_as(brain(2), "LPS"), "b": stored_as(brain(2), "SAR")})
     earlier, flags = (("--window", *window) if window else () for window in (before, now))
-    import_masks("vi/a.nii.gz", "vm/a.nii.gz", *earlier, "--into", "train")
-    new = ("vi/b.nii.gz", "vm/b.nii.gz", *flags)
+    run_download("--masks", "vi/a.nii.gz", "vm/a.nii.gz", *earlier, "--into", "train")
+    new = ("--masks", "vi/b.nii.gz", "vm/b.nii.gz", *flags)
     if said:
-        refuse_download("--masks", *new, "--into", "test", words=["dataset/train", said])
-        import_masks(*new, "--into", "train", "--force")  # no other stays
-    else:
-        assert "warning" not in import_masks(*new, "--into", "test")
-        assert recorded("test") == recorded("train")
+        refuse_download(*new, "--into", "test", words=["dataset/train", said])
+        run_download(*new, "--into", "train", "--force")  # no other stays
+        return
+    told = run_download(*new, "--into", "test")
+    assert "warning" not in told
+    assert "orientation: 1 of 1 volumes turned to LPS, that of dataset/train" in told
+    assert recorded("test") == recorded("train")
+    assert_same_images(("train",), ("test",), lambda name: name.replace("a", "b", 1))
 
 
 # ---- orientation -----------------------------------------------------------------------------
@@ -486,64 +467,48 @@ def test_one_brain_has_one_mask_however_it_is_stored(here, spacing, monkeypatch)
     assert (other != as_stored["PSR"]).any()
 
 
-def assert_same_images(folder, other, names=None):
-    """Pixels and masks of the images of two splits are equal; names: of the one -> of the other."""
-    masks, other_masks = stored(folder.name, folder.parent), stored(other.name, other.parent)
-    assert len(masks) == len(other_masks)
+def assert_same_images(one, other, rename=str):
+    """Two splits (split, root) hold equal pixels and masks; rename: names of the one -> other's."""
+    masks, other_masks = stored(*one), stored(*other)
+    assert len(masks) == len(other_masks) > 0
     for name, classes in masks.items():
-        other_name = names(name) if names else name
-        pixels = (Image.open(folder / f"{name}.png"), Image.open(other / f"{other_name}.png"))
-        assert_array_equal(*map(np.asarray, pixels))
-        np.testing.assert_equal(other_masks[other_name], classes)
+        assert_array_equal(picture(name, *one), picture(rename(name), *other))
+        np.testing.assert_equal(other_masks[rename(name)], classes)
 
 
 def test_volumes_of_several_orientations_become_those_of_the_first(here):
-    images = {name: brain(seed, (8, 9, 10)) for seed, name in enumerate("abcd")}
+    images = brains("abcd")
     write_pairs({name: stored_as(image, "LPS") for name, image in images.items()})
-    assert "orientation" not in import_masks(*PAIRS, *ALL, "--data", "same")
-    mixed = {"a": "LPS", "b": "RAS", "c": "LPS", "d": "PSR"}
+    assert "orientation" not in run_download(*VOLUMES, *ALL, "--data", "same")
+    mixed = dict(zip("abcd", ("LPS", "RAS", "LPS", "PSR"), strict=True))
     turned = {name: stored_as(images[name], word) for name, word in mixed.items()}
-    positive = (np.asarray(images["c"].dataobj) > 0).astype(np.uint8)
-    write_pairs(turned, {"c": nibabel.Nifti1Image(positive, images["c"].affine)})  # stored as RAS
-    said = import_masks(*PAIRS, *ALL, "--data", "mixed")
+    write_pairs(turned, {"c": positive(images["c"])})  # stored as RAS
+    said = run_download(*VOLUMES, *ALL, "--data", "mixed")
     assert "orientation: 2 of 4 volumes turned to LPS, that of a.nii.gz" in said
     assert "orientation: 1 of 4 masks turned" in said
-    assert len(stored("train", "mixed")) == 40
-    assert_same_images(Path("same/train"), Path("mixed/train"))
+    assert_same_images(("train", "same"), ("train", "mixed"))
     assert recorded("train", "mixed")["orientation"] == "LPS"
 
 
-def test_a_split_that_is_added_has_the_orientation_of_the_others(here):
-    images = {name: stored_as(brain(2), word) for name, word in {"a": "LPS", "b": "SAR"}.items()}
-    write_pairs(images)
-    for name, split in (("a", "train"), ("b", "valid")):
-        said = import_masks(f"vi/{name}.nii.gz", f"vm/{name}.nii.gz", "--into", split)
-    assert "orientation: 1 of 1 volumes turned to LPS, that of dataset/train" in said
-    assert recorded("valid") == recorded("train")
-    folders = Path("dataset/train"), Path("dataset/valid")
-    assert_same_images(*folders, lambda name: name.replace("a", "b", 1))
-
-
 def test_an_affine_that_tells_no_orientation(here):
-    write_pairs({"a": brain()})
-    for folder in PAIRS:
+    write_pairs(brains("a"))
+    for folder in ("vi", "vm"):
         path = Path(folder, "a.nii.gz")
         content = bytearray(gzip.decompress(path.read_bytes()))
         for row in range(3):
             content[280 + 16 * row : 284 + 16 * row] = bytes(4)  # srow_x, srow_y, srow_z: column 0
         path.write_bytes(gzip.compress(bytes(content)))
     assert nibabel.aff2axcodes(nibabel.load("vi/a.nii.gz").affine)[0] is None
-    assert "orientation" not in import_masks(*PAIRS, *ALL)  # alone: as stored
+    assert "orientation" not in run_download(*VOLUMES, *ALL)  # alone: as stored
     assert recorded("train") == {"window": "percentiles"}
     write_pairs({"b": brain(1)})
-    refuse_download("--masks", *PAIRS, *ALL, "--data", "two", words=["vi/a.nii.gz: ", "b.nii.gz"])
+    refuse_download(*VOLUMES, *ALL, "--data", "two", words=["vi/a.nii.gz: ", "b.nii.gz"])
 
 
 @pytest.mark.parametrize(
     "spacing, shift, said",
     [
         ((1, 1, 1), (0.005, 0, 0), None),
-        ((1, 1, 1), (0.02, 0, 0), "0.02 mm"),
         ((1, 1, 1), (0.6, 0.7, 0), "0.922 mm"),
         ((1, 1, 1), (0.8, 0.8, 0), "1.13 mm"),
         ((1, 1, 5), (0, 0, 0.9), "0.9 mm"),
@@ -551,76 +516,62 @@ def test_an_affine_that_tells_no_orientation(here):
     ],
 )
 def test_affines_that_differ_are_told_with_their_distance(here, spacing, shift, said):
-    images = {name: brain(seed, (8, 9, 10), spacing) for seed, name in enumerate("ab")}
+    images = brains("ab", spacing=spacing)
     for image in images.values():
         image.header.set_xyzt_units("mm")
     affine = images["a"].affine.copy()
     affine[:3, 3] += shift
-    positive = (np.asarray(images["a"].dataobj) > 0).astype(np.uint8)
-    write_pairs(images, {"a": nibabel.Nifti1Image(positive, affine)})
+    write_pairs(images, {"a": positive(images["a"], affine)})
     if np.linalg.norm(shift) >= 1:  # the smallest side of a voxel
-        refuse_download("--masks", *PAIRS, *ALL, words=["vm/a.nii.gz", said])
+        refuse_download(*VOLUMES, *ALL, words=["vm/a.nii.gz", "vi/a.nii.gz", said])
         return
-    out = import_masks(*PAIRS, *ALL)
+    out = run_download(*VOLUMES, *ALL)
     warnings = [line for line in out.splitlines() if line.startswith("warning")]
     assert len(warnings) == (said is not None)
     for line in warnings:
         assert "1 of 2 masks" in line and said in line and "a.nii.gz" in line
 
 
-# ---- a DICOM series, volumes in time -----------------------------------------------------------
+# ---- a DICOM series, other formats -----------------------------------------------------------
 
 
-def series_and_nifti(name, seed):
-    """A series ct/NAME/*.dcm and the same voxels in vi/NAME.nii.gz, with a mask in vm/."""
-    voxels = np.random.default_rng(seed).integers(0, 900, (5, 24, 20)).astype(np.int16)
-    Path("ct").mkdir(exist_ok=True)
-    write_series(Path("ct", name), voxels)
+def series_and_nifti():
+    """Series ct/p1/*.dcm and ct/p2, and the same voxels in vi/p1.nii.gz, with masks in vm/."""
     affine = np.diag([-0.8, -0.5, 2, 1])  # DICOM's axes lead to the left and to the back
     affine[:3, 3] = -5, -70, -10
-    write_pairs({name: nibabel.Nifti1Image(voxels.T, affine)})
+    Path("ct").mkdir()
+    for seed, name in enumerate(("p1", "p2")):
+        voxels = np.random.default_rng(seed).integers(0, 900, (5, 24, 20)).astype(np.int16)
+        write_series(Path("ct", name), voxels)
+        write_pairs({name: nibabel.Nifti1Image(voxels.T, affine)})
 
 
 def test_a_series_is_imported_and_predicted_as_the_same_nifti(here):
-    for seed, name in enumerate(("p1", "p2")):
-        series_and_nifti(name, seed)
-    import_masks(*PAIRS, *ALL, "--data", "nifti")
-    assert "slices: 10 of 2 volumes" in import_masks("ct", "vm", *ALL, "--data", "series")
-    import_masks("ct/{id}/", "vm/{id}.nii.gz", *ALL, "--data", "pattern")
+    series_and_nifti()
+    run_download(*VOLUMES, *ALL, "--data", "nifti")
+    assert "10 of 2 volumes" in run_download("--masks", "ct", "vm", *ALL, "--data", "series")
+    run_download("--masks", "ct/{id}/", "vm/{id}.nii.gz", *ALL, "--data", "pattern")
     for root in ("series", "pattern"):
-        assert_same_images(Path("nifti/train"), Path(root, "train"))
+        assert_same_images(("train", "nifti"), ("train", root))
         assert recorded("train", root) == recorded("train", "nifti")
         # the sides of a pixel, from row to row first
         spacings = [image["spacing"] for image in annotations("train", root)["images"]]
         np.testing.assert_allclose(spacings, [(0.8, 0.5)] * 10, rtol=1e-6)
-    import_masks("ct/p1", "vm/p1.nii.gz", "--data", "one", "--into", "test")
+    run_download("--masks", "ct/p1", "vm/p1.nii.gz", "--data", "one", "--into", "test")
     assert len(stored("test", "one")) == 5
     save_weights(orientation="RAS")
     wanted, _ = predicted("vi/p1.nii.gz")
-    np.testing.assert_array_equal(predicted("ct/p1", output="m.nii.gz")[0], wanted)
+    assert_array_equal(predicted("ct/p1", output="m.nii.gz")[0], wanted)
     assert wanted.any()
     predict.main(["ct", "--device", "cpu", "--output", "all"])  # two series in a folder
-    np.testing.assert_array_equal(nibabel.load("all/p1_mask.nii.gz").dataobj, wanted)
+    assert_array_equal(nibabel.load("all/p1_mask.nii.gz").dataobj, wanted)
     assert Path("all/p2_mask.nii.gz").exists()
     save_weights("pictures.pth")  # those of pictures take the files one by one
     predict.main(["ct/p1", "--device", "cpu", "--output", "loose", "--model", "pictures.pth"])
     assert len(list(Path("loose").glob("*_mask.png"))) == 5
     next(Path("ct/p1").glob("?_2.dcm")).unlink()
-    refuse_download("--masks", "ct", "vm", *ALL, "--data", "gap", words=["ct/p1", "dcm2niix"])
-
-
-def test_volumes_in_time_are_predicted_one_by_one(here):
-    voxels, _ = four(0)
-    save_weights()
-    mask, _ = predicted("vi/c0.nii.gz")
-    assert mask.shape == voxels.shape
-    predict.main(["vi/c0.nii.gz", "--device", "cpu", "--output", "all"])
-    rows = Path("all/predictions.csv").read_text("utf-8-sig").splitlines()
-    assert len(rows) == 4
-    for time, row in enumerate(rows[1:]):
-        _, title, columns = row.split('"')  # for the title has a comma
-        assert title == f"c0.nii.gz, time {time}"
-        assert int(columns.split(",")[2]) == np.count_nonzero(mask[..., time])
+    gap = ("--masks", "ct", "vm", *ALL, "--data", "gap")
+    refuse_download(*gap, words=["ct/p1", "dcm2niix"])
 
 
 def test_masks_of_other_formats(here):
@@ -629,24 +580,22 @@ def test_masks_of_other_formats(here):
     image.to_filename("a.nii.gz")
     save_weights(orientation="RAS")
     wanted, _ = predicted("a.nii.gz")
-    for name in ("m.mha", "m.nrrd", "m.nii"):
-        for _ in range(2):  # it replaces its own
-            predict.main(["a.mhd", "--device", "cpu", "--output", name])
+    for name in ("m.mha", "m.nrrd", "m.nii", "m.nii"):  # it replaces its own
+        predict.main(["a.mhd", "--device", "cpu", "--output", name])
         mask = open_volume(name)
         assert_array_equal(np.stack([one[..., 0] for one in mask], mask.axis), wanted)
     layers = np.ones((8, 9, 6, 2), np.uint8)  # two segments that overlap
     write_itk("layers.nrrd", layers, image.affine, vector=True)
     refuse_download("--masks", "a.mhd", "layers.nrrd", "--into", "test", words=["2 channels"])
-    write_itk("m.nrrd", wanted + np.uint8(1))
+    write_itk("m.nrrd", wanted + np.uint8(1))  # but not a mask of another's
     with pytest.raises(ValueError, match="m.nrrd"):
         predict.main(["a.mhd", "--device", "cpu", "--output", "m.nrrd"])
 
 
 @pytest.mark.slow  # three reports with their figures
 def test_scores_and_areas_are_in_the_mm_that_the_import_recorded(here):
-    for seed, name in enumerate(("p1", "p2")):
-        series_and_nifti(name, seed)
-    import_masks(*PAIRS, *ALL)
+    series_and_nifti()
+    run_download(*VOLUMES, *ALL)
 
     def report(output, *flags):
         flags = ("--device", "cpu", "--output", output, "--model", save_weights(), *flags)
