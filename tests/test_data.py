@@ -28,17 +28,16 @@ from helpers import (
     square,
     write_split,
 )
+from numpy.testing import assert_array_equal
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from data import Batches, COCOSegmentationDataset, Order, Transform, load_split, open_split
 from medseg.cache import RaggedRows
-from medseg.coco import ANNOTATIONS, SPLITS, listed, load_coco
+from medseg.coco import ANNOTATIONS, SPLITS, load_coco
 from medseg.duplicates import near_duplicates
 from medseg.images import MEAN, STD, resize_nearest
-from medseg.inference import full_size_masks
 from medseg.planning.audit import audit
-from medseg.predicting.scoring import FolderScores
 from medseg.run_lengths import encode, encode_labels, unite
 from medseg.splits import grouped_split, slice_number
 
@@ -60,9 +59,8 @@ def uncompressed(mask):
 def test_polygons_cover_the_pixels_they_should():
     expected = np.zeros((10, 12), np.uint8)
     expected[3:5, 2:6] = 1
-    np.testing.assert_array_equal(rasterize([[2, 3, 6, 3, 6, 5, 2, 5]], 10, 12), expected)
-    outside = rasterize([[-8, -9, 16, -9, 16, 18, -8, 18]], 9, 8)  # by the image's size
-    np.testing.assert_array_equal(outside, np.ones((9, 8)))
+    assert_array_equal(rasterize([[2, 3, 6, 3, 6, 5, 2, 5]], 10, 12), expected)
+    assert rasterize([[-8, -9, 16, -9, 16, 18, -8, 18]], 9, 8).all()  # outside by the image's size
     rng = np.random.default_rng(1)
     for _ in range(20):  # as PIL has it, but for the border
         angle, radius = np.sort(rng.uniform(0, 2 * np.pi, 9)), rng.uniform(15, 40, 9)
@@ -83,7 +81,7 @@ def test_long_outlines_are_drawn_in_pieces(monkeypatch):
         points = rng.uniform(-0.9, 1.9, (int(rng.integers(3, 60)), 2)) * [width, height]
         outline = points.ravel().tolist()
         (whole,) = coco_mask.frPyObjects([outline], height, width)
-        np.testing.assert_array_equal(rasterize([outline], height, width), coco_mask.decode(whole))
+        assert_array_equal(rasterize([outline], height, width), coco_mask.decode(whole))
 
 
 def test_run_lengths_against_masks():
@@ -94,30 +92,27 @@ def test_run_lengths_against_masks():
         mask, other = rng.random((2, height, width)) < share
         pixels = mask.astype(np.uint8)
         for segmentation in (compressed(pixels), uncompressed(pixels)):
-            np.testing.assert_array_equal(rasterize(segmentation, height, width), pixels)
+            assert_array_equal(rasterize(segmentation, height, width), pixels)
         runs, others = encode(mask), encode(other)
         assert runs.area == mask.sum()
-        np.testing.assert_array_equal(unite([runs, others, runs]).draw(), mask | other)
+        assert_array_equal(unite([runs, others, runs]).draw(), mask | other)
         size = (trial + 1, 41 - trial)  # smaller and larger
-        np.testing.assert_array_equal(runs.draw(*size), resize_nearest(mask, *size))
+        assert_array_equal(runs.draw(*size), resize_nearest(mask, *size))
         labels = rng.choice([0, 3, 200, 65535], (height, width)).astype(np.uint16)
         masks = encode_labels(labels)
         assert sorted(masks) == np.unique(labels).tolist()
         for value, own in masks.items():
-            np.testing.assert_array_equal(own.draw(), labels == value)
+            assert_array_equal(own.draw(), labels == value)
     mask = rasterize({"size": [2, 5], "counts": [0, 2, 0, 1, 3, 0, 1, 3]}, 2, 5)
     assert mask.T.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 1, 1, 1]  # with empty runs
 
 
-BAD_COUNTS = [[3, 2], [100], [-3, 75], [71.5, 0.5], "", "0", "zzzz", "o" * 100, "\0", "é"]
 DAMAGED_SEGMENTATIONS = [
-    *(None, [], 5, "text", {}),
-    *([[]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [5, 5], [[1, 2, "3", 4, 5, 6]], [[True] * 6]),
+    *(None, [], {}, [[]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2, "3", 4, 5, 6]]),
     *([[0, 0, 17, 0, 5, 5]], [[0, 0, -9, 0, 5, 5]], [[0, 19, 5, 0, 5, 5]]),  # just too far out
-    *([[float("nan")] * 6], [[float("inf"), 0, 1, 1, 2, 2]]),
-    [[0, 0, 1e12, 0, 5, 5]],  # pycocotools would ask for terabytes
+    *([[float("nan")] * 6], [[0, 0, 1e12, 0, 5, 5]]),  # pycocotools would ask for terabytes
     *({"size": [8, 9], "counts": [72]}, {"size": [9, 8]}),
-    *({"size": [9, 8], "counts": counts} for counts in BAD_COUNTS),
+    *({"size": [9, 8], "counts": counts} for counts in ([3, 2], [-3, 75], "", "zzzz", "o" * 100)),
 ]
 
 
@@ -130,16 +125,22 @@ def test_damaged_segmentations_are_refused(segmentation):
 # ---- items -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def split(tmp_path):
-    """(folder, images by name, masks) of a split with six images; the masks are drawn by hand.
+def nearest(mask, *size):
+    """torch's nearest-exact resize of a uint8 array (H, W), as float32 (1, *size)."""
+    batch = torch.from_numpy(mask)[None, None].float()
+    return F.interpolate(batch, size=size, mode="nearest-exact")[0]
 
-    The images have, in order: one polygon, two polygons in one annotation, nothing, compressed
-    run lengths, the run lengths of a crowd, two annotations that overlap.
-    """
+
+def test_items_batches_and_prediction_against_torchvision(tmp_path):
+    """One polygon, two in one annotation, nothing, run lengths, a crowd's, two that overlap."""
+    from torchvision import transforms
+    from torchvision.transforms import v2
+
+    from predict import preprocess_image
+
     pixels = np.random.default_rng(3).integers(0, 256, (6, 90, 70, 3), dtype=np.uint8)
     images = {f"{number}.png": Image.fromarray(own) for number, own in enumerate(pixels)}
-    masks = np.zeros((6, 90, 70), np.uint8)
+    masks, folder = np.zeros((6, 90, 70), np.uint8), tmp_path / "train"
     blob = (np.hypot(*np.mgrid[-45:45, -35:35]) < 20).astype(np.uint8)
     masks[0, 20:50, 10:40] = 1
     masks[1, 5:15, 5:15] = masks[1, 60:80, 40:60] = 1
@@ -150,35 +151,18 @@ def split(tmp_path):
         *((3, compressed(blob)), (4, uncompressed(1 - blob))),
         *((5, square(10, 10, 30)), (5, square(30, 30, 30))),
     ]
-    folder = tmp_path / "train"
     write_split(folder, images, annotations)
     edit_annotations(folder, lambda content: content["annotations"][3].update(iscrowd=1))
-    return folder, images, masks
-
-
-def nearest(mask, *size):
-    """torch's nearest-exact resize of a uint8 array (H, W), as float32 (1, *size)."""
-    batch = torch.from_numpy(mask)[None, None].float()
-    return F.interpolate(batch, size=size, mode="nearest-exact")[0]
-
-
-def test_items_batches_and_prediction_against_torchvision(split):
-    from torchvision import transforms
-    from torchvision.transforms import v2
-
-    from predict import preprocess_image
-
-    folder, images, masks = split
     dataset = COCOSegmentationDataset(load_coco(folder), folder)
-    ((batch, _),) = Batches(load_split(folder.parent, "train"), Order(6))
+    ((batch, _),) = Batches(load_split(tmp_path, "train"), Order(6))
     assert len(dataset) == 6
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     for index, (picture, drawn) in enumerate(zip(images.values(), masks, strict=True)):
         image, mask = dataset[index]
         assert image.shape == (3, 256, 256) and image.dtype == mask.dtype == torch.float32
         assert torch.equal(mask, nearest(drawn, 256, 256))
-        pixels = v2.functional.to_image(picture).float() / 255
-        plain = v2.functional.resize(pixels, [256, 256], antialias=True)
+        plain = v2.functional.to_image(picture).float() / 255
+        plain = v2.functional.resize(plain, [256, 256], antialias=True)
         levels = (image * std + mean - plain).abs() * 255
         assert levels.max() < 1.01  # ours is rounded to whole grey levels
         tensor, _ = preprocess_image(folder / f"{index}.png")
@@ -192,19 +176,18 @@ def test_items_batches_and_prediction_against_torchvision(split):
 
 # ---- pictures that are stored turned (EXIF) --------------------------------------------------
 
-TURNED_SETS = {  # (height, width) as shown, orientation, whether outlines are of what is stored
-    "square": ((48, 48), 6, False),
-    "upside down": ((48, 64), 3, False),
-    "mirrored": ((48, 64), 2, False),
-    "recorded as shown": ((48, 64), 8, False),
-    "recorded as stored": ((48, 64), 6, True),
-    "recorded as stored, mirrored": ((48, 64), 7, True),
-}
+TURNED_SETS = [  # (height, width) as shown, orientation, whether outlines are of what is stored
+    ((48, 48), 6, False),
+    ((48, 64), 2, False),
+    ((48, 64), 8, False),
+    ((48, 64), 7, True),
+]
 
 
-def turned_data_set(root, size, orientation, as_stored):
-    """A data set of three pictures a split with a square, stored turned; see TURNED_SETS."""
-    shown = np.full((*size, 3), 60, np.uint8)
+@pytest.mark.parametrize("size, orientation, as_stored", TURNED_SETS)
+def test_pictures_that_are_stored_turned(tmp_path, size, orientation, as_stored, no_pictures):
+    """Grey values under the masks are 160, and 60 elsewhere; so are they scored and counted."""
+    root, shown = tmp_path / "set", np.full((*size, 3), 60, np.uint8)
     shown[8:20, 4:16] = 160
     recorded = STORED_TURNED[orientation](shown) if as_stored else shown
     rows, columns = np.nonzero(recorded[..., 0] > 100)
@@ -214,14 +197,6 @@ def turned_data_set(root, size, orientation, as_stored):
         write_split(root / split, names, [(number, outline) for number in range(3)])
         for name in names:
             save_turned(shown, root / split / name, orientation, quality=100)
-    return root
-
-
-@pytest.mark.parametrize("case", TURNED_SETS)
-def test_pictures_that_are_stored_turned(tmp_path, case, no_pictures):
-    """Grey values under the masks are 160, and 60 elsewhere; so are they scored and counted."""
-    size, *_ = TURNED_SETS[case]
-    root = turned_data_set(tmp_path / "set", *TURNED_SETS[case])
     dataset = open_split(root, "train", None)
     picture, (mask,) = dataset.load(0)
     for row in [np.dstack([picture.rgb(), mask]), dataset.row(0), *load_split(root, "valid", None)]:
@@ -236,17 +211,8 @@ def test_pictures_that_are_stored_turned(tmp_path, case, no_pictures):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["scores"]["dice"] > 0.99
     mask = np.asarray(Image.open(tmp_path / "out" / "test0_mask.png")) > 0
     assert mask.shape == size and mask[8:20, 4:16].all() and mask.sum() == 144
-
-
-def test_exif_is_told_when_the_cache_is_made(tmp_path, no_pictures, dataset):
-    root = turned_data_set(tmp_path / "set", (48, 64), 3, False)
-    for count in (3, 0):
-        flags = ("--data", root, "--epochs", 1, *SMALL, "--out", tmp_path / f"run{count}")
-        said = output_of("train.py", *flags, cwd=tmp_path)
-        assert said.count("3 of 3 images are stored turned") == count
-    assert "EXIF" not in output_of("data.py", dataset, "--out", tmp_path, cwd=tmp_path)
-    edit_annotations(root / "train", lambda own: own["images"][0].update(width=48, height=64))
-    with pytest.raises(ValueError, match="train0.jpg: is 64x48.*48x64"):  # of neither size
+    edit_annotations(root / "train", lambda own: own["images"][0].update(width=47))
+    with pytest.raises(ValueError, match="train0.jpg: is "):  # of neither size
         open_split(root, "train").row(0)
 
 
@@ -260,14 +226,14 @@ def cached(root):
 def assert_same(rows, expected):
     assert len(rows) == len(expected)
     for row, other in zip(rows, expected, strict=True):
-        np.testing.assert_array_equal(row, other)
+        assert_array_equal(row, other)
 
 
-def load_again(root, size, monkeypatch):
+def load_again(root, size, monkeypatch, **options):
     """The rows, which must not be decoded."""
     with monkeypatch.context() as patch:
         patch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
-        return load_split(root, "train", size)
+        return load_split(root, "train", size, **options)
 
 
 @pytest.fixture(params=[32, None], ids=["one size", "own sizes"])
@@ -285,10 +251,9 @@ def cache(dataset, request):
 def test_cache_is_made_once_and_follows_its_sources(cache, monkeypatch):
     dataset, size, rows = cache
     assert_same(load_again(dataset, size, monkeypatch), rows)
-    count = len(cached(dataset))
+    count, whole = len(cached(dataset)), square(0, 0, SIZE)
     edit_annotations(
-        dataset / "train",
-        lambda content: content["annotations"][2].update(segmentation=square(0, 0, SIZE)),
+        dataset / "train", lambda content: content["annotations"][2].update(segmentation=whole)
     )
     after = load_split(dataset, "train", size)
     assert after[2][..., 3].all() and not rows[2][..., 3].all()
@@ -328,19 +293,13 @@ def test_a_cache_that_is_not_what_it_should_be_is_made_again(cache):
         for content in (complete[path][:-1], complete[path][:-3000], b""):
             path.write_bytes(content)
             assert_same(load_split(dataset, "train", size), rows)
-        path.unlink()
-        assert_same(load_split(dataset, "train", size), rows)
     for wrong in (pixels[:-1], pixels.astype(np.int8), pixels[..., :3]):
         np.save(array, wrong)
         assert_same(load_split(dataset, "train", size), rows)
     assert {path: path.read_bytes() for path in files} == complete
     name, size_name, version = array.name.split("-")  # train, 32, a digit and the fingerprint
-    array.unlink()
-    for earlier in range(int(version[0])):
-        older = array.with_name(f"{name}-{size_name}-{earlier}{version[1:]}")
-        np.save(older, np.zeros_like(pixels))
+    array.rename(array.with_name(f"{name}-{size_name}-{int(version[0]) - 1}{version[1:]}"))
     assert_same(load_split(dataset, "train", size), rows)
-    assert version[0] > "2"  # whose pictures were not turned
     assert [dataset / ".cache" / name for name in cached(dataset)] == files
 
 
@@ -358,12 +317,10 @@ def test_damaged_images_shift_nothing(cache, monkeypatch):
     with pytest.raises(ValueError, match="3_train.png.*1 of 6 images in train"):
         load_split(dataset, "train", size)
     assert cached(dataset) == []  # nothing is left
-    with monkeypatch.context() as patch:
-        for _ in range(2):  # made, and read from disk
-            skipped = []
-            assert_same(load_split(dataset, "train", size, skipped=skipped), rows[:3] + rows[4:])
-            assert len(skipped) == 1 and "3_train.png" in skipped[0]
-            patch.setattr(COCOSegmentationDataset, "row", lambda *_: pytest.fail("decoded again"))
+    made, again = [], []
+    assert_same(load_split(dataset, "train", size, skipped=made), rows[:3] + rows[4:])
+    assert_same(load_again(dataset, size, monkeypatch, skipped=again), rows[:3] + rows[4:])
+    assert len(made) == 1 and "3_train.png" in made[0] and again == made
     with pytest.raises(ValueError, match="1 of 6 images in train"):  # not the rows without it
         load_split(dataset, "train", size)
     write(good)  # read in vain before, as on a bad disk
@@ -384,15 +341,17 @@ def test_memory_where_the_folder_cannot_be_written(cache, capsys):
 # ---- batches ---------------------------------------------------------------------------------
 
 
-def numbers_of(images):
-    """The red pixels of normalised images, which are the numbers of the images."""
-    return ((images[:, 0, 0, 0] * STD[0] + MEAN[0]) * 255).round().int().tolist()
-
-
 def numbered_rows(count):
     rows = np.zeros((count, 8, 8, 4), np.uint8)
     rows[..., 0] = np.arange(count)[:, None, None]
     return rows
+
+
+def draw(batches, *epoch):
+    """The numbers of an epoch's images, which are the red pixels of `numbered_rows`."""
+    batches.set_epoch(*epoch)
+    reds = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
+    return ((reds * STD[0] + MEAN[0]) * 255).round().int().tolist()
 
 
 @pytest.mark.parametrize("crop", [0, 8])
@@ -401,8 +360,7 @@ def test_an_epoch_draws_every_image_as_often_as_it_is_asked_to(repeat, times, cr
     order, transform = Order(4, True, repeat=repeat), Transform(crop=crop)
     batches, epochs = Batches(numbered_rows(10), order, transform=transform), []
     for epoch in range(2):
-        batches.set_epoch(epoch)
-        drawn = sum((numbers_of(images) for images, _ in batches), [])
+        drawn = draw(batches, epoch)
         assert len(drawn) == round(10 * repeat) and len(batches) == math.ceil(10 * repeat / 4)
         epochs.append([drawn.count(number) for number in range(10)])
     assert all(set(counts) == times for counts in epochs)
@@ -415,8 +373,7 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
 
     def order(epoch=0, start=0, **options):
         batches = Batches(rows, Order(4, True, **options))
-        batches.set_epoch(epoch, start)
-        drawn = sum((numbers_of(images) for images, _ in batches), [])
+        drawn = draw(batches, epoch, start)
         assert drawn == batches.row_numbers()
         return drawn
 
@@ -449,14 +406,8 @@ def test_a_split_that_leaves_room_on_the_gpu_is_moved_there(free, resident, monk
 
 
 def rewrite(name, content):
-    """A function that writes other bytes, or none and no file, to a file of train."""
-
-    def spoil(root):
-        (root / "train" / name).unlink()
-        if content is not None:
-            (root / "train" / name).write_bytes(content)
-
-    return spoil
+    """A function that writes other bytes to a file of train."""
+    return lambda root: (root / "train" / name).write_bytes(content)
 
 
 def edit(change):
@@ -469,30 +420,6 @@ def update(key, index, **values):
     return edit(lambda content: content[key][index].update(values))
 
 
-# name: (a function that spoils the data set, what the message names, ...)
-PNG = png_bytes(np.zeros((40, 50, 1), np.uint8))
-BAD = {
-    "no folder": (shutil.rmtree, "dataset:", "download.py"),
-    "no split": (lambda root: shutil.rmtree(root / "valid"), "valid"),
-    "no annotations": (rewrite(ANNOTATIONS, None), ANNOTATIONS),
-    "not JSON": (rewrite(ANNOTATIONS, b"{"), ANNOTATIONS, "JSON"),
-    "not text": (rewrite(ANNOTATIONS, b"\xff\xfe\x00"), ANNOTATIONS, "JSON"),
-    "a list": (rewrite(ANNOTATIONS, b"[]"), ANNOTATIONS, "COCO"),
-    "no images key": (edit(lambda content: content.pop("images")), "list of images"),
-    "two records": (edit(lambda content: content["images"].extend("ab")), "images[6]", "(2 such"),
-    "id used twice": (update("images", 1, id=0), "images[1] has id 0"),
-    "width below 0": (update("images", 1, width=-5), "images[1] has no"),
-    "of no image": (update("annotations", 1, image_id=99), "image_id 99"),
-    "empty split": (edit(lambda content: content.update(images=[], annotations=[])), ANNOTATIONS),
-    "image missing": (rewrite("3_train.png", None), "3_train.png"),
-    "image truncated": (rewrite("3_train.png", PNG[:200]), "3_train.png"),
-    "another size": (rewrite("3_train.png", PNG), "3_train.png", "50x40", "48x48"),
-    "size of terabytes": (update("images", 3, width=10**7, height=10**7), "10000000x10000000"),
-    "climbs out": (update("images", 3, file_name="../../secret.png"), "../../secret.png"),
-    "damaged polygon": (update("annotations", 3, segmentation=[[1, 2] * 3 + [4]]), "annotation 3"),
-}
-
-
 def divide(content):
     """Outlines as other programs write them, as fractions of the image's size."""
     for annotation in content["annotations"]:
@@ -500,7 +427,25 @@ def divide(content):
         annotation["segmentation"] = [[value / SIZE for value in own]]
 
 
-BAD["fractions"] = edit(divide), "fractions"
+# name: (a function that spoils the data set, what the message names, ...)
+PNG = png_bytes(np.zeros((40, 50, 1), np.uint8))
+BAD = {
+    "no folder": (shutil.rmtree, "dataset:", "download.py"),
+    "no split": (lambda root: shutil.rmtree(root / "valid"), "valid"),
+    "no annotations": (lambda root: (root / "train" / ANNOTATIONS).unlink(), ANNOTATIONS),
+    "not JSON": (rewrite(ANNOTATIONS, b"{"), ANNOTATIONS, "JSON"),
+    "no images key": (edit(lambda content: content.pop("images")), "list of images"),
+    "two records": (edit(lambda content: content["images"].extend("ab")), "images[6]", "(2 such"),
+    "id used twice": (update("images", 1, id=0), "images[1] has id 0"),
+    "of no image": (update("annotations", 1, image_id=99), "image_id 99"),
+    "empty split": (edit(lambda content: content.update(images=[], annotations=[])), ANNOTATIONS),
+    "image missing": (lambda root: (root / "train/3_train.png").unlink(), "3_train.png"),
+    "image truncated": (rewrite("3_train.png", PNG[:200]), "3_train.png"),
+    "another size": (rewrite("3_train.png", PNG), "3_train.png", "50x40", "48x48"),
+    "climbs out": (update("images", 3, file_name="../../secret.png"), "../../secret.png"),
+    "damaged polygon": (update("annotations", 3, segmentation=[[1, 2] * 3 + [4]]), "annotation 3"),
+    "fractions": (edit(divide), "fractions"),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -509,9 +454,7 @@ def test_bad_data_is_one_line_and_status_2(name, dataset, tmp_path, refused):
     spoil(dataset)
     refused("train", "--data", dataset, "--out", tmp_path / "out", *SMALL, words=words)
     assert list((tmp_path / "out").iterdir()) == []
-    before = sorted(tmp_path.rglob("*"))
     refused("data", dataset, words=["problem"] if dataset.exists() else words)
-    assert sorted(tmp_path.rglob("*")) == before or dataset.exists()
 
 
 def in_other_words(content):
@@ -528,33 +471,25 @@ def in_other_words(content):
     content["annotations"].append({"image_id": image_id, "segmentation": [[]], "area": []})
 
 
-def test_a_data_set_in_the_words_of_other_programs(dataset, tmp_path, no_pictures):
+def test_a_data_set_in_the_words_of_other_programs(dataset, tmp_path):
     before = load_split(dataset, "train", SIZE).copy()
     edit_annotations(dataset / "train", in_other_words)
-    np.testing.assert_array_equal(load_split(dataset, "train", SIZE), before)
+    assert_array_equal(load_split(dataset, "train", SIZE), before)
     out = output_of("data.py", dataset, cwd=tmp_path).split("valid:")[0]
     counts = [line.split()[1] for line in out.splitlines() if line.startswith("  note")]
     assert sorted(counts) == ["1", "2", "3", "3", "5", "6", "6", "7"]
-    said = output_of("train.py", "--data", dataset, "--epochs", 1, *SMALL, cwd=tmp_path)
-    assert said.count("train: ") >= 7
 
 
 def test_of_many_damaged_records_a_hundred_are_named_and_all_counted(dataset, tmp_path):
-    long = {"image_id": "x" * 10**6}
-    edit_annotations(
-        dataset / "train",
-        lambda content: content["annotations"].extend([long] + [{"image_id": 99}] * 249),
-    )
+    damaged = [{"image_id": "x" * 10**6}] + [{"image_id": 99}] * 249
+    edit_annotations(dataset / "train", lambda content: content["annotations"].extend(damaged))
     skipped = []
     assert len(load_coco(dataset / "train", skipped).imgs) == 6
     assert len(skipped) == 101 and "annotations[105]" in skipped[99]
-    assert "150 more" in skipped[100] and str(dataset / "train") in skipped[100]
-    assert max(map(len, skipped)) < 300 + len(str(dataset))
+    assert "150 more" in skipped[100] and max(map(len, skipped)) < 300 + len(str(dataset))
     with pytest.raises(ValueError, match=r"annotations\[6\].*250 such"):
         load_coco(dataset / "train")
     assert audit(dataset, tmp_path) == skipped
-    assert listed(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
-    assert listed(list("abcdefghi")) == "a, b, c, d, e, f, g, h, ... (9)"
 
 
 # ---- the audit -------------------------------------------------------------------------------
@@ -586,10 +521,9 @@ def test_all_images_of_a_large_split_are_looked_at(tmp_path):
     assert "39.png" in problem
 
 
-def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
+def test_many_classes_of_a_large_image_take_little_memory(tmp_path):
     """249 classes at once would be 249 bytes a pixel."""
-    rng = np.random.default_rng(6)
-    values = rng.integers(0, 250, (20, 30), np.uint8)
+    values = np.random.default_rng(6).integers(0, 250, (20, 30), np.uint8)
     values.flat[:250] = range(250)
     large = np.kron(values, np.ones((20, 20), np.uint8))  # 400 x 600
     for folder in ("images", "masks"):
@@ -599,18 +533,8 @@ def test_many_classes_of_a_large_image_take_little_memory(tmp_path, capsys):
     command = ("--masks", "images", "masks", "--data", root, "--into", "train")
     output_of("download.py", *command, cwd=tmp_path)
     dataset = open_split(root, "train", 40, classes=[str(value) for value in range(1, 250)])
-    masks = dataset.load_masks(0, (600, 400), (40, 40))
-    small = resize_nearest(large, 40, 40)
-    np.testing.assert_array_equal(masks, small == np.arange(1, 250)[:, None, None])
     bits = np.unpackbits(dataset.row(0)[..., 3:], axis=2, count=249, bitorder="little")
-    np.testing.assert_array_equal(bits.transpose(2, 0, 1), masks)
-    scores, probabilities = FolderScores(dataset), masks.astype(np.float32)
-    audit(root, tmp_path)
-    assert "category     249: 1 annotations" in capsys.readouterr().out
-    scores.add(dataset.path(0), (600, 400), probabilities)
-    counts, *_ = scores.result()
-    labels = full_size_masks(probabilities, (600, 400), 0.5)
-    assert counts[0, 0, :, 0].sum() == ((labels == large) & (large > 0)).sum() > 0
+    assert_array_equal(bits, resize_nearest(large, 40, 40)[..., None] == np.arange(1, 250))
     tracemalloc.start()
     for function, arguments in ((audit, (root, tmp_path)), (dataset.row, (0,))):
         tracemalloc.reset_peak()
@@ -678,7 +602,7 @@ def test_a_grouped_split_keeps_neighbours_together(numbered, tmp_path, refused, 
     # multiple of 3, while 101 to 104 have no neighbour. test has 2, 5, ... 59: all have one.
     assert re.search(r"valid beside train: 16\.7% .*, 79\.2% a neighbour", out)
     assert re.search(r"test beside train: 0\.0% .*, 100\.0% a neighbour", out)
-    target = grouped_split(numbered, tmp_path / "grouped", block=8)
+    target, again = (grouped_split(numbered, tmp_path / name, block=8) for name in ("new", "same"))
     before, numbers, pairs = {}, [], 0
     for split in SPLITS:
         before |= segmentations_by_name(numbered / split)
@@ -691,15 +615,12 @@ def test_a_grouped_split_keeps_neighbours_together(numbered, tmp_path, refused, 
             (old,) = numbered.glob(f"*/{name}")
             assert (target / split / name).read_bytes() == old.read_bytes()
             assert segmentations == before[name]
-        assert len(load_split(target, split, 32)) == len(own)
         old = len(segmentations_by_name(numbered / split))
         assert abs(len(own) - old) <= 8  # about the shares of before
-    assert sorted(numbers) == [*range(1, 61), *range(101, 105)]
-    assert pairs >= 62 - 7  # of 62 neighbouring pairs, the edges of 8 blocks part 7 at most
-    again = grouped_split(numbered, tmp_path / "again", block=8)
-    for split in SPLITS:
         path = f"{split}/{ANNOTATIONS}"
         assert (target / path).read_bytes() == (again / path).read_bytes()
+    assert sorted(numbers) == [*range(1, 61), *range(101, 105)]
+    assert pairs >= 62 - 7  # of 62 neighbouring pairs, the edges of 8 blocks part 7 at most
     refused("data", numbered, "--grouped-split", target, words=[target])
-    refused("data", numbered, "--grouped-split", tmp_path / "new", words=[numbered, "50"])
-    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*.tmp"))
+    refused("data", numbered, "--grouped-split", tmp_path / "few", words=[numbered, "50"])
+    assert not (tmp_path / "few").exists() and not list(tmp_path.glob(".*.tmp"))
