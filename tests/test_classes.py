@@ -3,6 +3,7 @@
 import csv
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from helpers import (
     SMALL,
     brightness_model,
     edit_annotations,
+    read_metrics,
     set_classes,
     square,
     write_nifti,
@@ -51,55 +53,62 @@ from net import UNet, load_model
 NAMES = ("core", "edema", "cyst")
 
 
+SQUARES = {1: (4, 4, 20), 2: (16, 16, 20), 3: (8, 8, 6)}  # cyst lies within core, edema overlaps
+
+
+def write_classes(folder, sizes, outlines, names=NAMES):
+    """A split of noise, {file name: (width, height)}, with (image, class from 1, square) each."""
+    rng = np.random.default_rng(3)
+    images = {
+        name: Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+        for name, size in sizes.items()
+    }
+    write_split(folder, images, [(number, square(*where)) for number, _, where in outlines])
+    set_classes(folder, names, lambda number: outlines[number][1])
+
+
 @pytest.fixture
-def three(tmp_path):
-    """Three classes in 48x48 images: cyst lies within core, edema overlaps it; one has nothing."""
+def three(here):
+    """Three classes in 48x48 images, of which the last has nothing."""
+    outlines = [(number, *one) for number in range(3) for one in SQUARES.items()]
     for split in SPLITS:
-        rng = np.random.default_rng(0)
-        images, annotations = {}, []
-        for number in range(4):
-            pixels = rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)
-            images[f"{number}.png"] = Image.fromarray(pixels)
-        for number in range(3):
-            outlines = square(4, 4, 20), square(16, 16, 20), square(8, 8, 6)
-            annotations += [(number, outline) for outline in outlines]
-        write_split(tmp_path / split, images, annotations)
-        set_classes(tmp_path / split, NAMES, lambda number: number % 3 + 1)
-    return tmp_path
+        write_classes(here / split, {f"{number}.png": (48, 48) for number in range(4)}, outlines)
+    return here
 
 
 def drawn():
     """The masks of `three`, by hand."""
     masks = np.zeros((3, 48, 48), np.uint8)
-    masks[0, 4:24, 4:24] = masks[1, 16:36, 16:36] = masks[2, 8:14, 8:14] = 1
+    for number, (x, y, side) in SQUARES.items():
+        masks[number - 1, y : y + side, x : x + side] = 1
     return masks
 
 
-def test_each_class_has_a_mask_of_its_own_and_the_union_is_the_tutorials(three):
+@pytest.mark.parametrize(
+    "classes, masks",
+    [(NAMES, drawn()), (["cyst", "core"], drawn()[[2, 0]]), (None, drawn().any(0)[None])],
+)
+def test_each_class_has_a_mask_of_its_own_and_the_union_is_the_tutorials(classes, masks, three):
     coco = load_coco(three / "train")
     assert list(used_categories(coco)) == list(NAMES)
-    each = COCOSegmentationDataset(coco, three / "train", image_size=48, classes=list(NAMES))
-    np.testing.assert_array_equal(each.load(0)[1], drawn())
-    np.testing.assert_array_equal(each[0][1].numpy(), drawn())
-    assert each[3][1].sum() == 0
-    union = COCOSegmentationDataset(coco, three / "train", image_size=48)
-    np.testing.assert_array_equal(union[0][1][0].numpy(), drawn().any(0))
-    some = COCOSegmentationDataset(coco, three / "train", image_size=48, classes=["cyst", "core"])
-    np.testing.assert_array_equal(some[0][1].numpy(), drawn()[[2, 0]])
+    split = COCOSegmentationDataset(
+        coco, three / "train", image_size=48, classes=classes and list(classes)
+    )
+    np.testing.assert_array_equal(split[0][1].numpy(), masks)
+    assert split[3][1].sum() == 0
 
 
 def test_grey_and_classes_get_caches_of_their_own(three):
     union = load_split(three, "train", 48)
     each = load_split(three, "train", 48, classes=list(NAMES))
     grey = load_split(three, "train", 48, n_channels=1)
-    assert union.shape[3] == 4 and each.shape[3] == 4 and grey.shape[3] == 2
+    assert [rows.shape[3] for rows in (union, each, grey)] == [4, 4, 2]
     assert len(list((three / ".cache").glob("*.npy"))) == 3
-    batches = Batches(each, Order(4), transform=Transform(n_classes=3))
-    images, masks = next(iter(batches))
-    assert images.shape == (4, 3, 48, 48) and masks.shape == (4, 3, 48, 48)
+    images, masks = next(iter(Batches(each, Order(4), transform=Transform(n_classes=3))))
+    assert images.shape == (4, 3, 48, 48)
     np.testing.assert_array_equal(masks[0].numpy(), drawn())
     images, masks = next(iter(Batches(grey, Order(4), transform=Transform(1))))
-    assert images.shape == (4, 1, 48, 48) and masks.shape == (4, 1, 48, 48)
+    assert images.shape == masks.shape == (4, 1, 48, 48)
     luma = np.asarray(Image.open(three / "train" / "0.png").convert("L")) / 255
     np.testing.assert_allclose(images[0, 0].numpy(), (luma - 0.449) / 0.226, atol=1e-5)
 
@@ -146,19 +155,15 @@ def test_a_mask_of_classes_is_a_palette_image_with_their_names(tmp_path):
     assert tinted[0, 1] == pytest.approx([60 + 0.4 * red, 60 + 0.4 * green, 60 + 0.4 * blue], abs=1)
 
 
-def test_names_travel_with_the_weights(tmp_path):
-    model = UNet(1, 3, 2, class_names=NAMES)
-    torch.save(model.state_dict(), tmp_path / "model.pth")
-    same = load_model(tmp_path / "model.pth")
-    assert same.info.class_names == NAMES and (same.n_channels, same.n_classes) == (1, 3)
-    assert UNet(n_filters=2).info.class_names == ("foreground",)
-    with pytest.raises(ValueError, match="class names"):
-        UNet(n_classes=2, n_filters=2, class_names=("one",))
+def read_report(folder):
+    text = Path(folder, "report.json").read_text()
+    assert "NaN" not in text
+    return json.loads(text)
 
 
-def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("no_pictures")
+def test_trained_scored_and_predicted_by_class(three, capsys):
     """A class that valid lacks, one that the test split lacks, one channel in."""
-    monkeypatch.chdir(tmp_path)
 
     def without_cyst(content):
         kept = [own for own in content["annotations"] if own["category_id"] != 3]
@@ -166,197 +171,163 @@ def test_trained_scored_and_predicted_by_class(three, tmp_path, monkeypatch, cap
 
     edit_annotations(three / "valid", without_cyst)
     set_classes(three / "test", NAMES, lambda number: 2)
-    flags = [*map(str, SMALL), "--classes", "each", "--n-channels", "1", "--epochs", "2"]
-    train.main([*flags, "--data", str(three), "--out", "run"])
+    flags = ("--classes", "each", "--n-channels", 1, "--epochs", 2, "--data", three)
+    train.main([*map(str, (*SMALL, *flags)), "--out", "run"])
     said = capsys.readouterr().out
-    assert said.count("  edema: Dice") == 1
+    assert said.count("  edema: Dice") == 1 and "--classes each" not in said
     assert all(f"  {name}: no image of it in test" in said for name in ("core", "cyst"))
-    with open(tmp_path / "run" / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert {f"val_dice/{name}" for name in NAMES} <= set(rows[0])
-    for row in rows:
+    for row in read_metrics(three / "run"):
         assert row["val_dice/cyst"] == "" and "nan" not in row.values()
         mean = (float(row["val_dice/core"]) + float(row["val_dice/edema"])) / 2
         assert float(row["val_dice"]) == pytest.approx(mean)
-    assert load_model("run/best_model.pth").info.class_names == NAMES
-    assert not load_model("run/best_model.pth").info.exclusive  # cyst lies within core
-    order = load_model("run/best_model.pth").info.draw_order
-    assert order.index(NAMES.index("core") + 1) < order.index(NAMES.index("cyst") + 1)
+    info = load_model("run/best_model.pth").info
+    assert info.class_names == NAMES and not info.exclusive  # cyst lies within core
+    assert info.draw_order.index(1) < info.draw_order.index(3)
     train.main(["--resume", "--out", "run", "--epochs", "3"])
     said = capsys.readouterr().out
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 3
+    assert len(read_metrics(three / "run")) == 3
     train.main(["--test-only", "--out", "run"])
-    again = capsys.readouterr().out
-    assert said.splitlines()[-5:-1] == again.splitlines()[-5:-1]
+    assert said.splitlines()[-5:-1] == capsys.readouterr().out.splitlines()[-5:-1]
 
-    predict.main([str(three / "test"), "--model", "run/best_model.pth", "--output", "masks"])
+    predict.main(["test", "--model", "run/best_model.pth", "--output", "masks"])
     said = capsys.readouterr().out
     assert all(f"  {name} " in said for name in NAMES)
-    text = (tmp_path / "masks" / "report.json").read_text()
-    report = json.loads(text)
-    assert "NaN" not in text
+    report = read_report("masks")
     assert report["class_names"] == list(NAMES) and set(report["hd95_by_class"]) == set(NAMES)
-    for part in ("scores", "confidence_95"):
+    for part in (report["scores"], report["confidence_95"]):
         for score in SCORE_NAMES:
-            values = [report[part][f"{score}/{name}"] for name in NAMES]
-            assert values[0] is values[2] is None and values[1] == report[part][score] is not None
+            core, edema, cyst = (part[f"{score}/{name}"] for name in NAMES)
+            assert core is cyst is None and edema == part[score] is not None
     assert Image.open("masks/0_mask.png").mode == "P"
     assert Image.open("masks/0_overlay.jpg").height > 48  # with a legend below
-    predict.main([str(three / "test" / "1.png"), "--model", "run/best_model.pth", "--output", "."])
-    assert Image.open("1_mask.png").size == (48, 48)
 
 
-def test_a_split_without_foreground_has_no_score(three, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("no_pictures")
+def test_a_split_without_foreground_has_no_score(three, capsys):
     """Answering nothing there is no 1.0000, and no threshold can be chosen on it."""
-    monkeypatch.chdir(tmp_path)
     for split in ("valid", "test"):
         edit_annotations(three / split, lambda content: content["annotations"].clear())
-    flags = [*map(str, SMALL), "--epochs", "1", "--data", str(three), "--tune-prediction"]
-    train.main([*flags, "--out", "run"])
+    flags = (*SMALL, "--epochs", 1, "--data", three, "--tune-prediction", "--out", "run")
+    train.main(list(map(str, flags)))
     said = capsys.readouterr()
     assert "1.0000" not in said.out and "nan" not in said.out and not said.err.count("WARNING")
     assert load_model("run/best_model.pth").info.inference == PLAIN
-    predict.main([str(three / "test"), "--model", "run/best_model.pth", "--output", "masks"])
-    report = json.loads((tmp_path / "masks" / "report.json").read_text())
+    predict.main(["test", "--model", "run/best_model.pth", "--output", "masks"])
+    report = read_report("masks")
     assert not any(report["scores"].values()) and not any(report["confidence_95"].values())
     assert report["valid"] is None and set(report["per_image"].values()) <= {0, 1}
     assert report["no_lesion"]["images"] == len(report["per_image"])
+
+
+def test_classes_that_are_taken_together_unasked_are_told(three, no_pictures, capsys):
+    train.main([*map(str, SMALL), "--epochs", "1", "--data", str(three)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--classes each" in line]
+    assert "core, edema, cyst" in line
 
 
 SIDES = {"0.png": (61, 47), "1.png": (83, 40), "2.png": (50, 50)}  # width, height; network: 32
 
 
 @pytest.fixture
-def apart(tmp_path):
+def apart(here):
     """Weights of two classes in odd sizes, valid and test, annotated with squares side by side."""
+    outlines = [
+        (number, *one) for number in range(3) for one in ((1, (3, 5, 21)), (2, (24, 9, 17)))
+    ]
     for split in ("valid", "test"):
-        rng, annotations = np.random.default_rng(3), []
-        images = {
-            name: Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
-            for name, size in SIDES.items()
-        }
-        for number in range(3):
-            annotations += [(number, square(3, 5, 21)), (number, square(24, 9, 17))]
-        write_split(tmp_path / split, images, annotations)
-        set_classes(tmp_path / split, NAMES[:2], lambda number: number % 2 + 1)
+        write_classes(here / split, SIDES, outlines, NAMES[:2])
     torch.manual_seed(4)
-    names = NAMES[:2]
-    model = UNet(n_classes=2, n_filters=4, image_size=32, class_names=names, depth=2).eval()
+    model = UNet(n_classes=2, n_filters=4, image_size=32, class_names=NAMES[:2], depth=2).eval()
     for weight in model.parameters():  # else what it gives is the same everywhere
         if weight.dim() == 4:
             torch.nn.init.kaiming_normal_(weight)
-    return tmp_path, model
+    return model
 
 
-def pixel_counts(preds, targets):
-    """tp, fp, fn, each summed over images: (C, 3), from bool arrays (C, H, W) of each."""
-    parts = []
-    for pred, target in zip(preds, targets, strict=True):
-        cases = (pred & target, pred & ~target, ~pred & target)
-        parts.append(np.stack([case.sum((1, 2)) for case in cases], 1))
-    return np.array(parts)
-
-
-def dice_of(counts):
-    tp, fp, fn = np.moveaxis(counts, -1, 0)
-    return 2 * tp / (2 * tp + fp + fn)
+def read_table(path):
+    with open(path, encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize(
     "threshold, flags", [("0.52", ()), ("0.45", ("--clean", "min-area=30,fill", "--tta"))]
 )
-def test_the_scores_are_those_of_the_files_that_were_written(apart, monkeypatch, flags, threshold):
+def test_the_scores_are_those_of_the_files_that_were_written(apart, flags, threshold):
     """Masks read back and counted: report.json, predictions.csv."""
-    place, model = apart
-    monkeypatch.chdir(place)
-    torch.save(model.state_dict(), "model.pth")
+    torch.save(apart.state_dict(), "model.pth")
     options = ("--model", "model.pth", "--threshold", threshold, "--device", "cpu", *flags)
     predict.main(["test", "--output", "out", *options])
-    test, preds, targets = open_split(place, "test", classes=list(NAMES[:2])), [], []
+    test, overlaps, sizes = open_split(Path(), "test", classes=list(NAMES[:2])), [], []
     for index, name in enumerate(SIDES):
-        labels = np.asarray(Image.open(f"out/{name[0]}_mask.png"))
+        labels, target = np.asarray(Image.open(f"out/{name[0]}_mask.png")), test.load(index)[1] > 0
         assert labels.shape == SIDES[name][::-1]
-        preds.append(np.stack([labels == number for number in (1, 2)]))
-        targets.append(test.load(index)[1] > 0)
-    counts = pixel_counts(preds, targets)
-    report = json.loads((place / "out" / "report.json").read_text())
-    for index, name in enumerate(NAMES[:2]):
-        found = report["scores"][f"dice/{name}"]
-        assert found == pytest.approx(dice_of(counts.sum(0))[index], abs=1e-12)
-    assert len({*dice_of(counts).ravel().tolist()}) > 3  # no test by scores that are all the same
-    sizes = [group["images"] * group["image_dice"] for group in report["by_lesion_size"]]
-    assert sum(sizes) == pytest.approx(dice_of(counts).mean(1).sum())  # each image has lesions
-    with open(place / "out" / "predictions.csv", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    expected = dice_of(counts).ravel()
-    assert [float(row["dice"]) for row in rows] == pytest.approx(expected, abs=1e-8)
+        pred = np.stack([labels == number for number in (1, 2)])
+        overlaps.append((pred & target).sum((1, 2)))
+        sizes.append(pred.sum((1, 2)) + target.sum((1, 2)))
+    dice = 2 * np.array(overlaps) / np.array(sizes)  # (images, classes)
+    assert len(set(dice.ravel())) > 3  # no test by scores that are all the same
+    report = read_report("out")
+    pooled = 2 * np.sum(overlaps, 0) / np.sum(sizes, 0)
+    found = [report["scores"][f"dice/{name}"] for name in NAMES[:2]]
+    assert found == pytest.approx(pooled.tolist(), abs=1e-12)
+    groups = [group["images"] * group["image_dice"] for group in report["by_lesion_size"]]
+    assert sum(groups) == pytest.approx(dice.mean(1).sum())  # each image has lesions
+    rows = read_table("out/predictions.csv")
+    assert [float(row["dice"]) for row in rows] == pytest.approx(dice.ravel(), abs=1e-8)
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_volumes_and_the_page_measure_each_class_by_its_own_mask(apart, monkeypatch, exclusive):
+def test_volumes_and_the_page_measure_each_class_by_its_own_mask(apart, here, exclusive):
     """Both classes are above the threshold everywhere, and the second is the more probable."""
-    place, model = apart
-    monkeypatch.chdir(place)
-    for weight in (model.outc.weight, model.outc.bias):
+    for weight in (apart.outc.weight, apart.outc.bias):
         torch.nn.init.zeros_(weight)
-    model.outc.bias.data += torch.tensor([1.0, 2.0])
-    model.info.draw_order = () if exclusive else (1, 2)
-    torch.save(model.state_dict(), "model.pth")
+    apart.outc.bias.data += torch.tensor([1.0, 2.0])
+    apart.info.draw_order = () if exclusive else (1, 2)
+    torch.save(apart.state_dict(), "model.pth")
     voxels = np.random.default_rng(0).integers(0, 255, (20, 24, 3)).astype(np.int16)
     write_nifti("volume.nii.gz", voxels, np.diag([1, 1, 2, 1]))
     flags = ["--output", "out", "--model", "model.pth", "--device", "cpu"]
     predict.main(["volume.nii.gz", *flags])
-    model = predict.open_models(["model.pth"], "cpu")
-    session = Session(place, model)
-    files = ["volume.nii.gz", next((place / "test").glob("*.png"))]
-    session.predict(files, 0.5)
+    session = Session(here, predict.open_models(["model.pth"], "cpu"))
+    session.predict(["volume.nii.gz", here / "test" / "0.png"], 0.5)
     shares = [0 if exclusive else 1, 1]
-    tables = [(place / "out" / "predictions.csv").read_text("utf-8-sig")]
-    tables.append(session.download("table", 0.5).read_text("utf-8-sig"))
-    for text, count in zip(tables, (1, 2), strict=True):
-        rows = list(csv.DictReader(text.splitlines()))
+    tables = here / "out" / "predictions.csv", session.download("table", 0.5)
+    for path, count in zip(tables, (1, 2), strict=True):
+        rows = read_table(path)
         assert [float(row["share"]) for row in rows] == shares * count
         volumes = [float(row["volume_ml"]) for row in rows if row["image"] == "volume.nii.gz"]
         assert volumes == pytest.approx([share * 20 * 24 * 3 * 2 / 1000 for share in shares])
-        mean = float(rows[1]["mean_probability"])
-        assert mean == pytest.approx(1 / (1 + np.exp(-2)))
-        mean = rows[0]["mean_probability"]
-        assert (mean == "") if exclusive else float(mean) == pytest.approx(1 / (1 + np.exp(-1)))
+        first, second = (row["mean_probability"] for row in rows[:2])
+        assert float(second) == pytest.approx(1 / (1 + np.exp(-2)))
+        assert (first == "") if exclusive else float(first) == pytest.approx(1 / (1 + np.exp(-1)))
     for index in (0, len(session.predictions) - 1):  # a slice, and the picture
         assert [row["share"] for row in session.view(index, 0.5)[2]] == shares
 
 
-@pytest.mark.parametrize("order", [(3, 2, 1), None])
-def test_a_class_within_another_is_drawn_over_it(here, order):
+@pytest.mark.parametrize("names", [("in", "core", "whole"), ("whole", "core", "in")])
+def test_a_class_within_another_is_drawn_over_it(here, names):
     """Three nested bands of brightness; the outermost is the most probable wherever it is."""
-    model = brightness_model(None, n_classes=3, class_names=("in", "core", "whole"))
+    model, nested = brightness_model(None, n_classes=3, class_names=names), ("whole", "core", "in")
     with torch.no_grad():
         model.outc.weight[:, 0] = 8
-        model.outc.bias[:] = torch.tensor([-7.0, -5.0, -3.0])
-    model.info.draw_order = order or (1, 2, 3)
-    if order is None:  # as older weights have it: the classes as they are numbered
-        model.outc.bias.data, model.info.class_names = (
-            model.outc.bias.data.flip(0),
-            ("whole", "core", "in"),
-        )
+        model.outc.bias[:] = torch.tensor([-3.0 - 2 * nested.index(name) for name in names])
+    numbers = [names.index(name) + 1 for name in nested]
+    model.info.draw_order = tuple(numbers)
     state = model.state_dict()
-    if order is None:
+    if numbers == [1, 2, 3]:  # as older weights have it: the classes as they are numbered
         del state._metadata[""]["draw_order"]
     torch.save(state, "best_model.pth")
     pixels = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))
     Image.fromarray(pixels).save("scan.png")
     predict.main(["scan.png", "--write", "mask,classes", "--output", "out"])
-    labels = np.asarray(Image.open("out/scan_mask.png"))
     whole, core, within = (
-        np.asarray(Image.open(f"out/scan_{name}_mask.png")) > 0 for name in ("whole", "core", "in")
+        np.asarray(Image.open(f"out/scan_{name}_mask.png")) > 0 for name in nested
     )
     assert (core & ~whole).sum() == (within & ~core).sum() == 0
     assert 0 < within.sum() < core.sum() < whole.sum()
-    numbers = dict(zip(("whole", "core", "in"), order or (1, 2, 3), strict=True))
-    expected = np.where(core, numbers["core"], np.where(whole, numbers["whole"], 0))
-    np.testing.assert_array_equal(labels, np.where(within, numbers["in"], expected))
-    with open("out/predictions.csv", encoding="utf-8-sig") as file:
-        shares = {row["class"]: float(row["share"]) for row in csv.DictReader(file)}
+    expected = np.select([within, core, whole], numbers[::-1])
+    np.testing.assert_array_equal(np.asarray(Image.open("out/scan_mask.png")), expected)
+    shares = {row["class"]: float(row["share"]) for row in read_table("out/predictions.csv")}
     assert shares["whole"] == pytest.approx(whole.mean())
 
 
@@ -378,39 +349,17 @@ def test_whether_classes_overlap_is_seen_in_the_training_masks():
 def test_polygons_that_share_a_border_exclude_one_another_and_one_within_does_not(
     tmp_path, second, exclusive
 ):
-    images = {"a.png": Image.fromarray(np.full((48, 48, 3), 9, np.uint8))}
-    outlines = [(0, square(2, 2, 22)), (0, square(*second))]
-    write_split(tmp_path / "train", images, outlines)
-    set_classes(tmp_path / "train", NAMES[:2], lambda number: number % 2 + 1)
+    outlines = [(0, 1, (2, 2, 22)), (0, 2, second)]
+    write_classes(tmp_path / "train", {"a.png": (48, 48)}, outlines, NAMES[:2])
     rows = load_split(tmp_path, "train", 48, classes=list(NAMES[:2]))
     assert (find_draw_order(rows, 3, 2) == ()) == exclusive
 
 
-def test_weights_of_other_classes_are_refused_in_a_report(three, tmp_path, refused):
+def test_weights_of_other_classes_are_refused_in_a_report(three, refused):
     model = UNet(n_classes=2, n_filters=2, image_size=32, class_names=("cat", "dog"))
-    torch.save(model.state_dict(), tmp_path / "model.pth")
-    refused(
-        "predict",
-        three / "test",
-        *("--model", tmp_path / "model.pth", "--output", tmp_path / "out"),
-        words=["core, edema, cyst", "cat, dog"],
-    )
-
-
-def test_classes_that_are_taken_together_unasked_are_told(three, tmp_path, no_pictures, capsys):
-    run = [*map(str, SMALL), "--epochs", "1", "--data", str(three), "--overwrite"]
-    for flags, told in (
-        ([], True),
-        (["--classes", "each"], False),
-    ):
-        train.main([*run, *flags, "--out", str(tmp_path / "run")])
-        lines = [line for line in capsys.readouterr().out.splitlines() if "--classes each" in line]
-        assert len(lines) == told and all("core, edema, cyst" in line for line in lines)
-
-
-def test_resuming_wants_the_same_classes(three, tmp_path, refused):
-    train.main([*map(str, SMALL), "--epochs", "1", "--data", str(three), "--out", str(tmp_path)])
-    refused("train", "--resume", "--out", tmp_path, "--classes", "each", words=["--classes"])
+    torch.save(model.state_dict(), "model.pth")
+    flags = ("--model", "model.pth", "--output", "out")
+    refused("predict", "test", *flags, words=["core, edema, cyst", "cat, dog"])
 
 
 def test_the_audit_counts_each_class_and_names_what_a_split_lacks(three, tmp_path, capsys):
@@ -488,17 +437,6 @@ def test_a_case_of_one_small_class_is_outlined_and_an_empty_one_takes_no_place()
     assert plots.choose_classes([(empty, empty), (later, later)]) == list(range(20, 40))
 
 
-def drawn_figure(monkeypatch, tmp_path, plot, *arguments, **options):
-    """The figure that a function of medseg.plots draws in full, without a warning."""
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    plot(*arguments, tmp_path / "figure.png", **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that the panels have collapsed, for one
-        figures[0].draw_without_rendering()
-    return figures[0]
-
-
 def squares(n_classes, largest):
     """Bool (C, 64, 64): 3 pixels of each class, and 16 more of the `largest`."""
     mask = np.zeros((n_classes, 64, 64), bool)
@@ -511,28 +449,26 @@ def squares(n_classes, largest):
 @pytest.mark.parametrize("n_classes", [3, 20, 21, 40])
 def test_a_figure_outlines_at_most_twenty_classes(n_classes, monkeypatch, tmp_path):
     """The largest of each case are among them, and the legend counts the others."""
-    names = [f"class {index}" for index in range(n_classes)]
+    figures, names = [], [f"class {index}" for index in range(n_classes)]
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     largest = [n_classes - 1, 0]
     targets = [squares(n_classes, index) for index in largest]
     preds = [np.zeros_like(targets[0]), squares(n_classes, n_classes - 2)]
     cases = list(zip([np.zeros((64, 64, 3))] * 2, targets, preds, ["", ""], strict=True))
-    options = {"title": "", "class_names": names}
-    figure = drawn_figure(monkeypatch, tmp_path, plots.plot_predictions, cases, **options)
-    for axis, index, count in zip(figure.axes, largest, (1, 2), strict=True):
+    plots.plot_predictions(cases, tmp_path / "figure.png", title="", class_names=names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that the panels have collapsed, for one
+        figures[0].draw_without_rendering()
+    for axis, index, count in zip(figures[0].axes, largest, (1, 2), strict=True):
         outlines = axis.findobj(ContourSet)
         assert len(outlines) == count * min(n_classes, 20)
         colors = [to_hex(outline.get_edgecolor()[0]) for outline in outlines]
         assert to_hex([value / 255 for value in class_colors(n_classes)[index]]) in colors
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    shown = [text for text in texts if text in names]
+    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    shown, rest = set(texts) & set(names), [text for text in texts[2:] if text not in names]
     assert len(shown) == min(n_classes, 20)
-    assert {names[index] for index in (*largest, n_classes - 2)} <= set(shown)
-    rest = [text for text in texts[2:] if text not in names]
-    if n_classes <= 20:
-        assert rest == []
-    else:
-        (line,) = rest
-        assert str(n_classes - 20) in line
+    assert {names[index] for index in (*largest, n_classes - 2)} <= shown
+    assert len(rest) == (n_classes > 20) and all(str(n_classes - 20) in line for line in rest)
 
 
 def test_a_class_that_is_only_predicted_is_left_out_of_the_dice_of_an_image():
