@@ -19,6 +19,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from PIL.TiffImagePlugin import AppendingTiffWriter
 
+from medseg.images import measure_window
 from medseg.masks import read_mask
 from medseg.samples import Page, count_pages, pixel_format, read_samples, to_uint8
 
@@ -125,7 +126,7 @@ def test_bits_palettes_and_extra_samples(tmp_path):
         assert_array_equal(values_of(path), (colours >> 8).T[indices])
         assert_array_equal(read_mask(path, palette_colours=False)[1], indices)
     values = drawn(np.uint16, 8, 9, 5)
-    for last, kept in (("unspecified", 5), ("unassalpha", 4)):
+    for last, kept in (("unspecified", 5), ("unassalpha", 4), ("assocalpha", 4)):
         tifffile.imwrite(path, values, photometric="rgb", extrasamples=("unspecified", last))
         assert_array_equal(values_of(path), values[..., :kept])
     options = {"photometric": "miniswhite", "planarconfig": "contig", "extrasamples": "unassalpha"}
@@ -152,6 +153,13 @@ def test_more_than_8_bits_are_scaled_by_range_or_window(bits):
         with pytest.raises(ValueError):
             to_uint8(wrong)
     assert to_uint8(np.int16([[[-5]], [[5]]]), window=(0, 10)).ravel().tolist() == [0, 255]
+
+
+def test_the_window_of_negative_values_is_measured(tmp_path):
+    values = np.arange(-1000, 1000, dtype=np.int16).reshape(40, 50)
+    tifffile.imwrite(tmp_path / "a.tif", values)
+    low, high = np.percentile(values, (0.5, 99.5))
+    assert measure_window([tmp_path / "a.tif"]) == ((low + high) / 2, high - low)
 
 
 PNM = [  # bytes of 3 x 2 pixels, the red ones, bits
@@ -286,12 +294,11 @@ def test_masks_keep_their_values(tmp_path):
     for dtype in ("i8", "u8", "f2", "f8"):
         tifffile.imwrite(path, values.astype(dtype))
         assert_array_equal(read_mask(path)[1], values, err_msg=dtype)
-    tifffile.imwrite(path, colour.astype(np.uint16), photometric="rgb")
-    (tmp_path / "a.png").write_bytes(png_bytes(colour * np.uint16(257)))
-    for name in ("a.tif", "a.png"):  # 8 bits a colour, in the lower byte and in both
-        kind, read = read_mask(tmp_path / name)
+    for factor in (1, 256, 257):  # 8 bits a colour, in the lower byte, the upper one and both
+        tifffile.imwrite(path, colour * np.uint16(factor), photometric="rgb")
+        kind, read = read_mask(path)
         assert kind == "colour"
-        assert_array_equal(read, values.astype(int) * 0x010101, err_msg=name)
+        assert_array_equal(read, values.astype(int) * 0x010101, err_msg=str(factor))
     for pixels in (np.full((8, 8, 3), 300, np.uint16), drawn(np.uint8, 8, 8, 5)):
         tifffile.imwrite(path, pixels, photometric="rgb" if pixels.shape[2] == 3 else "minisblack")
         refuse(read_mask, path)

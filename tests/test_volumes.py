@@ -106,6 +106,17 @@ def test_whatever_the_suffix_says_of_compression(tmp_path, name):
         assert_array_equal(voxels_of(open_volume(tmp_path / name)), VOXELS)
 
 
+def test_spacing_is_in_mm_where_the_file_tells_it(tmp_path):
+    image = nibabel.Nifti1Image(VOXELS, np.diag([2000, 3000, 5000, 1]))
+    image.header.set_xyzt_units("micron")
+    image.to_filename(tmp_path / "a.nii")
+    volume = open_volume(tmp_path / "a.nii", "ASR")
+    assert (volume.stored_spacing, volume.axis, volume.slice_spacing) == ((2, 3, 5), 1, (3, 2))
+    content = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "b.nii").write_bytes(content[:84] + bytes(4) + content[88:])  # none along axis 1
+    assert open_volume(tmp_path / "b.nii").stored_spacing is None
+
+
 def test_slope_intercept_and_nan_by_hand(tmp_path):
     voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     path = write_nifti(tmp_path / "a.nii", voxels, slope=2.0, intercept=-10.0)
@@ -129,6 +140,8 @@ def test_four_axes_are_channels_or_time(tmp_path):
     in_time, volume = open_volume(path, time=True), open_volume(path, time=False)
     assert (in_time.n_channels, len(in_time), volume.n_channels, len(volume)) == (1, 24, 2, 12)
     assert_array_equal(slices_of(in_time), data.transpose(3, 2, 0, 1).reshape(24, 32, 20))
+    alone, around = in_time.pictures(), in_time.pictures(context=1)[12]  # first of the second time
+    assert_array_equal(around, np.concatenate([alone[12], alone[12], alone[13]], 2))
     write_mask(mask, in_time, slices_of(in_time) > 100)
     assert_array_equal(nibabel.load(mask).dataobj, data > 100)
     assert_array_equal(nibabel.load(mask).affine, nibabel.load(path).affine)
