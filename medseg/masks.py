@@ -37,7 +37,7 @@ def read_mask(path, palette_colours=False):
             of_writer = picture.format == "GIF" or _is_order_of_writer(palette, values)
             if not (palette_colours or of_writer):
                 return "palette", values[..., 0]
-            values, has_alpha = palette[values[..., 0]], True
+            values, has_alpha = palette[values[..., 0]], False
         encoding, values = _stored_values(values, has_alpha, path)
         if not lossy:
             return encoding, values
@@ -57,10 +57,10 @@ def _is_order_of_writer(palette, indices):
     drawn in colours, has another index (but 255, which stands for "ignore"), the writer has put the
     colours into the palette as it met them. GIF files are always written so.
     """
-    if not palette[0, :3].any():
+    if not palette[0].any():
         return False
     used = np.flatnonzero(np.bincount(indices.ravel()))
-    return not palette[used[used != 255], :3].any(1).all()
+    return not palette[used[used != 255]].any(1).all()
 
 
 def palette_in_use(path):
@@ -72,7 +72,7 @@ def palette_in_use(path):
             return {}
         values, _, palette = picture.decode()
     used = np.flatnonzero(np.bincount(values.ravel()))
-    return dict(zip(used.tolist(), _color_codes(palette[None, used, :3])[0].tolist(), strict=True))
+    return dict(zip(used.tolist(), _color_codes(palette[None, used])[0].tolist(), strict=True))
 
 
 def _stored_values(values, has_alpha, path):

@@ -105,7 +105,7 @@ def samples_of(picture):
     """The Samples of what `open_picture` gives."""
     values, has_alpha, palette = picture.decode()
     if palette is not None:
-        values = palette[values[..., 0], :3]
+        values = palette[values[..., 0]]
     if has_alpha:
         values = np.ascontiguousarray(values[..., :-1])
     if values.dtype == bool:
@@ -273,8 +273,7 @@ class _Picture:
     def decode(self):
         """(values, whether the last channel is alpha, palette), turned upright.
 
-        values: (H, W, C), bool of one bit; with a palette, uint8 (N, 4) of red, green, blue and
-        alpha, these are indices.
+        values: (H, W, C), bool of one bit; with a palette, uint8 (N, 3), these are indices.
         """
         has_alpha, palette = False, None
         if self.format == "PNG" and ";16" in self.raw_mode and self.image.mode[0] != "I":
@@ -306,10 +305,8 @@ def _decode_by_pillow(image):
     image.load()
     palette = None
     if image.mode == "P":
-        palette = np.full((256, 4), (0, 0, 0, 255), np.uint8)
-        mode = "RGBA" if "transparency" in image.info else "RGB"
-        colours = np.array(image.getpalette(mode), np.uint8).reshape(-1, len(mode))
-        palette[: len(colours), : len(mode)] = colours
+        colours = np.reshape(image.getpalette(), (-1, 3)).astype(np.uint8)
+        palette = np.pad(colours, ((0, 256 - len(colours)), (0, 0)))
     elif image.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and image.mode[0] != "I":
         image = image.convert("RGBA" if "A" in image.mode else "RGB")
     return pixels_of(image), image.mode in ("LA", "RGBA"), palette
@@ -410,7 +407,7 @@ class _Tiff:
         colours = values[..., : values.shape[2] - self.has_alpha]  # a view
         if page.photometric == PALETTE:
             palette = page.colormap.T >> (8 if page.colormap.max() > 255 else 0)
-            palette = np.insert(palette, 3, 255, 1).astype(np.uint8)
+            palette = palette.astype(np.uint8)
         elif page.photometric == WHITE_IS_ZERO:
             top = {"u": 2**self.bits - 1, "i": -1}.get(values.dtype.kind, max(colours.max(), 1))
             colours[:] = values.dtype.type(top) - colours
