@@ -6,20 +6,19 @@ The files are written by Pillow, OpenCV, tifffile and by hand.
 import io
 import itertools
 import struct
-import subprocess
-import sys
 import zlib
 
 import cv2
 import numpy as np
 import pytest
 import tifffile
-from helpers import STORED_TURNED, png_bytes, read_rgb, refuse, save_turned
+import torch
+from helpers import STORED_TURNED, png_bytes, read_rgb, refuse, run_python, save_turned
 from numpy.testing import assert_array_equal
 from PIL import Image
 from PIL.TiffImagePlugin import AppendingTiffWriter
 
-from medseg.images import measure_window
+from medseg.images import measure_window, resize_nearest
 from medseg.masks import read_mask
 from medseg.samples import Page, count_pages, pixel_format, read_samples, to_uint8
 
@@ -162,6 +161,14 @@ def test_the_window_of_negative_values_is_measured(tmp_path):
     assert measure_window([tmp_path / "a.tif"]) == ((low + high) / 2, high - low)
 
 
+def test_nearest_takes_the_pixel_under_the_centre():
+    mask = drawn(np.uint8, 7, 10)
+    for size in ((3, 5), (14, 23), (9, 4)):
+        tensor = torch.from_numpy(mask)[None, None]
+        wanted = torch.nn.functional.interpolate(tensor, size, mode="nearest-exact")[0, 0]
+        assert_array_equal(resize_nearest(mask, *size), wanted)
+
+
 PNM = [  # bytes of 3 x 2 pixels, the red ones, bits
     (b"P6\n# by hand\n3 2\n100\n" + bytes(range(0, 90, 5)), [0, 38, 76, 115, 153, 191], 8),
     (b"P6 3 2 65535\n" + bytes([128, 0] * 15 + [255] * 6), [128] * 5 + [255], 16),
@@ -241,15 +248,10 @@ def test_pictures_that_are_refused(tmp_path):
     Image.effect_noise((200, 200), 50).save(tmp_path / "whole.jpg")
     damaged = bytearray(png_bytes(drawn(np.uint8, 24, 40, 3)))
     damaged[900] ^= 255  # which Pillow forgets where it looks for EXIF behind the pixels
-    for name, content in {
-        "text.png": b"not a picture",
-        "empty.jpg": b"",
-        "head.tif": b"II*\0" + bytes(4),
-        "cut.jpg": (tmp_path / "whole.jpg").read_bytes()[:3000],
-        "damaged.png": damaged,
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        refuse(read_rgb, tmp_path / name)
+    cut = (tmp_path / "whole.jpg").read_bytes()[:3000]
+    for content in (b"not a picture", b"", b"II*\0" + bytes(4), cut, damaged):
+        (tmp_path / "a.png").write_bytes(content)
+        refuse(read_rgb, tmp_path / "a.png")
     for side in (40_000, 10_000):  # Pillow only warns of the second
         (tmp_path / "bomb.png").write_bytes(png_bytes(GREY[..., None], size=(side, side)))
         refuse(read_rgb, tmp_path / "bomb.png", "--max-megapixels")
@@ -273,7 +275,7 @@ def test_without_imagecodecs_a_tiff_that_needs_it_says_so(tmp_path):
     tifffile.imwrite(tmp_path / "b.tif", values.astype(np.uint16), compression="lzw")
     code = "import sys; sys.modules['imagecodecs'] = None; from medseg.images import read_image; "
     code += f"print(read_image(r'{tmp_path}/a.tif').size); read_image(r'{tmp_path}/b.tif')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_python("-c", code, cwd=tmp_path)
     assert "(30, 20)" in result.stdout
     assert "b.tif" in result.stderr and "`pip install imagecodecs`" in result.stderr
 

@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import struct
-import subprocess
 import sys
 import tracemalloc
 
@@ -15,8 +14,8 @@ import pytest
 import SimpleITK
 from helpers import (
     NIBABEL_DATA,
-    ROOT,
     refuse,
+    run_python,
     slices_of,
     stored_as,
     voxels_of,
@@ -191,26 +190,15 @@ def test_percentiles_come_from_every_column(here, monkeypatch, shape):
 # ---- refused ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        np.zeros((2, 3, 4), np.complex64),
-        np.zeros((2, 3, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")]),
-        np.full((2, 3, 4), np.nan, np.float32),
-        np.zeros(5, np.int16),
-        b"hello" * 200,
-        None,
-    ],
-)
-def test_what_is_no_volume_of_real_numbers_is_one_line(tmp_path, content):
-    path = tmp_path / "a.nii"
-    if content is None:
-        path.mkdir()
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        write_nifti(path, content)
+def test_what_is_no_volume_of_real_numbers_is_one_line(tmp_path):
+    path, shape = tmp_path / "a.nii", (2, 3, 4)
+    colours = np.zeros(shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    without_a_number = np.full(shape, np.nan, np.float32)
+    for voxels in (np.zeros(shape, np.complex64), colours, without_a_number, np.zeros(5, np.int16)):
+        refuse(open_volume, write_nifti(path, voxels))
+    path.write_bytes(b"hello" * 200)
     refuse(open_volume, path)
+    refuse(open_volume, tmp_path)
     with pytest.raises(FileNotFoundError, match="none.nii: no such file"):
         open_volume(tmp_path / "none.nii")
 
@@ -266,13 +254,10 @@ def test_missing_libraries_are_named_with_the_command(here, monkeypatch, name, l
     refuse(read_dicom if name == "a.dcm" else open_volume, name, f"`pip install {library}`")
 
 
-def test_importing_the_readers_imports_no_library():
-    code = (
-        "import sys, medseg.dicom, medseg.volumes; "
-        "print({'torch', 'pydicom', 'nibabel', 'SimpleITK'} & set(sys.modules))"
-    )
-    command = [sys.executable, "-c", code]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+def test_importing_the_readers_imports_no_library(tmp_path):
+    libraries = "{'torch', 'pydicom', 'nibabel', 'SimpleITK'}"
+    code = f"import sys, medseg.dicom, medseg.volumes; print({libraries} & set(sys.modules))"
+    assert run_python("-c", code, cwd=tmp_path).stdout == "set()\n"
 
 
 # ---- other formats, and masks ----------------------------------------------------------------
