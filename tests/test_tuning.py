@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import nibabel
@@ -65,9 +66,7 @@ BY_NUMPY = {  # of (B, H, W, C), there and back
 }
 
 
-@pytest.mark.parametrize(
-    "flips", [(), ("horizontal",), ("vertical", "both"), ALL_FLIPS, *((one,) for one in VIEWS[3:])]
-)
+@pytest.mark.parametrize("flips", [(), ALL_FLIPS, *((one,) for one in VIEWS)])
 def test_the_average_over_flips_by_numpy(random_model, flips):
     """Of images that are not square, too."""
     pixels = np.random.default_rng(2).integers(0, 256, (3, 33, 50, 3), np.uint8)
@@ -82,26 +81,18 @@ def test_the_average_over_flips_by_numpy(random_model, flips):
         there, back = BY_NUMPY[name]
         expected += np.moveaxis(back(np.moveaxis(run(there(pixels)), 1, -1)), -1, 1)
     model.inference = PLAIN._replace(flips=flips)
-    found = probabilities_of(model, pixels)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected / (1 + len(flips)), atol=1e-6)
-    assert np.abs(found - plain).max() > 0.01 if flips else (found == plain).all()
+    mean = probabilities_of(model, pixels)
+    np.testing.assert_allclose(mean, expected / (1 + len(flips)), atol=1e-6)
+    assert np.abs(mean - plain).max() > 0.01 if flips else (mean == plain).all()
 
 
-@pytest.mark.parametrize(
-    "strengths, expected",
-    [
-        ({"flip": 1.0, "rotate": 30.0}, ALL_FLIPS),
-        ({"mirror": 1.0}, ("horizontal",)),
-        ({"flip": 0.5, "mirror": 1.0}, ALL_FLIPS),
-        ({"flip": 0.0, "turn": 1.0}, ("both", "turn90", "turn270")),
-        ({"flip": 1.0, "turn": 1.0}, VIEWS),
-        ({"mirror": 1.0, "turn": 1.0}, VIEWS),
-        ({}, ()),
-    ],
-)
-def test_only_flips_that_were_trained_are_tried(strengths, expected):
-    assert learned_flips(strengths) == expected
+def test_only_flips_that_were_trained_are_tried():
+    assert learned_flips({"flip": 1.0, "rotate": 30.0}) == ALL_FLIPS
+    assert learned_flips({"flip": 0.5, "mirror": 1.0}) == ALL_FLIPS
+    assert learned_flips({"mirror": 1.0}) == ("horizontal",)
+    assert learned_flips({"flip": 0.0, "turn": 1.0}) == ("both", "turn90", "turn270")
+    assert learned_flips({"flip": 1.0, "turn": 1.0}) == VIEWS
+    assert learned_flips({"mirror": 1.0, "turn": 1.0}) == VIEWS and learned_flips({}) == ()
 
 
 # ---- the choice ------------------------------------------------------------------------------
@@ -109,28 +100,25 @@ def test_only_flips_that_were_trained_are_tried(strengths, expected):
 
 def counts_of(*dice, size=100):
     """Counts (N, 1, 4) of images with as many true pixels and these Dice."""
-    rows = [
-        [round(size * one), round(size * (1 - one)), round(size * (1 - one)), 9] for one in dice
-    ]
-    return np.array(rows)[:, None]
+    rows = [[size * one, size * (1 - one), size * (1 - one), 9] for one in dice]
+    return np.array(rows).round().astype(int)[:, None]
 
 
 @pytest.mark.parametrize(
-    "before, after, expected",
+    "after, expected",
     [
-        ((0.5,) * 4, (0.6,) * 4, True),
-        ((0.5,) * 4, (0.6, 0.58, 0.5, 0.55), True),
-        ((0.5,) * 4, (0.5,) * 4, False),
-        ((0.5,) * 4, (0.4,) * 4, False),
+        ((0.6,) * 4, True),
+        ((0.6, 0.58, 0.5, 0.55), True),
+        ((0.5,) * 4, False),
         # One image alone: the mean is as large as its standard error, and here a bit smaller.
-        ((0.5,) * 4, (0.9, 0.5, 0.5, 0.49), False),
-        ((0.5,) * 4, (0.7, 0.3, 0.7, 0.4), False),  # mean 0.025, standard error 0.10
-        ((0.5,) * 2, (0.6,) * 2, True),
-        ((0.5,) * 2, (0.8, 0.49), False),  # mean 0.145, standard error 0.155
+        ((0.9, 0.5, 0.5, 0.49), False),
+        ((0.7, 0.3, 0.7, 0.4), False),  # mean 0.025, standard error 0.10
+        ((0.6,) * 2, True),
+        ((0.8, 0.49), False),  # mean 0.145, standard error 0.155
     ],
 )
-def test_a_gain_is_seen_in_many_images(before, after, expected):
-    assert gains(counts_of(*before), counts_of(*after)) is expected
+def test_a_gain_is_seen_in_many_images(after, expected):
+    assert gains(counts_of(*[0.5] * len(after)), counts_of(*after)) is expected
 
 
 def test_a_gain_is_of_the_split_too():
@@ -145,18 +133,12 @@ def test_a_gain_is_of_the_split_too():
     assert not gains(large[0], large[1]) and gains(large[0], large[2])
 
 
-def counted(targets, probabilities, thresholds, clean=None):
-    """Counts (N, T, C, 4) of images."""
-    pairs = zip(targets, probabilities, strict=True)
-    return np.stack([count_image(*pair, thresholds, clean) for pair in pairs])
-
-
 def choice(targets, plain, flipped=None, flips=()):
     """What `choose` takes where a network gives these probabilities, and with flips those."""
 
     def count(inference, thresholds):
-        probabilities = flipped if inference.flips else plain
-        return counted(targets, probabilities, thresholds, inference.clean)
+        pairs = zip(targets, flipped if inference.flips else plain, strict=True)
+        return np.stack([count_image(*pair, thresholds, inference.clean) for pair in pairs])
 
     return choose(count, flips)
 
@@ -180,13 +162,12 @@ def lesions(count=5, *, inside=0.9, halo=0.0, speck=0.0, side=20):
         ({}, PLAIN),
         # By hand: above the halo the square alone is left, and its Dice is 1.
         ({"inside": 0.9, "halo": 0.62}, Inference(0.65)),
-        ({"inside": 0.32, "halo": 0.12}, Inference(0.15)),
         ({"speck": 0.95}, Inference(clean={"largest": 1.0})),
         ({"inside": 0.32, "halo": 0.12, "speck": 0.4}, Inference(0.15, (), {"largest": 1.0})),
     ],
 )
 def test_threshold_and_pieces_by_hand(drawn, expected):
-    assert choice(*lesions(**drawn))[0] == expected
+    assert choice(*lesions(4, **drawn))[0] == expected
     chosen, (line,) = choice(*lesions(3, **drawn))  # of three images neither is chosen
     assert chosen == PLAIN and "too few images (3)" in line
 
@@ -215,7 +196,6 @@ def test_the_threshold_of_highest_dice_by_plain_comparison():
         (0.93, 0.97, 0.5),  # perfect at 0.95 alone
         (0.01, 0.32, 0.1),  # 0.05 is no better than those beside it
         (0.12, 0.17, 0.15),  # 0.1 marks everything, 0.15 the lesions
-        (0.12, 0.4, 0.15),
     ],
 )
 def test_no_threshold_at_the_edge_or_that_marks_everything(background, inside, expected):
@@ -232,6 +212,7 @@ def test_no_threshold_that_marks_nearly_nothing_but_where_a_class_is_missed_ever
     for number, one in enumerate(probabilities):
         one[0, 2 + number : 4 + number, 5:7] = 0.72
     assert choice(targets, probabilities)[0] == PLAIN
+    assert choice(targets * False, probabilities)[0] == PLAIN  # without any lesion
     # Of two classes one is marked at 0.15 to 0.3, the other never.
     targets, probabilities = lesions(inside=0.32, halo=0.12)
     both = np.concatenate([targets, targets[:, :, ::-1]], 1)
@@ -253,9 +234,7 @@ def test_flips_are_taken_where_they_gain_also_by_another_threshold():
     assert taken(bad, good, 2) == taken(bad, good, 1) == Inference(flips=ALL_FLIPS)
     assert taken(bad, faint, 2) == PLAIN
     # Of five images one gains, which is no more than noise, and enough for what is expected.
-    mixed = np.concatenate([good[:1], bad[1:]])
-    assert not gains(*(counted(targets, one, [0.5])[:, 0] for one in (bad, mixed)))
-    assert taken(bad, mixed).flips == ALL_FLIPS
+    assert taken(bad, np.concatenate([good[:1], bad[1:]])).flips == ALL_FLIPS
 
 
 # ---- predict.py ------------------------------------------------------------------------------
@@ -280,25 +259,25 @@ def place(here):
     return here
 
 
-def blobs(seed=0, size=(48, 48)):
-    """A picture with several bright squares of a brightness of their own; uint8 (H, W)."""
+def blobs(seed=0):
+    """A picture with several bright squares of a brightness of their own; uint8 (48, 48)."""
     rng = np.random.default_rng(seed)
-    pixels = np.full(size, 20, np.uint8)
+    pixels = np.full((48, 48), 20, np.uint8)
     for _ in range(6):
-        row, column = rng.integers(0, np.array(size) - 8)
+        row, column = rng.integers(0, 40, 2)
         pixels[row : row + rng.integers(2, 8), column : column + 5] = rng.integers(120, 250)
     return pixels
 
 
 def by_hand(pixels, inference):
     """The mask of a picture of the network's size, from its probabilities, flips and a fill."""
-    model = Predictor([lopsided_model()], "cpu")
-    colours = np.repeat(pixels[..., None], 3, 2)
-    total = probabilities_of(model, colours[None])[0, 0].astype(float)
-    if inference.flips:  # those of TUNED: left to right
-        mirrored = np.ascontiguousarray(colours[:, ::-1])
-        total = (total + probabilities_of(model, mirrored[None])[0, 0, :, ::-1]) / 2
-    mask = total > inference.threshold
+    model, mean = Predictor([lopsided_model()], "cpu"), 0
+    colours, axes = np.repeat(pixels[..., None], 3, 2), {"horizontal": 1, "vertical": 0}
+    for name in ("", *inference.flips):
+        flip = partial(np.flip, axis=axes.get(name, (0, 1) if name else ()))
+        flipped = probabilities_of(model, np.ascontiguousarray(flip(colours))[None])
+        mean = mean + flip(flipped[0, 0]) / (1 + len(inference.flips))
+    mask = mean > inference.threshold
     if not inference.clean:
         return mask
     numbers, count = ndimage.label(mask, np.ones((3, 3)))
@@ -312,59 +291,40 @@ def run(place, *arguments):
     return output_of("predict.py", *arguments, *flags, cwd=place)
 
 
-def run_on_blobs(place, *arguments):
-    """(what predict.py prints, the mask) of one picture."""
-    Image.fromarray(blobs()).save("a.png")
-    return run(place, "a.png", *arguments), np.asarray(Image.open("a_mask.png")) > 0
-
-
 @pytest.mark.parametrize(
-    "flags, expected, words",
+    "weights, flags, expected",
     [
-        ((), TUNED, None),
-        (("--threshold", 0.6), TUNED._replace(threshold=0.6), "--threshold"),
-        (("--no-tta",), TUNED._replace(flips=()), "--no-tta"),
-        (("--tta",), TUNED, "--tta"),
-        (("--clean=none",), TUNED._replace(clean={}), "--clean"),
-        (("--clean=none", "--no-tta", "--threshold=0.5"), PLAIN, "--threshold and --no-tta and "),
+        ("tuned", (), TUNED),
+        ("tuned", ("--threshold=0.6",), TUNED._replace(threshold=0.6)),
+        ("tuned", ("--no-tta",), TUNED._replace(flips=())),
+        ("tuned", ("--tta",), TUNED),
+        ("tuned", ("--clean=none", "--no-tta", "--threshold=0.5"), PLAIN),
+        ("plain", (), PLAIN),
+        ("plain", ("--clean=largest",), Inference(clean={"largest": 1.0})),
+        ("plain", ("--tta",), Inference(flips=ALL_FLIPS)),
     ],
 )
-def test_what_was_chosen_counts_and_flags_win(place, flags, expected, words):
-    said, mask = run_on_blobs(place, "--model", "tuned.pth", *flags)
-    (line,) = (line for line in said.splitlines() if "chosen on valid" in line)
-    assert line.startswith(f"{expected}: ") and "tuned.pth" in line
-    assert f"but for {words}" in line if words else "but" not in line
-    np.testing.assert_array_equal(mask, by_hand(blobs(), expected))
+def test_what_was_chosen_counts_and_flags_win(weights, flags, expected, place):
+    Image.fromarray(blobs()).save("a.png")
+    said = run(place, "a.png", "--model", f"{weights}.pth", *flags)
+    lines = [line for line in said.splitlines() if "chosen on valid" in line]
+    assert len(lines) == (weights == "tuned")
+    for line in lines:
+        assert line.startswith(f"{expected}: ") and "tuned.pth" in line
+        assert ("but" in line) == bool(flags)
+        assert all(flag.partition("=")[0] in line for flag in flags)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open("a_mask.png")) > 0, by_hand(blobs(), expected)
+    )
 
 
 def test_flips_that_were_neither_chosen_nor_trained_are_told():
-    def lines(recorded, trained, *flags):
-        args = predict_flags(["a.png", "--model", "w.pth", *flags], "")
-        inference, said = choose_inference(args, recorded, trained)
-        return inference, said.splitlines()
-
-    inference, (line, warning) = lines(Inference(0.35), (), "--tta")
-    assert inference == Inference(0.35, ALL_FLIPS)
-    assert "threshold 0.35 was chosen on valid" in line and warning.startswith("WARNING: --tta")
-    assert [line[:7] for line in lines(None, (), "--tta")[1]] == ["WARNING"]
+    args = predict_flags(["a.png", "--model", "w.pth", "--tta"], "")
+    inference, said = choose_inference(args, Inference(0.35), ())
+    assert inference == Inference(0.35, ALL_FLIPS) and "0.35" in said and "WARNING: --tta" in said
+    assert "WARNING" in choose_inference(args, None, ())[1]
     for recorded, trained in ((Inference(0.35), ALL_FLIPS), (TUNED, ()), (None, ALL_FLIPS)):
-        assert "WARNING" not in " ".join(lines(recorded, trained, "--tta")[1])
-
-
-def test_weights_without_a_choice_predict_as_ever_and_take_flags(place, monkeypatch):
-    for flags, inference in (
-        ((), PLAIN),
-        (("--clean=largest",), Inference(clean={"largest": 1.0})),
-    ):
-        said, mask = run_on_blobs(place, "--model", "plain.pth", *flags)
-        assert "chosen" not in said
-        np.testing.assert_array_equal(mask, by_hand(blobs(), inference))
-    seen, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda net, x: seen.append(x) or forward(net, x))
-    run(place, "a.png", "--model", "plain.pth", "--tta")
-    assert len(seen) == 4
-    for axes, image in zip(((3,), (2,), (2, 3)), seen[1:], strict=True):  # those of ALL_FLIPS
-        assert torch.equal(image, seen[0].flip(axes))
+        assert "WARNING" not in choose_inference(args, recorded, trained)[1]
 
 
 def test_every_road_makes_the_same_masks(place):
@@ -393,10 +353,6 @@ def test_every_road_makes_the_same_masks(place):
 FLAGS = (*SMALL, *"--precision fp32 --epochs 3 --norm batch --lr 1e-2 --augment flip".split())
 
 
-def scores_in(line):
-    return [float(number) for number in re.findall(r"(?:Dice|IoU|precision|recall) ([\d.]+)", line)]
-
-
 def line_with(said, pattern):
     (line,) = (line for line in said.splitlines() if re.search(pattern, line))
     return line
@@ -418,29 +374,32 @@ def trained(tmp_path_factory):
     return place, said
 
 
-def test_a_training_records_its_choice_and_is_else_the_same(trained):
+def test_a_training_records_its_choice_and_is_else_the_same(trained, monkeypatch):
     place, said = trained
     tuned, plain = (load_weights(place / run / "best_model.pth") for run in ("tuned", "plain"))
-    assert tuned.keys() == plain.keys()
-    assert all(torch.equal(tuned[name], plain[name]) for name in plain)
-    metadata = dict(tuned._metadata[""])
+    assert all(torch.equal(tuned[name], plain[name]) for name in tuned.keys() | plain.keys())
+    metadata, drawn = dict(tuned._metadata[""]), []
     chosen = read_inference(metadata["inference"])
     assert {**metadata, "inference": None} == plain._metadata[""] and chosen != PLAIN
     assert line_with(said["tuned"], "^chosen on valid: ") == f"chosen on valid: {chosen}"
     test = "test with the best weights"
     assert line_with(said["tuned"], test) == line_with(said["plain"], test)
     assert "chosen" not in said["plain"]
-    assert (place / "plain" / "metrics.csv").read_text().count("\n") == 4
+    # --test-only prints the same, and draws the masks that were chosen.
+    monkeypatch.setattr(train, "visualize_predictions", lambda *given, path: drawn.append(given[4]))
+    printed = output_of("train.py", "--test-only", "--out", "tuned", "--device", "cpu", cwd=place)
+    for pattern in (test, ", as chosen on valid: "):
+        assert line_with(said["tuned"], pattern) == line_with(printed, pattern)
+    assert drawn == [chosen]
 
 
-def test_the_choice_is_that_of_valid_counted_by_hand(trained):
+def test_the_choice_is_that_of_valid_counted_by_hand_and_tested_as_by_predict_py(trained):
     place, said = trained
     model = load_model(place / "tuned" / "best_model.pth").eval()
     assert model.info.inference.threshold != 0.5
     dataset = open_split(place / "dataset", "valid", 32)
-    plain = Predictor([model], "cpu")
+    plain, dice = Predictor([model], "cpu"), []
     plain.inference = PLAIN
-    dice = []
     for threshold in SWEEP:
         overlap = total = 0
         for index in range(len(dataset)):
@@ -453,30 +412,12 @@ def test_the_choice_is_that_of_valid_counted_by_hand(trained):
     assert f"Dice {max(dice):.4f} instead of {dice[SWEEP.index(0.5)]:.4f}, chosen" in first
     assert "flips" in said["tuned"] and "largest piece" in said["tuned"]  # were tried
 
-
-def test_the_test_with_the_choice_is_that_of_predict_py(trained):
-    place, said = trained
-    line = line_with(said["tuned"], ", as chosen on valid: ")
     run(place, "dataset/test", "--model", "tuned/best_model.pth", "--output", "scored")
-    report = json.loads((place / "scored" / "report.json").read_text())
+    scores = json.loads((place / "scored" / "report.json").read_text())["scores"]
+    line = line_with(said["tuned"], ", as chosen on valid: ")
+    printed = re.findall(r"(?:Dice|IoU|precision|recall) ([\d.]+)", line)
     names = ("dice", "iou", "miou", "precision", "recall", "image_dice")
-    assert scores_in(line) == [round(report["scores"][name], 4) for name in names]
-    plain = scores_in(line_with(said["tuned"], "test with the best weights"))
-    assert plain[0] != scores_in(line)[0]
-
-
-def test_test_only_prints_both_and_draws_the_chosen_masks(trained, monkeypatch):
-    place, said = trained
-    drawn = []
-
-    def record(model, loader, device, count, chosen, *, path):
-        drawn.append(chosen)
-
-    monkeypatch.setattr(train, "visualize_predictions", record)
-    printed = output_of("train.py", "--test-only", "--out", "tuned", "--device", "cpu", cwd=place)
-    for line in said["tuned"].splitlines():
-        assert line in printed or not line.startswith("test with"), line
-    assert drawn == [load_model(place / "tuned" / "best_model.pth").info.inference]
+    assert [float(number) for number in printed] == [round(scores[name], 4) for name in names]
 
 
 def test_a_run_that_has_ended_can_choose_later_and_init_takes_no_choice_over(trained, no_pictures):
@@ -502,21 +443,21 @@ def test_valid_and_test_are_predicted_with_the_flips(random_model):
     mirrored = torch.from_numpy(images.numpy()[..., ::-1].copy())
     with torch.inference_mode():
         plain, other = random_model(images).numpy(), random_model(mirrored).numpy()[..., ::-1]
-    expected = (plain.astype(float) + other) / 2
+    expected, targets = (plain.astype(float) + other) / 2, masks.numpy() == 1
     random_model.info.draw_order = (1, 2)
     rows = np.zeros((2, 32, 32, 4), np.uint8)
     loader = Batches(rows, Order(2), transform=Transform(n_classes=2))
     loader.__class__ = type("Given", (Batches,), {"__iter__": lambda self: iter([(images, masks)])})
-    found = predict_loader(random_model, loader, "cpu", ("horizontal",), nullcontext())
-    targets, probabilities = map(np.stack, zip(*found, strict=True))
-    np.testing.assert_allclose(probabilities, expected, atol=1e-6)
-    np.testing.assert_array_equal(targets, masks.numpy() == 1)
+    pairs = predict_loader(random_model, loader, "cpu", ("horizontal",), nullcontext())
+    for (mask, probabilities), target, mean in zip(pairs, targets, expected, strict=True):
+        np.testing.assert_allclose(probabilities, mean, atol=1e-6)
+        np.testing.assert_array_equal(mask, target)
     random_model.info.inference, logged = Inference(0.3, ("horizontal",)), {}
     tracker = SimpleNamespace(log=logged.update)
     criterion, cpu = torch.nn.functional.binary_cross_entropy, torch.device("cpu")
     train.test(random_model, loader, criterion, cpu, nullcontext(), tracker)
-    for words, found, threshold in (("", plain, 0.5), ("chosen_", expected, 0.3)):
-        pred, target = found > threshold, masks.numpy() == 1
-        dice = [2 * (pred & target)[:, c].sum() / (pred + 0.0 + target)[:, c].sum() for c in (0, 1)]
-        assert logged[f"test/{words}dice"] == pytest.approx(np.mean(dice))
+    for words, values, threshold in (("", plain, 0.5), ("chosen_", expected, 0.3)):
+        pred = values > threshold
+        dice = 2 * (pred & targets).sum((0, 2, 3)) / (pred + 0.0 + targets).sum((0, 2, 3))
+        assert logged[f"test/{words}dice"] == pytest.approx(dice.mean())
     assert "test/loss" in logged and "test/chosen_loss" not in logged
