@@ -24,6 +24,8 @@ from helpers import (
 from numpy.testing import assert_array_equal
 from PIL import Image
 
+from medseg.images import read_image
+
 VOXELS = (8, 6, 5)  # cut across the last axis
 BRATS = ("--masks", "B/{id}/{id}_{channel}.nii", "B/{id}/*_{seg,Segm}.nii")
 SCANS = ("--masks", "S/{id}/ct.nii.gz", "S/{id}/segmentations/{class}.nii.gz", *ALL)
@@ -136,18 +138,28 @@ def test_pictures_are_channels_too(here):
         refuse_download("--masks", *patterns, words=["i/a_gfp.png", words])
 
 
-def test_the_channels_of_one_picture_are_named(here):
-    values, own = np.random.default_rng(0).integers(0, 256, (30, 40, 5), np.uint8), Path("i/a.tif")
-    own.parent.mkdir()
-    tifffile.imwrite(own, values, photometric="minisblack", planarconfig="contig")
+@pytest.mark.parametrize(
+    "n_channels, flags, names",
+    [
+        (5, ["--channels", "a,b,c,d,e"], ["a", "b", "c", "d", "e"]),
+        (5, [], ["1", "2", "3", "4", "5"]),
+        (3, ["--channels", "pre,flair,post"], ["pre", "flair", "post"]),
+    ],
+)
+def test_the_channels_of_one_picture_are_named(here, n_channels, flags, names):
+    values = np.random.default_rng(0).integers(0, 256, (30, 40, n_channels), np.uint8)
+    Path("i").mkdir()
+    layout = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite("i/a.tif", values, **layout)
     mask("m/a.png")
-    for flags, names in ((["--channels", "a,b,c,d,e"], "abcde"), (["--force"], "12345")):
-        run_download("--masks", "i", "m", *ALL, *flags)
-        assert annotations("train")["info"]["channels"] == list(names)
-        assert_array_equal(tifffile.imread("dataset/train/a.tif"), values)
-    tifffile.imwrite("i/b.tif", values[..., :4], photometric="minisblack", planarconfig="contig")
+    run_download("--masks", "i", "m", *ALL, *flags)
+    assert annotations("train")["info"]["channels"] == names
+    (written,) = Path("dataset/train").glob("a.*")
+    assert_array_equal(read_image(written).pixels, values)
+    tifffile.imwrite("i/b.tif", values[..., :2], **layout)
     mask("m/b.png")
-    refuse_download("--masks", "i", "m", *ALL, "--force", words=["i/b.tif", "4 channels"])
+    words = ["i/b.tif", "2 channels"]
+    refuse_download("--masks", "i", "m", *ALL, *flags, "--force", words=words)
 
 
 # ---------------------------------------------------------------- {group}
