@@ -501,7 +501,7 @@ def test_an_interrupted_import_leaves_the_old_splits(grown, monkeypatch, place):
             stop()
         original(source, target)
 
-    def stop(*_):
+    def stop(*_, **__):
         stopped.append(place)
         raise KeyboardInterrupt
 
