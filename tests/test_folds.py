@@ -1,6 +1,5 @@
 """Cross-validation: images dealt into folds, a run for each, and the scores of all of them."""
 
-import argparse
 import json
 import os
 import shutil
@@ -46,8 +45,8 @@ from net import ModelInfo
 # ---- the deal --------------------------------------------------------------------------------
 
 
-def deal(root, folds, **flags):
-    return deal_images(root, SimpleNamespace(folds=folds, seed=0, classes="union", **flags))
+def deal(root, folds):
+    return deal_images(root, SimpleNamespace(folds=folds, seed=0, classes="union"))
 
 
 def write_data(root, folds):
@@ -57,25 +56,23 @@ def write_data(root, folds):
     return sorted(Path("out/folds").iterdir())
 
 
+def files(*folders):
+    """The names of the images in folders."""
+    return {path.name for folder in folders for path in folder.glob("*.png")}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_stay_whole_and_folds_are_even(seed):
     groups = [*"aaaaa", *"bb", *"cc", "d", *[""] * 5]
     fold_of = deal_groups(groups, 3, seed)
-    assert sorted(Counter(fold_of).values()) == [5, 5, 5] and fold_of == deal_groups(
-        groups, 3, seed
-    )
-    for name in "abc":
-        assert len({fold for own, fold in zip(groups, fold_of, strict=True) if own == name}) == 1
-    assert fold_of != deal_groups(groups, 3, seed + 1)
-
-
-def files(folder):
-    return {path.name for path in folder.iterdir()} - {"_annotations.coco.json"}
+    assert sorted(Counter(fold_of).values()) == [5, 5, 5]
+    assert len({*zip(groups[:10], fold_of, strict=False)}) == 4
+    assert fold_of == deal_groups(groups, 3, seed) != deal_groups(groups, 3, seed + 1)
 
 
 def test_each_image_is_in_the_valid_of_one_fold_and_in_the_train_of_the_others(dataset, here):
-    before = tree(dataset)
-    everything, seen = files(dataset / "train") | files(dataset / "valid"), Counter()
+    before, seen = tree(dataset), Counter()
+    everything = files(dataset / "train", dataset / "valid")
     for fold in write_data(dataset, 3):
         assert files(fold / "test") == files(dataset / "test")
         assert files(fold / "train") == everything - files(fold / "valid")
@@ -107,14 +104,13 @@ def test_files_are_linked_or_where_that_fails_copied(dataset, here, monkeypatch)
 
 
 def test_images_of_one_name_and_links_are_told_apart(dataset, here):
-    os.rename(dataset / "valid" / "0_valid.png", dataset / "valid" / "0_TRAIN.png")
-    edit_annotations(
-        dataset / "valid", lambda content: content["images"][0].update(file_name="0_TRAIN.png")
-    )
-    os.rename(dataset / "train" / "1_train.png", dataset / "elsewhere.png")
-    os.symlink("../elsewhere.png", dataset / "train" / "1_train.png")
+    train_folder, valid = dataset / "train", dataset / "valid"
+    (valid / "0_valid.png").rename(valid / "0_TRAIN.png")
+    edit_annotations(valid, lambda content: content["images"][0].update(file_name="0_TRAIN.png"))
+    (train_folder / "1_train.png").rename(dataset / "elsewhere.png")
+    (train_folder / "1_train.png").symlink_to("../elsewhere.png")
     originals = {
-        p.read_bytes() for split in ("train", "valid") for p in dataset.glob(f"{split}/*.png")
+        path.read_bytes() for split in (train_folder, valid) for path in split.glob("*.png")
     }
     for fold in write_data(dataset, 2):
         copies = [path for split in ("train", "valid") for path in (fold / split).glob("*.png")]
@@ -127,15 +123,12 @@ def test_categories_are_one_where_their_names_are(dataset):
     set_classes(dataset / "train", ["a", "b"], lambda number: 1 + number % 2)
     set_classes(dataset / "valid", ["c", "b", "a"], lambda number: 1 + number % 3)
     folds, categories, _ = deal(dataset, 2)
-    names = {category["id"]: category["name"] for category in categories}
-    found = Counter(
-        (image.path.parent.name, names[own["category_id"]])
-        for parts in folds
-        for image in parts["valid"]
-        for own in image.annotations
-    )
+    names, counts = {category["id"]: category["name"] for category in categories}, Counter()
+    for image in (image for parts in folds for image in parts["valid"]):
+        for own in image.annotations:
+            counts[image.path.parent.name, names[own["category_id"]]] += 1
     expected = {("train", "a"): 3, ("train", "b"): 3, ("valid", "a"): 1}
-    assert found == expected | {("valid", "b"): 1, ("valid", "c"): 2}
+    assert counts == expected | {("valid", "b"): 1, ("valid", "c"): 2}
 
 
 def test_folds_keep_the_groups_of_the_import(here):
@@ -144,8 +137,6 @@ def test_folds_keep_the_groups_of_the_import(here):
             save_pair(f"p{patient}_{number}", seed=patient)
     sides = ("--masks", "images/{group}_{id}.png", "masks/{group}_{id}.png")
     run_download(*sides, *MASKS[3:])
-    groups = {image["file_name"]: image["group"] for image in annotations("train")["images"]}
-    assert groups == {name: name[:2] for name in groups} and len(groups) == 10
     folds, _, count = deal(Path("dataset"), 3)
     assert count == 4
     for parts in folds:
@@ -196,16 +187,12 @@ def read(path):
     return json.loads(Path(path, "folds.json").read_text())
 
 
-def same_weights(one, other):
-    one, other = (torch.load(path, weights_only=True) for path in (one, other))
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_every_image_is_scored_by_the_network_that_has_not_seen_it(done):
     """With the tutorial's functions, image by image, over the data set that was dealt."""
-    place, _ = done
-    counts, dice = [], {1: {}, 2: {}, 3: {}}
-    for number, own in dice.items():
+    place, said = done
+    counts, dice, result = [], [], read(place / "run")
+    for fold in result["folds"]:
+        number, own = fold["fold"], {}
         model = predict.load_model(place / "run" / f"fold{number}" / "best_model.pth", "cpu")
         for name in sorted(files(place / "run" / "folds" / f"fold{number}" / "valid")):
             original = open_split(place / "dataset", name[2:-4], 32)
@@ -216,20 +203,24 @@ def test_every_image_is_scored_by_the_network_that_has_not_seen_it(done):
             tp, fp, fn = (pred & target).sum(), (pred & ~target).sum(), (~pred & target).sum()
             counts.append((tp, fp, fn, pred.size - tp - fp - fn))
             own[name] = 2 * tp / (2 * tp + fp + fn)
-    counts, result = np.array(counts), read(place / "run")
+        assert fold["per_image"] == pytest.approx(own, abs=1e-4) and fold["images"] == len(own)
+        dice += own.values()
+    counts, scores = np.array(counts), result["scores"]
     tp, fp, fn, _ = counts.sum(0)
-    scores, of_folds = result["scores"], [fold["scores"]["dice"] for fold in result["folds"]]
-    assert result["images"] == 10
+    of_folds = [fold["scores"]["dice"] for fold in result["folds"]]
     assert min(of_folds) < 0.9 * max(of_folds)  # the networks differ, and so would what they score
+    assert result["images"] == 10 and scores["image_dice"] == pytest.approx(np.mean(dice))
     assert scores["dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
     assert scores["precision"] == pytest.approx(tp / (tp + fp))
-    assert scores["image_dice"] == pytest.approx(
-        np.mean([v for d in dice.values() for v in d.values()])
-    )
     assert result["confidence_95"]["dice"] == pytest.approx(bootstrap(counts)["dice"], abs=0.02)
-    for fold in result["folds"]:
-        own = dice[fold["fold"]]
-        assert fold["per_image"] == pytest.approx(own, abs=1e-4) and fold["images"] == len(own)
+    # The table of these.
+    rows = [line.split() for line in said.splitlines()[-8:-1]]
+    pooled = [f"{scores[name]:.4f}" for name in ("dice", "image_dice", "iou")]
+    assert rows[0][:3] == ["fold", "images", "dice"] and rows[-3][:5] == ["pooled", "10", *pooled]
+    for fold, row in zip(result["folds"], rows[1:], strict=False):
+        head = [str(fold["fold"]), str(fold["images"]), f"{fold['scores']['dice']:.4f}"]
+        assert row[:3] == head
+    assert said.splitlines()[-1].endswith("dataset/test --model run/fold*/best_model.pth")
 
 
 def test_the_intervals_of_all_folds_are_of_groups():
@@ -248,22 +239,14 @@ def test_the_intervals_of_all_folds_are_of_groups():
     assert without["confidence_95"]["image_dice"][0] > 0.45
 
 
-def test_the_table_has_the_scores(done):
-    place, said = done
-    result = read(place / "run")
-    rows = [line.split() for line in said.splitlines()[-8:-1]]
-    scores = [f"{result['scores'][name]:.4f}" for name in ("dice", "image_dice", "iou")]
-    assert rows[0][:3] == ["fold", "images", "dice"] and rows[-3][:5] == ["pooled", "10", *scores]
-    for fold, row in zip(result["folds"], rows[1:], strict=False):
-        head = [str(fold["fold"]), str(fold["images"]), f"{fold['scores']['dice']:.4f}"]
-        assert row[:3] == head
-    assert said.splitlines()[-1].endswith("dataset/test --model run/fold*/best_model.pth")
-
-
 def test_a_fold_is_the_run_that_train_py_makes_of_its_data(copied):
     run(*FLAGS, "--data", "run/folds/fold2", "--out", "alone")
-    assert same_weights("alone/best_model.pth", "run/fold2/best_model.pth")
-    assert not same_weights("run/fold1/best_model.pth", "run/fold2/best_model.pth")
+    alone, one, two = (
+        torch.load(f"{path}/best_model.pth", weights_only=True)
+        for path in ("alone", "run/fold1", "run/fold2")
+    )
+    assert all(torch.equal(alone[name], two[name]) for name in alone)
+    assert not all(torch.equal(one[name], two[name]) for name in one)
     # And it can be tested and gone on with by itself.
     assert "Dice" in run("--test-only", "--out", "run/fold2")
     run("--resume", "--epochs", 3, "--out", "run/fold2")
@@ -276,10 +259,12 @@ def test_resumed_it_trains_what_is_missing_and_no_more(copied, done):
     del record["folds"][1:]
     Path("run/folds.json").write_text(json.dumps(record))
     shutil.rmtree("run/fold3")  # not begun; fold2 was stopped in its test
+    with file_lock(Path("run/fold2/.lock"), busy=""):  # by another process
+        refuse("--resume", "--out", "run", words=["run/fold2", "another training"])
     said = run("--resume", "--out", "run")
     assert read("run") == expected and tree("run/fold1") == before
-    assert "fold 1 of 3" not in said and "epoch 1/2" in said.partition("fold 3 of 3")[2]
-    assert "epoch 1/2" not in said.partition("fold 3 of 3")[0]
+    before, _, after = said.partition("fold 3 of 3")
+    assert "fold 1 of 3" not in said and "epoch 1/2" not in before and "epoch 1/2" in after
     # Of a cross-validation that is done, the table.
     assert run("--resume", "--out", "run").splitlines() == done[1].splitlines()[-8:]
 
@@ -301,7 +286,7 @@ def hold():
     train.train_model = wait
 
 
-def test_stopped_in_a_fold_it_names_the_command_that_goes_on(copied, done):
+def test_stopped_in_a_fold_it_names_the_command_that_goes_on(copied):
     shutil.rmtree("run")
     process = fork_script("train.py", *FLAGS, "--folds", 3, "--out", "run", log="log", prepare=hold)
     wait_until(Path("run/fold2/waits").exists)
@@ -310,9 +295,7 @@ def test_stopped_in_a_fold_it_names_the_command_that_goes_on(copied, done):
     *_, last = Path("log").read_text().splitlines()
     assert process.exitcode == 143
     assert last == "stopped by SIGTERM; to go on: python train.py --resume --out run"
-    said = run("--resume", "--out", "run")
-    assert "epoch 1/2" not in said.partition("fold 3 of 3")[0]  # of fold2, that is done
-    assert read("run") == read(done[0] / "run")
+    assert len(read("run")["folds"]) == 1
 
 
 def test_overwrite_leaves_no_weights_of_an_earlier_one(copied):
@@ -363,17 +346,16 @@ def test_damaged_images_are_left_out(copied):
     assert "0_train.png" in Path("two/skipped.txt").read_text()
 
 
-@pytest.mark.parametrize("exclusive, second", [(True, (0, 0, 64, 0)), (False, (64, 0, 0, 0))])
-def test_a_fold_scores_classes_as_their_masks_are_written(here, monkeypatch, exclusive, second):
-    probabilities = np.stack([np.full((8, 8), 0.9), np.full((8, 8), 0.8)]).astype(np.float32)
+@pytest.mark.parametrize("order, second", [((), (0, 0, 64, 0)), ((1, 2), (64, 0, 0, 0))])
+def test_a_fold_scores_classes_as_their_masks_are_written(order, second, here, monkeypatch):
+    """Of a pixel where two are probable the more probable, or both where the classes overlap."""
+    probabilities = np.float32([0.9, 0.8])[:, None, None] * np.ones((8, 8), np.float32)
     pairs = [(np.ones((2, 8, 8), bool), probabilities)]
     monkeypatch.setattr(cross_validation, "predict", lambda *arguments: pairs)
-    names, order = ("core", "cyst"), () if exclusive else (1, 2)
-    model = SimpleNamespace(info=ModelInfo(class_names=names, draw_order=order))
+    model = SimpleNamespace(info=ModelInfo(class_names=("core", "cyst"), draw_order=order))
     coco = SimpleNamespace(imgs={7: {"group": "p"}})
     dataset = SimpleNamespace(image_ids=[7], coco=coco, names=lambda: ["a.png"])
-    flags = argparse.Namespace(out=".", experiment_name="e")
-    fold = cross_validation.Fold(flags, 1)
+    fold = cross_validation.Fold(SimpleNamespace(out=".", experiment_name="e"), 1)
     fold.score(model, SimpleNamespace(device=None, dataset=dataset), None)
     assert [tuple(own) for own in fold.result["counts"][0]] == [(64, 0, 0, 0), second]
     assert fold.result["groups"] == ["p"] and [*fold.result["per_image"]] == ["a.png"]
@@ -385,22 +367,21 @@ def test_a_fold_scores_classes_as_their_masks_are_written(here, monkeypatch, exc
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--folds", 1, "--out", "new"), ["--folds 1"]),
-        (("--folds", -2, "--out", "new"), ["--folds"]),
-        (("--folds", 11, "--out", "new"), ["--folds 11", "10"]),
-        (("--folds", 2, "--out", "new", "--test-only"), ["--test-only", "new/fold1"]),
-        (("--test-only", "--out", "run"), ["--test-only", "run/fold1"]),
-        (("--folds", 2, "--out", "run"), ["run/folds.json", "--resume", "--overwrite"]),
-        (("--out", "run"), ["run/folds.json", "--resume", "--overwrite"]),
-        (("--folds", 2, "--out", "other"), ["other/best_model.pth", "--overwrite"]),
-        (("--folds", 2, "--out", "one"), ["one/fold1/best_model.pth"]),
-        (("--folds", 2, "--out", "taken"), ["taken/folds"]),
-        (("--folds", 2, "--out", "new", "--data", "nothing"), ["nothing"]),
-        (("--resume", "--out", "run", "--epochs", 9), ["run/folds.json", "--epochs"]),
-        (("--resume", "--out", "run", "--folds", 4), ["run/folds.json", "--folds 3"]),
-        (("--resume", "--out", "run", "--data", "other"), ["run/folds.json", "--data"]),
-        (("--resume", "--out", "run/fold1", "--folds", 3), ["run/fold1/last.pth", "--folds"]),
-        (("--resume", "--out", "damaged"), ["damaged/folds.json"]),
+        ("--folds -2 --out new", ["--folds"]),
+        ("--folds 11 --out new", ["--folds 11", "10"]),
+        ("--folds 2 --out new --test-only", ["--test-only", "new/fold1"]),
+        ("--test-only --out run", ["--test-only", "run/fold1"]),
+        ("--folds 2 --out run", ["run/folds.json", "--resume", "--overwrite"]),
+        ("--out run", ["run/folds.json", "--resume", "--overwrite"]),
+        ("--folds 2 --out other", ["other/best_model.pth", "--overwrite"]),
+        ("--folds 2 --out one", ["one/fold1/best_model.pth"]),
+        ("--folds 2 --out taken", ["taken/folds"]),
+        ("--folds 2 --out new --data nothing", ["nothing"]),
+        ("--resume --out run --epochs 9", ["run/folds.json", "--epochs"]),
+        ("--resume --out run --folds 4", ["run/folds.json", "--folds 3"]),
+        ("--resume --out run --data other", ["run/folds.json", "--data"]),
+        ("--resume --out run/fold1 --folds 3", ["run/fold1/last.pth", "--folds"]),
+        ("--resume --out damaged", ["damaged/folds.json"]),
     ],
 )
 def test_wrong_use_is_one_line_and_changes_nothing(flags, words, copied):
@@ -410,9 +391,7 @@ def test_wrong_use_is_one_line_and_changes_nothing(flags, words, copied):
         shutil.copy2("run/fold1/best_model.pth", folder)
     Path("damaged/folds.json").write_text('{"flags": {}')
     before = tree(".")
-    if "--folds" in flags and "--resume" not in flags:
-        flags = (*FLAGS, *flags)
-    refuse(*flags, words=words)
+    refuse(*(FLAGS if flags.startswith("--folds") else ()), *flags.split(), words=words)
     assert tree(".") == before
 
 
@@ -420,25 +399,3 @@ def test_several_processes_are_refused(dataset, refused, monkeypatch):
     for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     refused("train", "--data", dataset, "--folds", 2, words=["--folds", "torchrun"])
-
-
-def test_a_run_that_is_gone_on_with_has_its_own_checkpoint(copied, monkeypatch):
-    Path("run/folds.json").write_text(json.dumps({"flags": read("run")["flags"], "folds": []}))
-    seen = []
-
-    def stop(args, checkpoint, _):
-        seen.append((argparse.Namespace(**vars(args)), checkpoint["path"]))
-        raise ValueError("enough")
-
-    monkeypatch.setattr(train, "train_and_test", stop)
-    refuse("--resume", "--out", "run", words=["enough"])
-    args, path = seen[0]
-    assert (args.out, args.folds, path) == ("run/fold1", 0, Path("run/fold1/last.pth"))
-    assert args.experiment_name == "bs2-epoch2-fold1"  # on SwanLab
-
-
-def test_a_fold_that_is_resumed_elsewhere_is_left_alone(copied):
-    record = read("run")
-    Path("run/folds.json").write_text(json.dumps({"flags": record["flags"], "folds": []}))
-    with file_lock(Path("run/fold1/.lock"), busy=""):
-        refuse("--resume", "--out", "run", words=["run/fold1", "another training"])

@@ -47,21 +47,14 @@ def start(*flags, runs=None):
 # ---- what all share --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags, name",
-    [
-        ((), "bs32-epoch40"),
-        (("--batch-size", "8", "--epochs", "20"), "bs8-epoch20"),
-        (("--batch-size", "8", "--recipe", "strong"), "bs8-epoch40-strong"),
-        (("--experiment-name", "mine"), "mine"),
-    ],
-)
-def test_the_experiment_is_named_after_batch_size_epochs_and_recipe(flags, name, monkeypatch):
+def test_the_experiment_is_named_after_batch_size_epochs_and_recipe(monkeypatch):
     begun = []
-    stub = ("", lambda *given: begun.append(given), ["local"])
+    stub = ("", lambda *given: begun.append(given[1:3]), ["local"])
     monkeypatch.setitem(tracking.TRACKERS, "mlflow", stub)
-    start("--tracker", "mlflow", *flags)
-    assert begun[0][1:3] == ("Brain", name)
+    for flags in ("", "--batch-size 8 --epochs 20 --recipe strong", "--experiment-name mine"):
+        start("--tracker", "mlflow", *flags.split())
+    names = ["bs32-epoch40", "bs8-epoch20-strong", "mine"]
+    assert begun == [("Brain", name) for name in names]
 
 
 def stub(function):
@@ -102,10 +95,15 @@ def test_what_hangs_is_waited_for_once(monkeypatch, capsys):
     never.set()
 
 
-@pytest.mark.parametrize("name", ["swanlab", "tensorboard", "wandb", "mlflow"])
-def test_a_package_that_is_not_installed_is_named_with_its_command(name, monkeypatch, refused):
+def test_flags_that_cannot_be_served_are_refused(monkeypatch, refused):
+    for project in ("two words", "a/b", "", "é", "x" * 101, "a\n"):
+        with pytest.raises(ValueError, match="^--project .*$"):
+            tracking.swanlab_modes("offline", project)
+    with pytest.raises(ValueError, match="--swanlab online"):  # without a key
+        start("--swanlab", "online")
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    refused("train", "--tracker", name, words=["--tracker", f"pip install {name}"])
+    for name in ("swanlab", "tensorboard", "wandb", "mlflow"):
+        refused("train", "--tracker", name, words=["--tracker", f"pip install {name}"])
 
 
 @pytest.mark.parametrize("flags", [("--swanlab", "disabled"), ("--tracker", "none")])
@@ -122,8 +120,70 @@ def test_nothing_is_recorded_where_that_is_asked_for(flags, monkeypatch):
 # ---- TensorBoard, Weights & Biases, MLflow: read back with their own libraries ---------------
 
 
-def record(name):
-    """A run that is stopped after an epoch, and goes on; its id."""
+def read_tensorboard(run_id):
+    """({key: [(step, value)]}, how many pictures), as the other two."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(f"a run/tensorboard/{run_id}").Reload()
+    tags = events.Tags()
+    values = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}
+    pictures = [event for tag in tags["images"] for event in events.Images(tag)]
+    return values, sum((event.width, event.height) == (8, 8) for event in pictures)
+
+
+def read_wandb(run_id):
+    """Of offline runs: LevelDB's logs of W&B's messages, which another process writes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    def read():
+        values, codes = {}, []
+        for path in sorted(Path("a run/wandb").glob("offline-run-*/*.wandb")):
+            data, place, part = path.read_bytes(), 7, b""
+            while place + 7 <= len(data):
+                if (left := 32768 - place % 32768) < 7:  # no header fits at the end of a block
+                    place += left
+                _, size, kind = struct.unpack_from("<IHB", data, place)
+                part += data[place + 7 : place + 7 + size]
+                place += 7 + size
+                if kind in (1, 4):  # whole, or its last part
+                    (record := Record()).ParseFromString(part)
+                    part = b""
+                    items = {one.nested_key[0]: one.value_json for one in record.history.item}
+                    for key in items:
+                        values.setdefault(key, []).append((int(items["_step"]), items[key]))
+                    codes += [record.exit.exit_code] if record.HasField("exit") else []
+        return values, codes
+
+    wait_until(lambda: read()[1] == [1, 0])  # of the run that failed, and the one that did not
+    values = {key: own for key, own in read()[0].items() if "/" in key}
+    numbers = {key: [(step, float(text)) for step, text in own] for key, own in values.items()}
+    return numbers, len(list(Path("a run/wandb").rglob("media/images/predictions*.png")))
+
+
+def read_mlflow(run_id):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{Path('a run').absolute()}/mlflow.db")
+    run, values = client.get_run(run_id), {}
+    assert run.info.status == "FINISHED" and run.info.run_name == "bs32-epoch40"
+    assert client.get_experiment(run.info.experiment_id).name == "Brain"
+    assert run.data.params["augment"] == "none"
+    for key in run.data.metrics:
+        values[key] = [(one.step, one.value) for one in client.get_metric_history(run_id, key)]
+    (artifact,) = client.list_artifacts(run_id)
+    picture = Path(client.download_artifacts(run_id, artifact.path))
+    return values, int(picture.read_bytes() == Path("p.png").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "name, read, command",
+    [
+        ("tensorboard", read_tensorboard, "tensorboard --logdir"),
+        pytest.param("wandb", read_wandb, "wandb sync", marks=pytest.mark.slow),
+        pytest.param("mlflow", read_mlflow, "mlflow ui", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_and_is_read_back_with_its_own_library(name, read, command, capsys):
     Path("a run").mkdir()
     flags = ("--tracker", name, "--out", "a run")
     tracker, runs = start(*flags)
@@ -134,105 +194,24 @@ def record(name):
     tracker.log({"test/dice": 0.75})
     tracker.image("predictions", Path("p.png"))
     tracker.finish()
-    assert after == runs and list(runs) == [name]
-    return runs[name]
-
-
-def read_tensorboard(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder)).Reload()
-    tags = events.Tags()["scalars"]
-    return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
-
-
-def test_tensorboard(capsys):
-    run_id = record("tensorboard")
-    events, scalars = read_tensorboard(f"a run/tensorboard/{run_id}")
-    assert scalars.pop("train/loss") == [(1, 0.5), (2, 0.125)]
-    assert scalars.pop("test/dice") == [(0, 0.75)]
-    assert list(scalars.values()) == [[(1, 0.25)]]  # the tag of a class in its own spelling
-    (image,) = events.Images("predictions")
-    assert (image.width, image.height) == (8, 8)
-    assert "tensorboard --logdir" in capsys.readouterr().out
+    assert after == runs and list(runs) == [name] and command in capsys.readouterr().out
+    values, pictures = read(runs[name])
+    assert values.pop("train/loss") == [(1, 0.5), (2, 0.125)]
+    ((_, dice),) = values.pop("test/dice")
+    assert dice == 0.75 and pictures == 1
+    assert list(values.values()) == [[(1, 0.25)]]  # the class in a spelling of the library's own
 
 
 def test_train_py_writes_its_keys_to_tensorboard_and_goes_on_there(dataset, no_pictures):
-    flags = (*SMALL[:6], "--device", "cpu", "--tracker", "tensorboard", "--out", "run")
+    flags = (*SMALL[:6], "--device", "cpu", "--tracker", "tensorboard", "--out", "a run")
     output_of("train.py", *flags, "--epochs", 1, "--data", dataset, cwd=Path.cwd())
-    output_of("train.py", "--resume", "--epochs", 2, "--out", "run", cwd=Path.cwd())
-    (folder,) = Path("run/tensorboard").iterdir()
-    _, scalars = read_tensorboard(folder)
-    rows = Path("run/metrics.csv").read_text().splitlines()
-    losses = [float(row.split(",")[rows[0].split(",").index("train_loss")]) for row in rows[1:]]
+    output_of("train.py", "--resume", "--epochs", 2, "--out", "a run", cwd=Path.cwd())
+    (folder,) = Path("a run/tensorboard").iterdir()
+    scalars = read_tensorboard(folder.name)[0]
+    rows = [row.split(",") for row in Path("a run/metrics.csv").read_text().splitlines()]
+    losses = [float(row[rows[0].index("train_loss")]) for row in rows[1:]]
     assert [value for _, value in scalars["train/loss"]] == pytest.approx(losses, rel=1e-5)
     assert [step for step, _ in scalars["val/dice"]] == [1, 2] and "test/dice" in scalars
-
-
-def read_wandb(folder):
-    """({key: [(step, value)]}, exit codes) of offline runs: LevelDB's logs of W&B's messages."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    values, codes = {}, []
-    for path in sorted(folder.glob("offline-run-*/*.wandb")):
-        data, place, part = path.read_bytes(), 7, b""
-        while place + 7 <= len(data):
-            if (left := 32768 - place % 32768) < 7:  # no header fits at the end of a block
-                place += left
-            _, size, kind = struct.unpack_from("<IHB", data, place)
-            part += data[place + 7 : place + 7 + size]
-            place += 7 + size
-            if kind in (1, 4):  # whole, or its last part
-                (record := Record()).ParseFromString(part)
-                part = b""
-                items = {one.nested_key[0]: one.value_json for one in record.history.item}
-                for key in items:
-                    values.setdefault(key, []).append((int(items["_step"]), items[key]))
-                codes += [record.exit.exit_code] if record.HasField("exit") else []
-    return values, codes
-
-
-@pytest.mark.slow
-def test_wandb_offline(capsys):
-    record("wandb")
-    folder = Path("a run/wandb")
-    wait_until(lambda: read_wandb(folder)[1] == [1, 0])  # another process writes it
-    values, _ = read_wandb(folder)
-    assert values["train/loss"] == [(1, "0.5"), (2, "0.125")]
-    assert values["val/dice/Tümor (1)"] == [(1, "0.25")] and values["test/dice"][0][1] == "0.75"
-    assert "val/iou" not in values and "predictions" in values
-    assert list(folder.rglob("media/images/predictions*.png"))
-    assert "wandb sync" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_mlflow_without_a_server(capsys):
-    from mlflow import MlflowClient
-
-    run_id = record("mlflow")
-    client = MlflowClient(f"sqlite:///{Path('a run').absolute()}/mlflow.db")
-    run = client.get_run(run_id)
-    assert run.info.status == "FINISHED" and run.info.run_name == "bs32-epoch40"
-    assert client.get_experiment(run.info.experiment_id).name == "Brain"
-    assert run.data.params["augment"] == "none"
-    history = client.get_metric_history(run_id, "train/loss")
-    assert [(one.step, one.value) for one in history] == [(1, 0.5), (2, 0.125)]
-    assert run.data.metrics["test/dice"] == 0.75 and run.data.metrics["val/dice/T_mor _1_"] == 0.25
-    assert "val/iou" not in run.data.metrics
-    (artifact,) = client.list_artifacts(run_id)
-    assert Path(client.download_artifacts(run_id, artifact.path)).read_bytes()[1:4] == b"PNG"
-    assert "mlflow ui" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["swanlab", "tensorboard", "mlflow"])  # W&B takes another
-def test_a_folder_that_cannot_be_made_leaves_training_without_it(name, capsys):
-    Path("file").write_text("not a folder")
-    tracker, runs = start("--tracker", name, "--out", "file/run")
-    tracker.log({"train/loss": 0.5}, step=1)
-    tracker.finish()
-    assert tracker.run is None and runs == {}
-    assert ": could not start " in capsys.readouterr().out
 
 
 # ---- SwanLab: a stand-in for the service -----------------------------------------------------
@@ -245,24 +224,22 @@ class Service(BaseHTTPRequestHandler):
 
     def respond(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path = self.path.split("?")[0]
+        path, status = self.path.split("?")[0], 200
         self.server.requests.append((self.command, path, body))
         if self.server.hangs(path):
             self.server.stop.wait(LIMIT)
-        status, reply = 200, {}
-        if path == "/api/login/api_key":
-            user = {"username": "u", "name": "u"}
-            reply = {"sid": "s", "expiredAt": "2099-01-01T00:00:00.000Z", "userInfo": user}
-        elif path == "/api/project/u/Brain":
-            reply = {"cuid": "p", "name": "Brain", "path": "/u/Brain", "group": {"username": "u"}}
-            reply |= {"_count": {"experiments": 0}, "version": 1}
-        elif path.endswith("/experiment"):  # 201: a new experiment; 200: one to continue
+        user, project = {"username": "u", "name": "u"}, {"cuid": "p", "name": "Brain"}
+        project |= {"path": "/u/Brain", "group": user, "_count": {"experiments": 0}, "version": 1}
+        urls = [f"http://127.0.0.1:{self.server.server_port}/picture"]
+        reply = {
+            "/api/login/api_key": {"sid": "s", "expiredAt": f"2099-{DAY}", "userInfo": user},
+            "/api/project/u/Brain": project,
+            "/api/resources/presigned/put": {"urls": urls},
+        }.get(path, {})
+        if path.endswith("/experiment"):  # 201: a new experiment; 200: one to continue
             run_id = json.loads(body)["cuid"]
             status = 200 if run_id == "earlier" else 201
-            reply = {"cuid": run_id, "slug": run_id, "name": "bs32"}
-            reply["createdAt"] = "2026-01-01T00:00:00.000Z"
-        elif path == "/api/resources/presigned/put":
-            reply = {"urls": [f"http://127.0.0.1:{self.server.server_port}/picture"]}
+            reply = {"cuid": run_id, "slug": run_id, "name": "bs32", "createdAt": f"2026-{DAY}"}
         data = self.server.nonsense or json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -275,6 +252,9 @@ class Service(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+DAY = "01-01T00:00:00.000Z"
 
 
 @contextmanager
@@ -326,22 +306,44 @@ def program(text):
 # ---- SwanLab: what is recorded ---------------------------------------------------------------
 
 
+PROGRAM = """
+    tracker, runs = start(*%s, "--out", "it's a folder")
+    print("run", *runs.values())
+    tracker.log({"train/loss": 0.5, "val/dice": 0.25, "val/iou": float("nan")}, step=1)
+    tracker.log({"train/loss": 0.125}, step=2)
+    tracker.image("predictions", "p.png")
+    tracker.finish()
+    raise SystemExit(7)
+"""
+
+
 @pytest.mark.slow
-def test_offline_needs_no_network_and_its_sync_command_uploads_everything(here):
-    text = """
-        tracker, runs = start("--swanlab", "offline", "--out", "it's a folder")
-        print("run", runs["swanlab"])
-        tracker.log({"train/loss": 0.5, "val/dice": 0.25, "val/iou": float("nan")}, step=1)
-        tracker.log({"train/loss": 0.125}, step=2)
-        tracker.image("predictions", "p.png")
-        tracker.finish()
-    """
-    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)
-    result = run_python(*program(text), cwd=here, **proxies)
-    assert result.returncode == 0 and result.stdout.count("swanlab sync") == 1, result.stderr
-    run_id = re.search("^run (.*)$", result.stdout, re.MULTILINE)[1]
-    command = re.search("swanlab sync .*", result.stdout)[0]
-    with service() as server:  # the command goes to a shell, as when a person pastes it
+@pytest.mark.parametrize("flags", ["--swanlab auto", "--tracker wandb"])
+def test_without_key_and_network_nothing_prompts_and_a_command_uploads_it(flags, monkeypatch):
+    """At a terminal, and the command goes to a shell, as when a person pastes it."""
+    said = []
+
+    def read(descriptor):
+        said.append(os.read(descriptor, 4096))
+        return said[-1]
+
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, NOWHERE)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    arguments = program(PROGRAM % flags.split())
+    status = pty.spawn(["timeout", str(LIMIT), sys.executable, *arguments], read)
+    printed = b"".join(said).decode().replace("\r", "")
+    assert os.waitstatus_to_exitcode(status) == 7 and "Traceback" not in printed, printed
+    assert "Enter your choice" not in printed and printed.count(" sync ") == 1
+    if flags == "--tracker wandb":
+        return
+    (run_id,), command = (
+        re.findall("^run (.*)$", printed, re.M),
+        re.search("swanlab sync .*", printed)[0],
+    )
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name)
+    with service() as server:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, **server.account, "PATH": path}
         subprocess.run(command, shell=True, check=True, env=environment, timeout=LIMIT)
@@ -388,50 +390,24 @@ def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--swanlab auto", "--tracker wandb"])
-def test_without_a_key_nothing_prompts_at_a_terminal(flags, monkeypatch):
-    text = f"""
-        tracker, _ = start(*{flags.split()})
-        print("offline is", tracker.run.local)
-        tracker.finish()
-        raise SystemExit(7)
-    """
-    said = []
-
-    def read(descriptor):
-        said.append(os.read(descriptor, 4096))
-        return said[-1]
-
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    status = pty.spawn(["timeout", str(LIMIT), sys.executable, *program(text)], read)
-    printed = b"".join(said).decode()
-    assert os.waitstatus_to_exitcode(status) == 7 and "offline is True" in printed, printed
-    assert "Enter your choice" not in printed and "Traceback" not in printed
-
-
-def test_online_without_a_key_is_refused():
-    with pytest.raises(ValueError, match="--swanlab online"):
-        start("--swanlab", "online")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "harm, mode",
+    "harm",
     [
-        (None, "online"),  # no network
-        ({"hangs": lambda path: True}, "auto"),  # a server that never answers
-        ({"nonsense": b"<html>hotel wifi</html>"}, "auto"),
-        ({"nonsense": b"[]"}, "auto"),
+        None,  # no network
+        {"hangs": lambda path: True},
+        {"nonsense": b"<html>hotel wifi</html>"},
+        {"nonsense": b"[]"},
     ],
 )
-def test_without_a_service_it_is_offline_soon(harm, mode, monkeypatch, capsys):
+def test_without_a_service_it_is_offline_soon(harm, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "ANSWER", 1)
     with service(**harm or {}) as server:
-        account = server.account if harm else {**server.account, "SWANLAB_API_HOST": NOWHERE}
-        for name, value in account.items():
+        for name, value in server.account.items():
             monkeypatch.setenv(name, value)
+        if harm is None:
+            monkeypatch.setenv("SWANLAB_API_HOST", NOWHERE)
         began = time.monotonic()
-        tracker, _ = start("--swanlab", mode)
+        tracker, _ = start("--swanlab", "auto" if harm else "online")
         assert time.monotonic() - began < 6 and tracker.run.local
         tracker.finish()
     assert not tracker.hung
@@ -439,13 +415,12 @@ def test_without_a_service_it_is_offline_soon(harm, mode, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", [False, True])
-def test_servers_that_hang_delay_neither_training_nor_exit(dies, here):
-    """At the login, or once the run has begun. The process leaves as train.py does."""
-    text = f"""
-        tracking.START, tracking.CALL = {20 if dies else 1}, 2
+def test_a_server_that_dies_delays_neither_training_nor_exit(here):
+    """The process leaves as train.py does; else the upload would delay it for 60 seconds."""
+    text = """
+        tracking.START, tracking.CALL = 20, 2
         tracker, _ = start()
-        tracker.log({{"train/loss": 0.5}}, step=1)
+        tracker.log({"train/loss": 0.5}, step=1)
         tracker.image("predictions", "p.png")
         print("ready", flush=True)
         time.sleep(1.5)  # so long the picture is uploaded
@@ -453,20 +428,16 @@ def test_servers_that_hang_delay_neither_training_nor_exit(dies, here):
         assert tracker.hung
         os._exit(2)
     """
-    with service(hangs=lambda path: not dies and path.startswith("/api/login")) as server:
+    with service() as server:
         began, said = time.monotonic(), ""
         with start_python(*program(text), cwd=here, **server.account) as process:
             while "ready" not in said:
                 said += process.stdout.readline()
-            if dies:
-                server.shutdown()
-                server.server_close()  # from here on a connection is refused, or never accepted
+            server.shutdown()
+            server.server_close()  # from here on a connection is refused, or never accepted
             said += process.communicate(timeout=LIMIT)[0]
-    # Without os._exit, the upload of the picture would delay the exit for 60 seconds.
     assert process.returncode == 2 and time.monotonic() - began < 40
-    assert ("could not start online: no answer within 1 s" in said) is not dies
-    assert ("could not finish: no answer within 2 s" in said) is dies
-    assert ("swanlab sync " in said) is dies
+    assert "could not finish: no answer within 2 s" in said and "swanlab sync " in said
 
 
 @pytest.mark.slow
@@ -476,12 +447,10 @@ def test_servers_that_hang_delay_neither_training_nor_exit(dies, here):
         ("offline", True, ""),
         ("local", True, ""),
         ("disabled", None, ""),
-        ("cloud", True, "could not start online: "),
         ("no such mode", None, "going on without it: "),
     ],
 )
 def test_auto_follows_the_users_settings(monkeypatch, capsys, setting, offline, message):
-    monkeypatch.setenv("SWANLAB_API_HOST", NOWHERE)
     monkeypatch.setenv("SWANLAB_API_KEY", "x")
     monkeypatch.setenv("SWANLAB_MODE", setting)
     tracker, _ = start()
@@ -489,10 +458,3 @@ def test_auto_follows_the_users_settings(monkeypatch, capsys, setting, offline, 
     out = capsys.readouterr().out
     assert out.count("SwanLab: ") == bool(message) and message in out
     tracker.finish()
-
-
-@pytest.mark.parametrize("project", ["two words", "a/b", "", "é", "x" * 101, "a\n"])
-def test_a_project_name_that_swanlab_refuses(project):
-    with pytest.raises(ValueError, match="--project") as raised:
-        tracking.swanlab_modes("offline", project)
-    assert "\n" not in str(raised.value)
