@@ -22,6 +22,7 @@ from helpers import (
     script_here,
     skip_pictures,
     start_python,
+    tree,
     wait_until,
     without_times,
 )
@@ -40,7 +41,7 @@ from medseg.training.checkpoint import Progress
 from medseg.training.optim import GuardedStep, TrainingOptions, make_schedule
 from medseg.weights import load_weights
 from net import UNet, load_model
-from train import combined_loss, evaluate, train_model
+from train import combined_loss, train_model
 
 # ---- metrics ---------------------------------------------------------------------------------
 
@@ -83,21 +84,6 @@ def test_scores_are_sums_over_images():
         assert (result["image_dice"], result["dice"]) == pytest.approx((5 / 12, 8 / 14))
     assert in_parts.result()["loss"] == pytest.approx((1 * 1 + 3 * 3) / 4)
     assert in_parts.running_loss() == pytest.approx((2.5, 4))
-
-
-def test_evaluate_gives_the_same_scores_for_any_batch_size():
-    torch.manual_seed(0)
-    model, images = UNet(n_filters=2), torch.randn(5, 3, 32, 32)
-    masks = (torch.rand(5, 1, 32, 32) > 0.7).float()
-    torch.nn.init.zeros_(model.outc.bias)
-    bce = torch.nn.functional.binary_cross_entropy
-    one_by_one, pairs, whole = (
-        evaluate(model, zip(images.split(n), masks.split(n), strict=True), bce, "cpu")
-        for n in (1, 2, 5)
-    )
-    for scores in (pairs, whole):
-        assert scores == pytest.approx(one_by_one, abs=1e-6)
-    assert not model.training
 
 
 # ---- the loop --------------------------------------------------------------------------------
@@ -202,9 +188,18 @@ def pixel_model():
     return torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid())
 
 
-@pytest.mark.parametrize("name", ["cosine", "constant"])
-def test_a_step_is_taken_with_the_learning_rate_of_its_own_number(name, tmp_path):
-    """Against PyTorch's schedulers; what the history tells is that of the epoch's last step."""
+HALF = math.sqrt(0.5) / 2  # cos(pi / 4) / 2
+
+
+@pytest.mark.parametrize(
+    "name, factors",
+    [
+        ("cosine", [1 / 3, 2 / 3, 1, 0.5 + HALF, 0.5, 0.5 - HALF]),
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+    ],
+)
+def test_a_step_is_taken_with_the_learning_rate_of_its_own_number(name, factors, tmp_path):
+    """After a warm-up of two steps; what the history tells is that of the epoch's last step."""
     own = []
 
     class Watched(torch.optim.SGD):
@@ -217,17 +212,7 @@ def test_a_step_is_taken_with_the_learning_rate_of_its_own_number(name, tmp_path
     options = TrainingOptions(schedule=make_schedule(watched, name, 2, 6))
     arguments = batches, batches, combined_loss, watched, 2, "cpu"
     history = train_model(model, *arguments, out=tmp_path, options=options)
-    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    rise = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: (step + 1) / 3)
-    fall = torch.optim.lr_scheduler.CosineAnnealingLR(reference, 4)
-    both = torch.optim.lr_scheduler.SequentialLR(reference, [rise, fall], [2])
-    expected = [0.1 / 3, 0.2 / 3]
-    for step in range(6):
-        if step >= 2:
-            expected.append(reference.param_groups[0]["lr"] if name == "cosine" else 0.1)
-        reference.step()
-        both.step()
-    assert own == pytest.approx(expected)
+    assert own == pytest.approx([0.1 * factor for factor in factors])
     assert [row["lr"] for row in history] == [own[2], own[5]]
 
 
@@ -252,15 +237,15 @@ def test_the_running_mean_of_the_weights_by_hand(tmp_path):
 
 
 def test_the_scale_of_half_precision_is_gone_on_with():
-    steps = []
-    for _ in range(2):
-        model = pixel_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        options = TrainingOptions(
-            scaler=torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    first, second = (
+        GuardedStep(
+            model := pixel_model(),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            torch.device("cpu"),
+            TrainingOptions(scaler=torch.amp.GradScaler("cpu", 8.0, growth_interval=1)),
         )
-        steps.append(GuardedStep(model, optimizer, torch.device("cpu"), options))
-    first, second = steps
+        for _ in range(2)
+    )
     for _ in range(2):  # each doubles the scale
         first.begin()
         first.finish(first.model(torch.ones(1, 3, 2, 2)).mean())
@@ -428,78 +413,59 @@ def give_losses(monkeypatch):
 def stopped_early(tmp_path_factory):
     """A folder with a data set, `early`, stopped after 4 of 7 epochs, and `patient`, which was not.
 
-    Both are tested: curves.png, the last file of a training, is there.
+    The learning rate of these falls to the end; that of `constant`, of 3 epochs, does not. All are
+    tested: curves.png, the last file of a training, is there.
     """
-    place = tmp_path_factory.mktemp("early")
+    place, cosine = tmp_path_factory.mktemp("early"), ("--epochs", 7, "--schedule", "cosine")
     make_dataset(place / "dataset")
     with pytest.MonkeyPatch.context() as monkeypatch:
         skip_pictures(monkeypatch)
         give_losses(monkeypatch)
-        for out, patience in (("early", 2), ("patient", 5)):
-            run_small(place, *BUMPY, "--epochs", 7, "--patience", patience, "--out", out)
+        for out, *flags in (
+            ("early", "--patience", 2, *cosine),
+            ("patient", "--patience", 5, *cosine),
+            ("constant", "--epochs", 3),
+        ):
+            run_small(place, *BUMPY, "--out", out, *flags)
             (place / out / "curves.png").touch()
     return place
 
 
-@pytest.fixture
-def ended(stopped_early, tmp_path, monkeypatch, no_pictures):
-    """A copy of it; files keep their times. Trainings have its losses too."""
+@pytest.mark.usefixtures("no_pictures")
+def test_gone_on_with_more_patience_it_ends_as_if_it_had_had_it_from_the_start(
+    stopped_early, tmp_path, monkeypatch
+):
     give_losses(monkeypatch)
     shutil.copytree(stopped_early, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def test_gone_on_with_more_patience_it_ends_as_if_it_had_had_it_from_the_start(ended):
-    best = outcome(ended / "early")[1][2]
+    early, best = tmp_path / "early", outcome(tmp_path / "early")[1][2]
     # A little more of it is used up at once, and the best weights stay.
     go_on = ("--resume", "--out", "early", "--patience")
-    said = output_of("train.py", *go_on, 3, cwd=ended)
-    assert len(read_metrics(ended / "early")) == 5
+    said = output_of("train.py", *go_on, 3, cwd=tmp_path)
+    assert len(read_metrics(early)) == 5 and outcome(early)[1][2] == best
     assert "epoch 2" in said and "--patience" in said  # says why, and what to give
-    assert outcome(ended / "early")[1][2] == best
-    output_of("train.py", *go_on, 5, cwd=ended)
-    assert outcome(ended / "early") == outcome(ended / "patient")
+    output_of("train.py", *go_on, 5, cwd=tmp_path)
+    assert outcome(early) == outcome(tmp_path / "patient")
     # The new patience is recorded, as every flag is.
-    assert load_weights(ended / "early" / "last.pth")["flags"]["patience"] == 5
+    assert load_weights(early / "last.pth")["flags"]["patience"] == 5
 
 
 @pytest.mark.parametrize(
     "out, flags, words",
     [
-        ("early", "", ["4 of 7 epochs", "--epochs above 4", "--patience above 2"]),
-        ("early", "--epochs 60", ["--patience above 2"]),
-        ("early", "--epochs 3 --patience 9", ["--epochs above 4"]),
-        ("patient", "--epochs 5", ["7 of 7", "--epochs above 7"]),
-        ("patient", "--patience 30", ["--epochs above 7"]),
+        ("early", "", ["4 of 7 epochs", "--patience above 2", "--test-only"]),
+        ("early", "--patience 1", ["--patience above 2"]),
+        ("early", "--patience 5 --epochs 9", ["--epochs 7, not 9"]),  # with which the schedule ends
+        ("patient", "--patience 30", ["7 of 7 epochs", "--init"]),
+        ("constant", "", ["3 of 3 epochs", "--epochs above 3"]),
+        ("constant", "--epochs 3 --patience 9", ["--epochs above 3"]),
+        ("constant", "--epochs 2", ["--epochs above 3"]),
     ],
 )
 def test_a_run_that_has_ended_says_what_goes_on(out, flags, words, stopped_early, refused):
-    def state():
-        files = (stopped_early / out).iterdir()
-        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-    before, last = state(), stopped_early / out / "last.pth"
+    before, last = tree(stopped_early / out), stopped_early / out / "last.pth"
     flags = ("--resume", "--out", stopped_early / out, *flags.split())
-    refused("train", *flags, words=[last, *words, "--test-only"])
-    assert state() == before
-
-
-def test_with_a_schedule_that_ends_with_the_epochs_more_of_them_are_not_offered(ended, refused):
-    run_small(ended, *BUMPY, "--schedule", "cosine", "--epochs", 3, "--out", "cosine")
-    (ended / "cosine" / "curves.png").touch()
-    resume = ("--resume", "--out", ended / "cosine")
-    line = refused("train", *resume, "--patience", 30, words=["3 of 3 epochs done", "--init"])
-    assert "--epochs above" not in line
-    # What it says instead works.
-    run_small(ended, "--init", "cosine/best_model.pth", "--out", "next", "--epochs", 1)
-    # Neither fewer nor more epochs are taken; more patience is.
-    for epochs in (2, 9):
-        refused("train", *resume, "--epochs", epochs, words=["--epochs 3, not"])
-    state = load_weights(ended / "early" / "last.pth")
-    state["flags"]["schedule"] = "cosine"
-    torch.save(state, ended / "early" / "last.pth")
-    output_of("train.py", "--resume", "--out", "early", "--patience", 5, cwd=ended)
-    assert len(read_metrics(ended / "early")) == 7
+    refused("train", *flags, words=[last, *words])
+    assert tree(stopped_early / out) == before
 
 
 def test_a_finished_run_is_tested_again_only_where_its_test_was_cut_short(
@@ -644,22 +610,17 @@ def test_what_the_optimizer_and_the_loop_are_given(given):
     assert {**expected, "save_every": 9, "grace": 300}.items() <= options.items()
     # Three steps an epoch: it rises over four of 21 and falls over seventeen.
     (factor,) = options["schedule"].lr_lambdas
-    falling = [(1 + math.cos(math.pi * step / 17)) / 2 for step in range(18)]
-    assert [factor(step) for step in range(22)] == pytest.approx([0.2, 0.4, 0.6, 0.8, *falling])
+    last = (1 + math.cos(math.pi * 16 / 17)) / 2
+    assert [factor(step) for step in (0, 3, 4, 20)] == pytest.approx([0.2, 0.8, 1, last])
     assert given("--min-steps", 7)["model"]["grace"] == 7
     assert given("--min-steps", 7, "--warmup", 9)["model"]["grace"] == 9
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_recipe_is_a_set_of_flags_that_the_command_line_overrules(dataset, tmp_path):
-    own = ("--epochs", 1, "--lr", "0.01", "--schedule", "cosine")
-    said = run_small(tmp_path, "--recipe", "strong", *own)
-    # The recipe is printed as it was used.
+def test_a_recipe_is_printed_as_it_was_used(dataset, tmp_path):
+    said = run_small(tmp_path, "--recipe", "strong", "--epochs", 1, "--lr", "0.01")
     assert "recipe strong: --norm batch" in said and " --lr 0.01 " in said
     assert "--augment rotate=5,scale=0.1" in said
-    expected = {"recipe": "strong", "norm": "batch", "lr": 0.01, "ema": 0.995, "schedule": "cosine"}
-    flags = load_weights(tmp_path / "last.pth")["flags"]
-    assert expected.items() <= flags.items() and flags["augment"]["rotate"] == 5
     assert load_model(tmp_path / "best_model.pth").down1.norm1.running_mean.shape == (2,)
 
 
