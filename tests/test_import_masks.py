@@ -76,6 +76,7 @@ ENCODINGS = {  # suffix, image or array of a label map, class names
     "32-bit TIFF": (".tif", grey([0, 70000], np.int32), FOREGROUND),
     "float TIFF": (".tif", grey([0, 1, 2], np.float32), ["1", "2"]),
     "palette PNG": (".png", palette([0, 1, 15], COLOURS * 5), ["1", "15"]),
+    "palette 0/255": (".png", palette([0, 255], COLOURS * 64), FOREGROUND),
     "RGB levels": (".png", lambda m: grey([0, 1, 2])(m).convert("RGB"), ["1", "2"]),
     "RGBA": (".png", colours(COLOURS, "RGBA"), ["#0000ff", "#ff0000", "#ffffff"]),
     "alpha of black": (".png", lambda m: with_alpha(m, 0), FOREGROUND),

@@ -19,8 +19,6 @@ from helpers import (
     annotations,
     assert_refused,
     edit_annotations,
-    grey,
-    labels,
     output_of,
     photo,
     refuse_download,
@@ -40,7 +38,6 @@ from PIL import Image
 
 import predict
 from medseg import volumes as medseg_volumes
-from medseg.dicom import read_dicom
 from medseg.splits import grouped_split
 from medseg.volumes import open_volume
 from net import UNet, load_model
@@ -170,12 +167,12 @@ def test_numbers_that_are_nearly_whole_are_rounded_with_a_warning(here, step):
 DICOM = ("--masks", "di", "dm", *ALL)
 
 
-def dicom_pair():
+def dicom_pair(name="scan.dcm", **values):
     """The mask, bool (2, 3), of a DICOM file in di/ and a picture in dm/."""
     mask = np.array([[0, 1, 1], [0, 0, 1]], bool)
-    save(Image.fromarray(mask), "dm/scan.png")
-    Path("di").mkdir()
-    write_dicom(Path("di/scan.dcm"))  # 0 100 150 / 200 300 1000
+    save(Image.fromarray(mask), f"dm/{name.removesuffix('.dcm')}.png")
+    Path("di").mkdir(exist_ok=True)
+    write_dicom(Path("di", name), **values)  # 0 100 150 / 200 300 1000
     return mask
 
 
@@ -183,25 +180,15 @@ def test_dicom_images_and_a_window(here):
     mask = dicom_pair()
     run_download(*DICOM, "--window", "150", "200")  # from 50 to 250
     assert_array_equal(picture("scan"), [[0, 64, 128], [191, 255, 255]])
-    assert_array_equal(stored()["scan"]["foreground"], mask)
     assert "spacing" not in annotations("train")["images"][0]
-    write_dicom(Path("di/scan.dcm"), PixelSpacing=[0.5, 0.8])
-    run_download(*DICOM, "--force")  # the range of all its values
-    assert picture("scan")[0, 1] == round(25.5)
-    assert annotations("train")["images"][0]["spacing"] == [0.5, 0.8]
-
-
-def test_dicom_files_without_a_suffix(here):
-    mask, names = labels(3, size=(128, 128)), ("IM7", "1.2.840.5", "1.2.840.12")
-    Path("di").mkdir()
-    for name in names:
-        shutil.copy(sample("CT_small.dcm"), f"di/{name}")
-        save(grey([0, 1])(mask), f"dm/{name}.tif")
-    assert "'di/{id}'" in run_download(*DICOM)
-    assert set(stored()) == set(names)
-    for name, masks in stored().items():
-        assert_array_equal(masks["foreground"], mask == 1)
-        assert_array_equal(picture(name), read_dicom("di/IM7")[0])
+    Path("di/scan.dcm").unlink()
+    for name in ("scan", "1.2.840.5", "1.2.840.12"):  # without a suffix
+        dicom_pair(name, PixelSpacing=[0.5, 0.8])
+    assert "'di/{id}'" in run_download(*DICOM, "--force")  # the range of all values
+    assert [image["spacing"] for image in annotations("train")["images"]] == [[0.5, 0.8]] * 3
+    for name in ("scan", "1.2.840.5", "1.2.840.12"):
+        assert_array_equal(stored()[name]["foreground"], mask)
+        assert_array_equal(picture(name), (STORED * 0.255).round())
 
 
 def test_bad_dicom_is_one_line(here, monkeypatch):
@@ -216,7 +203,8 @@ def test_bad_dicom_is_one_line(here, monkeypatch):
     refuse_download("--masks", "di/{id}.dcm", "dm/{id}.nii", *ALL, words=["dm/scan.nii"])
     save(photo(size=(3, 2)), "di/scan.png")
     pictures = ("--masks", "di/{id}.png", "dm/{id}.png", *ALL)
-    refuse_download(*pictures, "--window", "40", "80", words=["di/scan.png", "--window"])
+    for flags in (["--window", "40", "80"], ["--context", "1"]):
+        refuse_download(*pictures, *flags, words=[flags[0]])
     monkeypatch.setitem(sys.modules, "pydicom", None)
     refuse_download("--masks", "di/{id}.dcm", "dm/{id}.png", *ALL, words=["install pydicom`"])
 
@@ -290,9 +278,6 @@ def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
     """The written slices have those beside them, and predict.py puts them together alike."""
     for number in range(3):
         volume(number, classes=1)
-    for folder in ("p", "q"):
-        save(photo(1), f"{folder}/1.png")
-    refuse_download("--masks", "p", "q", "--context", "1", words=["--context"])
     run_download(*VOLUMES, *THIRDS, "--context", "1", "--window", "500", "1000")
     name = min(stored("test")).rpartition("_")[0]
     voxels = nibabel.load(f"vi/{name}_0000.nii.gz").get_fdata()

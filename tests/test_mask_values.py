@@ -116,6 +116,7 @@ CASES = [  # masks of label maps of 0 to 3, --classes, the numbers of each class
     ([INDEX], ("n.json", {"1": "a", "2": "b", "3": "c", "4": "absent"}), {**ABC, "absent": []}),
     ([INDEX], ("i.json", {"labels": {"a": 1, "b": 2, "ignore": 3}}), {"a": 1, "b": 2, "ignore": 3}),
     ([INDEX], ("u.json", {"0": "unlabelled", "1": "a", "2": "a", "3": "c"}), {"a": [1, 2], "c": 3}),
+    ([INDEX], ("list.json", ["background", "a", "b", "c"]), ABC),
     ([INDEX], ("_classes.csv", "Value, Class\n0, background\n1, a\n2, b\n3, c\n"), ABC),
     ([BLACK, ORDERED], ("labelmap.txt", CVAT), {"a": 1, "absent": [], "b: 2": 2}),
 ]
@@ -212,8 +213,12 @@ def test_strays_are_asked_about():
     for values, pixels in (([1, 2], 1), ([1, 2, 3], 20)):  # no more than classes; 0.1 % each
         _, classes = masks_of([with_strays(values, pixels)])
         assert classes.names == [str(value) for value in (*values, 128, 255)]
-    for encoding, values in (("grey", range(1, 7)), ("volume", (1, 20, 30, 40, 50, 60))):
-        counts = dict(zip(values, (9**6, 9**6, 5, 6, 7, 9), strict=True))  # numbers of classes
+    apart, few = (1, 20, 30, 40, 50, 60), (9**6, 9**6, 5, 6, 7, 9)
+    for encoding, values, pixels in (  # numbers of classes; as many classes as strays
+        *(("grey", range(1, 7), few), ("volume", apart, few)),
+        ("grey", apart, (9**6, 9**6, 9**6, 5, 6, 7)),
+    ):
+        counts = dict(zip(values, pixels, strict=True))
         assert len(classes_of_counts([Counted("a", encoding, {0: 10**6, **counts})]).names) == 6
 
 
