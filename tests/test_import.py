@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cv2 import dilate
 from helpers import (
     annotations,
     assert_done,
@@ -28,6 +29,7 @@ from helpers import (
     output_of,
     photo,
     polygon,
+    rasterize,
     read_rgb,
     refuse_download,
     run_download,
@@ -41,10 +43,11 @@ from helpers import (
     write_groups,
 )
 from numpy.testing import assert_array_equal, assert_equal
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
 from data import load_split
 from medseg import phantoms
+from medseg.coco import load_coco
 from medseg.dataset_folder import import_lock
 from medseg.images import as_picture
 from medseg.importing import collect, writing
@@ -280,15 +283,12 @@ def test_two_classes_of_phantoms(here):
     flags = ("--synthetic", "--phantoms", 4, 1, 1)
     run_download(*flags, "--two-classes")
     assert class_names() == ["bright", "dark"]
-    content, values = annotations("train"), {1: [], 2: []}
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    for annotation in content["annotations"]:
-        image = Image.open(f"dataset/train/{names[annotation['image_id']]}").convert("L")
-        mask = Image.new("L", image.size)
-        ImageDraw.Draw(mask).polygon(annotation["segmentation"][0], fill=1)
-        inside, near = np.asarray(mask), np.asarray(mask.filter(ImageFilter.MaxFilter(31)))
-        inside, around = (np.median(np.asarray(image)[near + inside == n]) for n in (2, 1))
-        values[annotation["category_id"]].append(inside - around)
+    coco, values = load_coco(Path("dataset/train")), {1: [], 2: []}
+    for own in coco.anns.values():
+        pixels = read_rgb(f"dataset/train/{coco.imgs[own['image_id']]['file_name']}")[..., 0]
+        mask = rasterize(own["segmentation"], *pixels.shape) > 0
+        around = dilate(mask.astype(np.uint8), np.ones((31, 31))) > mask
+        values[own["category_id"]].append(np.median(pixels[mask]) - np.median(pixels[around]))
     assert np.mean(values[1]) > np.mean(values[2]) + 20  # dark ones have bright rims
     refuse_download(*flags, words=["dataset", "--force"])
 

@@ -503,9 +503,6 @@ def test_figshare_brain_tumours(here, monkeypatch):
             assert_equal(masks, {names[kinds[int(stem)] - 1]: square_mask(3, 4, 6, 9)})
             grey = read_rgb(f"dataset/{split}/{stem}.png")[..., 0]
             assert (np.diff(grey.astype(int).ravel()) >= 0).all() and grey.max() == 255
-    with h5py.File("m/0.mat", "w") as file:
-        file["x"] = 1
-    refuse_download("--arrays", "m", "--force", words=["m/0.mat", "cjdata"])
     monkeypatch.setitem(sys.modules, "h5py", None)
     refuse_download("--arrays", "m", "--force", words=["m/0.mat", "pip install h5py"])
 
@@ -544,30 +541,25 @@ BAD = [  # ((flags, a function that writes the files), what the message names)
     (bad_labelme([{"points": []}]), "x.json: shapes[0]"),
     (bad_labelme([shape("a", [[0.1, 0.1], [0.5, 0.3], [0.2, 0.9]])]), "fractions"),
     (bad_labelme(imagePath="none.png"), "'none.png'"),
-    (bad_labelme(imagePath="../lm/x.json"), "x.json: its image"),
     (bad_labelme(imagePath="none.png", imageData="AAAA"), "imageData"),
     (bad_labelme(imageWidth=41), "41x30"),
     (bad_shape((1, 1), (2, 2)), "x.json: shapes[1]"),
     (bad_shape((1, 1), (2, math.nan), (3, 1)), "x.json: shapes[1]"),
     (bad_shape((1, 1), (4, 4), kind="mask", mask="AAAA"), "x.json: shapes[1]"),
-    (bad_coco(annotations=[]), "c.json"),
     (bad_coco(categories=[]), "category_id 2"),
     (bad_coco(annotation={"segmentation": None}), "annotation 0"),
     (bad_coco(annotation=polygon(1e9, 0, 5)), "annotation 0 of a.png"),
     (bad_coco(annotation={"segmentation": {"size": [30, 40], "counts": [7]}}), "0 of a.png"),
     (bad_coco(record={"width": 30, "height": 40}), "30x40"),
-    (bad_coco(record={"width": 10**9}), "1000000000x30"),
     (bad_coco(record={"file_name": None}), "images[0]"),
     (bad_coco(annotations=FRACTIONS), "fractions"),
     (bad_coco(annotations=[{**FRACTIONS[0], "segmentation": [SLIVER]}]), "cover no"),
     ((COCO, lambda: Path("images").mkdir()), "c.json"),
-    ((COCO, lambda: Path("c.json").write_text('{"images": []}')), "images"),
     ((COCO, lambda: (coco_file(ONE), Path("c.json").write_text("["))), "c.json"),
     ((VIA, lambda: (coco_file(ONE), Path("c.json").rename("v.json"))), "v.json"),
     (bad_via({"name": "polygon", **SIDES, "all_points_x": [1]}), "a.png"),
     (bad_via({"name": "star"}), "star"),
     (bad_yolo(SQUARE, "0 3 3 9 3 9 9"), "labels/a.txt: line 2"),
-    (bad_yolo("cell 0.1 0.1"), "labels/a.txt: line 1"),
     (bad_yolo(SQUARE, names="nc: 2\n"), "data.yaml"),
     (bad_yolo(), "labels/a.txt"),
     (bad_npz(label_map().T, "image", "label"), "z/x.npz"),
