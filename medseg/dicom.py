@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.files import import_reader, is_dicom, name_file
-from medseg.samples import pixel_limit, too_many_pixels
+from medseg.samples import check_size
 from medseg.settings import is_spacing, window_limits, window_to_uint8
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
@@ -240,7 +240,5 @@ def _read_header(path):
     header = import_reader("pydicom", "DICOM").dcmread(path, stop_before_pixels=True)
     if "Rows" not in header or "Columns" not in header:
         raise NoImageError("holds no image")
-    rows, columns = header.Rows, header.Columns
-    if rows * columns > pixel_limit():
-        raise too_many_pixels(rows * columns, f"{columns}x{rows} pixels")
+    check_size(header.Columns, header.Rows)
     return header

@@ -99,8 +99,8 @@ def read_image(path, window=None):
     (center, width), or else from the range that holds the largest value: 8, 10, 12 or 16 bits
     (0..1 for floating point). The values of PGM and PPM files are scaled from the range that the
     file names. Alpha is dropped.
-    Raises FileNotFoundError; ValueError for what is not one whole picture of at most
-    `pixel_limit` pixels.
+    Raises FileNotFoundError; ValueError for what is not one whole picture, or of more pixels than
+    `medseg.samples.set_pixel_limit` allows.
     """
     with name_file(path), samples.open_picture(path) as picture:
         if (image := picture.plain()) is not None:

@@ -27,7 +27,7 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "GIF")
 FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
 KINDS = f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}"  # of files that predict.py takes
 LOSSY = ("JPEG", "lossy WebP")
-PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS  # 89 million, against small files that fill the memory
+PILLOWS_LIMIT = 89_478_485  # pixels of an image, against small files that fill the memory
 LARGE = 1 << 22  # pixels of an image that is not copied at once
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = (255, 1023, 4095, 65535)  # of 8, 10, 12 and 16 bits
@@ -43,8 +43,8 @@ MULTIPLIED_ALPHA, ALPHA = 1, 2
 COPY_OR_MASK = 1 | 4  # kinds of pages: a smaller copy, or the transparency, of another
 PILLOWS = COMPRESSION_INFO.keys() - {50001}  # compressions, but WebP, which few builds have
 
-# Pillow warns above its limit and refuses at twice that: refuse at once.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = None  # `check_size` does it, for files of every kind
+_limit = {"pixels": PILLOWS_LIMIT}
 # Odd metadata: the pixels are what counts, and an error where they are damaged.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
@@ -73,20 +73,17 @@ class Page(NamedTuple):
 def set_pixel_limit(megapixels):
     """Read images of up to so many million pixels in this process: the flag --max-megapixels."""
     own = megapixels == MAX_MEGAPIXELS
-    Image.MAX_IMAGE_PIXELS = PILLOWS_LIMIT if own else megapixels * 10**6
+    _limit["pixels"] = PILLOWS_LIMIT if own else megapixels * 10**6
 
 
-def pixel_limit():
-    """How many pixels an image may have."""
-    return Image.MAX_IMAGE_PIXELS
-
-
-def too_many_pixels(pixels, what):
-    """The ValueError for an image of so many pixels, more than the limit; what: these in words."""
-    return ValueError(
-        f"{what} are more than {pixel_limit() // 10**6} million; if you trust the file: "
-        f"--max-megapixels {-(-pixels // 10**6)}"
-    )
+def check_size(width, height):
+    """ValueError for an image, or a slice, of more pixels than `set_pixel_limit` allows."""
+    pixels, most = width * height, _limit["pixels"]
+    if pixels > most:
+        raise ValueError(
+            f"{width}x{height} pixels are more than {most // 10**6} million; if you trust the "
+            f"file: --max-megapixels {-(-pixels // 10**6)}"
+        )
 
 
 def read_samples(file):
@@ -217,10 +214,8 @@ def _open_by_pillow(file, formats):
         image = Image.open(file, formats=formats)
     except Image.UnidentifiedImageError:
         raise Image.UnidentifiedImageError(f"not a {FORMAT_NAMES} picture") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        pixels = int(re.search(r"\d+", str(error))[0])  # the first of its numbers
-        raise too_many_pixels(pixels, f"{pixels} pixels") from None
     with image:
+        check_size(*image.size)
         yield image
 
 
@@ -347,15 +342,14 @@ class _Tiff:
 
     def __init__(self, file, pages):
         self.file, self.pages, self.page = file, pages, (page := pages[0].aspage())
-        self.size, pixels = (page.imagewidth, page.imagelength), page.imagewidth * page.imagelength
+        self.size = page.imagewidth, page.imagelength
         self.bits = max(np.atleast_1d(page.bitspersample).tolist())
         self.extra = tuple(map(int, page.extrasamples))
         if not self.extra and page.photometric == RGB and page.samplesperpixel == 4:
             self.extra = (ALPHA,)  # as it is not said to be anything
         self.has_alpha = self.extra[-1:] in ((ALPHA,), (MULTIPLIED_ALPHA,)) and len(pages) == 1
         count = len(pages) * page.samplesperpixel - self.has_alpha
-        if pixels > pixel_limit():
-            raise too_many_pixels(pixels, "{}x{} pixels".format(*self.size))
+        check_size(*self.size)
         if count > MAX_CHANNELS:
             raise ValueError(f"has {count} channels: {MAX_CHANNELS} can be read")
         name = {1: "grey", 3: "RGB"}.get(count, f"{count} channels")

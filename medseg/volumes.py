@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.files import ITK_SUFFIXES, NIFTI_SUFFIXES, atomic_write, import_reader, name_file
-from medseg.samples import pixel_limit, too_many_pixels
+from medseg.samples import check_size
 from medseg.settings import (
     MAX_CHANNELS,
     context_offsets,
@@ -85,8 +85,7 @@ class Volume:
         widest = flat if flat.any() else spacing >= spacing.max() * (1 - 1e-4)
         self.axis = int(np.flatnonzero(widest)[-1])
         height, width = (self.shape[axis] for axis in range(3) if axis != self.axis)
-        if height * width > pixel_limit():
-            raise too_many_pixels(height * width, f"slices of {width}x{height} pixels")
+        check_size(width, height)
         self._voxels = self.turn(self.header.read().reshape((*sides, extra), order="F"))
 
     def _split_shape(self, time):
