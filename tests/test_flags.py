@@ -1,6 +1,7 @@
 """Which flag wins, what --resume keeps of them, and what is refused before anything is planned."""
 
 import argparse
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -166,18 +167,14 @@ class Planned(Exception):
 def start(tmp_path, monkeypatch):
     """start(*flags): train.py --recipe auto, up to its plan or, with words, refused before it."""
 
-    def plan(given):
-        raise Planned
-
     def run(*flags, words=()):
         command = ("train.py", *SMALL[4:], "--recipe", "auto", "--out", "run", *flags)
         if words:
             assert_refused(script_here(*command, cwd=tmp_path), *words)
         else:
-            with pytest.raises(Planned):
-                script_here(*command, cwd=tmp_path)
+            pytest.raises(Planned, script_here, *command, cwd=tmp_path)
 
-    monkeypatch.setattr(train, "planned_flags", plan)
+    monkeypatch.setattr(train, "planned_flags", Mock(side_effect=Planned))
     return run
 
 

@@ -14,6 +14,7 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -382,11 +383,7 @@ def test_no_memory_and_no_space_are_one_line_anywhere(
     name, where, error, words, dataset, refused, monkeypatch
 ):
     """The error is raised by hand: there may be no GPU here."""
-
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(where, fail)
+    monkeypatch.setattr(where, Mock(side_effect=error))
     refused(name, *(("--device", "cpu") if name == "train" else ()), words=words.split())
 
 

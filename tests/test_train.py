@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -330,10 +331,7 @@ def test_stopping_saves_and_resuming_ends_as_if_it_had_not_stopped(dataset, tmp_
 def test_stopped_before_a_checkpoint_it_names_no_way_to_go_on(
     error, status, said, tmp_path, monkeypatch
 ):
-    def stop(*_):
-        raise error
-
-    monkeypatch.setattr(train, "train_and_test", stop)
+    monkeypatch.setattr(train, "train_and_test", Mock(side_effect=error))
     result = script_here("train.py", *SMALL, cwd=tmp_path)
     assert result.returncode == status and "to go on" not in result.stderr
     assert said in result.stderr and len(result.stderr.splitlines()) == 1
@@ -498,30 +496,19 @@ def test_refusals(straight, refused):
     assert (place / "file").read_text() == "in the way"
 
 
-@pytest.mark.parametrize("missing", ["", "valid", "valid/_annotations.coco.json"])
-def test_missing_data_is_answered_with_the_layout(missing, dataset, refused):
-    (dataset / missing).rename(dataset.parent / "elsewhere")
-    words = [dataset, missing[:5], "train/, valid/ and test/", "_annotations.coco.json"]
-    refused("train", *SMALL, "--data", dataset, words=words)
-
-
-@pytest.mark.parametrize("name", ["best_model.pth", "last.pth"])
-def test_another_run_is_not_overwritten_unasked(name, straight, refused, tmp_path):
-    """Asked to, it trains afresh; nor is the other lost where what was asked for fails."""
-    place, old = straight[0], tmp_path / name
-    old.write_bytes(b"another run")
-    data = ("--data", place / "dataset")
-    refused("train", *SMALL, *data, words=[old.name, "--resume", "--overwrite", "--out"])
-    refused("train", *SMALL, "--data", "nowhere", "--overwrite", words=["nowhere"])
-    assert old.read_bytes() == b"another run"
-
-
 @pytest.mark.usefixtures("no_pictures")
-def test_overwrite_trains_afresh(straight, tmp_path):
+def test_another_run_is_overwritten_where_that_is_asked_for(straight, refused, tmp_path):
     place, _ = straight
+    data = ("--data", place / "dataset", "--epochs", 3)
     for name in ("best_model.pth", "last.pth"):
         (tmp_path / name).write_bytes(b"another run")
-    run_small(tmp_path, "--data", place / "dataset", "--epochs", 3, "--overwrite")
+        refused(
+            "train", *SMALL, *data, words=["best_model.pth", "--resume", "--overwrite", "--out"]
+        )
+        # Nor is it lost where what was asked for fails.
+        refused("train", *SMALL, "--data", "nowhere", "--overwrite", words=["nowhere"])
+        assert (tmp_path / name).read_bytes() == b"another run"
+    run_small(tmp_path, *data, "--overwrite")
     assert outcome(tmp_path) == outcome(place / "run")  # the same seed, the same digits
     # Resuming does not begin afresh too, and writes where it is told to.
     (tmp_path / "there").mkdir()
@@ -635,12 +622,20 @@ def test_masks_that_stayed_empty_are_told_after_the_test(prior, told, dataset, t
 # ---- pictures --------------------------------------------------------------------------------
 
 
-def test_predictions_are_drawn_over_their_own_image(monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """What predictions.png is to show: [(cases, captions)]."""
+    calls = []
+
+    def plot(cases, *_, captions, **__):
+        calls.append((cases, captions))
+
+    monkeypatch.setattr(train.plots, "plot_predictions", plot)
+    return calls
+
+
+def test_predictions_are_drawn_over_their_own_image(drawn):
     """A bright left half is predicted; the masks are rows, one more for each image."""
-    drawn = []
-    monkeypatch.setattr(
-        train.plots, "plot_predictions", lambda cases, *_, **__: drawn.extend(cases)
-    )
     images, masks = torch.full((4, 3, 8, 8), -1.0), torch.zeros(4, 1, 8, 8)
     for index in range(4):
         images[index, :, :, :4], masks[index, :, : index + 1] = 0.5 * index + 0.1, 1
@@ -648,7 +643,8 @@ def test_predictions_are_drawn_over_their_own_image(monkeypatch):
     model[0].weight.fill_(1)  # the probability is over 0.5 where the sum of the channels is over 0
     model[0].bias.zero_()
     train.visualize_predictions(model, [(images, masks)], "cpu", num_samples=2)
-    for index, (picture, target, pred, title) in zip((0, 3), drawn, strict=True):  # spread over 4
+    ((cases, _),) = drawn
+    for index, (picture, target, pred, title) in zip((0, 3), cases, strict=True):  # spread over 4
         grey = images[index, :, 0, 0].numpy() * STD + MEAN
         np.testing.assert_allclose(picture[0, 0], grey.clip(0, 1), atol=1e-6)
         np.testing.assert_array_equal(target, masks[index] > 0)
@@ -656,12 +652,8 @@ def test_predictions_are_drawn_over_their_own_image(monkeypatch):
         assert title == f"Dice {2 * 4 * (index + 1) / (32 + 8 * (index + 1)):.2f}"
 
 
-def test_predictions_are_named_after_their_images(dataset, monkeypatch):
-    captions = []
-    monkeypatch.setattr(
-        train.plots, "plot_predictions", lambda *_, **given: captions.append(given["captions"])
-    )
+def test_predictions_are_named_after_their_images(dataset, drawn):
     split = data.open_split(dataset, "test", 32)
     loader = Batches(load_split(dataset, "test", 32), Order(4), dataset=split)
     train.visualize_predictions(UNet(n_filters=2), loader, "cpu", num_samples=2)
-    assert captions == [["0_test.png", "3_test.png"]]
+    assert drawn[0][1] == ["0_test.png", "3_test.png"]
