@@ -45,7 +45,10 @@ class DicomFrames(Sequence):
 
     def __init__(self, path, limits=None):
         self.path, self._limits = Path(path), limits
-        self.header = _read_header(self.path)
+        self.header = import_reader("pydicom", "DICOM").dcmread(self.path, stop_before_pixels=True)
+        if "Rows" not in self.header or "Columns" not in self.header:
+            raise NoImageError("holds no image")
+        check_size(self.header.Columns, self.header.Rows)
         self._length = int(self.header.get("NumberOfFrames") or 1)
         self.photometric = str(self.header.get("PhotometricInterpretation"))
         if self.photometric not in GREY + COLOUR:
@@ -233,12 +236,3 @@ def _order_slices(slices):
     affine[:3, 3] = told[order[0]][0][0]
     spacing = (column_mm, row_mm, float(np.linalg.norm(affine[:3, 2])))
     return [slices[place] for place in order], np.diag([-1, -1, 1, 1]) @ affine, spacing
-
-
-def _read_header(path):
-    """pydicom's header; ValueError where it has no image, or claims too many pixels."""
-    header = import_reader("pydicom", "DICOM").dcmread(path, stop_before_pixels=True)
-    if "Rows" not in header or "Columns" not in header:
-        raise NoImageError("holds no image")
-    check_size(header.Columns, header.Rows)
-    return header
