@@ -118,15 +118,6 @@ def test_alpha_of_a_black_mask_beside_others_is_no_mask(here):
     assert_array_equal(stored()["b"]["foreground"], labels(1) == 1)
 
 
-def test_index_255_of_a_palette_is_ignored(here):
-    drawn = labels(2, 3)
-    save_pair("a", palette([0, 1, 15, 255], COLOURS * 64)(drawn))
-    percent = 100 * (drawn == 3).mean()
-    assert f"palette index 255 ({percent:.2f} % of the pixels)" in run_download(*MASKS)
-    assert list(stored()["a"]) == ["1", "15", "ignore"]
-    assert_array_equal(stored()["a"]["ignore"], drawn == 3)
-
-
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_pixels_of_less_than_half_alpha_are_background(here, mode):
     alpha = np.arange(256, dtype=np.uint8).reshape(8, 32)
