@@ -251,6 +251,10 @@ def test_four_axes_are_volumes_in_time_or_channels(here):
             name = f"c{number}_z{index:03}"
             assert_array_equal(masks[name]["foreground"], numbers[..., z, time] == 1)
             assert_array_equal(picture(name), shown[..., z, time])
+    run_download(*VOLUMES, *ALL, "--time", "--context", 1, "--force")  # of the same time
+    assert_array_equal(picture("c1_z007"), shown[..., [3, 2, 3], 1])
+    assert_array_equal(picture("c1_z008"), shown[..., [0, 0, 1], 2])
+    for number, (_, numbers) in enumerate(made):
         write_nifti(Path(f"vm/c{number}.nii.gz"), numbers[..., 0], zooms=(1, 1, 3))
     refuse_download(*VOLUMES, *ALL, "--time", "--force", words=["vm/c0.nii.gz", "12 x 10 x 4 x 3"])
     run_download(*VOLUMES, *ALL, "--force", "--channels", "t1,t2,flair")
@@ -457,7 +461,7 @@ def assert_same_images(one, other, rename=str):
 
 
 def test_volumes_of_several_orientations_become_those_of_the_first(here):
-    images = brains("abcd")
+    images = brains("abcd", spacing=(1, 2, 4))
     write_pairs({name: stored_as(image, "LPS") for name, image in images.items()})
     assert "orientation" not in run_download(*VOLUMES, *ALL, "--data", "same")
     mixed = dict(zip("abcd", ("LPS", "RAS", "LPS", "PSR"), strict=True))
@@ -467,6 +471,8 @@ def test_volumes_of_several_orientations_become_those_of_the_first(here):
     assert "orientation: 2 of 4 volumes turned to LPS, that of a.nii.gz" in said
     assert "orientation: 1 of 4 masks turned" in said
     assert_same_images(("train", "same"), ("train", "mixed"))
+    spacings = {tuple(image["spacing"]) for image in annotations("train", "mixed")["images"]}
+    assert spacings == {(1, 2)}
     assert recorded("train", "mixed")["orientation"] == "LPS"
 
 
