@@ -245,8 +245,8 @@ def test_coco_boxes(here):
 def test_points_refer_to_the_image_as_it_is_shown_or_stored(here):
     coco_file(ONE)
     labelme("x", AREA, imageWidth=PHOTO[1], imageHeight=PHOTO[0])
-    for place in ("images/a.png", "lm/x.png"):
-        save_turned(photo(size=PHOTO[::-1]), place, 6)  # a quarter clockwise
+    for place, orientation in (("images/a.png", 6), ("lm/x.png", 5)):  # turned, mirrored too
+        save_turned(photo(size=PHOTO[::-1]), place, orientation)
     run_download(*COCO)
     assert_array_equal(stored()["a"]["k2"], np.rot90(square_mask(3, 4, 6, 6), -1))
     run_download(*LABELME, "--force")
@@ -287,7 +287,7 @@ FORGIVEN = {  # what `write_coco` changes, how many things are counted in a line
     "no category": ({"annotation": {"category_id": None}, "categories": [{"id": 2}]}, 1),
     "flat": ({"annotation": {"segmentation": OUTLINE}}, 1),
     "nested points": ({"annotation": {"segmentation": [POINTS]}}, 1),
-    "one point": ({"annotation": {"segmentation": [[5, 5], OUTLINE, []]}}, 2),
+    "fragments": ({"annotation": {"segmentation": [[5, 5], OUTLINE, [], [5, 5, 6, 6]]}}, 3),
     "no outline": ({"more": [{"segmentation": [[]]}]}, 1),
     "a box of no size": ({"more": [{"segmentation": [], "bbox": [0, 0, 0, 0]}]}, 1),
     "no size": ({"record": {"width": 0, "height": 0}}, 1),
