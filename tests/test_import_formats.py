@@ -243,12 +243,13 @@ def test_coco_boxes(here):
 
 
 def test_points_refer_to_the_image_as_it_is_shown_or_stored(here):
-    coco_file(ONE)
+    coco_file([*ONE, (1, 2, polygon(3, 4, 6))], ["a.png", "b.tif"])
     labelme("x", AREA, imageWidth=PHOTO[1], imageHeight=PHOTO[0])
-    for place, orientation in (("images/a.png", 6), ("lm/x.png", 5)):  # turned, mirrored too
+    for place, orientation in (("images/a.png", 6), ("images/b.tif", 5), ("lm/x.png", 6)):
         save_turned(photo(size=PHOTO[::-1]), place, orientation)
     run_download(*COCO)
-    assert_array_equal(stored()["a"]["k2"], np.rot90(square_mask(3, 4, 6, 6), -1))
+    turned = np.rot90(square_mask(3, 4, 6, 6), -1)
+    assert_equal(stored(), {"a": {"k2": turned}, "b": {"k2": square_mask(3, 4, 6, 6).T}})
     run_download(*LABELME, "--force")
     assert_array_equal(stored()["x"]["a"], np.pad(np.ones((5, 5), bool), ((3, 32), (2, 23))))
 

@@ -270,7 +270,7 @@ def test_files_of_arrays_and_of_outlines_are_told(here):
         Path(folder, "via.json").write_text(json.dumps(content))
     coco_file([(0, 3, polygon(2, 3, 5))])
     Path("c.json").rename("images/c.json")
-    Path("images/d.json").write_text(json.dumps({"name": "a note"}))
+    Path("images/d.json").write_text(json.dumps({"images": "of a note"}))
     for folder in ("V", "W", "L", "images"):
         run_download(folder, *ALL, "--data", f"of {folder}")
         ((mask,),) = (own.values() for own in stored(root=f"of {folder}").values())
