@@ -118,10 +118,9 @@ def test_alpha_of_a_black_mask_beside_others_is_no_mask(here):
     assert_array_equal(stored()["b"]["foreground"], labels(1) == 1)
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_pixels_of_less_than_half_alpha_are_background(here, mode):
+def test_pixels_of_less_than_half_alpha_are_background(here):
     alpha = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    mask = Image.new(mode, (32, 8), 9 if mode == "LA" else (9, 0, 7))
+    mask = Image.new("RGBA", (32, 8), (9, 0, 7))
     mask.putalpha(Image.fromarray(alpha))
     save_pair("a", mask)
     run_download(*MASKS)
@@ -263,7 +262,7 @@ WRITE = ("--write", "mask,overlay,probability")
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_predicted_masks_are_imported_without_the_pictures_beside_them(single, here):
+def test_predicted_masks_are_imported_without_the_pictures_beside_them(here, single):
     """A folder with its masks in another, and single images with all in the folder they are in."""
     torch.save(brightness_model().state_dict(), "best_model.pth")
     for number, side in enumerate((20, 30)):
@@ -271,12 +270,12 @@ def test_predicted_masks_are_imported_without_the_pictures_beside_them(single, h
     if single:
         for number in range(2):
             predict.main([f"scans/{number}.png", "--output", "scans", *WRITE])
+        masks, sides = Path("scans"), ("scans/{id}.png", "scans/{id}_mask.png")
     else:
         predict.main(["scans", "--output", "masks", *WRITE])
-        save(photo(), "masks/report.png")
-        save(photo(), "masks/predictions.png")
-    masks = Path("scans" if single else "masks")
-    sides = ("scans/{id}.png", "scans/{id}_mask.png") if single else ("scans", "masks")
+        for name in ("report", "predictions"):
+            save(photo(), f"masks/{name}.png")
+        masks, sides = Path("masks"), ("scans", "masks")
     assert "pairs: 2" in run_download("--masks", *sides, *ALL)
     for number in range(2):
         expected = np.asarray(Image.open(masks / f"{number}_mask.png")) > 0

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from medseg.importing.pairs import pair, patterns_of_folders
-from medseg.patterns import has_placeholder, match, name_pattern
+from medseg.patterns import has_placeholder
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -207,22 +207,6 @@ def test_links_are_followed_but_not_in_a_circle(here):
     for link, target in (("i/link", "far"), ("far/sub/up", "i"), ("far/itself", "far/itself")):
         Path(link).symlink_to(here / target)
     assert pairs("i/**/{id}.png", "m/{id}.png") == ["i/link/sub/1.png < m/1.png"]
-
-
-def test_the_files_of_cases_alone():
-    make_files("p_1_flair.nii p_1_t1.nii p_1_seg.nii p_2_flair.nii p_2_t1.nii d/t1.nii".split())
-    found = match("{id}_{channel}.nii", ["t1", "flair"])
-    assert [spell(case) for case in found] == [
-        f"t1=p_{n}_t1.nii + flair=p_{n}_flair.nii < " for n in "12"
-    ]
-    assert [case.parts for case in found] == [("p_1",), ("p_2",)]
-    Path("p_1_t1.nii").unlink()
-    with pytest.raises(ValueError, match="p_1_t1.nii"):
-        match("{id}_{channel}.nii", ["t1", "flair"])
-    (case,) = match("d/{channel}.nii", need_id=False)
-    assert spell(case) == "t1=d/t1.nii < "
-    assert name_pattern("a/{id}/{id}_{channel}.nii") == "{id}_{channel}.nii"
-    assert name_pattern("a/{channel}/{id}.nii") == "{channel}/{id}.nii"
 
 
 @pytest.mark.parametrize(
