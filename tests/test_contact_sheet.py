@@ -50,9 +50,6 @@ def chinese_font(tmp_path, monkeypatch):
     fonts._best_font.cache_clear()
 
 
-# ---- names -----------------------------------------------------------------------------------
-
-
 def test_a_name_is_drawn_with_a_font_that_has_its_characters(chinese_font, monkeypatch):
     assert drawable("plain $x^2$") == (["plain $x^2$"], None)
     assert drawable("naïve") == (["naïve"], fonts.dejavu())
@@ -78,9 +75,6 @@ def test_a_name_is_broken_and_cut_in_the_middle(name):
     assert name.startswith(start) and name.endswith(end) and (cut or start == name)
     assert bool(cut) == (font.getlength(name) > 4 * 152)
     assert not cut or abs(len(start) - len(end)) <= 1
-
-
-# ---- the contact sheet -----------------------------------------------------------------------
 
 
 def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeypatch):
@@ -132,9 +126,6 @@ def test_more_images_are_shown_where_they_are_asked_for(dataset, tmp_path, refus
     tiles = [(Image.new("RGB", (152, 152)), "a.png", "no foreground")] * 20  # in three lines of 8
     path = save_contact_sheet([tiles], [], tmp_path / "twenty.jpg")
     assert Image.open(path).size == (8 * 160, 3 * (152 + 2 * 14 + 16) + 8)
-
-
-# ---- predictions.png of train.py -------------------------------------------------------------
 
 
 def test_predictions_are_named_and_scored_as_predict_py_writes_them(tmp_path, monkeypatch):

@@ -61,9 +61,6 @@ def numbered_rows(masks=1):
     return RaggedRows(np.concatenate(pixels).astype(np.uint8), SIZES)
 
 
-# ---- whole images ----------------------------------------------------------------------------
-
-
 def test_whole_images_come_one_by_one(own_sizes):
     rows = load_split(own_sizes, "train", None)
     loader = Batches(rows, Order(32))
@@ -76,9 +73,6 @@ def test_whole_images_come_one_by_one(own_sizes):
         assert masks[0, 0, 8 : 8 + side, 5 : 5 + side].all() and masks.sum() == side**2
     assert open_split(own_sizes, "train", None)[1][0].shape == (3, 33, 20)
     assert load_split(own_sizes, "train", None, n_channels=1)[0].shape == (40, 60, 2)
-
-
-# ---- crops -----------------------------------------------------------------------------------
 
 
 def draw(crop, epoch=0, start=0, strengths=(), batch=4, **options):
@@ -143,9 +137,6 @@ def test_a_process_without_an_image_of_the_last_batch_goes_on(crop):
     one, order = RaggedRows.of_array(numbered_rows()[0][None]), Order(5, rank=1, world=2)
     *_, (images, masks) = Batches(one, order, transform=Transform(crop=crop))  # of 1 or 6
     assert len(images) == len(masks) == 0 and UNet(n_filters=2)(images).shape[:2] == (0, 1)
-
-
-# ---- where the foreground is -----------------------------------------------------------------
 
 
 def draw_foreground(share, epochs, rows, crop=16, **options):
@@ -232,9 +223,6 @@ def test_what_turns_into_a_crop_comes_from_the_image(text):
                 (beyond > 0)[beyond.abs() > 1], mask[beyond.abs() > 1] > 0
             )
     assert checked > 20
-
-
-# ---- prediction and scores -------------------------------------------------------------------
 
 
 class Threshold(torch.nn.Module):

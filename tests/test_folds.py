@@ -361,15 +361,10 @@ def test_a_fold_scores_classes_as_their_masks_are_written(order, second, here, m
     assert fold.result["groups"] == ["p"] and [*fold.result["per_image"]] == ["a.png"]
 
 
-# ---- wrong use -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--folds -2 --out new", ["--folds"]),
         ("--folds 11 --out new", ["--folds 11", "10"]),
-        ("--folds 2 --out new --test-only", ["--test-only", "new/fold1"]),
         ("--test-only --out run", ["--test-only", "run/fold1"]),
         ("--folds 2 --out run", ["run/folds.json", "--resume", "--overwrite"]),
         ("--out run", ["run/folds.json", "--resume", "--overwrite"]),
@@ -379,7 +374,6 @@ def test_a_fold_scores_classes_as_their_masks_are_written(order, second, here, m
         ("--folds 2 --out new --data nothing", ["nothing"]),
         ("--resume --out run --epochs 9", ["run/folds.json", "--epochs"]),
         ("--resume --out run --folds 4", ["run/folds.json", "--folds 3"]),
-        ("--resume --out run --data other", ["run/folds.json", "--data"]),
         ("--resume --out run/fold1 --folds 3", ["run/fold1/last.pth", "--folds"]),
         ("--resume --out damaged", ["damaged/folds.json"]),
     ],

@@ -134,13 +134,12 @@ def test_what_masks_keep_of_themselves_when_they_are_resized(tmp_path):
 @pytest.mark.parametrize(
     "shades, expected",
     [
-        (np.zeros((64, 64)), set()),
-        (np.linspace(200, 0, 64)[:, None] * np.ones(64), {"flip", "turn"}),  # bright above
-        (np.linspace(200, 0, 64) * np.ones((64, 1)), {"mirror", "turn"}),  # bright left
-        (200.0 * disc(20, 64), set()),
-        (np.linspace(30, 0, 64)[:, None] * np.ones(64), set()),  # hardly bright above
+        (0, set()),  # noise alone
+        (np.linspace(200, 0, 64)[:, None], {"flip", "turn"}),  # bright above
+        (np.linspace(200, 0, 64), {"mirror", "turn"}),  # bright left
+        (200 * disc(20, 64), set()),
+        (np.linspace(30, 0, 64)[:, None], set()),  # hardly bright above
     ],
-    ids=["noise", "above", "left", "round", "hardly"],
 )
 def test_the_orientation_of_images(shades, expected, tmp_path):
     rng, images = np.random.default_rng(0), {}
@@ -247,9 +246,6 @@ def test_weights_that_find_the_masks_are_a_start(astray, tmp_path, monkeypatch):
         assert "--init" not in " ".join(plan_training(root, {"device": "cpu", **given}).lines)
     monkeypatch.setattr("medseg.planning.rules.FEW", count)  # there are as many images
     assert "init" not in plan_training(root, {"device": "cpu"}).flags
-
-
-# ---- how long it takes -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("minutes", [1, 5, 60])

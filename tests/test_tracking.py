@@ -106,15 +106,15 @@ def test_flags_that_cannot_be_served_are_refused(monkeypatch, refused):
         refused("train", "--tracker", name, words=["--tracker", f"pip install {name}"])
 
 
-@pytest.mark.parametrize("flags", [("--swanlab", "disabled"), ("--tracker", "none")])
-def test_nothing_is_recorded_where_that_is_asked_for(flags, monkeypatch):
+def test_nothing_is_recorded_where_that_is_asked_for(monkeypatch):
     for name, (title, _, modes) in tracking.TRACKERS.items():
         monkeypatch.setitem(tracking.TRACKERS, name, (title, None, modes))
-    tracker, runs = start(*flags, runs={"swanlab": "kept"})
-    tracker.log({"train/loss": 0.5}, step=1)
-    tracker.image("predictions", "missing.png")
-    tracker.finish(failed=True)
-    assert runs == {"swanlab": "kept"}
+    for flags in (("--swanlab", "disabled"), ("--tracker", "none"), ("--test-only",)):
+        tracker, runs = start(*flags, runs={"swanlab": "kept"})
+        tracker.log({"train/loss": 0.5}, step=1)
+        tracker.image("predictions", "missing.png")
+        tracker.finish(failed=True)
+        assert runs == {"swanlab": "kept"}
 
 
 # ---- TensorBoard, Weights & Biases, MLflow: read back with their own libraries ---------------
@@ -391,15 +391,10 @@ def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "harm",
-    [
-        None,  # no network
-        {"hangs": lambda path: True},
-        {"nonsense": b"<html>hotel wifi</html>"},
-        {"nonsense": b"[]"},
-    ],
+    "harm", [None, {"hangs": bool}, {"nonsense": b"<html>hotel wifi</html>"}, {"nonsense": b"[]"}]
 )
 def test_without_a_service_it_is_offline_soon(harm, monkeypatch, capsys):
+    """There is no network, or a server that never answers or is another one."""
     monkeypatch.setattr(tracking, "ANSWER", 1)
     with service(**harm or {}) as server:
         for name, value in server.account.items():
@@ -441,20 +436,13 @@ def test_a_server_that_dies_delays_neither_training_nor_exit(here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "setting, offline, message",
-    [
-        ("offline", True, ""),
-        ("local", True, ""),
-        ("disabled", None, ""),
-        ("no such mode", None, "going on without it: "),
-    ],
-)
-def test_auto_follows_the_users_settings(monkeypatch, capsys, setting, offline, message):
+def test_auto_follows_the_users_settings(monkeypatch, capsys):
     monkeypatch.setenv("SWANLAB_API_KEY", "x")
-    monkeypatch.setenv("SWANLAB_MODE", setting)
-    tracker, _ = start()
-    assert (tracker.run.local if tracker.run else None) == offline
-    out = capsys.readouterr().out
-    assert out.count("SwanLab: ") == bool(message) and message in out
-    tracker.finish()
+    settings = {"offline": True, "local": True, "disabled": None, "no such mode": None}
+    for setting, offline in settings.items():
+        monkeypatch.setenv("SWANLAB_MODE", setting)
+        tracker, _ = start()
+        assert (tracker.run.local if tracker.run else None) == offline
+        message = "SwanLab: going on without it: " in capsys.readouterr().out
+        assert message == (setting == "no such mode")
+        tracker.finish()

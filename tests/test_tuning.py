@@ -2,9 +2,7 @@
 
 import json
 import re
-from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -26,14 +24,13 @@ from scipy import ndimage
 
 import predict
 import train
-from data import Batches, Order, Transform, open_split
+from data import open_split
 from medseg.inference import PLAIN, VIEWS, Inference, learned_flips, read_inference
 from medseg.metrics import SWEEP, count_image
 from medseg.predicting.flags import choose_inference
 from medseg.predicting.flags import parse_arguments as predict_flags
 from medseg.predictor import Predictor
 from medseg.training.tuning import choose, gains
-from medseg.training.tuning import predict as predict_loader
 from medseg.weights import load_weights
 from net import UNet, load_model
 
@@ -170,22 +167,6 @@ def test_threshold_and_pieces_by_hand(drawn, expected):
     assert choice(*lesions(4, **drawn))[0] == expected
     chosen, (line,) = choice(*lesions(3, **drawn))  # of three images neither is chosen
     assert chosen == PLAIN and "too few images (3)" in line
-
-
-def test_the_threshold_of_highest_dice_by_plain_comparison():
-    rng = np.random.default_rng(5)
-    targets = rng.random((6, 2, 30, 30)) > 0.7
-    noise = rng.normal(0, 0.15, targets.shape)
-    probabilities = (0.35 * targets + 0.15 + noise).clip(0, 1).astype(np.float32)
-    dice = []
-    for threshold in SWEEP:
-        preds = probabilities > np.float32(threshold)
-        preds &= probabilities == probabilities.max(1, keepdims=True)  # the more probable class
-        both, areas = ((preds & targets).sum((0, 2, 3)), (preds + 0.0 + targets).sum((0, 2, 3)))
-        dice.append(np.mean(2 * both / areas))
-    chosen, lines = choice(targets, probabilities)
-    assert chosen.threshold == SWEEP[int(np.argmax(dice))] != 0.5
-    assert f"Dice {max(dice):.4f} instead of {dice[SWEEP.index(0.5)]:.4f}, chosen" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -396,21 +377,24 @@ def test_a_training_records_its_choice_and_is_else_the_same(trained, monkeypatch
 def test_the_choice_is_that_of_valid_counted_by_hand_and_tested_as_by_predict_py(trained):
     place, said = trained
     model = load_model(place / "tuned" / "best_model.pth").eval()
-    assert model.info.inference.threshold != 0.5
     dataset = open_split(place / "dataset", "valid", 32)
-    plain, dice = Predictor([model], "cpu"), []
-    plain.inference = PLAIN
-    for threshold in SWEEP:
-        overlap = total = 0
+
+    def dice_of(inference):
+        predictor, overlap, total = Predictor([model], "cpu"), 0, 0
+        predictor.inference = inference
         for index in range(len(dataset)):
             image, target = dataset.load(index)
-            pred = predict.predict(plain, image, threshold=threshold)
+            pred = predict.predict(predictor, image, threshold=inference.threshold)
             assert pred.shape == (48, 48)  # that of the image, not of the network
             overlap, total = overlap + (pred & target).sum(), total + pred.sum() + target.sum()
-        dice.append(2 * overlap / total)
-    first = line_with(said["tuned"], f"on valid, threshold {SWEEP[int(np.argmax(dice))]:g}: ")
-    assert f"Dice {max(dice):.4f} instead of {dice[SWEEP.index(0.5)]:.4f}, chosen" in first
-    assert "flips" in said["tuned"] and "largest piece" in said["tuned"]  # were tried
+        return 2 * overlap / total
+
+    dice, chosen = [dice_of(Inference(threshold)) for threshold in SWEEP], model.info.inference
+    best, half = max(dice), dice[SWEEP.index(0.5)]
+    assert chosen.flips == ALL_FLIPS and chosen.threshold == SWEEP[dice.index(best)] != 0.5
+    assert f"Dice {best:.4f} instead of {half:.4f}, chosen" in said["tuned"]
+    flipped = f"flips: Dice {dice_of(chosen):.4f} instead of {best:.4f}, chosen"
+    assert flipped in said["tuned"] and "largest piece" in said["tuned"]  # was tried
 
     run(place, "dataset/test", "--model", "tuned/best_model.pth", "--output", "scored")
     scores = json.loads((place / "scored" / "report.json").read_text())["scores"]
@@ -436,28 +420,3 @@ def test_a_run_that_has_ended_can_choose_later_and_init_takes_no_choice_over(tra
     init = ("--init", "later/best_model.pth", "--epochs", 1, "--out", "next")
     output_of("train.py", *SMALL[4:], *init, cwd=place)
     assert load_model(place / "next" / "best_model.pth").info.inference is None
-
-
-def test_valid_and_test_are_predicted_with_the_flips(random_model):
-    images, masks = torch.rand(2, 3, 32, 32), (torch.rand(2, 2, 32, 32) > 0.5).float()
-    mirrored = torch.from_numpy(images.numpy()[..., ::-1].copy())
-    with torch.inference_mode():
-        plain, other = random_model(images).numpy(), random_model(mirrored).numpy()[..., ::-1]
-    expected, targets = (plain.astype(float) + other) / 2, masks.numpy() == 1
-    random_model.info.draw_order = (1, 2)
-    rows = np.zeros((2, 32, 32, 4), np.uint8)
-    loader = Batches(rows, Order(2), transform=Transform(n_classes=2))
-    loader.__class__ = type("Given", (Batches,), {"__iter__": lambda self: iter([(images, masks)])})
-    pairs = predict_loader(random_model, loader, "cpu", ("horizontal",), nullcontext())
-    for (mask, probabilities), target, mean in zip(pairs, targets, expected, strict=True):
-        np.testing.assert_allclose(probabilities, mean, atol=1e-6)
-        np.testing.assert_array_equal(mask, target)
-    random_model.info.inference, logged = Inference(0.3, ("horizontal",)), {}
-    tracker = SimpleNamespace(log=logged.update)
-    criterion, cpu = torch.nn.functional.binary_cross_entropy, torch.device("cpu")
-    train.test(random_model, loader, criterion, cpu, nullcontext(), tracker)
-    for words, values, threshold in (("", plain, 0.5), ("chosen_", expected, 0.3)):
-        pred = values > threshold
-        dice = 2 * (pred & targets).sum((0, 2, 3)) / (pred + 0.0 + targets).sum((0, 2, 3))
-        assert logged[f"test/{words}dice"] == pytest.approx(dice.mean())
-    assert "test/loss" in logged and "test/chosen_loss" not in logged
