@@ -234,6 +234,8 @@ def test_the_intervals_of_all_folds_are_of_groups():
     pooled = pool_scores(folds)
     assert pooled["scores"]["group_dice"] == pytest.approx((0.4 + 1) / 2)
     assert pooled["confidence_95"]["image_dice"] == pytest.approx([0.4, 1])
+    partly = pool_scores([folds[0], {**folds[1], "groups": []}])  # each of five by itself
+    assert partly["scores"]["group_dice"] == pytest.approx((0.4 + 5 * 1) / 6)
     without = pool_scores([{**one, "groups": []} for one in folds])
     assert "group_dice" not in without["scores"]
     assert without["confidence_95"]["image_dice"][0] > 0.45
