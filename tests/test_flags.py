@@ -91,6 +91,7 @@ def test_help_shows_the_parsers_own_defaults_whatever_is_given_besides(capsys):
         ("--lr nan", "--lr"),
         ("--crop 64 --image-size 128", "--crop --image-size"),
         ("--minutes 5", "--minutes auto"),
+        ("--recipe auto --folds 1", "--folds 2"),
         ("--resume --test-only", "--resume --test-only"),
         ("--epoch=3", "--epoch=3 --epochs?"),
         ("--batch_size=4", "--batch-size?"),

@@ -124,6 +124,8 @@ def _rename(images):
 def check_folds(args):
     """ValueError where --folds goes with other flags, or with what is in --out, in no way."""
     out = Path(args.out)
+    if args.folds == 1:
+        raise ValueError("--folds 1: cross-validation takes 2 folds or more")
     if args.folds and args.test_only:
         raise ValueError(f"--test-only tests one run, as --out {out / 'fold1'}, not --folds")
     if args.folds and started_by_torchrun():
