@@ -155,7 +155,7 @@ def test_weights_without_metadata_are_read(norm):
         info = UNet.from_state_dict(weights).info
         assert info.architecture == Architecture(norm=norm)
         assert info.window == ((40, 400) if weights is state else None)
-    for wrong in ({"window": (40, 0)}, {"orientation": "SRR"}, {"class_names": ("a", "b")}):
+    for wrong in ({"window": (40, 0)}, {"class_names": ("a", "b")}):
         with pytest.raises(ValueError, match=next(iter(wrong))[:5]):
             UNet(n_filters=2, **wrong)
 
