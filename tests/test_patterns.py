@@ -83,6 +83,9 @@ RULES = """
 {group}_{id}_{n}.png {group}_{id}_{n}_mask.png
     [p07] p07_left_3.png < p07_left_3_mask.png
     [p8] p8_r_1.png < p8_r_1_mask.png
+D/**/a*_{id}.png D/{id}.tif
+    D/sub/a1_7.png < D/7.tif
+    also D/a1/b_7.png
 *_{id}.png {id}.tif
     x_1_2.png < 1_2.tif
 i/{id:**}.* m/{id:**}.*

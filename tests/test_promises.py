@@ -337,8 +337,11 @@ def test_it_stops_after_too_many_in_a_row_and_names_the_step(tmp_path):
     optimizer = torch.optim.Adam(model.parameters(), lr=0, fused=True)
     with pytest.raises(ValueError, match=r"epoch 1, step 23: .* 20 steps in a row.*--lr"):
         train_line(model, [batch(0)] * 3 + [batch(9, 0, math.nan)] * 30, optimizer, tmp_path)
+    some = [batch(9, 0, math.nan)] * 15 + [batch(0)]  # not in a row
     assert torch.equal(load_weights(tmp_path / "last.pth")["model"]["conv.weight"], before)
     assert torch.equal(load_weights(tmp_path / "best_model.pth")["conv.weight"], best)
+    (row,) = train_line(model, some * 3, optimizer, tmp_path)
+    assert row["skipped"] == 45
 
 
 def test_background_everywhere_is_warned_of_once(tmp_path, capsys):
