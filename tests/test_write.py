@@ -311,6 +311,8 @@ def test_probabilities_of_16_bits(place, refused):
     row, *_ = csv.DictReader(text.splitlines())
     mean = levels[labels > 0].mean() / 65535
     assert float(row["mean_probability"]) == pytest.approx(mean, abs=1e-5)
+    predict.main(["scans", "--write", "mask,overlay,objects"])
+    assert list(Path("predictions").glob("*_overlay.jpg"))  # nothing of ours is predicted again
     refused("predict", "predictions", "--output", "twice", words=["no images"])
 
 
