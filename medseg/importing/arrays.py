@@ -12,7 +12,7 @@ from medseg.files import import_reader, name_file, parallel_map
 from medseg.images import MEASURED_PIXELS, as_picture
 from medseg.importing.collect import find_groups, list_files, unique_names
 from medseg.importing.values import VOLUME, Counted, classes_of_counts, count_values
-from medseg.importing.writing import Example, choose_window
+from medseg.importing.writing import Example, agreed_window
 from medseg.masks import whole_numbers
 from medseg.samples import to_uint8
 
@@ -49,7 +49,7 @@ def array_examples(folder, *, classes=None, group=None, prefix="", present=()):
     if all(grey.size for grey in greys):
         low, high = np.percentile(np.concatenate(greys), (0.5, 99.5)).tolist()
         measured = ((low + high) / 2, high - low) if low < high else None
-    window = choose_window(measured, None, present)
+    window = agreed_window(measured, None, present)
     examples = []
     for stem, own_group, path in zip(unique_names(relative, prefix), groups, paths, strict=True):
         read = partial(_read_example, path, meaning, window)

@@ -165,10 +165,10 @@ def picture_window(paths, window, present):
     measured = measure_window(paths) if paths else None
     if measured is None and window:
         raise ValueError(f"{paths[0]}: --window is for more than 8 bits")
-    return choose_window(measured, window, present)
+    return agreed_window(measured, window, present)
 
 
-def choose_window(measured, window, present):
+def agreed_window(measured, window, present):
     """What `picture_window` returns, of the window that was measured, None of 8 bits."""
     if measured is None:
         return None
