@@ -7,11 +7,9 @@ import re
 import numpy as np
 
 from medseg.files import name_file
-from medseg.images import SUFFIXES
 from medseg.samples import open_picture
 
 ARRAY = ".npy"
-MASK_SUFFIXES = (*SUFFIXES, ARRAY)
 HALF = 127  # the highest grey value that is background where masks are cut at half
 MAX_WHOLE = 2**24  # up to which 32-bit floating point has all whole numbers
 ROUNDING = 1e-4  # part by which whole numbers may be off that went through a scale: 1.0000153
