@@ -13,7 +13,7 @@ from helpers import brightness_model, edit_annotations, output_of, square, write
 from PIL import Image
 
 import predict
-from data import Batches, Order, Transform, load_split, open_split
+from data import Batches, Order, Transform
 from medseg.augment import AUGMENTATIONS, window_side
 from medseg.cache import RaggedRows
 from medseg.cli import parse_named_values
@@ -24,7 +24,7 @@ from medseg.predicting import ahead
 from medseg.predicting.inputs import expand, sort_files
 from medseg.predictor import Predictor
 from medseg.results.folder import Results
-from net import ModelInfo, UNet, load_model
+from net import ModelInfo, UNet
 
 SIZES = [(40, 60), (33, 20), (64, 64), (50, 41)]  # height, width
 SIDES = (10, 9, 12, 8)  # of the bright square of each, which begins in column 5, line 8
@@ -61,20 +61,6 @@ def numbered_rows(masks=1):
     return RaggedRows(np.concatenate(pixels).astype(np.uint8), SIZES)
 
 
-def test_whole_images_come_one_by_one(own_sizes):
-    rows = load_split(own_sizes, "train", None)
-    loader = Batches(rows, Order(32))
-    assert len(loader) == len(rows) == 4
-    for number, (images, masks) in enumerate(loader):
-        shown = np.asarray(Image.open(own_sizes / "train" / f"{number}.png"))
-        np.testing.assert_array_equal(rows[number][..., :3], shown)
-        np.testing.assert_array_equal(to_pixels(images), shown[None])
-        side = SIDES[number]
-        assert masks[0, 0, 8 : 8 + side, 5 : 5 + side].all() and masks.sum() == side**2
-    assert open_split(own_sizes, "train", None)[1][0].shape == (3, 33, 20)
-    assert load_split(own_sizes, "train", None, n_channels=1)[0].shape == (40, 60, 2)
-
-
 def draw(crop, epoch=0, start=0, strengths=(), batch=4, **options):
     """[(pixels (H, W, 3), mask (H, W))] of an epoch of `numbered_rows`."""
     transform, pairs = Transform(crop=crop, strengths=dict(strengths)), []
@@ -86,16 +72,17 @@ def draw(crop, epoch=0, start=0, strengths=(), batch=4, **options):
 
 
 @pytest.mark.parametrize("strengths", [{}, {"rotate": 1e-9}])  # resampled, and where they were
-@pytest.mark.parametrize("size, counts", [(20, [6, 2, 10, 5]), (45, [1, 1, 2, 1])])
-def test_crops_are_slices_of_the_images(size, counts, strengths):
+@pytest.mark.parametrize("crop, counts", [(20, [6, 2, 10, 5]), (45, [1, 1, 2, 1]), (0, [1] * 4)])
+def test_crops_are_slices_of_the_images(crop, counts, strengths):
     """As many as would tile them; beyond the border of a smaller one its border is repeated."""
     rows, seen = numbered_rows(), Counter()
-    for pixels, mask in draw(size, strengths=strengths):
+    for pixels, mask in draw(crop, strengths=strengths):
         number, lines, columns = pixels[0, 0, 0], pixels[:, 0, 1], pixels[0, :, 2]
         source = rows[number][lines[:, None], columns]
         np.testing.assert_array_equal(pixels, source[..., :3])
         np.testing.assert_array_equal(mask, source[..., 3])
         for places, side in zip((lines, columns), SIZES[number], strict=True):
+            size = crop or side
             assert len(places) == size and np.ptp(places) == min(side, size) - 1
             assert set(np.diff(places)) <= {0, 1}
         seen[number] += 1
@@ -117,11 +104,9 @@ def test_images_are_a_function_of_seed_epoch_and_place(crop, foreground, batch):
     """Crops in batches of four, or whole images one by one; in any number of processes."""
 
     def order(**options):
-        options |= {
-            "foreground": foreground,
-            "strengths": {"rotate": 30.0, "flip": 1, "noise": 0.2},
-        }
-        return [image.tobytes() for image, _ in draw(crop, batch=batch, **options)]
+        options |= {"foreground": foreground, "batch": batch}
+        strengths = {"rotate": 30.0, "flip": 1, "noise": 0.2}
+        return [image.tobytes() for image, _ in draw(crop, strengths=strengths, **options)]
 
     first = order()
     assert first == order() and len(set(first)) == len(first) == (23 if crop else 4)
@@ -280,18 +265,3 @@ def test_images_are_scored_at_their_own_size(own_sizes, here):
     for number, size in enumerate(SIZES):
         mask = np.asarray(Image.open(f"predictions/{number}_mask.png")) > 0
         assert mask.shape == size and mask.sum() == SIDES[number] ** 2
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_training_on_crops_goes_on_as_if_it_had_not_stopped(own_sizes, here):
-    flags = ("--n-filters", 2, "--batch-size", 4, "--swanlab", "disabled", "--device", "cpu")
-    flags += ("--crop", 20, "--augment", "rotate=90,flip,noise", "--foreground", 0.5)
-    flags, curves = (*flags, "--data", own_sizes), []
-    output_of("train.py", *flags, "--out", "run", "--epochs", 1, cwd=here)
-    output_of("train.py", "--resume", "--out", "run", "--epochs", 2, cwd=here)
-    output_of("train.py", *flags, "--out", "at once", "--epochs", 2, cwd=here)
-    for run in ("run", "at once"):
-        lines = (here / run / "metrics.csv").read_text().splitlines()
-        curves.append([line.split(",")[:12] for line in lines])
-    assert curves[0] == curves[1] and len(curves[0]) == 3
-    assert load_model("run/best_model.pth").info.image_size is None
