@@ -4,20 +4,17 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from fontTools.ttLib import TTFont
-from helpers import SIZE, brightness_model, edit_annotations, scan, square, write_split
+from helpers import SIZE, brightness_model, edit_annotations, output_of, scan, square, write_split
 from matplotlib.colors import to_rgb
 from PIL import Image
 
 import data
-import predict
 import train
 from data import Batches, Order
 from medseg import drawing, fonts, plots
-from medseg.drawing import describe_shown, rgb_image, with_legend, with_note
+from medseg.drawing import describe_shown, rgb_image, with_legend
 from medseg.fonts import drawable, fit_lines, pillow_font
-from medseg.inference import Inference
 from medseg.planning.audit import audit
 from medseg.planning.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
 from medseg.results.folder import montage
@@ -32,9 +29,6 @@ def test_shown_channels_are_named():
     assert rgb_image(np.uint8([[[40, 80, 120, 160]]])).getpixel((0, 0)) == (40, 80, 120)
     assert describe_shown(["t1", "t2", "flair", "x"]) == "shown: red t1, green t2, blue flair"
     assert describe_shown(()) == describe_shown(["t1"], "a, ") == ""
-    noted = with_note(Image.new("RGB", (300, 10)), "shown: t1")
-    assert noted.width == 300 and np.asarray(noted)[10:].min() < 60
-    assert with_note(noted, "") is noted
 
 
 @pytest.fixture
@@ -56,17 +50,14 @@ def test_a_name_is_drawn_with_a_font_that_has_its_characters(chinese_font, monke
     assert drawable("a", "病人") == (["a", "病人"], chinese_font)
     assert drawable("病肿") == (["病\\u80bf"], chinese_font)  # of 肿 there is no glyph
     assert drawable("a\nb\udcff") == (["a\\nb\\udcff"], None)  # one line, and text that can be
-    legends = [
-        np.asarray(with_legend(Image.new("RGB", (200, 10)), [name], single=True))
-        for name in ("病人", "ÉÉ", "病肿")
-    ]
-    assert (legends[0] == legends[1]).all() and not (legends[0] == legends[2]).all()
+    odd, plain = (with_legend(Image.new("L", (9, 9)), [name], single=True) for name in ("病", "É"))
+    assert odd == plain
     monkeypatch.setattr(fonts, "_font_files", lambda: [fonts.dejavu()])
     fonts._best_font.cache_clear()
     assert drawable("病人_7") == (["\\u75c5\\u4eba_7"], None)
 
 
-@pytest.mark.parametrize("name", ["short.png", "a" * 60 + ".png", "b" * 120 + "0123456789" * 8])
+@pytest.mark.parametrize("name", ["short.png", "b" * 120 + "0123456789" * 8])
 def test_a_name_is_broken_and_cut_in_the_middle(name):
     font = pillow_font(None, 11)
     lines = fit_lines(name, font, 152, 4)
@@ -116,49 +107,35 @@ def test_images_of_any_shape_and_masks_of_a_pixel_are_seen(size, tmp_path):
     assert (tile[..., 0] - tile[..., 1:].max(2) > 60).any()  # red
 
 
-def test_more_images_are_shown_where_they_are_asked_for(dataset, tmp_path, refused):
-    sizes = []
-    for flags in ((), ("--show", "1")):
-        data.main([str(dataset), "--out", str(tmp_path), *flags])
-        sizes.append(Image.open(tmp_path / "contact_sheet.jpg").size)
-    assert sizes[0] == sizes[1]  # 6, 4 and 4 images, or one each: three rows
-    refused("data", dataset, "--show", 0, words=["--show"])
+def test_more_images_are_shown_where_they_are_asked_for(dataset, tmp_path):
+    assert ".jpg, 6 images;" in output_of("data.py", dataset, "--show", 2, cwd=tmp_path)
     tiles = [(Image.new("RGB", (152, 152)), "a.png", "no foreground")] * 20  # in three lines of 8
     path = save_contact_sheet([tiles], [], tmp_path / "twenty.jpg")
     assert Image.open(path).size == (8 * 160, 3 * (152 + 2 * 14 + 16) + 8)
 
 
-def test_predictions_are_named_and_scored_as_predict_py_writes_them(tmp_path, monkeypatch):
+def test_predictions_are_shown_at_the_size_of_their_images(tmp_path, monkeypatch):
     """A network at 32x32 sees squares in wide images, of which one is damaged and left out."""
     boxes = {"a.png": (30, 10, 40), "broken.png": (1, 1, 9), "b.png": (80, 20, 33)}
     images = {name: scan(160, 64, *box) for name, box in boxes.items()}
     write_split(tmp_path / "test", images, [(index, square(25, 5, 40)) for index in range(3)])
     (tmp_path / "test" / "broken.png").write_bytes(b"no picture")
-    drawn, captions, skipped, model = [], [], [], brightness_model(32)
+    drawn, skipped = {}, []
 
-    def keep(cases, *_, **options):
-        drawn.extend(cases)
-        captions.extend(options["captions"])
+    def keep(cases, *_, captions, **options):
+        drawn.update(zip(captions, cases, strict=True))
 
     monkeypatch.setattr(train.plots, "plot_predictions", keep)
     rows = data.load_split(tmp_path, "test", 32, skipped=skipped)
     dataset = data.open_split(tmp_path, "test", 32).without(skipped)
-    loader = Batches(rows, Order(2), dataset=dataset)
-    train.visualize_predictions(model, loader, "cpu", threshold=Inference(0.4))
-    pictures, targets, preds, titles = zip(*drawn, strict=True)
-    assert captions == ["a.png", "b.png"]
-    torch.save(model.state_dict(), tmp_path / "best_model.pth")
-    flags = ("--model", tmp_path / "best_model.pth", "--threshold", 0.4, "--output", tmp_path)
-    inputs = [tmp_path / "test" / name for name in captions]
-    predict.main(list(map(str, (*inputs, *flags))))
-    for index, name in enumerate("ab"):
-        shown = np.asarray(images[f"{name}.png"])
-        np.testing.assert_array_equal(pictures[index], np.repeat(shown[..., None], 3, 2))
-        mask, target = np.asarray(Image.open(tmp_path / f"{name}_mask.png")) > 0, targets[index][0]
-        np.testing.assert_array_equal(preds[index], mask[None])
+    train.visualize_predictions(brightness_model(), Batches(rows, Order(2), dataset=dataset), "cpu")
+    assert list(drawn) == ["a.png", "b.png"]
+    for name, (picture, (target,), (pred,), title) in drawn.items():
+        shown = np.asarray(images[name])
+        np.testing.assert_array_equal(picture, np.repeat(shown[..., None], 3, 2))
         assert target[5:45, 25:65].all() and target.sum() == 1600
-        dice = 2 * (mask & target).sum() / (mask.sum() + target.sum())
-        assert mask.any() and titles[index] == f"Dice {dice:.2f}"
+        assert (pred != (shown > 99)).mean() < 0.1
+        assert title == f"Dice {2 * (pred & target).sum() / (pred.sum() + 1600):.2f}"
 
 
 @pytest.fixture

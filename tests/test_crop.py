@@ -1,23 +1,21 @@
-"""Images at their own size: the cache, crops of them, prediction and scores, end to end."""
+"""Images at their own size, crops of them, and which of them an epoch draws."""
 
-import json
 import time
 import weakref
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import brightness_model, edit_annotations, output_of, square, write_split
-from PIL import Image
+from helpers import scan
 
 import predict
 from data import Batches, Order, Transform
 from medseg.augment import AUGMENTATIONS, window_side
 from medseg.cache import RaggedRows
 from medseg.cli import parse_named_values
-from medseg.coco import SPLITS
 from medseg.crop import place_crops
 from medseg.images import MEAN, STD, read_image
 from medseg.predicting import ahead
@@ -27,22 +25,6 @@ from medseg.results.folder import Results
 from net import ModelInfo, UNet
 
 SIZES = [(40, 60), (33, 20), (64, 64), (50, 41)]  # height, width
-SIDES = (10, 9, 12, 8)  # of the bright square of each, which begins in column 5, line 8
-
-
-@pytest.fixture
-def own_sizes(tmp_path):
-    """{train,valid,test}, each with four images of noise of different sizes and a square."""
-    rng = np.random.default_rng(0)
-    for split in SPLITS:
-        images, annotations = {}, []
-        for number, ((height, width), side) in enumerate(zip(SIZES, SIDES, strict=True)):
-            pixels = rng.integers(0, 80, (height, width, 3), dtype=np.uint8)
-            pixels[8 : 8 + side, 5 : 5 + side] += 170
-            images[f"{number}.png"] = Image.fromarray(pixels)
-            annotations.append((number, square(5, 8, side)))
-        write_split(tmp_path / "own" / split, images, annotations)
-    return tmp_path / "own"
 
 
 def to_pixels(images):
@@ -221,8 +203,11 @@ class Threshold(torch.nn.Module):
         return torch.sigmoid(10 * images.mean(1, keepdim=True))
 
 
-def test_large_images_one_by_one_and_one_too_large_for_the_memory(own_sizes, here, monkeypatch):
+def test_large_images_one_by_one_and_one_too_large_for_the_memory(here, monkeypatch):
     """Each is gone when the next one is read; the one that does not fit is named."""
+    Path("scans").mkdir()
+    for number, (height, width) in enumerate(SIZES):
+        scan(width, height, 5, 8, 9).save(f"scans/{number}.png")
     monkeypatch.setattr(ahead, "AHEAD_PIXELS", 1)  # then all images are large
     seen, alive, problems = [], [], []
 
@@ -235,7 +220,7 @@ def test_large_images_one_by_one_and_one_too_large_for_the_memory(own_sizes, her
         seen.append(weakref.ref(image))
         return image
 
-    pictures, _, _ = sort_files(expand([own_sizes / "test"]), None)
+    pictures, _, _ = sort_files(expand(["scans"]), None)
     frames = [frame._replace(read=partial(read, frame.path)) for frame in pictures]
     model = Predictor([Threshold()], "cpu")
     predict.predict_many(model, frames, Results(here, model), problems)
@@ -243,25 +228,3 @@ def test_large_images_one_by_one_and_one_too_large_for_the_memory(own_sizes, her
     assert alive == [0, 0, 0, 0]
     assert all(word in problem for word in ("3.png", "out of memory", "41x50"))
     assert sorted(path.name[0] for path in here.glob("*_mask.png")) == ["0", "1", "2"]
-
-
-def test_images_are_scored_at_their_own_size(own_sizes, here):
-    """The bright squares are found; what is annotated of three of them is something else."""
-    squares = [square(5, 8, 10), square(5, 8, 9) + square(10, 25, 5), square(5, 8, 6), []]
-    edit_annotations(
-        own_sizes / "test",
-        lambda content: [
-            one.update(segmentation=own)
-            for one, own in zip(content["annotations"], squares, strict=True)
-        ],
-    )
-    torch.save(brightness_model(None).state_dict(), "bright.pth")
-    output_of("predict.py", own_sizes / "test", "--model", "bright.pth", cwd=here)
-    report = json.loads((here / "predictions" / "report.json").read_text())
-    dice = [1, 2 * 81 / (81 + 106), 2 * 36 / (144 + 36), 0]
-    assert report["image_size"] is None
-    assert list(report["per_image"].values()) == pytest.approx(dice, abs=1e-4)
-    assert report["scores"]["dice"] == pytest.approx(2 * 217 / (389 + 242))
-    for number, size in enumerate(SIZES):
-        mask = np.asarray(Image.open(f"predictions/{number}_mask.png")) > 0
-        assert mask.shape == size and mask.sum() == SIDES[number] ** 2
