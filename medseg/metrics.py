@@ -48,37 +48,23 @@ def metrics(tp, fp, fn, tn):
     }
 
 
-SCORE_NAMES = (*metrics(1, 0, 0, 0), "image_dice")  # of one class
+def split_scores(counts, names, **means):
+    """{name: (...)} of a split: `metrics` and the `means`; NaN where no image of it has the class.
 
-
-def split_scores(tp, fp, fn, tn, **means):
-    """`metrics` of a class in a split and the `means`; NaN where no image of the split has it.
-
-    means: image_dice, the mean Dice of the images, and group_dice, that of groups of them.
-    As many scores as arrays have numbers; of Python numbers one each.
+    counts: (C, ..., 4), the summed pixels of each class; names: of the classes; means: (C, ...),
+    image_dice, the mean Dice of the images, and group_dice, that of groups of them.
+    With several classes NAME is the mean over those that have a score, and NAME/CLASS is of each.
     """
-    lacks = np.asarray(tp + fn) == 0
+    tp, fp, fn, tn = np.moveaxis(counts, -1, 0)
     scores = {**metrics(tp, fp, fn, tn), **means}
-    scores = {name: np.where(lacks, math.nan, value) for name, value in scores.items()}
-    return scores if lacks.ndim else {name: value.item() for name, value in scores.items()}
-
-
-def mean_over_classes(scores, names):
-    """[dict of scores of each class] -> their means and, of several classes, NAME/CLASS of each.
-
-    A class without a score, NaN, is left out of the mean.
-    """
-    if len(names) == 1:
-        return dict(scores[0])
-    result = {}
-    for key in scores[0]:
-        values = np.array([own[key] for own in scores])
-        total, known = np.nansum(values, 0), (~np.isnan(values)).sum(0)
-        result[key] = np.where(known > 0, total / np.maximum(known, 1), math.nan)
-        if not result[key].ndim:
-            result[key] = result[key].item()
-    for name, own in zip(names, scores, strict=True):
-        result.update({f"{key}/{name}": value for key, value in own.items()})
+    present, result = tp + fn > 0, {}
+    classes = present.sum(0)
+    for key, values in scores.items():
+        scores[key] = values = np.where(present, values, math.nan)
+        mean = np.nansum(values, 0) / np.maximum(classes, 1)
+        result[key] = np.where(classes > 0, mean, math.nan)
+    for index, name in enumerate(names if len(names) > 1 else ()):
+        result |= {f"{key}/{name}": values[index] for key, values in scores.items()}
     return result
 
 
@@ -137,25 +123,18 @@ class RunningScores:
 
     def keys(self):
         """The names of what `result` gives."""
-        row = dict.fromkeys(SCORE_NAMES, 0.0)
-        return ("loss", *mean_over_classes([row] * len(self.names), self.names))
+        ones = np.ones((len(self.names), 4))
+        return ("loss", *split_scores(ones, self.names, image_dice=ones[:, 0]))
 
     def result(self):
-        """dict of floats: loss, those of `metrics`, and image_dice, the mean Dice of the images.
-
-        With several classes each is the mean over them, and dice/NAME and so on are of each.
-        A class of which no image has a pixel has NaN for its scores and is left out of the means.
-        All are NaN where nothing was counted.
-        """
+        """dict of floats: loss and `split_scores`. All are NaN where nothing was counted."""
         state = self.state_dict()
         images, loss, *image_dice = state["sums"].tolist()
         if not images:  # every step of the epoch was skipped
             return dict.fromkeys(self.keys(), math.nan)
-        scores = [
-            split_scores(*counts, image_dice=dice / images)
-            for counts, dice in zip(state["counts"].tolist(), image_dice, strict=True)
-        ]
-        return {"loss": loss / images, **mean_over_classes(scores, self.names)}
+        means = {"image_dice": np.array(image_dice) / images}
+        scores = split_scores(state["counts"].cpu().numpy(), self.names, **means)
+        return {"loss": loss / images, **{name: value.item() for name, value in scores.items()}}
 
     def images(self):
         """Images counted, over all processes."""
@@ -213,17 +192,15 @@ def count_image(targets, probabilities, thresholds, clean=None, *, exclusive=Tru
         # those that are no number, are most and are in no bin.
         histogram = np.zeros(2 * bins, np.int64)
         for columns, (stripe,) in full_size_stripes(probability[None], size, above=lowest):
-            marked = stripe > lowest
+            marked = (stripe > lowest) & known[:, columns]
             if labels is not None:
                 marked &= labels[:, columns] == channel + 1
-            if known is not None:
-                marked &= known[:, columns]
             found = np.searchsorted(-falling, -stripe[marked], side="right")
             found += bins * target[:, columns][marked]
             histogram += np.bincount(found, minlength=2 * bins)
         fp, tp = histogram.reshape(2, bins).cumsum(1)
         positives = np.count_nonzero(target)
-        negatives = (target.size if known is None else np.count_nonzero(known)) - positives
+        negatives = np.count_nonzero(known) - positives
         counts[order, channel] = np.stack([tp, fp, positives - tp, negatives - fp], 1)
     return counts
 
@@ -232,17 +209,16 @@ def count_masks(targets, preds):
     """Bool arrays (C, H, W), or the masks one by one -> int (C, 4) of tp, fp, fn, tn."""
     counts, known = [], known_pixels(targets)
     for target, pred in zip(targets, preds, strict=True):
-        pixels = target.size
-        if known is not None:
-            pred, pixels = pred & known, np.count_nonzero(known)
-        tp, positive, true = (np.count_nonzero(mask) for mask in (target & pred, pred, target))
+        masks = target & pred, pred & known, target, known
+        tp, positive, true, pixels = map(np.count_nonzero, masks)
         counts.append((tp, positive - tp, true - tp, pixels - positive - true + tp))
     return np.array(counts)
 
 
 def known_pixels(targets):
-    """bool (H, W): which pixels of true masks count, or None where all do."""
-    return targets.known() if hasattr(targets, "known") else None
+    """bool (H, W): which pixels of true masks count."""
+    known = targets.known() if hasattr(targets, "known") else None
+    return np.broadcast_to(True, targets.shape[1:]) if known is None else known
 
 
 def count_pixels(pairs, thresholds, clean=None, **options):
@@ -258,11 +234,6 @@ def image_dice(counts):
     """(..., 4) of tp, fp, fn, tn -> (...) Dice, as (N, 4) -> (N,) that of each image."""
     tp, fp, fn, _ = np.moveaxis(counts, -1, 0)
     return dice_score(tp, fp, fn)
-
-
-def pooled_scores(counts):
-    """(N, 4) -> `split_scores` of the summed pixels and of the mean Dice of the images."""
-    return split_scores(*counts.sum(0).tolist(), image_dice=image_dice(counts).mean())
 
 
 def present_classes(counts):
@@ -289,17 +260,14 @@ def sum_groups(counts, groups):
 
 
 def class_scores(counts, names, groups=None):
-    """(N, C, 4) -> `pooled_scores` of each class, see `mean_over_classes`.
+    """(N, C, 4) -> `split_scores` of the images, a dict of floats.
 
     groups: int (N,), the number of each image's group, or None. With them group_dice is the mean
     of the Dice of the groups, of the pixels of all images of a group together.
     """
-    scores = [pooled_scores(counts[:, index]) for index in range(len(names))]
-    if groups is not None:
-        by_group = image_dice(sum_groups(counts, groups)).mean(0)  # (C,)
-        for own, dice in zip(scores, by_group.tolist(), strict=True):
-            own["group_dice"] = math.nan if math.isnan(own["dice"]) else dice
-    return mean_over_classes(scores, names)
+    drawn = np.arange(len(counts) if groups is None else groups.max() + 1)
+    scores = _score_samples(counts, names, groups, [drawn])
+    return {name: value.item() for name, value in scores.items()}
 
 
 def resamples(size, samples=1000, seed=0):
@@ -309,32 +277,38 @@ def resamples(size, samples=1000, seed=0):
         yield rng.integers(0, size, size)
 
 
-def bootstrap(counts, names=("foreground",), samples=1000, seed=0, *, groups=None):
+def bootstrap(counts, names, samples=1000, seed=0, *, groups=None):
     """[2.5th, 97.5th percentile] of each of `class_scores` over resampled images, or groups.
 
     Samples in which no image has the class are left out; NaN where all are.
-    counts: (N, C, 4), or (N, 4) of one class; groups: as there. Images of one patient are alike:
-    where groups are known, whole ones are drawn. Efron's percentile method. It says how much a
-    score owes to the choice of images, not what another training, or another hospital, would give.
+    counts, groups: as there. Images of one patient are alike: where groups are known, whole ones
+    are drawn. Efron's percentile method. It says how much a score owes to the choice of images, not
+    what another training, or another hospital, would give.
     """
-    counts = counts.reshape(len(counts), len(names), 4)
+    size, intervals = len(counts) if groups is None else groups.max() + 1, {}
+    scores = _score_samples(counts, names, groups, resamples(size, samples, seed))
+    for name, values in scores.items():
+        known = values[~np.isnan(values)]
+        limits = np.percentile(known, [2.5, 97.5]) if len(known) else np.full(2, math.nan)
+        intervals[name] = limits.tolist()
+    return intervals
+
+
+def _score_samples(counts, names, groups, samples):
+    """`split_scores`, (S,) each, of samples: numbers of images, or of groups where they are known.
+
+    counts, groups: see `class_scores`.
+    """
     numbers = np.arange(len(counts)) if groups is None else groups
     dice_sums, sizes = sum_groups(image_dice(counts), numbers), np.bincount(numbers)
     counts = sum_groups(counts, numbers)
     group_dice = image_dice(counts)
     sums, means = [], {"image_dice": [], "group_dice": []}  # of each sample
-    for drawn in resamples(len(counts), samples, seed):
+    for drawn in samples:
         sums.append(counts[drawn].sum(0))
         means["image_dice"].append(dice_sums[drawn].sum(0) / sizes[drawn].sum())
         means["group_dice"].append(group_dice[drawn].mean(0))
     if groups is None:
         del means["group_dice"]
     means = {name: np.stack(values, 1) for name, values in means.items()}
-    scores = split_scores(*np.stack(sums, 2).transpose(1, 0, 2), **means)
-    by_class = [{key: own[index] for key, own in scores.items()} for index in range(len(names))]
-    intervals = {}
-    for name, values in mean_over_classes(by_class, names).items():
-        known = values[~np.isnan(values)]
-        limits = np.percentile(known, [2.5, 97.5]) if len(known) else np.full(2, math.nan)
-        intervals[name] = limits.tolist()
-    return intervals
+    return split_scores(np.stack(sums, 1), names, **means)

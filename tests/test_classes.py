@@ -38,7 +38,6 @@ from medseg.drawing import class_colors, overlay
 from medseg.images import save_mask
 from medseg.inference import PLAIN, Inference, full_size_masks
 from medseg.metrics import (
-    SCORE_NAMES,
     RunningScores,
     bootstrap,
     class_scores,
@@ -51,6 +50,7 @@ from medseg.training.feature_statistics import find_draw_order
 from net import UNet, load_model
 
 NAMES = ("core", "edema", "cyst")
+SCORES = "acc dice iou precision recall miou background_acc image_dice".split()
 
 
 SQUARES = {1: (4, 4, 20), 2: (16, 16, 20), 3: (8, 8, 6)}  # cyst lies within core, edema overlaps
@@ -131,7 +131,7 @@ def test_scores_of_each_class_against_monai():
     for index, name in enumerate(NAMES[:2]):
         found = [result[f"{score}/{name}"] for score in ("dice", "iou", "image_dice")]
         assert found == pytest.approx([dice[index], iou[index], per_image[index]], abs=1e-6)
-    for score in SCORE_NAMES:
+    for score in SCORES:
         mean = (result[f"{score}/core"] + result[f"{score}/edema"]) / 2
         assert result[score] == pytest.approx(mean) and np.isnan(result[f"{score}/cyst"])
     own = class_scores(counts, NAMES)
@@ -193,7 +193,7 @@ def test_trained_scored_and_predicted_by_class(three, capsys):
     report = read_report("masks")
     assert report["class_names"] == list(NAMES) and set(report["hd95_by_class"]) == set(NAMES)
     for part in (report["scores"], report["confidence_95"]):
-        for score in SCORE_NAMES:
+        for score in SCORES:
             core, edema, cyst = (part[f"{score}/{name}"] for name in NAMES)
             assert core is cyst is None and edema == part[score] is not None
     assert Image.open("masks/0_mask.png").mode == "P"

@@ -205,6 +205,6 @@ def _scores_by_lesion_size(area, counts, dice):
         inside = thirds == third
         sizes = [int(area[inside].min()), int(area[inside].max())]
         own = {"images": int(inside.sum()), "image_dice": float(dice[inside].mean())}
-        own["dice"] = metrics.pooled_scores(counts[inside])["dice"]
+        own["dice"] = metrics.image_dice(counts[inside].sum(0)).item()
         scores.append({"pixels": sizes, **own})
     return scores
