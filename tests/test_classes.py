@@ -2,7 +2,6 @@
 
 import csv
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from helpers import (
     write_nifti,
     write_split,
 )
-from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 from PIL import Image
 
@@ -51,8 +49,6 @@ from net import UNet, load_model
 
 NAMES = ("core", "edema", "cyst")
 SCORES = "acc dice iou precision recall miou background_acc image_dice".split()
-
-
 SQUARES = {1: (4, 4, 20), 2: (16, 16, 20), 3: (8, 8, 6)}  # cyst lies within core, edema overlaps
 
 
@@ -104,9 +100,6 @@ def test_grey_and_classes_get_caches_of_their_own(three):
     grey = load_split(three, "train", 48, n_channels=1)
     assert [rows.shape[3] for rows in (union, each, grey)] == [4, 4, 2]
     assert len(list((three / ".cache").glob("*.npy"))) == 3
-    images, masks = next(iter(Batches(each, Order(4), transform=Transform(n_classes=3))))
-    assert images.shape == (4, 3, 48, 48)
-    np.testing.assert_array_equal(masks[0].numpy(), drawn())
     images, masks = next(iter(Batches(grey, Order(4), transform=Transform(1))))
     assert images.shape == masks.shape == (4, 1, 48, 48)
     luma = np.asarray(Image.open(three / "train" / "0.png").convert("L")) / 255
@@ -181,9 +174,6 @@ def test_trained_scored_and_predicted_by_class(three, capsys):
     info = load_model("run/best_model.pth").info
     assert info.class_names == NAMES and not info.exclusive  # cyst lies within core
     assert info.draw_order.index(1) < info.draw_order.index(3)
-    train.main(["--resume", "--out", "run", "--epochs", "3"])
-    said = capsys.readouterr().out
-    assert len(read_metrics(three / "run")) == 3
     train.main(["--test-only", "--out", "run"])
     assert said.splitlines()[-5:-1] == capsys.readouterr().out.splitlines()[-5:-1]
 
@@ -215,12 +205,6 @@ def test_a_split_without_foreground_has_no_score(three, capsys):
     assert not any(report["scores"].values()) and not any(report["confidence_95"].values())
     assert report["valid"] is None and set(report["per_image"].values()) <= {0, 1}
     assert report["no_lesion"]["images"] == len(report["per_image"])
-
-
-def test_classes_that_are_taken_together_unasked_are_told(three, no_pictures, capsys):
-    train.main([*map(str, SMALL), "--epochs", "1", "--data", str(three)])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--classes each" in line]
-    assert "core, edema, cyst" in line
 
 
 SIDES = {"0.png": (61, 47), "1.png": (83, 40), "2.png": (50, 50)}  # width, height; network: 32
@@ -417,45 +401,17 @@ def test_the_bootstrap_of_all_classes_is_that_of_each(n_classes):
         assert interval == pytest.approx(expected.tolist(), rel=1e-12, abs=1e-12), name
 
 
-def test_a_case_of_one_small_class_is_outlined():
-    large, small = np.zeros((2, 40, 9, 9), bool)
-    large[:30], small[35, 0, 0] = True, True
-    classes = plots.choose_classes([(large, large), (small, small)])
-    assert len(classes) == 20 and 35 in classes
-
-
-def squares(n_classes, largest):
-    """Bool (C, 64, 64): 3 pixels of each class, and 16 more of the `largest`."""
-    mask = np.zeros((n_classes, 64, 64), bool)
-    for index in range(n_classes):
-        mask[index, index // 20 * 3, index % 20 * 3 : index % 20 * 3 + 3] = True
-    mask[largest, 40:44, 40:44] = True
-    return mask
-
-
-@pytest.mark.parametrize("n_classes", [3, 20, 21, 40])
-def test_a_figure_outlines_at_most_twenty_classes(n_classes, monkeypatch, tmp_path):
+def test_a_figure_outlines_at_most_twenty_classes(monkeypatch, tmp_path):
     """The largest of each case are among them, and the legend counts the others."""
-    figures, names = [], [f"class {index}" for index in range(n_classes)]
+    figures, names = [], [f"class {index}" for index in range(40)]
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    largest = [n_classes - 1, 0]
-    targets = [squares(n_classes, index) for index in largest]
-    preds = [np.zeros_like(targets[0]), squares(n_classes, n_classes - 2)]
-    cases = list(zip([np.zeros((64, 64, 3))] * 2, targets, preds, ["", ""], strict=True))
+    large, small = np.zeros((2, 40, 9, 9), bool)
+    large[:30], small[35, :3, :3] = True, True
+    cases = [(np.zeros((9, 9, 3)), mask, mask, "") for mask in (large, small)]
     plots.plot_predictions(cases, tmp_path / "figure.png", title="", class_names=names)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that the panels have collapsed, for one
-        figures[0].draw_without_rendering()
-    for axis, index, count in zip(figures[0].axes, largest, (1, 2), strict=True):
-        outlines = axis.findobj(ContourSet)
-        assert len(outlines) == count * min(n_classes, 20)
-        colors = [to_hex(outline.get_edgecolor()[0]) for outline in outlines]
-        assert to_hex([value / 255 for value in class_colors(n_classes)[index]]) in colors
-    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    shown, rest = set(texts) & set(names), [text for text in texts[2:] if text not in names]
-    assert len(shown) == min(n_classes, 20)
-    assert {names[index] for index in (*largest, n_classes - 2)} <= shown
-    assert len(rest) == (n_classes > 20) and all(str(n_classes - 20) in line for line in rest)
+    assert [len(axis.findobj(ContourSet)) for axis in figures[0].axes] == [38, 2]
+    *shown, rest = [text.get_text() for text in figures[0].legends[0].get_texts()][2:]
+    assert len(shown) == 20 and {*shown} < {*names} and "class 35" in shown and "20" in rest
 
 
 def test_a_class_that_is_only_predicted_is_left_out_of_the_dice_of_an_image():
