@@ -33,14 +33,14 @@ from tqdm import tqdm
 
 from medseg.archive import is_intact, unpack
 from medseg.cli import ArgumentParser, add_pixel_limit, number, run_main
-from medseg.dataset_folder import finish_import
+from medseg.dataset_folder import finish_import, install
 from medseg.importing.flags import add_arguments, check_arguments, chosen_importer
 from medseg.importing.layouts import find_layout
 from medseg.importing.own_data import import_data, print_next
 from medseg.importing.writing import holds_own_data
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
 from medseg.samples import set_pixel_limit
-from medseg.splits import check_disk_space, install, present_splits, read_splits
+from medseg.splits import check_disk_space, present_splits, read_splits
 
 SLUG = "pkdarabi/brain-tumor-image-dataset-semantic-segmentation"
 PAGE = f"https://www.kaggle.com/datasets/{SLUG}"

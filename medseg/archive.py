@@ -17,11 +17,11 @@ from medseg.splits import (
     deal_missing,
     present_splits,
     read_split,
+    read_splits,
 )
 
 # Names that the folder of a split may have in an archive.
 ALIASES = {split: (split,) for split in SPLITS} | {"valid": ("valid", "val", "validation")}
-MAX_BYTES = 4 * 2**30  # unpacked; zipfile reads no more of an entry than its header says
 
 # What zipfile raises for an archive that is damaged, or packed in a way that it does not know.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
@@ -62,15 +62,16 @@ def unpack(archive, folder, seed=0):
         with zipfile.ZipFile(archive) as z:
             _extract(z, folder)
         _deal_missing(folder, seed)
+        read_splits(folder, [])
     except DAMAGED as error:
         raise ValueError(f"damaged or not a zip ({error})") from None
+    except ValueError as error:  # the folder may be gone when the message is read
+        raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
 
 
 def _extract(z, folder):
     entries = [entry for entry in z.infolist() if not entry.is_dir()]
     splits, size = find_splits(z.namelist()), sum(entry.file_size for entry in entries)
-    if size > MAX_BYTES:
-        raise ValueError(f"unpacks to more than {MAX_BYTES >> 30} GiB")
     check_disk_space(folder, size)
     for entry in tqdm(entries, desc="unpacking", unit="file", disable=None):
         path = PurePosixPath(entry.filename)
@@ -88,14 +89,11 @@ def _deal_missing(folder, seed):
     if len(present) == len(SPLITS):
         return
     train = folder / SPLITS[0]
-    try:
-        content = read_split(train, None)
-        images = [SimpleNamespace(name=one["file_name"], record=one) for one in content["images"]]
-        for image, group in zip(images, augmented_groups([i.name for i in images]), strict=True):
-            image.group = group
-        drawn = deal_missing(images, present, seed)
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
+    content = read_split(train, None)
+    images = [SimpleNamespace(name=one["file_name"], record=one) for one in content["images"]]
+    for image, group in zip(images, augmented_groups([i.name for i in images]), strict=True):
+        image.group = group
+    drawn = deal_missing(images, present, seed)
     for split, stored in drawn.items():
         ids = {image.record["id"] for image in stored}
         own = [entry for entry in content["annotations"] if entry["image_id"] in ids]

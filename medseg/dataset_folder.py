@@ -1,23 +1,44 @@
-"""The folder of a data set: its splits, and what a killed import left in it.
+"""The folder of a data set: its splits, and an import into it, which is whole or not at all.
 
-An import writes into ROOT/.new-XXXX, or, to add to a split, into .add-XXXX beside it. Once all is
-written it marks that folder as COMPLETE, moves what it holds to its place, and moves splits that it
-replaces to .old-XXXX. From the mark on it can be completed, whenever it was killed.
+An import writes into ROOT/.new-XXXX. Once all is written it marks that folder as COMPLETE, moves
+the splits that it replaces into it, and the new ones to their place. From the mark on it can be
+completed, whenever it was killed.
 """
 
 import contextlib
 import os
-import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from medseg.files import file_lock
 
 ANNOTATIONS = "_annotations.coco.json"
 SPLITS = ("train", "valid", "test")
-NEW, OLD, ADD = ".new-", ".old-", ".add-"  # beginnings of tempfile's names, of eight characters
-COMPLETE = "complete"  # a file in them
+NEW = ".new-"  # the beginning of tempfile's name, of eight characters
+COMPLETE, OLD = "complete", "old"  # in it: the mark, and a folder of what is replaced
 LOCK = ".importing.lock"
+
+
+def install(root, write_splits):
+    """Let write_splits(folder) write splits into a temporary folder, then move them into `root`.
+
+    The temporary folder is in `root`, so that moving is renaming. Splits that are there already
+    are deleted only when the new ones are in place, and moved back if anything fails; where the
+    process is killed, `finish_import` completes it or takes it back. Returns what `write_splits`
+    returns, and raises what it raises.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with import_lock(root), tempfile.TemporaryDirectory(prefix=NEW, dir=root) as new:
+        new = Path(new)
+        result = write_splits(new)
+        (new / COMPLETE).touch()  # from here on `finish_import` completes it
+        try:
+            _move_out(new)
+        except BaseException:  # Ctrl-C too
+            (new / COMPLETE).unlink()
+            raise
+    return result
 
 
 @contextlib.contextmanager
@@ -51,58 +72,37 @@ def _finish(root):
     for folder in _find_left(root):
         complete = (folder / COMPLETE).exists()
         if complete:
-            move_out(folder)
+            _move_out(folder)
         shutil.rmtree(folder)
         ended = "completed" if complete else "taken back: the data set is as it was before"
         print(f"{root}: an import that was killed is {ended}", flush=True)
 
 
 def _find_left(root):
-    """The folders that imports left in `root`, or beside a split that is a link elsewhere.
-
-    They are known by their names and by what they hold: a user's folder stays.
-    """
-    name, left = re.compile(r"\.(new|add)-[a-z0-9_]{8}"), []
+    """The folders that imports left in `root`, by name and by what they hold: a user's stays."""
+    left = []
     with contextlib.suppress(OSError):
-        links = [path.resolve().parent for path in root.iterdir() if path.is_symlink()]
-        for place in dict.fromkeys([root, *links]):
-            for path in place.iterdir():
-                if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                    held = {own.name for own in path.iterdir()} - {COMPLETE}
-                    if held <= {*SPLITS} or (path.name.startswith(ADD) and len(held) <= 1):
-                        left.append(path)
+        for path in root.glob(f"{NEW}????????"):
+            if {own.name for own in path.iterdir()} <= {*SPLITS, OLD, COMPLETE}:
+                left.append(path)
     return left
 
 
-def move_out(folder):
-    """Move all that an import has written into a folder to its place, or nothing where that fails.
-
-    Split by split, what is replaced first; of an addition its images, then the annotations.
-    """
-    (folder / COMPLETE).touch()  # from here on `finish_import` completes it
-    old, moves = folder.with_name(OLD + folder.name.removeprefix(NEW)), []
-    for new in sorted(filter(Path.is_dir, folder.iterdir())):
+def _move_out(folder):
+    """Move the splits in the folder of an import to their place, or none where that fails."""
+    moves = []
+    (folder / OLD).mkdir(exist_ok=True)
+    for new in sorted(path for path in folder.iterdir() if path.name in SPLITS):
         target = folder.parent / new.name
-        if folder.name.startswith(NEW):
-            if os.path.lexists(target):
-                old.mkdir(exist_ok=True)
-                moves.append((target, old / new.name))
-            moves.append((new, target))
-            continue
-        for path in sorted(new.iterdir(), key=lambda path: path.name == ANNOTATIONS):
-            if path.name == ANNOTATIONS or not os.path.lexists(target / path.name):
-                moves.append((path, target / path.name))
+        if os.path.lexists(target):
+            moves.append((target, folder / OLD / new.name))
+        moves.append((new, target))
     try:
         for path, target in moves:
             os.replace(path, target)
-    except BaseException:  # Ctrl-C too
-        last, target = moves[-1]
-        if last.exists() or target.is_dir():  # else the annotations are replaced: all is done
-            for path, target in reversed(moves):
-                if not os.path.lexists(path):
-                    os.replace(target, path)
-            shutil.rmtree(old, ignore_errors=True)
-        (folder / COMPLETE).unlink()
+    except BaseException:
+        for path, target in reversed(moves):
+            if not os.path.lexists(path):
+                os.replace(target, path)
         raise
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(folder / OLD)  # before the mark

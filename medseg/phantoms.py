@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, SPLITS
-from medseg.splits import install, present_splits, read_splits
+from medseg.dataset_folder import install
+from medseg.splits import present_splits, read_splits
 
 PHANTOM = "phantoms made by download.py"  # starts info.description of every phantom split
 COUNTS = (400, 100, 100)  # images in train, valid and test

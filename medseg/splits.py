@@ -1,13 +1,11 @@
-"""The splits of a data set: complete, present, put in place whole or not at all, drawn, linked."""
+"""The splits of a data set: complete, present, drawn, linked."""
 
 import contextlib
-import filecmp
 import json
 import os
 import re
 import shlex
 import shutil
-import tempfile
 from collections import Counter
 from operator import attrgetter
 from pathlib import Path
@@ -26,7 +24,6 @@ from medseg.coco import (
     recorded_settings,
     used_categories,
 )
-from medseg.dataset_folder import ADD, NEW, import_lock, move_out
 
 ROBOFLOW = re.compile(r"(.+)\.rf\.\w+")  # the name of a picture, and a number of its variant
 FEW = 20  # images of train and valid: of fewer, all are to be scored
@@ -71,51 +68,6 @@ def check_disk_space(folder, needed):
         )
 
 
-def install(root, write_splits, splits=SPLITS):
-    """Let write_splits(folder) write the splits into a temporary folder, then move them in.
-
-    The temporary folder is in `root`, so that moving is renaming. Splits that `root` already has
-    are moved aside first, deleted only when the new ones are in place, and moved back if anything
-    fails; where the process is killed, `finish_import` completes it or takes it back. Those that
-    `splits` does not name are not touched. Raises what `write_splits` raises, and ValueError for an
-    incomplete split.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    with import_lock(root), tempfile.TemporaryDirectory(prefix=NEW, dir=root) as new:
-        new = Path(new)
-        write_splits(new)
-        try:
-            read_splits(new, [], splits)
-        except ValueError as error:  # the temporary folder is gone when the message is read
-            raise ValueError(str(error).replace(f"{new}{os.sep}", "")) from None
-        move_out(new)
-
-
-def extend_split(folder, write_more):
-    """Let write_more(new) write images into a new folder, then move them into the split `folder`.
-
-    write_more also writes the annotation file of the split as it will be. That is moved last, in
-    one step: until then the split is as it was. Where anything fails the images are moved back, and
-    where the process is killed, `finish_import` completes the addition or takes it back. Returns
-    what `write_more` returns, and raises what it raises; ValueError where the folder has a file of
-    the name of a new image, but for the same file.
-    """
-    folder = folder.resolve()  # moving is renaming, also where it is a link to another disk
-    with tempfile.TemporaryDirectory(prefix=ADD, dir=folder.parent) as temporary:
-        new = Path(temporary) / folder.name
-        result = write_more(new)
-        for path in sorted(new.iterdir()):
-            target = folder / path.name
-            if path.name == ANNOTATIONS or not os.path.lexists(target):
-                continue
-            if not target.is_file() or not filecmp.cmp(path, target, shallow=False):
-                raise ValueError(
-                    f"{target}: is there, though {ANNOTATIONS} does not list it: move it elsewhere"
-                )
-        move_out(Path(temporary))
-    return result
-
-
 # ---- splits drawn of imported images ---------------------------------------------------------
 
 
@@ -139,8 +91,8 @@ def draw_splits(examples, percentages, seed):
     if len(groups) < len(drawn):
         what = "images" if len(groups) == len(examples) else "groups of images"
         raise ValueError(
-            f"{len(groups)} {what} are too few for {len(drawn)} splits: leave splits out with "
-            "--split (as 100 0 0), or write one at a time with --into"
+            f"{len(groups)} {what} are too few for {len(drawn)} splits: an import of your own "
+            "images writes fewer with --split (as 100 0 0), or one with --into"
         )
     sizes = {n: len(examples) * part / 100 for n, part in zip(SPLITS, percentages, strict=True)}
     order = np.random.default_rng(seed).permutation(len(groups))
@@ -279,14 +231,11 @@ def whole_folder(target):
 
 
 def link_split(folder, entries, categories, info, ways=(os.link, shutil.copy2)):
-    """Link or copy the images to the new `folder`, and write their annotations.
-
-    ways: functions of path and target, of which the first one is taken that raises no OSError.
-    """
+    """Link or copy the images to the new `folder`, see `link_or_copy`, with their annotations."""
     folder.mkdir(parents=True)
     images, annotations = [], []
     for index, entry in enumerate(entries):
-        _link(entry.path.resolve(), folder / entry.name, ways)
+        link_or_copy(entry.path.resolve(), folder / entry.name, ways)
         images.append({**entry.record, "id": index, "file_name": entry.name})
         for annotation in entry.annotations:
             annotations.append({**annotation, "id": len(annotations), "image_id": index})
@@ -295,11 +244,12 @@ def link_split(folder, entries, categories, info, ways=(os.link, shutil.copy2)):
     (folder / ANNOTATIONS).write_text(json.dumps(content))
 
 
-def _link(path, target, ways):
+def link_or_copy(path, target, ways=(os.link, shutil.copy2)):
+    """Call the first of `ways` that raises no OSError: not all disks and accounts have links."""
     for way in ways:
         try:
             return way(path, target)
-        except OSError:  # another disk, or a file system or an account that has no such links
+        except OSError:
             if way is ways[-1]:
                 raise
 

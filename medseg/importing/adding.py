@@ -1,22 +1,24 @@
 """More images into a split that is there, of which nothing changes."""
 
-import hashlib
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, image_path, listed, read_annotations
-from medseg.dataset_folder import import_lock
+from medseg.dataset_folder import install
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
-from medseg.files import atomic_write, parallel_map, read_json
+from medseg.files import parallel_map, read_json
 from medseg.images import read_image
 from medseg.importing.writing import check_classes, print_counts, write_split
 from medseg.patterns import same_form
-from medseg.splits import extend_split, present_splits
+from medseg.splits import link_or_copy, present_splits
+
+SAME = 0.9999  # correlation of the thumbnails of an image and its copy
 
 
 def add_images(root, examples, classes, *, into, duplicates=None, any_order=False):
@@ -38,7 +40,8 @@ def add_images(root, examples, classes, *, into, duplicates=None, any_order=Fals
         ids.setdefault(str(category.get("name")), category["id"])  # of several the first
     head = {"categories": [{"id": own, "name": name} for name, own in ids.items()]}
 
-    def write_more(new):
+    def write_whole(folder):
+        new = folder / into
         with tqdm(desc="importing", total=len(examples), unit="image", disable=None) as bar:
             written = write_split(new, examples, head, bar)
         names = [record["file_name"] for record, _ in written]
@@ -48,14 +51,12 @@ def add_images(root, examples, classes, *, into, duplicates=None, any_order=Fals
             (new / name).unlink()
         content = {"categories": [], **read_json(root / into / ANNOTATIONS)}
         _append(content, read_json(new / ANNOTATIONS), kept)
-        with atomic_write(new / ANNOTATIONS) as file:
-            file.write(json.dumps(content).encode("ascii"))
-        written = [own for own in written if own[0]["file_name"] in kept]
-        return into, written, list(ids), len(content["images"])
+        (new / ANNOTATIONS).write_text(json.dumps(content))
+        _link_all(root / into, new)
+        return [own for own in written if own[0]["file_name"] in kept], len(content["images"])
 
-    with import_lock(root):
-        added = extend_split(root / into, write_more)
-    print_counts(*added)
+    added, total = install(root, write_whole)
+    print_counts(into, added, list(ids), total)
 
 
 def _append(content, more, kept):
@@ -76,9 +77,22 @@ def _append(content, more, kept):
 
 def _free_ids(records):
     """Numbers above every id of the records, and above the places that stand in for missing ids."""
-    ids = (record.get("id") for record in records if isinstance(record, dict))
-    highest = max((own for own in ids if type(own) is int), default=-1)
-    return itertools.count(max(highest + 1, len(records)))
+    ids = [record["id"] for record in records if type(record.get("id")) is int]
+    return itertools.count(max([*ids, len(records) - 1]) + 1)
+
+
+def _link_all(folder, new):
+    """Link or copy to `new` all that a split has, but for the annotations."""
+    for path in folder.iterdir():
+        target = new / path.name
+        if path.is_dir():
+            shutil.copytree(path, target, symlinks=True, copy_function=link_or_copy)
+        elif not os.path.lexists(target):
+            link_or_copy(path, target)
+        elif path.name != ANNOTATIONS:
+            raise ValueError(
+                f"{path}: is there, though {ANNOTATIONS} does not list it: move it elsewhere"
+            )
 
 
 # ---- what the data set has already ----------------------------------------------------------
@@ -123,76 +137,55 @@ def leave_out_known(root, into, records, new, duplicates=None):
 
     records: as of `check_groups`. duplicates: what becomes of images that are in any split already,
     or are nearly in another one: "skip" leaves them out, which is printed, "keep" adds them, None
-    is a ValueError. A line is printed where images are nearly in the split itself. Raises
-    ValueError where none are left.
+    is a ValueError. Raises ValueError where none are left.
     """
     there = [
         (split, image_path(root / split, record["file_name"]))
         for split, images in records.items()
         for record in images
     ]
-    names, entries = {path.name for path in new}, find_known(there, into, new)
-    known = [own for own in entries if own.same or own.split != into]
-    near = [own for own in entries if not own.same and own.split == into]
-    left = names - {own.name for own in known}
-
-    def describe(entries):
-        splits = " and ".join(dict.fromkeys(str(root / own.split) for own in entries))
-        pairs = listed([f"{own.name} as {own.like}" for own in entries], 3)
-        nearly = "" if all(own.same for own in entries) else ", or nearly"
-        return f"{len(entries)} of the {len(names)} new images are in {splits}{nearly} ({pairs})"
-
-    if near:
-        print(f"note: {describe(near)}")
+    names, known = {path.name for path in new}, find_known(there, into, new)
     if not known or duplicates == "keep":
         return names
+    left = names - known.keys()
+    splits = " and ".join({str(root / split): None for split, _ in known.values()})
+    pairs = listed([f"{name} as {like}" for name, (_, like) in known.items()], 3)
+    what = f"{len(known)} of the {len(names)} new images are in {splits}, or nearly ({pairs})"
     if duplicates is None or not left:
         ways = "--duplicates skip leaves these out" if left else "nothing to add"
-        raise ValueError(f"{describe(known)}: {ways}, --duplicates keep adds them all the same")
-    print(f"left out: {describe(known)}")
+        raise ValueError(f"{what}: {ways}, --duplicates keep adds them all the same")
+    print(f"left out: {what}")
     return left
 
 
-class Known(NamedTuple):
-    """A new image that the data set has already, or one like it."""
-
-    name: str  # of the file
-    split: str
-    like: str  # the file name of the image there
-    same: bool  # every pixel, or nearly
-
-
 def find_known(there, into, new):
-    """[Known] of new images, which are to go into a split.
+    """{name: (split, file name of the image there)} of new images that a data set has already.
 
-    there: [(split, Path)] of the images of a data set; new: paths. The same pixels in any split
-    count, and near-duplicates. Of several images, one with the same pixels is named, in the split
-    itself before others; else one of another split. Images that show nothing and damaged ones do
-    not count.
+    there: [(split, Path)] of its images; new: paths of those that are to go into the split `into`.
+    The same image in any split counts, and near-duplicates in others, which are named first.
+    Images that show nothing and damaged ones do not count.
     """
     looks = parallel_map(_look, [path for _, path in there])
     bar = tqdm(looks, "comparing", len(there), unit=" images", disable=None)
-    old = [(*own, *look) for own, look in zip(there, bar, strict=True) if isinstance(look, tuple)]
+    old = [(*own, look) for own, look in zip(there, bar, strict=True) if _shows_some(look)]
     looks = parallel_map(_look, new, catch=())
-    seen = [(path.name, *look) for path, look in zip(new, looks, strict=True) if look]
+    seen = [(path.name, look) for path, look in zip(new, looks, strict=True) if _shows_some(look)]
     if not old or not seen:
-        return []
-    digests, known = np.array([digest for _, _, digest, _ in old]), []
-    alike = correlate([look for *_, look in seen], [look for *_, look in old])
-    for (name, digest, _), row in zip(seen, alike, strict=True):
-        same = np.flatnonzero(digests == digest)
-        near = same if len(same) else np.flatnonzero(row >= NEAR_DUPLICATE)
+        return {}
+    elsewhere, known = np.array([split != into for split, *_ in old]), {}
+    alike = correlate([look for _, look in seen], [look for *_, look in old])
+    for (name, _), row in zip(seen, alike, strict=True):
+        near = np.flatnonzero(row >= np.where(elsewhere, NEAR_DUPLICATE, SAME))
         if len(near):
-            index = max(near, key=lambda i: ((old[i][0] == into) == (len(same) > 0), row[i]))
-            split, path, *_ = old[index]
-            known.append(Known(name, split, path.name, len(same) > 0))
+            split, path, _ = old[max(near, key=lambda index: (elsewhere[index], row[index]))]
+            known[name] = split, path.name
     return known
 
 
 def _look(path):
-    """(digest of size and pixels, thumbnail) of an image, or None where it shows nothing."""
-    image = read_image(path)  # grey stored as colours is the same
-    pixels = np.asarray(image.rgb() if image.n_channels == 1 else image.pixels)
-    digest = hashlib.sha256(repr(image.size).encode() + pixels.tobytes()).hexdigest()
-    small = thumbnail(image)
-    return None if is_flat(small) else (digest, small)
+    return thumbnail(read_image(path))
+
+
+def _shows_some(look):
+    """Whether a thumbnail, or the error of a damaged image, is one of an image that shows some."""
+    return not isinstance(look, Exception) and not is_flat(look)

@@ -25,6 +25,7 @@ from medseg.coco import (
     read_annotations,
     recorded_settings,
 )
+from medseg.dataset_folder import install
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, Picture, measure_window, save_picture
 from medseg.phantoms import is_phantom
@@ -33,7 +34,6 @@ from medseg.settings import window_limits
 from medseg.splits import (
     PERCENTAGES,
     draw_splits,
-    install,
     keep_splits,
     present_splits,
 )
@@ -111,7 +111,7 @@ def write_dataset(root, dealt, classes, *, info=None, any_order=False, source=No
             what = f"the masks or outlines of all {total} images cover no pixel"
             raise ValueError(f"{source or root}: {what}")
 
-    install(root, write_splits, tuple(dealt))
+    install(root, write_splits)
     for split, images in written.items():
         print_counts(split, images, classes)
     if len(classes) > MAX_CLASSES:
