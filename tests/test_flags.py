@@ -9,7 +9,7 @@ from helpers import SMALL, assert_refused, script_here
 
 import train
 from medseg.files import file_lock
-from medseg.training.checkpoint import KEYS, Progress
+from medseg.training.checkpoint import KEYS
 from medseg.training.flags import make_parser, parse_arguments
 from net import UNet
 
@@ -133,7 +133,7 @@ def write_last(folder, *flags, **more):
     """A last.pth of a run with these flags, before its first step; returns them as a dict."""
     flags = parse(*flags)[0]
     state = {**dict.fromkeys(KEYS, {}), "flags": {**flags, **more}}
-    torch.save({**state, "progress": Progress().state_dict()}, folder / "last.pth")
+    torch.save(state, folder / "last.pth")
     return flags
 
 

@@ -344,17 +344,6 @@ def test_it_stops_after_too_many_in_a_row_and_names_the_step(tmp_path):
     assert row["skipped"] == 45
 
 
-def test_background_everywhere_is_warned_of_once(tmp_path, capsys):
-    model = Line()
-    torch.nn.init.constant_(model.norm.bias, -50)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0)
-    train_line(model, [batch(0)], optimizer, tmp_path, epochs=6)
-    said = capsys.readouterr().err
-    background = 100 * (1 - batch(5)[1].mean().item())
-    assert said.count("WARNING") == 1
-    assert f"{background:.2f} %" in said
-
-
 def test_out_of_memory_is_one_line(trained, tmp_path):
     """Truly out of memory: 1.5 GiB more than now, and 0.8 GB for every map of 32 channels."""
 

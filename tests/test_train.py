@@ -1,7 +1,6 @@
 """Losses, metrics, early stopping, checkpoints, schedules and the training command."""
 
 import math
-import os
 import re
 import shlex
 import shutil
@@ -22,9 +21,7 @@ from helpers import (
     output_of,
     read_metrics,
     script_here,
-    skip_pictures,
     start_python,
-    tree,
     wait_until,
     without_times,
 )
@@ -36,6 +33,7 @@ import data
 import train
 from data import Batches, COCOSegmentationDataset, Order, Transform, load_split
 from medseg.coco import load_coco
+from medseg.files import file_lock
 from medseg.images import MEAN, STD
 from medseg.metrics import RunningScores, metrics
 from medseg.phantoms import make_phantoms
@@ -333,10 +331,11 @@ def test_the_test_uses_the_best_weights(straight, tmp_path):
     place, said = straight
     flags = ("--test-only", "--device", "cpu", "--batch-size", 2)
     assert last_scores(said) in output_of("train.py", *flags, "--out", "run", cwd=place)
-    # Without last.pth too, and where it is damaged, which is told.
+    # Where last.pth is damaged, too, which is told; and while another training writes there.
     shutil.copy(place / "run" / "best_model.pth", tmp_path)
     (tmp_path / "last.pth").write_bytes(b"damaged")
-    again = script_here("train.py", *flags, "--out", tmp_path, cwd=place)
+    with file_lock(tmp_path / ".lock", busy=""):
+        again = script_here("train.py", *flags, "--out", tmp_path, cwd=place)
     assert "WARNING" in again.stderr and "last.pth" in again.stderr
     assert last_scores(said) in again.stdout
 
@@ -430,49 +429,25 @@ def test_stopped_at_every_step_and_resumed_it_ends_with_the_same_bits(norm, data
 
 # ---- going on with a run that has come to an end ---------------------------------------------
 
-BUMPY = ("--norm", "batch", "--depth", 2, "--ema", 0.5, "--augment", "flip=0.5", "--min-steps", 0)
-LOSSES = (0.9, 0.5, 0.6, 0.7, 0.8, 0.6, 0.4, 0.4, 0.4)  # on valid, after epochs 1, 2, ...
+LOSSES = (0.9, 0.5, 0.6, 0.7, 0.8, 0.6, 0.4)  # on valid, after epochs 1, 2, ...
 
 
-def give_losses(monkeypatch):
-    """Validation has LOSSES, whatever the processor and the version of PyTorch make of it."""
+@pytest.mark.usefixtures("no_pictures")
+def test_gone_on_with_more_patience_it_ends_as_if_it_had_had_it_from_the_start(
+    dataset, tmp_path, monkeypatch
+):
     end_epoch = Progress.end_epoch
 
     def end_epoch_as_given(progress, loss, model, *, free):
         return end_epoch(progress, LOSSES[progress.epoch], model, free=free)
 
     monkeypatch.setattr(Progress, "end_epoch", end_epoch_as_given)
-
-
-@pytest.fixture(scope="module")
-def stopped_early(tmp_path_factory):
-    """A folder with a data set, `early`, stopped after 4 of 7 epochs, and `patient`, which was not.
-
-    The learning rate of these falls to the end; that of `constant`, of 3 epochs, does not. All are
-    tested: curves.png, the last file of a training, is there.
-    """
-    place, cosine = tmp_path_factory.mktemp("early"), ("--epochs", 7, "--schedule", "cosine")
-    make_dataset(place / "dataset")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        skip_pictures(monkeypatch)
-        give_losses(monkeypatch)
-        for out, *flags in (
-            ("early", "--patience", 2, *cosine),
-            ("patient", "--patience", 5, *cosine),
-            ("constant", "--epochs", 3),
-        ):
-            run_small(place, *BUMPY, "--out", out, *flags)
-            (place / out / "curves.png").touch()
-    return place
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_gone_on_with_more_patience_it_ends_as_if_it_had_had_it_from_the_start(
-    stopped_early, tmp_path, monkeypatch
-):
-    give_losses(monkeypatch)
-    shutil.copytree(stopped_early, tmp_path, dirs_exist_ok=True)
-    early, best = tmp_path / "early", outcome(tmp_path / "early")[1][2]
+    flags = "--norm batch --depth 2 --ema 0.5 --augment flip=0.5 --min-steps 0 --epochs 7"
+    flags = (*flags.split(), "--schedule", "cosine")
+    run_small(tmp_path, *flags, "--patience", 5, "--out", "patient")
+    run_small(tmp_path, *flags, "--patience", 2, "--out", "early")
+    early = tmp_path / "early"
+    best = outcome(early)[1][2]
     # A little more of it is used up at once, and the best weights stay.
     go_on = ("--resume", "--out", "early", "--patience")
     said = output_of("train.py", *go_on, 3, cwd=tmp_path)
@@ -482,42 +457,21 @@ def test_gone_on_with_more_patience_it_ends_as_if_it_had_had_it_from_the_start(
     assert outcome(early) == outcome(tmp_path / "patient")
     # The new patience is recorded, as every flag is.
     assert load_weights(early / "last.pth")["flags"]["patience"] == 5
+    # The schedule ends with the epochs.
+    longer = script_here("train.py", *go_on, 5, "--epochs", 9, cwd=tmp_path)
+    assert_refused(longer, "early/last.pth", "--epochs 7, not 9")
 
 
-@pytest.mark.parametrize(
-    "out, flags, words",
-    [
-        ("early", "", ["4 of 7 epochs", "--patience above 2", "--test-only"]),
-        ("early", "--patience 1", ["--patience above 2"]),
-        ("early", "--patience 5 --epochs 9", ["--epochs 7, not 9"]),  # with which the schedule ends
-        ("patient", "--patience 30", ["7 of 7 epochs", "--init"]),
-        ("constant", "", ["3 of 3 epochs", "--epochs above 3"]),
-        ("constant", "--epochs 3 --patience 9", ["--epochs above 3"]),
-        ("constant", "--epochs 2", ["--epochs above 3"]),
-    ],
-)
-def test_a_run_that_has_ended_says_what_goes_on(out, flags, words, stopped_early, refused):
-    before, last = tree(stopped_early / out), stopped_early / out / "last.pth"
-    flags = ("--resume", "--out", stopped_early / out, *flags.split())
-    refused("train", *flags, words=[last, *words])
-    assert tree(stopped_early / out) == before
-
-
-def test_a_finished_run_is_tested_again_only_where_its_test_was_cut_short(
-    straight, tmp_path, monkeypatch, no_pictures
-):
+def test_a_finished_run_is_tested_again(straight, tmp_path, monkeypatch, no_pictures):
     """A signal may come during the test; and torchrun restarts processes that have done it all."""
     place, said = straight
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    resume, test = ("train.py", "--resume", "--out", "run"), last_scores(said)
-    assert_refused(script_here(*resume, cwd=tmp_path), "3 of 3 epochs done", "--epochs")
-    with monkeypatch.context() as restarted:
-        restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        assert test in run_small(tmp_path, "--epochs", 3, "--out", "run")
-    os.utime(tmp_path / "run" / "curves.png", (0, 0))  # of an earlier end
-    before = (tmp_path / "run" / "metrics.csv").read_bytes()
-    assert test in output_of(*resume, cwd=tmp_path)
-    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+    before = outcome(tmp_path / "run")
+    again = output_of("train.py", "--resume", "--out", "run", cwd=tmp_path)
+    assert last_scores(said) in again and "after 3 epochs" in again
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert last_scores(said) in run_small(tmp_path, "--epochs", 3, "--out", "run")
+    assert outcome(tmp_path / "run") == before
 
 
 # ---- what is refused -------------------------------------------------------------------------
@@ -644,19 +598,13 @@ def test_what_the_optimizer_and_the_loop_are_given(given):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_recipe_is_printed_as_it_was_used(dataset, tmp_path):
-    said = run_small(tmp_path, "--recipe", "strong", "--epochs", 1, "--lr", "0.01")
-    assert "recipe strong: --norm batch" in said and " --lr 0.01 " in said
-    assert "--augment rotate=5,scale=0.1" in said
-    assert load_model(tmp_path / "best_model.pth").down1.norm1.running_mean.shape == (2,)
-
-
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("prior, told", [(0.001, True), (0.9, False)])
 def test_masks_that_stayed_empty_are_told_after_the_test(prior, told, dataset, tmp_path):
-    flags = (*SMALL, "--epochs", 1, "--lr", 0, "--prior", prior)
+    flags = (*SMALL, "--recipe", "strong", "--epochs", 1, "--lr", 0, "--prior", prior)
     result = script_here("train.py", *flags, cwd=tmp_path)
     assert ("nothing was learned" in result.stderr) == told
+    # The recipe is printed as it was used.
+    assert f"recipe strong: --norm batch --prior {prior} --lr 0" in result.stdout
 
 
 # ---- pictures --------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from medseg.weights import load_weights, save_weights
 NON_FINITE_LIMIT = 20  # steps in a row before training stops: fp16 may need 16 to find its scale
 BEST, LAST = "best_model.pth", "last.pth"
 FOLDS = "folds.json"  # of a cross-validation, whose runs are in folders beside it
-CURVES = "curves.png"  # the last file that a training writes, after its test
 AFRESH = "start afresh without --resume, with --overwrite or another --out"
 KEYS = {"flags", "model", "running_mean", "guarded_step", "scores", "progress", "rng"}
 
@@ -31,8 +30,7 @@ def read_checkpoint(out):
     """
     path = out / LAST
     state = load_weights(path)
-    whole = isinstance(state, dict) and KEYS <= state.keys()
-    if not whole or not Progress().state_dict().keys() <= state["progress"].keys():
+    if not (isinstance(state, dict) and KEYS <= state.keys()):
         raise ValueError(f"{path}: not written by train.py (of this version): {AFRESH}")
     return {**state, "path": path}
 
@@ -193,6 +191,8 @@ class Checkpointer:
                 f"{self.out / LAST}: does not fit this program or network ({one_line(error)}): "
                 f"{AFRESH}"
             ) from None
+        if is_first():
+            print(f"going on after {self.objects['progress'].epoch} epochs", flush=True)
 
     @contextmanager
     def disk(self, last_chance=False):

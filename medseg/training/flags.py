@@ -20,7 +20,7 @@ from medseg.settings import MAX_CHANNELS
 from medseg.training import resume
 from medseg.training.cross_validation import check_folds, read_folds
 from medseg.training.recipes import PHANTOMS, RECIPES
-from medseg.training.resume import ALONE, ANEW, FREE, KEPT
+from medseg.training.resume import ANEW, FREE, KEPT
 from medseg.training.tracking import TRACKERS, check_tracker
 from net import load_model
 
@@ -57,7 +57,7 @@ def _group(parser, title):
 
 def _add_data_flags(add):
     folders = "the data set, a folder with train/, valid/ and test/"
-    add("--data", "dataset", folders, metavar="FOLDER", resume=ALONE)
+    add("--data", "dataset", folders, metavar="FOLDER", resume=FREE)
     small = f"in about a minute by {spell_flags(PHANTOMS)}"
     add("--synthetic", False, f"draw phantoms in DATA/synthetic and train on them, {small}")
     side = "pixels a side to which images are resized"
@@ -78,7 +78,7 @@ def _add_training_flags(add):
     add("--recipe", "tutorial", "; ".join([auto, *recipes]), choices=RECIPES)
     minutes = "how long a training with --recipe auto may take; 0: as long as it needs"
     add("--minutes", 0.0, minutes, type=REAL)
-    add("--epochs", 40, "passes over the images, at most", type=POSITIVE, resume=ALONE)
+    add("--epochs", 40, "passes over the images, at most", type=POSITIVE, resume=FREE)
     add("--batch-size", 32, "images in a step, over all processes together", type=POSITIVE)
     repeat = "how often an epoch draws each image; 0.1: a tenth of them, others in each epoch"
     add("--repeat", 1.0, repeat, type=number(0.0001, 1e6, float))
@@ -89,7 +89,7 @@ def _add_training_flags(add):
     add("--foreground", 0.0, foreground, type=number(0.0, 1.0, float))
     add("--lr", 1e-4, "learning rate of Adam", type=REAL)
     patience = "stop after so many epochs without a lower validation loss"
-    add("--patience", 8, patience, type=POSITIVE, resume=ALONE)
+    add("--patience", 8, patience, type=POSITIVE, resume=FREE)
     min_steps = "do not count epochs for --patience that end within so many first steps"
     add("--min-steps", 300, min_steps, type=AT_LEAST_0)
     add("--n-filters", 32, "channels of the network's first level", type=number(1, 1024))
@@ -200,8 +200,6 @@ def parse_arguments(parser, argv):
         return args, checkpoint, {}
     if checkpoint:
         resume.check_same_run(vars(args), checkpoint, parser.on_resume)
-        if not args.folds:
-            resume.check_can_go_on(vars(args), checkpoint)
     return args, checkpoint, {**kept, **given}
 
 

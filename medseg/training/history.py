@@ -16,7 +16,6 @@ from medseg.files import atomic_write
 from medseg.training.recipes import RECIPES
 
 FEW_STEPS = 300  # of a whole run
-ALL_BACKGROUND_LIMIT = 3  # epochs in a row without a pixel of foreground before a warning
 SPELLED = {
     **{"dice": "Dice", "iou": "IoU", "miou": "mIoU", "precision": "precision"},
     **{"recall": "recall", "image_dice": "per-image Dice"},
@@ -68,7 +67,7 @@ def write_history(history, path):
 
 
 def print_epoch(history, num_epochs, better):
-    """A line on the epoch that just ended; a warning where masks have been empty for a while."""
+    """A line on the epoch that just ended."""
     row, width = history[-1], len(str(num_epochs))
     elapsed = sum(epoch["seconds"] for epoch in history)
     left = min(elapsed / len(history) * (num_epochs - len(history)), 1e9)  # else no timedelta
@@ -90,30 +89,12 @@ def print_epoch(history, num_epochs, better):
         parts.append(f"{row['skipped']} steps skipped: not finite")
     print(" | ".join(parts), flush=True)
 
-    empty = [epoch["val_dice"] == 0 and _is_background(epoch, "val_") for epoch in history]
-    recent = [False, *empty][-ALL_BACKGROUND_LIMIT - 1 :]
-    if recent == [False] + [True] * ALL_BACKGROUND_LIMIT:  # said once
-        warn(
-            f"for {ALL_BACKGROUND_LIMIT} epochs the predicted masks were empty: that is "
-            f"{100 * row['val_background_acc']:.2f} % accurate and finds nothing. Some more epochs "
-            "may mend it; else try another --lr"
-        )
-
 
 def print_early_stop(progress, patience):
     print(
         f"stopping early: no lower validation loss since epoch {progress.best_epoch}; "
         f"--resume with a --patience above {patience} goes on"
     )
-
-
-def _is_background(scores, prefix=""):
-    """Whether all masks were empty."""
-    return scores[f"{prefix}acc"] == scores[f"{prefix}background_acc"]
-
-
-def warn(text):
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def log_values(row):
@@ -143,10 +124,13 @@ def print_test(scores, class_names, inference):
     for name in class_names if len(class_names) > 1 else ():
         own = {key: scores[f"{key}/{name}"] for key in ("dice", "iou", "precision", "recall")}
         print(f"  {name}: {_spell(own, *own, lacking='no image of it in test')}", flush=True)
-    if "loss" in scores and scores["dice"] == 0 and _is_background(scores):
-        warn(
-            "the masks are empty, nothing was learned: --recipe auto chooses flags that suit the "
-            "data set, with more --minutes for a longer run; look at the masks with data.py"
+    if "loss" in scores and scores["dice"] == 0 and scores["acc"] == scores["background_acc"]:
+        print(
+            "WARNING: the masks are empty, nothing was learned: --recipe auto chooses flags that "
+            "suit the data set, with more --minutes for a longer run; look at the masks with "
+            "data.py",
+            file=sys.stderr,
+            flush=True,
         )
 
 

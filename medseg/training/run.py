@@ -39,7 +39,7 @@ def open_folder(args, checkpoint):
 def _refuse_others(out, args, checkpoint):
     runs, drawn = checkpoints.fold_runs(out) if args.folds else [], ["predictions.png"]
     if not args.test_only:
-        drawn += [checkpoints.CURVES, "metrics.csv"]
+        drawn += ["curves.png", "metrics.csv"]
         if not (checkpoint or args.overwrite or dist.restart_count()):
             checkpoints.refuse_other_run([out, *runs])
     written = [run / name for run in (runs if args.folds else [out]) for name in drawn]
@@ -155,9 +155,8 @@ def finish(args, root, device, history, tracker):
     drawn = out / "predictions.png"
     tracker.image("predictions", drawn)
     if history:
-        drawn = (
-            f"{drawn} and {plots.plot_curves(history, out / checkpoints.CURVES, title=str(root))}"
-        )
+        curves = plots.plot_curves(history, out / "curves.png", title=str(root))
+        drawn = f"{drawn} and {curves}"
     print(f"drawn: {drawn}; next: {predict_command(args, root)}")
 
 
