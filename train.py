@@ -278,8 +278,8 @@ def main(argv=None):
         if args.recipe == "auto" and not (checkpoint or args.test_only):
             args = command_line.add_plan(args, planned_flags(kept))
         if args.folds:
-            for fold in cross_validation.untrained_folds(args, checkpoint):
-                fold.score(*train_and_test(fold.args, fold.checkpoint, signals))
+            one_run = partial(train_and_test, signals=signals)
+            cross_validation.cross_validate(args, checkpoint, one_run)
         else:
             train_and_test(args, checkpoint, signals)
 

@@ -72,14 +72,14 @@ def deal_groups(groups, count, seed=0):
     """The fold of each image, from 0 to count - 1; groups: a name each, "" is a group of its own.
 
     Groups are dealt whole, the largest first, those of one size in random order, each to the fold
-    that has fewest images. ValueError unless there are 2 folds or more, and a group for each.
+    that has fewest images. ValueError unless there is a group for each.
     """
     members = {}
     for index, group in enumerate(groups):
         members.setdefault(group or index, []).append(index)
-    if not 2 <= count <= len(members):
+    if count > len(members):
         most = f"{len(members)}, the images, or groups of them, in train and valid"
-        raise ValueError(f"--folds {count}: it takes from 2 to {most}")
+        raise ValueError(f"--folds {count}: it takes at most {most}")
     members = list(members.values())
     order = np.random.default_rng(seed).permutation(len(members))
     folds = [[] for _ in range(count)]
@@ -142,50 +142,15 @@ def read_folds(args):
     path = Path(args.out) / FOLDS
     if not (args.resume or args.test_only) or not path.exists():
         return None
-    record = read_json(path)
-    if not isinstance(record, dict) or not {"flags", "folds"} <= record.keys():
-        raise ValueError(f"{path}: not written by train.py: start afresh with --overwrite")
-    return {**record, "path": path}
+    return {**read_json(path), "path": path}
 
 
-class Fold:
-    """A run of a cross-validation: its flags, and the checkpoint to go on from or None."""
+def cross_validate(args, record, train):
+    """--folds: train and score each fold that is not done, then score all images together.
 
-    def __init__(self, args, number):
-        name, self.number, self.result = f"fold{number}", number, None
-        self.args, self.checkpoint = argparse.Namespace(**vars(args)), None
-        own, out = self.args, output_folder(Path(args.out) / name)
-        own.data, own.out = str(Path(args.out) / DATA / name), str(out)
-        own.folds, own.synthetic, own.resume, own.overwrite = 0, False, False, False
-        own.experiment_name = f"{args.experiment_name or experiment_name(args)}-{name}"
-        if (out / checkpoints.LAST).exists():
-            self.checkpoint = checkpoints.read_checkpoint(out)
-
-    def score(self, model, batches, autocast):
-        """Score its valid split by the network that was trained on the others, for folds.json."""
-        inference, names = model.info.inference or PLAIN, model.info.class_names
-        pairs = predict(model, batches, batches.device, inference.flips, autocast)
-        options = {"clean": inference.clean, "exclusive": model.info.exclusive}
-        counts = count_pixels(pairs, [inference.threshold], **options)[:, 0]  # (N, C, 4)
-        dataset, dice = batches.dataset, mean_image_dice(counts).round(4).tolist()
-        groups = [recorded_group(dataset.coco.imgs[number]) for number in dataset.image_ids]
-        self.result = {
-            "fold": self.number,
-            "images": len(counts),
-            "class_names": list(names),
-            **inference.as_dict(),
-            "scores": without_nan(class_scores(counts, names)),
-            "per_image": dict(zip(dataset.names(), dice, strict=True)),  # the mean over the classes
-            "groups": groups if any(groups) else [],
-            "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
-        }
-
-
-def untrained_folds(args, record):
-    """--folds: yield each `Fold` that is to be trained and scored; then score all images together.
-
-    record: of `read_folds`, to go on with; folds that are done stay. The runs are in OUT/fold1,
-    OUT/fold2, ..., the scores in folds.json. Raises what `deal_images` raises.
+    record: of `read_folds`, to go on with; train(args, checkpoint): one run, which returns its
+    network, the `data.Batches` of valid and the autocast. The runs are in OUT/fold1, OUT/fold2,
+    ..., the scores in folds.json. Raises what `deal_images` raises.
     """
     out, root = Path(args.out), data_root(args)
     if record is None:
@@ -195,20 +160,49 @@ def untrained_folds(args, record):
     _write_scores(out, flags, folds)
     for number in range(len(folds) + 1, args.folds + 1):
         print(f"fold {number} of {args.folds}", flush=True)
-        fold = Fold(args, number)
-        with checkpoints.run_lock(Path(fold.args.out)):
-            yield fold
-        folds.append(fold.result)
+        own = _flags_of_fold(args, f"fold{number}")
+        folder = output_folder(own.out)
+        with checkpoints.run_lock(folder):
+            begun = (folder / checkpoints.LAST).exists()
+            checkpoint = checkpoints.read_checkpoint(folder) if begun else None
+            folds.append({"fold": number, **score_fold(*train(own, checkpoint))})
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next fold moves its images to what is free there
         # Each fold has all the images: their caches would take that many times the disk.
-        shutil.rmtree(Path(fold.args.data) / ".cache", ignore_errors=True)
+        shutil.rmtree(Path(own.data) / ".cache", ignore_errors=True)
         _write_scores(out, flags, folds)
     _print_table(folds, pool_scores(folds))
     images = shlex.quote(str(root / "test")) if (root / "test").is_dir() else "IMAGE"
     weights = f"{shlex.quote(str(out))}/fold*/{BEST}"
     print(f"saved {out / FOLDS}; next: python predict.py {images} --model {weights}")
+
+
+def _flags_of_fold(args, name):
+    """The flags of the run of a fold."""
+    changed = {"folds": 0, "synthetic": False, "resume": False, "overwrite": False}
+    changed |= {"data": str(Path(args.out) / DATA / name), "out": str(Path(args.out) / name)}
+    changed["experiment_name"] = f"{args.experiment_name or experiment_name(args)}-{name}"
+    return argparse.Namespace(**{**vars(args), **changed})
+
+
+def score_fold(model, batches, autocast):
+    """The scores of a fold's valid split by its network, as folds.json has them."""
+    inference, names = model.info.inference or PLAIN, model.info.class_names
+    pairs = predict(model, batches, batches.device, inference.flips, autocast)
+    options = {"clean": inference.clean, "exclusive": model.info.exclusive}
+    counts = count_pixels(pairs, [inference.threshold], **options)[:, 0]  # (N, C, 4)
+    dataset, dice = batches.dataset, mean_image_dice(counts).round(4).tolist()
+    groups = [recorded_group(dataset.coco.imgs[number]) for number in dataset.image_ids]
+    return {
+        "images": len(counts),
+        "class_names": list(names),
+        **inference.as_dict(),
+        "scores": without_nan(class_scores(counts, names)),
+        "per_image": dict(zip(dataset.names(), dice, strict=True)),  # the mean over the classes
+        "groups": groups if any(groups) else [],
+        "counts": counts.tolist(),  # of each image and class: tp, fp, fn, tn
+    }
 
 
 def _write_data(root, args):
