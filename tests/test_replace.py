@@ -28,6 +28,8 @@ WRITTEN = {  # file: (the command that writes it)
     "x_probability.png": ("predict", "x.png", "--write", "probability"),
     "mask.png": ("predict", "x.png", "--output", "mask.png"),
     "out/0_test_overlay.jpg": ("predict", *FOLDER),
+    "out/predictions.csv": ("predict", *FOLDER),
+    "out/predictions.json": ("predict", *FOLDER),
     "out/report.json": ("predict", *FOLDER),
     "out/report.png": ("predict", *FOLDER),
     "brain_mask.nii.gz": ("predict", "brain.nii.gz"),

@@ -1,7 +1,10 @@
-"""--write: probabilities, LabelMe and COCO files, and the way back by download.py."""
+"""What predict.py writes beside the masks: annotations, probabilities, objects, the table."""
 
 import csv
+import io
 import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,23 +15,28 @@ import torch
 from helpers import (
     ALL,
     brightness_model,
+    output_of,
     run_download,
     save,
     save_turned,
+    scan,
     stored,
     write_dicom,
     write_nifti,
 )
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from scipy import ndimage
+from scipy.spatial.distance import pdist
 
 import predict
 from medseg.inference import Inference, full_size_masks
 from medseg.predicting.inputs import Frame
 from medseg.predictor import Prediction
 from medseg.results.folder import Results
+from medseg.results.masks import Masks
 from medseg.results.outlines import trace_labels
+from medseg.results.table import COLUMNS, measure, program_version, table_text
 from net import ModelInfo
 
 
@@ -47,15 +55,6 @@ def draw_as_labelme(shapes, size):
     return masks
 
 
-def drawn(labels):
-    """Class numbers as the outlines of `trace_labels` give them back."""
-    shapes = [{"label": number, "points": points} for number, points in trace_labels(labels)]
-    result = np.zeros_like(labels)
-    for number, mask in draw_as_labelme(shapes, labels.shape[::-1]).items():
-        result[mask] = number
-    return result
-
-
 @pytest.mark.parametrize("classes", [1, 3])
 def test_outlines_give_back_every_pixel(classes):
     """Noise has it all: dots, lines, holes, pieces in holes, classes that cross at corners."""
@@ -65,24 +64,18 @@ def test_outlines_give_back_every_pixel(classes):
         labels[rng.random(labels.shape) > (0.2, 0.5, 0.8)[trial % 3]] = 0
         if trial % 2:
             labels = np.kron(labels, np.ones((3, 2), np.uint8))
-        np.testing.assert_array_equal(drawn(labels), labels)
+        shapes = [{"label": number, "points": points} for number, points in trace_labels(labels)]
+        drawn = np.zeros_like(labels)
+        for number, mask in draw_as_labelme(shapes, labels.shape[::-1]).items():
+            drawn[mask] = number
+        np.testing.assert_array_equal(drawn, labels)
 
 
-def test_outlines_of_a_drawing():
-    """A ring with a dot in its larger hole: corners, and three points within the one pixel."""
-    labels = np.zeros((9, 12), np.uint8)
-    labels[1:8, 2:10], labels[2:7, 3:9], labels[4, 5] = 1, 0, 1
-    ring, hole, dot = trace_labels(labels)
-    assert [number for number, _ in (ring, hole, dot)] == [1, 0, 1]
-    assert sorted(ring[1]) == [(2.5, 1.5), (2.5, 7.5), (9.5, 1.5), (9.5, 7.5)]
-    assert sorted(hole[1]) == [(3.5, 2.5), (3.5, 6.5), (8.5, 2.5), (8.5, 6.5)]
-    assert all((int(x), int(y)) == (5, 4) for x, y in dot[1]) and len(dot[1]) == 3
-
-
-# ---- the command -----------------------------------------------------------------------------
+# ---- annotations -----------------------------------------------------------------------------
 
 
 def bright(height, width, *boxes):
+    """A dark picture with boxes (x, y, width, height, value)."""
     pixels = np.full((height, width), 20, np.uint8)
     for x, y, box_width, box_height, value in boxes:
         pixels[y : y + box_height, x : x + box_width] = value
@@ -90,28 +83,16 @@ def bright(height, width, *boxes):
 
 
 RING = ((4, 4, 30, 30, 235), (14, 14, 10, 10, 20), (18, 18, 3, 3, 235), (50, 10, 6, 30, 235))
+SHOWN = bright(64, 40, (10, 4, 20, 50, 235), (2, 20, 4, 3, 235))
 
 
 @pytest.fixture
 def place(here):
     """best_model.pth, which marks bright pixels, and scans/ with a ring and a picture turned."""
     torch.save(brightness_model(None).state_dict(), "best_model.pth")
-    Path("scans").mkdir()
-    Image.fromarray(bright(48, 64, *RING)).save("scans/a.png")
-    turned = Image.fromarray(bright(40, 64, *RING))
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    turned.save("scans/b.jpg", exif=exif, quality=95)
+    save(Image.fromarray(bright(48, 64, *RING)), "scans/a.png")
+    save_turned(SHOWN, "scans/b.tif", 6)
     return here
-
-
-def two_classes():
-    """Weights of two classes: bright pixels are both, the second is less probable."""
-    model = brightness_model(None, n_classes=2, class_names=("cell", "nucleus"))
-    with torch.no_grad():
-        model.outc.weight[:, 0] = 8
-        model.outc.bias[:] = torch.tensor([-4.0, -5.0])
-    torch.save(model.state_dict(), "best_model.pth")
 
 
 def mask_of(path):
@@ -128,7 +109,7 @@ def test_labelme_files_are_read_back_bit_for_bit(place):
         assert (content["imageHeight"], content["imageWidth"]) == (48, 64)
         masks = {name: mask_of(f"{folder}/{name}_mask.png") for name in "ab"}
         assert not masks["a"][15, 15] and masks["a"][19, 19]  # a hole, and a piece in it
-        assert masks["b"].shape == (64, 40)  # as it is shown
+        np.testing.assert_array_equal(masks["b"], SHOWN > 100)  # not as it is stored
         drawing = draw_as_labelme(content["shapes"], (64, 48))["foreground"]
         np.testing.assert_array_equal(drawing, masks["a"])
         for path in Path(folder).glob("*_mask.png"):
@@ -137,7 +118,6 @@ def test_labelme_files_are_read_back_bit_for_bit(place):
         for name, mask in masks.items():
             own = stored("train", f"{folder}_set")[name]["foreground"]
             np.testing.assert_array_equal(own, mask)
-    assert mask_of("m_set/train/a.png").shape[:2] == (48, 64)
 
 
 def test_predictions_that_nobody_has_saved_since_are_told_apart(place, refused):
@@ -161,41 +141,32 @@ def test_predictions_that_nobody_has_saved_since_are_told_apart(place, refused):
     refused("download", "--coco", "c", "i", "--unreviewed", "skip", words=["--labelme"])
 
 
-def test_corrections_are_not_overwritten(place, refused):
-    predict.main(["scans", "--write", "labelme"])
-    path = Path("predictions/b.json")
-    assert json.loads(path.read_text())["imagePath"] == "../scans/b.jpg"
-    path.write_text("corrected")
-    refused("predict", "scans", "--write", "labelme", words=["predictions/a.json", "--output"])
-    Path("predictions/a.json").unlink()
-    refused("predict", "scans/b.jpg", "--output", "predictions", "--write", "labelme", words=[path])
-    assert path.read_text() == "corrected" and not Path("predictions/a.json").exists()
-
-
 def test_dicom_frames_become_pictures_for_labelme(place, refused):
+    """What may have been corrected since is not written again."""
     window = {"WindowCenter": 128, "WindowWidth": 256}
-    Path("ct").mkdir()
-    write_dicom("ct/a.dcm", bright(48, 64, *RING).astype(np.uint16), **window)
-    predict.main(["ct", "--write", "labelme,mask", "--output", "out"])
+    write_dicom("a.dcm", bright(48, 64, *RING).astype(np.uint16), **window)
+    predict.main(["a.dcm", "--write", "labelme,mask", "--output", "out"])
     content = json.loads(Path("out/a.json").read_text())
     assert content["imagePath"] == "a.png" and Image.open("out/a.png").size == (64, 48)
     drawing = draw_as_labelme(content["shapes"], (64, 48))["foreground"]
     np.testing.assert_array_equal(drawing, mask_of("out/a_mask.png"))
+    again = ("a.dcm", "--write", "labelme", "--output", "out")
+    refused("predict", *again, words=["out/a.json", "--output"])
     Path("out/a.json").unlink()
     Image.new("L", (4, 4)).save("out/a.png")  # another one than was written
-    refused("predict", "ct", "--write", "labelme", "--output", "out", words=["out/a.png"])
+    refused("predict", *again, words=["out/a.png"])
 
 
 def test_a_coco_file_is_read_by_pycocotools_and_read_back(place):
     predict.main(["scans", "--write", "coco,mask"])
     coco = COCO("predictions/predictions.coco.json")
     sizes = [(one["file_name"], one["width"], one["height"]) for one in coco.loadImgs([1, 2])]
-    assert sizes == [("a.png", 64, 48), ("b.jpg", 40, 64)]  # as it is shown
+    assert sizes == [("a.png", 64, 48), ("b.tif", 40, 64)]
     run_download("--coco", "predictions/predictions.coco.json", "scans", *ALL)
-    for number, name in enumerate("ab", 1):
+    for number, name, count in ((1, "a", 3), (2, "b", 2)):
         mask = mask_of(f"predictions/{name}_mask.png")
         outlines = coco.loadAnns(coco.getAnnIds(imgIds=[number]))
-        assert len(outlines) == ndimage.label(mask, np.ones((3, 3)))[1] == 3
+        assert len(outlines) == count
         union = np.zeros(mask.shape, int)
         for outline in outlines:
             piece = coco.annToMask(outline)
@@ -208,7 +179,12 @@ def test_a_coco_file_is_read_by_pycocotools_and_read_back(place):
 
 
 def test_several_classes(place, refused):
-    two_classes()
+    """Bright pixels are of both, and the second is less probable."""
+    model = brightness_model(None, n_classes=2, class_names=("cell", "nucleus"))
+    with torch.no_grad():
+        model.outc.weight[:, 0] = 8
+        model.outc.bias[:] = torch.tensor([-4.0, -5.0])
+    torch.save(model.state_dict(), "best_model.pth")
     kinds = "probability,labelme,coco,mask,classes"
     predict.main(["scans/a.png", "--write", kinds, "--output", "out"])
     wanted = {"mask", "1_probability", "2_probability", "cell_mask", "nucleus_mask"}
@@ -227,79 +203,66 @@ def test_several_classes(place, refused):
     refused("predict", "scans", "--write", "classes,mask", words=["b_nucleus_mask.png"])
 
 
-def save_one(labels, write, masks=None):
-    """The files of class numbers, or of masks that overlap, as --write says, in this folder."""
+def save_one(write, masks, order=()):
+    """The files of masks, bool (C, H, W), as --write says, in this folder.
+
+    order: of the classes where they overlap. Returns rows of the table and a record of COCO.
+    """
     frame = Frame(Path("scans/a.png"), "a", "a.png", None)
-    order = () if masks is None else (2, 3, 1)
     info = ModelInfo(class_names=("a/b", "a b", "脑"), draw_order=order)
-    model = SimpleNamespace(info=info, inference=Inference())
-    masks = labels == np.arange(1, 4)[:, None, None] if masks is None else masks
-    prediction = Prediction(masks.astype(np.float32))
-    results = Results(Path("."), model, write)
-    results.add(frame, SimpleNamespace(size=masks.shape[:0:-1]), prediction)
+    results = Results(Path("."), SimpleNamespace(info=info, inference=Inference()), write)
+    image = SimpleNamespace(size=masks.shape[:0:-1])
+    results.add(frame, image, Prediction(masks.astype(np.float32)))
     return results.rows["a.png"], results.records.get("a.png")
 
 
-def test_objects_are_numbered_class_by_class(place):
+def test_objects_are_numbered_class_by_class(here):
     """Two boxes that touch at a corner are one; of a third class, a line of dots and a dot."""
-    labels = np.zeros((48, 64), np.uint8)
-    labels[30:40, 40:50], labels[2:5, 2:6], labels[5:9, 6:9] = 1, 1, 1
-    labels[range(20, 24), range(30, 34)] = labels[0, 63] = 3
-    rows, record = save_one(labels, ("objects", "classes", "coco"))
+    masks = np.zeros((3, 48, 64), bool)
+    masks[0, 30:40, 40:50] = masks[0, 2:5, 2:6] = masks[0, 5:9, 6:9] = True
+    masks[2, range(20, 24), range(30, 34)] = masks[2, 0, 63] = True
+    rows, record = save_one(("objects", "classes", "coco"), masks)
     numbers = np.asarray(Image.open("a_objects.png"))
     assert numbers.dtype == np.uint16
-    assert np.unique(numbers[labels == 1]).tolist() == [1, 2] and numbers[3, 3] == numbers[7, 7]
+    assert np.unique(numbers[masks[0]]).tolist() == [1, 2] and numbers[3, 3] == numbers[7, 7]
     assert (numbers[0, 63], numbers[20, 30], numbers[23, 33]) == (3, 4, 4)
-    np.testing.assert_array_equal(numbers > 0, labels > 0)
+    np.testing.assert_array_equal(numbers > 0, masks.any(0))
     assert [row["pieces"] for row in rows] == [2, 0, 2]
     assert [row["first_object"] for row in rows] == [1, None, 3]
     assert (rows[0]["mean_pixels"], rows[2]["median_pixels"]) == (62, 2.5)
-    found = [(one["category_id"], one["area"], one["bbox"]) for one in record["annotations"]]
-    assert found == [
-        (1, 24, [2, 2, 7, 7]),
-        (1, 100, [40, 30, 10, 10]),
-        (3, 1, [63, 0, 1, 1]),
-        (3, 4, [30, 20, 4, 4]),
-    ]
-    for name, number in {"a_a_b_1": 1, "a_a_b_2": 2, "a_脑": 3}.items():
-        mask = np.asarray(Image.open(f"{name}_mask.png"))
-        np.testing.assert_array_equal(mask, 255 * (labels == number))
-    with pytest.raises(ValueError, match="scans/a.png: more than 65535"):
-        noise = np.kron(np.ones((300, 300), np.uint8), [[1, 0], [0, 0]]).astype(np.uint8)
-        save_one(noise, ("objects",))
-
-
-def test_classes_that_overlap_have_files_of_their_own_masks(place):
-    """A class within another: its objects are drawn over, and both are measured in full."""
+    found = [(one["category_id"], one["area"]) for one in record["annotations"]]
+    assert found == [(1, 24), (1, 100), (3, 1), (3, 4)]
+    for name, mask in zip(("a_a_b_1", "a_a_b_2", "a_脑"), masks, strict=True):
+        np.testing.assert_array_equal(Image.open(f"{name}_mask.png"), 255 * mask)
+    # A class within another: its objects are drawn over, and both are measured in full.
     masks = np.zeros((3, 20, 20), bool)
     masks[0, 5:9, 5:9], masks[2, 2:18, 2:18] = True, True
-    rows, record = save_one(None, ("objects", "classes", "coco"), masks)
+    rows, record = save_one(("objects", "classes", "coco"), masks, order=(2, 3, 1))
     assert [row["pixels"] for row in rows] == [16, 0, 256]
     assert [one["area"] for one in record["annotations"]] == [16, 256]
     np.testing.assert_array_equal(Image.open("a_脑_mask.png"), 255 * masks[2])
     np.testing.assert_array_equal(Image.open("a_objects.png"), np.where(masks[0], 1, 2 * masks[2]))
+    with pytest.raises(ValueError, match="scans/a.png: more than 65535"):
+        save_one(("objects",), np.kron(np.ones((3, 300, 300)), [[1, 0], [0, 0]]) > 0)
 
 
 def test_outlines_are_thinned(place):
     y, x = np.mgrid[:48, :64]
     disc = (np.hypot(x - 32, y - 24) < 20).astype(np.uint8)
     Image.fromarray(235 * disc).save("scans/a.png")
-    counts = []
-    for folder, thin in {"exact": (), "thin": ("--simplify", "1")}.items():
-        predict.main(["scans/a.png", "--write", "labelme,mask", "--output", folder, *thin])
-        (shape,) = json.loads(Path(folder, "a.json").read_text())["shapes"]
-        counts.append(len(shape["points"]))
-        drawing = draw_as_labelme([shape], (64, 48))["foreground"]
-        differs = (drawing != mask_of(f"{folder}/a_mask.png")).sum()
-        assert differs <= (2 * np.pi * 20 if thin else 0)
-    assert counts[1] < counts[0] / 2
+    flags = ("--write", "labelme,mask", "--output", "out", "--simplify", "1")
+    predict.main(["scans/a.png", *flags])
+    (shape,), mask = json.loads(Path("out/a.json").read_text())["shapes"], mask_of("out/a_mask.png")
+    ((_, exact),) = trace_labels(mask.astype(np.uint8))
+    assert len(shape["points"]) < len(exact) / 2
+    drawing = draw_as_labelme([shape], (64, 48))["foreground"]
+    assert (drawing != mask).sum() <= 2 * np.pi * 20
 
 
 def test_probabilities_of_16_bits(place, refused):
     torch.save(brightness_model(32).state_dict(), "best_model.pth")
     predict.main(["scans", "--write", "probability,mask"])
-    path = Path("predictions/a_probability.png")
-    levels = np.asarray(Image.open(path))
+    levels = np.asarray(Image.open("predictions/a_probability.png"))
     assert levels.dtype == np.uint16 and levels.shape == (48, 64)
     model = predict.open_models(["best_model.pth"], "cpu")
     probabilities = predict.predict_image(model, Image.open("scans/a.png")).probabilities
@@ -307,32 +270,13 @@ def test_probabilities_of_16_bits(place, refused):
     assert np.abs(levels / 65535 - np.asarray(resized)).max() < 0.51 / 65535
     labels = full_size_masks(probabilities, (64, 48), 0.5)
     np.testing.assert_array_equal(levels > 0.5 * 65535, labels > 0)
-    text = Path("predictions/predictions.csv").read_text("utf-8-sig")
-    row, *_ = csv.DictReader(text.splitlines())
+    row, _ = read_table()
     mean = levels[labels > 0].mean() / 65535
     assert float(row["mean_probability"]) == pytest.approx(mean, abs=1e-5)
+    assert row["area_mm2"] == row["largest_diameter_mm"] == ""  # nothing tells the size of a pixel
     predict.main(["scans", "--write", "mask,overlay,objects"])
-    assert list(Path("predictions").glob("*_overlay.jpg"))  # nothing of ours is predicted again
+    # Nothing of ours is predicted again.
     refused("predict", "predictions", "--output", "twice", words=["no images"])
-
-
-def test_files_of_a_volume(place):
-    voxels = np.full((40, 36, 3), 20, np.uint8)
-    voxels[5:25, 4:20, 1], voxels[30:38, 25:33, :2] = 235, 235
-    write_nifti("v.nii.gz", voxels, np.diag([-1, 1, 4, 1]))
-    predict.main(["v.nii.gz", "--write", "probability,mask,classes,objects", "--output", "out"])
-    kinds = ("mask", "probability", "foreground_mask", "objects")
-    assert {path.name for path in Path("out").glob("v_*")} == {f"v_{one}.nii.gz" for one in kinds}
-    images = [nibabel.load(f"out/v_{kind}.nii.gz") for kind in kinds]
-    mask, probabilities, own, numbers = (image.get_fdata() for image in images)
-    assert images[1].get_data_dtype() == np.uint16
-    assert (images[1].affine == np.diag([-1, 1, 4, 1])).all()
-    assert 0 <= probabilities.min() < 0.5 < probabilities.max() <= 1
-    np.testing.assert_array_equal(probabilities > 0.5, mask > 0)
-    np.testing.assert_array_equal(own, mask > 0)
-    expected, count = ndimage.label(mask, np.ones((3, 3, 3)))
-    pairs = np.unique(np.stack([numbers, expected]).reshape(2, -1), axis=1)
-    assert count == 2 and pairs.shape == (2, 3)  # background, and a number for each piece
 
 
 @pytest.mark.parametrize(
@@ -341,37 +285,172 @@ def test_files_of_a_volume(place):
         (("scans", "--write", "masks"), ["--write", "did you mean mask?"]),
         (("scans/a.png", "--write", "coco", "--output", "a.png"), ["--write", "a.png"]),
         (("v.nii", "--write", "labelme"), ["v.nii", "--write labelme", "3D Slicer"]),
-        (("scans", "v.nii", "--write", "coco"), ["v.nii", "--write coco"]),
+        (("scans", "--pixel-size", "1x2x3"), ["--pixel-size"]),
+        (("scans", "--pixel-size", "nan"), ["--pixel-size"]),
     ],
 )
 def test_what_cannot_be_written(place, refused, arguments, words):
     write_nifti("v.nii", np.zeros((20, 20, 2), np.uint8))
     refused("predict", *arguments, words=words)
-    assert not list(Path("predictions").glob("*"))
-    assert not Path("v_mask.nii.gz").exists()
+    assert not list(Path("predictions").glob("*")) and not list(place.glob("v_*"))
 
 
-@pytest.mark.parametrize("orientation", [2, 6, 8])
-def test_what_is_stored_turned_is_predicted_as_it_is_shown(place, orientation):
-    """Every file of a picture, in four formats, is that of its upright copy, in numbers too."""
-    shown, kinds = (
-        bright(40, 64, *RING, (60, 2, 3, 2, 255)),
-        "mask,overlay,probability,labelme,coco",
-    )
-    Path("turned").mkdir()
-    for suffix in ("png", "webp", "tif", "jpg"):
-        save(Image.fromarray(shown), f"plain/{suffix}.png")
-        options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
-        save_turned(shown, f"turned/{suffix}.{suffix}", orientation, **options)
-    # Of a JPEG file the values are others.
-    ImageOps.exif_transpose(Image.open("turned/jpg.jpg")).save("plain/jpg.png")
-    for folder in ("plain", "turned"):
-        predict.main([folder, "--write", kinds, "--output", f"{folder}_out"])
-    for path in Path("plain_out").glob("*.[pj][np]g"):
-        own = np.asarray(Image.open(Path("turned_out") / path.name))
-        np.testing.assert_array_equal(own, np.asarray(Image.open(path)), err_msg=path.name)
-    np.testing.assert_array_equal(Image.open("turned_out/png_mask.png"), 255 * (shown > 100))
-    for name in ("jpg", "png", "webp", "tif", "predictions.coco"):
-        pair = [json.loads(Path(f"{of}_out/{name}.json").read_text()) for of in ("turned", "plain")]
-        for key in {"shapes", "imageHeight", "imageWidth", "annotations"} & pair[0].keys():
-            assert pair[0][key] == pair[1][key], (name, key)
+# ---- the table -------------------------------------------------------------------------------
+
+
+def read_table(folder="predictions"):
+    with open(Path(folder, "predictions.csv"), encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_pieces_against_scipy(dimensions):
+    rng = np.random.default_rng(0)
+    for share in (0, 0.05, 0.2, 0.4, 1) * 5:
+        mask = rng.random(rng.integers(1, 9, dimensions)) < share
+        spacing = tuple(rng.random(dimensions) + 0.1)
+        numbers, count = ndimage.label(mask, np.ones((3,) * dimensions))
+        masks = Masks(mask, np.stack([mask & False, mask]), [0, 1], [0, 0])
+        none, row = measure(masks, "ab", spacing)
+        assert none["pixels"] == none["pieces"] == none["largest_pixels"] == 0
+        assert none["largest_x"] is None and row["pieces"] == count
+        if not count:
+            continue
+        sizes = ndimage.sum_labels(mask, numbers, range(1, count + 1))
+        pixels = np.argwhere(numbers == 1 + sizes.argmax())
+        center = [row[f"largest_{axis}"] for axis in ("yx" if dimensions == 2 else "xyz")]
+        assert row["largest_pixels"] == sizes.max() and center == pytest.approx(pixels.mean(0))
+        own = row["mean_pixels"], row["median_pixels"]
+        assert own == pytest.approx((sizes.mean(), np.median(sizes)))
+        distances = [pdist(pixels * unit).max(initial=0) for unit in (1, spacing)]
+        own = row["largest_diameter"], row["largest_diameter_mm"]
+        assert own == pytest.approx(tuple(distances))
+
+
+def test_the_version_is_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("medseg.results.table.ROOT", tmp_path)
+    assert program_version() is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a b"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert program_version() == commit.stdout.strip()
+
+
+def test_a_folder_of_pictures_and_a_picture_alone(place):
+    save(Image.fromarray(bright(48, 64, (8, 4, 20, 10, 235), (40, 30, 8, 4, 235))), "scans/a.png")
+    save(Image.new("L", (64, 48), 20), "scans/b.tif")
+    flags = ("--pixel-size", "0.5x0.25")
+    printed = output_of("predict.py", "scans", *flags, cwd=place)
+    assert "in 1 of 2 images" in printed and "measured: predictions/predictions.csv" in printed
+    first, second = read_table()
+    assert tuple(first) == COLUMNS and first["image"] == "a.png"
+    mask = mask_of("predictions/a_mask.png")
+    assert 200 < mask.sum() < 300  # the network blurs the edges of the 232 pixels
+    assert int(first["pixels"]) == mask.sum() and first["pieces"] == "2"
+    assert float(first["area_mm2"]) == pytest.approx(mask.sum() * 0.125)
+    assert float(first["share"]) == pytest.approx(mask.mean())
+    assert (second["image"], second["pixels"], second["largest_x"]) == ("b.tif", "0", "")
+    settings = json.loads(Path("predictions/predictions.json").read_text())
+    assert settings["models"][0]["file"] == "best_model.pth"
+    assert settings["pixel_size_mm"] == [0.25, 0.5] and settings["threshold"] == 0.5
+    assert settings["images"] == 2 and settings["left_out"] == []
+    predict.main(["scans/a.png", "--output", "one", *flags])
+    figures = {"a_mask.png", "a_overlay.jpg", "a_prediction.png"}
+    written = {path.name for path in Path("one").iterdir()}
+    assert written == {*figures, "predictions.csv", "predictions.json"}
+    assert read_table("one") == [first]
+    for name in ("a_mask.png", "a_overlay.jpg"):
+        assert Path("one", name).read_bytes() == Path("predictions", name).read_bytes()
+    predict.main(["scans/a.png", "--output", "mask.png"])
+    assert Path("mask.png").read_bytes() == Path("one/a_mask.png").read_bytes()
+    assert not Path("predictions.csv").exists()
+
+
+def test_sizes_in_mm(here, capsys):
+    """--pixel-size is that of files that tell none; slices reach halfway to their neighbours.
+
+    At 0, 2 and 6 mm: 2, 3 and 4 mm each, the outer ones as far outwards as inwards.
+    """
+    torch.save(brightness_model(None).state_dict(), "best_model.pth")
+    pixels = bright(32, 32, (8, 6, 10, 12, 235))
+    save(Image.fromarray(pixels), "scans/plain.png")
+    series = {"SeriesInstanceUID": "1.2.9", "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+    for name, z in {"a": 6, "b": 0, "c": 2}.items():
+        fields = {"ImagePositionPatient": [0, 0, z], "PixelSpacing": [0.5, 0.8]}
+        write_dicom(f"scans/{name}.dcm", pixels.astype(np.uint16), **fields, **series)
+    detector = {"ImagerPixelSpacing": [0.5, 0.5]}  # not in the patient
+    write_dicom("scans/d.dcm", pixels.astype(np.uint16), **detector)
+    predict.main(["scans", "--pixel-size", "0.3"])
+    rows = read_table()
+    areas = [float(row["area_mm2"]) / int(row["pixels"]) for row in rows]
+    assert areas == pytest.approx([0.4] * 3 + [0.09] * 2)
+    depths = [float(row["volume_ml"]) / float(row["area_mm2"]) * 1000 for row in rows[:3]]
+    assert depths == pytest.approx([4, 2, 3]) and rows[3]["volume_ml"] == ""
+    volume = sum(float(row["volume_ml"]) for row in rows[:3])
+    assert f"series 1.2.9: foreground {volume:.4g} mL" in capsys.readouterr().out
+
+
+def test_a_volume(here):
+    """Two boxes, of which one reaches through three slices; spacing and places are the file's."""
+    torch.save(brightness_model(None).state_dict(), "best_model.pth")
+    voxels = np.full((40, 36, 5), 20, np.uint8)
+    voxels[5:15, 4:20, 1:4], voxels[30:36, 28:34, 2] = 235, 235
+    spacing, affine = (0.5, 0.75, 3), np.diag([-0.5, 0.75, 3, 1])
+    write_nifti("v.nii", voxels, affine)
+    predict.main(["v.nii", "--write", "mask,probability,classes,objects", "--output", "out"])
+    kinds = ("mask", "probability", "foreground_mask", "objects")
+    assert {path.name for path in Path("out").glob("v_*")} == {f"v_{one}.nii.gz" for one in kinds}
+    images = [nibabel.load(f"out/v_{kind}.nii.gz") for kind in kinds]
+    mask, probabilities, own, numbers = (image.get_fdata() for image in images)
+    assert images[1].get_data_dtype() == np.uint16
+    assert (images[1].affine == affine).all()
+    np.testing.assert_array_equal(probabilities > 0.5, mask > 0)
+    np.testing.assert_array_equal(own, mask > 0)
+    np.testing.assert_array_equal(numbers, ndimage.label(mask, np.ones((3, 3, 3)))[0])
+    (row,), largest = read_table("out"), np.argwhere(numbers == 1)
+    assert (row["image"], row["pieces"], row["area_mm2"]) == ("v.nii", "2", "")
+    assert int(row["pixels"]) == mask.astype(bool).sum()
+    assert int(row["largest_pixels"]) == len(largest)
+    center = [float(row[f"largest_{axis}"]) for axis in "xyz"]
+    assert center == pytest.approx(largest.mean(0).tolist())
+    assert float(row["highest_probability"]) == pytest.approx(probabilities.max(), abs=1e-4)
+    volume = np.sum(mask > 0) * np.prod(spacing) / 1000
+    assert float(row["volume_ml"]) == pytest.approx(volume)
+    assert float(row["largest_diameter_mm"]) == pytest.approx(pdist(largest * spacing).max())
+
+
+def test_texts_that_programs_would_misread():
+    names = ["=cmd|' /C calc'!A0", "-1.png", 'a,b\n"c".png', "脑 é.png"]
+    rows = [{"image": name, "class": "=1", "pixels": 3, "share": 0.1 + 0.2} for name in names]
+    text = table_text([*rows, {"image": "x.png", "class": "x", "disagreement": 0.5}])
+    assert text.startswith("\ufeffimage,class,")  # by which Excel knows UTF-8
+    found = list(csv.DictReader(io.StringIO(text[1:])))
+    assert tuple(found[0]) == (*COLUMNS, "disagreement")
+    read = [row["image"] for row in found[:4]]
+    assert read == [f"'{names[0]}", f"'{names[1]}", *names[2:]]
+    assert (found[0]["class"], found[0]["share"]) == ("'=1", "0.3")
+    assert found[4]["disagreement"] == "0.5"
+
+
+def test_a_table_that_is_locked_is_kept_beside(place, refused, monkeypatch):
+    replace, other = os.replace, f"predictions.{os.getpid()}.csv"
+
+    def locked(source, target):
+        if Path(target).name == "predictions.csv":
+            raise PermissionError(13, "Permission denied", str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", locked)
+    refused("predict", "scans", words=["predictions/predictions.csv", other])
+    (kept,) = Path("predictions").glob("*.csv")
+    assert kept.name == other and kept.read_text(encoding="utf-8-sig").count("\n") == 3
+
+
+def test_up_to_twenty_images_have_a_line_each(place):
+    for number in range(18):
+        scan(20, 20, 5, 5, 9).save(f"scans/{number}.png")
+    assert output_of("predict.py", "scans", cwd=place).count("highest probability") == 20
+    scan(20, 20, 5, 5, 9).save("scans/18.png")
+    printed = output_of("predict.py", "scans", cwd=place)
+    assert "highest probability" not in printed and "in 21 of 21 images" in printed
