@@ -5,20 +5,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medseg.files import file_format
 from medseg.images import read_image
 from medseg.samples import count_pages
-from medseg.volumes import open_volume, read_orientation, stack_volumes
+from medseg.volumes import StackedVolume, open_volume
 
 
 class Modalities(NamedTuple):
     """An image of named channels.
 
     names: of the channels. paths: the Path of the file of each, or of the one that has them all.
+    The first stands for it wherever a path is taken.
     """
 
     names: tuple
     paths: tuple
+
+    def __fspath__(self):
+        return str(self.paths[0])
 
     def __str__(self):
         return str(self.paths[0])
@@ -42,16 +45,6 @@ def channels_of(image):
     return image.names if isinstance(image, Modalities) else ()
 
 
-def format_of(image):
-    """What `file_format` says of a Path, or of the first file of Modalities."""
-    return file_format(image.paths[0] if isinstance(image, Modalities) else image)
-
-
-def orientation_of(image):
-    """What `read_orientation` says of a Path, or of the first file of Modalities."""
-    return read_orientation(image.paths[0] if isinstance(image, Modalities) else image)
-
-
 def open_channels(image, orientation=None, time=None):
     """The Volume in a Path, or of Modalities together; as `open_volume` has it.
 
@@ -61,7 +54,7 @@ def open_channels(image, orientation=None, time=None):
         return open_volume(image, orientation, time=time)
     time = False if len(image.paths) < len(image.names) else None
     volumes = [open_volume(path, orientation, time=time) for path in image.paths]
-    volume = stack_volumes(volumes, image.names)
+    volume = StackedVolume(volumes)
     image.check(volume.n_channels)
     return volume
 

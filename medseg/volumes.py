@@ -214,54 +214,43 @@ class Volume:
 class VolumePictures(Sequence):
     """What `Volume.pictures` returns."""
 
-    def __init__(self, volume, limits, context=0):
+    def __init__(self, volume, limits, context):
         self._volume, self._limits, self._context = volume, limits, context
 
     def __len__(self):
         return len(self._volume)
 
     def __getitem__(self, index):
-        if not self._context:
-            return self._picture(index)
         depth = len(self) // self._volume.times
         first = index // depth * depth  # of the same time
-        around = context_offsets(self._context)
-        places = [min(max(index + one, first), first + depth - 1) for one in around]
-        return np.concatenate([self._picture(place) for place in places], axis=-1)
+        places = np.add(context_offsets(self._context), index).clip(first, first + depth - 1)
+        return np.concatenate([self._picture(place) for place in places.tolist()], axis=-1)
 
     def _picture(self, index):
         values, inverted = self._volume[index], self._volume.header.inverted
-        picture = np.empty(values.shape, np.uint8)
-        for channel, limits in enumerate(self._limits):
-            own = window_to_uint8(values[..., channel], *limits, inverted=inverted)
-            picture[..., channel] = own
-        return picture
+        channels = zip(np.moveaxis(values, -1, 0), self._limits, strict=True)
+        pixels = [window_to_uint8(own, *limits, inverted=inverted) for own, limits in channels]
+        return np.stack(pixels, axis=-1)
 
 
 class StackedVolume(Volume):
-    """What `stack_volumes` returns."""
-
-    def __init__(self, volumes, names):
-        self.__dict__ |= vars(volumes[0])
-        self._volumes, self.channels = volumes, tuple(names)
-        self.n_channels = sum(volume.n_channels for volume in volumes)
-        self.limits = [limits for volume in volumes for limits in volume.limits]
-        for volume in volumes:
-            volume.axis = self.axis  # equal but for rounding
-
-    def __getitem__(self, index):
-        return np.concatenate([volume[index] for volume in self._volumes], axis=-1)
-
-
-def stack_volumes(volumes, names):
-    """Several modalities of one case as one Volume, whose channels have these names.
+    """Several modalities of one case as one Volume, each a channel.
 
     volumes: [Volume], turned to one orientation. The place, and the masks written back, are those
     of the first. Raises ValueError where two differ in shape, or lie a voxel or more apart.
     """
-    for volume in volumes[1:]:
-        volumes[0].distance_to(volume)
-    return StackedVolume(volumes, names)
+
+    def __init__(self, volumes):
+        self.__dict__ |= vars(volumes[0])
+        self._volumes = volumes
+        self.n_channels = sum(volume.n_channels for volume in volumes)
+        self.limits = [limits for volume in volumes for limits in volume.limits]
+        for volume in volumes[1:]:
+            volumes[0].distance_to(volume)
+            volume.axis = self.axis  # equal but for rounding
+
+    def __getitem__(self, index):
+        return np.concatenate([volume[index] for volume in self._volumes], axis=-1)
 
 
 # ---- orientation -----------------------------------------------------------------------------

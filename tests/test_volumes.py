@@ -1,7 +1,6 @@
 """Volumes, against values by hand, nibabel's own files and its reader, and SimpleITK's."""
 
 import gzip
-import itertools
 import math
 import os
 import struct
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import SimpleITK
 from helpers import (
-    NIBABEL_DATA,
     refuse,
     run_python,
     slices_of,
@@ -30,28 +28,20 @@ from medseg.dicom import read_dicom
 from medseg.files import base_name, file_format
 from medseg.settings import window_limits, window_to_uint8
 from medseg.volume_files import is_sealed_mask
-from medseg.volumes import open_volume, stack_volumes, write_mask
+from medseg.volumes import StackedVolume, open_volume, write_mask
 
 TURN = np.array([[0, 0, 3, 10], [-1, 0.1, 0, 20], [0.1, 1, 0, -30], [0, 0, 0, 1.0]])
 SHEARED = np.array([[1, 0.4, 0, 5], [0, 2, 0.3, 6], [0.2, 0, 3, -7], [0, 0, 0, 1]])
 VOXELS = np.random.default_rng(0).integers(-999, 999, (4, 5, 6)).astype(np.int16)
 
 
-def test_the_format_is_told_by_suffix_and_without_one_by_content(tmp_path):
-    assert [*map(file_format, ("x/a.Ima", "A.NII.GZ", "a.MHD"))] == ["dicom", "volume", "volume"]
-    dicom_file, nifti = write_dicom(tmp_path / "a.dcm"), write_nifti(tmp_path / "a.nii", VOXELS)
-    second = write_nifti(tmp_path / "b.nii", VOXELS, version=2)
-    for name, source, wanted in [
-        ("1.2.840.113619", dicom_file, "dicom"),
-        ("volume", nifti, "volume"),
-        ("volume2", second, "volume"),
-        ("a.txt", dicom_file, None),
-    ]:
-        (tmp_path / name).write_bytes(source.read_bytes())
-        assert file_format(tmp_path / name) == wanted, name
-    assert len(read_dicom(tmp_path / "1.2.840.113619")) == 1
-    assert open_volume(tmp_path / "volume2").shape == (4, 5, 6)
-    assert [base_name(name) for name in ("x/a.b.nii.gz", "1.2.840")] == ["a.b", "1.2.840"]
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_format_is_told_by_suffix_and_without_one_by_content(tmp_path, version):
+    names, formats = ("x/a.Ima", "A.NII.GZ", "a.txt"), ["dicom", "volume", None]
+    assert [*map(file_format, names)] == formats
+    path = write_nifti(tmp_path / "a.nii", VOXELS, version=version).rename(tmp_path / "1.2.840")
+    assert file_format(path) == "volume" and open_volume(path).shape == (4, 5, 6)
+    assert [base_name(name) for name in ("x/a.b.nii.gz", path)] == ["a.b", "1.2.840"]
 
 
 def test_window_to_uint8_by_hand():
@@ -131,51 +121,24 @@ def test_slope_intercept_and_nan_by_hand(tmp_path):
     assert volume.pictures()[0][0, 0] == 0 and volume.pictures()[3][1, 2] == 255
 
 
-def test_four_axes_are_channels_or_time(tmp_path):
-    path, mask = NIBABEL_DATA / "example_nifti2.nii.gz", tmp_path / "m.nii.gz"
-    refuse(open_volume, path, "--channels", "--time")
-    data = nibabel.load(path).get_fdata().astype(np.float32)
-    assert data.shape == (32, 20, 12, 2)
-    in_time, volume = open_volume(path, time=True), open_volume(path, time=False)
-    assert (in_time.n_channels, len(in_time), volume.n_channels, len(volume)) == (1, 24, 2, 12)
-    assert_array_equal(slices_of(in_time), data.transpose(3, 2, 0, 1).reshape(24, 32, 20))
-    alone, around = in_time.pictures(), in_time.pictures(context=1)[12]  # first of the second time
-    assert_array_equal(around, np.concatenate([alone[12], alone[12], alone[13]], 2))
-    write_mask(mask, in_time, slices_of(in_time) > 100)
-    assert_array_equal(nibabel.load(mask).dataobj, data > 100)
-    assert_array_equal(nibabel.load(mask).affine, nibabel.load(path).affine)
-    assert_array_equal(np.stack([*volume]), np.moveaxis(data, 2, 0))
-    limits = np.percentile(data, [0.5, 99.5], (0, 1, 2)).T
-    assert_allclose(volume.limits, limits)
-    for channel, (low, high) in enumerate(limits):
-        own = (data[:, :, 5, channel].clip(low, high) - low) * 255 / (high - low)
-        assert np.abs(volume.pictures()[5][..., channel] - own).max() <= 0.501
-    write_mask(mask, volume, slices_of(volume) > 100)
-    assert_array_equal(nibabel.load(mask).dataobj, data[..., 0] > 100)
-    many = NIBABEL_DATA / "functional.nii"
-    refuse(lambda path: open_volume(path, time=False), many, "20 channels")
-
-
 def test_vectors_are_channels_and_modalities_are_stacked(tmp_path):
     channels = np.random.default_rng(1).normal(0, 99, (4, 5, 6, 3)).astype(np.float32)
-    for suffix in (".nrrd", ".mha"):
-        volume = open_volume(write_itk(tmp_path / f"v{suffix}", channels, vector=True))
-        assert volume.n_channels == 3
+    for path in (tmp_path / "v.nrrd", tmp_path / "v.mha"):
+        volume = open_volume(write_itk(path, channels, vector=True))
         assert_array_equal(np.stack([*volume], volume.axis), channels)
-    turned = stored_as(nibabel.Nifti1Image(VOXELS, np.eye(4)), "PSL")
+    itk_default = np.diag([-1, -1, 1, 1])
+    turned = stored_as(nibabel.Nifti1Image(VOXELS, itk_default), "PSL")
     turned.to_filename(tmp_path / "b.nii")
-    paths = write_nifti(tmp_path / "a.nii", channels[..., 0]), tmp_path / "b.nii"
-    stacked = stack_volumes([open_volume(path, "RAS") for path in paths], ["t1", "flair"])
-    assert (stacked.channels, stacked.n_channels, stacked.shape) == (("t1", "flair"), 2, (4, 5, 6))
-    assert_array_equal(voxels_of(stacked), channels[..., 0])
-    assert_array_equal(np.moveaxis(slices_of(stacked, 1), 0, stacked.axis), VOXELS)
-    assert stacked.pictures()[0].shape[2] == len(stacked.limits) == 2
-    apart = np.eye(4)
-    apart[0, 3] = 2.5
+    stacked = StackedVolume([volume, open_volume(tmp_path / "b.nii", "LPS")])
+    assert_array_equal(np.stack([*stacked], volume.axis)[..., :3], channels)
+    assert_array_equal(slices_of(stacked, 3), VOXELS.transpose(2, 0, 1))
+    assert stacked.pictures()[0].shape[2] == len(stacked.limits) == 4
+    shifted = itk_default.astype(float)
+    shifted[0, 3] = 2.5
     for voxels, word in ((VOXELS, "2.5 mm"), (VOXELS[1:], "3 x 5 x 6")):
-        other = open_volume(write_nifti(tmp_path / "c.nii", voxels, apart))
+        apart = write_nifti(tmp_path / "c.nii", voxels, shifted)
         with pytest.raises(ValueError, match=f"c.nii: .*{word}"):
-            stack_volumes([stacked, other], ["t1", "t2"])
+            StackedVolume([stacked, open_volume(apart)])
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 50), (5, 4, 60), (4, 5, 60)])
@@ -192,9 +155,7 @@ def test_percentiles_come_from_every_column(here, monkeypatch, shape):
 
 def test_what_is_no_volume_of_real_numbers_is_one_line(tmp_path):
     path, shape = tmp_path / "a.nii", (2, 3, 4)
-    colours = np.zeros(shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
-    without_a_number = np.full(shape, np.nan, np.float32)
-    for voxels in (np.zeros(shape, np.complex64), colours, without_a_number, np.zeros(5, np.int16)):
+    for voxels in (np.zeros(shape, np.complex64), np.full(shape, np.nan), np.zeros(5)):
         refuse(open_volume, write_nifti(path, voxels))
     path.write_bytes(b"hello" * 200)
     refuse(open_volume, path)
@@ -207,39 +168,31 @@ def test_what_is_no_volume_of_real_numbers_is_one_line(tmp_path):
 def test_cut_damaged_and_too_large_volumes_are_one_line(tmp_path, suffix):
     path, write = tmp_path / f"a{suffix}", write_nifti if "nii" in suffix else write_itk
     write(path, np.random.default_rng(0).integers(0, 99, (20, 20, 20)).astype("i2"))
-    contents = [path.read_bytes()]
-    if suffix == ".mha":
-        SimpleITK.WriteImage(SimpleITK.ReadImage(str(path)), str(path), True)  # compressed
-        contents.append(path.read_bytes())
-    for content in contents:
-        for keep in (0, 5, 347, len(content) // 2, len(content) - 1):
-            path.write_bytes(content[:keep])
-            refuse(open_volume, path)
+    content = path.read_bytes()
+    for keep in (0, 5, 347, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:keep])
+        refuse(open_volume, path)
     if suffix == ".nii.gz":
-        damaged = bytearray(content)
-        damaged[-6] ^= 1  # the checksum
-        path.write_bytes(damaged)
+        path.write_bytes(content[:-6] + bytes([content[-6] ^ 1]) + content[-5:])  # the checksum
         refuse(open_volume, path)
     if suffix == ".nii":
         path.write_bytes(content[:42] + struct.pack("<3h", 12000, 12000, 1) + content[48:])
         refuse(open_volume, path, "--max-megapixels")
 
 
-HEADER = "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\n"
-NRRD = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndata file: "
-
-
 def test_a_header_leads_to_voxels_in_its_own_folder_alone(here):
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\n"
+    nrrd = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndata file: "
     folder = here / "in"
     folder.mkdir()
     (here / "secret.raw").write_bytes(bytes(8))
     (folder / "link.raw").symlink_to("../secret.raw")
     (folder / "ok.raw").write_bytes(bytes(range(8)))
-    for data in ("../secret.raw", "link.raw", "none.raw", "LIST\n../v.raw", "/etc/hostname"):
-        for name, header in (("a.mhd", HEADER + "ElementDataFile = "), ("a.nhdr", NRRD)):
-            (folder / name).write_text(f"{header}{data}\n\n")
+    for data in ("../secret.raw", "link.raw", "none.raw", "LIST\n../secret.raw"):
+        for name, start in (("a.mhd", f"{header}ElementDataFile = "), ("a.nhdr", nrrd)):
+            (folder / name).write_text(f"{start}{data}\n\n")
             refuse(open_volume, folder / name)
-    (folder / "b.mhd").write_text(f"{HEADER}ElementDataFile = ok.raw\n")
+    (folder / "b.mhd").write_text(f"{header}ElementDataFile = ok.raw\n")
     volume = open_volume(folder / "b.mhd")
     assert voxels_of(volume).ravel(order="F").tolist() == [*range(8)]
     assert volume.stored_spacing is None  # the header has none
@@ -263,8 +216,8 @@ def test_importing_the_readers_imports_no_library(tmp_path):
 # ---- other formats, and masks ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.nrrd", "a.nhdr", "a.mha", "a.mhd"])
-@pytest.mark.parametrize("affine", [TURN, SHEARED, np.diag([-0.5, -0.8, 2, 1])])
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mhd"])
+@pytest.mark.parametrize("affine", [SHEARED, np.diag([-0.5, -0.8, 2, 1])])
 def test_other_formats_are_read_as_nifti_is(tmp_path, name, affine):
     nifti = open_volume(write_nifti(tmp_path / "a.nii", VOXELS, affine))
     volume = open_volume(write_itk(tmp_path / name, VOXELS, affine))
@@ -273,8 +226,7 @@ def test_other_formats_are_read_as_nifti_is(tmp_path, name, affine):
     assert (volume.axis, volume.stored_orientation) == (nifti.axis, nifti.stored_orientation)
     assert_array_equal(slices_of(volume), slices_of(nifti))
     assert volume.limits == nifti.limits
-    for suffix in (".nrrd", ".mha", ".nii.gz"):
-        path = tmp_path / f"m{suffix}"
+    for path in (tmp_path / "m.nrrd", tmp_path / "m.mha", tmp_path / "m.nii.gz"):
         write_mask(path, volume, slices_of(volume) > 100)
         assert is_sealed_mask(path)
         again = open_volume(path)
@@ -286,15 +238,15 @@ def test_other_formats_are_read_as_nifti_is(tmp_path, name, affine):
         assert not is_sealed_mask(path)
 
 
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-@pytest.mark.parametrize("make", [nibabel.Nifti1Image, nibabel.Nifti2Image])
-@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 6, 1), (4, 5)])
+@pytest.mark.parametrize(
+    ("suffix", "make", "shape"),
+    [(".nii", nibabel.Nifti1Image, (4, 5, 6, 1)), (".nii.gz", nibabel.Nifti2Image, (4, 5))],
+)
 def test_a_mask_volume_lies_where_the_volume_lies(tmp_path, suffix, make, shape):
     rng = np.random.default_rng(0)
     image = make(rng.normal(0, 99, shape).astype(np.float32), TURN)
     image.header.set_slope_inter(0.5, 3)
     image.set_sform(TURN, "mni")
-    image.set_qform(TURN, "scanner")
     image.header.set_xyzt_units("mm", "sec")
     image.header["cal_max"] = 99
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"secret name"))
@@ -307,7 +259,7 @@ def test_a_mask_volume_lies_where_the_volume_lies(tmp_path, suffix, make, shape)
     assert_array_equal(back.affine, nibabel.load(tmp_path / "a.nii").affine)
     written = np.asarray(back.dataobj).reshape(volume.shape)
     assert_array_equal(written, np.moveaxis(masks, 0, volume.axis))
-    for key in ("sform_code", "qform_code", "xyzt_units", "pixdim"):
+    for key in ("sform_code", "xyzt_units", "pixdim"):
         assert_array_equal(back.header[key], image.header[key])
     assert back.header["cal_max"] == 0 and not back.header.extensions
     assert back.header.get_slope_inter() in [(1, 0), (None, None)]
@@ -324,13 +276,7 @@ def test_a_mask_volume_is_whole_or_absent(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.nii", "a_mask.mha", "a_mask.nii.gz"]
 
 
-AXES = map("".join, itertools.permutations("LRPAIS", 3))
-OPPOSITE = dict(zip("LRPAIS", "RLAPSI", strict=True))
-
-
-@pytest.mark.parametrize(
-    "orientation", [one for one in AXES if not {*one} & {*map(OPPOSITE.get, one)}]
-)
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "SRA", "PIL", "IAR", "ASL"])
 def test_a_volume_is_turned_and_its_mask_back(here, orientation):
     """Bit for bit as nibabel turns it, and every voxel at its place in the world."""
     image = nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), TURN)

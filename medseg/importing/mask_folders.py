@@ -16,7 +16,7 @@ from medseg.importing.pairs import advise_groups
 from medseg.importing.values import find_classes
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example, picture_window
-from medseg.modalities import Modalities, channels_of, format_of, read_channels
+from medseg.modalities import Modalities, channels_of, read_channels
 from medseg.patterns import first, name_pattern
 from medseg.samples import count_pages
 
@@ -45,7 +45,7 @@ def mask_examples(cases, texts, args, classes, present):
         pairs.append((image, [(name, path) for name, own in case.masks.items() for path in own]))
         relative.append("/".join(case.parts) + paths[0].name.removeprefix(base_name(paths[0])))
     _report_cases(cases, pairs, class_names)
-    formats = {format_of(image) for image, _ in pairs}
+    formats = {file_format(image) for image, _ in pairs}
     groups = _groups_of(cases, texts, args.groups, "volume" in formats)
     names = collect.unique_names(relative, args.prefix or "")
     if formats == {None}:

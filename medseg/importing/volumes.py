@@ -12,8 +12,8 @@ from medseg.images import as_picture
 from medseg.importing.class_names import one_class
 from medseg.importing.values import VOLUME, Counted, classes_of_counts, count_values
 from medseg.importing.writing import Example
-from medseg.modalities import open_channels, orientation_of
-from medseg.volumes import open_volume
+from medseg.modalities import open_channels
+from medseg.volumes import open_volume, read_orientation
 
 OPEN_PAIRS = 2  # volumes, with their masks, that are kept open
 ROUNDING = 0.02  # of class numbers that were stored with a slope: 1.0000153 is 1
@@ -80,7 +80,7 @@ def _common_orientation(images, present):
     That of the splits that stay, else of the first volume. None where no affine tells one;
     ValueError where some do.
     """
-    stored = [orientation_of(image) for image in images]
+    stored = [read_orientation(image) for image in images]
     told = [(own["orientation"], folder) for folder, own in present]
     told += [(own, image.name) for own, image in zip(stored, images, strict=True)]
     wanted, source = next((one for one in told if one[0]), (None, None))

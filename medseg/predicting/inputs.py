@@ -20,7 +20,7 @@ from medseg.files import (
     shorten,
 )
 from medseg.images import SUFFIXES, as_picture, read_image
-from medseg.modalities import Modalities, format_of, open_channels, read_channels
+from medseg.modalities import Modalities, open_channels, read_channels
 from medseg.own_files import is_own
 from medseg.predicting.cases import find_cases
 from medseg.samples import KINDS
@@ -206,7 +206,7 @@ def expand(inputs, info=None, *, series=False):
     files = []
     for case, name in cases.items():
         modalities = case if isinstance(case, Modalities) else None
-        files.append(ImageFile(Path(str(case)), name, format_of(case), modalities, is_case=True))
+        files.append(ImageFile(Path(str(case)), name, file_format(case), modalities, is_case=True))
     files += [ImageFile(path, name, formats[path]) for path, name in names.items()]
     _check_names([(file.name, file.path) for file in files])
     return files
