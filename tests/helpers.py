@@ -331,8 +331,6 @@ def png_bytes(values, size=None):
 
 
 NIBABEL_DATA = Path(nibabel.__file__).parent / "tests" / "data"
-IMPLICIT, EXPLICIT = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
-BIG_ENDIAN = pydicom.uid.ExplicitVRBigEndian
 STORED = np.array([[0, 100, 150], [200, 300, 1000]], np.uint16)  # 2 rows, 3 columns
 
 
@@ -340,11 +338,11 @@ def sample(name):
     return get_testdata_file(name, download=False)
 
 
-def write_dicom(path, pixels=STORED, *, syntax=EXPLICIT, **values):
+def write_dicom(path, pixels=STORED, **values):
     """A DICOM file of one frame (H, W) or of several (N, H, W)."""
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     dataset.SOPClassUID = dataset.SOPInstanceUID = "1.2.3"
     dataset.Rows, dataset.Columns = pixels.shape[-2:]
     if pixels.ndim == 3:
@@ -353,8 +351,7 @@ def write_dicom(path, pixels=STORED, *, syntax=EXPLICIT, **values):
     bits = 8 * pixels.itemsize
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
     dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-    order = ">" if syntax == BIG_ENDIAN else "<"
-    dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    dataset.PixelData = pixels.tobytes()
     dataset["PixelData"].VR = "OW"
     for name, value in values.items():
         if isinstance(value, pydicom.DataElement):

@@ -1,6 +1,7 @@
-"""Images of several channels, modalities among them: from their files to masks and reports."""
+"""Images of several channels, in a file or a file each: from the import to masks and reports."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from helpers import (
     save,
     script_here,
     square,
+    stored,
+    write_nifti,
     write_split,
 )
 from PIL import Image
@@ -28,8 +31,11 @@ from PIL import Image
 import net
 from data import Batches, Order, Transform, count_channels, load_split
 from medseg.augment import augment, count_draws
+from medseg.dataset_folder import SPLITS
 from medseg.images import measure_window
 from medseg.normalization import normalize
+from medseg.predicting.page import Session
+from predict import open_models
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -38,8 +44,18 @@ SIDE = 48
 LAYOUT = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
 
 
+def channel_pixels(seed):
+    """(pixels of seven channels, corner of the square): channel 5 shows it, the others noise."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (SIDE, SIDE, 7), np.uint8)
+    pixels[..., 5] = generator.integers(60, 100, (SIDE, SIDE))
+    x, y = generator.integers(4, SIDE - 20, 2).tolist()
+    pixels[y : y + 16, x : x + 16, 5] += 90
+    return pixels, (x, y)
+
+
 class Channels(NamedTuple):
-    """Pixels (H, W, C) that are saved as a TIFF file."""
+    """What `write_split` takes for a picture."""
 
     pixels: np.ndarray
 
@@ -51,21 +67,11 @@ class Channels(NamedTuple):
         tifffile.imwrite(path, self.pixels, **LAYOUT)
 
 
-def channel_image(seed):
-    """(Channels of seven, corner of the square): channel 5 shows it, the others noise."""
-    generator = np.random.default_rng(seed)
-    pixels = generator.integers(0, 256, (SIDE, SIDE, 7), np.uint8)
-    pixels[..., 5] = generator.integers(60, 100, (SIDE, SIDE))
-    x, y = generator.integers(4, SIDE - 20, 2).tolist()
-    pixels[y : y + 16, x : x + 16, 5] += 90
-    return Channels(pixels), (x, y)
-
-
 def channel_set(train=24):
     """set/: seven channels as it would be anybody's, for nothing records how many."""
     for number, (split, count) in enumerate({"train": train, "valid": 6, "test": 8}.items()):
-        made = [channel_image(1000 * number + index) for index in range(count)]
-        images = {f"{index}.tif": image for index, (image, _) in enumerate(made)}
+        made = [channel_pixels(1000 * number + index) for index in range(count)]
+        images = {f"{index}.tif": Channels(pixels) for index, (pixels, _) in enumerate(made)}
         outlines = [(index, square(*corner, 16)) for index, (_, corner) in enumerate(made)]
         write_split(Path("set", split), images, outlines)
 
@@ -75,7 +81,7 @@ def test_a_data_set_has_as_many_channels_as_its_images():
     assert count_channels("set", 3) == count_channels("set", 7) == 7
     with pytest.raises(ValueError, match="--n-channels 5"):
         count_channels("set", 5)
-    rows, pixels = load_split("set", "test", SIDE, n_channels=7), channel_image(2002)[0].pixels
+    rows, pixels = load_split("set", "test", SIDE, n_channels=7), channel_pixels(2002)[0]
     np.testing.assert_array_equal(rows[2, ..., :7], pixels)
     images, masks = next(iter(Batches(rows, Order(8), transform=Transform(7))))
     assert images.shape == (8, 7, SIDE, SIDE) and masks.sum() == 8 * 16 * 16
@@ -83,6 +89,7 @@ def test_a_data_set_has_as_many_channels_as_its_images():
     np.testing.assert_allclose(images[2].permute(1, 2, 0), expected, atol=1e-5)
 
 
+@pytest.mark.slow  # a training of seconds
 def test_what_one_of_seven_channels_shows_is_learned():
     channel_set()
     flags = f"--data set --device cpu --swanlab disabled --image-size {SIDE} --n-filters 8"
@@ -118,15 +125,11 @@ def test_grey_values_change_a_channel_at_a_time():
     torch.testing.assert_close(changed, expected[..., None, None].expand(4, 5, 6, 6))
     colours, _ = augment(images[:, :3], masks, draws, strengths)
     assert (colours == colours[:, :1]).all() and len(colours.unique()) == 4
-    noise = torch.ones(4, 5, 6, 6)
-    noisy, _ = augment(images, masks, draws, {"noise": 0.3}, noise=noise)
-    torch.testing.assert_close(noisy[:, :, 0, 0], 1 + 0.3 * draws[:, :5])
     pixels = torch.full((1, 2, 2, 4), 100, dtype=torch.uint8)
     half = torch.tensor([[0.0, 1.0, 0.5, 0.25]])  # exponents 1 / 2, 2, 1, 1 / sqrt(2)
     darker, _ = augment(normalize(pixels), masks[:1, :, :2, :2], half, {"gamma": 1.0})
     shown = darker[0, :, 0, 0] * 0.226 + 0.449
-    expected = [(100 / 255) ** power for power in (0.5, 2, 1, 0.5**0.5)]
-    np.testing.assert_allclose(shown, expected, rtol=1e-5)
+    np.testing.assert_allclose(shown, (100 / 255) ** np.array([0.5, 2, 1, 0.5**0.5]), rtol=1e-5)
 
 
 def test_grey_values_of_a_set_are_shown_alike():
@@ -149,8 +152,6 @@ def test_grey_values_of_a_set_are_shown_alike():
         assert all(row[8, 8, 0] == 0 and row[8, 30, 0] == 255 for row in rows)
     into = ("--masks", "images", "masks", "--into", "test")
     refuse_download(*into, "--window", "800", "1600", words=["--window 800 800"])
-    run_download(*into, "--window", "800", "1600", "--data", "wide")
-    assert [row[8, 8, 0] for row in load_split("wide", "test", None)] == [64] * 6
     torch.save(brightness_model(window=(800, 800)).state_dict(), "model.pth")
     for number in (0, 1):
         options = f"--model model.pth --device cpu --output {number}.png"
@@ -169,45 +170,41 @@ def test_grey_values_of_a_set_are_shown_alike():
     [
         ([0, 3000], (2047.5, 4095)),  # of 12 bits
         ([700, 40000], (32767.5, 65535)),  # of 16
-        ([0, 200], (127.5, 255)),  # 8 bits, stored as 16
         ([31000, 33000], (32000, 2000)),  # CT values with an offset: little of their range
+        ([-1000, 1000], (0, 2000)),
     ],
 )
 def test_the_window_of_a_set_is_a_range_that_it_fills(values, window):
-    paths = [Path(f"{number}.png") for number in range(4)]
+    paths = [Path(f"{number}.tif") for number in range(4)]
     for number, path in enumerate(paths):
-        pixels = np.kron(np.uint16([values]), np.ones((30, 15), np.uint16))
+        pixels = np.kron(np.int32([values]), np.ones((30, 15), np.int32))
         pixels[:number, 0] = 65000  # up to three hot pixels
-        save(Image.fromarray(pixels), path)
+        tifffile.imwrite(path, pixels)
     assert measure_window(paths) == pytest.approx(window)
 
 
-# ---------------------------------------------------------------- modalities, patients
-
-AFFINE = np.array([[-1.0, 0, 0, 12], [0, -1, 0, 9], [0, 0, 3, -5], [0, 0, 0, 1]])
-MODALITIES = ("flair", "t1", "t1ce", "t2")
-REGIONS = {"background": 0, "whole tumor": [1, 2, 4], "tumor core": [1, 4], "enhancing": 4}
-NETWORK = "--n-filters 8 --depth 2 --image-size 24 --batch-size 8 --norm batch --prior 0.1"
-TRAIN = f"{NETWORK} --schedule cosine --lr 0.01 --epochs 12 --repeat 4 --device cpu".split()
-
-
-def learn(data, *flags):
-    """Import with these flags, and train as the import says."""
-    printed = run_download("--data", data, *flags)
-    classes = ["--classes", "each"] if "--classes each" in printed else []
-    assert_done(run("train.py", "--data", data, *TRAIN, "--out", f"runs/{data}", *classes))
-
-
-def predict(data, *arguments):
-    """{file name: Path} of what predict.py writes with the weights of a data set."""
-    model = ["--model", f"runs/{data}/best_model.pth", "--output", f"out/{data}"]
-    assert_done(run("predict.py", *arguments, *model))
-    return {path.name: path for path in Path(f"out/{data}").iterdir()}
+def test_files_of_four_axes_have_the_channels_in_one():
+    """As the Medical Segmentation Decathlon has them, beside files of macOS, with dataset.json."""
+    for number in range(2):
+        voxels = np.random.default_rng(number).integers(0, 900, (8, 6, 3, 4)).astype(np.int16)
+        for folder, own in (("imagesTr", voxels), ("labelsTr", np.uint8(voxels[..., 2] > 500))):
+            Path(folder).mkdir(exist_ok=True)
+            write_nifti(f"{folder}/B_{number}.nii.gz", own)
+            Path(folder, f"._B_{number}.nii.gz").write_bytes(b"\0\5\x16\7" * 30)
+    Path("dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "tumour"}}))
+    flags = ["--masks", "imagesTr", "labelsTr", "--classes", "dataset.json"]
+    run_download(*flags, *ALL, "--channels", "FLAIR,T1w,t1gd,T2w", "--window", 500, 1000)
+    assert annotations("train")["info"]["channels"] == ["FLAIR", "T1w", "t1gd", "T2w"]
+    pixels = tifffile.imread("dataset/train/B_1_z002.tif")
+    np.testing.assert_array_equal(pixels, (voxels[:, :, 2] * 0.255).round())
+    mask = stored()["B_1_z002"]["tumour"]
+    np.testing.assert_array_equal(mask, voxels[:, :, 2, 2] > 500)
 
 
-def report(data):
-    """report.json of the test split."""
-    return json.loads(predict(data, f"{data}/test")["report.json"].read_text())
+# ---- BraTS: a file for each channel ----------------------------------------------------------
+
+AFFINE = np.diag([-1.0, -1, 3, 1])
+MODALITIES = ("t2", "flair", "t1ce", "t1")
 
 
 def tumour(seed):
@@ -225,85 +222,181 @@ def tumour(seed):
     return {name: own.astype(np.int16) for name, own in voxels.items()}, labels
 
 
-def write(path, voxels):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(voxels, AFFINE), path)
+def write_case(folder, voxels, suffix=".nii"):
+    """A file for each channel, FOLDER/NAME_CHANNEL.nii."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, own in voxels.items():
+        write_nifti(f"{folder}/{Path(folder).name}_{name}{suffix}", own, AFFINE)
 
 
-def read(path):
-    """A mask, after a look at its geometry."""
-    image = nibabel.load(path)
-    np.testing.assert_allclose(image.affine, AFFINE)
-    return np.asarray(image.dataobj)
+def predict_case(*inputs):
+    """{case: its mask} of what predict.py writes, where the volume lies."""
+    shutil.rmtree("out", ignore_errors=True)
+    assert_done(run("predict.py", *inputs, "--output", "out"))
+    written = {path.name[:-12]: nibabel.load(path) for path in Path("out").glob("*_mask.nii.gz")}
+    assert all((mask.affine == AFFINE).all() for mask in written.values())
+    return {name: np.asarray(mask.dataobj) for name, mask in written.items()}
 
 
 def dice(one, other):
     return 2 * (one & other).sum() / max(one.sum() + other.sum(), 1)
 
 
-def write_case(folder, voxels, suffix=".nii"):
-    for name, own in voxels.items():
-        write(f"{folder}/{Path(folder).name}_{name}{suffix}", own)
-
-
 @pytest.mark.slow  # half a minute of training
 def test_brats():
     """Four modalities a case, nested regions, a mask that is called otherwise."""
+    regions = {"background": 0, "whole tumor": [1, 2, 4], "tumor core": [1, 4], "enhancing": 4}
     for number in (1, 2, 3, 4, 5, 355):
         case, (voxels, labels) = f"BraTS20_Training_{number:03}", tumour(number)
         write_case(f"D/{case}", voxels)
         mask = f"{case}_seg" if number < 355 else "W39_1998.09.19_Segm"
-        write(f"D/{case}/{mask}.nii", labels)
-    Path("regions.json").write_text(json.dumps({"labels": REGIONS}))
+        write_nifti(f"D/{case}/{mask}.nii", labels, AFFINE)
+    Path("regions.json").write_text(json.dumps({"labels": regions}))
     images, flags = "D/{id}/{id}_{channel}.nii", ["--channels", ",".join(MODALITIES)]
     flags += ["--classes", "regions.json"]
     words = ["BraTS20_Training_355", "--skip-unpaired"]
     refuse_download("--masks", images, "D/{id}/{id}_seg.nii", *flags, words=words)
-    learn("brats", "--masks", images, "D/{id}/*_{seg,Segm}.nii", *flags)
-    splits = [annotations(split, "brats") for split in ("train", "valid", "test")]
-    groups = [{image["group"] for image in split["images"]} for split in splits]
+    run_download("--masks", images, "D/{id}/*_{seg,Segm}.nii", *flags)
+    groups = [{image["group"] for image in annotations(split)["images"]} for split in SPLITS]
     assert len(set.union(*groups)) == sum(map(len, groups)) == 6  # none is in two splits
-    assert splits[0]["info"]["channels"] == [*MODALITIES]
-    scores = report("brats")
-    assert scores["channels"] == [*MODALITIES]
-    assert set(scores["per_group"]) == groups[2]
-    assert all(scores["scores"][f"group_dice/{name}"] > 0.8 for name in [*REGIONS][1:])
+    network = "--n-filters 8 --depth 2 --image-size 24 --batch-size 8 --norm batch --prior 0.1"
+    training = "--schedule cosine --lr 0.01 --epochs 12 --repeat 4 --device cpu --classes each"
+    assert_done(run("train.py", *network.split(), *training.split()))
+    assert_done(run("predict.py", "dataset/test", "--output", "report"))
+    scores = json.loads(Path("report/report.json").read_text())
+    assert scores["channels"] == [*MODALITIES] and set(scores["per_group"]) == groups[2]
+    assert all(scores["scores"][f"group_dice/{name}"] > 0.8 for name in [*regions][1:])
 
     voxels, labels = tumour(9)
-    write_case("new/BraTS20_9", voxels, ".nii.gz")
-    truth = {name: np.isin(labels, values) for name, values in [*REGIONS.items()][1:]}
-    written = predict("brats", "new/BraTS20_9", "--write", "mask,classes")
-    for name, mask in truth.items():
-        own = read(written[f"BraTS20_9_{name.replace(' ', '_')}_mask.nii.gz"])
-        assert dice(own == 1, mask) > 0.8, name
-    drawn = read(written["BraTS20_9_mask.nii.gz"])
-    assert dice(drawn == 3, truth["enhancing"]) > 0.8 < dice(drawn > 0, truth["whole tumor"])
-    write("four.nii", np.stack([voxels[name] for name in MODALITIES], -1))
-    np.testing.assert_array_equal(read(predict("brats", "four.nii")["four_mask.nii.gz"]), drawn)
-
+    write_case("new/B_9", voxels, ".nii.gz")  # the training had .nii
+    drawn = predict_case("new/B_9")["B_9"]
+    assert dice(drawn == 3, labels == 4) > 0.8 < dice(drawn > 0, labels > 0)
+    write_nifti("four.nii", np.stack([voxels[name] for name in MODALITIES], -1), AFFINE)
+    np.testing.assert_array_equal(predict_case("four.nii")["four"], drawn)
     voxels["t1ce"] = np.roll(voxels["t1ce"], 12, 0)  # which alone shows what is called enhancing
-    write_case("new/BraTS20_9", voxels, ".nii.gz")
-    drawn = read(predict("brats", "new")["BraTS20_9_mask.nii.gz"])
-    assert dice(drawn == 3, truth["enhancing"]) < 0.2 < dice(drawn > 0, truth["whole tumor"])
-    Path("new/BraTS20_9/BraTS20_9_t1.nii.gz").unlink()
-    lacking = run("predict.py", "new/BraTS20_9", "--model", "runs/brats/best_model.pth")
-    assert_refused(lacking, "BraTS20_9_t1.nii.gz")
+    write_case("new/B_9", voxels, ".nii.gz")
+    drawn = predict_case("new")["B_9"]
+    assert dice(drawn == 3, labels == 4) < 0.2 < dice(drawn > 0, labels > 0)
 
 
-def test_msd():
-    """Files of four axes beside those of macOS, the names of labels in dataset.json."""
-    for number in range(1, 6):
-        voxels, labels = tumour(number)
-        name = f"BRATS_{number:03}.nii.gz"
-        write(f"imagesT{'rs'[number == 5]}/{name}", np.stack([*voxels.values()], -1))
-        if number < 5:
-            write(f"labelsTr/{name}", (labels > 0).astype(np.uint8))
-        for folder in ("imagesTr", "labelsTr", "imagesTs"):
-            Path(folder).mkdir(exist_ok=True)
-            Path(folder, f"._{name}").write_bytes(b"\0\5\x16\7" * 30)
-    Path("dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "tumour"}}))
-    flags = ["--masks", "imagesTr", "labelsTr", "--classes", "dataset.json"]
-    refuse_download(*flags, words=["BRATS_001.nii.gz", "--channels", "--time"])
-    learn("msd", *flags, "--channels", "FLAIR,T1w,t1gd,T2w", "--split", 50, 25, 25)
-    assert report("msd")["scores"]["dice"] > 0.8
-    assert dice(read(predict("msd", "imagesTs")["BRATS_005_mask.nii.gz"]) > 0, labels > 0) > 0.8
+# ---- predict.py finds the files of a case again ----------------------------------------------
+
+SHOWING = "t1ce"  # the only channel that the network looks at
+
+
+@pytest.fixture
+def cases(here):
+    """Two cases of BraTS and weights for them; {case: mask of what the channel shows}."""
+    save_model("{id}_{channel}.nii")
+    masks, rng = {}, np.random.default_rng(0)
+    for number, case in enumerate(("B_1", "B_2")):
+        masks[case] = np.zeros((8, 6, 5), bool)
+        masks[case][1 + number : 4, 2:5, 1:3] = True
+        voxels = {name: rng.integers(0, 900, (8, 6, 5), np.int16) for name in (*MODALITIES, "seg")}
+        write_case(f"B/{case}", voxels | {SHOWING: masks[case] * np.int16(700)})
+    return masks
+
+
+def save_model(pattern, channels=MODALITIES):
+    model = brightness_model(None, n_channels=len(channels), channels=channels, pattern=pattern)
+    with torch.no_grad():
+        model.down1.conv1.weight[0, :, 1, 1] = torch.tensor([name == SHOWING for name in channels])
+    torch.save(model.state_dict(), "best_model.pth")
+    return model
+
+
+def refuse_case(given, *words):
+    assert_refused(run("predict.py", given), *words)
+
+
+def table_pixels():
+    """{image: pixels} of the table."""
+    rows = Path("out/predictions.csv").read_text("utf-8-sig").splitlines()[1:]
+    return {row.split(",")[0]: int(row.split(",")[2]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    "inputs, count",
+    [
+        (["B/B_1/B_1_t1.nii", "B/B_1/B_1_t1ce.nii"], 1),
+        (["B/B_1/{id}_{channel}.nii", "B/B_1"], 1),
+        (["B"], 2),
+        (["B/{id}/{id}_{channel}.nii"], 2),
+    ],
+)
+def test_cases_are_found_by_a_folder_a_file_or_a_pattern(cases, inputs, count):
+    masks = predict_case(*inputs)
+    assert sorted(masks) == ["B_1", "B_2"][:count]
+    for case, mask in masks.items():
+        np.testing.assert_array_equal(mask > 0, cases[case])
+
+
+def test_all_channels_in_one_file(cases):
+    volumes = [nibabel.load(f"B/B_1/B_1_{name}.nii").dataobj for name in MODALITIES]
+    for name, count in {"four": 4, "two": 2}.items():
+        write_nifti(f"{name}.nii.gz", np.stack(volumes[:count], -1), AFFINE)
+    np.testing.assert_array_equal(predict_case("four.nii.gz")["four"] > 0, cases["B_1"])
+    words = ["2 channels", ", ".join(MODALITIES), "{id}_{channel}.nii"]
+    refuse_case("two.nii.gz", "two.nii.gz", *words)
+
+
+@pytest.mark.parametrize("given", ["B/B_2/B_2_t1.nii", "B"])
+def test_a_missing_channel_is_named(cases, given):
+    Path("B/B_2/B_2_flair.nii").unlink()
+    refuse_case(given, "B/B_2/B_2_flair.nii")
+    Path("flat").mkdir()
+    for path in Path("B").glob("*/*.nii"):
+        path.rename(Path("flat", path.name))
+    refuse_case("flat", "flat/B_2_flair.nii")
+    assert predict_case("flat/B_1_t1.nii").keys() == {"B_1"}  # another case is whole
+
+
+def test_cases_of_equal_files_are_called_as_their_folders(cases):
+    """In the table too, which counts what each of them has."""
+    for path in Path("B").glob("*/*.nii"):
+        path.rename(path.with_name(path.name.rpartition("_")[2]))
+    assert predict_case("B/{id}/{channel}.nii").keys() == {"B_1", "B_2"}
+    assert table_pixels() == {name: own.sum() for name, own in cases.items()}
+    save_model("{channel}.nii")
+    assert predict_case("B/B_1").keys() == {"B_1"}
+
+
+def test_a_pattern_without_channels_tells_files_of_equal_names_apart(here):
+    torch.save(brightness_model(None, n_channels=1).state_dict(), "best_model.pth")
+    for number, folder in enumerate(("s1", "s2"), 1):
+        Path("S", folder).mkdir(parents=True)
+        voxels = np.zeros((8, 6, 5), np.int16)
+        voxels[:number, :2, 1:3] = 700
+        write_nifti(f"S/{folder}/ct.nii.gz", voxels, AFFINE)
+    masks = predict_case("S/{id}/ct.nii.gz")
+    assert {name: mask.sum() for name, mask in masks.items()} == {"s1": 4, "s2": 8}
+    assert table_pixels() == {"s1": 4, "s2": 8}
+    pattern = "S/{id}/{channel}.nii.gz"  # of weights that know none
+    refuse_case(pattern, pattern)
+
+
+def test_pictures_of_a_case(here):
+    save_model("{channel}/{id}.png", ("dapi", SHOWING))
+    drawn = np.zeros((20, 30), bool)
+    drawn[5:12, 6:20] = True
+    for name, one in {"dapi": np.full((20, 30), 200), SHOWING: np.where(drawn, 255, 0)}.items():
+        Path("i", name).mkdir(parents=True)
+        Image.fromarray(one.astype(np.uint8)).save(f"i/{name}/a.png")
+    for given in ("i", "i/dapi/a.png"):
+        predict_case(given)
+        np.testing.assert_array_equal(np.asarray(Image.open("out/a_mask.png")) > 0, drawn)
+        Path("out/a_mask.png").unlink()
+
+
+def test_the_page_takes_the_files_of_a_case(cases):
+    files = sorted(Path("B/B_1").glob("B_1_t*.nii")) + [Path("B/B_1/B_1_flair.nii")]
+    session = Session(Path(), open_models(["best_model.pth"], "cpu"))
+    session.predict(files, 0.5)
+    assert not session.problems and len(session.predictions) == 5
+    assert session.first == 1  # a slice with most of the foreground
+    mask = nibabel.load(session.download("masks", 0.5))
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), cases["B_1"])
+    assert "shown: red t2, green flair, blue t1ce" in session.view(0, 0.5)[1]
+    Image.new("RGB", (8, 6)).save("rgb.png")
+    session.predict(["rgb.png"], 0.5)
+    assert "rgb.png" in session.problems[0] and ", ".join(MODALITIES) in session.problems[0]

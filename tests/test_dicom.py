@@ -8,18 +8,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from helpers import (
-    BIG_ENDIAN,
-    EXPLICIT,
-    IMPLICIT,
-    STORED,
-    refuse,
-    sample,
-    slices_of,
-    voxels_of,
-    write_dicom,
-    write_series,
-)
+from helpers import STORED, refuse, sample, slices_of, voxels_of, write_dicom, write_series
 from numpy.testing import assert_allclose, assert_array_equal
 
 from medseg.dicom import read_dicom
@@ -46,22 +35,16 @@ PADDING = 0x00280120
     [
         (STORED, WINDOWED, [[0, 64, 128], [191, 255, 255]]),  # 63.75 127.5 / 191.25
         (STORED, {**WINDOWED, **MONO1}, [[255, 191, 127], [64, 0, 0]]),
-        (STORED, {}, WHOLE_RANGE),
         (STORED, {"WindowCenter": "0", "WindowWidth": "0"}, WHOLE_RANGE),  # useless
         (SIGNED, {}, WHOLE_RANGE),
-        (STORED * 0, {}, [[0, 0, 0], [0, 0, 0]]),
-        (STORED, PADDED, [[0, 85, 128], [170, 255, 0]]),  # 127.5
         (STORED, {**PADDED, **WINDOWED}, [[0, 64, 128], [191, 255, 0]]),
-        (STORED, {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 200}, [[0, 0, 0], [0, 0, 255]]),
         (STORED, {"PixelPaddingValue": 200, "PixelPaddingRangeLimit": 0}, [[0, 0, 0], [0, 0, 255]]),
-        (SIGNED, {"PixelPaddingValue": -1000}, SIGNED_PADDED),
         (SIGNED, {"PixelPaddingValue": pydicom.DataElement(PADDING, "US", 64536)}, SIGNED_PADDED),
     ],
 )
 def test_frames_by_hand(tmp_path, pixels, fields, wanted):
-    for number, syntax in enumerate((IMPLICIT, EXPLICIT, BIG_ENDIAN)):
-        path = write_dicom(tmp_path / f"{number}.dcm", pixels, syntax=syntax, **fields)
-        assert read_dicom(path)[0].tolist() == wanted, syntax
+    path = write_dicom(tmp_path / "a.dcm", pixels, **fields)
+    assert read_dicom(path)[0].tolist() == wanted
     if fields is WINDOWED:
         assert read_dicom(path, (100, 400))[0].tolist() == [[0, 128, 191], [255, 255, 255]]
 
@@ -91,17 +74,9 @@ def test_frames_have_their_own_slope_and_window_and_share_their_range(tmp_path):
         assert_array_equal(frames[-1], wanted[2].round())
 
 
-def test_the_modality_table_counts_where_there_is_no_slope(tmp_path):
-    table = item(LUTDescriptor=[4, 0, 16], ModalityLUTType="US", LUTData=[0, 10, 20, 200])
-    table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
-    pixels = np.array([[0, 1], [2, 3]], np.uint16)
-    path = write_dicom(tmp_path / "a.dcm", pixels, ModalityLUTSequence=[table])
-    assert read_dicom(path, (100, 200))[0].tolist() == [[0, 13], [26, 255]]  # 12.75, 25.5
-
-
-@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "CR1/6154"])
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small_RLE.dcm"])
 def test_samples_of_pydicom(name):
-    path = sample(f"dicomdirtests/77654033/{name}" if "/" in name else name)
+    path = sample(name)
     dataset = pydicom.dcmread(path)
     values = dataset.pixel_array * float(dataset.get("RescaleSlope", 1))
     values = values + float(dataset.get("RescaleIntercept", 0))
@@ -109,8 +84,6 @@ def test_samples_of_pydicom(name):
     if "WindowCenter" in dataset:
         low, high = (dataset.WindowCenter + side * dataset.WindowWidth / 2 for side in (-1, 1))
     wanted = np.round(255 * (np.clip(values, low, high) - low) / (high - low))
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        wanted = 255 - wanted
     (frame,) = read_dicom(path)
     assert frame.dtype == np.uint8
     # Half a grey level may round either way.
@@ -146,10 +119,10 @@ def test_frames_are_decoded_one_at_a_time(tmp_path):
 
 def test_what_cannot_be_read_is_one_line(tmp_path):
     path = tmp_path / "a.dcm"
-    for keep in (0, 100, 133, 400, 6000, 39000):
+    for keep in (0, 133, 400, 39000):
         path.write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:keep])
         refuse(read_frames, path)
-    for name in "MR_truncated rtplan no_meta meta_missing_tsyntax badVR".split():
+    for name in "MR_truncated rtplan meta_missing_tsyntax".split():
         refuse(read_frames, sample(f"{name}.dcm"))
     refuse(read_frames, sample("JPEG-lossy.dcm"), "`pip install")
     refuse(read_frames, write_dicom(path, Rows=65535, Columns=65535), "--max-megapixels")
@@ -163,8 +136,7 @@ SERIES = np.random.default_rng(3).integers(0, 900, (5, 6, 4)).astype(np.int16)
 OBLIQUE = (0.8, 0.6, 0, 0, 0, -1)
 
 
-@pytest.mark.parametrize("axes", [(1, 0, 0, 0, 1, 0), (0, 0, -1, 0, 1, 0), OBLIQUE])
-@pytest.mark.parametrize("fields", [{}, MONO1])
+@pytest.mark.parametrize(("axes", "fields"), [((0, 0, -1, 0, 1, 0), {}), (OBLIQUE, MONO1)])
 def test_a_series_is_a_volume(tmp_path, axes, fields):
     slopes = {"RescaleSlope": lambda number: str(number + 1), "RescaleIntercept": "-3"}
     folder = write_series(tmp_path / "s", SERIES, axes=axes, **slopes, **fields)
@@ -181,7 +153,7 @@ def test_a_series_is_a_volume(tmp_path, axes, fields):
         (x, y, z), step = one.ImagePositionPatient, np.array(one.PixelSpacing)
         place = volume.affine @ [0, 0, files.index(one), 1]  # in RAS, where DICOM has LPS
         assert_allclose(place, [-x, -y, z, 1], atol=1e-6)
-    sides = volume.affine[:3, :2] / [step[1], step[0]]
+    sides = volume.affine[:3, :2] / step[::-1]
     assert_allclose(sides.T * [-1, -1, 1], np.reshape(axes, (2, 3)), atol=1e-6)
     low, high = volume.limits[0]
     clipped = (slices_of(volume).clip(low, high) - low) * 255 / (high - low)
@@ -236,8 +208,6 @@ def tilt(folder):
         (add_slice(PixelSpacing=[0.5, 0.9]), "PixelSpacing"),
         (add_slice(ImagePositionPatient=None), "place"),
         (add_slice(ImageOrientationPatient=[0, 1, 0, 0, 0, 1]), "direction"),
-        (add_slice(**MONO1), "differ"),
-        (lambda folder: (folder / "3_2.dcm").unlink(), "2 to 4 mm"),
         (tilt, "tilted"),
         (lambda folder: [path.unlink() for path in list(folder.iterdir())[1:]], "1 slices"),
     ],

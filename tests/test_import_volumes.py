@@ -2,9 +2,7 @@
 
 import csv
 import gzip
-import json
 import shutil
-import sys
 from pathlib import Path
 
 import nibabel
@@ -13,7 +11,6 @@ import pytest
 import torch
 from helpers import (
     ALL,
-    NIBABEL_DATA,
     SMALL,
     STORED,
     annotations,
@@ -38,7 +35,7 @@ from PIL import Image
 
 import predict
 from medseg import volumes as medseg_volumes
-from medseg.splits import grouped_split
+from medseg.predicting.inputs import add_spacings, as_frame
 from medseg.volumes import open_volume
 from net import UNet, load_model
 
@@ -96,39 +93,17 @@ def test_volumes_become_slices(here):
     assert sorted(names) == [*made]
 
 
-def test_two_files(here):
-    _, numbers = volume(0, classes=1)
-    pair = ("vi/case_000_0000.nii.gz", "vm/case_000.nii.gz")
-    assert "class foreground: value 1" in run_download("--masks", *pair, "--into", "test")
-    assert {image["group"] for image in annotations("test")["images"]} == {"case_000_0000"}
-    for index in range(1, 4):
-        mask = stored("test")[f"case_000_0000_z{index:03}"]["foreground"]
-        assert_array_equal(mask, numbers[:, index] == 1)
-    refuse_download("--masks", *pair, "--data", "mine", words=["1 groups", "too few", "--into"])
-
-
-def test_a_volume_that_is_cut_in_another_direction_is_told(here):
-    voxels = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
-    for name, zooms in {"a": (1, 3, 1), "b": (1, 1, 3), "c": (1, 3, 1)}.items():
-        write_pair(voxels, (voxels > 9).astype(np.uint8), name, name, zooms)
-    assert "warning: 1 of 3 volumes" in run_download(*VOLUMES, *ALL)
-
-
 IMAGE, MASK = Path("vi/case_000_0000.nii.gz"), Path("vm/case_000.nii.gz")
-ZEROS = np.zeros((12, 4, 10), np.uint8)
 
 
 def numbers(value):
-    return lambda: write_nifti(MASK, ZEROS + np.float32(value), zooms=(1, 3, 1))
+    write_nifti(MASK, np.full((12, 4, 10), value, np.float32), zooms=(1, 3, 1))
 
 
 BAD_VOLUMES = {  # what is changed, the file that the message names
-    "shape": (lambda: write_nifti(MASK, ZEROS[1:]), MASK),
-    "4-D": (lambda: shutil.copy(NIBABEL_DATA / "example4d.nii.gz", IMAGE), IMAGE),
-    "negative": (numbers(-1), MASK),
-    "large": (numbers(65536), MASK),
+    "negative": (lambda: numbers(-1), MASK),
+    "large": (lambda: numbers(65536), MASK),
     "many values": (lambda: shutil.copy(IMAGE, MASK), MASK),
-    "cut": (lambda: IMAGE.write_bytes(IMAGE.read_bytes()[:300]), IMAGE),
     "a picture among volumes": (lambda: save(photo(), "vi/a.png"), "'vi/{id}_0000.*' 'vm/{id}.*'"),
     "DICOM among volumes": (lambda: shutil.copy(sample("CT_small.dcm"), "vi/a.dcm"), "vi has a"),
 }
@@ -140,21 +115,18 @@ def test_bad_volumes_are_one_line(here, case):
     volume(2)
     change, name = BAD_VOLUMES[case]
     change()
-    line = refuse_download(*VOLUMES, *ALL, words=[name])
-    assert case != "shape" or str(IMAGE) in line
+    refuse_download(*VOLUMES, *ALL, words=[name])
 
 
-@pytest.mark.parametrize("step", [1.0000153, 0.99, 1.3])
-def test_numbers_that_are_nearly_whole_are_rounded_with_a_warning(here, step):
+def test_numbers_that_are_nearly_whole_are_rounded_with_a_warning(here):
     _, numbers = volume(0)
     volume(1)
-    write_nifti(MASK, numbers.astype(np.float32) * np.float32(step), zooms=(1, 3, 1))
-    if step == 1.3:
-        refuse_download(*VOLUMES, *ALL, words=[MASK])
-        return
+    write_nifti(MASK, numbers * np.float32(1.3), zooms=(1, 3, 1))
+    refuse_download(*VOLUMES, *ALL, words=[MASK])
+    write_nifti(MASK, numbers * np.float32(0.99), zooms=(1, 3, 1))
     out = run_download(*VOLUMES, *ALL)
     (line,) = (line for line in out.splitlines() if line.startswith("warning"))
-    assert "1 of 2" in line and str(step)[:8] in line and MASK.name in line
+    assert "1 of 2" in line and "0.99" in line and MASK.name in line
     masks = stored()["case_000_z002"]
     assert_array_equal(masks["1"] + 2 * masks["2"], numbers[:, 2])
 
@@ -188,22 +160,18 @@ def test_dicom_images_and_a_window(here):
         assert_array_equal(picture(name), (STORED * 0.255).round())
 
 
-def test_bad_dicom_is_one_line(here, monkeypatch):
+def test_bad_dicom_is_one_line(here):
     dicom_pair()
     save(Image.new("1", (9, 9), 1), "dm/scan.png")
     refuse_download(*DICOM, words=["scan.png", "9x9", "di/scan.dcm", "3x2"])
     shutil.copy(sample("SC_rgb_rle_2frame.dcm"), "di/scan.dcm")
     refuse_download(*DICOM, words=["di/scan.dcm", "2 frames"])
-    Path("di/scan.dcm").write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:9000])
-    refuse_download(*DICOM, words=["di/scan.dcm", "cut short"])
     write_nifti("dm/scan.nii", np.zeros((3, 2, 1), np.uint8))
     refuse_download("--masks", "di/{id}.dcm", "dm/{id}.nii", *ALL, words=["dm/scan.nii"])
     save(photo(size=(3, 2)), "di/scan.png")
     pictures = ("--masks", "di/{id}.png", "dm/{id}.png", *ALL)
     for flags in (["--window", "40", "80"], ["--context", "1"]):
         refuse_download(*pictures, *flags, words=[flags[0]])
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    refuse_download("--masks", "di/{id}.dcm", "dm/{id}.png", *ALL, words=["install pydicom`"])
 
 
 # ---- predict.py ------------------------------------------------------------------------------
@@ -237,29 +205,34 @@ def four(number):
     return write_pair(voxels, numbers, name, name, (1, 1, 3, 1))
 
 
+def shown(voxels):
+    """As the percentiles of all of it show them, 0 to 255."""
+    low, high = np.percentile(voxels, [0.5, 99.5])
+    return ((voxels.clip(low, high) - low) * 255 / (high - low)).round()
+
+
 def test_four_axes_are_volumes_in_time_or_channels(here):
     made = [four(number) for number in range(2)]
     refuse_download(*VOLUMES, *ALL, words=["vi/c0.nii.gz", "--channels", "--time"])
     run_download(*VOLUMES, *ALL, "--time")
-    masks = stored()
+    masks, (voxels, numbers) = stored(), made[1]
     assert len(masks) == 2 * 3 * 4
-    for number, (voxels, numbers) in enumerate(made):
-        low, high = np.percentile(voxels, [0.5, 99.5])
-        shown = ((voxels.clip(low, high) - low) * 255 / (high - low)).round()
-        for index in range(12):
-            time, z = divmod(index, 4)
-            name = f"c{number}_z{index:03}"
-            assert_array_equal(masks[name]["foreground"], numbers[..., z, time] == 1)
-            assert_array_equal(picture(name), shown[..., z, time])
+    for index in range(12):
+        time, z = divmod(index, 4)
+        assert_array_equal(masks[f"c1_z{index:03}"]["foreground"], numbers[..., z, time] == 1)
+        assert_array_equal(picture(f"c1_z{index:03}"), shown(voxels)[..., z, time])
     run_download(*VOLUMES, *ALL, "--time", "--context", 1, "--force")  # of the same time
-    assert_array_equal(picture("c1_z007"), shown[..., [3, 2, 3], 1])
-    assert_array_equal(picture("c1_z008"), shown[..., [0, 0, 1], 2])
+    assert_array_equal(picture("c1_z007"), shown(voxels)[..., [3, 2, 3], 1])
+    assert_array_equal(picture("c1_z008"), shown(voxels)[..., [0, 0, 1], 2])
     for number, (_, numbers) in enumerate(made):
         write_nifti(Path(f"vm/c{number}.nii.gz"), numbers[..., 0], zooms=(1, 1, 3))
     refuse_download(*VOLUMES, *ALL, "--time", "--force", words=["vm/c0.nii.gz", "12 x 10 x 4 x 3"])
     run_download(*VOLUMES, *ALL, "--force", "--channels", "t1,t2,flair")
     assert annotations("train")["info"]["channels"] == ["t1", "t2", "flair"]
     assert_array_equal(stored()["c1_z002"]["foreground"], made[1][1][..., 2, 0] == 1)
+    for channel in range(3):  # each has its own percentiles
+        pixels = picture("c1_z002")[..., channel]
+        assert_array_equal(pixels, shown(voxels[..., channel])[:, :, 2])
 
 
 def test_volumes_in_time_are_predicted_one_by_one(here):
@@ -280,11 +253,11 @@ def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
     run_download(*VOLUMES, *THIRDS, "--context", "1", "--window", "500", "1000")
     name = min(stored("test")).rpartition("_")[0]
     voxels = nibabel.load(f"vi/{name}_0000.nii.gz").get_fdata()
-    shown, last = (np.moveaxis(voxels, 1, 0) * 0.255).round(), voxels.shape[1] - 1
-    for index in range(len(shown)):
+    slices, last = (np.moveaxis(voxels, 1, 0) * 0.255).round(), voxels.shape[1] - 1
+    for index in range(len(slices)):
         places = [index, max(index - 1, 0), min(index + 1, last)]
         pixels = picture(f"{name}_z{index:03}", "test")
-        assert_array_equal(pixels, np.moveaxis(shown[places], 0, 2))
+        assert_array_equal(pixels, np.moveaxis(slices[places], 0, 2))
     torch.manual_seed(2)
     model = UNet(3, 1, 4, depth=1, image_size=None, window=(500, 1000), context=1)
     torch.nn.init.normal_(model.outc.weight, std=20)
@@ -294,7 +267,7 @@ def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
     output_of("predict.py", "dataset/test", *flags, "--output", "slices", cwd=here)
     whole = nibabel.load(f"whole/{name}_0000_probability.nii.gz").get_fdata()
     assert whole.std() > 1e-3
-    for index in range(len(shown)):
+    for index in range(len(slices)):
         alone = np.asarray(Image.open(f"slices/{name}_z{index:03}_probability.png")) / 65535
         assert np.abs(whole[:, index] - alone).max() < 1e-4
     Image.fromarray(pixels[..., 0]).save("grey.png")
@@ -304,19 +277,15 @@ def test_slices_around_a_slice_are_channels_at_import_and_prediction(here):
 # ---- what travels from the import through the weights to the prediction ----------------------
 
 
-def brain(seed=0, shape=(20, 22, 18), spacing=(1, 1, 1)):
+def brain(shape=(8, 9, 10), spacing=(1, 1, 1)):
     """A nibabel image in RAS of blocks of noise, with values like CT's."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     voxels = rng.integers(-900, 900, [side // 2 + 1 for side in shape], np.int16)
     for axis, side in enumerate(shape):
         voxels = voxels.repeat(2, axis).take(range(side), axis)
     affine = np.diag([*map(float, spacing), 1])
     affine[:3, 3] = -10, 20, 5
     return nibabel.Nifti1Image(voxels, affine)
-
-
-def brains(names, shape=(8, 9, 10), **options):
-    return {name: brain(seed, shape, **options) for seed, name in enumerate(names)}
 
 
 def recorded(split="train", root="dataset"):
@@ -337,45 +306,41 @@ def write_pairs(images, masks=None):
             one.to_filename(f"{folder}/{name}.nii.gz")
 
 
-def test_the_window_of_the_weights_counts_without_being_told(here):
-    brain().to_filename("v.nii.gz")
+@pytest.mark.parametrize("name", ["v.nii.gz", "ct.dcm"])
+def test_the_window_of_the_weights_counts_without_being_told(here, name):
+    brain((20, 22, 18)).to_filename("v.nii.gz")
     shutil.copy(sample("CT_small.dcm"), "ct.dcm")
-    save_weights("plain.pth")
+    plain = ("--model", save_weights("plain.pth"))
     save_weights(window=(300, 500))
-    plain = ("--model", "plain.pth")
-    for name in ("v.nii.gz", "ct.dcm"):
-        own, said = predicted(name)
-        assert "--window" not in said and 0.02 < (own > 0).mean() < 0.98
-        for flags in ((), plain):  # weights of pictures record none
-            told, said = predicted(name, "--window", 300, 500, *flags)
-            assert "--window" not in said
-            assert_array_equal(own, told)
-        other, said = predicted(name, "--window", 100, 200)
-        (line,) = (line for line in said.splitlines() if "--window" in line)
-        assert "--window 100 200" in line and "300 500" in line
-        assert (other != own).any() and (predicted(name, *plain)[0] != own).any()
+    own, said = predicted(name)
+    assert "--window" not in said and 0.02 < (own > 0).mean() < 0.98
+    told, said = predicted(name, "--window", 300, 500, *plain)  # weights of pictures record none
+    assert "--window" not in said
+    assert_array_equal(own, told)
+    other, said = predicted(name, "--window", 100, 200)
+    (line,) = (line for line in said.splitlines() if "--window" in line)
+    assert "--window 100 200" in line and "300 500" in line
+    untold = predicted(name, *plain)[0]
+    assert (other != own).any() and (untold != own).any()
     save_weights(window="percentiles")  # without a window of numbers each file counts
-    assert_array_equal(predicted("v.nii.gz")[0], predicted("v.nii.gz", *plain)[0])
+    assert_array_equal(predicted(name)[0], untold)
 
 
 def test_the_import_records_window_and_orientation_in_every_split(here):
-    write_pairs({name: stored_as(image, "LPS") for name, image in brains("123456").items()})
-    assert "warning" not in run_download(*VOLUMES, "--window", 40, 400, *THIRDS)
-    grouped_split("dataset", "grouped", block=10)
-    for split, root in ((split, root) for split in SPLITS for root in ("dataset", "grouped")):
-        assert recorded(split, root) == {"window": [40, 400], "orientation": "LPS"}
+    write_pairs({name: stored_as(brain(), "LPS") for name in "abc"})
+    run_download(*VOLUMES, "--window", 40, 400, *THIRDS)
+    for split in SPLITS:
+        assert recorded(split) == {"window": [40, 400], "orientation": "LPS"}
     run_download(*VOLUMES, *ALL, "--data", "own")
     assert recorded("train", "own") == {"window": "percentiles", "orientation": "LPS"}
     dicom_pair()
-    save(Image.fromarray(STORED.astype(np.uint8)), "pi/scan.png")
     run_download(*DICOM, "--data", "dicom")
     assert recorded("train", "dicom") == {"window": "file"}
-    run_download(*DICOM, "--data", "dicom", "--force", "--window", 0.5, 9)
-    assert recorded("train", "dicom") == {"window": [0.5, 9]}
+    save(Image.fromarray(STORED.astype(np.uint8)), "pi/scan.png")
     run_download("--masks", "pi", "dm", *ALL, "--data", "pictures")
     assert recorded("train", "pictures") == {}
     coco = ("--coco", "pictures/train/_annotations.coco.json", "pictures/train")
-    for flags in (DICOM[:3], ("--masks", "pi", "dm"), coco):  # of another kind
+    for flags in (("--masks", "pi", "dm"), coco):  # of another kind
         out = run_download(*flags, "--into", "test", "--force", "--data", "own")
         assert [line for line in out.splitlines() if "warning" in line and "own/train" in line]
 
@@ -393,7 +358,6 @@ def test_a_training_copies_window_and_orientation_into_its_weights(here, dataset
 
     record(window=[40, 400], orientation="LPS")
     assert train("--epochs", 1) == ((40, 400), "LPS")
-    assert train("--epochs", 2, "--resume") == ((40, 400), "LPS")
     record(window="percentiles")
     flags = ("--epochs", 1, "--init", "one/best_model.pth")
     assert train(*flags, out="two") == ("percentiles", None)
@@ -405,15 +369,13 @@ def test_a_training_copies_window_and_orientation_into_its_weights(here, dataset
 @pytest.mark.parametrize(
     "before, now, said",
     [
-        ((-600.25, 1500), (50, 350), "give --window -600.25 1500"),
-        ((40, 400), None, "give --window 40 400"),
+        ((-600.25, 1500), None, "give --window -600.25 1500"),
         (None, (40, 400), "leave --window out"),
-        ((40, 400), (40, 400), ""),
         (None, None, ""),
     ],
 )
 def test_a_split_that_is_added_has_window_and_orientation_of_the_others(here, before, now, said):
-    write_pairs({"a": stored_as(brain(2), "LPS"), "b": stored_as(brain(2), "SAR")})
+    write_pairs({"a": stored_as(brain(), "LPS"), "b": stored_as(brain(), "SAR")})
     earlier, flags = (("--window", *window) if window else () for window in (before, now))
     run_download("--masks", "vi/a.nii.gz", "vm/a.nii.gz", *earlier, "--into", "train")
     new = ("--masks", "vi/b.nii.gz", "vm/b.nii.gz", *flags)
@@ -422,7 +384,6 @@ def test_a_split_that_is_added_has_window_and_orientation_of_the_others(here, be
         run_download(*new, "--into", "train", "--force")  # no other stays
         return
     told = run_download(*new, "--into", "test")
-    assert "warning" not in told
     assert "orientation: 1 of 1 volumes turned to LPS, that of dataset/train" in told
     assert recorded("test") == recorded("train")
     assert_same_images(("train",), ("test",), lambda name: name.replace("a", "b", 1))
@@ -431,18 +392,17 @@ def test_a_split_that_is_added_has_window_and_orientation_of_the_others(here, be
 # ---- orientation -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (3, 1, 3)])
-def test_one_brain_has_one_mask_however_it_is_stored(here, spacing, monkeypatch):
+def test_one_brain_has_one_mask_however_it_is_stored(here, monkeypatch):
     monkeypatch.setattr(medseg_volumes, "SAMPLE", 900)  # so that the percentiles come from a part
     save_weights(window="percentiles", orientation="RAS")
-    image, masks, as_stored = brain(spacing=spacing), {}, {}
+    image, masks, as_stored = brain((20, 22, 18), (3, 1, 3)), {}, {}
     for orientation in ("RAS", "LAS", "PSR", "IPR"):
         name = f"{orientation}.nii.gz"
         stored_as(image, orientation).to_filename(name)
         as_stored[orientation], _ = predicted(name)
         mask, given = nibabel.load("m.nii.gz"), nibabel.load(name)
         assert_array_equal(mask.affine, given.affine)
-        assert mask.shape == given.shape and "".join(nibabel.aff2axcodes(mask.affine)) == name[:3]
+        assert mask.shape == given.shape
         masks[orientation] = np.asarray(stored_as(mask, "RAS").dataobj)
         assert_array_equal(masks[orientation], masks["RAS"])
     assert 0.02 < masks["RAS"].mean() < 0.98
@@ -461,23 +421,24 @@ def assert_same_images(one, other, rename=str):
 
 
 def test_volumes_of_several_orientations_become_those_of_the_first(here):
-    images = brains("abcd", spacing=(1, 2, 4))
-    write_pairs({name: stored_as(image, "LPS") for name, image in images.items()})
+    image = brain(spacing=(1, 2, 4))
+    write_pairs({name: stored_as(image, "LPS") for name in "abc"})
     assert "orientation" not in run_download(*VOLUMES, *ALL, "--data", "same")
-    mixed = dict(zip("abcd", ("LPS", "RAS", "LPS", "PSR"), strict=True))
-    turned = {name: stored_as(images[name], word) for name, word in mixed.items()}
-    write_pairs(turned, {"c": positive(images["c"])})  # stored as RAS
+    turned = {"b": stored_as(image, "PSR"), "c": stored_as(image, "RAS")}
+    write_pairs(turned, {"b": positive(image)})  # stored as RAS
     said = run_download(*VOLUMES, *ALL, "--data", "mixed")
-    assert "orientation: 2 of 4 volumes turned to LPS, that of a.nii.gz" in said
-    assert "orientation: 1 of 4 masks turned" in said
+    assert "orientation: 2 of 3 volumes turned to LPS, that of a.nii.gz" in said
+    assert "orientation: 1 of 3 masks turned" in said
     assert_same_images(("train", "same"), ("train", "mixed"))
     spacings = {tuple(image["spacing"]) for image in annotations("train", "mixed")["images"]}
     assert spacings == {(1, 2)}
     assert recorded("train", "mixed")["orientation"] == "LPS"
+    write_pairs({"d": brain(spacing=(4, 2, 1))})  # cut in another direction
+    assert "warning: 1 of 4 volumes" in run_download(*VOLUMES, *ALL, "--data", "cut")
 
 
 def test_an_affine_that_tells_no_orientation(here):
-    write_pairs(brains("a"))
+    write_pairs({"a": brain()})
     for folder in ("vi", "vm"):
         path = Path(folder, "a.nii.gz")
         content = bytearray(gzip.decompress(path.read_bytes()))
@@ -487,7 +448,7 @@ def test_an_affine_that_tells_no_orientation(here):
     assert nibabel.aff2axcodes(nibabel.load("vi/a.nii.gz").affine)[0] is None
     assert "orientation" not in run_download(*VOLUMES, *ALL)  # alone: as stored
     assert recorded("train") == {"window": "percentiles"}
-    write_pairs({"b": brain(1)})
+    write_pairs({"b": brain()})
     refuse_download(*VOLUMES, *ALL, "--data", "two", words=["vi/a.nii.gz: ", "b.nii.gz"])
 
 
@@ -496,19 +457,16 @@ def test_an_affine_that_tells_no_orientation(here):
     [
         ((1, 1, 1), (0.005, 0, 0), None),
         ((1, 1, 1), (0.6, 0.7, 0), "0.922 mm"),
-        ((1, 1, 1), (0.8, 0.8, 0), "1.13 mm"),
-        ((1, 1, 5), (0, 0, 0.9), "0.9 mm"),
         ((5, 1, 5), (2, 0, 0), "2 mm"),
         ((900, 900, 900), (600, 0, 0), "0.6 mm"),  # in a file of micrometres
     ],
 )
 def test_affines_that_differ_are_told_with_their_distance(here, spacing, shift, said):
-    images = brains("ab", spacing=spacing)
-    for image in images.values():
-        image.header.set_xyzt_units("micron" if max(spacing) > 99 else "mm")
-    affine = images["a"].affine.copy()
+    image = brain(spacing=spacing)
+    image.header.set_xyzt_units("micron" if max(spacing) > 99 else "mm")
+    affine = image.affine.copy()
     affine[:3, 3] += shift
-    write_pairs(images, {"a": positive(images["a"], affine)})
+    write_pairs(dict.fromkeys("ab", image), {"a": positive(image, affine)})
     if np.linalg.norm(shift) >= min(spacing):
         refuse_download(*VOLUMES, *ALL, words=["vm/a.nii.gz", "vi/a.nii.gz", said])
         return
@@ -544,6 +502,8 @@ def test_a_series_is_imported_and_predicted_as_the_same_nifti(here):
         # the sides of a pixel, from row to row first
         spacings = [image["spacing"] for image in annotations("train", root)["images"]]
         np.testing.assert_allclose(spacings, [(0.8, 0.5)] * 10, rtol=1e-6)
+    (frame,) = add_spacings([as_frame(next(Path("series/train").glob("*.png")))], "series/train")
+    np.testing.assert_allclose(frame.spacing, (0.8, 0.5), rtol=1e-6)  # of the pictures
     run_download("--masks", "ct/p1", "vm/p1.nii.gz", "--data", "one", "--into", "test")
     assert len(stored("test", "one")) == 5
     save_weights(orientation="RAS")
@@ -562,12 +522,12 @@ def test_a_series_is_imported_and_predicted_as_the_same_nifti(here):
 
 
 def test_masks_of_other_formats(here):
-    image = brain(0, (8, 9, 6), (1, 1, 3))
+    image = brain((8, 9, 6), (1, 1, 3))
     write_itk("a.mhd", np.asarray(image.dataobj), image.affine)
     image.to_filename("a.nii.gz")
     save_weights(orientation="RAS")
     wanted, _ = predicted("a.nii.gz")
-    for name in ("m.mha", "m.nrrd", "m.nii", "m.nii"):  # it replaces its own
+    for name in ("m.mha", "m.nrrd", "m.nrrd"):  # it replaces its own
         predict.main(["a.mhd", "--device", "cpu", "--output", name])
         mask = open_volume(name)
         assert_array_equal(np.stack([one[..., 0] for one in mask], mask.axis), wanted)
@@ -577,21 +537,3 @@ def test_masks_of_other_formats(here):
     write_itk("m.nrrd", wanted + np.uint8(1))  # but not a mask of another's
     with pytest.raises(ValueError, match="m.nrrd"):
         predict.main(["a.mhd", "--device", "cpu", "--output", "m.nrrd"])
-
-
-@pytest.mark.slow  # three reports with their figures
-def test_scores_and_areas_are_in_the_mm_that_the_import_recorded(here):
-    series_and_nifti()
-    run_download(*VOLUMES, *ALL)
-
-    def report(output, *flags):
-        flags = ("--device", "cpu", "--output", output, "--model", save_weights(), *flags)
-        predict.main(["dataset/train", *map(str, flags)])
-        return json.loads(Path(output, "report.json").read_text())
-
-    told = report("told")
-    edit_annotations(Path("dataset/train"), lambda coco: [r.pop("spacing") for r in coco["images"]])
-    assert report("untold")["distance_unit"] == "px"
-    assert told == report("given", "--pixel-size", "0.5x0.8") and told["distance_unit"] == "mm"
-    tables = [Path(folder, "predictions.csv").read_bytes() for folder in ("told", "given")]
-    assert tables[0] == tables[1] != Path("untold/predictions.csv").read_bytes()
