@@ -98,8 +98,8 @@ def visualize_result(
 ):
     """Draw image, mask and overlay side by side to `path`.
 
-    original_image: PIL image or uint8 array (H, W, 3); predicted_mask: array or tensor that
-    squeezes to (H, W), of 0 and 1 or of class numbers. name: of the image's file, which then stands
+    original_image: PIL image or uint8 array (H, W, 3); predicted_mask: array or tensor (H, W) or
+    (1, 1, H, W), of 0 and 1 or of class numbers. name: of the image's file, which then stands
     above, with a legend of a single class too.
     """
     # With Pillow: importing matplotlib would take as long as the prediction itself.
@@ -107,9 +107,7 @@ def visualize_result(
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(np.asarray(picture))
     labels = np.rint(np.asarray(predicted_mask)).astype(np.uint8)
-    while labels.ndim > 2:  # an image of 1 pixel in a side keeps that axis
-        labels = labels.squeeze(labels.shape.index(1))
-    pictures.save_figure(picture, labels, path, class_names, name)
+    pictures.save_figure(picture, labels.reshape(labels.shape[-2:]), path, class_names, name)
 
 
 # ---- one image, many, the slices of a volume -------------------------------------------------
@@ -269,7 +267,7 @@ def predict_inputs(args, model, window):
     finally:  # what was measured is kept, also where a report fails
         results.finish(titles, describe_run(args, model, window), args.model, problems)
     if problems:
-        left_out = inputs.describe_left_out(problems, len(files), total)
+        left_out = inputs.describe_left_out(problems, total)
         left_out += f"; {folder} has no report without them" if folder and not scored else ""
         raise ValueError(problems[0][1] if single else left_out)
 

@@ -12,13 +12,7 @@ from medseg.cli import output_folder
 from medseg.coco import ANNOTATIONS, read_annotations, recorded_spacing
 from medseg.dataset_folder import finish_import
 from medseg.dicom import SAME_PLACE, read_dicom
-from medseg.files import (
-    VOLUME_SUFFIXES,
-    base_name,
-    file_format,
-    name_file,
-    shorten,
-)
+from medseg.files import VOLUME_SUFFIXES, base_name, file_format, name_file, shorten
 from medseg.images import SUFFIXES, as_picture, read_image
 from medseg.modalities import Modalities, open_channels, read_channels
 from medseg.own_files import is_own
@@ -83,15 +77,13 @@ def open_file(file, window=None, info=None, pixel_size=None):
         several = len(arrays) > 1
         for number in range(len(arrays)):
             title = f"{file.title}, {what} {number}" if several else file.title
-            frame = Frame(
-                path, file.name, title, partial(lambda at: as_picture(arrays[at]), number)
-            )
+            read = partial(lambda at: as_picture(arrays[at]), number)
             if volume:
-                frames.append(frame._replace(spacing=volume.slice_spacing))
+                frames.append(Frame(path, file.name, title, read, volume.slice_spacing))
                 continue
             name = f"{file.name}_f{number:03d}" if several else file.name
-            spacing = arrays.spacing(number) or pixel_size
-            frames.append(frame._replace(name=name, spacing=spacing, place=arrays.place(number)))
+            spacing, place = arrays.spacing(number) or pixel_size, arrays.place(number)
+            frames.append(Frame(path, name, title, read, spacing, place))
     return frames, volume
 
 
@@ -120,8 +112,9 @@ def sort_files(files, window, pixel_size=None):
     """[ImageFile] -> ([Frame], [ImageFile of a volume], [(path, why it cannot be read)]).
 
     Volumes are left to be opened one at a time, for one may fill the memory.
+    Raises ValueError where two files would share a name.
     """
-    frames, volumes, problems = [], [], []
+    frames, volumes, problems, owners = [], [], [], {}
     for file in files:
         if file.format == "volume":
             volumes.append(file)
@@ -130,7 +123,13 @@ def sort_files(files, window, pixel_size=None):
             frames += open_file(file, window, pixel_size=pixel_size)[0]
         except (FileNotFoundError, ValueError) as error:
             problems.append((file.path, str(error)))
-    _check_names([(frame.name, frame.path) for frame in frames])
+    for one in (*frames, *volumes):
+        other = owners.setdefault(one.name, one.path)
+        if other != one.path:
+            raise ValueError(
+                f"{one.path} and {other} would both become {one.name}_mask: "
+                "predict them apart, with another --output"
+            )
     return add_depths(frames), volumes, problems
 
 
@@ -149,19 +148,15 @@ def add_depths(frames):
     A slice reaches halfway to its neighbours; the first and the last as far outwards as inwards.
     Of a single slice, and where two lie in one place, no depth is known.
     """
-    series = defaultdict(list)
+    series, depths = defaultdict(list), {}
     for frame in frames:
         if frame.place:
             series[frame.place[0]].append(frame.place[1])
-    depths = {}
     for name, places in series.items():
-        places = np.sort(places)
-        gaps = np.diff(places)
-        if not gaps.size or gaps.min() < SAME_PLACE:
-            continue
-        gaps = np.concatenate([gaps[:1], gaps, gaps[-1:]])
-        for place, depth in zip(places, (gaps[:-1] + gaps[1:]) / 2, strict=True):
-            depths[name, place] = float(depth)
+        places.sort()
+        if len(places) > 1 and np.diff(places).min() >= SAME_PLACE:
+            for place, depth in zip(places, np.gradient(places).tolist(), strict=True):
+                depths[name, place] = depth
     return [frame._replace(depth=depths.get(frame.place)) for frame in frames]
 
 
@@ -173,7 +168,7 @@ def expand(inputs, info=None, *, series=False):
     volume, named or in a folder that is. Masks are named as the file is, without its suffix; of
     images in one folder that differ in nothing else, with it: a.png and a.jpg become a_png and
     a_jpg. A long name is shortened.
-    Raises FileNotFoundError, and ValueError where there are none or two would share a name.
+    Raises FileNotFoundError, and ValueError where there are none.
     """
     paths, cases, series = [], {}, series or bool(info and info.orientation)
     for given in inputs:
@@ -183,63 +178,42 @@ def expand(inputs, info=None, *, series=False):
         given = Path(given)
         if not given.is_file():  # a split, maybe, that a killed import has moved aside
             finish_import(given.absolute().parent)
-        if given.is_dir() and series and file_format(given):
-            paths.append(given)
-        elif given.is_dir():
-            folders = sorted(filter(Path.is_dir, given.iterdir())) if series else []
-            if not (images := images_in(given) + [one for one in folders if file_format(one)]):
-                but = f", but {aside}" if (aside := left_aside(given)) else ""
-                raise ValueError(f"{given}: no images ({KINDS}) in this folder{but}")
-            paths += images
-        elif given.exists():
-            paths.append(given)
-        else:
+        if not given.exists():
             raise FileNotFoundError(f"{given}: no such image or folder")
-    names = {path: shorten(base_name(path)) for path in paths}
-    formats = {path: file_format(path) for path in paths}
-    for _ in range(2):  # again, for a_png.png may be there too
-        count = Counter((path.parent, name) for path, name in names.items())
-        for path, name in names.items():
-            if count[path.parent, name] > 1 and formats[path] != "volume":
-                base = base_name(path)
-                names[path] = shorten(base + path.name[len(base) :].replace(".", "_"))
+        if not given.is_dir() or (series and file_format(given)):
+            paths.append(given)
+            continue
+        folders = sorted(filter(Path.is_dir, given.iterdir())) if series else []
+        if not (images := images_in(given) + [one for one in folders if file_format(one)]):
+            but = f", but {aside}" if (aside := left_aside(given)) else ""
+            raise ValueError(f"{given}: no images ({KINDS}) in this folder{but}")
+        paths += images
     files = []
     for case, name in cases.items():
         modalities = case if isinstance(case, Modalities) else None
         files.append(ImageFile(Path(str(case)), name, file_format(case), modalities, is_case=True))
-    files += [ImageFile(path, name, formats[path]) for path, name in names.items()]
-    _check_names([(file.name, file.path) for file in files])
+    paths = dict.fromkeys(paths)  # a file that is named twice is one
+    count = Counter((path.parent, base_name(path)) for path in paths)
+    for path in paths:
+        name, file_type = base_name(path), file_format(path)
+        if count[path.parent, name] > 1 and file_type != "volume":
+            name += path.name[len(name) :].replace(".", "_")
+        files.append(ImageFile(path, shorten(name), file_type))
     return files
-
-
-def _check_names(named):
-    """ValueError where two of [(name, path)] share a name."""
-    owners = {}
-    for name, path in named:
-        other = owners.setdefault(name, path)
-        if other != path:
-            raise ValueError(
-                f"{path} and {other} would both become {name}_mask: "
-                "predict them apart, with another --output"
-            )
 
 
 def left_aside(folder):
     """What in a folder is not predicted, counted: '.txt (3), folders (2)', or ''.
 
-    The annotations of a data set are not counted.
+    Hidden files and the annotations of a data set are not counted.
     """
     counts = Counter()
     for path in folder.iterdir():
         if path.is_dir():
             counts["folders"] += 1
-        elif not path.is_file():
-            counts["special files and broken links"] += 1
-        elif path.name.startswith("."):
-            counts["hidden files"] += 1
         elif is_own(path):
             counts["files of these scripts"] += 1
-        elif path.name != ANNOTATIONS and not is_input(path):
+        elif path.name[0] != "." and path.name != ANNOTATIONS and not is_input(path):
             counts[path.suffix.lower() or "no suffix"] += 1
     return ", ".join(f"{what} ({count})" for what, count in sorted(counts.items()))
 
@@ -255,18 +229,14 @@ def print_left_aside(inputs, files):
             print(f"left aside in {folder}: {aside}")
 
 
-def describe_left_out(problems, files, frames):
-    """A line on what could not be predicted, of many the first; predictions.json has them all.
+def describe_left_out(problems, total):
+    """A line on the images of `total` that could not be predicted; predictions.json has them all.
 
-    problems: [(file, why)], one for each frame; files, frames: how many there are of each.
+    problems: [(file, why)].
     """
-    share = f"{len(problems)} of {frames}"
-    if frames > files:  # some are frames of one file
-        share += f" pictures, from {len({path for path, _ in problems})} of {files} files,"
-    first = dict(reversed(problems))  # of each file, the first of its frames
-    reasons = list(dict.fromkeys(first.values()))[::-1]
+    reasons = [why for _, why in problems]
     more = f"; and {len(reasons) - MAX_NAMED} more" if len(reasons) > MAX_NAMED else ""
-    return f"{share} left out: {'; '.join(reasons[:MAX_NAMED])}{more}"
+    return f"{len(reasons)} of {total} left out: {'; '.join(reasons[:MAX_NAMED])}{more}"
 
 
 def images_in(folder):
