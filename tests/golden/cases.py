@@ -87,11 +87,10 @@ def pairs(count=10, values=(0, 255), images="images", first=0):
 
 def class_files():
     """A mask file for each class, and of one class several for each image."""
+    names = ("axon/p{}_1", "myelin/p{}_1", "cell/p{}_1", "cell/p{}_2")
     for seed in range(3):
         save(picture(seed), f"images/p{seed}.png")
-        for number, name in enumerate(
-            ("axon/p{}_1", "myelin/p{}_1", "cell/p{}_1", "cell/p{}_2"), 1
-        ):
+        for number, name in enumerate(names, 1):
             mask = np.uint8(255) * (label_map(seed, 4) == number)
             save(mask, f"masks/{name.format(seed)}.png")
 
@@ -106,9 +105,8 @@ def outlines():
 
 
 def coco():
-    names = {3: "dog", 1: "cat"}
     counts = np.diff(np.flatnonzero(np.diff(label_map(2, 1).ravel("F"), prepend=2, append=2)))
-    fields = {
+    outlines = {  # image, category: fields
         (1, 1): polygon(3, 4, 9),
         (1, 3): {"segmentation": [[20, 5, 38, 9, 25, 27]]},
         (2, 3): {"segmentation": {"size": [30, 40], "counts": counts.tolist()}, "iscrowd": 1},
@@ -117,14 +115,11 @@ def coco():
     images = [{"id": n, "file_name": f"p{n}.png", "width": 40, "height": 30} for n in (1, 2, 3)]
     for image in images:
         save(picture(image["id"]), f"images/{image['file_name']}")
-    content = {
-        "images": images,
-        "categories": [{"id": number, "name": name} for number, name in names.items()],
-        "annotations": [
-            {"id": n, "image_id": image, "category_id": category, **more}
-            for n, ((image, category), more) in enumerate(fields.items())
-        ],
-    }
+    annotations = []
+    for number, ((image, category), fields) in enumerate(outlines.items()):
+        annotations.append({"id": number, "image_id": image, "category_id": category, **fields})
+    categories = [{"id": 3, "name": "dog"}, {"id": 1, "name": "cat"}]
+    content = {"images": images, "categories": categories, "annotations": annotations}
     Path("c.json").write_text(json.dumps(content))
 
 
@@ -235,10 +230,11 @@ def exact(path):
 
 def near(path):
     """Shape of a mask or picture, and where its values lie."""
-    array, result = read_array(path), {"shape": list(read_array(path).shape)}
-    if array.dtype.itemsize > 1 or len(np.unique(array)) > 9:
+    array = read_array(path)
+    result, values = {"shape": list(array.shape)}, np.unique(array)
+    if array.dtype.itemsize > 1 or len(values) > 9:
         return {**result, "light": place(array / np.float64(np.iinfo(array.dtype).max))}
-    return result | {f"{value}": place(array == value) for value in np.unique(array) if value}
+    return result | {f"{value}": place(array == value) for value in values if value}
 
 
 def geometry(path):
@@ -246,16 +242,12 @@ def geometry(path):
     return {"affine": nibabel.load(path).affine.ravel().tolist()}
 
 
-def quiet_coco(file):
-    with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(file)
-
-
 def dataset(root):
     """Splits of a data set, as pycocotools reads them: names, classes, masks and light."""
     result = {}
     for file in sorted(Path(root).glob("*/_annotations.coco.json")):
-        split, read = file.parent.name, quiet_coco(file)
+        with contextlib.redirect_stdout(io.StringIO()):
+            split, read = file.parent.name, COCO(file)
         result[f"{split}.classes"] = " ".join(cat["name"] for cat in read.cats.values())
         for image in read.imgs.values():
             key, masks = f"{split}/{Path(image['file_name']).stem}", {}
@@ -271,14 +263,11 @@ def dataset(root):
 
 def table(path):
     """The numbers of predictions.csv, by image and class."""
-    with open(path, encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
     result = {}
-    for row in rows:
+    for row in csv.DictReader(Path(path).read_text("utf-8-sig").splitlines()):
         key = f"{row.pop('image')} {row.pop('class')}"
         del row["share"], row["largest_pixels"]
-        numbers = {name: number(text) for name, text in row.items() if text}
-        result |= {f"{key}.{name}": value for name, value in numbers.items()}
+        result |= {f"{key}.{name}": number(text) for name, text in row.items() if text}
     return result
 
 
@@ -290,44 +279,41 @@ def number(text):
 
 
 def metrics(path):
-    """Rows of metrics.csv, and the last one but for what the machine decides."""
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
+    """The last row of metrics.csv, but for what the machine decides."""
+    *_, last = csv.DictReader(Path(path).read_text().splitlines())
     kept = re.compile(r"(train|val)_(loss|acc|dice|image_dice)(/.*)?|lr|epoch")
-    return {name: number(text) for name, text in rows[-1].items() if kept.fullmatch(name)}
+    return {name: number(text) for name, text in last.items() if kept.fullmatch(name)}
 
 
 def flat(value, key=""):
     """{key.key: number or text} of nested dicts and lists."""
     if not isinstance(value, dict | list):
         return {key: value}
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
     result = {}
-    for name, part in parts:
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
         result |= flat(part, f"{key}.{name}" if key else str(name))
     return result
 
 
-LEFT_OUT = re.compile(
-    r"confidence|valid\.(dice|threshold)|lesion|calibration|counts|miou|acc|flags|folder|scores_with"
-)
+LEFT_OUT = "confidence|valid.(dice|thr)|lesion|calib|counts|miou|acc|flags|folder|scores_with"
 
 
 def report(path):
     """The scores of a report.json or folds.json, but for intervals, curves and counts."""
     values = flat(json.loads(Path(path).read_text()))
-    return {key: value for key, value in values.items() if not LEFT_OUT.search(key)}
+    return {key: value for key, value in values.items() if not re.search(LEFT_OUT, key)}
 
 
 def labelme_file(path):
     """Shapes of a LabelMe file: of each the label, and pixels and centre of what it covers."""
-    content, result = json.loads(Path(path).read_text()), {}
+    content = json.loads(Path(path).read_text())
     size = content["imageWidth"], content["imageHeight"]
+    result = {"size": list(size)}
     for index, one in enumerate(sorted(content["shapes"], key=lambda one: one["label"])):
         drawn = Image.new("1", size)
         ImageDraw.Draw(drawn).polygon([tuple(point) for point in one["points"]], fill=1)
         result[f"{index}.{one['label']}"] = place(np.asarray(drawn))
-    return result | {"size": list(size)}
+    return result
 
 
 def onnx(path):
@@ -374,73 +360,59 @@ PREDICT = f"predict.py {CPU}"
 START = f"{TRAIN} --init {TUMOR} --image-size 128 --lr 1e-4 --epochs 2"
 TRAINED = "metrics run/metrics.csv; scores -"
 IMPORT = "download.py --data own"
+MASKS, BRIGHT = f"{IMPORT} --masks images masks", f"{PREDICT} bright.png --model model.pth"
+MEASURES = {"import": "dataset own", "train": TRAINED}  # of cases whose name begins so
 
-# name: inputs; commands, one a line; measures, each a function and the file that it measures.
+# name: inputs; commands, one a line; measures, each a function and the file that it measures, or
+# those of MEASURES.
 CASES = {
-    "import_mask_folders": (pairs, f"{IMPORT} --masks images masks", "dataset own"),
+    "import_mask_folders": (pairs, MASKS),
     "import_mask_values": (
         lambda: pairs(3, (0, 128, 255)),
-        f"{IMPORT} --masks images masks --classes 255=nucleus,128=cytoplasm --split 100 0 0",
-        "dataset own",
+        f"{MASKS} --classes 255=nucleus,128=cytoplasm --split 100 0 0",
     ),
     "import_class_files": (
         class_files,
         f"{IMPORT} --masks 'images/{{id}}.png' 'masks/{{class}}/{{id}}_{{part}}.png' "
         "--classes axon,myelin,cell --into test",
-        "dataset own",
     ),
-    "import_invert": (
-        lambda: pairs(2),
-        f"{IMPORT} --masks images masks --invert --into valid",
-        "dataset own",
-    ),
-    "import_labelme": (outlines, f"{IMPORT} --labelme lm --split 50 25 25", "dataset own"),
-    "import_coco": (coco, f"{IMPORT} --coco c.json images --boxes --into train", "dataset own"),
-    "import_volumes": (volumes, f"{IMPORT} --masks scans labels --split 50 50 0", "dataset own"),
+    "import_invert": (lambda: pairs(2), f"{MASKS} --invert --into valid"),
+    "import_labelme": (outlines, f"{IMPORT} --labelme lm --split 50 25 25"),
+    "import_coco": (coco, f"{IMPORT} --coco c.json images --boxes --into train"),
+    "import_volumes": (volumes, f"{IMPORT} --masks scans labels --split 50 50 0"),
     "import_window": (
         volumes,
         f"{IMPORT} --masks scans/v0.nii.gz labels/v0.nii.gz --window 400 300 --classes 1=a "
         "--into test",
-        "dataset own",
     ),
     "import_dicom": (
         lambda: dicom_series(masks=True),
         f"{IMPORT} --masks ct masks --into train",
-        "dataset own",
     ),
     "import_add": (
         lambda: (pairs(4), pairs(3, images="more_images", first=3)),
-        f"{IMPORT} --masks images masks --split 50 25 25\n"
+        f"{MASKS} --split 50 25 25\n"
         f"{IMPORT} --masks more_images more_masks --into train --add --duplicates skip "
         "--prefix new_",
-        "dataset own",
     ),
     "plan": (phantoms, "data.py data --plan", "flags -"),
-    "train_tutorial": (phantoms, f"{TRAIN} --image-size 32 --n-filters 4 --epochs 2", TRAINED),
+    "train_tutorial": (phantoms, f"{TRAIN} --image-size 32 --n-filters 4 --epochs 2"),
     "train_strong": (
         lambda: phantoms(size=100),
         f"{START} --recipe strong --warmup 2 --ema 0.5",
-        TRAINED,
     ),
     "train_vessels": (
         phantoms,
         f"{TRAIN} --recipe vessels --init {TUMOR} --crop 64 --lr 2e-4 --ema 0.5 --epochs 2",
-        TRAINED,
     ),
     "train_auto": (
         lambda: phantoms(size=128),
         f"{START} --recipe auto --warmup 2 --ema 0.5 --repeat 2",
-        TRAINED,
     ),
-    "train_classes": (
-        lambda: phantoms(True, size=128),
-        f"{START} --classes each",
-        TRAINED,
-    ),
+    "train_classes": (lambda: phantoms(True, size=128), f"{START} --classes each"),
     "train_resume": (
         phantoms,
         f"kill {START} --image-size 64 --epochs 9 --save-every 0\ntrain.py --resume --out run",
-        TRAINED,
     ),
     "train_folds": (
         lambda: phantoms(size=128, counts=(4, 2, 1)),
@@ -451,7 +423,6 @@ CASES = {
         lambda: phantoms(size=128),
         f"{START} --augment rotate=30,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1,flip=1,"
         "turn=1,elastic=0.05,gamma=0.2,noise=0.05 --schedule cosine --loss focal=1",
-        TRAINED,
     ),
     "predict_image": (scans, f"{PREDICT} scans/s1.png", "near s1_mask.png"),
     "predict_folder": (
@@ -479,32 +450,12 @@ CASES = {
         f"{PREDICT} data/test --model model.pth --output out",
         "report out/report.json; table out/predictions.csv",
     ),
-    "predict_tiles": (
-        mosaic,
-        f"{PREDICT} mosaic.png --model model.pth",
-        "near mosaic_mask.png",
-    ),
-    "predict_exact": (squares, f"{PREDICT} bright.png --model model.pth", "exact bright_mask.png"),
-    "predict_clean": (
-        squares,
-        f"{PREDICT} bright.png --model model.pth --clean min-area=20,fill",
-        "exact bright_mask.png",
-    ),
-    "predict_largest": (
-        squares,
-        f"{PREDICT} bright.png --model model.pth --clean largest --output m.png",
-        "exact m.png",
-    ),
-    "predict_classes": (
-        lambda: squares(classes=2),
-        f"{PREDICT} bright.png --model model.pth",
-        "exact bright_mask.png",
-    ),
-    "predict_resized": (
-        lambda: squares(size=32),
-        f"{PREDICT} bright.png --model model.pth",
-        "near bright_mask.png",
-    ),
+    "predict_tiles": (mosaic, f"{PREDICT} mosaic.png --model model.pth", "near mosaic_mask.png"),
+    "predict_exact": (squares, BRIGHT, "exact bright_mask.png"),
+    "predict_clean": (squares, f"{BRIGHT} --clean min-area=20,fill", "exact bright_mask.png"),
+    "predict_largest": (squares, f"{BRIGHT} --clean largest --output m.png", "exact m.png"),
+    "predict_classes": (lambda: squares(classes=2), BRIGHT, "exact bright_mask.png"),
+    "predict_resized": (lambda: squares(size=32), BRIGHT, "near bright_mask.png"),
     "predict_volume": (
         lambda: (volumes(), squares(classes=2)),
         f"{PREDICT} scans --model model.pth --output out",
@@ -523,8 +474,7 @@ CASES = {
     ),
     "labelme_there_and_back": (
         lambda: squares(classes=2),
-        f"{PREDICT} bright.png --model model.pth --write labelme --output .\n"
-        f"{IMPORT} --labelme . --into test",
+        f"{BRIGHT} --write labelme --output .\n{IMPORT} --labelme . --into test",
         "labelme_file bright.json; dataset own",
     ),
     "coco_there_and_back": (
@@ -533,11 +483,7 @@ CASES = {
         f"{IMPORT} --coco out/predictions.coco.json scans --into test",
         "dataset own",
     ),
-    "export_onnx": (
-        scans,
-        f"predict.py --model {TUMOR} --export model.onnx",
-        "onnx model.onnx",
-    ),
+    "export_onnx": (scans, f"predict.py --model {TUMOR} --export model.onnx", "onnx model.onnx"),
 }
 
 
@@ -553,7 +499,7 @@ def working_directory(folder):
 
 def run_case(name):
     """Run a case in a folder of its own; returns {key: value}."""
-    make, commands, measures = CASES[name]
+    make, commands, measures = (*CASES[name], MEASURES.get(name.split("_")[0]))[:3]
     with tempfile.TemporaryDirectory() as folder, working_directory(folder):
         make()
         for line in commands.splitlines():
@@ -600,16 +546,16 @@ def agree(expected, value, tolerance):
 
 
 def read_expected():
-    return json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+    return json.loads(EXPECTED.read_text())
 
 
 def write_expected(content):
     """A value a line, sorted, so that a value that changes is a line of the difference."""
     cases = []
     for name, values in sorted(content.items()):
-        lines = []
-        for key in sorted(values):
-            lines.append(f"  {json.dumps(key)}: {json.dumps(rounded(values[key]))}")
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(rounded(values[key]))}" for key in sorted(values)
+        ]
         cases.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
     EXPECTED.write_text("{\n" + ",\n".join(cases) + "\n}\n")
 
@@ -624,14 +570,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-k", default="", metavar="NAME", help="cases whose name contains it")
     parser.add_argument("--record", action="store_true", help="write their values")
-    args = parser.parse_args()
-    content = read_expected()
+    args, content = parser.parse_args(), read_expected()
     for name in filter(lambda name: args.k in name, CASES):
-        values = run_case(name)
-        print("\n".join(differences(name, values)) or f"{name}: as expected", flush=True)
-        content[name] = values
+        content[name] = run_case(name)
+        print("\n".join(differences(name, content[name])) or f"{name}: as expected", flush=True)
     if args.record:
-        write_expected({name: content[name] for name in CASES if name in content})
+        write_expected(content)
 
 
 if __name__ == "__main__":
