@@ -60,13 +60,13 @@ def choose(count, flips):
         lines.append(f"{other}: {dice}, {verdict}")
         return taken
 
-    if enough and (best := better_threshold(counts, at, lines)) != at:
+    if enough and (best := better_threshold(counts, at)) != at:
         other = chosen._replace(threshold=SWEEP[best])
         if take(other, counts[:, best]):
             chosen, at = other, best
     if flips:
         after = count(chosen._replace(flips=flips), SWEEP)
-        best = better_threshold(after, at, lines) if enough else at
+        best = better_threshold(after, at) if enough else at
         other = chosen._replace(threshold=SWEEP[best], flips=flips)
         if take(other, after[:, best], expected=True):
             chosen, counts, at = other, after, best
@@ -77,28 +77,19 @@ def choose(count, flips):
     return chosen, lines
 
 
-def better_threshold(counts, at, lines):
+def better_threshold(counts, at):
     """The index in SWEEP of the highest Dice where it gains, else `at`; counts: (N, T, C, 4).
 
-    Where only a threshold has that Dice that may not be chosen, `at` stays as well, and `lines` get
-    a line that says so. May not: the lowest and the highest, beyond which the best may lie, and
-    those that mark nearly all or nothing of each class: that leave less than a tenth of the
-    background's area unmarked, or mark less than a tenth of the foreground's.
+    Not among those that may be chosen are the lowest and the highest, beyond which the best may
+    lie, and those that mark nearly all or nothing of each class: that leave less than a tenth of
+    the background's area unmarked, or mark less than a tenth of the foreground's.
     """
     dice = np.array([split_dice(counts[:, index]) for index in range(len(SWEEP))])
     tp, fp, fn, tn = np.moveaxis(counts.sum(0), -1, 0)  # (T, C) each
     usable = ~((tn + fn <= 0.1 * (tn + fp)) | (tp + fp <= 0.1 * (tp + fn))).all(1)
     usable[[0, -1]] = False
-    best = int(np.argmax(dice))
-    if not usable[best] and gains(counts[:, at], counts[:, best]):
-        others = np.flatnonzero(usable & (dice > dice[best] - MIN_GAIN))
-        if not len(others):
-            why = "is at the edge of those tried, or marks nearly all or nothing"
-            line = f"threshold {SWEEP[best]:g} {why}: not chosen, {SWEEP[at]:g} stays"
-            lines += [line] if line not in lines else []  # with and without flips alike
-            return at
-        best = int(others[np.argmax(dice[others])])
-    return best if gains(counts[:, at], counts[:, best]) else at
+    best = int(np.argmax(np.where(usable, dice, -1)))
+    return best if usable[best] and gains(counts[:, at], counts[:, best]) else at
 
 
 def tune_prediction(model, loaders, device, out, autocast):
