@@ -318,8 +318,6 @@ def test_a_fold_scores_classes_as_their_masks_are_written(order, second, monkeyp
     [
         ("--folds 11 --out new", ["--folds 11", "10"]),
         ("--test-only --out run", ["--test-only", "run/fold1"]),
-        ("--out run", ["run/folds.json", "--resume", "--overwrite"]),
-        ("--folds 2 --out one", ["one/fold1/best_model.pth"]),
         ("--folds 2 --out taken", ["taken/folds"]),
         ("--resume --out run --epochs 9", ["run/folds.json", "--epochs"]),
         ("--resume --out run --folds 4", ["run/folds.json", "--folds 3"]),
@@ -328,9 +326,8 @@ def test_a_fold_scores_classes_as_their_masks_are_written(order, second, monkeyp
     ],
 )
 def test_wrong_use_is_one_line_and_changes_nothing(flags, words, copied):
-    for folder in ("one/fold1", "taken/folds", "damaged", "new"):
+    for folder in ("taken/folds", "damaged", "new"):
         Path(folder).mkdir(parents=True)
-    shutil.copy2("run/fold1/best_model.pth", "one/fold1")
     Path("damaged/folds.json").write_text('{"flags": {}')
     before = tree(".")
     refuse(*(FLAGS if flags.startswith("--folds") else ()), *flags.split(), words=words)
