@@ -75,17 +75,13 @@ class COCOSegmentationDataset(Dataset):
         self.window = window if isinstance(window, tuple) else None  # else volumes had theirs
         self.forgiven = {}  # what `load_coco` counted
         self.turned = set()  # indices of the images that `row` has read and turned (EXIF)
-        self.ignored = coco_json.ignored(coco)
-        used = {one["category_id"] for one in coco.anns.values()} if self.ignored else set()
-        self.ignores = bool(self.ignored & used)
-        self.channel_of = None  # {category id: channel of the mask}
-        if classes is not None:
-            channels = {name: channel for channel, name in enumerate(classes)}
-            used = coco_json.used_categories(coco)
-            self.channel_of = {
-                key: channels[name] for name, ids in used.items() if name in channels for key in ids
-            }
         self.n_classes = 1 if classes is None else len(classes)
+        ignored = coco_json.ignored(coco)
+        self.ignores = any(one["category_id"] in ignored for one in coco.anns.values())
+        self.channel_of = dict.fromkeys(ignored, self.n_classes)  # {category id: channel of masks}
+        for name, ids in coco_json.used_categories(coco).items():
+            if classes is None or name in classes:
+                self.channel_of |= dict.fromkeys(ids, classes.index(name) if classes else 0)
         self.image_ids = coco.getImgIds()
         if not self.image_ids:
             raise ValueError(f"{self.image_dir}: {coco_json.ANNOTATIONS} lists no images")
@@ -161,7 +157,7 @@ class COCOSegmentationDataset(Dataset):
         """
         shape = shape or (size[1], size[0])
         masks = np.zeros((self.n_classes, *shape), np.int8)
-        for channel, mask in self._read_outlines(index, size).items():
+        for channel, mask in self.outlines(index, size).items():
             if channel < self.n_classes:
                 masks[channel] = mask.draw(*shape)
             else:
@@ -179,15 +175,15 @@ class COCOSegmentationDataset(Dataset):
             turned = samples.stored_orientation(path)[0] > 4
             size = self.read(index).size if turned else (record["width"], record["height"])
         shape = (self.n_classes, *size[::-1])
-        return ClassMasks(self._read_outlines(index, size), shape)
+        return ClassMasks(self.outlines(index, size), shape)
 
     def run_lengths(self, index, size):
         """{channel: RunLengths} of the classes that image `index`, of (width, height), has."""
-        outlines = self._read_outlines(index, size)
-        outlines.pop(self.n_classes, None)
-        return outlines
+        masks = self.outlines(index, size)
+        masks.pop(self.n_classes, None)
+        return masks
 
-    def _read_outlines(self, index, size):
+    def outlines(self, index, size):
         """As `run_lengths`, and at n_classes what is to be ignored.
 
         Outlines are of the image as it is shown; where the record has the size before turning
@@ -203,13 +199,9 @@ class COCOSegmentationDataset(Dataset):
                 raise ValueError(f"{path}: is {actual}, but its record says {recorded}")
         outlines = {}
         for annotation in self.coco.imgToAnns.get(record["id"], ()):
-            channel, category = 0, annotation["category_id"]
-            if category in self.ignored:
-                channel = self.n_classes
-            elif self.channel_of is not None:
-                channel = self.channel_of.get(category)
-                if channel is None:  # a category that is not asked for
-                    continue
+            channel = self.channel_of.get(annotation["category_id"])
+            if channel is None:  # a category that is not asked for
+                continue
             try:
                 outline = coco_json.read_segmentation(annotation.get("segmentation"), height, width)
             except ValueError as error:
@@ -233,7 +225,7 @@ class COCOSegmentationDataset(Dataset):
         height, width = pixels.shape[:2]
         row = np.zeros((height, width, self.row_shape[-1]), np.uint8)
         row[..., : self.n_channels] = pixels
-        for channel, mask in self._read_outlines(index, image.size).items():
+        for channel, mask in self.outlines(index, image.size).items():
             drawn, byte = mask.draw(height, width), self.n_channels + channel // 8
             if channel == self.n_classes:
                 row[drawn > 0, self.n_channels :] = 0

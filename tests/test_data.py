@@ -266,19 +266,17 @@ def test_the_cache_follows_the_size_and_the_time_of_every_image(dataset):
 
 
 def test_a_cache_that_is_not_what_it_should_be_is_made_again(cache):
-    """Cut, gone, of other rows, type or bytes a pixel, or of an earlier version."""
+    """Cut, gone, of other rows, or of an earlier version."""
     dataset, size, rows = cache
     files = [dataset / ".cache" / name for name in cached(dataset)]
     complete = {path: path.read_bytes() for path in files}
     (array,) = (path for path in files if path.suffix == ".npy")
-    pixels = np.load(array)
     for path in files:
         for content in (complete[path][:-1], complete[path][:-3000], b""):
             path.write_bytes(content)
             assert_same(load_split(dataset, "train", size), rows)
-    for wrong in (pixels[:-1], pixels.astype(np.int8), pixels[..., :3]):
-        np.save(array, wrong)
-        assert_same(load_split(dataset, "train", size), rows)
+    np.save(array, np.load(array)[:-1])
+    assert_same(load_split(dataset, "train", size), rows)
     assert {path: path.read_bytes() for path in files} == complete
     name, size_name, version = array.name.split("-")  # train, 32, a digit and the fingerprint
     array.rename(array.with_name(f"{name}-{size_name}-{int(version[0]) - 1}{version[1:]}"))
@@ -466,15 +464,22 @@ def test_of_many_damaged_records_a_hundred_are_named_and_all_counted(dataset, tm
 
 def test_audit_counts(dataset, tmp_path):
     """In a process of its own: what `python data.py` starts with."""
-    edit_annotations(dataset / "train", lambda content: content["annotations"].pop(0))
+
+    def change(content):
+        content["annotations"].pop(0)
+        content["annotations"][0] |= {"category_id": 7, "segmentation": square(0, 0, 24)}
+        content["categories"].append({"id": 7, "name": "ignore"})
+
+    edit_annotations(dataset / "train", change)
     Image.new("RGB", (SIZE, SIZE)).save(dataset / "train" / "stray.png")
     result = script("data.py", dataset, cwd=tmp_path)
     train = result.stdout.split("valid:")[0]
     assert "train: 6 images, 5 annotations" in train and result.returncode == 0
-    assert "48x48: 6" in train and "tumour: 5" in train
-    percent = 100 * 5 * 16 * 16 / (6 * SIZE * SIZE)  # five squares of 16 x 16
+    assert "48x48: 6" in train and "tumour: 4" in train
+    percent = 100 * 4 * 16 * 16 / (6 * SIZE * SIZE)  # four squares of 16 x 16
     assert f"{percent:.2f} %" in train and f"{100 - percent:.2f} %" in train
-    assert "1 images" in train.split("no lesion")[1]
+    assert f"{100 * 24 * 24 / (6 * SIZE * SIZE):.2f} %" in train.split("ignored")[1]
+    assert "2 images" in train.split("no lesion")[1]
     assert train.rstrip().endswith("1")  # the number of images that are not listed: stray.png
     assert Image.open(tmp_path / "contact_sheet.jpg").width == 8 * 160
 

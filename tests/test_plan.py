@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_the_numbers_of_a_data_set_counted_by_hand(tmp_path, monkeypatch):
     # 8x8 and 4x4 pixels in the first, which overlap in 2x2; 8x8 in the second; none in the third.
     annotations = [(0, square(0, 0, 8)), (0, square(6, 6, 4)), (1, square(2, 2, 8))]
     others = {"wide.png": picture(90, 10)}, [(0, square(1, 1, 2))]
-    root, read = write_set(tmp_path / "set", images, annotations, others), []
+    root = write_set(tmp_path / "set", images, annotations, others)
     set_classes(root / "train", ["liver", "tumour"], lambda number: 1 + number % 2)
     look = take_fingerprint(root)
     assert look.images == {"train": 3, "valid": 1, "test": 1} and look.read == 5
@@ -71,11 +72,12 @@ def test_the_numbers_of_a_data_set_counted_by_hand(tmp_path, monkeypatch):
     assert look.together == pytest.approx(1 / 3)
     assert look.boxes == 0.5  # the two in the first are no rectangle together
     assert look.empty == {"train": pytest.approx(1 / 3), "valid": 0, "test": 0}
-    monkeypatch.setattr(fingerprints, "read_image", lambda p: read.append(p) or read_image(p))
-    assert take_fingerprint(root) == look and not read
+    read = Mock(side_effect=read_image)
+    monkeypatch.setattr("medseg.images.read_image", read)
+    assert take_fingerprint(root) == look and not read.called
     images["c.png"].putpixel((17, 4), (0, 1, 0))
     images["c.png"].save(root / "train" / "c.png")
-    assert take_fingerprint(root).channels == 3 and len(read) == 5
+    assert take_fingerprint(root).channels == 3 and read.call_count == 5
     edit_annotations(root / "valid", lambda content: content["annotations"].pop())
     assert take_fingerprint(root).empty["valid"] == 1
 
@@ -321,7 +323,7 @@ def test_folds_share_the_minutes_and_the_images(make_plan, capsys):
     flags = plans.planned_flags({"data": ".", "device": "cpu", "folds": 5, "minutes": 20.0})
     per_epoch = math.ceil(round(flags["repeat"] * 80) / flags["batch_size"])
     assert 0.8 * 240 < flags["epochs"] * per_epoch * 0.05 < 240
-    assert "about 4 minutes for each of 5 folds" in capsys.readouterr().out
+    assert "about 4 minute(s) for each of 5 folds" in capsys.readouterr().out
 
 
 def test_size_then_filters_then_crops_give_way_to_a_short_time(make_plan):

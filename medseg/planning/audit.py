@@ -2,39 +2,18 @@
 
 from collections import Counter
 from pathlib import PurePosixPath
-from typing import NamedTuple
-
-from tqdm import tqdm
 
 from data import TURNED, COCOSegmentationDataset
 from medseg.coco import ANNOTATIONS, MAX_CLASSES, SPLITS, listed, load_coco, used_categories
 from medseg.coco_dialects import print_forgiven
 from medseg.drawing import describe_shown
-from medseg.duplicates import near_duplicates, thumbnail
+from medseg.duplicates import near_duplicates
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES
 from medseg.planning.contact_sheet import draw_tile, save_contact_sheet, spread_by_foreground
-from medseg.run_lengths import unite
-from medseg.samples import pixel_format
+from medseg.planning.reading import examine
 
 SHOWN = 8  # images of each split in the contact sheet
-
-
-class Examined(NamedTuple):
-    """What was read of an image of a split."""
-
-    index: int
-    size: tuple  # (width, height)
-    stored_as: str  # '8-bit RGB', ...
-    turned: bool  # or mirrored (EXIF)
-    foreground: int  # pixels of any class
-    areas: dict  # {class: pixels} of those that it has
-    thumbnail: tuple  # (file name, array)
-
-    @property
-    def share(self):
-        """Of its pixels that are foreground."""
-        return self.foreground / (self.size[0] * self.size[1])
 
 
 def audit(root, out, n_shown=SHOWN):
@@ -60,7 +39,8 @@ def audit(root, out, n_shown=SHOWN):
         except ValueError as error:
             problems.append(str(error))
             continue
-        examined[split] = list(_examine(dataset, split, problems))
+        examined[split], errors = examine(dataset, range(len(dataset)))
+        problems += map(str, errors)
         shown = describe_shown(dataset.channel_names)
         print(f"{split}: {len(dataset)} images, {len(coco.anns)} annotations")
         for title, text in _describe(dataset, examined[split]):
@@ -80,36 +60,16 @@ def audit(root, out, n_shown=SHOWN):
     return problems
 
 
-def _examine(dataset, split, problems):
-    """Yield the Examined of every image of a split that can be read; adds to `problems`."""
-
-    def examine(index):
-        path, image = dataset.path(index), dataset.read(index)
-        masks = dataset.run_lengths(index, image.size)
-        foreground = unite(list(masks.values())).area if masks else 0
-        areas = {dataset.classes[channel]: mask.area for channel, mask in masks.items()}
-        own = pixel_format(path), image.orientation > 1, foreground, areas
-        return Examined(index, image.size, *own, (path.name, thumbnail(image)))
-
-    total = len(dataset)
-    results = parallel_map(examine, range(total))
-    for result in tqdm(results, f"reading {split}", total, unit=" images", disable=None):
-        if isinstance(result, Exception):
-            problems.append(str(result))
-        else:
-            yield result
-
-
 def _tiles(dataset, examined, n_shown):
     """Of a split, what `save_contact_sheet` draws: (tile, file name, share of foreground)."""
 
     def tile(place):
-        image, own = dataset.read(examined[place].index), examined[place]
-        masks = dataset.run_lengths(own.index, image.size)
+        own = examined[place]
+        masks = dataset.run_lengths(own.index, own.size)
         name = dataset.path(own.index).relative_to(dataset.image_dir.parent).as_posix()
         percent = f"{100 * own.share:.2f} %" if own.share >= 1e-4 else "below 0.01 %"
-        about = f"{percent if own.foreground else 'no'} foreground"
-        return draw_tile(image.rgb(), masks, dataset.n_classes), name, about
+        about = f"{percent if own.area else 'no'} foreground"
+        return draw_tile(dataset.read(own.index).rgb(), masks, dataset.n_classes), name, about
 
     places = spread_by_foreground([image.share for image in examined], n_shown)
     return list(parallel_map(tile, places, catch=()))
@@ -130,17 +90,17 @@ def _describe(dataset, examined):
     if turned := sum(image.turned for image in examined):
         yield "turned", f"{turned} {TURNED.format(len(dataset))}"
     pixels = max(sum(image.size[0] * image.size[1] for image in examined), 1)
-    percent = 100 * sum(image.foreground for image in examined) / pixels
+    percent = 100 * sum(image.area for image in examined) / pixels
     accurate = f"answering background everywhere is {100 - percent:.2f} % accurate"
     yield "foreground", f"{percent:.2f} % of the pixels ({accurate})"
+    if ignored := sum(image.ignored for image in examined):
+        yield "ignored", f"{100 * ignored / pixels:.2f} % of the pixels: they count nowhere"
     used = used_categories(dataset.coco)
     annotations = Counter(entry["category_id"] for entry in dataset.coco.anns.values())
-    for name in dataset.classes[:MAX_CLASSES]:
-        areas = [image.areas[name] for image in examined if image.areas.get(name)]
-        count, percent = (
-            sum(annotations[key] for key in used.get(name, ())),
-            100 * sum(areas) / pixels,
-        )
+    for channel, name in enumerate(dataset.classes[:MAX_CLASSES]):
+        areas = [image.areas[channel] for image in examined if image.areas[channel]]
+        count = sum(annotations[key] for key in used.get(name, ()))
+        percent = 100 * sum(areas) / pixels
         what = f"{count} annotations, {percent:.2f} % of the pixels, in {len(areas)} images"
         yield "category", f"{name}: {what}"
     if len(dataset.classes) > MAX_CLASSES:
@@ -150,6 +110,6 @@ def _describe(dataset, examined):
     names = {PurePosixPath(record["file_name"]).name for record in dataset.coco.imgs.values()}
     files = [path.name for path in dataset.image_dir.iterdir() if path.suffix.lower() in SUFFIXES]
     unlisted = sum(name not in names and name[0] != "." for name in files)
-    empty, unreadable = sum(not own.foreground for own in examined), len(dataset) - len(examined)
+    empty, unreadable = sum(not own.area for own in examined), len(dataset) - len(examined)
     text = f"{empty} images; unreadable {unreadable}; not listed in {ANNOTATIONS} {unlisted}"
     yield "no lesion", text

@@ -7,17 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data import COCOSegmentationDataset
 from medseg.cache import fingerprint
 from medseg.coco import SPLITS, load_coco, used_categories
-from medseg.duplicates import near_duplicates, thumbnail
+from medseg.duplicates import near_duplicates
 from medseg.files import atomic_write, parallel_map
-from medseg.images import is_grey, read_image
-from medseg.run_lengths import unite
+from medseg.planning.reading import examine
 
-VERSION = 4  # raise it when the meaning of a field, or the pixels of an image, change
+VERSION = 5  # raise it when the meaning of a field, or the pixels of an image, change
 MAX_READ = 2000  # images of all splits; of more, evenly spaced ones are read
 MAX_MEASURED = 64  # training images whose masks are resized to all SIDES and back
 MAX_SIDE = 2048  # of a mask that is measured; a larger one is reduced to it first
@@ -75,7 +73,7 @@ def take_fingerprint(root, *, skip_bad=False):
 def _measure(datasets, skip_bad):
     counts = {split: len(dataset) for split, dataset in datasets.items()}
     part = min(1.0, MAX_READ / sum(counts.values()))
-    seen = {split: _examine(split, dataset, part, skip_bad) for split, dataset in datasets.items()}
+    seen = {split: _read(dataset, part, skip_bad) for split, dataset in datasets.items()}
     train, others = seen["train"], [image for split in SPLITS[1:] for image in seen[split]]
     records = [record for own in datasets.values() for record in own.coco.imgs.values()]
     sizes, areas = np.array([image.size for image in train]), [image.areas for image in train]
@@ -103,46 +101,14 @@ def _measure(datasets, skip_bad):
     )
 
 
-class _Seen(NamedTuple):
-    """What is kept of an image that was read."""
-
-    index: int
-    size: tuple  # (width, height)
-    channels: int  # 1 of a colour image whose colours are equal
-    areas: list  # pixels of each class
-    area: int  # pixels of any class
-    box: bool  # whether these are an upright rectangle
-    thumbnail: tuple  # (file name, array), as `near_duplicates` takes them
-    picture: np.ndarray  # grey values (16, 16)
-
-
-def _examine(split, dataset, part, skip_bad):
-    """[_Seen] of evenly spaced images of a split, a `part` of 0..1 of them."""
-
-    def examine(index):
-        path = dataset.path(index)
-        image = read_image(path)
-        masks = dataset.run_lengths(index, image.size)
-        areas = [masks[number].area if number in masks else 0 for number in range(n_classes)]
-        union = unite(list(masks.values())) if masks else None
-        area, box = (union.area, union.box) if masks else (0, [0] * 4)
-        grey = image.rgb().convert("L").resize((16, 16), Image.Resampling.BOX)
-        channels = 1 if is_grey(image) else image.n_channels
-        about = channels, areas, area, area == box[2] * box[3] > 0, (path.name, thumbnail(image))
-        return _Seen(index, image.size, *about, np.asarray(grey, np.float32))
-
-    n_classes, total = dataset.n_classes, len(dataset)
+def _read(dataset, part, skip_bad):
+    """[Examined] of evenly spaced images of a split, a `part` of 0..1 of them."""
+    total = len(dataset)
     wanted = np.unique(np.linspace(0, total - 1, max(round(part * total), 1)).astype(int))
-    results = parallel_map(examine, wanted.tolist())
-    seen = []
-    for one in tqdm(results, f"looking at {split}", len(wanted), unit=" images", disable=None):
-        if not isinstance(one, Exception):
-            seen.append(one)
-        elif not skip_bad:
-            raise one
-    if not seen:
-        raise ValueError(f"{dataset.image_dir}: none of its images can be read")
-    return seen
+    examined, errors = examine(dataset, wanted.tolist())
+    if errors and not (skip_bad and examined):
+        raise errors[0]
+    return examined
 
 
 def _measure_masks(dataset, seen):
