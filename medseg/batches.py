@@ -32,10 +32,6 @@ class Order:
     epoch: int = field(default=0, init=False)
     start: int = field(default=0, init=False)  # the batch that the next pass begins with
 
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch size {self.batch_size}: it must be at least 1")
-
     def count(self, numbers):
         """How many of the images `numbers` an epoch draws."""
         return max(round(self.repeat * len(numbers)), 1)
@@ -190,9 +186,9 @@ class Batches:
         return self.dataset is not None and len(self.dataset) == len(self.rows)
 
     def names_in_order(self):
-        """The names of the images that this pass yields here, a list; empty where they miss."""
-        names = self.dataset.names() if self.knows_images else ()
-        return [names[number] for number in self.row_numbers()] if names else []
+        """The names of the images that this pass yields here, a list. Only where `knows_images`."""
+        names = self.dataset.names()
+        return [names[number] for number in self.row_numbers()]
 
     def true_masks(self, number, masks):
         """The masks (C, H, W) of a row at the image's own size; masks: those of its batch.

@@ -25,11 +25,11 @@ class RaggedRows(Sequence):
 
     def __init__(self, pixels, sizes):
         self.pixels, self.sizes = pixels, np.asarray(sizes, np.int64).reshape(-1, 2)
-        self.ends = np.cumsum(self.sizes.prod(1))
-        if (self.sizes < 1).any() or len(pixels) != (self.ends[-1] if len(self.ends) else 0):
+        counts = self.sizes.prod(1)
+        if len(pixels) != counts.sum():
             raise ValueError("the sizes of the images do not fit their pixels")
-        self.starts = self.ends - self.sizes.prod(1)
-        self.nbytes = pixels.nbytes
+        self.ends = np.cumsum(counts)
+        self.starts = self.ends - counts
 
     @classmethod
     def of_array(cls, rows):
@@ -104,15 +104,14 @@ def _read(path, dataset, skipped):
     """(rows, lines about images left out), or None where the cache is not what is asked for."""
     more = _beside(path)
     try:
-        rows = pixels = np.load(path, mmap_mode="c")
+        rows = np.load(path, mmap_mode="c")
         more = json.loads(more.read_text("utf-8")) if more.exists() else {}
         damaged = more.get("damaged", [])
         if dataset.image_size is None:
-            rows = RaggedRows(pixels, more.get("sizes", []))
+            rows = RaggedRows(rows, more.get("sizes", []))
     except (OSError, ValueError, EOFError):  # not there yet, or cut short
         return None
-    fits = len(rows) == len(dataset) - len(damaged) and pixels.shape[1:] == dataset.row_shape
-    if not fits or pixels.dtype != np.uint8 or (damaged and skipped is None):
+    if len(rows) != len(dataset) - len(damaged) or (damaged and skipped is None):
         return None
     return rows, damaged
 

@@ -64,10 +64,10 @@ def save_contact_sheet(rows, class_names, path, note=""):
     names, font_path = drawable(*(name for row in rows for _, name, _ in row))
     font, names, lines = pillow_font(font_path, TEXT), iter(names), []
     for row in rows:
-        captions = [
-            [*fit_lines(next(names), font, CELL - GAP, CAPTION_LINES), about] for *_, about in row
+        cells = [
+            (tile, [*fit_lines(next(names), font, CELL - GAP, CAPTION_LINES), about])
+            for tile, _, about in row
         ]
-        cells = [(tile, caption) for (tile, *_), caption in zip(row, captions, strict=True)]
         for start in range(0, len(cells), columns):
             lines.append(_draw_line(cells[start : start + columns], font, columns))
     lines.append(Image.new("RGB", (columns * CELL, GAP), BACKGROUND))

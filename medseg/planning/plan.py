@@ -44,18 +44,12 @@ def planned_flags(given):
     plan = plan_training(root, given, minutes=given.get("minutes", 0.0) / max(folds, 1))
     print(f"plan for {root}:", *plan.lines, sep="\n  ")
     each = f" for each of {folds} folds" if folds else ""
-    took = f"{spell_minutes(plan.seconds)}{each} on this machine ({plan.device})"
-    print(f"  {took}; --minutes N fits the plan to other times")
+    took = f"about {max(round(plan.seconds / 60), 1)} minute(s){each}"
+    print(f"  {took} on this machine ({plan.device}); --minutes N fits the plan to other times")
     repeated = {name: value for name, value in plan.given.items() if name not in NOT_REPEATED}
     command = spell_flags({**repeated, **plan.flags})
     print(f"the same without --recipe auto: python train.py {command}", flush=True)
     return plan.flags
-
-
-def spell_minutes(seconds):
-    """'about 12 minutes'."""
-    minutes = round(seconds / 60)
-    return f"about {minutes} minutes" if minutes > 1 else "about a minute"
 
 
 def plan_training(root, given, *, minutes=0.0):
@@ -116,14 +110,13 @@ def plan_training(root, given, *, minutes=0.0):
 def try_pretrained(root):
     """(flags that start from the weights that come with the repository, their Dice), or None.
 
-    None where they were removed, or others put there that mark several classes or take images at
-    their own size. The Dice is that of evenly spaced training images, their pixels counted
-    together, all annotations as one class. Damaged images are passed over.
+    None where they were removed. The Dice is that of evenly spaced training images, their pixels
+    counted together, all annotations as one class. Damaged images are passed over.
     """
     path = pretrained_path()
-    model = path and load_model(path).eval()
-    if path is None or model.n_classes > 1 or model.info.image_size is None:
+    if path is None:
         return None
+    model = load_model(path).eval()
     size, both, marked = model.info.image_size, 0, 0
     dataset = open_split(root, "train", size, n_channels=model.n_channels, skipped=[])
     for index in np.unique(np.linspace(0, len(dataset) - 1, TRIED).astype(int)).tolist():
