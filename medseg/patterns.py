@@ -24,7 +24,6 @@ SIDES = {"images": (*IDENTITY, "channel"), "masks": (*IDENTITY, "class", "part")
 PLACEHOLDERS = ("id", "n", "group", "channel", "class", "part")
 KNOWN = "|".join(map(re.escape, (*SUFFIXES, ".npy", *VOLUME_SUFFIXES, *DICOM_SUFFIXES)))
 TOKEN = re.compile(r"(\*+)|\{([^{}]*,[^{}]*)\}|\{([^{},]*)\}|(.)", re.DOTALL)
-WITH_SLASH = re.compile(r"\{([^{}]*/[^{}]*,[^{}]*|[^{}]*,[^{}]*/[^{}]*)\}")
 ANY_FOLDER = re.compile(".*", re.DOTALL)
 
 
@@ -103,15 +102,14 @@ class File(NamedTuple):
 class Side:
     """The pattern of the images or of the masks.
 
-    names: its placeholders. places: [(folder, parts of paths that are looked for below it)].
+    names: its placeholders. folder: below which paths of these parts are looked for.
     """
 
     def __init__(self, text, side, need_id=True):
         self.text, names = text, []
-        self.places = [literal_folder(single) for single in _without_slashes(text)]
-        for _, parts in self.places:
-            for part in parts:
-                names += _check_part(text, part, side)
+        self.folder, self.parts = literal_folder(text)
+        for part in self.parts:
+            names += _check_part(text, part, side)
         self.names = tuple(dict.fromkeys(names))
         if need_id and "id" not in self.names:
             raise ValueError(f"{text}: say with {{id}} which part of the path identifies an image")
@@ -123,37 +121,25 @@ class Side:
         """{path: File}; channels: those of {channel} alone. FileNotFoundError for none."""
         if channels and "channel" not in self.names:
             raise ValueError(f"{self.text}: --channels goes with {{channel}} in this pattern")
-        found = {}
-        for folder, parts in self.places:
-            expression = compile_parts(parts, channels=tuple(channels or ()))
-            for name in walk(folder, parts):
-                if matched := expression.fullmatch(same_form(name)):
-                    path = os.path.join(folder, name)
-                    file = File(path, same_form(name), parts, matched.groupdict())
-                    found.setdefault(path, file)
+        found, expression = {}, compile_parts(self.parts, channels=tuple(channels or ()))
+        for name in walk(self.folder, self.parts):
+            if matched := expression.fullmatch(same_form(name)):
+                path = os.path.join(self.folder, name)
+                found[path] = File(path, same_form(name), self.parts, matched.groupdict())
         if not found and channels:
             there = sorted({file.values["channel"] for file in self.find().values()})
             raise FileNotFoundError(
                 f"{self.text}: none has the channels {listed(channels)}, but {listed(there)}"
             )
         if not found:
-            problem = f"matches nothing; {_describe_nearest(*self.places[0])}"
-            raise FileNotFoundError(f"{self.text}: {problem}")
+            nearest = _describe_nearest(self.folder, self.parts)
+            raise FileNotFoundError(f"{self.text}: matches nothing; {nearest}")
         return found
 
 
 def same_form(text):
     """Text in the one Unicode form in which names are compared: macOS stores another."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
-
-
-def _without_slashes(text):
-    """The patterns that one with {a/b,c} stands for: none of their alternatives holds a /."""
-    found = WITH_SLASH.search(text)
-    if not found:
-        return [text]
-    texts = [text[: found.start()] + choice + text[found.end() :] for choice in found[1].split(",")]
-    return [single for each in texts for single in _without_slashes(each)]
 
 
 def literal_folder(text):
@@ -298,7 +284,10 @@ def make_cases(files, names, side, channels):
         name = file.values.get("channel")
         name = name and spelled.setdefault(name.casefold(), name)
         if name in own:
-            raise ValueError(_describe_twins(own[name], file, names))
+            raise ValueError(
+                f"{own[name].path} and {file.path} are both the image {file.spell(names)}: name "
+                "one suffix, or put {n} or {channel} where their paths differ"
+            )
         own[name] = file
     sets = Counter(frozenset(own) for own in by_key.values()).most_common(1)
     order = sorted(sets[0][0], key=str) if sets else []
@@ -323,13 +312,6 @@ def make_cases(files, names, side, channels):
 def first(names):
     names = [str(name) for name in names]
     return ", ".join(names[:2] + ["..."] * (len(names) > 2))
-
-
-def _describe_twins(one, other, names):
-    way = "put {n} where their paths differ"
-    if os.path.splitext(one.path)[0] == os.path.splitext(other.path)[0]:
-        way = "name one suffix, or put {channel} where they differ"
-    return f"{one.path} and {other.path} are both the image {other.spell(names)}: {way}"
 
 
 def _describe_channels(wrong, order, total, names):

@@ -104,7 +104,7 @@ def _groups_of(cases, texts, table, are_volumes):
     top = os.path.commonpath([os.path.dirname(path) for path in paths])
     groups = collect.find_groups([os.path.relpath(path, top) for path in paths], table)
     if not any(groups) and not are_volumes:
-        advise_groups(cases, texts)
+        advise_groups(cases)
     return groups
 
 

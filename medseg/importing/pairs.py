@@ -15,13 +15,7 @@ DRAWN = re.compile("|".join(map(re.escape, (*PICTURE_ENDINGS, *OWN_PICTURES))))
 WORD = re.compile(r"[^\W\d_]+[\W_]?|\d+[\W_]?|[\W_]")  # of a name, with the sign after it
 ENDING = re.compile(r"[\W_]+[^\W_]+$")
 SERIES = 5  # folders or beginnings of names, from which on they may be patients
-PLACES_OF_FOLDER = {  # in a pattern, and what names the folder there
-    r"\{id:\*\*\}": "{group}/{id}",
-    r"\*\*/": "**/{group}/",
-    r"(?<!\*)\*/": "{group}/",
-    r"\{n\}/": "{group}/",
-}
-NUMBERED = re.compile(r"(.*\d.*?)([ _-]+)\d+")  # the name of a patient, and the number of a slice
+NUMBERED = re.compile(r"(.*\d.*?)[ _-]+\d+")  # the name of a patient, and the number of a slice
 
 
 def find_pairs(images, masks, **options):
@@ -36,9 +30,7 @@ def find_pairs(images, masks, **options):
     if all(map(os.path.isdir, texts)):
         texts = patterns_of_folders(images, masks)
         print(f"the same as: --masks {shlex.join(texts)}")
-    elif all(map(os.path.lexists, texts)):
-        if os.path.isdir(masks) or (os.path.isdir(images) and file_format(images) != "volume"):
-            raise ValueError(f"{images} and {masks}: a file and a folder: name two of a kind")
+    elif os.path.lexists(images) and os.path.isfile(masks):
         file = Pair((base_name(images),), "", {None: Path(images)}, {None: [Path(masks)]})
         return texts, [file]
     return texts, pair(*texts, **options)
@@ -235,39 +227,24 @@ def _cut(stem, cut):
 # ---------------------------------------------------------------- patients
 
 
-def advise_groups(cases, texts):
+def advise_groups(cases):
     """Print a line where images without groups may be several of each patient.
 
     They may where many folders hold several each, or many numbered names begin alike.
     """
     paths = [next(iter(case.images.values())) for case in cases]
-    numbered = list(filter(None, map(NUMBERED.fullmatch, map(base_name, paths))))
+    numbered = filter(None, map(NUMBERED.fullmatch, map(base_name, paths)))
     folders = Counter(str(path.parent) for path in paths)
     series = Counter(found[1] for found in numbered)
-    between = {r"\{id\}": f"{{group}}{numbered[0][2]}{{id}}"} if numbered else {}
-    for counts, what, changes in (
-        (folders, "folders", PLACES_OF_FOLDER),
-        (series, "numbered series", between),
+    for counts, what, name in (
+        (folders, "folders", "{group}/{id}"),
+        (series, "numbered series", "{group}_{id}"),
     ):
         count = counts.total()
-        if len(counts) < SERIES or count < 2 * len(counts) or 2 * count < len(paths):
-            continue
-        changed = [
-            [re.sub(f"(.*){place}", rf"\g<1>{new}", text, count=1) for text in texts]
-            for place, new in changes.items()  # the last such place of each text
-        ]
-        pairs = (own for both in changed for own in (both, (both[0], texts[1])))
-        ways = (own for own in pairs if own[0] != texts[0] and _pairs_as_many(own, cases))
-        way = next((f"--masks {shlex.join(own)}" for own in ways), "--groups table.csv")
-        print(
-            f"note: {count} images are of {len(counts)} {what}, such as {min(counts)}, and dealt "
-            f"to the splits one by one; where each is a patient, keep it in one by {way}"
-        )
-        return
-
-
-def _pairs_as_many(patterns, cases):
-    try:
-        return len(pair(*patterns)) == len(cases)
-    except (ValueError, FileNotFoundError):
-        return False
+        if len(counts) >= SERIES and count >= 2 * len(counts) and 2 * count >= len(paths):
+            print(
+                f"note: {count} images are of {len(counts)} {what}, such as {min(counts)}, and "
+                "dealt to the splits one by one; where each is a patient, a pattern with "
+                f"{name} or --groups table.csv keeps it in one"
+            )
+            return
