@@ -28,8 +28,6 @@ def read_mask(path, palette_colours=False):
         if str(path).lower().endswith(ARRAY):
             return _stored_values(_read_array(path)[..., None], False, path)
         with open_picture(path) as picture:
-            if "CMYK" in picture.pixel_format:
-                raise ValueError("holds CMYK, which is no mask: save it as PNG")
             lossy, (values, has_alpha, palette) = picture.lossy(), picture.decode()
         if palette is not None:
             of_writer = picture.format == "GIF" or _is_order_of_writer(palette, values)

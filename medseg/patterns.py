@@ -309,11 +309,6 @@ def make_cases(files, names, side, channels):
 # ---------------------------------------------------------------- messages
 
 
-def first(names):
-    names = [str(name) for name in names]
-    return ", ".join(names[:2] + ["..."] * (len(names) > 2))
-
-
 def _describe_channels(wrong, order, total, names):
     """What is wrong with the first image that has other channels than `order`."""
     own, file = wrong[0], next(iter(wrong[0].values()))

@@ -119,8 +119,6 @@ def _from_lines(lines, source):
 
 def _from_json(labels, path):
     labels = labels.get("labels", labels) if isinstance(labels, dict) else labels
-    if isinstance(labels, list) and all(isinstance(name, str) for name in labels):
-        return _from_lines(labels, path)
     if not isinstance(labels, dict) or not labels:
         raise ValueError(f'{path}: holds no label numbers, such as {{"1": "spleen"}}')
     pairs, regions = [], any(isinstance(entry, list) for entry in labels.values())
@@ -155,8 +153,8 @@ def _class_values(pairs, source, *, all_classes=False, regions=False):
         name = IGNORE if name == "__ignore__" else name  # as LabelMe and nnU-Net call it
         entries.append(Entry(text, own, None if is_background else name))
     for one, other in combinations(entries, 2):
-        shared = set(one.values[:1]) | set(other.values[:1])
-        meet = any(value in one.values and value in other.values for value in shared)
+        start = max(one.values.start, other.values.start)
+        meet = start < min(one.values.stop, other.values.stop)
         if meet and one.name != other.name and not regions:
             raise ValueError(f"{source}: {one.text} and {other.text} give one value to two classes")
     if all_classes and not regions:

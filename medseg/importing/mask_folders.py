@@ -17,7 +17,7 @@ from medseg.importing.values import find_classes
 from medseg.importing.volumes import volume_examples
 from medseg.importing.writing import Example, picture_window
 from medseg.modalities import Modalities, channels_of, read_channels
-from medseg.patterns import first, name_pattern
+from medseg.patterns import name_pattern
 from medseg.samples import count_pages
 
 
@@ -81,13 +81,13 @@ def mask_examples(cases, texts, args, classes, present):
 def _report_cases(cases, pairs, class_names):
     """Print how many images, masks, classes and groups the patterns have found."""
     n_masks = sum(len(own) for _, own in pairs)
-    image, own = next(pair for pair in pairs if pair[1])
+    image, ((_, mask), *_) = next(pair for pair in pairs if pair[1])
     of_classes = f" of {len(class_names)} classes ({listed(class_names)})" if class_names else ""
     united = sum(len(paths) > 1 for case in cases for paths in case.masks.values())
     several = f"; {united} times several masks, united" if united else ""
     print(
         f"pairs: {len(pairs)} images with {n_masks} masks{of_classes}, such as "
-        f"{escape(str(image))} with {escape(first(path for _, path in own))}{several}"
+        f"{escape(str(image))} with {escape(str(mask))}{several}"
     )
     if groups := {case.group for case in cases} - {""}:
         print(f"groups: {len(groups)}, such as {escape(min(groups))}: each stays in one split")

@@ -9,7 +9,7 @@ from pathlib import Path
 from medseg.coco import listed
 from medseg.files import DICOM_SUFFIXES, VOLUME_SUFFIXES, base_name, file_format
 from medseg.own_files import OWN_PICTURES, PICTURE_ENDINGS, drawn_beside_masks
-from medseg.patterns import KNOWN, Pair, Side, describe_folder, first, make_cases, same_form, walk
+from medseg.patterns import KNOWN, Pair, Side, describe_folder, make_cases, same_form, walk
 
 DRAWN = re.compile("|".join(map(re.escape, (*PICTURE_ENDINGS, *OWN_PICTURES))))
 WORD = re.compile(r"[^\W\d_]+[\W_]?|\d+[\W_]?|[\W_]")  # of a name, with the sign after it
@@ -62,13 +62,15 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False, *, emp
     masks_of = _group_masks(mask_files, names, mask_side, classes)
     pairs = [case._replace(masks=masks_of.get(key, {})) for key, case in sorted(cases.items())]
     alone = [next(iter(case.images.values())) for case in pairs if not case.masks]
-    if alone and empty_unmasked:
-        print(f"empty: {len(alone)} of {len(pairs)} images have no mask ({first(alone)})")
-    elif alone:
-        problems.append(f"{len(alone)} of {len(pairs)} images have no mask ({first(alone)})")
-    if paths := sorted(file.path for file in orphans):
-        total = len(mask_files) + len(paths)
-        problems.append(f"{len(paths)} of {total} masks have no image ({first(paths)})")
+    if alone:
+        problem = f"{len(alone)} of {len(pairs)} images have no mask ({alone[0]})"
+        if empty_unmasked:
+            print(f"empty: {problem}")
+        else:
+            problems.append(problem)
+    if orphans:
+        total = len(mask_files) + len(orphans)
+        problems.append(f"{len(orphans)} of {total} masks have no image ({min(orphans).path})")
     pairs = [case for case in pairs if case.masks or empty_unmasked]
     if not pairs:
         raise ValueError(f"{images}: no image has a mask: {' and '.join(problems)}")
@@ -158,8 +160,8 @@ def patterns_of_folders(images, masks):
     if not best[0]:
         end, mask_end = map(_usual_end, (stems, mask_stems))
         raise ValueError(
-            f"no mask has the name of an image: {images} has {first(sorted(stems))}, {masks} "
-            f"{first(sorted(mask_stems))}: say with {{id}} what they share, "
+            f"no mask has the name of an image: {images} has {min(stems)}, {masks} "
+            f"{min(mask_stems)}: say with {{id}} what they share, "
             f"'{images}/{{id}}{end}.*' '{masks}/{{id}}{mask_end}.*'"
         )
     name = "{id:**}" if any("/" in stem for stem in (*stems, *mask_stems)) else "{id}"

@@ -106,19 +106,15 @@ def count_mask(as_shown, path):
     return Counted(path, encoding, counts, edges, stated, numbered)
 
 
-def _are_single_pieces(labels, tolerance=0.1):
-    """Whether each value of an integer array (H, W), beside 0, is one connected piece.
-
-    tolerance: the fraction of the values that may be in several.
-    """
+def _are_single_pieces(labels):
+    """Whether nine of ten values of an integer array (H, W), beside 0, are one connected piece."""
     from scipy import ndimage  # which finds the boxes of thousands of values at once
 
-    if labels.dtype not in (np.uint8, np.uint16):  # values up to any number
-        _, numbers = np.unique(labels, return_inverse=True)
-        labels = np.where(labels == 0, 0, numbers.reshape(labels.shape) + 1)
-    boxes = [(number, box) for number, box in enumerate(ndimage.find_objects(labels), 1) if box]
-    several = [len(number_pieces(labels[box] == number)[1]) > 1 for number, box in boxes]
-    return bool(several) and sum(several) <= tolerance * len(several)
+    _, numbers = np.unique(labels, return_inverse=True)
+    numbers = np.where(labels == 0, 0, numbers.reshape(labels.shape) + 1)
+    boxes = [(number, box) for number, box in enumerate(ndimage.find_objects(numbers), 1) if box]
+    several = [len(number_pieces(numbers[box] == number)[1]) > 1 for number, box in boxes]
+    return sum(several) <= 0.1 * len(several)
 
 
 def count_values(values):
