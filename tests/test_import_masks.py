@@ -1,4 +1,4 @@
-"""download.py --masks: encodings of masks, pairs of files, EXIF orientation, predicted masks."""
+"""download.py --masks: channels, groups and classes by the names of files; pictures as shown."""
 
 import shlex
 import shutil
@@ -6,235 +6,356 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import tifffile
 from helpers import (
     ALL,
-    MASKS,
     PHOTO,
     STORED_TURNED,
     annotations,
-    brightness_model,
+    class_names,
     grey,
     labels,
-    palette,
     photo,
     read_rgb,
     refuse_download,
     run_download,
     save,
-    save_pair,
     save_turned,
-    scan,
     script,
     stored,
+    write_nifti,
 )
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
-import predict
-from medseg.own_files import drawn_beside_masks
+from medseg.images import read_image
 
-# ---------------------------------------------------------------- encodings of masks
-
-
-COLOURS = [(0, 0, 0), (0, 0, 255), (255, 0, 0), (255, 255, 255)]
-FOREGROUND = ["foreground"]
-
-
-def colours(values, mode="RGB"):
-    return lambda m: Image.fromarray(np.array(values, np.uint8)[m]).convert(mode)
+VOXELS = (8, 6, 5)  # cut across the last axis
+BRATS = ("--masks", "B/{id}/{id}_{channel}.nii", "B/{id}/*_{seg,Segm}.nii")
+SCANS = ("--masks", "S/{id}/ct.nii.gz", "S/{id}/segmentations/{class}.nii.gz", *ALL)
+LESIONS = ("--masks", "fundus/{id}.jpg", "truth/{class}/{id}_*.tif", *ALL)
+CLASSES = ("--masks", "scans/{id}.png", "classes/{id}_{class}.png", *ALL)
 
 
-def black_with_alpha(m):
-    """Black everywhere, and transparent where it is background."""
-    rgba = np.zeros((*m.shape, 4), np.uint8)
-    rgba[..., 3] = np.where(m == 0, 0, 255)
-    return Image.fromarray(rgba)
+def image(path, seed=0):
+    save(photo(seed), path)
 
 
-def write_mask(made, path):
-    """A picture, or an array for a .npy file."""
-    Path(path).parent.mkdir(exist_ok=True)
-    if isinstance(made, np.ndarray):
-        np.save(path, made, allow_pickle=True)
-    else:
-        made.save(path)
+def mask(path, seed=0):
+    """Write a mask of one class; returns it."""
+    drawn = labels(seed)
+    save(grey((0, 255))(drawn), path)
+    return drawn == 1
 
 
-ENCODINGS = {  # suffix, image or array of a label map, class names
-    "1-bit PNG": (".png", lambda m: Image.fromarray(m > 0), FOREGROUND),
-    "0/255 BMP": (".BMP", grey([0, 255]), FOREGROUND),
-    "grey levels": (".png", grey([0, 85, 170, 255]), ["85", "170", "255"]),
-    "grey alpha": (".png", lambda m: grey([0, 255])(m).convert("LA"), FOREGROUND),
-    "no black": (".png", grey([3, 7]), ["3", "7"]),
-    "16-bit PNG": (".png", grey([0, 300, 65535], np.uint16), ["300", "65535"]),
-    "32-bit TIFF": (".tif", grey([0, 70000], np.int32), FOREGROUND),
-    "float TIFF": (".tif", grey([0, 1, 2], np.float32), ["1", "2"]),
-    "palette PNG": (".png", palette([0, 1, 15], COLOURS * 5), ["1", "15"]),
-    "palette 0/255": (".png", palette([0, 255], COLOURS * 64), FOREGROUND),
-    "RGBA": (".png", colours(COLOURS, "RGBA"), ["#0000ff", "#ff0000", "#ffffff"]),
-    "alpha of black": (".png", black_with_alpha, FOREGROUND),
-    "GIF of RGBA": (".gif", colours([(0, 0, 0), (255, 255, 255)], "RGBA"), FOREGROUND),
-    "palette, white first": (".png", palette([1, 0], [(255, 255, 255), (0, 0, 0)]), FOREGROUND),
-    "bool array": (".npy", lambda m: m > 0, FOREGROUND),
-    "big-endian array": (".npy", lambda m: (m * 70000).astype(">i4"), FOREGROUND),
-    "floats of a scale": (".npy", lambda m: m * 1.0000153, ["1", "2"]),
-    "array (H, W, 1)": (".npy", lambda m: m[..., None].astype(np.int16), ["1", "2"]),
-    "negative numbers": (".npy", lambda m: -m.astype(np.int8), FOREGROUND),
+def volume(path, seed=0, values=2, zooms=(1, 1, 3)):
+    """Write a volume of numbers below `values`; returns it."""
+    voxels = np.random.default_rng(seed).integers(0, values, VOXELS).astype(np.int16)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_nifti(path, voxels, zooms=zooms)
+    return voxels
+
+
+def groups(split):
+    return {record["group"] for record in annotations(split)["images"]}
+
+
+def compare(wanted):
+    """The data set holds these images, {stem: {class: mask}}."""
+    found = stored()
+    assert {stem: set(own) for stem, own in found.items()} == {k: set(v) for k, v in wanted.items()}
+    for stem, masks in wanted.items():
+        for name, drawn in masks.items():
+            assert_array_equal(found[stem][name], drawn, f"{stem}, {name}")
+
+
+# ---------------------------------------------------------------- {channel}
+
+
+def brats(*cases, modalities=("flair", "t1", "t1ce", "t2")):
+    """Cases with a mask of 0, 1, 2 and 4, the last of another name: {case: {modality: voxels}}."""
+    made = {}
+    for number, case in enumerate(cases):
+        paths = {name: f"B/{case}/{case}_{name}.nii" for name in modalities}
+        own = made[case] = {n: volume(path, 10 * number + len(n), 900) for n, path in paths.items()}
+        own["seg"] = np.array([0, 1, 2, 4], np.int16)[volume("x.nii", number, 4)]
+        seg = f"B/{case}/{case}_seg" if case != cases[-1] else f"B/{case}/W39_Segm"
+        write_nifti(f"{seg}.nii", own["seg"], zooms=(1, 1, 3))
+    return made
+
+
+def assert_pixels(channels, name):
+    """An image holds these slices, each from the 0.5 to 99.5 percentiles of its volume."""
+    z, shown = int(name[-3:]), []
+    for voxels in channels:
+        low, high = np.percentile(voxels, (0.5, 99.5))
+        shown.append(((voxels[..., z].clip(low, high) - low) / (high - low) * 255).round())
+    assert_array_equal(tifffile.imread(f"dataset/train/{name}.tif"), np.stack(shown, -1))
+
+
+def test_modalities_become_the_channels_of_each_slice(here):
+    made, names = brats("B_1", "B_2", "B_355"), {1: "core", 2: "oedema", 4: "enhancing"}
+    run_download(*BRATS, *ALL, "--classes", "1=core,2=oedema,4=enhancing")
+    assert groups("train") == set(made)
+    info = annotations("train")["info"]
+    assert info["channels"] == ["flair", "t1", "t1ce", "t2"]
+    assert info["pattern"] == "{id}_{channel}.nii"
+    wanted = {}
+    for case, own in made.items():
+        for z in range(VOXELS[2]):
+            wanted[f"{case}_z{z:03}"] = {n: own["seg"][..., z] == v for v, n in names.items()}
+            assert_pixels([own[channel] for channel in info["channels"]], f"{case}_z{z:03}")
+    compare(wanted)
+    run_download(*BRATS, *ALL, "--channels", "t2,flair", "--force")
+    assert annotations("train")["info"]["channels"] == ["t2", "flair"]
+    assert_pixels([made["B_1"][name] for name in ("t2", "flair")], "B_1_z002")
+    refuse_download(*BRATS, "--into", "valid", words=["t2, flair", "--channels"])
+    run_download(*BRATS, "--into", "valid", "--channels", "t2,flair")
+
+
+def test_wrong_modalities_are_named(here):
+    made = brats("B_1", "B_2", modalities=("t1", "t1ce", "t2"))
+    Path("B/B_2/B_2_t1ce.nii").unlink()
+    refuse_download(*BRATS, *ALL, words=["B/B_2/B_2_t1ce.nii", "--skip-unpaired"])
+    run_download(*BRATS, *ALL, "--skip-unpaired")
+    assert groups("train") == {"B_1"}
+    shifted = np.diag([1.0, 1, 3, 1])
+    shifted[0, 3] = 7.5
+    write_nifti("B/B_1/B_1_t2.nii", made["B_1"]["t2"], shifted)
+    both = (*BRATS, *ALL, "--skip-unpaired", "--force")
+    refuse_download(*both, words=["B_1_t2.nii", "7.5 mm"])
+    refuse_download(*both, "--context", 7, "--channels", "t1,t1ce", words=["--context 7"])
+
+
+def test_pictures_are_channels_too(here):
+    stains = np.random.default_rng(0).integers(0, 256, (2, 30, 40), np.uint8)
+    for name, one in zip(("dapi", "gfp"), stains, strict=True):
+        save(Image.fromarray(one), f"i/a_{name}.png")
+    drawn, patterns = mask("m/a.png"), ("i/{id}_{channel}.png", "m/{id}.png", *ALL, "--force")
+    run_download("--masks", *patterns)
+    assert_array_equal(tifffile.imread("dataset/train/a.tif"), np.moveaxis(stains, 0, -1))
+    compare({"a": {"foreground": drawn}})
+    for gfp, words in ((photo(), "colours"), (Image.fromarray(stains[1, 1:]), "40x29")):
+        save(gfp, "i/a_gfp.png")
+        refuse_download("--masks", *patterns, words=["i/a_gfp.png", words])
+
+
+@pytest.mark.parametrize("n_channels, names", [(5, "1,2,3,4,5"), (3, "pre,flair,post")])
+def test_the_channels_of_one_picture_are_named(here, n_channels, names):
+    values = np.random.default_rng(0).integers(0, 256, (30, 40, n_channels), np.uint8)
+    mask("m/a.png")
+    Path("i").mkdir()
+    layout = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite("i/a.tif", values, **layout)
+    flags = ("--channels", names) if n_channels == 3 else ()
+    run_download("--masks", "i", "m", *ALL, *flags)
+    assert annotations("train")["info"]["channels"] == names.split(",")
+    (written,) = Path("dataset/train").glob("a.*")
+    assert_array_equal(read_image(written).pixels, values)
+    mask("m/b.png")
+    tifffile.imwrite("i/b.tif", values[..., :2], **layout)
+    words = ["i/b.tif", "2 channels"]
+    refuse_download("--masks", "i", "m", *ALL, *flags, "--force", words=words)
+
+
+# ---------------------------------------------------------------- {group}
+
+
+def test_groups_stay_together_and_images_have_the_names_of_their_ids(here):
+    for seed, (patient, number) in enumerate((p, n) for p in "pqr" for n in "12"):
+        image(f"k/{patient}/{number}.tif", seed)
+        mask(f"k/{patient}/{number}_mask.tif", seed)
+    patterns = ("--masks", "k/{group}/{id}.tif", "k/{group}/{id}_mask.tif")
+    assert "groups: 3" in run_download(*patterns, "--split", 34, 33, 33)
+    splits = ("train", "valid", "test")
+    assert sorted(map(groups, splits), key=min) == [{"p"}, {"q"}, {"r"}]
+    names = {name for split in splits for name in stored(split)}
+    assert names == {f"{patient}_{number}" for patient in "pqr" for number in "12"}
+    refuse_download(*patterns, *ALL, "--force", "--groups", "p", words=["--groups"])
+
+
+@pytest.mark.parametrize("pattern", ["{group}/{id}", "{group}_{id}"])
+def test_slices_that_may_be_of_patients_are_told(here, pattern):
+    """The line says how a pattern keeps them together, and that one does."""
+    for number in range(18):
+        name = pattern.format(group=f"p{number % 6}", id=f"{number:02}")
+        image(f"i/{name}.png", number)
+        mask(f"m/{name}.png", number)
+    (line,) = (line for line in run_download("--masks", "i", "m").splitlines() if "note: " in line)
+    assert "18 images are of 6" in line and f" {pattern} " in line
+    out = run_download("--masks", f"i/{pattern}.png", f"m/{pattern}.png", "--force")
+    assert "groups: 6" in out and "note: " not in out
+
+
+# ---------------------------------------------------------------- {class}
+
+
+def test_classes_are_those_of_the_names(here):
+    wanted = {"IDRiD_1": {}, "IDRiD_2": {}}  # the first has one class, the second three
+    for number, (folder, end) in enumerate((("1. MA", "_MA"), ("2. HE", "_HE"), ("5. OD", "_OD"))):
+        for stem in list(wanted)[number > 0 :]:
+            image(f"fundus/{stem}.jpg")
+            wanted[stem][folder] = mask(f"truth/{folder}/{stem}{end}.tif", number)
+    run_download(*LESIONS)
+    assert class_names() == ["1. MA", "2. HE", "5. OD"]
+    compare(wanted)
+    run_download(*LESIONS, "--force", "--classes", "5. OD,1. MA", "--skip-unpaired")
+    assert class_names() == ["5. OD", "1. MA"]
+    refuse_download(*LESIONS, "--force", "--classes", "OD", words=["OD"])
+
+
+def test_all_values_of_a_file_are_its_class(here):
+    """Also three hundred numbers of objects, and what is background with --invert."""
+    numbers = np.arange(300, dtype=np.uint16).repeat(4).reshape(PHOTO[::-1])
+    image("scans/1.png")
+    save(grey(range(300), np.uint16)(numbers), "classes/1_cells.png")
+    drawn = mask("classes/1_wall.png", 1)
+    run_download(*CLASSES)
+    compare({"1": {"cells": numbers > 0, "wall": drawn}})
+    run_download(*CLASSES, "--classes", "wall", "--force", "--invert")
+    compare({"1": {"wall": ~drawn}})
+    refuse_download(*CLASSES, "--force", "--classes", "1=cell", words=["--classes"])
+
+
+def test_images_without_a_mask_are_empty_where_a_flag_says_so(here):
+    wanted = {"1": {}, "2": {}}
+    for number, name in enumerate(("axon", "myelin")):
+        wanted["1"][name] = mask(f"classes/1_{name}.png", number)
+    assert (wanted["1"]["axon"] & wanted["1"]["myelin"]).any()  # files of classes may overlap
+    for stem in wanted:
+        image(f"scans/{stem}.png")
+    refuse_download(*CLASSES, words=["1 of 2", "scans/2.png", "--skip-unpaired"])
+    assert "empty: 1 of 2" in run_download(*CLASSES, "--empty-unmasked")
+    compare(wanted)
+
+
+def test_a_volume_for_each_organ(here):
+    """A class may be empty in all of its files, and a scan without any."""
+    wanted = {}
+    for seed, name in enumerate(("s0", "s1")):
+        volume(f"S/{name}/ct.nii.gz", seed, 900)
+        path = f"S/{name}/segmentations/{{}}.nii.gz".format
+        masks = {o: volume(path(o), seed + 2 * len(o)) == 1 for o in ("liver", "spleen")}
+        volume(path("aorta"), 0, 1)
+        for z in range(VOXELS[2]):
+            wanted[f"{name}_z{z:03}"] = {organ: own[..., z] for organ, own in masks.items()}
+    run_download(*SCANS)
+    assert class_names() == ["aorta", "liver", "spleen"]
+    compare(wanted)
+    shutil.rmtree("S/s1/segmentations")
+    run_download(*SCANS, "--empty-unmasked", "--force")
+    compare({name: own if name[:2] == "s0" else {} for name, own in wanted.items()})
+
+
+REFUSED = {  # the arguments of --masks, what the message names
+    "i": ["i", "two"],
+    "i/1.bmp i/2.bmp i/1.png": ["3 names", "quotes"],
+    "i i/001.tif": ["i/001.tif: no such"],
+    "i i/1.png": ["i: ", "a folder"],
+    "i i/{id}.png": ["i:", "{id}"],
+    "i/{id}.bmp j/{id}.png": ["j/{id}.png", "such as S"],
+    "i/1.bmp i/1.png --channels a,b": ["i/1.bmp", "3 channels", "a, b"],
+    "S/{id}/ct.nii.gz i/{id}.png --skip-unpaired": ["i/1.png"],
+    "own/test/{id}.jpg own/test/{id}_m.png --into test --data own --force": ["own/test"],
 }
 
 
-@pytest.mark.parametrize("case", ENCODINGS)
-def test_masks_come_back_bit_for_bit(here, case):
-    suffix, make, names = ENCODINGS[case]
-    start = 0 if case == "no black" else 1
-    maps = {f"{n}": labels(n, len(names) + start - 1) for n in range(3)}
-    for stem, label_map in maps.items():
-        save(photo(int(stem)), f"images/{stem}.png")
-        write_mask(make(label_map), f"masks/{stem}{suffix}")
-    out = run_download(*MASKS)
-    assert "pairs: 3 images" in out and ("opaque" in out) == (case == "alpha of black")
-    for stem, label_map in maps.items():
-        masks = stored()[stem]
-        assert list(masks) == names
-        for number, name in enumerate(names, start):
-            assert_array_equal(masks[name], label_map == number)
-    categories = annotations("train")["categories"]
-    assert [category["id"] for category in categories] == list(range(1, len(names) + 1))
-    assert Path("dataset/train/0.png").read_bytes() == Path("images/0.png").read_bytes()
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_wrong_arguments_are_one_line_and_write_nothing(here, arguments):
+    for number in (1, 2, 3):
+        image(f"i/{number}.bmp", number)
+        mask(f"i/{number}.png", number)
+    volume("S/1/ct.nii.gz", 1)
+    image("own/test/a.jpg")
+    mask("own/test/a_m.png")
+    split = () if "--into" in arguments else ALL
+    refuse_download("--masks", *arguments.split(" "), *split, words=REFUSED[arguments])
 
 
-def test_alpha_of_a_black_mask_beside_others_is_no_mask(here):
-    save_pair("a", black_with_alpha(labels(1)))
-    save_pair("b", colours([(0, 0, 0), (7, 200, 0)])(labels(1)))
-    assert "opaque" not in run_download(*MASKS)
-    assert not stored()["a"]
-    assert_array_equal(stored()["b"]["foreground"], labels(1) == 1)
-
-
-BAD_MASKS = [  # name, picture or array, what the message names
-    ("a.png", photo(5), "a.png"),
-    ("a.jpg", photo(5), "a.jpg"),  # whose colours are no classes any more
-    ("a.jpg", Image.new("L", PHOTO, 3), "empty"),
-    ("a.png", Image.new("L", (30, 40), 1), "30x40, but its image images/a.png is"),
-    ("a.tif", Image.new("F", PHOTO, 0.5), "a.tif"),
-    ("a.tif", Image.new("F", PHOTO, 2**24 + 2), "a.tif"),
-    ("a.npy", np.array([{}], dtype=object), "a.npy"),
-    ("a.npy", np.zeros((30, 40, 3), np.uint8), "a.npy"),
-    ("a.npy", np.full((30, 40), np.nan), "a.npy"),
-]
-
-
-@pytest.mark.parametrize("name, mask, word", BAD_MASKS)
-def test_bad_masks_are_one_line(here, name, mask, word):
-    save(photo(), "images/a.png")
-    write_mask(mask, f"masks/{name}")
-    refuse_download(*MASKS, words=["masks", word])
+# ---------------------------------------------------------------- files
 
 
 def test_a_damaged_image_or_an_empty_folder_leaves_nothing(here):
     for stem in "ab":
-        save_pair(stem)
-    Path("images/b.png").write_bytes(Path("images/b.png").read_bytes()[:500])
-    refuse_download(*MASKS, words=["b.png"])
+        image(f"i/{stem}.png")
+        mask(f"m/{stem}.png")
+    Path("i/b.png").write_bytes(Path("i/b.png").read_bytes()[:500])
+    refuse_download("--masks", "i", "m", *ALL, words=["b.png"])
     Path("nothing").mkdir()
-    refuse_download("--masks", "images", "nothing", words=["nothing"])
-
-
-# ---------------------------------------------------------------- pairs
+    refuse_download("--masks", "i", "nothing", *ALL, words=["nothing"])
 
 
 def test_names_that_cannot_be_printed(here):
     for stem in ("a\udcff", "b\nc"):
-        save_pair(stem)
-    result = script("download.py", *MASKS, cwd=here)
+        image(f"i/{stem}.png")
+        mask(f"m/{stem}.png")
+    result = script("download.py", "--masks", "i", "m", *ALL, cwd=here)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "such as images/a\\udcff.png with masks/a\\udcff.png\n" in result.stdout
+    assert "such as i/a\\udcff.png with m/a\\udcff.png\n" in result.stdout
     assert set(stored()) == {"a_", "b_c"}
 
 
 def test_several_masks_of_an_image_are_united(here):
     """Of several encodings; classes may overlap, and both are kept."""
     one, two = labels(0, 2), labels(1, 2)
-    save(photo(), "images/x.png")
-    save(grey([0, 1, 2])(one), "masks/x_mask.tif")
-    save(grey([0, 1, 2])(two).convert("RGBA"), "masks/x_mask_1.png")
-    patterns = ("--masks", "images/{id}.png", "masks/{id}_mask{part}.*", *ALL)
+    image("i/x.png")
+    save(grey([0, 1, 2])(one), "m/x_mask.tif")
+    save(grey([0, 1, 2])(two).convert("RGBA"), "m/x_mask_1.png")
+    patterns = ("--masks", "i/{id}.png", "m/{id}_mask{part}.*", *ALL)
     assert "1 times several masks, united" in run_download(*patterns)
     assert ((one == 1) & (two == 2)).any()
-    for number in (1, 2):
-        united = (one == number) | (two == number)
-        assert_array_equal(stored()["x"][f"{number}"], united)
-    save(Image.new("L", (30, 40), 1), "masks/x_mask_1.png")
+    compare({"x": {f"{number}": (one == number) | (two == number) for number in (1, 2)}})
+    save(Image.new("L", (30, 40), 1), "m/x_mask_1.png")
     refuse_download(*patterns, "--force", words=["x_mask_1.png", "30x40", "x.png", "40x30"])
 
 
 @pytest.mark.parametrize("folders", ["data data/masks", "data/images data", "data/i data/m"])
 def test_nested_folders_and_one_inside_the_other(here, folders):
+    """The patterns that they stand for are printed, and do the same."""
     images, masks = folders.split()
-    for folder in ("p", "q"):
-        save(photo(), f"{images}/{folder}/1_img.png")
-        save(grey([0, 1])(labels(len(folder))), f"{masks}/{folder}/1_m.png")
-    save(photo(), f"{images}/.hidden/2.jpg")
+    for seed, folder in enumerate("pq"):
+        image(f"{images}/{folder}/1_img.png")
+        mask(f"{masks}/{folder}/1_m.png", seed)
+    image(f"{images}/.hidden/2.jpg")
     command, pairs, *_ = run_download("--masks", images, masks, *ALL).splitlines()
     before = stored()
     assert "pairs: 2 " in pairs and set(before) == {"p_1", "q_1"}
     run_download(*shlex.split(command.removeprefix("the same as: ")), *ALL, "--force")
-    np.testing.assert_equal(stored(), before)
+    compare(before)
 
 
-# ---------------------------------------------------------------- EXIF
+def test_what_predict_draws_is_no_mask_unless_it_stands_alone(here):
+    image("i/x.png")
+    drawn, pictures = mask("m/x_mask.png"), ("x_overlay", "x_2_probability", "report")
+    for name in pictures:
+        image(f"m/{name}.png")
+    run_download("--masks", "i", "m", *ALL)
+    compare({"x": {"foreground": drawn}})
+    Path("m/x_mask.png").rename("m/x_montage.png")
+    run_download("--masks", "i/{id}.png", "m/{id}_montage.png", *ALL, "--force")
+    compare({"x": {"foreground": drawn}})
 
 
 @pytest.mark.parametrize("suffix, orientation", [(".jpg", 6), (".png", 4), (".tif", 6)])
 def test_images_are_stored_upright(here, suffix, orientation):
-    Path("images").mkdir()
-    save_turned(photo(), f"images/a{suffix}", orientation)
-    image = Image.open(f"images/a{suffix}")
+    Path("i").mkdir()
+    save_turned(photo(), f"i/a{suffix}", orientation)
+    image = Image.open(f"i/a{suffix}")
     if suffix != ".tif":
         image = ImageOps.exif_transpose(image)
     shown = np.asarray(image.convert("RGB"))
     label_map = labels(1, size=shown.shape[1::-1])  # drawn on the picture as it is shown
-    save(grey([0, 1])(label_map), "masks/a.png")
-    run_download(*MASKS)
+    save(grey([0, 1])(label_map), "m/a.png")
+    run_download("--masks", "i", "m", *ALL)
     (file,) = (path for path in Path("dataset/train").iterdir() if path.suffix != ".json")
     assert_array_equal(read_rgb(file), shown)
-    assert_array_equal(stored()["a"]["foreground"], label_map == 1)
-    copied = file.read_bytes() == Path(f"images/a{suffix}").read_bytes()
-    assert copied == (suffix == ".tif")
+    assert (file.read_bytes() == Path(f"i/a{suffix}").read_bytes()) == (suffix == ".tif")
+    compare({"a": {"foreground": label_map == 1}})
     # A mask that says its own orientation, and one of the size before turning, are turned along.
-    save_turned(label_map.astype(np.uint8), "masks/a.png", 6)
-    run_download(*MASKS, "--force")
-    assert_array_equal(stored()["a"]["foreground"], label_map == 1)
+    save_turned(label_map.astype(np.uint8), "m/a.png", 6)
+    run_download("--masks", "i", "m", *ALL, "--force")
+    compare({"a": {"foreground": label_map == 1}})
     if orientation >= 5:
-        save(Image.fromarray(STORED_TURNED[orientation](label_map.astype(np.uint8))), "masks/a.png")
-        run_download(*MASKS, "--force")
-        assert_array_equal(stored()["a"]["foreground"], label_map == 1)
-
-
-# ---------------------------------------------------------------- what predict.py wrote
-
-
-def test_predicted_masks_are_imported_without_the_pictures_beside_them(here):
-    """In a folder of their own, and in the folder of the images."""
-    torch.save(brightness_model().state_dict(), "best_model.pth")
-    for number, side in enumerate((20, 30)):
-        save(scan(64, 48, 5, 7, side), f"scans/{number}.png")
-    predict.main(["scans", "--output", "masks", "--write", "mask,overlay,probability"])
-    save(photo(), "masks/report.png")
-    shutil.copytree("masks", "both")
-    shutil.copytree("scans", "both", dirs_exist_ok=True)
-    for sides in (("scans", "masks"), ("both/{id}.png", "both/{id}_mask.png")):
-        assert "pairs: 2" in run_download("--masks", *sides, *ALL, "--force")
-        for stem, masks in stored().items():
-            expected = np.asarray(Image.open(f"masks/{stem}_mask.png")) > 0
-            assert_array_equal(masks["foreground"], expected)
-
-
-def test_what_is_called_like_a_drawing_is_a_mask_where_it_stands_alone(here):
-    beside, alone = Path("x_2_probability.png"), Path("y_2_probability.png")
-    assert drawn_beside_masks([Path("x_mask.png"), beside, alone]) == {beside}
-    for stem in "ab":
-        save_pair(stem)
-        Path(f"masks/{stem}.png").rename(f"masks/{stem}_overlay.png")
-    assert "pairs: 2" in run_download(*MASKS)
+        save(Image.fromarray(STORED_TURNED[orientation](label_map.astype(np.uint8))), "m/a.png")
+        run_download("--masks", "i", "m", *ALL, "--force")
+        compare({"a": {"foreground": label_map == 1}})
