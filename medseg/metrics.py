@@ -236,15 +236,10 @@ def image_dice(counts):
     return dice_score(tp, fp, fn)
 
 
-def present_classes(counts):
-    """bool (C,): which classes the images with these counts, (N, C, 4), have; of none, all."""
-    present = counts[..., [0, 2]].sum((0, 2)) > 0
-    return present if present.any() else ~present
-
-
 def mean_image_dice(counts):
-    """(N, C, 4) -> (N,) Dice of each image, the mean over the classes that the split has."""
-    return image_dice(counts[:, present_classes(counts)]).mean(1)
+    """(N, C, 4) -> (N,) Dice of each image, the mean over the classes that any of them has."""
+    present = counts[..., [0, 2]].sum((0, 2)) > 0
+    return image_dice(counts[:, present | ~present.any()]).mean(1)
 
 
 def without_nan(scores):

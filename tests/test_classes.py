@@ -22,26 +22,12 @@ from PIL import Image
 
 import predict
 import train
-from data import (
-    Batches,
-    COCOSegmentationDataset,
-    Order,
-    Transform,
-    load_split,
-    open_split,
-)
-from medseg import plots
+from data import Batches, COCOSegmentationDataset, Order, Transform, load_split, open_split
+from medseg import metrics, plots
 from medseg.coco import SPLITS, load_coco, used_categories
 from medseg.drawing import class_colors, overlay
 from medseg.images import save_mask
 from medseg.inference import PLAIN, Inference, full_size_masks
-from medseg.metrics import (
-    RunningScores,
-    bootstrap,
-    class_scores,
-    count_image,
-    mean_image_dice,
-)
 from medseg.planning.audit import audit
 from medseg.predicting.page import Session
 from medseg.training.feature_statistics import find_draw_order
@@ -112,7 +98,7 @@ def test_scores_of_each_class_against_monai():
     rng = np.random.default_rng(2)
     pred, target = (torch.from_numpy(rng.random((9, 3, 20, 20)) > 0.6).float() for _ in range(2))
     pred[:, 2], target[:, 2] = 0, 0  # a class that is nowhere
-    scores = RunningScores("cpu", NAMES)
+    scores = metrics.RunningScores("cpu", NAMES)
     for part in (slice(0, 4), slice(4, 9)):
         scores.add(torch.tensor(1.0), pred[part], target[part])
     result = scores.result()
@@ -127,7 +113,7 @@ def test_scores_of_each_class_against_monai():
     for score in SCORES:
         mean = (result[f"{score}/core"] + result[f"{score}/edema"]) / 2
         assert result[score] == pytest.approx(mean) and np.isnan(result[f"{score}/cyst"])
-    own = class_scores(counts, NAMES)
+    own = metrics.class_scores(counts, NAMES)
     assert own == pytest.approx({key: result[key] for key in own}, nan_ok=True)
 
 
@@ -252,8 +238,6 @@ def test_the_scores_are_those_of_the_files_that_were_written(apart, flags, thres
     pooled = 2 * np.sum(overlaps, 0) / np.sum(sizes, 0)
     found = [report["scores"][f"dice/{name}"] for name in NAMES[:2]]
     assert found == pytest.approx(pooled.tolist(), abs=1e-12)
-    groups = [group["images"] * group["image_dice"] for group in report["by_lesion_size"]]
-    assert sum(groups) == pytest.approx(dice.mean(1).sum())  # each image has lesions
     rows = read_table("out/predictions.csv")
     assert [float(row["dice"]) for row in rows] == pytest.approx(dice.ravel(), abs=1e-8)
 
@@ -352,13 +336,12 @@ def test_the_audit_counts_each_class_and_names_what_a_split_lacks(three, tmp_pat
 def test_counts_are_those_of_the_masks_made_one_by_one(n_classes, exclusive):
     """At the size of an image, where even areas lie on a threshold, and stripes on none."""
     rng = np.random.default_rng(5)
-    thresholds = [step / 20 for step in range(1, 20)]
     blocks = rng.integers(0, 21, (n_classes, 4, 6)) / 20
     probabilities = np.repeat(np.repeat(blocks, 8, 1), 8, 2).astype(np.float32)  # (C, 32, 48)
     probabilities[:, :, 30:] = 0.05  # the lowest threshold, which it is not above
     targets = rng.random((n_classes, 150, 300)) > 0.7
-    counts = count_image(targets, probabilities, thresholds, exclusive=exclusive)
-    for row, threshold in zip(counts, thresholds, strict=True):
+    counts = metrics.count_image(targets, probabilities, metrics.SWEEP, exclusive=exclusive)
+    for row, threshold in zip(counts, metrics.SWEEP, strict=True):
         masks = Inference(threshold).masks(probabilities, (300, 150), exclusive=exclusive)
         for (tp, fp, fn, tn), pred, target in zip(row, masks, targets, strict=True):
             assert (tp, fp) == ((pred & target).sum(), (pred & ~target).sum())
@@ -383,7 +366,7 @@ def test_labels_are_those_of_whole_probability_maps(size):
     np.testing.assert_array_equal(full_size_masks(probabilities, size, 0.6), labels)
 
 
-@pytest.mark.parametrize("n_classes", [1, 2, 40])
+@pytest.mark.parametrize("n_classes", [1, 40])
 def test_the_bootstrap_of_all_classes_is_that_of_each(n_classes):
     """The same images are drawn, and each sample is scored by itself."""
     rng = np.random.default_rng(4)
@@ -392,8 +375,8 @@ def test_the_bootstrap_of_all_classes_is_that_of_each(n_classes):
     counts[:4, 0, :3] = 0  # empty masks and empty predictions
     names = [f"class {number}" for number in range(n_classes)]
     again = np.random.default_rng(0)
-    samples = [class_scores(counts[again.integers(0, 7, 7)], names) for _ in range(50)]
-    found = bootstrap(counts, names, samples=50)
+    samples = [metrics.class_scores(counts[again.integers(0, 7, 7)], names) for _ in range(50)]
+    found = metrics.bootstrap(counts, names, samples=50)
     assert list(found) == list(samples[0])
     for name, interval in found.items():
         # A sample without the class has no score.
@@ -416,4 +399,4 @@ def test_a_figure_outlines_at_most_twenty_classes(monkeypatch, tmp_path):
 
 def test_a_class_that_is_only_predicted_is_left_out_of_the_dice_of_an_image():
     counts = np.array([[[5, 5, 5, 85], [0, 9, 0, 91]], [[10, 0, 0, 90], [0, 0, 0, 100]]])
-    assert mean_image_dice(counts).tolist() == [0.5, 1]
+    assert metrics.mean_image_dice(counts).tolist() == [0.5, 1]

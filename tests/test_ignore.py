@@ -5,33 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    PHOTO,
-    SIZE,
-    assert_done,
-    box,
-    brightness_model,
-    class_names,
-    edit_annotations,
-    labelme,
-    photo,
-    run_download,
-    save,
-    script_here,
-    shape,
-    square,
-    square_mask,
-    stored,
-)
+from helpers import SIZE, brightness_model, edit_annotations, output_of, square
 from PIL import Image
 
 from data import load_split, open_split
 from medseg.batches import Batches, Order, Transform
+from medseg.coco import SPLITS
 from medseg.metrics import RunningScores
 from medseg.predicting.report import surface_scores
 from train import combined_loss
 
-SPLITS = ("train", "valid", "test")
 PLACE = np.s_[8:30, 4:28]  # rows and columns that nobody annotated; some hide tumours
 
 
@@ -124,7 +107,7 @@ def test_report_leaves_it_out(ignoring, tmp_path, clean, monkeypatch):
     torch.save(brightness_model().state_dict(), tmp_path / "best_model.pth")
     # At 0.02 some of what is dark is foreground too.
     how = ("--threshold", 0.02, "--output", "out", *clean)
-    assert_done(script_here("predict.py", ignoring / "test", *how, cwd=tmp_path))
+    output_of("predict.py", ignoring / "test", *how, cwd=tmp_path)
     report = json.loads((tmp_path / "out/report.json").read_text())
     dataset, counts, surfaces = open_split(ignoring, "test"), np.zeros(3), []
     for index in range(len(dataset)):
@@ -140,21 +123,3 @@ def test_report_leaves_it_out(ignoring, tmp_path, clean, monkeypatch):
     sizes = [SIZE**2, *[SIZE**2 - 22 * 24] * 3]
     pixels = report["calibration"]["classes"]["foreground"]["pixels"]
     assert abs(sum(pixels) / (32 / SIZE) ** 2 - sum(sizes)) < 0.05 * sum(sizes)
-
-
-def test_import_of_every_kind(here):
-    labelme("a", [shape("tumour", box(2, 2, 6)), shape("__ignore__", box(12, 5, 9))])
-    assert "ignore" in run_download("--labelme", "lm", "--split", 100, 0, 0)
-    assert (stored()["a"]["ignore"] == square_mask(12, 5, 9, 9)).all()
-    values = np.zeros(PHOTO[::-1], np.uint8)
-    values[3:9, 4:12], values[20:25, 30:36] = 1, 255
-    save(photo(), "images/b.png")
-    save(Image.fromarray(values), "masks/b.png")
-    classes = ("--classes", "1=tumour,255=ignore", "--data", "voc", "--split", 100, 0, 0)
-    run_download("--masks", "images", "masks", *classes)
-    assert (stored("train", "voc")["b"]["ignore"] == square_mask(30, 20, 6, 5)).all()
-    assert class_names("train", "voc") == ["tumour", "ignore"]
-    for root in ("dataset", "voc"):
-        both = open_split(root, "train", None, classes=["tumour"]), open_split(root, "train", None)
-        for dataset in both:
-            assert set(np.unique(dataset.load(0)[1])) == {-1, 0, 1}

@@ -1,4 +1,4 @@
-"""The documents say what the scripts do: commands run, flags and links exist, CI is theirs."""
+"""The documents say what the scripts do: commands run, flags, links and requirements exist."""
 
 import ast
 import importlib
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from helpers import ROOT, assert_done, script, script_here
+from packaging.version import Version
 
 README, OWN = ROOT / "README.md", ROOT / "docs" / "own-data.md"
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "dataset" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -87,18 +88,6 @@ def test_the_first_commands_train_on_phantoms_and_predict(tmp_path):
     assert list(tmp_path.glob("*_prediction.png")) and list(tmp_path.glob("*_mask.png"))
 
 
-def test_every_column_of_the_table_is_explained():
-    from medseg.results.table import COLUMNS
-
-    assert {*COLUMNS, "dice"} <= set(inline_code(ROOT / "docs" / "tutorial.md"))
-
-
-def test_ci_runs_the_test_command():
-    ci = text(ROOT / ".ci" / "run")
-    assert "python -m pytest" in commands(README) and re.search(r"python\S* -m pytest$", ci, re.M)
-    assert "run: bash .ci/run" in text(ROOT / ".github" / "workflows" / "tests.yml")
-
-
 def test_python_examples_name_what_exists():
     examples = [block for path in DOCUMENTS for block in blocks(path, "python")]
     assert examples
@@ -106,6 +95,17 @@ def test_python_examples_name_what_exists():
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(node.module)
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def requirements(name):
+    """{package: version} of a file of requirements, without what it includes."""
+    lines = re.findall(r"^([\w-]+)[=>]=([\d.]+)", text(ROOT / name), re.MULTILINE)
+    return {package: Version(version) for package, version in lines}
+
+
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
+    bounds = requirements("requirements.txt") | requirements("tests/requirements.txt")
+    assert requirements("tests/oldest.txt") == bounds
 
 
 def test_requirements_list_what_is_imported():
@@ -116,9 +116,8 @@ def test_requirements_list_what_is_imported():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
-    lines = text(ROOT / "requirements.txt").splitlines()
-    listed = {re.split(r"[>=<\s]", line)[0] for line in lines} - {""}
-    names = {IMPORTED_AS.get(name, name) for name in listed - NOT_IMPORTED}
+    listed = requirements("requirements.txt").keys() - NOT_IMPORTED
+    names = {IMPORTED_AS.get(name, name) for name in listed}
     assert imported - local - sys.stdlib_module_names - OPTIONAL - WITH_GRADIO == names
 
 
