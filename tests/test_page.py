@@ -122,12 +122,6 @@ def address(place):
         yield server.address
 
 
-def command_line(place, *arguments):
-    """What predict.py prints."""
-    flags = ("--model", place / "best_model.pth", "--device", "cpu")
-    return assert_done(script_here("predict.py", *arguments, *flags, cwd=place))
-
-
 def speckled():
     """A square with a hole, and a speck beside it."""
     pixels = np.asarray(scan(96, 64, 40, 20, 30)).copy()
@@ -158,11 +152,6 @@ class Tab:
         wait_until(lambda: words in lines.input_value())
         return lines.input_value()
 
-    def predict(self, *paths):
-        """Upload files; return the text once it names the first."""
-        self.page.set_input_files("#files input[type=file]", [str(path) for path in paths])
-        return self.wait_for_text(paths[0].name)
-
     def change(self, name, value):
         """Move a slider, type into a field or tick a box; wait until the overlay changes."""
         before, control = self.overlay(), self.page.locator(f"#{name} input").first
@@ -184,12 +173,6 @@ class Tab:
         )
         return dict(zip([head.split()[0] for head in heads], map(str.strip, cells), strict=False))
 
-    def download(self, button):
-        """(name, bytes)"""
-        with self.page.expect_download() as started:
-            self.page.click(f"#{button}")
-        return started.value.suggested_filename, Path(started.value.path()).read_bytes()
-
 
 @pytest.fixture
 def tab(address):
@@ -208,28 +191,10 @@ def tab(address):
 
 
 @pytest.mark.slow
-def test_an_image_gets_its_mask_and_what_is_moved_runs_no_network(tab, place):
-    path, written, before = place / "scan.png", place / "expected.png", runs(place)
-    scan(100, 80, 20, 15, 30).save(path)
+def test_every_switch_changes_what_it_names(tab, place):
+    """Flips alone run the network again."""
     assert "best_model.pth" in tab.page.title()
     assert "Not for clinical use" in tab.page.inner_text("#head")
-    tab.predict(path)
-    for threshold in (0.5, 0.9):
-        if threshold != 0.5:
-            tab.change("threshold", threshold)
-        said = command_line(place, path, "--output", written, "--threshold", threshold)
-        assert f"{place}{os.sep}{tab.wait_for_text(f'above {threshold:g}')}" in said.splitlines()
-        assert tab.download("masks") == ("scan_mask.png", written.read_bytes())
-    tab.change("opacity", 0)
-    below, _ = tab.page.locator("#overlay img").all()
-    assert tab.overlay() == below.get_attribute("src")  # nothing is seen on the image
-    tab.change("outline", True)
-    assert runs(place) == before + 1
-
-
-@pytest.mark.slow
-def test_an_example_of_the_data_of_the_run_is_one_click_and_several_have_buttons(tab, place):
-    """Every switch changes what it names; flips alone run the network again."""
     assert tab.page.locator("#examples button img").count() == 3
     tab.page.locator("#examples button").nth(1).click()
     assert tab.wait_for_text("highest probability").startswith("3.png: foreground ")
@@ -243,21 +208,29 @@ def test_an_example_of_the_data_of_the_run_is_one_click_and_several_have_buttons
     speckled().save(place / "one.png")
     (place / "bad.png").write_text("no picture")
     paths = place / "one.png", place / "own/test/8.png", place / "bad.png"
-    assert "\nbad.png: " in tab.predict(*paths)
+    tab.page.set_input_files("#files input[type=file]", list(map(str, paths)))
+    assert "\nbad.png: " in tab.wait_for_text("one.png: foreground ")
+    before = runs(place)
     for button, name in (("next", "8.png"), ("previous", "one.png")):
         tab.page.click(f"#{button}")
         tab.wait_for_text(f"{name}: foreground ")
     wait_until(lambda: tab.table()["pieces"] == "2")
     tab.change("largest", True)
     wait_until(lambda: tab.table()["pieces"] == "1")
+    tab.change("opacity", 0)
+    below, _ = tab.page.locator("#overlay img").all()
+    assert tab.overlay() == below.get_attribute("src")  # nothing is seen on the image
+    tab.change("outline", True)
     tab.change("min-area", 100000)
     wait_until(lambda: tab.table()["pixels"] == "0")
-    name, content = tab.download("table")
-    assert name == "predictions.csv" and content.count(b"\n") == 3
+    with tab.page.expect_download() as started:
+        tab.page.click("#table")
+    assert started.value.suggested_filename == "predictions.csv"
+    assert Path(started.value.path()).read_bytes().count(b"\n") == 3
     pictures = tab.overlay()
     tab.page.locator("#min-mm2 input").fill("5")  # the file does not say how large a pixel is
     tab.page.wait_for_selector("text=does not tell the size of its pixels")
-    assert tab.overlay() == pictures
+    assert tab.overlay() == pictures and runs(place) == before
 
 
 # ---- the server ------------------------------------------------------------------------------
@@ -484,9 +457,10 @@ def test_downloads_are_what_the_command_line_writes(place, tmp_path):
     Image.fromarray(pixels[:, ::-1].copy()).save(folder / "two.tif")
     write_dicom(folder / "frames.dcm", np.stack([pixels, pixels]))
     write_nifti(folder / "v.nii.gz", np.stack([pixels.T, pixels.T], 2), zooms=(1, 1, 5))
-    flags, clean = ("--tta", "--clean=largest,fill"), {"largest": 1.0, "fill": 1.0}
+    command = ("predict.py", folder, "--tta", "--clean=largest,fill", "--output")
+    flags, clean = ("--model", "best_model.pth", "--device", "cpu"), {"largest": 1.0, "fill": 1.0}
     session = predicted(place, *sorted(folder.iterdir()), folder=tmp_path, tta=True)
-    command_line(place, folder, "--output", out, *flags)
+    assert_done(script_here(*command, out, *flags, cwd=place))
     given = unzip(session.download("all", 0.5, clean))
     table = table_of(out / "predictions.csv", partial(pytest.approx, rel=1e-6))
     assert table_of(session.download("table", 0.5, clean)) == table
@@ -497,7 +471,7 @@ def test_downloads_are_what_the_command_line_writes(place, tmp_path):
     masks = unzip(session.download("masks", 0.5, clean))
     assert masks.keys() == {name for name in written if "_mask" in name}
     (folder / "v.nii.gz").unlink()
-    command_line(place, folder, *flags, "--write=labelme", "--output", folder)
+    assert_done(script_here(*command, folder, "--write=labelme", *flags, cwd=place))
     for name in ("one.json", "two.json", "frames_f001.json"):
         assert given[name] == (folder / name).read_bytes()
     assert json.loads(given["one.json"])["imagePath"] == "one.png" and "one.png" in given
