@@ -9,7 +9,7 @@ probabilistic PCA (Tipping, Bishop, JRSS B 1999), which needs few images and few
 
 import base64
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -136,12 +136,8 @@ def recording_features(network):
             columns += [mean, np.sqrt(np.maximum(square - mean**2, 0))]
         return np.concatenate(columns, 1)
 
-    blocks = [network.get_submodule(f"down{level + 1}") for level in levels]
-    hooks = [
-        block.register_forward_hook(partial(record, level)) for level, block in enumerate(blocks)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for level in levels:
+            block = network.get_submodule(f"down{level + 1}")
+            hooks.enter_context(block.register_forward_hook(partial(record, level)))
         yield pooled
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -71,18 +71,14 @@ class Predictor:
         probabilities = probabilities.cpu().numpy()
         return [Prediction(*values) for values in zip(probabilities, *columns, strict=True)]
 
-    @property
-    def members(self):
-        """How many passes through a network are averaged."""
-        return len(self.networks) * (1 + len(self.inference.flips))
-
     @torch.inference_mode()
     def _average(self, images, *, assess=False):
         """(mean probabilities, packed masks of each member, distances from the training images).
 
         The last two are empty without `assess`; see `pairwise_dice` and `medseg.ood`.
         """
-        total, masks, ratios, count = 0, [], [], self.members
+        total, masks, ratios = 0, [], []
+        count = len(self.networks) * (1 + len(self.inference.flips))
         for network, name in itertools.product(self.networks, (None, *self.inference.flips)):
             known = getattr(network, "info", self.info).feature_statistics
             assessed = assess and known and name is None

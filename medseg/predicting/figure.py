@@ -51,10 +51,10 @@ def spell_scores(report, digits):
     """{name: '0.77 [0.75, 0.79]', or '' where there is none} of the scores in a report."""
     texts = {}
     for name, value in report["scores"].items():
-        numbers = (value, *report["confidence_95"][name]) if value is not None else ()
-        texts[name] = (
-            "{} [{}, {}]".format(*(f"{one:.{digits}f}" for one in numbers)) if numbers else ""
-        )
+        texts[name] = ""
+        if value is not None:
+            low, high = report["confidence_95"][name]
+            texts[name] = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     return texts
 
 

@@ -30,20 +30,11 @@ def parse_arguments(argv, doc):
 
 def make_parser(doc):
     """The parser of predict.py, whose docstring is `doc`."""
-    parser = ArgumentParser("predict.py", doc)
-    parser.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="IMAGE|FOLDER",
-        help=f"{KINDS}; without one, the tutorial's example",
-    )
+    parser, kinds = ArgumentParser("predict.py", doc), f"{KINDS}; without one, the example"
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER", help=kinds)
     _add_model_flags(parser)
     add = parser.add_argument_group("files").add_argument
-    add(
-        "--output",
-        metavar="FOLDER|FILE",
-        help="where to write; default: here for one image, predictions/ for several",
-    )
+    add("--output", metavar="FOLDER|FILE", help="default: here for one image, else predictions/")
     add(
         "--window",
         type=float,
@@ -67,18 +58,25 @@ def make_parser(doc):
         type=number(0.0, type=float),
         default=0.0,
         metavar="PIXELS",
-        help="give the outlines of --write labelme fewer points, at most so many pixels beside the "
-        "true outline; 0: outlines that give back every pixel",
+        help="fewer points for --write labelme, at most so many pixels beside the true outline",
     )
     add(
         "--pixel-size",
         type=pixel_size,
         metavar="MM",
-        help="width and height of a pixel in mm, 0.5 or 0.5x0.7, for areas in mm2 in "
-        "predictions.csv, where the file does not say it as DICOM and NIfTI do",
+        help="width and height of a pixel, 0.5 or 0.5x0.7, for areas in mm2 where files do not say",
     )
     add_pixel_limit(add)
-    _add_page_flags(parser)
+    add = parser.add_argument_group("page").add_argument
+    add("--page", action="store_true", help="open a page in the browser; needs gradio")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
+    add("--port", type=number(1, 65535), metavar="N", help="default: 7860 or the next free one")
+    add(
+        "--auth",
+        type=user_and_password,
+        metavar="USER:PASSWORD",
+        help="a name and password that the page asks for: wherever others can reach it",
+    )
     return parser
 
 
@@ -98,32 +96,14 @@ def pixel_size(text):
     return sizes[-1], sizes[0]
 
 
-def _add_page_flags(parser):
-    add = parser.add_argument_group("page").add_argument
-    add("--page", action="store_true", help="open a page in the browser; needs gradio")
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens")
-    add(
-        "--port",
-        type=number(1, 65535),
-        metavar="N",
-        help="port of the page; default: 7860 or the next free one",
-    )
-    add(
-        "--auth",
-        type=user_and_password,
-        metavar="USER:PASSWORD",
-        help="a name and password that the page asks for: wherever others can reach it",
-    )
-
-
 def _add_model_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
         nargs="+",
         metavar="FILE",
-        help="weights, or several, whose probabilities are averaged; default: best_model.pth, and "
-        "where there is none dataset/tumor.pth, which comes with the repository",
+        help="weights, or several, whose probabilities are averaged; default: best_model.pth, else "
+        "dataset/tumor.pth, which comes with the repository",
     )
     add(
         "--threshold",
@@ -133,8 +113,8 @@ def _add_model_flags(parser):
     add(
         "--tta",
         action=argparse.BooleanOptionalAction,
-        help="predict the image in its flips too, and in quarter turns if the training had them, "
-        "and average; default: as chosen on valid for the weights, else off",
+        help="average over flips of the image too, and over quarter turns if the training had "
+        "them; default: as chosen on valid for the weights, else off",
     )
     add(
         "--clean",
@@ -149,8 +129,8 @@ def _add_model_flags(parser):
     add(
         "--export",
         metavar="FILE",
-        help="write --model to FILE for other programs: .onnx or .torchscript (torch.jit, which "
-        "PyTorch has deprecated); or its weights in half precision (float16) to FILE.pth",
+        help="write --model for other programs: .onnx, or .torchscript (torch.jit, which PyTorch "
+        "has deprecated); or its weights in half precision (float16) to FILE.pth",
     )
 
 

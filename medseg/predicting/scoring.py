@@ -1,7 +1,6 @@
 """A folder with annotations: its predictions compared with them, and reported."""
 
 import math
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,16 +37,15 @@ class FolderScores:
     def add(self, path, size, probabilities):
         """Compare the probabilities, float32 (C, S, S), of an image with its annotations.
 
-        size: (width, height) of the image. May be called from several threads. Images without a
-        record are left out, and so are those whose annotations are damaged: `missing` has them.
-        Returns the Dice of each class, (C,), or None of such an image.
+        size: (width, height) of the image. May be called from several threads. Returns the Dice of
+        each class, (C,), or None where the image has no record. Raises ValueError where its
+        annotations are damaged.
         """
         index = self._indices.get(path.resolve())
-        with suppress(ValueError):
-            return None if index is None else self.compare(index, size, probabilities)
+        return None if index is None else self.compare(index, size, probabilities)
 
     def compare(self, index, size, probabilities):
-        """As `add`, of an image by its index; ValueError where its annotations are damaged."""
+        """As `add`, of an image by its index."""
         from pycocotools import mask as coco_mask
 
         targets, spacing = self.dataset.true_masks(index, size), self._spacings[index]
