@@ -130,15 +130,12 @@ SOURCES = {"kaggle": fetch_from_kaggle, "mirror": fetch_from_mirror}
 
 def describe_failure(error, source):
     """What a requests exception means, in one line."""
-    import requests
-
     if error.response is not None:
         return f"{source} answered with status {error.response.status_code}"
-    if isinstance(error, requests.Timeout) or "timed out" in str(error):
-        return f"{source} did not answer in time"
-    if "Max retries exceeded" in str(error):
-        return f"{source} cannot be reached: check the connection and the proxy"
-    return f"the download from {source} was cut off: the same command resumes it"
+    return (
+        f"{source} cannot be reached, or was cut off: check the connection and the proxy; the same "
+        "command resumes the download"
+    )
 
 
 def fetch_zip(source, folder):

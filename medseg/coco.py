@@ -3,7 +3,6 @@
 import contextlib
 from collections import Counter
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import NoneType
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -18,12 +17,11 @@ from medseg.coco_dialects import (
 )
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import name_file, read_json
-from medseg.run_lengths import RunLengths, decompress_counts, encode, encode_counts, unite
+from medseg.run_lengths import RunLengths, decompress_counts, encode_counts, unite
 from medseg.samples import open_picture
 from medseg.settings import is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
-MAX_OUTLINE = 4_000_000  # pixels, of the length of an outline that is drawn at once: 160 MB
 IGNORE = "ignore"  # the category of pixels that nobody annotated: they count nowhere
 MAX_CLASSES = 255  # that are told apart: a mask has a byte a pixel, and 0 is background
 _FOLDERS = "{}/, {}/ and {}/".format(*SPLITS)
@@ -120,14 +118,12 @@ def load_coco(folder, skipped=None, forgiven=None):
 def recorded_spacing(record):
     """mm of a pixel along each axis that the import recorded with an image, or None."""
     spacing = record.get("spacing")
-    told = isinstance(spacing, list) and [type(mm) in (int, float) for mm in spacing] == [True] * 2
-    return tuple(spacing) if told and is_spacing(spacing) else None
+    return tuple(spacing) if isinstance(spacing, list) and is_spacing(spacing) else None
 
 
 def recorded_group(record):
     """The group that the import recorded with an image (its patient, its volume), or ""."""
-    group = record.get("group")
-    return group if isinstance(group, str) else ""
+    return str(record.get("group") or "")
 
 
 def used_categories(coco):
@@ -205,7 +201,7 @@ def shown_size(path):
 
 
 def _drop_damaged(content):
-    """Remove what COCO cannot index, and images with such an annotation; returns a reason each."""
+    """Remove what COCO cannot index, and annotations of such images; returns a reason each."""
     images, annotations, damaged, problems = {}, [], set(), []  # good images by id; ids that go
     for number, image in enumerate(content["images"]):
         if problem := _image_problem(image, images):
@@ -218,15 +214,7 @@ def _drop_damaged(content):
         if owner is None or (owner not in images and owner not in damaged):
             problems.append(f"annotations[{number}] belongs to no image (image_id {owner!r:.40})")
             continue
-        own = annotation.setdefault("id", number), annotation.setdefault("category_id", None)
-        if all(isinstance(value, (int, str, NoneType)) for value in own):
-            annotations.append(annotation)
-        else:
-            problems.append(f"annotations[{number}] has an id or category_id that is no number")
-            damaged.add(owner)
-    for number, category in enumerate(content["categories"]):
-        if _get_id(category, "id") is None:
-            problems.append(f"categories[{number}] has no id")
+        annotations.append({"id": number, "category_id": None, **annotation})
     content["images"] = [image for key, image in images.items() if key not in damaged]
     content["annotations"] = [own for own in annotations if own["image_id"] not in damaged]
     content["categories"] = [own for own in content["categories"] if _get_id(own, "id") is not None]
@@ -292,27 +280,9 @@ def _read_polygons(polygons, shape):
         points = values.reshape(-1, 2)
         if not ((-size <= points) & (points <= 2 * size)).all():  # false for NaN too
             raise ValueError(f"a polygon leads far outside the {size[0]}x{size[1]} image")
-        drawn.append(_draw_polygon(points, shape))
-    return unite(drawn)
-
-
-def _draw_polygon(points, shape):
-    """RunLengths of one polygon (N, 2), as pycocotools draws it.
-
-    That takes memory and time by the length of the outline: a long one is drawn in pieces, each
-    closed by its way to the first point. Where two pieces overlap, they cancel each other out, and
-    so do the ways.
-    """
-    lengths = np.abs(np.diff(points, axis=0, append=points[:1])).max(1)
-    bounds = np.flatnonzero(np.diff(np.cumsum(lengths) // MAX_OUTLINE)) + 1
-    if not len(bounds):
-        return RunLengths(shape, coco_mask.frPyObjects([points.ravel()], *shape)[0]["counts"])
-    drawn = np.zeros(shape, np.uint8, order="F")
-    for start, end in zip([0, *bounds], [*bounds, len(points)], strict=True):
-        piece = np.concatenate([points[:1], points[start : end + 1]])
-        if len(piece) > 2:
-            drawn ^= coco_mask.decode(coco_mask.frPyObjects([piece.ravel()], *shape))[..., 0]
-    return encode(drawn)
+        drawn.append(points.ravel())
+    runs = coco_mask.frPyObjects(drawn, *shape)
+    return unite([RunLengths(shape, own["counts"]) for own in runs])
 
 
 def require_data_set(root):

@@ -2,7 +2,7 @@
 
 import re
 
-from medseg.files import VOLUME_SUFFIXES, base_name, check_replaceable, is_sealed, read_json
+from medseg.files import VOLUME_SUFFIXES, base_name, check_replaceable, is_sealed
 from medseg.volume_files import is_sealed_mask
 
 TABLE, SETTINGS, COCO = "predictions.csv", "predictions.json", "predictions.coco.json"
@@ -14,18 +14,18 @@ MASK_ENDING = "_mask"
 # Of what is drawn beside a mask. The probabilities of class 2 are x_2_probability.png.
 PICTURE_ENDINGS = ("_prediction", "_overlay", "_montage", "_objects", "_probability")
 OWN_ENDINGS = (MASK_ENDING, *PICTURE_ENDINGS)
-# What a file of text begins with, and keys of a JSON file.
+# What a file of text begins with.
 BEGINNINGS = {
     "metrics.csv": b"epoch,train_loss,",
     "skipped.txt": b"left out by train.py",
     TABLE: "\ufeffimage,class,pixels,".encode(),
     SETTINGS: b'{\n "program": "predict.py",',
     COCO: b'{\n "program": "predict.py",',
+    REPORT: b'{\n "folder": "',
 }
 # Of a LabelMe file. LabelMe and programs like it put their own version there when they save one.
 LABELME_VERSION = "5.5.0+predict.py"
 UNREVIEWED = f'{{\n "version": "{LABELME_VERSION}"'.encode()
-KEYS = {REPORT: {"folder", "confidence_95", "per_image"}}
 
 
 def check_outputs(paths, flag="--output"):
@@ -43,9 +43,6 @@ def _is_unchanged(path):
     if name in BEGINNINGS:
         with open(path, "rb") as file:
             return file.read(100).startswith(BEGINNINGS[name])
-    if name in KEYS:
-        content = read_json(path)
-        return isinstance(content, dict) and KEYS[name] <= content.keys()
     if name.lower().endswith(VOLUME_SUFFIXES):
         return is_sealed_mask(path)
     return is_sealed(path)

@@ -34,7 +34,6 @@ POINTS = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2, "oriented_rectan
 OR_MORE = ("polygon", "rectangle")  # which may have more points
 ROTATED = ("rotation", "quadrilateral")  # X-AnyLabeling's polygons
 LEFT_OUT = ("point", "points", "line", "linestrip")  # they cover no area
-MANY_POINTS = 10_000  # from which on Pillow takes long; OpenCV differs in 1 % of the edge's pixels
 FAR = 10  # coordinates may lie this many sides outside the image
 
 
@@ -136,10 +135,8 @@ def _read_example(path, find, numbers, wrong):
     """
     content = read_labelme(path)
     recorded = content.get("imageWidth"), content.get("imageHeight")
-    if not all(type(side) is int and side > 0 for side in recorded):
-        recorded = None
-    upright = _read_picture(path, find, content, recorded, wrong)
-    if recorded and recorded != upright.size:
+    upright = _read_picture(path, find, content, wrong)
+    if all(recorded) and recorded != upright.size:
         made, actual = ("x".join(map(str, size)) for size in (recorded, upright.size))
         raise ValueError(f"{path}: was made on an image of {made}, but its image is {actual}")
     try:
@@ -181,12 +178,11 @@ def read_labelme(path, forgiven=None):
     return content
 
 
-def _read_picture(path, find, content, size, wrong):
+def _read_picture(path, find, content, wrong):
     """The Upright picture of a LabelMe file: the image that imagePath names, else imageData.
 
     LabelMe shows imageData, where there is any, whatever imagePath names. The named image, of which
     that may be a poor copy, is taken where both are alike; `wrong` is added to where not.
-    size: (width, height) that the file says its image has, or None.
     """
     name, data, inside = content.get("imagePath"), content.get("imageData"), None
     named = find(path, name) if isinstance(name, str) else None
@@ -203,8 +199,7 @@ def _read_picture(path, find, content, size, wrong):
     if named:
         with contextlib.suppress(ValueError):  # what is damaged, or no image, is the wrong one
             upright = read_upright(named)
-            others_size = size == upright.size != inside.size
-            if others_size or size in (None, upright.size) and _are_alike(upright, inside):
+            if _are_alike(upright, inside):
                 return upright
     wrong.append(path)
     return inside
@@ -223,21 +218,19 @@ def _are_alike(upright, inside):
 def _find_picture(named, elsewhere, path, name):
     """The file that a LabelMe file at `path` means by its imagePath `name`, or None.
 
-    named: `by_name` of the images in the folder. One beside the LabelMe file comes first, then the
-    path, out of the folder too, then the nearest of that name: the file is added to `elsewhere`.
-    ValueError where several are the nearest.
+    named: `by_name` of the images in the folder. The path comes first, out of the folder too, then
+    the nearest of that name: the file is added to `elsewhere`. ValueError where several are that.
     """
-    candidates = find_images(name, path.parent, named)
-    steps = {own: os.path.relpath(own, path.parent).count(os.sep) for own in candidates}
-    nearest = [own for own in candidates if steps[own] == min(steps.values())]
     meant = Path(os.path.normpath(path.parent / PureWindowsPath(name).as_posix()))
-    if not (nearest and steps[nearest[0]] == 0):
-        if meant.name.lower().endswith(SUFFIXES) and os.path.isfile(meant):
-            return meant
-        if len(nearest) > 1:
-            raise ValueError(f"{path}: its image {name!r:.120} may be {nearest[0]} or {nearest[1]}")
-        if nearest and same_form(str(nearest[0])) != same_form(str(meant)):
-            elsewhere.append(path)
+    if meant.name.lower().endswith(SUFFIXES) and os.path.isfile(meant):
+        return meant
+    candidates = find_images(name, path.parent, named)
+    steps = [os.path.relpath(own, path.parent).count(os.sep) for own in candidates]
+    nearest = [own for own, count in zip(candidates, steps, strict=True) if count == min(steps)]
+    if len(nearest) > 1:
+        raise ValueError(f"{path}: its image {name!r:.120} may be {nearest[0]} or {nearest[1]}")
+    if nearest and same_form(str(nearest[0])) != same_form(str(meant)):
+        elsewhere.append(path)
     return nearest[0] if nearest else None
 
 
@@ -292,12 +285,6 @@ def _draw_shape(canvas, shape, points, value):
         draw.ellipse([*(center - radius), *(center + radius)], outline=value, fill=value)
     elif kind == "rectangle":
         draw.rectangle([*low, *high], outline=value, fill=value)
-    elif len(points) > MANY_POINTS:
-        import cv2
-
-        filled = np.zeros(canvas.size[::-1], np.uint8)
-        cv2.fillPoly(filled, [np.trunc(points).astype(np.int32)], 255)  # Pillow cuts them, too
-        canvas.paste(value, mask=Image.fromarray(filled))
     else:
         draw.polygon(points.ravel().tolist(), outline=value, fill=value)
 

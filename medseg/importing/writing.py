@@ -1,8 +1,7 @@
 """Images and masks of any origin -> the splits of a data set, as COCO run lengths.
 
 An importer hands over a list of `Example`s and the names of their classes; `write_dataset` draws
-the split and writes it. Images are read one by one, on all cores, so that memory does not grow
-with their number.
+the split and writes it. Images are read as they are written, a few at a time, on all cores.
 """
 
 import contextlib
@@ -191,28 +190,21 @@ def write_split(folder, examples, head, bar):
     """Write a split to the new `folder`; returns [(record, {class name: pixels})] of its images.
 
     head: what its annotation file begins with, "categories" among it; each class has one.
-    The annotations go to their file as they come, for they are most of what is to be written.
     """
     folder.mkdir()
-    written, separator, number = [], "", 0
+    written, annotations = [], []
     ids = {category["name"]: category["id"] for category in head["categories"]}
     convert = functools.partial(_convert, folder=folder, ids=ids)
-    with (
-        open(folder / ANNOTATIONS, "w", encoding="ascii") as file,
-        # Closed at once where something fails: the threads write into a folder that then goes.
-        contextlib.closing(parallel_map(convert, examples, catch=())) as converted,
-    ):
-        file.write(json.dumps(head)[:-1] + ', "annotations": [')
-        for index, (record, annotations) in enumerate(converted):
-            areas = {name: annotation["area"] for name, annotation in annotations.items()}
+    # Closed at once where something fails: the threads write into a folder that then goes.
+    with contextlib.closing(parallel_map(convert, examples, catch=())) as converted:
+        for index, (record, of_image) in enumerate(converted):
+            areas = {name: annotation["area"] for name, annotation in of_image.items()}
             written.append(({"id": index, **record}, areas))
-            for annotation in annotations.values():
-                number += 1
-                file.write(separator + json.dumps({"id": number, "image_id": index, **annotation}))
-                separator = ",\n"
+            for annotation in of_image.values():
+                annotations.append({"id": len(annotations) + 1, "image_id": index, **annotation})
             bar.update()
-        images = ",\n".join(json.dumps(record) for record, _ in written)
-        file.write(f'], "images": [{images}]}}')
+    content = {**head, "annotations": annotations, "images": [record for record, _ in written]}
+    (folder / ANNOTATIONS).write_text(json.dumps(content))
     return written
 
 
