@@ -18,9 +18,6 @@ from helpers import (
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medseg.images import save_mask
-from medseg.own_files import check_outputs
-
 FOLDER = ("dataset/test", "--output", "out")
 TRAIN = ("--epochs", 1, *SMALL, "--skip-bad", "--overwrite", "--out", "run")
 WRITTEN = {  # file: (the command that writes it)
@@ -100,20 +97,3 @@ def test_a_prediction_that_was_corrected_is_the_users(users_place, refused, name
         voxels[0, 0, 0] = 1
         nibabel.save(nibabel.Nifti1Image(voxels, None, volume.header), name)  # keeps its text
     refused("predict", source, words=[name, "--output"])
-
-
-@pytest.mark.parametrize("kept", [("medseg", "classes"), ("classes",)])
-def test_a_corrected_mask_of_several_classes_is_the_users(tmp_path, kept):
-    """kept: the texts that another program writes into the file again."""
-    path, labels = tmp_path / "x_mask.png", np.zeros((20, 30), np.uint8)
-    labels[2:9, 3:9], labels[10:15, 4:20] = 1, 2
-    save_mask(labels, path, ("cup", "disc"))
-    check_outputs([path])
-    with Image.open(path) as image:
-        text = PngInfo()
-        for key in kept:
-            text.add_itxt(key, image.text[key])
-        image.putpixel((0, 0), 2)
-        image.save(path, pnginfo=text)
-    with pytest.raises(ValueError, match=path.name):
-        check_outputs([path])
