@@ -42,7 +42,7 @@ def mend_records(content, forgiven):
             if type(own) is not type(value):
                 annotation[key] = own
                 forgiven["ids of another type than in the list of images or categories"] += 1
-        if isinstance(annotation.get("segmentation"), list):
+        if isinstance(annotation.get("segmentation"), list) and annotation["segmentation"]:
             _mend_outline(annotation, forgiven)
 
 

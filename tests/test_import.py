@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cv2 import dilate
 from helpers import (
     annotations,
     assert_done,
     box,
     brightness_model,
-    class_names,
     edit_annotations,
     fork_script,
     grey,
@@ -26,7 +24,6 @@ from helpers import (
     labels,
     output_of,
     photo,
-    rasterize,
     read_rgb,
     refuse_download,
     run_download,
@@ -44,7 +41,6 @@ from PIL import Image
 
 from data import load_split
 from medseg import phantoms
-from medseg.coco import load_coco
 from medseg.dataset_folder import import_lock
 from medseg.importing import collect
 from medseg.importing.adding import find_known
@@ -103,15 +99,6 @@ def test_every_split_gets_an_image():
         deal_examples(items[:2], (90, 5, 5), None, 0)
 
 
-def splits_by_group():
-    """{first part of a file stem: splits of its images}, a split for each image."""
-    places = {}
-    for split in SPLITS:
-        for stem in stored(split):
-            places.setdefault(stem.split("_")[0], []).append(split)
-    return places
-
-
 def test_groups_stay_together(here):
     for patient in range(8):
         for number in range(patient % 3 + 1):
@@ -120,8 +107,8 @@ def test_groups_stay_together(here):
     flags = (*UNSPLIT, "--split", 50, 25, 25, "--force")
     table = write_groups({name: name.split("/")[0] for name in names})
     assert "groups: 8 of groups.csv" in run_download(*flags, *table)
-    places = splits_by_group()
-    assert len(places) == 8 and all(len(set(splits)) == 1 for splits in places.values())
+    patients = [{stem.split("_")[0] for stem in stored(split)} for split in SPLITS]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 8
     for record in annotations("train")["images"]:
         assert record["group"] == record["file_name"].split("_")[0]
     for groups, word in (
@@ -134,16 +121,12 @@ def test_groups_stay_together(here):
     refuse_download(*flags, "--groups", "none.csv", words=["none.csv"])
 
 
-def test_bids_names_are_subjects(here):
-    stems = [f"sub-{n}_ses-{s}_T{t}w" for n in (1, 10, "b2") for s in (1, 2) for t in (1, 2)]
-    stems += ["sub-z", "SUB-1_T1w", "my_sub-1_T1w", "sub-_1", "sub-1é_T1w"]
-    for stem in stems:
-        save_pair(stem)
-    assert "4 subjects in the names of 13 images" in run_download(*UNSPLIT, *THIRDS)
-    places = splits_by_group()
-    assert len(places) == 4 + 4  # the others are no subjects
-    assert [len(places[f"sub-{subject}"]) for subject in (1, 10, "b2", "z")] == [4, 4, 4, 1]
-    assert all(len(set(places[f"sub-{subject}"])) == 1 for subject in (1, 10, "b2"))
+def test_bids_names_are_subjects():
+    paths = [f"sub-{subject}_T{number}w.png" for subject in (1, 10, "b2") for number in (1, 2)]
+    paths += ["a/sub-z.png", "SUB-1_T1w.png", "my_sub-1_T1w.png", "sub-_1.png", "sub-1é_T1w.png"]
+    groups = collect.find_groups(paths)
+    assert groups[:7] == ["sub-1"] * 2 + ["sub-10"] * 2 + ["sub-b2"] * 2 + ["sub-z"]
+    assert not any(groups[7:])
 
 
 def test_a_table_of_groups_names_files_or_paths_in_any_case(here):
@@ -203,18 +186,6 @@ def test_names_are_unique_and_safe():
     for name in names(["..png", "a\nb.png", "é" * 300 + ".png", "\udcff.png", "c:d.png"]):
         assert len(name.encode()) < 230 and not name.startswith(".")
         assert not set(name) & set('\n\\/:*?"<>|') and name.isprintable()
-
-
-def test_two_classes_of_phantoms(here):
-    run_download("--synthetic", "--phantoms", 4, 1, 1, "--two-classes")
-    assert class_names() == ["bright", "dark"]
-    coco, values = load_coco(Path("dataset/train")), {1: [], 2: []}
-    for own in coco.anns.values():
-        pixels = read_rgb(f"dataset/train/{coco.imgs[own['image_id']]['file_name']}")[..., 0]
-        mask = rasterize(own["segmentation"], *pixels.shape) > 0
-        around = dilate(mask.astype(np.uint8), np.ones((31, 31))) > mask
-        values[own["category_id"]].append(np.median(pixels[mask]) - np.median(pixels[around]))
-    assert np.mean(values[1]) > np.mean(values[2]) + 20  # dark ones have bright rims
 
 
 # ---- images that are added to a split ------------------------------------------------------------
