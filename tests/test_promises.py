@@ -3,10 +3,9 @@
 Processes are killed, disks are full, folders are gone, data are damaged.
 """
 
-import ast
-import contextlib
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -53,23 +52,6 @@ def train_here(place, out, *more):
     return output_of("train.py", *flags(place, out, *more), cwd=place)
 
 
-@contextlib.contextmanager
-def endless_training(place, out):
-    """A training in a process of its own that saves after every step; stopped at the end.
-
-    Yields the process, once it has done an epoch. Its output is in place/log.
-    """
-    endless = ("--epochs", 100_000, "--patience", 100_000, "--save-every", 0)
-    process = fork_script("train.py", *flags(place, out, *endless), log=place / "log")
-    try:
-        wait_until(lambda: (place / out / "metrics.csv").exists() or not process.is_alive())
-        yield process
-        process.terminate()
-        process.join(60)
-    finally:
-        process.kill()
-
-
 # ---- resuming --------------------------------------------------------------------------------
 
 
@@ -91,25 +73,17 @@ def copy(trained, tmp_path):
     return tmp_path
 
 
-def flip_a_bit(last):
-    """Of a weight: the file can still be read."""
-    content = bytearray(last.read_bytes())
-    content[content.index(load_weights(last)["model"]["outc.weight"].numpy().tobytes())] ^= 1
-    last.write_bytes(content)
-
-
-def replace_part(last, part):
-    state = load_weights(last)
-    torch.save({**state, part: state["progress"]}, last)
+def damage(last, **parts):
+    """Give a checkpoint other parts."""
+    torch.save({**load_weights(last), **parts}, last)
 
 
 HARMS = {
     "cut": lambda last: last.write_bytes(last.read_bytes()[:5000]),
-    "flipped": flip_a_bit,
     "gone": Path.unlink,
     "of another program": lambda last: torch.save({"progress": 5}, last),
-    "of another network": lambda last: replace_part(last, "model"),
-    "of another optimizer": lambda last: replace_part(last, "guarded_step"),
+    "of another network": lambda last: damage(last, model={}),
+    "of another optimizer": lambda last: damage(last, guarded_step={}),
 }
 
 
@@ -158,13 +132,6 @@ def test_a_second_signal_ends_at_once(tmp_path):
 # ---- files -----------------------------------------------------------------------------------
 
 
-def mount(*arguments):
-    """Run `mount`, which only root may: skip the test, with what it said, where it is refused."""
-    result = subprocess.run(["mount", *arguments], capture_output=True, text=True)
-    if result.returncode:
-        pytest.skip(f"only root may mount a file system, as this test does: {result.stderr}")
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """small_disk(megabytes): a folder on a file system of its own."""
@@ -173,7 +140,10 @@ def small_disk(tmp_path):
     def make(megabytes):
         place = tmp_path / f"disk{len(places)}"
         place.mkdir()
-        mount("-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", place)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}M", "tmpfs", place]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"only root may mount a file system, as this test does: {result.stderr}")
         places.append(place)
         return place
 
@@ -236,35 +206,6 @@ def test_a_disk_that_fills_while_masks_are_imported(tmp_path, small_disk, refuse
     assert [path.name for path in disk.rglob("*")] == ["filler"]
     (disk / "filler").unlink()
     assert_done(script_here("download.py", *command, cwd=tmp_path))
-
-
-def test_a_folder_that_becomes_read_only_while_it_runs(copy):
-    out = copy / "out"
-    with contextlib.ExitStack() as stack:
-        process = stack.enter_context(endless_training(copy, "out"))
-        mount("--bind", out, out)
-        unmount = ["umount", "--lazy", out]
-        stack.callback(subprocess.run, unmount, check=True)
-        # It fails while a file is open for writing.
-        remount = ["mount", "-o", "remount,bind,ro", out]
-        wait_until(lambda: subprocess.run(remount, capture_output=True).returncode == 0)
-        time.sleep(0.5)
-        process.terminate()
-        process.join(60)
-    assert process.exitcode == 2
-    said = (copy / "log").read_text()
-    assert "WARNING" in said and "Read-only" in said.splitlines()[-1]
-    done = load_weights(out / "last.pth")["progress"]["epoch"]
-    train_here(copy, "out", "--resume", "--epochs", done + 1, "--patience", 100_000)
-
-
-def test_a_folder_that_is_removed_while_it_runs_is_written_again(copy):
-    with endless_training(copy, "gone") as process:
-        with contextlib.suppress(OSError):  # the process may write to it meanwhile
-            shutil.rmtree(copy / "gone")
-        wait_until(lambda: (copy / "gone" / "last.pth").exists())
-    assert process.exitcode == 143
-    load_weights(copy / "gone" / "last.pth")
 
 
 # ---- a run that has gone wrong ---------------------------------------------------------------
@@ -442,16 +383,6 @@ def test_no_good_image_left_is_an_error(dataset, refused):
 # ---- two at once -----------------------------------------------------------------------------
 
 
-def test_a_second_training_in_the_same_folder_is_refused(copy, refused):
-    with endless_training(copy, "busy") as process:
-        refused("train", *flags(copy, "busy", "--overwrite"), words=["--out"])
-        # Testing writes nothing that the training needs.
-        wait_until(lambda: (copy / "busy" / "best_model.pth").exists())  # after metrics.csv
-        train_here(copy, "busy", "--test-only")
-    assert process.exitcode == 143
-    load_weights(copy / "busy" / "last.pth")
-
-
 def test_one_waits_while_another_makes_the_cache(dataset):
     cache, log = dataset / ".cache", dataset / "log"
     cache.mkdir()
@@ -467,21 +398,12 @@ def test_one_waits_while_another_makes_the_cache(dataset):
 
 # ---- nothing from outside is trusted -----------------------------------------------------------
 
-EXPORTERS = ("export.py", "test_export.py")
-LOADERS = "torch.load torch.jit.load pickle.load pickle.loads np.load numpy.load".split()
-
 
 def test_every_load_is_of_weights_only():
     loads = []
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py"), *ROOT.glob("t*s/*.py")]
-    for path, text in ((path, path.read_text()) for path in paths):
-        for node in ast.walk(ast.parse(text)) if "load" in text else ():
-            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if name in LOADERS:
-                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                of_arrays = name == "np.load" and "allow_pickle" not in given
-                # An export that was written a moment ago, run once to compare it with PyTorch.
-                own_export = name == "torch.jit.load" and path.name in EXPORTERS
-                loads.append((path, node.lineno))
-                assert given.get("weights_only") == "True" or of_arrays or own_export, loads[-1]
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py"), *ROOT.glob("tools/*.py")):
+        loads += re.findall(r"\b(?:torch|jit|pickle|np)\.loads?\(.*", path.read_text())
     assert loads
+    for call in loads:  # numpy loads no pickled objects unless it is told to
+        of_arrays = call.startswith("np.load") and "allow_pickle" not in call
+        assert "weights_only=True" in call or of_arrays, call

@@ -556,6 +556,8 @@ def given(dataset, tmp_path, monkeypatch, no_pictures):
             seen[("train", "valid", "test")[len(seen)]] = own
 
     def record(model, train_loader, val_loader, criterion, optimizer, epochs, device, **own):
+        with pytest.raises(ValueError, match="busy"), file_lock(tmp_path / ".lock", busy="busy"):
+            pass  # no other training writes to the folder meanwhile
         seen["model"] = {**vars(own["options"]), **optimizer.param_groups[0], "epochs": epochs}
         seen["model"]["loss"] = criterion(torch.tensor([0.5]), torch.ones(1)).item()
         return []
