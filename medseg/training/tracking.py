@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,11 +116,6 @@ def begin_swanlab(mode, project, name, config, out, run_id):
             _run_bounded(lambda: requests.head(host, timeout=ANSWER), 2 * ANSWER)
         except Exception as error:
             raise ConnectionError(f"{host} does not answer ({type(error).__name__})") from error
-    else:  # it would print its sync command twice and folded; `Tracker.finish` prints it once
-        with suppress(ImportError):  # it is private, and may move
-            from swanlab.sdk.internal.run import greeting
-
-            greeting._print_offline_tip = lambda ctx: None
     options = {"project": project, "name": name, "config": config, "id": run_id}
     resume = "allow" if run_id else "never"
     run = swanlab.init(mode=mode, log_dir=str(out / "swanlog"), resume=resume, **options)
