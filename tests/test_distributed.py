@@ -3,7 +3,7 @@
 They give the same curve, use every image once, write one set of files, and survive a killed worker.
 """
 
-import csv
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import HOME, ROOT, SMALL, fork_script, output_of, wait_until
+from helpers import HOME, ROOT, SMALL, fork_script, output_of, read_metrics, wait_until
 
 from data import Batches, Order
 from medseg.dist import SharedDropout, all_reduce_max, process_group
@@ -22,18 +22,22 @@ from medseg.images import MEAN, STD
 from net import load_model
 
 pytestmark = pytest.mark.slow
-TIMES = ("seconds", "images_per_second")  # these differ between any two runs
 
 
-def torchrun(*arguments, cwd, restarts=0):
-    """Start train.py in two processes."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def torchrun(*arguments, out, restarts=0):
+    """Train in two processes; yields (torchrun, ids of its workers) once there is an epoch.
+
+    At the end it has ended by itself; then its `said` is the output.
+    """
+    process = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc_per_node=2", f"--max_restarts={restarts}"),
             *("--monitor_interval=0.1", str(ROOT / "train.py"), *map(str, arguments)),
+            *("--out", out.name),
         ],
-        cwd=cwd,
+        cwd=out.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,15 +45,15 @@ def torchrun(*arguments, cwd, restarts=0):
         env={**os.environ, "HOME": HOME, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
-
-def finish(process, timeout=180):
-    """Wait for a torchrun to end; its output."""
     try:
-        said, _ = process.communicate(timeout=timeout)
+        wait_until((out / "metrics.csv").exists)
+        command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+        listed = subprocess.run(command, capture_output=True, text=True).stdout
+        yield process, list(map(int, listed.split()))
+        process.said, _ = process.communicate(timeout=180)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    return said
 
 
 def environments():
@@ -84,20 +88,6 @@ def train_in_two(*arguments, cwd):
     return said
 
 
-def workers(process):
-    """Process ids of the workers of a torchrun."""
-    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-    listed = subprocess.run(command, capture_output=True, text=True).stdout
-    return [int(pid) for pid in listed.split()]
-
-
-def curve(folder):
-    """metrics.csv as a list of dicts of floats, without times."""
-    with open(folder / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: float(row[key]) for key in row if key not in TIMES} for row in rows]
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_image_once_for_any_number_of_processes(world):
     rows = np.zeros((11, 8, 8, 4), np.uint8)
@@ -116,20 +106,32 @@ def test_every_image_once_for_any_number_of_processes(world):
     assert sorted(seen) == list(range(11))
 
 
-# In batches of 5 of 6 images the last one has a single image: none for the second process.
-@pytest.mark.parametrize("batch_size", [4, 5])
+def curve(folder):
+    """metrics.csv as lists of floats."""
+    return [[float(value) for value in row.values()] for row in read_metrics(folder)]
+
+
+# In batches of 5 of 6 images, and of 3 of 4, the last one has a single image: none for the second
+# process.
+@pytest.mark.parametrize("batch_size", [5, 3])
 @pytest.mark.usefixtures("no_pictures")
 def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
     flags = (*SMALL, "--batch-size", batch_size, "--epochs", 4, "--lr", 1e-2)
-    output_of("train.py", *flags, "--out", "one", cwd=tmp_path)
-    said = train_in_two(*flags, "--out", "two", cwd=tmp_path)
-    assert "2 x cpu" in said and said.count("epoch 1/4") == 1
-    assert said.count("test with the best weights") == 1
-    files = {path.name for path in (tmp_path / "two").iterdir()}
-    assert files == {path.name for path in (tmp_path / "one").iterdir()}
-    for row, other in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
-        assert other["train_loss"] == pytest.approx(row["train_loss"], abs=1e-4)
-        assert other["val_loss"] == pytest.approx(row["val_loss"], abs=1e-4)
+    flags = (*flags, "--augment", "flip", "--tune-prediction")
+    one = output_of("train.py", *flags, "--out", "one", cwd=tmp_path)
+    two = train_in_two(*flags, "--out", "two", cwd=tmp_path)
+    assert "2 x cpu" in two and two.count("epoch 1/4") == 1
+    assert two.count("test with the best weights") == 1
+    places = tmp_path / "one", tmp_path / "two"
+    files, others = ({path.name for path in place.iterdir()} for place in places)
+    assert files == others
+    for row, other in zip(*map(curve, places), strict=True):
+        assert other == pytest.approx(row, abs=1e-4)
+    # They choose the same way to make masks, and say what they have tried.
+    lines, others = ([one for one in said.splitlines() if "on valid" in one] for said in (one, two))
+    assert lines == others and len(lines) > 2
+    chosen = [load_model(place / "best_model.pth").info.inference for place in places]
+    assert chosen[0] == chosen[1] is not None
     # What one process wrote, two resume.
     train_in_two("--resume", "--epochs", 5, "--out", "one", cwd=tmp_path)
     assert len(curve(tmp_path / "one")) == 5
@@ -160,21 +162,6 @@ def test_processes_that_have_just_spoken_leave_at_once(attempt):
     run_pair(lambda rank: all_reduce_max(1.0))
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_two_processes_choose_on_valid_what_one_does(dataset, tmp_path):
-    """With 4 images of valid in a batch of 3 and one of 1: none for the second process."""
-    flags = (*SMALL, "--batch-size", 3, "--epochs", 2, "--lr", 1e-2, "--augment", "flip")
-    flags = (*flags, "--tune-prediction")
-    one = output_of("train.py", *flags, "--out", "one", cwd=tmp_path)
-    two = train_in_two(*flags, "--out", "two", cwd=tmp_path)
-    lines = [line for line in one.splitlines() if "on valid" in line]
-    assert lines == [line for line in two.splitlines() if "on valid" in line]
-    assert len(lines) > 2  # what was tried, what was chosen
-    paths = [tmp_path / out / "best_model.pth" for out in ("one", "two")]
-    chosen = [load_model(path).info.inference for path in paths]
-    assert chosen[0] == chosen[1] is not None
-
-
 def test_dropout_of_two_processes_is_that_of_one():
     batches = [torch.rand(count, 2, 3, 3) for count in (5, 1, 4)]  # of one, the second has none
     torch.manual_seed(0)
@@ -193,27 +180,19 @@ def test_dropout_of_two_processes_is_that_of_one():
 def test_a_killed_worker_is_restarted_and_the_result_is_the_same(dataset, tmp_path):
     flags = (*SMALL, "--epochs", 12, "--save-every", 0)
     train_in_two(*flags, "--out", "calm", cwd=tmp_path)
-    hit = torchrun(*flags, "--out", "hit", cwd=tmp_path, restarts=2)
-    try:
-        wait_until((tmp_path / "hit" / "metrics.csv").exists)
-        os.kill(max(workers(hit)), signal.SIGKILL)
-    finally:
-        said = finish(hit)
-    assert hit.returncode == 0, said
-    assert said.count("images at 32x32") == 2, said  # it began twice
+    with torchrun(*flags, out=tmp_path / "hit", restarts=2) as (hit, workers):
+        os.kill(max(workers), signal.SIGKILL)
+    assert hit.returncode == 0, hit.said
+    assert hit.said.count("images at 32x32") == 2, hit.said  # it began twice
     assert curve(tmp_path / "hit") == curve(tmp_path / "calm")
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_stopping_reaches_all_processes(dataset, tmp_path):
-    endless = ("--epochs", 5000, "--patience", 5000, "--out", "run")
-    process = torchrun(*SMALL, *endless, cwd=tmp_path)
-    try:
-        wait_until((tmp_path / "run" / "metrics.csv").exists)
-        os.kill(workers(process)[0], signal.SIGTERM)  # to one of them
-    finally:
-        said = finish(process, 60)
-    assert said.count("stopped by SIGTERM") == 2
+    endless = (*SMALL, "--epochs", 5000, "--patience", 5000)
+    with torchrun(*endless, out=tmp_path / "run") as (process, workers):
+        os.kill(workers[0], signal.SIGTERM)
+    assert process.said.count("stopped by SIGTERM") == 2
     epochs = len(curve(tmp_path / "run"))
     output_of("train.py", "--resume", "--epochs", epochs + 1, "--out", "run", cwd=tmp_path)
     assert len(curve(tmp_path / "run")) == epochs + 1
