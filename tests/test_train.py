@@ -21,6 +21,7 @@ from helpers import (
     output_of,
     read_metrics,
     script_here,
+    set_classes,
     start_python,
     wait_until,
     without_times,
@@ -40,7 +41,7 @@ from medseg.phantoms import make_phantoms
 from medseg.signals import Stopped
 from medseg.training.checkpoint import Progress
 from medseg.training.optim import GuardedStep, TrainingOptions, make_schedule
-from medseg.weights import load_weights
+from medseg.weights import PRETRAINED, load_weights
 from net import UNet, load_model
 from train import combined_loss, dice_loss, focal_loss, train_model
 
@@ -607,6 +608,87 @@ def test_masks_that_stayed_empty_are_told_after_the_test(prior, told, dataset, t
     assert ("nothing was learned" in result.stderr) == told
     # The recipe is printed as it was used.
     assert f"recipe strong: --norm batch --prior {prior} --lr 0" in result.stdout
+
+
+# ---- --init ----------------------------------------------------------------------------------
+
+
+def write_weights(path, n_classes=1, **arguments):
+    torch.manual_seed(7)
+    model = UNet(3, n_classes, 3, image_size=64, **arguments)
+    torch.save(model.state_dict(), path)
+    return model.state_dict()
+
+
+@pytest.fixture
+def begun(dataset, tmp_path, no_pictures):
+    """begun(*flags): what last.pth has after an epoch at a learning rate of 0: where it began.
+
+    The data set has two classes.
+    """
+    for split in ("train", "valid", "test"):
+        set_classes(dataset / split, ["core", "edge"], lambda number: 1 + number % 2)
+
+    def run(*flags):
+        command = (*SMALL[4:], "--epochs", 1, "--lr", 0, "--overwrite", *flags)
+        output_of("train.py", *command, cwd=tmp_path)
+        return load_weights(tmp_path / "last.pth")
+
+    return run
+
+
+def test_it_takes_network_size_and_weights(begun, tmp_path):
+    first = tmp_path / "first.pth"
+    vessels = {"depth": 4, "norm": "batch", "up": "bilinear", "dropout": "none"}
+    before = write_weights(first, **vessels)
+    saved = begun("--init", first, "--prior", 0.3)
+    for name, weight in before.items():
+        if "running" not in name and "num_batches" not in name:  # these follow the images
+            assert torch.equal(saved["model"][name], weight), name
+    expected = {"arch": "drive", "norm": "batch", "n_filters": 3, "image_size": 64}
+    assert expected.items() <= saved["flags"].items()
+    # A resumed run needs the first weights no more.
+    first.unlink()
+    output_of("train.py", "--resume", "--epochs", 2, cwd=tmp_path)
+    saved = load_weights(tmp_path / "last.pth")
+    assert saved["flags"]["init"] == str(first) and len(saved["progress"]["history"]) == 2
+    # With crops images keep their own size, whatever the weights had.
+    write_weights(first, depth=2)
+    begun("--init", first, "--crop", 32)
+    assert load_model(tmp_path / "best_model.pth").info.image_size is None
+
+
+def test_it_starts_from_the_weights_of_the_repository(begun):
+    saved = begun("--init", PRETRAINED)
+    first = load_weights(PRETRAINED)["down1.conv1.weight"]  # in float16
+    assert torch.equal(saved["model"]["down1.conv1.weight"], first.float())
+    assert (saved["flags"]["n_filters"], saved["flags"]["image_size"]) == (8, 128)
+
+
+@pytest.mark.parametrize(
+    "names, flags, kept",
+    [
+        (["edge", "core"], ("--classes", "each"), False),  # in another order
+        (["core", "edge"], ("--classes", "each"), True),
+        (["tumour"], (), True),  # the only class of each is the same thing under two names
+    ],
+)
+def test_a_head_of_other_classes_starts_anew(names, flags, kept, begun, tmp_path):
+    first = write_weights(tmp_path / "first.pth", len(names), class_names=names)
+    flags = ("--init", "first.pth", "--image-size", 32, "--prior", 0.3, *flags)
+    saved = begun(*flags)["model"]
+    assert torch.equal(saved["up5.conv2.weight"], first["up5.conv2.weight"])
+    assert torch.equal(saved["outc.weight"], first["outc.weight"]) == kept
+    if not kept:
+        assert saved["outc.bias"].sigmoid().tolist() == pytest.approx([0.3, 0.3])
+    expected = ("core", "edge") if "each" in flags else ("foreground",)
+    assert load_model(tmp_path / "best_model.pth").info.class_names == expected
+
+
+def test_files_that_are_no_weights(refused, tmp_path):
+    write_weights(tmp_path / "odd.pth", up="nearest")
+    for name in ("missing.pth", "odd.pth"):
+        refused("train", "--init", name, words=[name])
 
 
 # ---- pictures --------------------------------------------------------------------------------
