@@ -23,38 +23,66 @@ def test_parameters_are_as_many_as_published(name, n_filters, total):
     assert sum(weight.numel() for weight in model.parameters()) == total
 
 
-def functional_unet(state, x):
-    """The tutorial's forward pass without modules: an independent reading of section 3."""
+def functional_unet(state, x, depth, up, padding, slope):
+    """The forward pass without modules: an independent reading of what the sources describe.
+
+    slope: of the activation where its input is negative.
+    """
+
+    def convolve(x, name, norm, stride=1):
+        x = F.pad(x, (1, 1, 1, 1), mode=padding)
+        x = F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), stride=stride)
+        if f"{norm}.weight" in state:
+            mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+            x = F.batch_norm(x, mean, variance, state[f"{norm}.weight"], state[f"{norm}.bias"])
+        return torch.where(x > 0, x, slope * x)
 
     def double(name, x):
-        for part in ("conv1", "conv2"):
-            weight, bias = state[f"{name}.{part}.weight"], state[f"{name}.{part}.bias"]
-            x = F.relu(F.conv2d(x, weight, bias, padding=1))
-        return x
+        x = convolve(x, f"{name}.conv1", f"{name}.norm1")
+        return convolve(x, f"{name}.conv2", f"{name}.norm2")
 
     skips = []
-    for level in range(1, 6):
-        x = double(f"down{level}", x)
+    for level in range(1, depth + 1):
+        x, down = double(f"down{level}", x), f"down{level}.maxpool"
         skips.append(x)
-        x = F.max_pool2d(x, 2)
+        if f"{down}.0.weight" in state:
+            x = convolve(x, f"{down}.0", f"{down}.1", stride=2)
+        else:
+            x = F.max_pool2d(x, 2)
     x = double("bottleneck", x)
-    for level in range(1, 6):
-        weight, bias = state[f"up{level}.up.weight"], state[f"up{level}.up.bias"]
-        x = F.conv_transpose2d(x, weight, bias, stride=2)
+    for level in range(1, depth + 1):
+        name = f"up{level}.up"
+        if up == "transpose":
+            x = F.conv_transpose2d(x, state[f"{name}.weight"], state[f"{name}.bias"], stride=2)
+        else:  # upsampling first, as the sources have it; the module convolves first
+            corners = True if up == "bilinear" else None
+            x = F.interpolate(x, scale_factor=2, mode=up, align_corners=corners)
+            x = F.conv2d(x, state[f"{name}.0.weight"], state[f"{name}.0.bias"])
         x = double(f"up{level}", torch.cat([x, skips.pop()], 1))
     return torch.sigmoid(F.conv2d(x, state["outc.weight"], state["outc.bias"]))
 
 
-def test_forward_is_the_tutorials():
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("tutorial", (5, "transpose", "constant", 0)),
+        ("drive", (4, "bilinear", "constant", 0)),
+        ("study", (4, "nearest", "reflect", 0.01)),
+    ],
+)
+def test_forward_is_that_of_the_sources(name, settings):
     torch.manual_seed(0)
-    model = UNet(n_filters=4).eval()
-    # With PyTorch's own initial weights the output is almost constant, and any two would agree.
+    model = UNet(n_filters=4, **ARCHITECTURES[name])
     for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
+        if weight.dim() == 4:  # with PyTorch's own initial weights the output is almost constant
+            torch.nn.init.kaiming_normal_(weight)
     x = torch.randn(2, 3, 64, 96)
+    model(x)  # moves the running means
+    model.eval()
     with torch.no_grad():
-        expected = functional_unet(model.state_dict(), x)
+        expected = functional_unet(model.state_dict(), x, *settings)
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.01
 
 
 @pytest.mark.parametrize("size", [(1, 1), (37, 50), (32, 32)])
@@ -202,56 +230,6 @@ def test_a_model_has_weights_of_its_own(dtype):
 
 
 # ---- other networks than the tutorial's --------------------------------------------------------
-
-
-def study_forward(state, x):
-    """The study network's forward pass in evaluation mode, without modules."""
-
-    def block(name, part, x, stride=1):
-        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        x = F.conv2d(x, state[f"{name}.{part}.weight"], stride=stride)
-        norm = f"{name}.norm{part[-1]}" if part.startswith("conv") else f"{name}.maxpool.1"
-        mean, var = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
-        x = F.batch_norm(x, mean, var, state[f"{norm}.weight"], state[f"{norm}.bias"])
-        return torch.where(x > 0, x, 0.01 * x)
-
-    skips = []
-    for level in range(1, 5):
-        x = block(f"down{level}", "conv2", block(f"down{level}", "conv1", x))
-        skips.append(x)
-        x = block(f"down{level}", "maxpool.0", x, stride=2)
-    x = block("bottleneck", "conv2", block("bottleneck", "conv1", x))
-    for level in range(1, 5):
-        # Upsampling first, as the study has it; the module convolves first.
-        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        x = F.conv2d(x, state[f"up{level}.up.0.weight"], state[f"up{level}.up.0.bias"])
-        x = torch.cat([x, skips.pop()], 1)
-        x = block(f"up{level}", "conv2", block(f"up{level}", "conv1", x))
-    return torch.sigmoid(F.conv2d(x, state["outc.weight"], state["outc.bias"]))
-
-
-def test_forward_of_the_study_network():
-    torch.manual_seed(0)
-    model = UNet(n_filters=4, **ARCHITECTURES["study"])
-    for weight in model.parameters():
-        if weight.dim() == 4:  # for which the output is not nearly constant
-            torch.nn.init.kaiming_normal_(weight)
-    x = torch.randn(2, 3, 64, 48)
-    model(x)  # moves the running means
-    model.eval()
-    with torch.no_grad():
-        expected = study_forward(model.state_dict(), x)
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert expected.std() > 0.01
-
-
-def test_bilinear_upsampling_is_that_of_the_vessel_network():
-    """Upsampling with aligned corners, then the convolution, gives what the module gives."""
-    torch.manual_seed(0)
-    up = Architecture(up="bilinear").make_up(8, 4)
-    x = torch.randn(2, 8, 5, 7)
-    larger = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-    torch.testing.assert_close(up(x), up[0](larger), rtol=1e-4, atol=1e-5)
 
 
 RANDOM = random.Random(3499)  # with it, every two values of two settings meet
