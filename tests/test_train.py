@@ -447,19 +447,15 @@ def test_gone_on_with_more_patience_it_ends_as_if_it_had_had_it_from_the_start(
     flags = (*flags.split(), "--schedule", "cosine")
     run_small(tmp_path, *flags, "--patience", 5, "--out", "patient")
     run_small(tmp_path, *flags, "--patience", 2, "--out", "early")
-    early = tmp_path / "early"
-    best = outcome(early)[1][2]
-    # A little more of it is used up at once, and the best weights stay.
-    go_on = ("--resume", "--out", "early", "--patience")
-    said = output_of("train.py", *go_on, 3, cwd=tmp_path)
-    assert len(read_metrics(early)) == 5 and outcome(early)[1][2] == best
+    go_on = ("train.py", "--resume", "--out", "early", "--patience")
+    said = output_of(*go_on, 3, cwd=tmp_path)  # is used up at once
+    assert len(read_metrics(tmp_path / "early")) == 5
     assert "epoch 2" in said and "--patience" in said  # says why, and what to give
-    output_of("train.py", *go_on, 5, cwd=tmp_path)
-    assert outcome(early) == outcome(tmp_path / "patient")
-    # The new patience is recorded, as every flag is.
-    assert load_weights(early / "last.pth")["flags"]["patience"] == 5
-    # The schedule ends with the epochs.
-    longer = script_here("train.py", *go_on, 5, "--epochs", 9, cwd=tmp_path)
+    output_of(*go_on, 5, cwd=tmp_path)
+    assert outcome(tmp_path / "early") == outcome(tmp_path / "patient")
+    # The new patience is recorded, as every flag is. With the epochs the schedule ends.
+    assert load_weights(tmp_path / "early" / "last.pth")["flags"]["patience"] == 5
+    longer = script_here(*go_on, 5, "--epochs", 9, cwd=tmp_path)
     assert_refused(longer, "early/last.pth", "--epochs 7, not 9")
 
 
@@ -478,35 +474,25 @@ def test_a_finished_run_is_tested_again(straight, tmp_path, monkeypatch, no_pict
 # ---- what is refused -------------------------------------------------------------------------
 
 
-def test_refusals(straight, refused):
-    place, _ = straight
-    refused("train", "--resume", "--out", place / "nothing", words=["last.pth", "no such file"])
-    refused("train", "--test-only", "--out", place / "nothing", words=["best_model.pth"])
-    (place / "file").write_text("in the way")
-    for out in (place / "file", place / "file" / "below"):
-        refused("train", "--out", out, "--data", place / "dataset", words=["file", "--out"])
-    assert (place / "file").read_text() == "in the way"
+def test_folders_that_do_not_do(dataset, tmp_path, refused):
+    refused("train", "--resume", "--out", "nothing", words=["nothing/last.pth", "no such file"])
+    refused("train", "--test-only", "--out", "nothing", words=["nothing/best_model.pth"])
+    (tmp_path / "file").write_text("in the way")
+    for out in ("file", "file/below"):
+        refused("train", "--out", out, words=["file", "--out"])
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_another_run_is_overwritten_where_that_is_asked_for(straight, refused, tmp_path):
     place, _ = straight
-    data = ("--data", place / "dataset", "--epochs", 3)
-    for name in ("best_model.pth", "last.pth"):
-        (tmp_path / name).write_bytes(b"another run")
-        refused(
-            "train", *SMALL, *data, words=["best_model.pth", "--resume", "--overwrite", "--out"]
-        )
-        # Nor is it lost where what was asked for fails.
-        refused("train", *SMALL, "--data", "nowhere", "--overwrite", words=["nowhere"])
-        assert (tmp_path / name).read_bytes() == b"another run"
-    run_small(tmp_path, *data, "--overwrite")
+    (tmp_path / "best_model.pth").write_bytes(b"another run")
+    refused("train", *SMALL, words=["best_model.pth", "--resume", "--overwrite", "--out"])
+    # Nor is it lost where what was asked for fails.
+    refused("train", *SMALL, "--data", "nowhere", "--overwrite", words=["nowhere"])
+    assert (tmp_path / "best_model.pth").read_bytes() == b"another run"
+    run_small(tmp_path, "--data", place / "dataset", "--epochs", 3, "--overwrite")
     assert outcome(tmp_path) == outcome(place / "run")  # the same seed, the same digits
-    # Resuming does not begin afresh too, and writes where it is told to.
-    (tmp_path / "there").mkdir()
-    (tmp_path / "last.pth").rename(tmp_path / "there" / "last.pth")
-    output_of("train.py", "--resume", "--out", "there", "--epochs", 4, cwd=tmp_path)
-    assert len(read_metrics(tmp_path / "there")) == 4 and len(read_metrics(tmp_path)) == 3
 
 
 # ---- runs of other kinds ---------------------------------------------------------------------
@@ -613,80 +599,69 @@ def test_masks_that_stayed_empty_are_told_after_the_test(prior, told, dataset, t
 # ---- --init ----------------------------------------------------------------------------------
 
 
-def write_weights(path, n_classes=1, **arguments):
-    torch.manual_seed(7)
-    model = UNet(3, n_classes, 3, image_size=64, **arguments)
-    torch.save(model.state_dict(), path)
-    return model.state_dict()
-
-
 @pytest.fixture
 def begun(dataset, tmp_path, no_pictures):
-    """begun(*flags): what last.pth has after an epoch at a learning rate of 0: where it began.
+    """begun(weights, *flags): what last.pth has after an epoch at a rate of 0: where it began.
 
-    The data set has two classes.
+    weights: arguments of the UNet in first.pth, with 3 filters. The data set has two classes.
     """
     for split in ("train", "valid", "test"):
         set_classes(dataset / split, ["core", "edge"], lambda number: 1 + number % 2)
 
-    def run(*flags):
-        command = (*SMALL[4:], "--epochs", 1, "--lr", 0, "--overwrite", *flags)
-        output_of("train.py", *command, cwd=tmp_path)
-        return load_weights(tmp_path / "last.pth")
+    def run(weights, *flags):
+        first = UNet(n_filters=3, image_size=64, **weights).state_dict()
+        torch.save(first, tmp_path / "first.pth")
+        command = (*SMALL[4:], "--epochs", 1, "--lr", 0, "--init", "first.pth", "--overwrite")
+        output_of("train.py", *command, *flags, cwd=tmp_path)
+        return first, load_weights(tmp_path / "last.pth")
 
     return run
 
 
 def test_it_takes_network_size_and_weights(begun, tmp_path):
-    first = tmp_path / "first.pth"
     vessels = {"depth": 4, "norm": "batch", "up": "bilinear", "dropout": "none"}
-    before = write_weights(first, **vessels)
-    saved = begun("--init", first, "--prior", 0.3)
-    for name, weight in before.items():
+    first, saved = begun(vessels, "--prior", 0.3)
+    for name, weight in first.items():
         if "running" not in name and "num_batches" not in name:  # these follow the images
             assert torch.equal(saved["model"][name], weight), name
     expected = {"arch": "drive", "norm": "batch", "n_filters": 3, "image_size": 64}
     assert expected.items() <= saved["flags"].items()
     # A resumed run needs the first weights no more.
-    first.unlink()
+    (tmp_path / "first.pth").unlink()
     output_of("train.py", "--resume", "--epochs", 2, cwd=tmp_path)
-    saved = load_weights(tmp_path / "last.pth")
-    assert saved["flags"]["init"] == str(first) and len(saved["progress"]["history"]) == 2
+    assert len(load_weights(tmp_path / "last.pth")["progress"]["history"]) == 2
     # With crops images keep their own size, whatever the weights had.
-    write_weights(first, depth=2)
-    begun("--init", first, "--crop", 32)
+    begun({"depth": 2}, "--crop", 32)
     assert load_model(tmp_path / "best_model.pth").info.image_size is None
 
 
 def test_it_starts_from_the_weights_of_the_repository(begun):
-    saved = begun("--init", PRETRAINED)
+    _, saved = begun({}, "--init", PRETRAINED)
     first = load_weights(PRETRAINED)["down1.conv1.weight"]  # in float16
     assert torch.equal(saved["model"]["down1.conv1.weight"], first.float())
     assert (saved["flags"]["n_filters"], saved["flags"]["image_size"]) == (8, 128)
 
 
 @pytest.mark.parametrize(
-    "names, flags, kept",
+    "names, classes, kept",
     [
-        (["edge", "core"], ("--classes", "each"), False),  # in another order
-        (["core", "edge"], ("--classes", "each"), True),
-        (["tumour"], (), True),  # the only class of each is the same thing under two names
+        (["edge", "core"], "each", False),  # in another order
+        (["core", "edge"], "each", True),
+        (["tumour"], "union", True),  # the only class is the same thing under two names
     ],
 )
-def test_a_head_of_other_classes_starts_anew(names, flags, kept, begun, tmp_path):
-    first = write_weights(tmp_path / "first.pth", len(names), class_names=names)
-    flags = ("--init", "first.pth", "--image-size", 32, "--prior", 0.3, *flags)
-    saved = begun(*flags)["model"]
+def test_a_head_of_other_classes_starts_anew(names, classes, kept, begun):
+    weights = {"n_classes": len(names), "class_names": names}
+    first, saved = begun(weights, "--image-size", 32, "--prior", 0.3, "--classes", classes)
+    saved = saved["model"]
     assert torch.equal(saved["up5.conv2.weight"], first["up5.conv2.weight"])
     assert torch.equal(saved["outc.weight"], first["outc.weight"]) == kept
     if not kept:
         assert saved["outc.bias"].sigmoid().tolist() == pytest.approx([0.3, 0.3])
-    expected = ("core", "edge") if "each" in flags else ("foreground",)
-    assert load_model(tmp_path / "best_model.pth").info.class_names == expected
 
 
-def test_files_that_are_no_weights(refused, tmp_path):
-    write_weights(tmp_path / "odd.pth", up="nearest")
+def test_files_that_are_no_weights_to_start_from(refused, tmp_path):
+    torch.save(UNet(n_filters=2, up="nearest").state_dict(), tmp_path / "odd.pth")
     for name in ("missing.pth", "odd.pth"):
         refused("train", "--init", name, words=[name])
 
