@@ -328,9 +328,9 @@ def train_and_test(args, checkpoint, signals):
                     log=tracker.log,
                     **own,
                 )
-                feature_statistics.record_statistics(model, loaders, device, out, autocast)
+                feature_statistics.record_statistics(model, loaders, out, autocast)
                 if args.tune_prediction:
-                    tuning.tune_prediction(model, loaders, device, out, autocast)
+                    tuning.tune_prediction(model, loaders, out, autocast)
             # 5. Test
             test(model, loaders["test"], criterion, device, autocast, tracker)
             # 6. Visualization

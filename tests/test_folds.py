@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import (
     MASKS,
+    SIZE,
     SMALL,
     annotations,
     assert_refused,
@@ -28,7 +30,7 @@ from helpers import (
 )
 
 import predict
-from data import open_split
+from data import Batches, Order, Transform, load_split, open_split
 from medseg.files import file_lock
 from medseg.inference import full_size_masks
 from medseg.metrics import bootstrap
@@ -36,7 +38,7 @@ from medseg.predictor import Predictor
 from medseg.splits import next_training
 from medseg.training import cross_validation
 from medseg.training.cross_validation import deal_groups, deal_images, pool_scores, score_fold
-from net import ModelInfo
+from net import UNet
 
 # ---- the deal --------------------------------------------------------------------------------
 
@@ -299,18 +301,22 @@ def test_damaged_images_are_left_out(copied):
     assert "0_train.png" in Path("two/skipped.txt").read_text()
 
 
-@pytest.mark.parametrize("order, second", [((), (0, 0, 64, 0)), ((1, 2), (64, 0, 0, 0))])
-def test_a_fold_scores_classes_as_their_masks_are_written(order, second, monkeypatch):
-    """Of a pixel where two are probable the more probable, or both where the classes overlap."""
-    probabilities = np.float32([0.9, 0.8])[:, None, None] * np.ones((8, 8), np.float32)
-    pairs = [(np.ones((2, 8, 8), bool), probabilities)]
-    monkeypatch.setattr(cross_validation, "predict", lambda *arguments: pairs)
-    model = SimpleNamespace(info=ModelInfo(class_names=("core", "cyst"), draw_order=order))
-    coco = SimpleNamespace(imgs={7: {"group": "p"}})
-    dataset = SimpleNamespace(image_ids=[7], coco=coco, names=lambda: ["a.png"])
-    result = score_fold(model, SimpleNamespace(device=None, dataset=dataset), None)
-    assert [tuple(own) for own in result["counts"][0]] == [(64, 0, 0, 0), second]
-    assert result["groups"] == ["p"] and [*result["per_image"]] == ["a.png"]
+@pytest.mark.parametrize("order, first", [((), 0), ((1, 2), 4 * SIZE**2)])
+def test_a_fold_scores_classes_as_their_masks_are_written(order, first, dataset):
+    """Both are probable everywhere: the second is more so, or the classes overlap."""
+    names = ["core", "cyst"]
+    set_classes(dataset / "valid", names, lambda number: 1 + number % 2)
+    edit_annotations(dataset / "valid", lambda content: content["images"][0].update(group="p"))
+    model = UNet(n_classes=2, n_filters=2, class_names=names, draw_order=order)
+    with torch.no_grad():
+        model.outc.weight.zero_()
+        model.outc.bias[:] = torch.tensor([1.0, 2.0])
+    rows, split = (how(dataset, "valid", 32, classes=names) for how in (load_split, open_split))
+    batches = Batches(rows, Order(2), transform=Transform(n_classes=2), dataset=split)
+    result = score_fold(model, batches, nullcontext())
+    tp, fp, _, _ = np.array(result["counts"]).sum(0).T
+    assert (tp + fp).tolist() == [first, 4 * SIZE**2]
+    assert result["groups"] == ["p", "", "", ""] and result["images"] == 4
 
 
 @pytest.mark.parametrize(
@@ -320,7 +326,6 @@ def test_a_fold_scores_classes_as_their_masks_are_written(order, second, monkeyp
         ("--test-only --out run", ["--test-only", "run/fold1"]),
         ("--folds 2 --out taken", ["taken/folds"]),
         ("--resume --out run --epochs 9", ["run/folds.json", "--epochs"]),
-        ("--resume --out run --folds 4", ["run/folds.json", "--folds 3"]),
         ("--resume --out run/fold1 --folds 3", ["run/fold1/last.pth", "--folds"]),
         ("--resume --out damaged", ["damaged/folds.json"]),
     ],

@@ -16,14 +16,14 @@ from medseg.coco import load_coco, recorded_group, require_data_set
 from medseg.dist import started_by_torchrun
 from medseg.files import atomic_write, read_json
 from medseg.inference import PLAIN
-from medseg.metrics import bootstrap, class_scores, count_pixels, mean_image_dice, without_nan
+from medseg.metrics import bootstrap, class_scores, mean_image_dice, without_nan
 from medseg.splits import given_settings, link_split, list_images, present_splits, whole_folder
 from medseg.training import checkpoint as checkpoints
 from medseg.training.checkpoint import BEST, FOLDS
 from medseg.training.history import list_skipped
 from medseg.training.run import data_root
 from medseg.training.tracking import experiment_name
-from medseg.training.tuning import predict
+from medseg.training.tuning import count_split
 
 DATA = "folds"  # in --out: the data sets fold1, fold2, ...
 COLUMNS = ("dice", "image_dice", "iou", "precision", "recall", "acc")  # of the table
@@ -189,9 +189,7 @@ def _flags_of_fold(args, name):
 def score_fold(model, batches, autocast):
     """The scores of a fold's valid split by its network, as folds.json has them."""
     inference, names = model.info.inference or PLAIN, model.info.class_names
-    pairs = predict(model, batches, batches.device, inference.flips, autocast)
-    options = {"clean": inference.clean, "exclusive": model.info.exclusive}
-    counts = count_pixels(pairs, [inference.threshold], **options)[:, 0]  # (N, C, 4)
+    counts = count_split(model, batches, autocast, inference, [inference.threshold])[:, 0]
     dataset, dice = batches.dataset, mean_image_dice(counts).round(4).tolist()
     groups = [recorded_group(dataset.coco.imgs[number]) for number in dataset.image_ids]
     return {

@@ -14,7 +14,7 @@ MAX_IMAGES = 500  # of a split that are looked at
 MAX_SHARED = 0.05  # of the pixels of a class that may be of another one, too
 
 
-def record_statistics(model, loaders, device, out, autocast):
+def record_statistics(model, loaders, out, autocast):
     """Add to best_model.pth what a UNet was trained on: `FeatureStatistics`, how classes overlap.
 
     model: with its best weights. loaders: {split: `Batches`}, of which train and valid are passed
@@ -26,12 +26,12 @@ def record_statistics(model, loaders, device, out, autocast):
     if not is_first():
         return
     splits = (loaders[split].whole_images(MAX_IMAGES) for split in ("train", "valid"))
-    features = [pool_features(model, batches, device, autocast) for batches in splits]
+    features = [pool_features(model, batches, autocast) for batches in splits]
     model.info.feature_statistics = fit_with_threshold(*features)
     save_weights(out / BEST, model.state_dict())
 
 
-def pool_features(model, batches, device, autocast):
+def pool_features(model, batches, autocast):
     """Pooled features (N, D) of the images of batches, in the views that the UNet has learned.
 
     One image after the other has the next of them, so that all are there in equal numbers.
@@ -42,10 +42,10 @@ def pool_features(model, batches, device, autocast):
         which = (torch.arange(len(images)) + seen) % len(views)
         seen += len(images)
         for number in which.unique().tolist():
-            part = view(images[which == number].to(device), views[number])
+            part = view(images[which == number], views[number])
             with torch.inference_mode(), autocast, recording_features(model) as features:
                 # Not as it is compiled, which would leave the hooks out.
-                apply_by_tiles(model, part, device, forward=model.forward)
+                apply_by_tiles(model, part, batches.device, forward=model.forward)
             pooled.append(features())
     return np.concatenate(pooled)
 

@@ -1,6 +1,7 @@
 """After training, on valid: threshold, averaging over flips and largest piece, where they gain."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -92,17 +93,13 @@ def better_threshold(counts, at):
     return best if usable[best] and gains(counts[:, at], counts[:, best]) else at
 
 
-def tune_prediction(model, loaders, device, out, autocast):
+def tune_prediction(model, loaders, out, autocast):
     """Choose how the masks of a trained UNet are made, and record it in out/best_model.pth.
 
     model: with its best weights. loaders: {split: `data.Batches`}, of which valid is predicted
     some times over. Every process calls it, with its part of the batches.
     """
-
-    def count(inference, thresholds):
-        pairs = predict(model, loaders["valid"], device, inference.flips, autocast)
-        return count_pixels(pairs, thresholds, inference.clean, exclusive=model.info.exclusive)
-
+    count = partial(count_split, model, loaders["valid"], autocast)
     model.info.inference, lines = choose(count, model.info.trained_flips)
     if is_first():
         save_weights(out / BEST, model.state_dict())
@@ -111,18 +108,23 @@ def tune_prediction(model, loaders, device, out, autocast):
         print(f"chosen on valid: {model.info.inference}", flush=True)
 
 
-def predict(model, loader, device, flips, autocast):
-    """Yield (true masks, float32 probabilities (C, S, S)) of each image of this process.
+def count_split(model, batches, autocast, inference, thresholds):
+    """Counts (N, T, C, 4) of a split, see `count_pixels`: of masks at the images' own size.
 
-    loader: `data.Batches`, whose true masks are of the image's own size.
+    batches: `data.Batches`, each process with its part of them. inference: whose flips and clean-up
+    there are.
     """
     model.eval()
-    predictor = Predictor([model], device, inference=PLAIN._replace(flips=flips), autocast=autocast)
-    numbers = iter(loader.row_numbers())
-    for images, masks in loader:
-        outputs = predictor(images).cpu().numpy()
-        for mask, probabilities in zip(masks, outputs, strict=True):
-            yield loader.true_masks(next(numbers), mask), probabilities
+    predictor = Predictor([model], batches.device, inference=inference, autocast=autocast)
+    numbers = iter(batches.row_numbers())
+
+    def pairs():
+        for images, masks in batches:
+            outputs = predictor(images).cpu().numpy()
+            for mask, probabilities in zip(masks, outputs, strict=True):
+                yield batches.true_masks(next(numbers), mask), probabilities
+
+    return count_pixels(pairs(), thresholds, inference.clean, exclusive=model.info.exclusive)
 
 
 def count_batch(model, inference, truths, outputs):
