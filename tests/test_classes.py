@@ -327,8 +327,6 @@ def test_the_audit_counts_each_class_and_names_what_a_split_lacks(three, tmp_pat
     share = 100 * 3 * 20 * 20 / (4 * 48 * 48)
     assert f"core: 3 annotations, {share:.2f} % of the pixels, in 3 images" in said
     assert said.count("lacks") == 1 and "lacks        cyst" in said
-    assert "8-bit RGB: 4" in said
-    assert Image.open(tmp_path / "contact_sheet.jpg").width == 8 * 160
 
 
 @pytest.mark.parametrize("exclusive", [True, False])

@@ -264,15 +264,6 @@ def test_resumed_it_trains_what_is_missing_and_no_more(copied, done):
     assert run("--resume", "--out", "run").splitlines() == done[1].splitlines()[-8:]
 
 
-def test_overwrite_leaves_no_weights_of_an_earlier_one(copied):
-    Path("run/.folds.new.tmp").mkdir()  # of a process that was killed
-    run(*FLAGS, "--folds", 2, "--out", "run", "--overwrite")
-    left = sorted(map(str, Path("run").glob("fold*/best_model.pth")))
-    assert left == ["run/fold1/best_model.pth", "run/fold2/best_model.pth"]
-    assert {path.name for path in Path("run/folds").iterdir()} == {"fold1", "fold2"}
-    assert len(read("run")["folds"]) == 2 and not Path("run/.folds.new.tmp").exists()
-
-
 def test_classes_of_a_data_set_without_valid_and_test(copied):
     for split in ("valid", "test"):
         shutil.rmtree(f"dataset/{split}")
@@ -289,16 +280,19 @@ def test_classes_of_a_data_set_without_valid_and_test(copied):
     assert not Path("one/folds.json").exists()
 
 
-def test_damaged_images_are_left_out(copied):
+def test_damaged_images_are_left_out_and_no_weights_of_an_earlier_one_stay(copied):
     Path("dataset/train/0_train.png").unlink()
     Path("dataset/valid/0_valid.png").write_bytes(b"damaged")
-    flags = (*FLAGS, "--folds", 2, "--out", "two")
+    Path("run/.folds.new.tmp").mkdir()  # of a process that was killed
+    flags, before = (*FLAGS, "--folds", 2, "--out", "run", "--overwrite"), read("run")
     refuse(*flags, words=["0_train.png"])
-    assert not Path("two/folds.json").exists()
+    assert read("run") == before
     run(*flags, "--skip-bad")
-    result = read("two")
+    result, left = read("run"), Path("run").glob("fold*/best_model.pth")
     assert result["images"] == 8 == sum(len(fold["per_image"]) for fold in result["folds"])
-    assert "0_train.png" in Path("two/skipped.txt").read_text()
+    assert "0_train.png" in Path("run/skipped.txt").read_text()
+    assert {path.parent.name for path in left} == {"fold1", "fold2"} == {*os.listdir("run/folds")}
+    assert len(result["folds"]) == 2 and not Path("run/.folds.new.tmp").exists()
 
 
 @pytest.mark.parametrize("order, first", [((), 0), ((1, 2), 4 * SIZE**2)])

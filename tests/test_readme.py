@@ -152,23 +152,12 @@ def test_the_chinese_page_says_the_same(english):
     chinese = english.with_suffix(".zh-CN.md")
     assert commands(chinese) == commands(english)
     assert blocks(chinese, "text") == blocks(english, "text")
-    for find in (flags_of, targets_of, table_numbers, decimals_of):
+    for find in (targets_of, decimals_of):
         assert find(chinese) == find(english), find.__name__
-
-
-def flags_of(path):
-    return set(re.findall(FLAG, " ".join(inline_code(path))))
 
 
 def targets_of(path):  # a page in either language is one target, a mirror is for readers in China
     return {link.replace(".zh-CN.md", ".md") for link in links(path) if link[0] != "#"}
-
-
-def table_numbers(path):
-    """The numbers of each table that has some: the Chinese page has a glossary, too."""
-    tables = re.findall(r"(?:^\|.*\n)+", text(path), re.MULTILINE)
-    numbers = [re.findall(r"\d[\d.]*", table) for table in tables]
-    return [own for own in numbers if own]
 
 
 def decimals_of(path):

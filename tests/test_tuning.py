@@ -93,22 +93,15 @@ def counts_of(*dice, size=100):
     return np.array(rows).round().astype(int)[:, None]
 
 
-@pytest.mark.parametrize(
-    "after, expected",
-    [
-        ((0.6, 0.58, 0.5, 0.55), True),
-        ((0.5,) * 4, False),
-        # One image alone: the mean is as large as its standard error, and here a bit smaller.
-        ((0.9, 0.5, 0.5, 0.49), False),
-        ((0.6,) * 2, True),
-        ((0.8, 0.49), False),  # mean 0.145, standard error 0.155
-    ],
-)
-def test_a_gain_is_seen_in_many_images(after, expected):
-    assert gains(counts_of(*[0.5] * len(after)), counts_of(*after)) is expected
+def test_a_gain_is_seen_in_many_images_and_in_the_split():
+    def gained(*after):
+        return gains(counts_of(*[0.5] * len(after)), counts_of(*after))
 
+    assert gained(0.6, 0.58, 0.5, 0.55) and gained(0.6, 0.6) and not gained(0.5, 0.5)
+    # One image alone: the mean is as large as its standard error, and here a bit smaller.
+    assert not gained(0.9, 0.5, 0.5, 0.49)
+    assert not gained(0.8, 0.49)  # mean 0.145, standard error 0.155
 
-def test_a_gain_is_of_the_split_too():
     def of(*dice):  # of a large image and three small ones
         return np.concatenate([counts_of(dice[0], size=10_000), counts_of(*dice[1:])])
 
@@ -293,11 +286,6 @@ def test_slices_of_a_volume_have_the_masks_of_pictures(place):
 FLAGS = (*SMALL, *"--precision fp32 --epochs 3 --norm batch --lr 1e-2 --augment flip".split())
 
 
-def line_with(said, pattern):
-    (line,) = (line for line in said.splitlines() if re.search(pattern, line))
-    return line
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a data set and a run in plain/, which in tuned/ has chosen later; {run: said}.
@@ -322,15 +310,12 @@ def test_a_training_records_its_choice_and_is_else_the_same(trained, monkeypatch
     metadata, drawn = dict(tuned._metadata[""]), []
     chosen = read_inference(metadata["inference"])
     assert {**metadata, "inference": None} == plain._metadata[""] and chosen != PLAIN
-    assert line_with(said["tuned"], "^chosen on valid: ") == f"chosen on valid: {chosen}"
-    test = "test with the best weights"
-    assert line_with(said["tuned"], test) == line_with(said["plain"], test)
-    assert "chosen" not in said["plain"]
+    assert f"chosen on valid: {chosen}" in said["tuned"].splitlines()
     # --test-only prints the same, and draws the masks that were chosen; --resume chooses anew.
     monkeypatch.setattr(train, "visualize_predictions", lambda *given, path: drawn.append(given[4]))
     printed = output_of("train.py", "--test-only", "--out", "tuned", "--device", "cpu", cwd=place)
-    for pattern in (test, ", as chosen on valid: "):
-        assert line_with(said["tuned"], pattern) == line_with(printed, pattern)
+    scores = [line for line in printed.splitlines() if line.startswith("test")]
+    assert len(scores) > 1 and {*scores} < {*said["tuned"].splitlines()}
     assert drawn == [chosen]
     shutil.copytree(place / "tuned", place / "more")
     more = ("--resume", "--epochs", 4, "--out", "more")
@@ -361,7 +346,7 @@ def test_the_choice_is_that_of_valid_counted_by_hand_and_tested_as_by_predict_py
 
     run(place, "dataset/test", "--model", "tuned/best_model.pth", "--output", "scored")
     scores = json.loads((place / "scored" / "report.json").read_text())["scores"]
-    line = line_with(said["tuned"], ", as chosen on valid: ")
+    (line,) = (line for line in said["tuned"].splitlines() if ", as chosen on valid: " in line)
     printed = re.findall(r"(?:Dice|IoU|precision|recall) ([\d.]+)", line)
     names = ("dice", "iou", "miou", "precision", "recall", "image_dice")
     assert [float(number) for number in printed] == [round(scores[name], 4) for name in names]
