@@ -177,14 +177,8 @@ class COCOSegmentationDataset(Dataset):
         shape = (self.n_classes, *size[::-1])
         return ClassMasks(self.outlines(index, size), shape)
 
-    def run_lengths(self, index, size):
-        """{channel: RunLengths} of the classes that image `index`, of (width, height), has."""
-        masks = self.outlines(index, size)
-        masks.pop(self.n_classes, None)
-        return masks
-
     def outlines(self, index, size):
-        """As `run_lengths`, and at n_classes what is to be ignored.
+        """{class: RunLengths} of image `index`, of (width, height); at n_classes what to ignore.
 
         Outlines are of the image as it is shown; where the record has the size before turning
         (EXIF), if that is another, they are of the stored image and are turned along.

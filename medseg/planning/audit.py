@@ -63,16 +63,14 @@ def audit(root, out, n_shown=SHOWN):
 def _tiles(dataset, examined, n_shown):
     """Of a split, what `save_contact_sheet` draws: (tile, file name, share of foreground)."""
 
-    def tile(place):
-        own = examined[place]
-        masks = dataset.run_lengths(own.index, own.size)
+    def tile(own):
         name = dataset.path(own.index).relative_to(dataset.image_dir.parent).as_posix()
         percent = f"{100 * own.share:.2f} %" if own.share >= 1e-4 else "below 0.01 %"
         about = f"{percent if own.area else 'no'} foreground"
-        return draw_tile(dataset.read(own.index).rgb(), masks, dataset.n_classes), name, about
+        return draw_tile(dataset.read(own.index).rgb(), own.masks, dataset.n_classes), name, about
 
     places = spread_by_foreground([image.share for image in examined], n_shown)
-    return list(parallel_map(tile, places, catch=()))
+    return list(parallel_map(tile, [examined[place] for place in places], catch=()))
 
 
 def _describe(dataset, examined):

@@ -78,7 +78,7 @@ def _measure(datasets, skip_bad):
     records = [record for own in datasets.values() for record in own.coco.imgs.values()]
     sizes, areas = np.array([image.size for image in train]), [image.areas for image in train]
     width, height = np.median(sizes, 0).astype(int).tolist()
-    kept, thickness = _measure_masks(datasets["train"], train)
+    kept, thickness = _measure_masks(train)
     return Fingerprint(
         images=counts,
         read=sum(map(len, seen.values())),
@@ -111,27 +111,26 @@ def _read(dataset, part, skip_bad):
     return examined
 
 
-def _measure_masks(dataset, seen):
+def _measure_masks(train):
     """({side: Dice kept}, thickness in pixels) of some training images that have foreground."""
-    filled = [image for image in seen if image.area]
+    filled = [image for image in train if image.area]
     if not filled:
         return dict.fromkeys(SIDES, 1.0), 0.0
 
-    def measure(number):
+    def measure(image):
         """[(a mask's Dice kept of each side, its thickness)] of an image."""
-        index, (width, height) = filled[number].index, filled[number].size
-        shrink = max(width, height, MAX_SIDE) / MAX_SIDE
-        shape = (max(round(height / shrink), 1), max(round(width / shrink), 1))
-        masks = dataset.run_lengths(index, (width, height)).values()
-        drawn = [(mask, own) for mask in masks if (own := mask.draw(*shape)).any()]
+        shrink = max(*image.size, MAX_SIDE) / MAX_SIDE
+        width, height = (max(round(side / shrink), 1) for side in image.size)
+        drawn = [(mask, mask.draw(height, width)) for mask in image.masks.values()]
         return [
             ([_kept(mask, own, side) for side in SIDES], shrink * _thickness(own))
             for mask, own in drawn
+            if own.any()
         ]
 
     wanted = np.unique(np.linspace(0, len(filled) - 1, MAX_MEASURED).astype(int))
-    results = [one for of_image in parallel_map(measure, wanted.tolist()) for one in of_image]
-    kept, thickness = zip(*results, strict=True)
+    measured = parallel_map(measure, [filled[place] for place in wanted])
+    kept, thickness = zip(*(own for of_image in measured for own in of_image), strict=True)
     return dict(zip(SIDES, np.mean(kept, 0).tolist(), strict=True)), float(np.median(thickness))
 
 

@@ -21,6 +21,7 @@ class Examined(NamedTuple):
     stored_as: str  # '8-bit RGB', ...
     turned: bool  # or mirrored (EXIF)
     channels: int  # 1 of a colour image whose colours are equal
+    masks: dict  # {class: RunLengths} of those that it has
     areas: list  # pixels of each class
     area: int  # pixels of any class
     box: bool  # whether these are an upright rectangle
@@ -54,6 +55,7 @@ def examine(dataset, numbers):
             stored_as=pixel_format(path),
             turned=image.orientation > 1,
             channels=1 if is_grey(image) else image.n_channels,
+            masks=masks,
             areas=areas,
             area=area,
             box=area == width * height > 0,
