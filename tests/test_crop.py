@@ -144,24 +144,8 @@ def test_so_many_crops_lie_around_foreground():
     small = np.zeros((2, 12, 20, 5), np.uint8)  # lower than a crop, which then holds all its rows
     small[0, 3, 4, 3] = 1
     assert all(own[3][0] >= 1 for own in draw_foreground(1.0, range(9), small))
-
-
-@pytest.mark.parametrize("repeat", [1, 0.3, 2.5])
-def test_whole_images_without_foreground_are_drawn_less_often(repeat):
-    rows, seen, marked = np.zeros((40, 4, 4, 5), np.uint8), Counter(), (3, 11, 30)
-    rows[..., 0] = np.arange(40)[:, None, None]
-    rows[list(marked), 1, 2, 3] = 1
-    for epoch in range(50):
-        drawn = draw_foreground(0.33, [epoch], rows, crop=0, repeat=repeat)
-        counts = Counter(number for number, *_ in drawn)
-        assert len(drawn) == round(40 * repeat)
-        assert sum(counts[number] for number in marked) >= round(0.33 * len(drawn))
-        seen += counts
-    counts = [seen[number] for number in marked]
-    assert sum(counts) / seen.total() == pytest.approx(0.33 + 0.67 * 3 / 40, abs=0.03)
-    assert len(seen) == 40 and max(counts) < 1.3 * min(counts)
-    plain = draw_foreground(0.33, [0], rows * np.uint8([1, 1, 1, 0, 0]), crop=0)
-    assert sorted(number for number, *_ in plain) == list(range(40))  # there is none to prefer
+    none = draw_foreground(0.33, [0], small * np.uint8([1, 1, 1, 0, 0]), crop=0)
+    assert len(none) == 2  # there is none to prefer
 
 
 @pytest.mark.parametrize("text", ["rotate=180", "rotate,scale,shift,elastic", "scale=1,rotate=180"])

@@ -555,23 +555,19 @@ def test_a_grouped_split_keeps_neighbours_together(numbered, tmp_path, refused, 
     # multiple of 3, while 101 to 104 have no neighbour. test has 2, 5, ... 59: all have one.
     assert re.search(r"valid beside train: 16\.7% .*, 79\.2% a neighbour", out)
     assert re.search(r"test beside train: 0\.0% .*, 100\.0% a neighbour", out)
-    target, again = (grouped_split(numbered, tmp_path / name, block=8) for name in ("new", "same"))
-    before, numbers, pairs = {}, [], 0
-    for split in SPLITS:
-        before |= segmentations_by_name(numbered / split)
-    for split in SPLITS:
+    target = grouped_split(numbered, tmp_path / "new", block=8)
+    before = {split: segmentations_by_name(numbered / split) for split in SPLITS}
+    outlines, numbers, pairs = {**before["train"], **before["valid"], **before["test"]}, [], 0
+    for split, old in before.items():
         after = segmentations_by_name(target / split)
+        assert abs(len(after) - len(old)) <= 8  # about the shares of before
         own = [slice_number(name) for name in after]
         pairs += sum(number + 1 in own for number in own)
         numbers += own
-        for name, segmentations in after.items():
-            (old,) = numbered.glob(f"*/{name}")
-            assert (target / split / name).read_bytes() == old.read_bytes()
-            assert segmentations == before[name]
-        old = len(segmentations_by_name(numbered / split))
-        assert abs(len(own) - old) <= 8  # about the shares of before
-        path = f"{split}/{ANNOTATIONS}"
-        assert (target / path).read_bytes() == (again / path).read_bytes()
+        for name, segmentation in after.items():
+            (path,) = numbered.glob(f"*/{name}")
+            assert (target / split / name).read_bytes() == path.read_bytes()
+            assert segmentation == outlines[name]
     assert sorted(numbers) == [*range(1, 61), *range(101, 105)]
     assert pairs >= 62 - 7  # of 62 neighbouring pairs, the edges of 8 blocks part 7 at most
     refused("data", numbered, "--grouped-split", target, words=[target])

