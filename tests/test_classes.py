@@ -1,4 +1,4 @@
-"""Several classes: masks, scores, files and weights, against hand-drawn masks and MONAI."""
+"""Several classes, and pixels to ignore: masks, scores, files and weights, by hand and by MONAI."""
 
 import csv
 import json
@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    SIZE,
     SMALL,
     brightness_model,
     edit_annotations,
+    output_of,
     read_metrics,
     set_classes,
     square,
@@ -30,6 +32,7 @@ from medseg.images import save_mask
 from medseg.inference import PLAIN, Inference, full_size_masks
 from medseg.planning.audit import audit
 from medseg.predicting.page import Session
+from medseg.predicting.report import surface_scores
 from medseg.training.feature_statistics import find_draw_order
 from net import UNet, load_model
 
@@ -390,5 +393,109 @@ def test_a_figure_outlines_at_most_twenty_classes(monkeypatch, tmp_path):
 
 
 def test_a_class_that_is_only_predicted_is_left_out_of_the_dice_of_an_image():
-    counts = np.array([[[5, 5, 5, 85], [0, 9, 0, 91]], [[10, 0, 0, 90], [0, 0, 0, 100]]])
-    assert metrics.mean_image_dice(counts).tolist() == [0.5, 1]
+    first = [5, 5, 5, 85], [10, 0, 0, 90], [0, 4, 4, 92]
+    second = [0, 9, 0, 91], [0, 0, 0, 100], [0, 0, 0, 100]
+    counts = np.stack([first, second], 1)
+    assert metrics.mean_image_dice(counts).tolist() == [0.5, 1, 0]
+
+
+# ---- pixels that nobody annotated: they count in no loss and in no score ---------------------
+
+PLACE = np.s_[8:30, 4:28]  # rows and columns that nobody annotated; some hide tumours
+
+
+@pytest.fixture
+def ignoring(dataset):
+    for split in SPLITS:
+        edit_annotations(dataset / split, add_ignored)
+    return dataset
+
+
+def add_ignored(content):
+    """Add the polygon of PLACE as the category `ignore` to every image but the first."""
+    content["categories"].append({"id": 7, "name": "ignore"})
+    for image in content["images"][1:]:
+        outline = {"segmentation": [[4, 8, 28, 8, 28, 30, 4, 30]], "iscrowd": 0}
+        one = {"id": 900 + image["id"], "image_id": image["id"], "category_id": 7, **outline}
+        content["annotations"].append(one)
+
+
+@pytest.mark.parametrize("count", [1, 8])  # after eight classes it has a byte of its own
+@pytest.mark.parametrize("crop", [0, SIZE])
+def test_masks_are_minus_one_there(ignoring, count, crop):
+    names = [f"c{number}" for number in range(count)] if count > 1 else None
+    if names:  # of the six tumours, whose annotations come first
+        numbers = [1, 2, 3, 4, 5, 6, *[count + 1] * 5]
+        set_classes(ignoring / "train", [*names, "ignore"], lambda number: numbers[number])
+    side = None if crop else SIZE
+    dataset = open_split(ignoring, "train", side, classes=names)
+    rows = load_split(ignoring, "train", side, classes=names)
+    change = Transform(3, count, crop=crop)
+    ((_, masks),) = Batches(rows, Order(len(rows)), transform=change)
+    assert len(masks) == 6
+    for index, mask in enumerate(masks.numpy()):
+        _, own = dataset.load(index)
+        truth, known = np.stack([*dataset.true_masks(index)]), np.ones((SIZE, SIZE), bool)
+        known[PLACE] = index == 0
+        assert (mask == own).all() and (own == dataset[index][1].numpy()).all()
+        assert ((own == -1) == ~known).all() and (truth == (own == 1)).all()
+        x, y, *_ = dataset.coco.imgToAnns[index][0]["segmentation"][0]
+        tumour = np.zeros((SIZE, SIZE), bool)
+        tumour[y : y + 16, x : x + 16] = True
+        assert (own[index % count][known] == tumour[known]).all()
+
+
+def test_crops_do_not_hold_it_as_foreground(ignoring):
+    rows = load_split(ignoring, "train", None)
+    order = Order(6, foreground=1.0, shuffle=True)
+    batches = Batches(rows, order, transform=Transform(crop=8))
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        for _, masks in batches:
+            assert ((masks == 1).sum((1, 2, 3)) > 0).all()
+
+
+def test_loss_and_scores_are_those_of_the_other_pixels():
+    generator = torch.Generator().manual_seed(0)
+    pred = torch.rand(4, 2, 9, 7, generator=generator).requires_grad_()
+    target = (torch.rand(4, 2, 9, 7, generator=generator) > 0.6).float()
+    known = torch.rand(4, 1, 9, 7, generator=generator).expand_as(pred) > 0.3
+    marked = target.where(known, torch.tensor(-1.0))
+    for weights in ({"dice": 0.6, "bce": 0.4}, {"focal": 1.0, "dice": 0.5}):
+        pred.grad = None
+        loss = train.combined_loss(pred, marked, weights)
+        loss.backward()
+        torch.testing.assert_close(loss, train.combined_loss(pred[known], target[known], weights))
+        assert (pred.grad[~known] == 0).all() and (pred.grad[known] != 0).all()
+    scores = metrics.RunningScores("cpu", ("a", "b"))
+    scores.add(loss.detach(), pred.detach(), marked)
+    for index, name in enumerate("ab"):
+        own = known[:, index]
+        right, true = pred[:, index][own] > 0.5, target[:, index][own] > 0.5
+        dice = 2 * (right & true).sum() / (right.sum() + true.sum())
+        assert scores.result()[f"dice/{name}"] == pytest.approx(dice.item())
+        assert scores.result()[f"acc/{name}"] == pytest.approx((right == true).float().mean())
+
+
+@pytest.mark.parametrize("clean", [(), ("--clean", "min-area=3")])
+def test_report_leaves_it_out(ignoring, tmp_path, clean, monkeypatch):
+    monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *_: None)
+    torch.save(brightness_model().state_dict(), tmp_path / "best_model.pth")
+    # At 0.02 some of what is dark is foreground too.
+    how = ("--threshold", 0.02, "--output", "out", *clean)
+    output_of("predict.py", ignoring / "test", *how, cwd=tmp_path)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    dataset, counts, surfaces = open_split(ignoring, "test"), np.zeros(3), []
+    for index in range(len(dataset)):
+        known = np.ones((SIZE, SIZE), bool)
+        known[PLACE] = index == 0
+        mask = tmp_path / "out" / f"{dataset.path(index).stem}_mask.png"
+        pred, target = np.asarray(Image.open(mask)) > 0, dataset.load(index)[1][0] > 0
+        surfaces.append(surface_scores(pred & known, target))
+        pred, target = pred[known], target[known]
+        counts += (pred & target).sum(), (pred | target).sum(), (pred == target).mean()
+    assert report["scores"]["iou"] == pytest.approx(counts[0] / counts[1])
+    assert report["surface_dice"]["mean"] == pytest.approx(np.nanmean(surfaces, 0)[1])
+    sizes = [SIZE**2, *[SIZE**2 - 22 * 24] * 3]
+    pixels = report["calibration"]["classes"]["foreground"]["pixels"]
+    assert abs(sum(pixels) / (32 / SIZE) ** 2 - sum(sizes)) < 0.05 * sum(sizes)
