@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import random
-import shutil
 import threading
 from pathlib import Path
 
@@ -12,13 +11,12 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import brightness_model, output_of, scan
+from helpers import brightness_model, output_of
 from PIL import Image, ImageChops
 from scipy.spatial.distance import mahalanobis
 
-from data import Batches, Order, Transform, load_split
+from data import Batches, Order, load_split
 from medseg import images, samples, tiles
-from medseg.cache import RaggedRows
 from medseg.inference import PLAIN, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
 from medseg.normalization import normalize
@@ -138,53 +136,44 @@ def test_images_of_one_size_are_never_divided():
         assert not tiles.must_divide(model, 1 << 20, "cpu")
 
 
-def test_limits_of_pictures(place, refused):
+def test_limits_of_pictures(here, refused):
     """A bomb of 144 megapixels in 18 kB is refused; an overlay fits its format."""
     Image.new("1", (12000, 12000)).save("bomb.png")
+    refused("predict", "bomb.png", "--max-megapixels", 143, words=["bomb.png", "144"])
     samples.set_pixel_limit(144)
     with samples.open_picture("bomb.png") as picture:
         assert picture.size == (12000, 12000)
-    refused("predict", "bomb.png", "--max-megapixels", 143, words=["bomb.png", "144"])
     images.save_overlay(Image.new("RGB", (70_000, 4)), np.zeros((4, 70_000)), "o.jpg", ["one"])
     assert Image.open("o.jpg").size == (65_500, 4)
 
 
-@pytest.fixture
-def place(here):
-    """An image; a model that is near 1 where a pixel is bright, and two of 0.9 and of 0.2."""
-    torch.save(brightness_model().state_dict(), "bright.pth")
-    for name, probability in (("often", 0.9), ("seldom", 0.2)):
-        model = UNet(n_filters=2, image_size=32)
-        torch.nn.init.zeros_(model.outc.weight)
-        torch.nn.init.constant_(model.outc.bias, math.log(probability / (1 - probability)))
-        torch.save(model.state_dict(), f"{name}.pth")
-    shutil.copy2("bright.pth", "best_model.pth")
-    scan(40, 40, 5, 5, 20).save("scan.png")
-    return here
-
-
-@pytest.mark.parametrize(
-    "words, models, images",
-    [
+def test_models_and_images_are_told_apart_in_any_order():
+    for words, models, names in (
         ("--model a.pth b.PTH scan.png", ["a.pth", "b.PTH"], ["scan.png"]),
         ("1.png --model a.pth b.pt 2.png --tta", ["a.pth", "b.pt"], ["1.png", "2.png"]),
         ("--model=weights -- scan.png", ["weights"], ["scan.png"]),  # whatever it is called
-    ],
-)
-def test_models_and_images_are_told_apart_in_any_order(words, models, images):
-    args = parse_arguments(words.split(), "")
-    assert (args.model, args.inputs) == (models, images)
+    ):
+        args = parse_arguments(words.split(), "")
+        assert (args.model, args.inputs) == (models, names)
 
 
-def test_a_folder_is_scored_as_its_masks_are_written(place):
+def test_a_folder_is_scored_as_its_masks_are_written(here):
     """The mean of p, 0.9 and 0.2 is above 0.5 where p is above 0.4."""
     helpers.make_dataset(Path("dataset"))
-    models, flags = ("often.pth", "bright.pth", "seldom.pth"), ("dataset/test", "--device", "cpu")
-    output_of("predict.py", *flags, "--output", "one", "--threshold", 0.4, cwd=place)
-    output_of("predict.py", *flags, "--output", "all", "--model", *models, cwd=place)
-    alone, together = (json.loads(Path(name, "report.json").read_text()) for name in ("one", "all"))
+    torch.save(brightness_model().state_dict(), "best_model.pth")
+    for name, probability in (("often.pth", 0.9), ("seldom.pth", 0.2)):
+        model = UNet(n_filters=2, image_size=32)
+        torch.nn.init.zeros_(model.outc.weight)
+        torch.nn.init.constant_(model.outc.bias, math.log(probability / (1 - probability)))
+        torch.save(model.state_dict(), name)
+    reports, test = [], ("dataset/test", "--device", "cpu", "--output")
+    several = ("--model", "often.pth", "best_model.pth", "seldom.pth")
+    for name, flags in {"one": ("--threshold", 0.4), "all": several}.items():
+        output_of("predict.py", *test, name, *flags, cwd=here)
+        reports.append(json.loads(Path(name, "report.json").read_text()))
+    alone, together = reports
     assert together["scores"] == alone["scores"] and alone["scores"]["dice"] > 0.9
-    dice = together["valid"]["dice"]  # at 0.05, 0.1, ...: at 0.5 as bright's at 0.4
+    dice = together["valid"]["dice"]  # at 0.05, 0.1, ...: at 0.5 as the one model's at 0.4
     assert dice[9] == alone["valid"]["dice"][7] and dice[0] < 0.5
     masks = [Path(name, "0_test_mask.png").read_bytes() for name in ("one", "all")]
     assert masks[0] == masks[1]
@@ -200,12 +189,11 @@ def test_what_models_have_in_common():
         ([one, plain], (0.35, (), {}), ()),
         ([other, one], (0.5, ("both",), {}), ()),
     ):
-        for ordered in (networks, networks[::-1]):
-            predictor = Predictor(ordered, "cpu")
-            assert (predictor.inference, predictor.info.trained_flips) == (expected, flips)
+        info = common_info(networks)
+        assert (info.inference, info.trained_flips) == (expected, flips)
 
 
-def test_models_that_differ_are_refused_by_name(place, refused):
+def test_models_that_differ_are_refused_by_name(here, refused):
     for options, words in (
         ({"image_size": None}, ["None", "32"]),
         ({"n_channels": 1}, ["channels 1", "3"]),
@@ -217,10 +205,11 @@ def test_models_that_differ_are_refused_by_name(place, refused):
         with pytest.raises(ValueError) as error:
             common_info([network(image_size=32), model], ["often.pth", "other.pth"])
         assert all(word in str(error.value) for word in (*words, "often.pth", "other.pth"))
+    torch.save(network(image_size=32).state_dict(), "often.pth")
     torch.save(model.state_dict(), "other.pth")
-    for other, words in {"other.pth": ["often.pth", "other.pth"], "gone.pth": ["gone.pth"]}.items():
-        refused("predict", "scan.png", "--model", "often.pth", other, words=words)
-    assert not [*Path().glob("*_mask.png")]
+    command = ("predict", "scan.png", "--model", "often.pth")
+    refused(*command, "other.pth", words=["often.pth", "other.pth"])
+    refused(*command, "gone.pth", words=["gone.pth"])
 
 
 def agreement_of(*masks):
@@ -300,18 +289,6 @@ def test_a_batch_is_assessed_in_the_passes_that_predict_it():
     np.testing.assert_allclose(unlike, ratios, rtol=1e-3)
     assert predictor_of(known).predict(pixels)[0].agreement is None
     assert predictor_of(other).predict(pixels)[0].unlike is None
-
-
-def test_whole_images_are_as_prediction_takes_them():
-    """Whatever is cropped, repeated and changed for the training."""
-    sizes = np.array([(20 + number, 30) for number in range(7)])
-    rows = RaggedRows(np.zeros((sizes.prod(1).sum(), 4), np.uint8), sizes)
-    order = Order(4, shuffle=True, repeat=3, rank=1, world=2)
-    batches = Batches(rows, order, transform=Transform(crop=8, strengths={"flip": 1.0}))
-    for most, count in ((9, 7), (3, 3)):
-        shapes = [tuple(images.shape[2:]) for images, _ in batches.whole_images(most)]
-        assert len({*shapes}) == len(shapes) == count and {*shapes} <= {*map(tuple, sizes.tolist())}
-    assert shapes != [*map(tuple, sizes[:3].tolist())]  # but some from all of the split
 
 
 def test_weights_carry_what_they_know(here):
