@@ -7,16 +7,16 @@ import random
 import threading
 from pathlib import Path
 
-import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import brightness_model, output_of
+from helpers import SMALL, brightness_model, make_dataset, output_of, save
 from PIL import Image, ImageChops
 from scipy.spatial.distance import mahalanobis
 
 from data import Batches, Order, load_split
-from medseg import images, samples, tiles
+from medseg import tiles
+from medseg.images import save_overlay
 from medseg.inference import PLAIN, VIEWS, Inference
 from medseg.layers import ARCHITECTURES
 from medseg.normalization import normalize
@@ -26,6 +26,7 @@ from medseg.predicting import ahead, inputs
 from medseg.predicting.flags import parse_arguments
 from medseg.predictor import Prediction, Predictor, common_info, pairwise_dice
 from medseg.results.assessment import describe_assessments, reliability_columns
+from medseg.samples import open_picture, set_pixel_limit
 from net import ModelInfo, UNet, load_model
 
 
@@ -80,22 +81,6 @@ def test_tiles_are_equal_to_the_whole_image(case, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_margin_is_the_reach_of_the_network():
-    """Each network's answer changes up to the margin from a border that is moved, no further."""
-    for depth, options in ((2, {}), (3, {}), (2, {"down": "stride"}), (2, {"up": "nearest"})):
-        model, stride = network(depth=depth, **options).double(), 2**depth
-        model.outc.float()
-        model.sigmoid = torch.nn.Identity()
-        side, reaches = 24 * stride, []
-        image = torch.randn(1, 3, side, stride, dtype=torch.double)
-        with torch.inference_mode():
-            for cut in (np.s_[..., side // 2 :, :], np.s_[..., : side // 2, :]):
-                changed = (model(image)[cut] - model(image[cut])).abs().amax((0, 1, 3)) > 1e-6
-                rows = changed.nonzero()[:, 0]
-                reaches.append(rows.max() + 1 if cut[1].start else side // 2 - rows.min())
-        assert math.ceil(max(reaches) / stride) * stride == tiles.margin_of(model)
-
-
 def test_every_tile_has_its_margins():
     """Each pixel once, margins at borders that are none, multiples of the stride, few pixels."""
     draw = random.Random(0)
@@ -140,10 +125,10 @@ def test_limits_of_pictures(here, refused):
     """A bomb of 144 megapixels in 18 kB is refused; an overlay fits its format."""
     Image.new("1", (12000, 12000)).save("bomb.png")
     refused("predict", "bomb.png", "--max-megapixels", 143, words=["bomb.png", "144"])
-    samples.set_pixel_limit(144)
-    with samples.open_picture("bomb.png") as picture:
+    set_pixel_limit(144)
+    with open_picture("bomb.png") as picture:
         assert picture.size == (12000, 12000)
-    images.save_overlay(Image.new("RGB", (70_000, 4)), np.zeros((4, 70_000)), "o.jpg", ["one"])
+    save_overlay(Image.new("RGB", (70_000, 4)), np.zeros((4, 70_000)), "o.jpg", ["one"])
     assert Image.open("o.jpg").size == (65_500, 4)
 
 
@@ -159,7 +144,7 @@ def test_models_and_images_are_told_apart_in_any_order():
 
 def test_a_folder_is_scored_as_its_masks_are_written(here):
     """The mean of p, 0.9 and 0.2 is above 0.5 where p is above 0.4."""
-    helpers.make_dataset(Path("dataset"))
+    make_dataset(Path("dataset"))
     torch.save(brightness_model().state_dict(), "best_model.pth")
     for name, probability in (("often.pth", 0.9), ("seldom.pth", 0.2)):
         model = UNet(n_filters=2, image_size=32)
@@ -306,36 +291,24 @@ def test_weights_carry_what_they_know(here):
 
 def test_what_is_said():
     """The least sure images by name, the most unlike ones first."""
-
-    def lines(*values):
-        images = [(f"{number}.png", Prediction(None, *one)) for number, one in enumerate(values)]
-        return describe_assessments(images)
-
-    (line,) = lines(*((0.9 - number / 10, 0.5) for number in range(7)))
+    least = [(f"{n}.png", Prediction(None, 0.9 - n / 10, 0.5)) for n in range(7)]
+    (line,) = describe_assessments(least)
     assert "6.png 0.30, 5.png 0.40" in line and "1.png" not in line
-    (line,) = lines(*((None, number) for number in range(9)))
-    assert "7 of 9" in line and "8.png, 7.png" in line and lines((None, None)) == []
+    (line,) = describe_assessments([(f"{n}.png", Prediction(None, None, n)) for n in range(9)])
+    assert "7 of 9" in line and "8.png, 7.png" in line
     slices = [Prediction(None, *one) for one in ((0.5, 0.1), (0.9, 9.0), (1.0, 0.2))]
     assert reliability_columns(slices) == {"agreement": pytest.approx(0.8), "unlike": 0.2}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with a data set of 14 + 5 + 3 images, and weights trained on it with flips."""
-    place = tmp_path_factory.mktemp("trained")
-    make_phantoms(place / "dataset", (14, 5, 3), size=64)
-    with pytest.MonkeyPatch.context() as patch:
-        helpers.skip_pictures(patch)
-        flags = (*helpers.SMALL, "--precision", "fp32", "--epochs", 1, "--augment", "mirror")
-        output_of("train.py", *flags, "--out", "run", cwd=place)
-    return place
-
-
-def test_a_training_records_what_its_images_look_like(trained):
-    model, pooled = load_model(trained / "run" / "best_model.pth").eval(), []
+def test_what_a_training_has_seen_is_recorded_and_other_images_are_told(here, no_pictures):
+    """Pooled by hand over the views that it has shown; in the table and on the screen."""
+    make_phantoms("dataset", (14, 5, 3), size=64)
+    flags = (*SMALL, "--precision", "fp32", "--epochs", 1, "--augment", "mirror", "--out", "run")
+    output_of("train.py", *flags, cwd=here)
+    model, pooled = load_model("run/best_model.pth").eval(), []
     assert model.info.trained_flips == ("horizontal",)
     for split in ("train", "valid"):
-        rows = np.array(load_split(trained / "dataset", split, 32))
+        rows = np.array(load_split(Path("dataset"), split, 32))
         shown = torch.cat([some for some, _ in Batches(rows, Order(2, True)).whole_images(99)])
         shown[1::2] = shown[1::2].flip(3)
         pooled.append(pooled_by_hand(model, shown.contiguous()))
@@ -343,20 +316,19 @@ def test_a_training_records_what_its_images_look_like(trained):
     np.testing.assert_allclose(statistics.mean, expected.mean, rtol=1e-3, atol=1e-4)
     assert statistics.threshold == pytest.approx(expected.threshold, rel=0.01)
 
-
-def test_predict_py_and_the_table_tell_unlike_images(trained):
-    image = Image.open(trained / "dataset" / "test" / "20000_phantom.jpg")
-    helpers.save(image, trained / "scans" / "like.png")
-    helpers.save(ImageChops.invert(image), trained / "scans" / "inverted.png")
-    model = ("--device", "cpu", "--threshold", 0.49, "--model", "run/best_model.pth")
-    for flags, known in (((), False), (("--tta",), True)):
-        said = output_of("predict.py", "scans", *model, *flags, "--output", "rows", cwd=trained)
+    image = Image.open("dataset/test/20000_phantom.jpg")
+    save(image, "scans/like.png")
+    save(ImageChops.invert(image), "scans/inverted.png")
+    flags = ("--device", "cpu", "--threshold", 0.49, "--model", "run/best_model.pth")
+    for tta in ((), ("--tta",)):
+        said = output_of("predict.py", "scans", *flags, *tta, "--output", "rows", cwd=here)
         assert "inverted.png: unlike the training" in said and "like.png: unlike" not in said
-        text = (trained / "rows" / "predictions.csv").read_text("utf-8-sig")
-        rows = {row["image"]: row for row in csv.DictReader(text.splitlines())}
-        assert float(rows["inverted.png"]["unlike"]) > 1 > float(rows["like.png"]["unlike"])
-        assert all(bool(row["agreement"]) == known for row in rows.values())
-    alone = output_of("predict.py", "scans/inverted.png", *model, "--tta", cwd=trained)
+        text = Path("rows/predictions.csv").read_text("utf-8-sig")
+        like, inverted = sorted(csv.DictReader(text.splitlines()), key=lambda row: row["unlike"])
+        assert inverted["image"] == "inverted.png"
+        assert float(like["unlike"]) < 1 < float(inverted["unlike"])
+        assert bool(like["agreement"]) == bool(tta)
+    alone = output_of("predict.py", "scans/inverted.png", *flags, "--tta", cwd=here)
     assert "inverted.png: unlike the training" in alone and "agreement " in alone
 
 
