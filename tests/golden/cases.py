@@ -1,8 +1,7 @@
 """What the scripts make of small inputs, end to end, held to the values in expected.json.
 
-    python -m pytest tests/golden                        # compare
-    python tests/golden/cases.py                         # print what differs, change nothing
-    python tests/golden/cases.py --record -k import_coco   # write the values of this case
+    python -m pytest tests/golden -k import_coco   # compare
+    python tests/golden/cases.py import_coco       # write the values of this case
 
 A case is the inputs that it makes, the commands that it runs and what is measured of their files.
 The values are those of the code before anything was rebuilt: a change of one is either a mistake or
@@ -11,7 +10,6 @@ agree to 1e-4 (of 1, or of the value where that is larger), those after a traini
 instructions (ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41) they differ by a quarter of it.
 """
 
-import argparse
 import contextlib
 import csv
 import hashlib
@@ -484,35 +482,24 @@ CASES = {
 }
 
 
-@contextlib.contextmanager
-def working_directory(folder):
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 def run_case(name):
-    """Run a case in a folder of its own; returns {key: value}."""
+    """Run a case in the current folder, which is empty; returns {key: value}."""
     make, commands, measures = (*CASES[name], MEASURES.get(name.split("_")[0]))[:3]
-    with tempfile.TemporaryDirectory() as folder, working_directory(folder):
-        make()
-        for line in commands.splitlines():
-            out = assert_done(script_here(*shlex.split(line), cwd=folder))
-        result = {}
-        for measure in measures.split("; "):
-            kind, path = measure.split(" ")
-            values = PRINTED[kind](out) if kind in PRINTED else globals()[kind](path)
-            where = "printed" if path == "-" else path
-            result |= {f"{where} {key}".rstrip(): value for key, value in values.items()}
+    make()
+    for line in commands.splitlines():
+        out = assert_done(script_here(*shlex.split(line), cwd=Path.cwd()))
+    result = {}
+    for measure in measures.split("; "):
+        kind, path = measure.split(" ")
+        values = PRINTED[kind](out) if kind in PRINTED else globals()[kind](path)
+        where = "printed" if path == "-" else path
+        result |= {f"{where} {key}".rstrip(): value for key, value in values.items()}
     return json.loads(json.dumps(result))
 
 
 def differences(name, values):
     """Lines that say what is not as expected."""
-    expected = read_expected().get(name, {})
+    expected = json.loads(EXPECTED.read_text())[name]
     tolerance = 2e-3 if name.startswith("train_") else 1e-4
     return [
         f"{name}: {key}: expected {expected.get(key)}, got {values.get(key)}"
@@ -529,13 +516,12 @@ def agree(expected, value, tolerance):
     return type(expected) is type(value) and expected == value
 
 
-def read_expected():
-    return json.loads(EXPECTED.read_text())
-
-
-def write_expected(content):
-    """A value a line, sorted, so that a value that changes is a line of the difference."""
-    cases = []
+def record(names):
+    """Write the values of these cases: one a line, so that a change is a line of the difference."""
+    content, cases = json.loads(EXPECTED.read_text()), []
+    for name in names:
+        os.chdir(tempfile.mkdtemp())
+        content[name] = run_case(name)
     for name, values in sorted(content.items()):
         lines = [
             f"  {json.dumps(key)}: {json.dumps(rounded(values[key]))}" for key in sorted(values)
@@ -550,17 +536,5 @@ def rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-k", default="", metavar="NAME", help="cases whose name contains it")
-    parser.add_argument("--record", action="store_true", help="write their values")
-    args, content = parser.parse_args(), read_expected()
-    for name in filter(lambda name: args.k in name, CASES):
-        content[name] = run_case(name)
-        print("\n".join(differences(name, content[name])) or f"{name}: as expected", flush=True)
-    if args.record:
-        write_expected(content)
-
-
 if __name__ == "__main__":
-    main()
+    record(sys.argv[1:])

@@ -5,6 +5,6 @@ from cases import CASES, differences, run_case
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_golden(name, no_pictures):
+def test_golden(name, no_pictures, here):
     lines = differences(name, run_case(name))
     assert not lines, "\n".join(lines)
