@@ -5,7 +5,6 @@ import ctypes
 import math
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from medseg import drawing, samples
 from medseg.files import name_file, write_picture
-from medseg.samples import RANGES, pixels_of
+from medseg.samples import RANGES
 from medseg.settings import MAX_CHANNELS
 
 MEASURED, MEASURED_PIXELS = 64, 1 << 16  # files, and values of each, that tell a window
@@ -36,44 +35,36 @@ SHOWN_SIDE = 384  # pixels at least, of the longer side of what is shown
 class Picture:
     """One image as it is shown, whatever its file: a slice, a frame, several modalities.
 
-    pixels: uint8 (H, W, C), C being 1 of grey, 3 of colour, else 2 or 4 to MAX_CHANNELS. source:
-    these, or the PIL image of mode L or RGB that has them, for most are only resized.
+    pixels: uint8 (H, W, C), C being 1 of grey, 3 of colour, else 2 or 4 to MAX_CHANNELS.
     orientation: EXIF's, 1 to 8, by which what is stored was turned. spacing: mm from row to row
     and from column to column, where known. channels: their names, where known.
     """
 
-    source: np.ndarray | Image.Image
+    pixels: np.ndarray
     orientation: int = 1
     spacing: tuple | None = None
     channels: tuple = ()
 
-    @cached_property
-    def pixels(self):
-        return pixels_of(self.source) if isinstance(self.source, Image.Image) else self.source
-
     @property
     def height(self):
-        return self.size[1]
+        return self.pixels.shape[0]
 
     @property
     def width(self):
-        return self.size[0]
+        return self.pixels.shape[1]
 
     @property
     def size(self):
         """(width, height)."""
-        is_array = isinstance(self.source, np.ndarray)
-        return self.source.shape[1::-1] if is_array else self.source.size
+        return self.width, self.height
 
     @property
     def n_channels(self):
-        is_array = isinstance(self.source, np.ndarray)
-        return self.source.shape[2] if is_array else len(self.source.getbands())
+        return self.pixels.shape[2]
 
     def rgb(self):
         """A PIL RGB image for eyes: of two channels the first, else the first three."""
-        is_array = isinstance(self.source, np.ndarray)
-        return drawing.rgb_image(self.source) if is_array else self.source.convert("RGB")
+        return drawing.rgb_image(self.pixels)
 
 
 def as_picture(image):
@@ -83,7 +74,8 @@ def as_picture(image):
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return Picture(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        return Picture(samples.pixels_of(image))
     pixels = image[..., None] if image.ndim == 2 else image
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or not 1 <= pixels.shape[2] <= MAX_CHANNELS:
         form = f"an array of uint8, (H, W) or (H, W, C), of 1 to {MAX_CHANNELS} channels"
@@ -102,10 +94,8 @@ def read_image(path, window=None):
     Raises FileNotFoundError; ValueError for what is not one whole picture, or of more pixels than
     `medseg.samples.set_pixel_limit` allows.
     """
-    with name_file(path), samples.open_picture(path) as picture:
-        if (image := picture.plain()) is not None:
-            return Picture(image)
-        values, white, orientation = samples.samples_of(picture)
+    with name_file(path):
+        values, white, orientation = samples.read_samples(path)
         return Picture(samples.to_uint8(values, white, window), orientation)
 
 
@@ -140,28 +130,24 @@ def preprocess(picture, image_size=IMAGE_SIZE, n_channels=3):
     colour grey; ValueError for other than the picture's own channels besides.
     The one resizing of the project: training, evaluation and prediction all come through here.
     """
-    pixels, own = picture.pixels if image_size is None else picture.source, picture.n_channels
+    pixels, own = picture.pixels, picture.n_channels
     if own != n_channels and {own, n_channels} != {1, 3}:
         raise ValueError(f"has {own} channels, and the network takes {n_channels}")
     if own == 3 and n_channels == 1:
-        image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-        pixels = image.convert("L")
+        pixels = samples.pixels_of(Image.fromarray(pixels).convert("L"))
     if image_size is not None:
         pixels = _resize(pixels, image_size)
-    elif isinstance(pixels, Image.Image):
-        pixels = pixels_of(pixels)
     pixels = pixels.repeat(3, 2) if pixels.shape[2] < n_channels else pixels
     return np.require(pixels, requirements="W")  # PyTorch warns of what cannot be written to
 
 
 def _resize(pixels, side):
-    """uint8 (H, W, C), or PIL image -> (side, side, C), by channels where these are no colours."""
-    if isinstance(pixels, Image.Image) or pixels.shape[2] == 3:
-        planes = [pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)]
-    else:
-        planes = map(Image.fromarray, np.moveaxis(pixels, 2, 0))
-    resized = [plane.resize((side, side), Image.Resampling.BILINEAR) for plane in planes]
-    return np.concatenate([np.asarray(plane).reshape(side, side, -1) for plane in resized], 2)
+    """uint8 (H, W, C) -> (side, side, C), by channels where these are no colours."""
+    planes = [pixels] if pixels.shape[2] == 3 else np.moveaxis(pixels, 2, 0)
+    resized = [
+        Image.fromarray(plane).resize((side, side), Image.Resampling.BILINEAR) for plane in planes
+    ]
+    return np.concatenate([np.atleast_3d(plane) for plane in resized], 2)
 
 
 def is_grey(picture):

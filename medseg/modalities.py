@@ -79,4 +79,4 @@ def read_channels(image, window=None, read=read_image):
             sizes = [f"{one.shape[1]}x{one.shape[0]}" for one in (pixels, planes[0])]
             raise ValueError(f"{path}: is {sizes[0]}, but {image.paths[0]} is {sizes[1]}")
     pixels = np.concatenate([pixels[..., :1] for pixels in planes], axis=2)
-    return replace(first, source=pixels, channels=image.names)
+    return replace(first, pixels=pixels, channels=image.names)

@@ -1,8 +1,8 @@
-"""One picture file to its samples as they are stored: by Pillow where it is right, else tifffile.
+"""One picture file to its samples as they are stored: by Pillow where it is right.
 
-Pillow has no mode for colours of 16 bits, scales the values of PNM files (which is undone here),
-and knows few kinds of TIFF. tifffile reads the others; some compressions need imagecodecs, which
-is optional.
+Pillow has no mode for colours of 16 bits, which OpenCV reads of PNG files, scales the values of
+PNM files (which is undone here), and knows few kinds of TIFF. tifffile reads the others; some
+compressions need imagecodecs, which is optional.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "GIF")
 FORMAT_NAMES = "JPEG, PNG, TIFF, BMP, PPM, PGM, WebP or GIF"
 KINDS = f"DICOM, NIfTI, NRRD, MetaImage, {FORMAT_NAMES}"  # of files that predict.py takes
 LOSSY = ("JPEG", "lossy WebP")
-PILLOWS_LIMIT = 89_478_485  # pixels of an image, against small files that fill the memory
 LARGE = 1 << 22  # pixels of an image that is not copied at once
 STRIPE = 64  # rows of an image or columns of a mask that are made at a time: few megabytes
 RANGES = (255, 1023, 4095, 65535)  # of 8, 10, 12 and 16 bits
@@ -44,7 +43,7 @@ COPY_OR_MASK = 1 | 4  # kinds of pages: a smaller copy, or the transparency, of 
 PILLOWS = COMPRESSION_INFO.keys() - {50001}  # compressions, but WebP, which few builds have
 
 Image.MAX_IMAGE_PIXELS = None  # `check_size` does it, for files of every kind
-_limit = {"pixels": PILLOWS_LIMIT}
+_limit = {"megapixels": MAX_MEGAPIXELS}  # against small files that fill the memory
 # Odd metadata: the pixels are what counts, and an error where they are damaged.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
@@ -72,17 +71,16 @@ class Page(NamedTuple):
 
 def set_pixel_limit(megapixels):
     """Read images of up to so many million pixels in this process: the flag --max-megapixels."""
-    own = megapixels == MAX_MEGAPIXELS
-    _limit["pixels"] = PILLOWS_LIMIT if own else megapixels * 10**6
+    _limit["megapixels"] = megapixels
 
 
 def check_size(width, height):
     """ValueError for an image, or a slice, of more pixels than `set_pixel_limit` allows."""
-    pixels, most = width * height, _limit["pixels"]
-    if pixels > most:
+    megapixels, most = math.ceil(width * height / 10**6), _limit["megapixels"]
+    if megapixels > most:
         raise ValueError(
-            f"{width}x{height} pixels are more than {most // 10**6} million; if you trust the "
-            f"file: --max-megapixels {-(-pixels // 10**6)}"
+            f"{width}x{height} pixels are more than {most} million; if you trust the file: "
+            f"--max-megapixels {megapixels}"
         )
 
 
@@ -95,12 +93,7 @@ def read_samples(file):
     animation), what is no regular file, damaged or too large; and what decoders raise.
     """
     with open_picture(file) as picture:
-        return samples_of(picture)
-
-
-def samples_of(picture):
-    """The Samples of what `open_picture` gives."""
-    values, has_alpha, palette = picture.decode()
+        values, has_alpha, palette = picture.decode()
     if palette is not None:
         values = palette[values[..., 0]]
     if has_alpha:
@@ -143,7 +136,7 @@ def open_picture(file):
                 raise ValueError(f"holds {len(pictures)} pictures: save each in a file of its own")
             yield _Tiff(opened, pictures[getattr(file, "number", 0)])
         else:
-            with _open_by_pillow(opened, FORMATS) as image:
+            with _open_by_pillow(opened) as image:
                 yield _Picture(image, opened)
 
 
@@ -175,7 +168,8 @@ def turn(pixels, orientation):
     """Array (H, W, ...) as stored -> as shown, by its EXIF orientation (1 to 8)."""
     if orientation > 4:
         pixels = np.swapaxes(pixels, 0, 1)
-    rows, columns = (-1 if orientation in own else 1 for own in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
     return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
@@ -207,11 +201,11 @@ def pixels_of(image):
 
 
 @contextlib.contextmanager
-def _open_by_pillow(file, formats):
+def _open_by_pillow(file):
     """Pillow's image of a binary file; ValueError where its picture is larger than the limit."""
     file.seek(0)
     try:
-        image = Image.open(file, formats=formats)
+        image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise Image.UnidentifiedImageError(f"not a {FORMAT_NAMES} picture") from None
     with image:
@@ -249,14 +243,6 @@ class _Picture:
             orientation = self.image.getexif().get(ORIENTATION, 1)
         return orientation if orientation in range(1, 9) else 1
 
-    def plain(self):
-        """The loaded PIL image where it is as it is shown, of 8 bits, and not large; else None."""
-        usual = self.image.mode in ("L", "RGB") and self.pixel_format[0] == "8" and not self.white
-        if not usual or self.image.width * self.image.height >= LARGE:
-            return None
-        self.image.load()
-        return self.image if self.orientation() == 1 else None
-
     def lossy(self):
         """Which of LOSSY changed the values, or None."""
         if self.format != "WEBP":
@@ -270,10 +256,8 @@ class _Picture:
 
         values: (H, W, C), bool of one bit; with a palette, uint8 (N, 3), these are indices.
         """
-        has_alpha, palette = False, None
         if self.format == "PNG" and ";16" in self.raw_mode and self.image.mode[0] != "I":
-            values = self._read_16_bit_png()
-            has_alpha = values.shape[2] % 2 == 0
+            values, has_alpha, palette = self._read_16_bit_png(), "A" in self.raw_mode, None
         else:
             values, has_alpha, palette = _decode_by_pillow(self.image)
         if self.white:  # Pillow has scaled it
@@ -282,17 +266,14 @@ class _Picture:
         return turn(values, self.orientation()), has_alpha, palette
 
     def _read_16_bit_png(self):
-        """uint16 (H, W, C): Pillow unpacks the high bytes, and the low ones in the other order."""
+        """uint16 (H, W, C), whose upper bytes are all that Pillow has."""
+        import cv2  # as tifffile, for few files
 
-        def unpack(raw_mode):
-            with _open_by_pillow(self.file, ["PNG"]) as image:
-                image.tile = [getattr(t, "_make", tuple)((*t[:3], raw_mode)) for t in image.tile]
-                return np.asarray(image)
-
-        mode = self.raw_mode.partition(";")[0]
-        if mode == "LA":  # four bytes a pixel, as RGBA has
-            return unpack("RGBA").view(">u2").astype(np.uint16)
-        return unpack(f"{mode};16B").astype(np.uint16) << 8 | unpack(f"{mode};16L")
+        self.image.load()  # which raises where it is damaged
+        self.file.seek(0)
+        values = cv2.imdecode(np.frombuffer(self.file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+        values[..., :3] = values[..., 2::-1]  # blue, green, red and alpha
+        return values[..., ::3] if self.raw_mode.startswith("LA") else values
 
 
 def _decode_by_pillow(image):
@@ -357,9 +338,6 @@ class _Tiff:
         kind = "floating-point" if page.sampleformat == FLOATING else f"{self.bits}-bit"
         self.pixel_format = f"{kind} {name}{' with alpha' * self.has_alpha}"
 
-    def plain(self):
-        """None: see _Picture."""
-
     def orientation(self):
         tag = self.page.tags.get(ORIENTATION)
         return tag.value if tag and tag.value in range(1, 9) else 1
@@ -370,7 +348,7 @@ class _Tiff:
     def decode(self):
         if self._is_right_in_pillow():
             with contextlib.suppress(Image.UnidentifiedImageError):
-                with _open_by_pillow(self.file, ["TIFF"]) as image:
+                with _open_by_pillow(self.file) as image:
                     image.seek(self.page.index)
                     return _decode_by_pillow(image)  # which turns it
         try:
@@ -398,13 +376,11 @@ class _Tiff:
     def _as_shown(self, values):
         """Invert, in place, values (H, W, C) that store white as 0; returns the palette or None."""
         page, palette = self.page, None
-        colours = values[..., : values.shape[2] - self.has_alpha]  # a view
         if page.photometric == PALETTE:
             palette = page.colormap.T >> (8 if page.colormap.max() > 255 else 0)
             palette = palette.astype(np.uint8)
-        elif page.photometric == WHITE_IS_ZERO:
-            top = {"u": 2**self.bits - 1, "i": -1}.get(values.dtype.kind, max(colours.max(), 1))
-            colours[:] = values.dtype.type(top) - colours
+        elif page.photometric == WHITE_IS_ZERO and page.sampleformat == UNSIGNED:
+            values[:] = values.dtype.type(2**self.bits - 1) - values
         elif page.photometric not in (BLACK_IS_ZERO, RGB, YCBCR):  # the last: by a JPEG decoder
             name = getattr(page.photometric, "name", page.photometric)
             raise ValueError(f"holds colours as {name}: save it as grey or RGB")
