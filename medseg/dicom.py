@@ -58,9 +58,7 @@ class DicomFrames(Sequence):
         return self._length
 
     def __getitem__(self, index):
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return next(self._decode([index % len(self)], self._picture))
+        return next(self._decode([range(len(self))[index]], self._picture))
 
     def __iter__(self):
         return self._decode(None if len(self) > 1 else [0], self._picture)
@@ -91,9 +89,7 @@ class DicomFrames(Sequence):
         told, series = self.position(index), self.header.get("SeriesInstanceUID")
         if not (told and series):
             return None
-        with np.errstate(all="ignore"):
-            place = float(np.cross(told[1][:3], told[1][3:]) @ told[0])
-        return (str(series), place) if math.isfinite(place) else None
+        return str(series), float(np.cross(told[1][:3], told[1][3:]) @ told[0])
 
     def _numbers(self, sequence, index, keyword, count):
         """So many finite numbers that a frame has under a keyword, or None for anything else."""
@@ -124,19 +120,16 @@ class DicomFrames(Sequence):
                 yield function(frame, index)
 
     def _picture(self, frame, index):
-        if self.photometric in COLOUR:
-            return self._rgb(frame)
-        limits = self._limits or self._own_limits(index) or self._range
-        inverted = self.photometric == "MONOCHROME1"
-        return window_to_uint8(self._rescale(frame, index), *limits, inverted=inverted)
-
-    def _rgb(self, frame):
         if self.photometric == "PALETTE COLOR":
             from pydicom.pixels import apply_color_lut
 
             frame = apply_color_lut(frame, self.header)
             return (frame >> 8 * (frame.itemsize - 1)).astype(np.uint8)
-        return (frame >> max(self.header.BitsStored - 8, 0)).astype(np.uint8)
+        if self.photometric in COLOUR:
+            return (frame >> max(self.header.BitsStored - 8, 0)).astype(np.uint8)
+        limits = self._limits or self._own_limits(index) or self._range
+        inverted = self.photometric == "MONOCHROME1"
+        return window_to_uint8(self._rescale(frame, index), *limits, inverted=inverted)
 
     def _rescale(self, frame, index):
         """A grey frame as stored -> its values, NaN where it is padding (PS3.3 C.7.5.1.1.2)."""

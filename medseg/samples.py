@@ -362,14 +362,13 @@ class _Tiff:
 
     def _is_right_in_pillow(self):
         """Whether Pillow reads the samples as they are, which needs no imagecodecs."""
-        page, deep = self.page, self.bits > 8
+        page, kind = self.page, (self.bits, self.page.photometric, self.extra)
         return (
             len(self.pages) == page.imagedepth == 1
             and page.sampleformat == UNSIGNED
             and page.samplesperpixel - len(self.extra) == CHANNELS.get(page.photometric)
             and self.extra in ((), (ALPHA,), (MULTIPLIED_ALPHA,))
-            and (not deep or self.bits == 16 and page.photometric == BLACK_IS_ZERO)
-            and not (deep and self.extra)
+            and (self.bits <= 8 or kind == (16, BLACK_IS_ZERO, ()))
             and page.compression in PILLOWS
         )
 

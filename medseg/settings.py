@@ -84,8 +84,8 @@ def channel_names(channels, context=0):
 def spell_window(window):
     """The window of `read_settings` in words."""
     words = {
-        None: "none recorded",
-        OF_VOLUME: "the 0.5 to 99.5 percentiles of each volume",
+        None: "none",
+        OF_VOLUME: "the percentiles of each volume",
         OF_FILE: "that of each file",
     }
     if window in words:
@@ -119,17 +119,18 @@ def check_window(present, window):
     """
     for folder, settings in present:
         recorded = settings["window"]
+        if recorded == window:
+            continue
         differ = (
             f"{folder}: its window is {spell_window(recorded)}, that of the new images "
             f"{spell_window(window)}"
         )
-        if recorded == window:
-            continue
-        if None not in (recorded, window) and tuple in (type(recorded), type(window)):
-            given = isinstance(recorded, tuple)
-            flag = f"give --window {spell_window(recorded)}" if given else "leave --window out"
-            raise ValueError(f"{differ}: {flag}")
-        print(f"warning: {differ}")
+        if None in (recorded, window) or tuple not in (type(recorded), type(window)):
+            print(f"warning: {differ}")
+        elif isinstance(recorded, tuple):
+            raise ValueError(f"{differ}: give --window {spell_window(recorded)}")
+        else:
+            raise ValueError(f"{differ}: leave --window out")
 
 
 def check_channels(present, info):
@@ -138,11 +139,8 @@ def check_channels(present, info):
     present: of `present_settings`; info: what is to be recorded of the new images.
     """
     for folder, settings in present:
-        recorded, new = (
-            ", ".join((*own["channels"], *[f"--context {own['context']}"] * bool(own["context"])))
-            or "none"
-            for own in (settings, info)
-        )
+        names = [channel_names(one["channels"], one["context"]) for one in (settings, info)]
+        recorded, new = (", ".join(own) or "none" for own in names)
         if recorded != new:
             raise ValueError(
                 f"{folder}: its images have the channels {recorded}, the new ones {new}: give the "

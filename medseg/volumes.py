@@ -115,9 +115,7 @@ class Volume:
         return self._slice(index)
 
     def _slice(self, index):
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        time, index = divmod(index % len(self), self.shape[self.axis])
+        time, index = divmod(range(len(self))[index], self.shape[self.axis])
         voxels = np.moveaxis(self._voxels, self.axis, 0)[index]
         return voxels[..., time : time + 1] if self.times > 1 else voxels
 

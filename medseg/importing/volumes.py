@@ -43,7 +43,7 @@ def volume_examples(sources, class_names, classes, args, present):
             for numbers in mask:
                 counts.update(count_values(numbers))
             counted[name].append(Counted(path, VOLUME, counts))
-            checks.append((mask.distance, mask.turned, mask.rounded, path.name))
+            checks.append((mask.distance, mask.rounded, path.name))
     _report(lengths, axes, checks)
     meanings = {}
     for name in class_names:
@@ -99,7 +99,7 @@ def _common_orientation(images, present):
 def _report(lengths, axes, checks):
     """Print how many slices there are, across which axis they are cut, and what is doubtful.
 
-    checks: (distance, turned, rounded, name) of each `MaskVolume`.
+    checks: (distance, rounded, name) of each `MaskVolume`.
     """
     (axis, count), total = Counter(axes).most_common(1)[0], len(axes)
     print(f"slices: {sum(lengths)} of {total} volumes, across axis {axis} (of 0, 1, 2)")
@@ -108,26 +108,24 @@ def _report(lengths, axes, checks):
             f"warning: {total - count} of {total} volumes have their largest spacing along "
             "another axis: their slices are cut in another direction"
         )
-    if turned := sum(check[1] for check in checks):
-        print(f"orientation: {turned} of {len(checks)} masks turned to that of their image")
     if apart := [check for check in checks if check[0]]:
-        distance, *_, name = max(apart)
+        distance, _, name = max(apart)
         print(
             f"warning: {len(apart)} of {len(checks)} masks lie less than a voxel beside their "
             f"image, at most {distance:.3g} mm ({name}): their affines differ"
         )
-    if rounded := [check for check in checks if check[2]]:
+    if rounded := [check for check in checks if check[1]]:
         print(
             f"warning: {len(rounded)} of {len(checks)} masks hold numbers that are not whole, but "
-            f"nearly, such as {rounded[0][2]:.8g} ({rounded[0][3]}): they are rounded"
+            f"nearly, such as {rounded[0][1]:.8g} ({rounded[0][2]}): they are rounded"
         )
 
 
 class MaskVolume:
     """The class numbers of a mask volume: uint16 arrays (H, W), cut across the axis of its image.
 
-    distance: mm that their corners lie apart, 0 where it is rounding. turned: whether it was stored
-    in another orientation than the image. rounded: a number of it that had to be rounded, or 0.
+    distance: mm that their corners lie apart, 0 where it is rounding. rounded: a number of it that
+    had to be rounded, or 0.
     Raises FileNotFoundError; ValueError where it lies a voxel or more beside the image, and, when
     the slices are read, for other than whole numbers.
     """
@@ -139,7 +137,6 @@ class MaskVolume:
         distance, voxel = image.distance_to(self._volume), min(image.spacing) * image.header.unit
         self._volume.axis = image.axis  # equal but for rounding
         self.distance = distance if distance > SAME_PLACE * voxel else 0.0
-        self.turned = image.stored_orientation != self._volume.stored_orientation
         self.rounded = 0.0
 
     def __iter__(self):
