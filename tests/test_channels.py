@@ -22,16 +22,15 @@ from helpers import (
     save,
     script_here,
     square,
-    stored,
     write_nifti,
     write_split,
 )
+from numpy.testing import assert_array_equal
 from PIL import Image
 
 import net
 from data import Batches, Order, Transform, count_channels, load_split
 from medseg.augment import augment, count_draws
-from medseg.dataset_folder import SPLITS
 from medseg.images import measure_window
 from medseg.normalization import normalize
 from medseg.predicting.page import Session
@@ -82,7 +81,7 @@ def test_a_data_set_has_as_many_channels_as_its_images():
     with pytest.raises(ValueError, match="--n-channels 5"):
         count_channels("set", 5)
     rows, pixels = load_split("set", "test", SIDE, n_channels=7), channel_pixels(2002)[0]
-    np.testing.assert_array_equal(rows[2, ..., :7], pixels)
+    assert_array_equal(rows[2, ..., :7], pixels)
     images, masks = next(iter(Batches(rows, Order(8), transform=Transform(7))))
     assert images.shape == (8, 7, SIDE, SIDE) and masks.sum() == 8 * 16 * 16
     expected = (pixels / 255 - 0.449) / 0.226
@@ -183,105 +182,11 @@ def test_the_window_of_a_set_is_a_range_that_it_fills(values, window):
     assert measure_window(paths) == pytest.approx(window)
 
 
-def test_files_of_four_axes_have_the_channels_in_one():
-    """As the Medical Segmentation Decathlon has them, beside files of macOS, with dataset.json."""
-    for number in range(2):
-        voxels = np.random.default_rng(number).integers(0, 900, (8, 6, 3, 4)).astype(np.int16)
-        for folder, own in (("imagesTr", voxels), ("labelsTr", np.uint8(voxels[..., 2] > 500))):
-            Path(folder).mkdir(exist_ok=True)
-            write_nifti(f"{folder}/B_{number}.nii.gz", own)
-            Path(folder, f"._B_{number}.nii.gz").write_bytes(b"\0\5\x16\7" * 30)
-    Path("dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "tumour"}}))
-    flags = ["--masks", "imagesTr", "labelsTr", "--classes", "dataset.json"]
-    run_download(*flags, *ALL, "--channels", "FLAIR,T1w,t1gd,T2w", "--window", 500, 1000)
-    assert annotations("train")["info"]["channels"] == ["FLAIR", "T1w", "t1gd", "T2w"]
-    pixels = tifffile.imread("dataset/train/B_1_z002.tif")
-    np.testing.assert_array_equal(pixels, (voxels[:, :, 2] * 0.255).round())
-    mask = stored()["B_1_z002"]["tumour"]
-    np.testing.assert_array_equal(mask, voxels[:, :, 2, 2] > 500)
-
-
-# ---- BraTS: a file for each channel ----------------------------------------------------------
+# ---- predict.py finds the files of a case again ----------------------------------------------
 
 AFFINE = np.diag([-1.0, -1, 3, 1])
 MODALITIES = ("t2", "flair", "t1ce", "t1")
-
-
-def tumour(seed):
-    """({modality: voxels}, labels 1, 2 and 4): 4 is bright in t1ce alone, 2 in flair alone."""
-    generator = np.random.default_rng(seed)
-    center = generator.uniform((9, 9, 2), (14, 14, 3))
-    labels = np.zeros((24, 24, 6), np.uint8)
-    x, y, z = np.indices(labels.shape) - np.reshape(center, (3, 1, 1, 1))
-    for radius, value in ((8, 2), (6, 1), (4.5, 4)):
-        labels[x * x + y * y + 2 * z * z < radius**2] = value
-    voxels = {name: generator.normal(100, 8, labels.shape) for name in MODALITIES}
-    voxels["flair"] += 150 * (labels > 0)
-    voxels["t2"] += 150 * np.isin(labels, (1, 4))
-    voxels["t1ce"] += 150 * (labels == 4)
-    return {name: own.astype(np.int16) for name, own in voxels.items()}, labels
-
-
-def write_case(folder, voxels, suffix=".nii"):
-    """A file for each channel, FOLDER/NAME_CHANNEL.nii."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, own in voxels.items():
-        write_nifti(f"{folder}/{Path(folder).name}_{name}{suffix}", own, AFFINE)
-
-
-def predict_case(*inputs):
-    """{case: its mask} of what predict.py writes, where the volume lies."""
-    shutil.rmtree("out", ignore_errors=True)
-    assert_done(run("predict.py", *inputs, "--output", "out"))
-    written = {path.name[:-12]: nibabel.load(path) for path in Path("out").glob("*_mask.nii.gz")}
-    assert all((mask.affine == AFFINE).all() for mask in written.values())
-    return {name: np.asarray(mask.dataobj) for name, mask in written.items()}
-
-
-def dice(one, other):
-    return 2 * (one & other).sum() / max(one.sum() + other.sum(), 1)
-
-
-@pytest.mark.slow  # half a minute of training
-def test_brats():
-    """Four modalities a case, nested regions, a mask that is called otherwise."""
-    regions = {"background": 0, "whole tumor": [1, 2, 4], "tumor core": [1, 4], "enhancing": 4}
-    for number in (1, 2, 3, 4, 5, 355):
-        case, (voxels, labels) = f"BraTS20_Training_{number:03}", tumour(number)
-        write_case(f"D/{case}", voxels)
-        mask = f"{case}_seg" if number < 355 else "W39_1998.09.19_Segm"
-        write_nifti(f"D/{case}/{mask}.nii", labels, AFFINE)
-    Path("regions.json").write_text(json.dumps({"labels": regions}))
-    images, flags = "D/{id}/{id}_{channel}.nii", ["--channels", ",".join(MODALITIES)]
-    flags += ["--classes", "regions.json"]
-    words = ["BraTS20_Training_355", "--skip-unpaired"]
-    refuse_download("--masks", images, "D/{id}/{id}_seg.nii", *flags, words=words)
-    run_download("--masks", images, "D/{id}/*_{seg,Segm}.nii", *flags)
-    groups = [{image["group"] for image in annotations(split)["images"]} for split in SPLITS]
-    assert len(set.union(*groups)) == sum(map(len, groups)) == 6  # none is in two splits
-    network = "--n-filters 8 --depth 2 --image-size 24 --batch-size 8 --norm batch --prior 0.1"
-    training = "--schedule cosine --lr 0.01 --epochs 12 --repeat 4 --device cpu --classes each"
-    assert_done(run("train.py", *network.split(), *training.split()))
-    assert_done(run("predict.py", "dataset/test", "--output", "report"))
-    scores = json.loads(Path("report/report.json").read_text())
-    assert scores["channels"] == [*MODALITIES] and set(scores["per_group"]) == groups[2]
-    assert all(scores["scores"][f"group_dice/{name}"] > 0.8 for name in [*regions][1:])
-
-    voxels, labels = tumour(9)
-    write_case("new/B_9", voxels, ".nii.gz")  # the training had .nii
-    drawn = predict_case("new/B_9")["B_9"]
-    assert dice(drawn == 3, labels == 4) > 0.8 < dice(drawn > 0, labels > 0)
-    write_nifti("four.nii", np.stack([voxels[name] for name in MODALITIES], -1), AFFINE)
-    np.testing.assert_array_equal(predict_case("four.nii")["four"], drawn)
-    voxels["t1ce"] = np.roll(voxels["t1ce"], 12, 0)  # which alone shows what is called enhancing
-    write_case("new/B_9", voxels, ".nii.gz")
-    drawn = predict_case("new")["B_9"]
-    assert dice(drawn == 3, labels == 4) < 0.2 < dice(drawn > 0, labels > 0)
-
-
-# ---- predict.py finds the files of a case again ----------------------------------------------
-
-SHOWING = "t1ce"  # the only channel that the network looks at
+SHOWING = "t1ce"  # the only one that the network looks at
 
 
 @pytest.fixture
@@ -292,9 +197,21 @@ def cases(here):
     for number, case in enumerate(("B_1", "B_2")):
         masks[case] = np.zeros((8, 6, 5), bool)
         masks[case][1 + number : 4, 2:5, 1:3] = True
-        voxels = {name: rng.integers(0, 900, (8, 6, 5), np.int16) for name in (*MODALITIES, "seg")}
-        write_case(f"B/{case}", voxels | {SHOWING: masks[case] * np.int16(700)})
+        Path("B", case).mkdir(parents=True)
+        for name in (*MODALITIES, "seg"):
+            voxels = rng.integers(0, 900, (8, 6, 5), np.int16)
+            voxels = masks[case] * np.int16(700) if name == SHOWING else voxels
+            write_nifti(f"B/{case}/{case}_{name}.nii", voxels, AFFINE)
     return masks
+
+
+def predict_case(*inputs):
+    """{case: its mask, bool} of what predict.py writes, where the volume lies."""
+    shutil.rmtree("out", ignore_errors=True)
+    assert_done(run("predict.py", *inputs, "--output", "out"))
+    written = {path.name[:-12]: nibabel.load(path) for path in Path("out").glob("*_mask.nii.gz")}
+    assert all((mask.affine == AFFINE).all() for mask in written.values())
+    return {name: np.asarray(mask.dataobj) > 0 for name, mask in written.items()}
 
 
 def save_model(pattern, channels=MODALITIES):
@@ -328,14 +245,14 @@ def test_cases_are_found_by_a_folder_a_file_or_a_pattern(cases, inputs, count):
     masks = predict_case(*inputs)
     assert sorted(masks) == ["B_1", "B_2"][:count]
     for case, mask in masks.items():
-        np.testing.assert_array_equal(mask > 0, cases[case])
+        assert_array_equal(mask, cases[case])
 
 
 def test_all_channels_in_one_file(cases):
     volumes = [nibabel.load(f"B/B_1/B_1_{name}.nii").dataobj for name in MODALITIES]
     for name, count in {"four": 4, "two": 2}.items():
         write_nifti(f"{name}.nii.gz", np.stack(volumes[:count], -1), AFFINE)
-    np.testing.assert_array_equal(predict_case("four.nii.gz")["four"] > 0, cases["B_1"])
+    assert_array_equal(predict_case("four.nii.gz")["four"], cases["B_1"])
     words = ["2 channels", ", ".join(MODALITIES), "{id}_{channel}.nii"]
     refuse_case("two.nii.gz", "two.nii.gz", *words)
 
@@ -384,8 +301,7 @@ def test_pictures_of_a_case(here):
         Image.fromarray(one.astype(np.uint8)).save(f"i/{name}/a.png")
     for given in ("i", "i/dapi/a.png"):
         predict_case(given)
-        np.testing.assert_array_equal(np.asarray(Image.open("out/a_mask.png")) > 0, drawn)
-        Path("out/a_mask.png").unlink()
+        assert_array_equal(np.asarray(Image.open("out/a_mask.png")) > 0, drawn)
 
 
 def test_the_page_takes_the_files_of_a_case(cases):
@@ -395,7 +311,7 @@ def test_the_page_takes_the_files_of_a_case(cases):
     assert not session.problems and len(session.predictions) == 5
     assert session.first == 1  # a slice with most of the foreground
     mask = nibabel.load(session.download("masks", 0.5))
-    np.testing.assert_array_equal(np.asarray(mask.dataobj), cases["B_1"])
+    assert_array_equal(np.asarray(mask.dataobj), cases["B_1"])
     assert "shown: red t2, green flair, blue t1ce" in session.view(0, 0.5)[1]
     Image.new("RGB", (8, 6)).save("rgb.png")
     session.predict(["rgb.png"], 0.5)

