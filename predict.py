@@ -202,8 +202,7 @@ def predict_volume(model, file, results, window, *, lines=True):
     pieces.check_clean(model.inference.clean, volume.slice_spacing, file.path)
     bar = {"total": len(frames), "unit": " slices", "disable": None}
     predicted = tqdm(predict_images(model, frames), file.title, **bar)
-    names = {"name": file.name, "title": file.title}
-    line, written = results.add_volume(volume, predicted, window, **names)
+    line, written = results.add_volume(file, volume, predicted, window)
     if lines:
         print(line)
         ahead.print_saved(written)

@@ -183,9 +183,7 @@ class Session:
             if file_format(path) == "volume":
                 file = self._files[path]
                 slices = ((one.frame, one, prediction) for one, prediction in predicted)
-                volume = self._open_volume(file)[1]
-                names = {"name": file.name, "title": file.title}
-                results.add_volume(volume, slices, self._window, **names)
+                results.add_volume(file, self._open_volume(file)[1], slices, self._window)
                 continue
             if what == "all":
                 path = Path(shutil.copy(path, folder))  # LabelMe needs it beside its file

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from medseg.device import choose_precision
 from medseg.drawing import describe_shown, overlay, rgb_image, with_legend, with_note
-from medseg.files import base_name, file_format, shorten
+from medseg.files import file_format, shorten
 from medseg.images import save_mask, save_overlay, save_png
 from medseg.inference import MAX_LEVEL
 from medseg.own_files import COCO, REPORT, SETTINGS, TABLE, check_outputs
@@ -41,7 +41,6 @@ class Results:
         self.output, self.model, self.write = output, model, write
         self.class_names, self.inference = model.info.class_names, inference or model.inference
         self.simplify, self.draw = simplify, draw
-        self._channels = model.info.channel_names
         self._kinds = {*write, *(("figure",) if draw and "overlay" in write else ())}
         self.rows, self.records = {}, {}  # of the table, of the COCO file; {title: ...}
         self.assessed = []  # (title, its `Prediction` without probabilities) of images and slices
@@ -65,52 +64,49 @@ class Results:
                 f"{volumes[0].path}: --write labelme and --write coco are for pictures; the mask "
                 "of a volume can be corrected in 3D Slicer or ITK-SNAP"
             )
-        planned = [self._paths(file.name, file.path) for file in (*frames, *volumes)]
-        paths = [path for places in planned for own in places.values() for path in own]
+        files = [one for file in (*frames, *volumes) for one in self._files(file.name, file.path)]
+        paths = [path for *_, path in files]
         if twice := [path for path, count in Counter(paths).items() if count > 1]:
             raise ValueError(f"{twice[0]}: two files would be called so: predict them apart")
         check_outputs([*paths, *(self.output / name for name in names)])
 
-    def _paths(self, name, source):
-        """{kind: paths} of what is written of an image or a volume, called `name`.
+    def _files(self, name, source):
+        """[(kind, class number or 0, path)] of what is written of an image or a volume.
 
-        kind: of WRITTEN, or figure; source: the path of the image. LabelMe does not open DICOM,
-        whose frames are written as pictures beside its files.
+        kind: of WRITTEN, or figure; name: what its files are called; source: its path. LabelMe does
+        not open DICOM, whose frames are written as pictures beside its files.
         """
         if not self.output.is_dir():
-            return {"mask": [self.output]}
-        source_format, numbers = file_format(source), [""]
+            return [("mask", 0, self.output)]
+        source_format = file_format(source)
         volume = source_format == "volume"
         suffix, drawn = (".nii.gz", "montage.png") if volume else (".png", "overlay.jpg")
+        files = [("mask", 0, f"{name}_mask{suffix}"), ("overlay", 0, f"{name}_{drawn}")]
+        if not volume:
+            files += [("figure", 0, f"{name}_prediction.png"), ("labelme", 0, f"{name}.json")]
+        if source_format == "dicom":
+            files.append(("labelme", 0, f"{name}.png"))
+        files.append(("objects", 0, f"{name}_objects{suffix}"))
         classes = [re.sub(r"[^\w.-]+", "_", one) for one in self.class_names]
-        if len(classes) > 1:
-            numbers = [f"_{number}" for number in range(1, len(classes) + 1)]
-        once = [one + n * (classes.count(one) > 1) for one, n in zip(classes, numbers, strict=True)]
-        names = {
-            "mask": [f"{name}_mask{suffix}"],
-            "overlay": [f"{name}_{drawn}"],
-            "figure": [f"{name}_prediction.png"],
-            "classes": [f"{shorten(f'{name}_{one}')}_mask{suffix}" for one in once],
-            "objects": [f"{name}_objects{suffix}"],
-            "probability": [f"{name}{number}_probability{suffix}" for number in numbers],
-            "labelme": [f"{name}.json", *([f"{name}.png"] if source_format else [])],
-        }
-        if volume:
-            del names["figure"], names["labelme"]
-        wanted = {kind: own for kind, own in names.items() if kind in self._kinds}
-        return {kind: [self.output / one for one in own] for kind, own in wanted.items()}
+        for number, one in enumerate(classes, 1):
+            which = f"_{number}" if len(classes) > 1 else ""
+            one += which if classes.count(one) > 1 else ""
+            files.append(("classes", number, f"{shorten(f'{name}_{one}')}_mask{suffix}"))
+            files.append(("probability", number, f"{name}{which}_probability{suffix}"))
+        files = [(kind, number, self.output / own) for kind, number, own in files]
+        return [one for one in files if one[0] in self._kinds]
 
-    def _write(self, paths, masks, source, save):
-        """save(kind, array, path) each of the `_paths` of an image at `source`; return them all."""
-        made = {
-            "classes": lambda index: masks.of_class(index + 1),
-            "objects": lambda _: number_objects(masks, source),
-            "probability": lambda index: masks.levels[index],
-        }
-        for kind, own in paths.items():
-            for index, path in enumerate(own):
-                save(kind, made[kind](index) if kind in made else masks.labels, path)
-        return [path for own in paths.values() for path in own]
+    def _arrays(self, files, masks, source):
+        """Yield (kind, path, what it shows) of the `_files` of an image at `source`."""
+        for kind, number, path in files:
+            array = masks.labels
+            if kind == "classes":
+                array = masks.of_class(number)
+            elif kind == "objects":
+                array = number_objects(masks, source)
+            elif kind == "probability":
+                array = masks.levels[number - 1]
+            yield kind, path, array
 
     def add(self, frame, image, prediction, **columns):
         """Write the files of one image, and keep what table and COCO file have of it.
@@ -120,60 +116,54 @@ class Results:
         image, or an array of those of each class. Returns the line on it, and the paths of the
         files.
         """
-        names, paths = self.class_names, self._paths(frame.name, frame.path)
-
-        def save(kind, array, path):
+        names, files = self.class_names, self._files(frame.name, frame.path)
+        masks, channels = self._make_masks(frame, image, prediction), self.model.info.channel_names
+        for kind, path, array in self._arrays(files, masks, frame.path):
             if kind == "overlay":
-                save_overlay(image.rgb(), array, path, names, describe_shown(self._channels))
+                save_overlay(image.rgb(), array, path, names, describe_shown(channels))
             elif kind == "figure":
-                name = f"{frame.title}{describe_shown(self._channels, ', ')}"
+                name = f"{frame.title}{describe_shown(channels, ', ')}"
                 self.draw(image.rgb(), array, path=path, class_names=names, name=name)
             elif path.suffix == ".json":
-                shown = (*paths[kind][1:], frame.path)[0]
-                write_labelme(path, shown, array, names, simplify=self.simplify)
+                picture = path.with_suffix(".png") if file_format(frame.path) else frame.path
+                write_labelme(path, picture, array, names, simplify=self.simplify)
             elif kind == "labelme":
                 save_png(image.rgb(), path)
             elif array.dtype == np.uint16:
                 save_png(Image.fromarray(array), path)
             else:
                 save_mask(array, path, *((names,) if kind == "mask" else ()))
-
-        masks = self._make_masks(frame, image, prediction)
-        written = self._write(paths, masks, frame.path, save)
         if "coco" in self.write:
             self.records[frame.title] = coco_record(frame, masks.measured)
         columns["series"] = frame.place[0] if frame.place else None
         columns |= reliability_columns([prediction])
         self._keep(frame.title, masks, columns, frame.spacing, frame.depth)
-        return describe(frame.path, masks, names, self.inference), written
+        return describe(frame.path, masks, names, self.inference), [path for *_, path in files]
 
-    def add_volume(self, volume, predicted, window=None, *, name=None, title=None):
-        """As `add`, of a `medseg.volumes.Volume`.
+    def add_volume(self, file, volume, predicted, window=None):
+        """As `add`, of a `medseg.volumes.Volume` in an `ImageFile`.
 
         predicted: (frame, `Picture`, `Prediction`) of each slice. window: (center, width) of the
-        pictures, or None. name: of its files; title: in the
-        table; by default, those of the volume's file.
+        pictures, or None.
         """
         first, names = len(self.assessed), self.class_names
-
-        def save(kind, array, path):
+        slices = [self._make_masks(*one) for one in predicted]
+        masks, files = stack_masks(slices), self._files(file.name, volume.path)
+        for kind, path, array in self._arrays(files, masks, volume.path):
             if kind == "overlay":
                 draw = partial(overlay, n_classes=len(names))
                 drawn = montage(volume.pictures(window), array, draw=draw)
                 note = describe_shown(self.model.info.channels)  # without those beside a slice
-                return save_png(with_note(with_legend(drawn, names), note), path)
+                save_png(with_note(with_legend(drawn, names), note), path)
+                continue
             dtype = np.uint16 if array.dtype == np.uint16 else np.uint8
             write_mask(path, volume, array, dtype, 1 / MAX_LEVEL if kind == "probability" else 1)
-
-        slices = [self._make_masks(*one) for one in predicted]
-        masks = stack_masks(slices)
-        paths = self._paths(name or shorten(base_name(volume.path)), volume.path)
-        written, stored = self._write(paths, masks, volume.path, save), masks.measured
+        stored = masks.measured
         if stored.dtype == bool:
             stored = np.stack([volume.stored(mask, bool) for mask in stored])
         else:
             stored = volume.stored(stored)
-        name, spacing = title or volume.path.name, volume.stored_spacing
+        name, spacing = file.title, volume.stored_spacing
         count, predictions = len(slices) // volume.times, [one for _, one in self.assessed[first:]]
         for time in range(volume.times):  # each is measured by itself
             places, title = slice(time * count, (time + 1) * count), name
@@ -185,7 +175,7 @@ class Results:
             self._keep(name, own._replace(measured=measured), columns, spacing, title=title)
         if spacing is None:
             print(f"{volume.path}: its header gives a voxel no size, so no mm or mL are measured")
-        return describe(volume.path, masks, names, self.inference), written
+        return describe(volume.path, masks, names, self.inference), [path for *_, path in files]
 
     def _make_masks(self, frame, image, prediction):
         options = {"inference": self.inference, "write": self.write}
