@@ -174,7 +174,7 @@ def test_predictions_are_cleaned_and_say_so(place, refused):
     session.predict([place / "scans" / "a.png"], 0.5)
     written = session.download("masks", 0.5, read_clean(text))
     np.testing.assert_array_equal(np.asarray(Image.open(written)) > 0, area)
-    line = f"{sizes.sum()} pixels above 0.5, {sizes.min()} removed by min-area={limit}"
+    line = f"{sizes.sum()} pixels above 0.5, {sizes[sizes >= limit].sum()} after min-area={limit}"
     assert line in session.view(0, 0.5, read_clean(f"min-area={limit}"))[1][0]
     assert line in predict_scans("--clean", f"min-area={limit}", output="out")[1]
     refused("predict", "scans", "--clean", "min-mm2=4", words=["scans/a.png", "--pixel-size"])

@@ -94,9 +94,7 @@ def describe(path, masks, class_names, inference):
         count, before = np.count_nonzero(masks.of_class(number)), masks.marked[number - 1]
         how = f"above {inference.threshold:g}"
         if before != count:
-            change = f"{before - count} removed" if before > count else f"{count - before} added"
-            change = change if count else "all removed"
-            how = f"({before} pixels {how}, {change} by {spell_clean(inference.clean)})"
+            how = f"({before} pixels {how}, {count} after {spell_clean(inference.clean)})"
         share, highest = 100 * count / masks.labels.size, masks.highest[number - 1]
         lines.append(f"{what} {share:.2f} % {how}, highest probability {highest:.3f}")
     return "\n".join(lines)

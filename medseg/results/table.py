@@ -59,20 +59,19 @@ def table_text(rows):
     Other keys become columns after COLUMNS. It begins with a byte order mark, by which Excel knows
     UTF-8, and a text that a spreadsheet would take for a formula gets an apostrophe before it.
     """
-    others = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
-    columns = [*COLUMNS, *others]
+    columns = dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerows([columns, *([_cell(row.get(column)) for column in columns] for row in rows)])
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({column: _cell(value) for column, value in row.items()})
     return "\ufeff" + out.getvalue()
 
 
 def _cell(value):
-    if value is None:
-        return ""
     if isinstance(value, str):
         return f"'{value}" if value.startswith(FORMULA) else value
-    return f"{value:.9g}" if isinstance(value, float) else str(value)
+    return f"{value:.9g}" if isinstance(value, float) else value
 
 
 def write_text(path, text):
