@@ -21,7 +21,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlsplit
 
 import helpers
 import numpy as np
@@ -235,26 +235,21 @@ def test_every_switch_changes_what_it_names(tab, place):
 
 # ---- the server ------------------------------------------------------------------------------
 
-JSON = {"Content-Type": "application/json"}
 
-
-def ask(address, method, path, body=None, **headers):
-    """(status, body)"""
-    parts = urlsplit(address)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=SECONDS)
+def ask(address, path, method="GET", body=None, **headers):
+    """(status, body) of a request whose path is sent as it is."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=SECONDS)
     with contextlib.closing(connection), contextlib.suppress(http.client.IncompleteRead):
         connection.request(method, path, body, headers)
         response = connection.getresponse()
-        if cookie := response.getheader("Set-Cookie"):
-            return response.status, cookie
         return response.status, response.read()
     return response.status, b""  # an answer that breaks off
 
 
-def upload(address, name, content, **headers):
+def upload(address, name, content, session=requests, **headers):
     """(status, the paths on the server or why not)"""
     files, where = {"files": (name, content)}, f"{address}/gradio_api/upload"
-    answer = requests.post(where, files=files, headers=headers, timeout=SECONDS)
+    answer = session.post(where, files=files, headers=headers, timeout=SECONDS)
     return answer.status_code, answer.json() if answer.ok else answer.text
 
 
@@ -265,9 +260,9 @@ def file_data(path):
 class Visitor:
     """Requests from outside of a browser."""
 
-    def __init__(self, address, **headers):
-        self.address, self.headers = address, headers
-        config = json.loads(ask(address, "GET", "/config", **headers)[1])
+    def __init__(self, address, session=requests):
+        self.queue, self.session = f"{address}/gradio_api/queue", session
+        config = session.get(f"{address}/config").json()
         types = {part["id"]: part["type"] for part in config["components"]}
         self.handlers = {  # {its id: types of its inputs}
             event["id"]: [types[part] for part in event["inputs"]]
@@ -281,14 +276,14 @@ class Visitor:
         usual = {"slider": 1, "state": None, "file": None, "checkbox": False, "number": 0}
         data = [{**usual, **values}[name] for name in self.handlers[handler]]
         event = {"data": data, "fn_index": handler, "session_hash": "forged"}
-        body, where = json.dumps({**event, "event_data": event_data}), "/gradio_api/queue/join"
-        assert ask(self.address, "POST", where, body, **JSON, **self.headers)[0] == 200
+        event["event_data"] = event_data
+        assert self.session.post(f"{self.queue}/join", json=event).status_code == 200
 
     def event(self, *given, **values):
         """What the page answers to an event."""
         self.start(*given, **values)
-        said = ask(self.address, "GET", "/gradio_api/queue/data?session_hash=forged")[1].decode()
-        messages = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: ")]
+        lines = self.session.get(f"{self.queue}/data?session_hash=forged").text.splitlines()
+        messages = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
         return next(one for one in messages if one["msg"] == "process_completed")
 
 
@@ -299,19 +294,14 @@ def test_stopped_while_it_predicts_it_leaves_nothing_and_told_nobody(tmp_path, n
     (tmp_path / "slow").touch()
     scan(50, 50, 10, 10, 20).save(tmp_path / "scan.png")
     with served(tmp_path, "--auth", "me:a secret", "--host", "127.0.0.2") as server:
-        address = server.address
+        address, session = server.address, requests.Session()
         with pytest.raises(ConnectionRefusedError):  # --host 127.0.0.2 is that address alone
-            ask(address.replace("127.0.0.2", "127.0.0.1"), "GET", "/config")
+            ask(address.replace("127.0.0.2", "127.0.0.1"), "/config")
         for path in ("/config", "/gradio_api/file=/etc/hosts", "/gradio_api/queue/data"):
-            assert ask(address, "GET", path)[0] == 401
-        assert ask(address, "POST", "/gradio_api/queue/join", b"{}", **JSON)[0] == 401
-        assert upload(address, "x.png", b"x")[0] == 401
-        login = urlencode({"username": "me", "password": "a secret"})
-        form = {"Content-Type": "application/x-www-form-urlencoded"}
-        _, cookie = ask(address, "POST", "/login", login, **form)
-        visitor = Visitor(address, Cookie=cookie.partition(";")[0])
-        scan_bytes = (tmp_path / "scan.png").read_bytes()
-        _, (own,) = upload(address, "scan.png", scan_bytes, **visitor.headers)
+            assert ask(address, path)[0] == upload(address, "x.png", b"x")[0] == 401
+        session.post(f"{address}/login", {"username": "me", "password": "a secret"})
+        visitor = Visitor(address, session)
+        _, (own,) = upload(address, "scan.png", (tmp_path / "scan.png").read_bytes(), session)
         visitor.start(visitor.takers[0], file=[file_data(own)])
         wait_until(lambda: runs(tmp_path))
         assert list((tmp_path / "tmp").rglob("scan.png"))
@@ -387,6 +377,7 @@ def test_no_handler_reads_a_file_of_the_server(address, secrets, place):
         assert not visitor.event(choose, {"index": index, "value": None})["success"], index
 
 
+JSON = "application/json"
 ROUTES = """GET file=PATH|GET file/PATH|GET proxy=PATH|GET /static/PATH|GET /static/../PATH
 GET /assets/%2e%2e/%2e%2e/PATH|GET custom_component/1/client/component/PATH|GET /svelte/PATH
 GET runs|GET /monitoring/summary|POST run/predict|POST component_server|POST process_recording"""
@@ -395,14 +386,14 @@ GET runs|GET /monitoring/summary|POST run/predict|POST component_server|POST pro
 def test_no_other_address_gives_a_file_away(address, secrets, place):
     own, paths = secrets
     content = (place / "secret.png").read_bytes()
-    assert ask(address, "GET", f"/gradio_api/file={own}") == (200, content)
+    assert ask(address, f"/gradio_api/file={own}") == (200, content)
     for route in ROUTES.replace("\n", "|").split("|"):
         for path in paths:
             method, where = route.replace("PATH", quote(path)).split(" ")
             where = where if where.startswith("/") else f"/gradio_api/{where}"
             event = {"data": [[file_data(path)], 0.5, False], "fn_index": 0, "session_hash": "tab"}
-            body = json.dumps({**event, "component_id": 1, "fn_name": "x"})
-            status, answer = ask(address, method, where, None if method == "GET" else body, **JSON)
+            body = json.dumps({**event, "component_id": 1, "fn_name": "x"}) * (method == "POST")
+            status, answer = ask(address, where, method, body, **{"Content-Type": JSON})
             assert b"\x89PNG" not in answer and b"def predict_mask" not in answer, (route, path)
             assert status != 200 or "file" not in route, (route, path)
 
@@ -413,9 +404,9 @@ def test_other_hosts_and_origins_are_refused(address):
     others = [{"Host": f"other.example:{port}"}, {"Host": "[x"}]
     others += [{"Origin": origin} for origin in origins]
     for headers, expected in ({}, 200), ({"Origin": address}, 200), *((one, 403) for one in others):
-        assert ask(address, "GET", "/config", **headers)[0] == expected, headers
+        assert ask(address, "/config", **headers)[0] == expected, headers
         assert upload(address, "x.png", b"x", **headers)[0] == expected, headers
-    assert ask(address, "GET", "/config", Host=f"localhost:{port}")[0] == 200
+    assert ask(address, "/config", Host=f"localhost:{port}")[0] == 200
 
 
 def test_an_upload_that_is_too_large_is_refused_and_names_stay_in_their_folder(address, place):

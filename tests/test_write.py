@@ -19,7 +19,6 @@ from helpers import (
     run_download,
     save,
     save_turned,
-    scan,
     stored,
     write_dicom,
     write_nifti,
@@ -190,15 +189,12 @@ def test_several_classes(place, refused):
     wanted = {"mask", "1_probability", "2_probability", "cell_mask", "nucleus_mask"}
     names = {path.name for path in Path("out").glob("a*")}
     assert names == {"a.json", *(f"a_{kind}.png" for kind in wanted)}
-    labels = np.asarray(Image.open("out/a_mask.png"))
-    np.testing.assert_array_equal(mask_of("out/a_cell_mask.png"), labels == 1)
     shapes = json.loads(Path("out/a.json").read_text())["shapes"]
-    np.testing.assert_array_equal(draw_as_labelme(shapes, (64, 48))["cell"], labels == 1)
     assert {shape["label"] for shape in shapes} == {"cell", "_background_"}
     content = json.loads(Path("out/predictions.coco.json").read_text())
     assert [category["name"] for category in content["categories"]] == ["cell", "nucleus"]
     first, second = (np.asarray(Image.open(f"out/a_{n}_probability.png")) for n in (1, 2))
-    assert first.dtype == np.uint16 and (first[labels == 1] > second[labels == 1]).all()
+    assert (first > second).all()
     Path("scans/a.png").rename("scans/b_nucleus.png")
     refused("predict", "scans", "--write", "classes,mask", words=["b_nucleus_mask.png"])
 
@@ -445,12 +441,3 @@ def test_a_table_that_is_locked_is_kept_beside(place, refused, monkeypatch):
     refused("predict", "scans", words=["predictions/predictions.csv", other])
     (kept,) = Path("predictions").glob("*.csv")
     assert kept.name == other and kept.read_text(encoding="utf-8-sig").count("\n") == 3
-
-
-def test_up_to_twenty_images_have_a_line_each(place):
-    for number in range(18):
-        scan(20, 20, 5, 5, 9).save(f"scans/{number}.png")
-    assert output_of("predict.py", "scans", cwd=place).count("highest probability") == 20
-    scan(20, 20, 5, 5, 9).save("scans/18.png")
-    printed = output_of("predict.py", "scans", cwd=place)
-    assert "highest probability" not in printed and "in 21 of 21 images" in printed
