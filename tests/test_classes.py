@@ -326,18 +326,20 @@ def test_the_audit_counts_each_class_and_names_what_a_split_lacks(three, tmp_pat
     assert said.count("lacks") == 1 and "lacks        cyst" in said
 
 
+@pytest.mark.parametrize("clean", [{}, {"largest": 1.0}])
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("n_classes", [1, 3])
-def test_counts_are_those_of_the_masks_made_one_by_one(n_classes, exclusive):
+def test_counts_are_those_of_the_masks_made_one_by_one(n_classes, exclusive, clean):
     """At the size of an image, where even areas lie on a threshold, and stripes on none."""
     rng = np.random.default_rng(5)
     blocks = rng.integers(0, 21, (n_classes, 4, 6)) / 20
     probabilities = np.repeat(np.repeat(blocks, 8, 1), 8, 2).astype(np.float32)  # (C, 32, 48)
     probabilities[:, :, 30:] = 0.05  # the lowest threshold, which it is not above
     targets = rng.random((n_classes, 150, 300)) > 0.7
-    counts = metrics.count_image(targets, probabilities, metrics.SWEEP, exclusive=exclusive)
+    counts = metrics.count_image(targets, probabilities, metrics.SWEEP, clean, exclusive=exclusive)
     for row, threshold in zip(counts, metrics.SWEEP, strict=True):
-        masks = Inference(threshold).masks(probabilities, (300, 150), exclusive=exclusive)
+        how = Inference(threshold, clean=clean)
+        masks = how.masks(probabilities, (300, 150), exclusive=exclusive)
         for (tp, fp, fn, tn), pred, target in zip(row, masks, targets, strict=True):
             assert (tp, fp) == ((pred & target).sum(), (pred & ~target).sum())
             assert (fn, tn) == ((~pred & target).sum(), (~pred & ~target).sum())

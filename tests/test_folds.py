@@ -43,10 +43,6 @@ from net import UNet
 # ---- the deal --------------------------------------------------------------------------------
 
 
-def deal(root, folds):
-    return deal_images(root, SimpleNamespace(folds=folds, seed=0, classes="union"))
-
-
 def write_data(root, folds):
     """OUT/folds of a cross-validation of the data set, and nothing else."""
     args = SimpleNamespace(folds=folds, seed=0, classes="union", skip_bad=False, out="out")
@@ -74,6 +70,10 @@ def test_groups_stay_whole_and_folds_are_even(seed):
 
 
 def test_each_image_is_in_the_valid_of_one_fold_and_in_the_train_of_the_others(dataset, here):
+    names = ["a", "b", "c"]  # which the splits number in different ways; train lacks one
+    set_classes(dataset / "train", names[:2], lambda number: 1 + number % 2)
+    set_classes(dataset / "valid", names[::-1], lambda number: 1 + number % 3)
+    set_classes(dataset / "test", names, lambda number: 1 + number % 3)
     before, seen = tree(dataset), Counter()
     everything = {path.name for path in pool(dataset)}
     for fold in write_data(dataset, 3):
@@ -81,10 +81,10 @@ def test_each_image_is_in_the_valid_of_one_fold_and_in_the_train_of_the_others(d
         assert files(fold / "train") == everything - files(fold / "valid")
         seen.update(files(fold / "valid"))
         for split in ("train", "valid", "test"):  # the same pixels and masks as in the data set
-            copy = open_split(fold, split, 32)
+            copy = open_split(fold, split, 32, classes=names)
             for index in range(len(copy)):
                 name = copy.path(index).name
-                original = open_split(dataset, name[2:-4], 32)  # as in 0_train.png
+                original = open_split(dataset, name[2:-4], 32, classes=names)  # as in 0_train.png
                 image, masks = original.load(int(name[0]))
                 np.testing.assert_array_equal(copy.load(index)[0].pixels, image.pixels)
                 np.testing.assert_array_equal(copy.load(index)[1], masks)
@@ -119,32 +119,20 @@ def test_images_of_one_name_and_links_are_told_apart(dataset, here):
         assert {path.read_bytes() for path in copies} == originals
 
 
-def test_categories_are_one_where_their_names_are(dataset):
-    """valid numbers them in another way, and has one that train lacks."""
-    set_classes(dataset / "train", ["a", "b"], lambda number: 1 + number % 2)
-    set_classes(dataset / "valid", ["c", "b", "a"], lambda number: 1 + number % 3)
-    folds, categories, _ = deal(dataset, 2)
-    names, counts = {category["id"]: category["name"] for category in categories}, Counter()
-    for image in (image for parts in folds for image in parts["valid"]):
-        for own in image.annotations:
-            counts[image.path.parent.name, names[own["category_id"]]] += 1
-    expected = {("train", "a"): 3, ("train", "b"): 3, ("valid", "a"): 1}
-    assert counts == expected | {("valid", "b"): 1, ("valid", "c"): 2}
-
-
 def test_folds_keep_the_groups_of_the_import(here):
     for patient in range(4):
         for number in range(1 + patient):
             save_pair(f"p{patient}_{number}", seed=patient)
     sides = ("--masks", "images/{group}_{id}.png", "masks/{group}_{id}.png")
     run_download(*sides, *MASKS[3:])
-    folds, _, count = deal(Path("dataset"), 3)
+    args = SimpleNamespace(folds=3, seed=0, classes="union")
+    folds, _, count = deal_images(Path("dataset"), args)
     assert count == 4
     for parts in folds:
         patients, valid = ({image.name[:2] for image in parts[name]} for name in ("train", "valid"))
         assert patients and valid and not patients & valid
     with pytest.raises(ValueError, match="most 4.*groups"):
-        deal(Path("dataset"), 5)
+        write_data(Path("dataset"), 5)
     assert next_training(Path("dataset")).endswith("--folds 4")  # so few images are all scored
     two = {"images": annotations("train")["images"][:3], "annotations": []}  # of two patients
     edit_annotations(Path("dataset/train"), lambda content: content.update(two))
