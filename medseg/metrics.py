@@ -265,14 +265,14 @@ def class_scores(counts, names, groups=None):
     return {name: value.item() for name, value in scores.items()}
 
 
-def resamples(size, samples=1000, seed=0):
-    """Yield `samples` arrays of `size` image numbers, drawn with replacement."""
-    rng = np.random.default_rng(seed)
+def resamples(size, samples=1000):
+    """Yield `samples` arrays of `size` image numbers, drawn with replacement; always the same."""
+    rng = np.random.default_rng(0)
     for _ in range(samples):
         yield rng.integers(0, size, size)
 
 
-def bootstrap(counts, names, samples=1000, seed=0, *, groups=None):
+def bootstrap(counts, names, samples=1000, *, groups=None):
     """[2.5th, 97.5th percentile] of each of `class_scores` over resampled images, or groups.
 
     Samples in which no image has the class are left out; NaN where all are.
@@ -281,7 +281,7 @@ def bootstrap(counts, names, samples=1000, seed=0, *, groups=None):
     what another training, or another hospital, would give.
     """
     size, intervals = len(counts) if groups is None else groups.max() + 1, {}
-    scores = _score_samples(counts, names, groups, resamples(size, samples, seed))
+    scores = _score_samples(counts, names, groups, resamples(size, samples))
     for name, values in scores.items():
         known = values[~np.isnan(values)]
         limits = np.percentile(known, [2.5, 97.5]) if len(known) else np.full(2, math.nan)
