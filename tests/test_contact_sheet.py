@@ -83,8 +83,8 @@ def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeyp
     )
     audit(tmp_path / "set", tmp_path, 2)
     (small, large), (empty,) = rows
-    assert empty[1:] == ("valid/empty.png", "no foreground")
-    assert small[1:] == ("train/c.png", f"{100 * 8 * 8 / 48 / 96:.2f} % foreground")
+    assert empty[1:] == ("valid/empty.png", "0 % foreground")
+    assert small[1:] == ("train/c.png", f"{100 * 8 * 8 / 48 / 96:.3g} % foreground")
     assert large[1] == f"train/{ODD}.png"
     for (tile, *_), side in ((small, 8), (large, 24)):
         assert tile.size == (76, 152)  # in proportion

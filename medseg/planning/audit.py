@@ -3,8 +3,8 @@
 from collections import Counter
 from pathlib import PurePosixPath
 
-from data import TURNED, COCOSegmentationDataset
-from medseg.coco import ANNOTATIONS, MAX_CLASSES, SPLITS, listed, load_coco, used_categories
+from data import TURNED, COCOSegmentationDataset, open_split
+from medseg.coco import ANNOTATIONS, MAX_CLASSES, SPLITS, listed, used_categories
 from medseg.coco_dialects import print_forgiven
 from medseg.drawing import describe_shown
 from medseg.duplicates import near_duplicates
@@ -22,30 +22,23 @@ def audit(root, out, n_shown=SHOWN):
     n_shown: how many images of each split are in the contact sheet, see `spread_by_foreground`.
     Returns the list of problems, a line each.
     """
-    problems, cocos, examined, tiles, shown = [], {}, {}, [], ""
+    problems, opened, examined, tiles, shown = [], {}, {}, [], ""
     for split in SPLITS:
-        damaged, forgiven = [], Counter()
         try:
-            cocos[split] = load_coco(root / split, damaged, forgiven), damaged, forgiven
+            opened[split] = open_split(root, split, skipped=problems)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
-    names = list(
-        dict.fromkeys(name for coco, *_ in cocos.values() for name in used_categories(coco))
-    )
-    for split, (coco, damaged, forgiven) in cocos.items():
-        problems += damaged
-        try:
-            dataset = COCOSegmentationDataset(coco, root / split, classes=names)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
+    names = {name: None for own in opened.values() for name in used_categories(own.coco)}
+    names = list(names)  # in the order of the splits
+    for split, own in opened.items():
+        dataset = COCOSegmentationDataset(own.coco, root / split, classes=names)
         examined[split], errors = examine(dataset, range(len(dataset)))
         problems += map(str, errors)
         shown = describe_shown(dataset.channel_names)
-        print(f"{split}: {len(dataset)} images, {len(coco.anns)} annotations")
+        print(f"{split}: {len(dataset)} images, {len(own.coco.anns)} annotations")
         for title, text in _describe(dataset, examined[split]):
             print(f"  {title:<12} {text}")
-        print_forgiven(forgiven, "  note         ")
+        print_forgiven(own.forgiven, "  note         ")
         tiles.append(_tiles(dataset, examined[split], n_shown))
     thumbnails = {split: [image.thumbnail for image in own] for split, own in examined.items()}
     for split in SPLITS[1:]:
@@ -65,9 +58,8 @@ def _tiles(dataset, examined, n_shown):
 
     def tile(own):
         name = dataset.path(own.index).relative_to(dataset.image_dir.parent).as_posix()
-        percent = f"{100 * own.share:.2f} %" if own.share >= 1e-4 else "below 0.01 %"
-        about = f"{percent if own.area else 'no'} foreground"
-        return draw_tile(dataset.read(own.index).rgb(), own.masks, dataset.n_classes), name, about
+        picture = draw_tile(dataset.read(own.index).rgb(), own.masks, dataset.n_classes)
+        return picture, name, f"{100 * own.share:.3g} % foreground"
 
     places = spread_by_foreground([image.share for image in examined], n_shown)
     return list(parallel_map(tile, [examined[place] for place in places], catch=()))
