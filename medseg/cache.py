@@ -55,8 +55,7 @@ def cached_rows(dataset, skipped=None):
     ROOT/.cache, under a name that depends on the annotations and on the name, size and time of
     every image; what has changed is made anew. Where the folder cannot be written, the array
     stays in memory. While another process makes the array, this one waits.
-    skipped: a list; damaged images are left out and each adds a line to it. Without it they are
-    a ValueError that counts them and names the first.
+    skipped: as for `data.load_split`.
     """
     folder, split = dataset.image_dir.parent / ".cache", dataset.image_dir.name
     prefix = f"{split}-{dataset.image_size or 'full'}{dataset.variant}-"
