@@ -4,7 +4,6 @@ Checked against torchvision, PIL, pycocotools and masks drawn by hand.
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from data import Batches, COCOSegmentationDataset, Order, Transform, load_split, open_split
+from data import Batches, COCOSegmentationDataset, Order, load_split, open_split
 from medseg.cache import RaggedRows
 from medseg.coco import ANNOTATIONS, SPLITS, load_coco
 from medseg.duplicates import near_duplicates
@@ -292,41 +291,6 @@ def test_memory_where_the_folder_cannot_be_written(cache, capsys):
     assert not isinstance(again if size else again.pixels, np.memmap)
     assert_same(again, rows)
     assert "in memory" in capsys.readouterr().err
-
-
-# ---- batches ---------------------------------------------------------------------------------
-
-
-def numbered_rows(count):
-    rows = np.zeros((count, 8, 8, 4), np.uint8)
-    rows[..., 0] = np.arange(count)[:, None, None]
-    return rows
-
-
-@pytest.mark.parametrize("crop", [0, 8])
-@pytest.mark.parametrize("repeat, times", [(1, {1}), (3, {3}), (2.5, {2, 3}), (0.5, {0, 1})])
-def test_an_epoch_draws_every_image_as_often_as_it_is_asked_to(repeat, times, crop):
-    order, transform = Order(4, True, repeat=repeat), Transform(crop=crop)
-    batches, epochs = Batches(numbered_rows(10), order, transform=transform), []
-    for epoch in range(2):
-        batches.set_epoch(epoch)
-        reds = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
-        drawn = ((reds * STD[0] + MEAN[0]) * 255).round().int().tolist()  # see `numbered_rows`
-        assert drawn == batches.row_numbers()
-        assert len(drawn) == round(10 * repeat) and len(batches) == math.ceil(10 * repeat / 4)
-        epochs.append([drawn.count(number) for number in range(10)])
-    assert all(set(counts) == times for counts in epochs)
-    assert (epochs[0] != epochs[1]) == (repeat % 1 > 0)  # others each time
-
-
-@pytest.mark.parametrize("free, resident", [(2, False), (3, True)])  # of the size of the rows
-def test_a_split_that_leaves_room_on_the_gpu_is_moved_there(free, resident, monkeypatch):
-    """The GPU is pretended: there may be none here."""
-    rows, moved = numbered_rows(10), []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * rows.nbytes, 0))
-    monkeypatch.setattr(torch.Tensor, "to", lambda pixels, device: moved.append(device) or pixels)
-    Batches(rows, Order(4), "cuda")
-    assert moved == [torch.device("cuda")] * resident
 
 
 # ---- what is wrong with a data set -----------------------------------------------------------

@@ -1,5 +1,9 @@
-"""Images at their own size, crops of them, and which of them an epoch draws."""
+"""Batches: which images an epoch draws, crops of them, and how each is changed.
 
+Augmentation is checked against numpy, scipy, torch.rot90 and masks drawn by hand.
+"""
+
+import math
 import time
 import weakref
 from collections import Counter
@@ -8,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import brightness_model, scan, script_here
+from scipy.interpolate import BSpline
 
 from data import Batches, Order, Transform
-from medseg.augment import AUGMENTATIONS, window_side
+from medseg.augment import AUGMENTATIONS, augment, count_draws, spline_basis, window_side
 from medseg.cache import RaggedRows
 from medseg.cli import parse_named_values
 from medseg.crop import place_crops
 from medseg.images import MEAN, STD, read_image
 from medseg.predicting import ahead, inputs
 from net import UNet
-
-SIZES = [(40, 60), (33, 20), (64, 64), (50, 41)]  # height, width
 
 
 def to_pixels(images):
@@ -28,7 +32,46 @@ def to_pixels(images):
     return (pixels * 255).round().long()
 
 
-def numbered_rows(masks=1):
+# ---- which images an epoch draws -------------------------------------------------------------
+
+
+def numbered_rows(count):
+    rows = np.zeros((count, 8, 8, 4), np.uint8)
+    rows[..., 0] = np.arange(count)[:, None, None]
+    return rows
+
+
+@pytest.mark.parametrize("crop", [0, 8])
+@pytest.mark.parametrize("repeat, times", [(1, {1}), (3, {3}), (2.5, {2, 3}), (0.5, {0, 1})])
+def test_an_epoch_draws_every_image_as_often_as_it_is_asked_to(repeat, times, crop):
+    order, transform = Order(4, True, repeat=repeat), Transform(crop=crop)
+    batches, epochs = Batches(numbered_rows(10), order, transform=transform), []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        drawn = torch.cat([to_pixels(images)[:, 0, 0, 0] for images, _ in batches]).tolist()
+        assert drawn == batches.row_numbers()
+        assert len(drawn) == round(10 * repeat) and len(batches) == math.ceil(10 * repeat / 4)
+        epochs.append([drawn.count(number) for number in range(10)])
+    assert all(set(counts) == times for counts in epochs)
+    assert (epochs[0] != epochs[1]) == (repeat % 1 > 0)  # others each time
+
+
+@pytest.mark.parametrize("free, resident", [(2, False), (3, True)])  # of the size of the rows
+def test_a_split_that_leaves_room_on_the_gpu_is_moved_there(free, resident, monkeypatch):
+    """The GPU is pretended: there may be none here."""
+    rows, moved = numbered_rows(10), []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * rows.nbytes, 0))
+    monkeypatch.setattr(torch.Tensor, "to", lambda pixels, device: moved.append(device) or pixels)
+    Batches(rows, Order(4), "cuda")
+    assert moved == [torch.device("cuda")] * resident
+
+
+# ---- crops, and images at their own size ------------------------------------------------------
+
+SIZES = [(40, 60), (33, 20), (64, 64), (50, 41)]  # height, width
+
+
+def ragged_rows(masks=1):
     """Images whose pixels hold their number, row and column; the first mask is a chessboard."""
     pixels = []
     for number, size in enumerate(SIZES):
@@ -39,9 +82,9 @@ def numbered_rows(masks=1):
 
 
 def draw(crop, epoch=0, start=0, strengths=(), batch=4, **options):
-    """[(pixels (H, W, 3), mask (H, W))] of an epoch of `numbered_rows`."""
+    """[(pixels (H, W, 3), mask (H, W))] of an epoch of `ragged_rows`."""
     transform, pairs = Transform(crop=crop, strengths=dict(strengths)), []
-    loader = Batches(numbered_rows(), Order(batch, True, **options), transform=transform)
+    loader = Batches(ragged_rows(), Order(batch, True, **options), transform=transform)
     loader.set_epoch(epoch, start)
     for images, masks in loader:
         pairs += zip(to_pixels(images).numpy(), masks[:, 0].numpy(), strict=True)
@@ -52,7 +95,7 @@ def draw(crop, epoch=0, start=0, strengths=(), batch=4, **options):
 @pytest.mark.parametrize("crop, counts", [(20, [6, 2, 10, 5]), (45, [1, 1, 2, 1]), (0, [1] * 4)])
 def test_crops_are_slices_of_the_images(crop, counts, strengths):
     """As many as would tile them; beyond the border of a smaller one its border is repeated."""
-    rows, seen = numbered_rows(), Counter()
+    rows, seen = ragged_rows(), Counter()
     for pixels, mask in draw(crop, strengths=strengths):
         number, lines, columns = pixels[0, 0, 0], pixels[:, 0, 1], pixels[0, :, 2]
         source = rows[number][lines[:, None], columns]
@@ -96,7 +139,7 @@ def test_images_are_a_function_of_seed_epoch_and_place(crop, foreground, batch):
 
 @pytest.mark.parametrize("crop", [0, 20])
 def test_a_process_without_an_image_of_the_last_batch_goes_on(crop):
-    one, order = RaggedRows.of_array(numbered_rows()[0][None]), Order(5, rank=1, world=2)
+    one, order = RaggedRows.of_array(ragged_rows()[0][None]), Order(5, rank=1, world=2)
     *_, (images, masks) = Batches(one, order, transform=Transform(crop=crop))  # of 1 or 6
     assert len(images) == len(masks) == 0 and UNet(n_filters=2)(images).shape[:2] == (0, 1)
 
@@ -117,7 +160,7 @@ def draw_foreground(share, epochs, rows, crop=16, **options):
 
 def test_so_many_crops_lie_around_foreground():
     """One pixel of class 0 in image 0, and 900 with one of class 9 in image 2."""
-    rows = numbered_rows(2)
+    rows = ragged_rows(2)
     rows.pixels[:, 3] = 0
     rows[0][39, 10, 3] = rows[2][20:50, 30:60, 3] = 1
     rows[2][5, 33, 4] = 2
@@ -153,7 +196,7 @@ def test_what_turns_into_a_crop_comes_from_the_image(text):
     row = np.zeros((side, side, 4), np.uint8)
     row[..., 0], row[..., 1] = np.mgrid[:side, :side]
     row[..., 3] = row[..., 1] >= side // 2
-    strengths = parse_named_values(text, AUGMENTATIONS)
+    strengths = strengths_of(text)
     loader = Batches(row[None], Order(10), transform=Transform(crop=24, strengths=strengths))
     std, mean = torch.tensor(STD)[:, None, None], torch.tensor(MEAN)[:, None, None]
     for images, masks in loader:
@@ -198,3 +241,134 @@ def test_large_images_one_by_one_and_one_too_large_for_the_memory(here, monkeypa
     assert alive == [0, 0, 0, 0]
     assert all(word in result.stderr for word in ("3.png", "out of memory", "41x50"))
     assert sorted(path.name[0] for path in here.glob("*/*_mask.png")) == ["0", "1", "2"]
+
+
+# ---- augmentation ----------------------------------------------------------------------------
+
+DEFAULTS = {name: default for name, (default, _) in AUGMENTATIONS.items()}
+
+
+def strengths_of(text):
+    return parse_named_values(text, AUGMENTATIONS)
+
+
+def uniform(count, strengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, count_draws(strengths), generator=generator)
+
+
+def squares(count, side=64):
+    """Images -1 with a square of 1, and that square as the mask: (count, 3 and 1, side, side)."""
+    masks = torch.zeros(count, 1, side, side)
+    masks[..., 15:43, 14:40] = 1
+    return (2 * masks - 1).repeat(1, 3, 1, 1), masks
+
+
+@pytest.mark.parametrize(
+    "text",
+    "rotate=180 scale=0.5 shift=0.4 flip turn,flip elastic=0.15 gamma noise all".split(),
+)
+def test_image_and_mask_stay_aligned(text):
+    """The image is its own mask: they may differ only where interpolation blurs the edge."""
+    strengths = dict(DEFAULTS) if text == "all" else strengths_of(text)
+    images, masks = squares(48)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    new_images, new_masks = augment(images, masks, uniform(48, strengths), strengths, noise=noise)
+    assert new_images.shape == images.shape and new_images.dtype == torch.float32
+    assert new_images.is_contiguous(memory_format=torch.channels_last)
+    assert set(new_masks.unique().tolist()) == {0, 1} and new_masks.shape == masks.shape
+    bright = new_images.mean(1, keepdim=True) > 0
+    dilated, eroded = F.max_pool2d(new_masks, 3, 1, 1), 1 - F.max_pool2d(1 - new_masks, 3, 1, 1)
+    inner_or_outer = dilated == eroded
+    assert ((bright != (new_masks > 0.5)) & inner_or_outer).sum() == 0
+    assert (new_masks.mean((1, 2, 3)) > 0.02).all()
+    different = {tuple(image.flatten().tolist()) for image in new_images}
+    expected = {"flip": 4, "turn,flip": 8}.get(text, 48)  # else each in a way of its own
+    assert len(different) == expected
+
+
+def turned(quarters):
+    return lambda images: torch.rot90(images, quarters, (1, 2))
+
+
+def flipped(*dims):
+    return lambda images: images.flip(dims)
+
+
+EXACT = {  # the change, its draws for each image, and what becomes of each image (C, H, W)
+    "flip=1": (
+        [[0.6, 0.6], [0.4, 0.6], [0.6, 0.4], [0.4, 0.4]],
+        [flipped(), flipped(2), flipped(1), flipped(1, 2)],
+    ),
+    "flip=0": ([[0.0, 0.0]], [flipped()]),
+    "mirror=1": ([[0.4], [0.6]], [flipped(2), flipped()]),
+    "turn=1": ([[0.1], [0.3], [0.6], [0.9], [0.0]], [turned(n) for n in (0, 1, 2, 3, 0)]),
+    # With a value of 0.2, three images in twenty are turned.
+    "turn=0.2": ([[0.06], [0.12], [0.18], [0.21], [0.9]], [turned(n) for n in (1, 2, 3, 0, 0)]),
+    "turn=0": ([[0.3]], [flipped()]),
+    "rotate=90": ([[1.0], [0.0], [0.5]], [turned(1), turned(-1), flipped()]),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("text", EXACT)
+def test_flips_and_quarter_turns_are_exact(text, channels):
+    draws, changes = EXACT[text]
+    images, masks = torch.randn(5, channels, 24, 24), (torch.rand(5, 2, 24, 24) > 0.5).float()
+    images, masks = images[: len(draws)], masks[: len(draws)]
+    new_images, new_masks = augment(images, masks, torch.tensor(draws), strengths_of(text))
+    for index, change in enumerate(changes):
+        torch.testing.assert_close(new_images[index], change(images[index]), atol=1e-4, rtol=0)
+        assert torch.equal(new_masks[index], change(masks[index]))
+
+
+def test_a_rotation_keeps_right_angles_in_an_oblong_image():
+    masks = torch.zeros(1, 1, 60, 120)
+    masks[..., 20:40, 50:70] = 1
+    _, turned = augment(masks, masks, torch.ones(1, 1), {"rotate": 45.0})
+    rows, columns = turned[0, 0].nonzero().T
+    assert abs(turned.sum() - 400) < 25  # a diamond as large as the square
+    for places in (rows, columns):
+        assert abs(int(places.max() - places.min()) - 20 * math.sqrt(2)) < 2.5
+
+
+def test_shift_and_scale_by_hand():
+    images, masks = torch.randn(2, 3, 80, 80), (torch.rand(2, 1, 80, 80) > 0.5).float()
+    strengths = strengths_of("scale=1,shift=0.05")
+    draws = torch.full((2, 3), 0.5)  # the middle changes nothing
+    new_images, new_masks = augment(images, masks, draws, strengths)
+    torch.testing.assert_close(new_images, images, atol=1e-4, rtol=0)
+    assert torch.equal(new_masks, masks)
+    draws[:, 1] = 1  # 5 % of half the width is 2 pixels
+    new_images, new_masks = augment(images, masks, draws, strengths)
+    torch.testing.assert_close(new_images[..., :-2], images[..., 2:], atol=1e-4, rtol=0)
+    assert torch.equal(new_masks[..., :-2], masks[..., 2:]) and not new_masks[..., -2:].any()
+    draws = torch.tensor([[1.0, 0.5, 0.5], [0.0, 0.5, 0.5]])  # half as large, twice as large
+    _, (small, large) = augment(*squares(2), draws, strengths)
+    assert small.sum() == pytest.approx(28 * 26 / 4, rel=0.1)
+    assert large.sum() == pytest.approx((56 - 2) * (52 - 4), rel=0.05)  # 2 and 4 are outside
+
+
+def test_elastic_is_bounded_and_a_spline():
+    side, value = 128, 0.1
+    ramp = torch.arange(side).expand(side, side).float()  # pixels are their own column
+    images = torch.stack([ramp, ramp.T, torch.zeros(side, side)]).expand(40, 3, side, side)
+    strengths = {"elastic": value}
+    new_images, _ = augment(images, images[:, :1], uniform(40, strengths), strengths)
+    moved = (new_images - images)[:, :2, 20:-20, 20:-20]  # the border is repeated
+    assert moved.abs().max() <= value * side
+    assert moved.std() > 0.2 * value * side
+    places, knots = (np.arange(50) + 0.5) * 4 / 50, np.arange(-3, 8)
+    expected = BSpline.design_matrix(places, knots, 3).toarray()
+    np.testing.assert_allclose(spline_basis(50, torch.device("cpu")), expected, atol=1e-6)
+
+
+def test_noise_differs_by_image_batch_and_epoch():
+    rows, fields = np.zeros((4, 16, 16, 4), np.uint8), []
+    loader = Batches(rows, Order(2), transform=Transform(strengths={"noise": 1.0}))
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for images, _ in loader:
+            fields += [image[0].flatten() for image in images]
+    correlations = torch.corrcoef(torch.stack(fields)) - torch.eye(8)
+    assert correlations.abs().max() < 0.3  # of 256 values: deviation 0.06
