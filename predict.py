@@ -183,7 +183,7 @@ def predict_many(model, frames, results, problems, folder=None, *, lines=True):
     """
     scores = None
     if folder is not None:
-        from medseg.predicting import report, scoring
+        from medseg.predicting import scoring
 
         spacings = {frame.spacing for frame in frames}
         scores = scoring.open_folder(model, folder, *(spacings if len(spacings) == 1 else ()))
@@ -191,8 +191,7 @@ def predict_many(model, frames, results, problems, folder=None, *, lines=True):
     ahead.save_images(predicted, len(frames), results, scores, lines=lines)
     if not scores or (problems and scores.missing()):
         return False
-    written = scoring.report(model, folder, scores, results.output, partial(predict_image, model))
-    report.print_report(folder, results.output, written)
+    scoring.report(model, folder, scores, results.output, partial(predict_image, model))
     return True
 
 
@@ -242,14 +241,12 @@ def predict_inputs(args, model, window):
     inputs.print_left_aside(paths, files)
     frames, volumes, problems = inputs.sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
-    named = len(files) == 1 and (files[0].path == Path(paths[0]) or not Path(paths[0]).is_dir())
-    if named and problems:
-        raise ValueError(problems[0][1])
+    named = files[0].path == Path(paths[0]) or not Path(paths[0]).is_dir()
+    single, lines = named and len(files) == total == 1, total <= MAX_LINES
     folder, scored = inputs.annotated_folder(paths), False
     frames = inputs.add_spacings(frames, folder) if folder else frames
     for frame in frames:
         pieces.check_clean(model.inference.clean, frame.spacing, frame.path)
-    single, lines = named and total == 1, total <= MAX_LINES
     output = inputs.choose_output(args.output, single, files)
     draw = visualize_result if single else None
     results = Results(output, model, args.write, args.simplify, draw=draw)

@@ -30,14 +30,9 @@ class ImageFile(NamedTuple):
 
     path: Path
     name: str  # what its masks are called, without the ending
+    title: str  # what it is called in tables: the file's name, or that of its case
     format: str | None  # as `medseg.files.file_format` has it
     modalities: Modalities | None = None  # its files, where they are one for each channel
-    is_case: bool = False  # whether a pattern found it
-
-    @property
-    def title(self):
-        """What it is called in tables: as the file, or, for all may have a t1.nii, as the case."""
-        return self.name if self.is_case else self.path.name
 
 
 class Frame(NamedTuple):
@@ -191,14 +186,14 @@ def expand(inputs, info=None, *, series=False):
     files = []
     for case, name in cases.items():
         modalities = case if isinstance(case, Modalities) else None
-        files.append(ImageFile(Path(str(case)), name, file_format(case), modalities, is_case=True))
+        files.append(ImageFile(Path(str(case)), name, name, file_format(case), modalities))
     paths = dict.fromkeys(paths)  # a file that is named twice is one
     count = Counter((path.parent, base_name(path)) for path in paths)
     for path in paths:
         name, file_type = base_name(path), file_format(path)
         if count[path.parent, name] > 1 and file_type != "volume":
             name += path.name[len(name) :].replace(".", "_")
-        files.append(ImageFile(path, shorten(name), file_type))
+        files.append(ImageFile(path, shorten(name), path.name, file_type))
     return files
 
 

@@ -17,13 +17,14 @@ BINS = 15  # of probabilities, for their calibration: as many as Guo et al. take
 
 
 def write_report(output, folder, scores, valid, class_names):
-    """Write report.json and report.png on a folder to `output`. Returns what the first holds.
+    """Write report.json and report.png on a folder to `output`, and print its scores.
 
     folder: what it is called; scores: its FolderScores; valid: the `sweep_thresholds` of the split
     in which the threshold that suits the model is sought, or None: it is never sought in the
     folder itself. With several classes a score is the mean over them, and SCORE/CLASS is of each.
     A class of which no image has a pixel has None for its scores and is left out of the means.
     Where groups are recorded, they have scores too, and intervals are of samples of groups.
+    Returns what report.json holds.
     """
     dataset, (counts, distances, calibration) = scores.dataset, scores.result()
     if valid:
@@ -62,6 +63,7 @@ def write_report(output, folder, scores, valid, class_names):
         file.write(json.dumps(report, indent=1).encode())
     cases = [(*scores.case(index), title) for index, title in choose_cases(names, dice, pooled)]
     plot_report(report, dice, cases, output / "report.png")
+    print_report(folder, output, report)
     return report
 
 
@@ -79,7 +81,7 @@ def group_images(dataset, names):
 
 
 def print_report(folder, output, written):
-    """Print the scores of what `report` returned."""
+    """Print the scores that report.json has."""
     said, scores = spell_scores(written, 4), written["scores"]
     groups = f"per-group Dice {said['group_dice']}, " if said.get("group_dice") else ""
     summary = "no foreground in its annotations"

@@ -101,11 +101,11 @@ def open_folder(model, folder, spacing=None):
 
 
 def report(model, folder, scores, output, predict_image):
-    """Write report.json and report.png of an annotated folder to `output`.
+    """Write report.json and report.png of an annotated folder to `output`, print its scores.
 
     scores: its FolderScores after the predictions; images that it has not met, as those with a
     record in a folder further down, are predicted here.
-    predict_image(Picture) -> `medseg.predictor.Prediction`. Returns what report.json holds.
+    predict_image(Picture) -> `medseg.predictor.Prediction`.
     The threshold that suits the model best is sought in the split `valid` beside the folder, never
     in the folder itself.
     Raises FileNotFoundError or ValueError where an annotated image cannot be read or predicted.
@@ -116,7 +116,7 @@ def report(model, folder, scores, output, predict_image):
     valid, sweep = Path(folder).resolve().parent / "valid", None
     if (valid / coco.ANNOTATIONS).exists() and not valid.samefile(folder):
         sweep = sweep_thresholds(model, valid, scores.spacing)
-    return write_report(output, str(folder), scores, sweep, model.info.class_names)
+    write_report(output, str(folder), scores, sweep, model.info.class_names)
 
 
 def sweep_thresholds(model, folder, spacing=None):
