@@ -37,7 +37,7 @@ from medseg.dataset_folder import finish_import, install
 from medseg.importing.flags import add_arguments, check_arguments, chosen_importer
 from medseg.importing.layouts import find_layout
 from medseg.importing.own_data import import_data, print_next
-from medseg.importing.writing import holds_own_data
+from medseg.importing.writing import OWN
 from medseg.phantoms import COUNTS, PHANTOM, is_phantom, make_phantoms
 from medseg.samples import set_pixel_limit
 from medseg.splits import check_disk_space, present_splits, read_splits
@@ -128,16 +128,6 @@ def fetch_from_mirror(folder):
 SOURCES = {"kaggle": fetch_from_kaggle, "mirror": fetch_from_mirror}
 
 
-def describe_failure(error, source):
-    """What a requests exception means, in one line."""
-    if error.response is not None:
-        return f"{source} answered with status {error.response.status_code}"
-    return (
-        f"{source} cannot be reached, or was cut off: check the connection and the proxy; the same "
-        "command resumes the download"
-    )
-
-
 def fetch_zip(source, folder):
     """Download the zip from one of SOURCES into `folder` and return its path.
 
@@ -149,7 +139,13 @@ def fetch_zip(source, folder):
         try:
             archive = SOURCES[source](folder)
         except requests.RequestException as error:
-            raise ValueError(describe_failure(error, source)) from None
+            if error.response is not None:
+                failure = f"answered with status {error.response.status_code}"
+                raise ValueError(f"{source} {failure}") from None
+            raise ValueError(
+                f"{source} cannot be reached, or was cut off: check the connection and the proxy; "
+                "the same command resumes the download"
+            ) from None
         if is_intact(archive):
             return archive
         for left in folder.glob(f"{archive.name}*"):  # the client's notes on it too
@@ -265,8 +261,10 @@ def get_data(root, args):
         if args.synthetic:
             options = {"seed": args.seed, "force": args.force, "two_classes": args.two_classes}
             make_phantoms(root, args.phantoms, **options)
-        elif keep and (holds_own_data(root) or is_phantom(read_splits(root, damaged=[]))):
-            raise ValueError(f"{root} holds other data: name another folder with --data")
+        elif keep:
+            infos = str([coco.get("info") for coco in read_splits(root, damaged=[]).values()])
+            if OWN in infos or PHANTOM in infos:
+                raise ValueError(f"{root} holds other data: name another folder with --data")
     except ValueError as error:
         raise ValueError(f"{error}; --force replaces what is there") from None
     if keep:

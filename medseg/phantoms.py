@@ -17,7 +17,7 @@ from medseg.coco import ANNOTATIONS, SPLITS
 from medseg.dataset_folder import install
 from medseg.splits import present_splits, read_splits
 
-PHANTOM = "phantoms made by download.py"  # starts info.description of every phantom split
+PHANTOM = "phantoms made by download.py"  # in info.description of every phantom split
 COUNTS = (400, 100, 100)  # images in train, valid and test
 DARK_SHARE = 0.12  # of the lesions, of one class
 
@@ -42,21 +42,18 @@ def make_phantoms(root, counts=COUNTS, size=256, seed=0, *, force=False, two_cla
     """
     root = Path(root)
     classes = ", two classes" if two_classes else ""
-    description = f"{PHANTOM}, size {size}, seed {seed}{classes}"
+    wanted = f"{' + '.join(map(str, counts))} {PHANTOM}, size {size}, seed {seed}{classes}"
+    info = {"description": wanted}
     if present_splits(root) and not force:
         with contextlib.suppress(ValueError):  # an incomplete split is something else
-            splits = read_splits(root, damaged=[])
-            existing = [(len(coco["images"]), coco.get("info")) for coco in splits.values()]
-            if existing == [(count, {"description": description}) for count in counts]:
+            if all(coco.get("info") == info for coco in read_splits(root, damaged=[]).values()):
                 return root
-        wanted = f"{' + '.join(map(str, counts))} {description}"
         raise ValueError(f"{root} holds something else than the {wanted}")
 
     def write_splits(folder):
         for number, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
-            coco = {"info": {"description": description}}
-            coco |= write_images(folder / split, number, count, size, seed, two_classes)
-            (folder / split / ANNOTATIONS).write_text(json.dumps(coco))
+            lists = write_images(folder / split, number, count, size, seed, two_classes)
+            (folder / split / ANNOTATIONS).write_text(json.dumps({"info": info, **lists}))
 
     install(root, write_splits)
     return root

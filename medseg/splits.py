@@ -48,9 +48,9 @@ def read_split(folder, damaged):
     return coco
 
 
-def read_splits(root, damaged, splits=SPLITS):
+def read_splits(root, damaged):
     """{'train': annotations, 'valid': ..., 'test': ...} of a data set; see `read_split`."""
-    return {split: read_split(Path(root) / split, damaged) for split in splits}
+    return {split: read_split(Path(root) / split, damaged) for split in SPLITS}
 
 
 def present_splits(root):

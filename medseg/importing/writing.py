@@ -59,15 +59,6 @@ class Example:
     split: str = ""
 
 
-def holds_own_data(root):
-    """Whether any split of `root` was written by `write_dataset`."""
-    for split in present_splits(root):
-        with contextlib.suppress(ValueError, FileNotFoundError):  # then it is something else
-            if OWN in str(read_annotations(Path(root) / split, skipped=[]).get("info")):
-                return True
-    return False
-
-
 def deal_examples(examples, percentages, into, seed):
     """{split: Examples} as `draw_splits` deals them, or all into the one split.
 
