@@ -257,6 +257,7 @@ REFUSED = {  # flags; what the message names
     "a split there": ((*NEW[:5], *CLASSES), ["dataset/train", "--add", "--force"]),
     "no split there": ((*NEW, "--data", "none"), ["none/train", "--add"]),
     "itself": (("--masks", "dataset/train", "more/masks", *NEW[3:]), ["dataset/train"]),
+    "a name in valid": (ADD, ["dataset/valid", "n11.png", "--prefix"]),
     "unlisted": (ADD, ["dataset/train/n11.png"]),
 }
 
@@ -266,6 +267,9 @@ def test_what_disagrees_changes_nothing(grown, case):
     flags, words = REFUSED[case]
     edit_annotations(Path("dataset/test"), lambda content: content["images"][0].update(group="1"))
     write_groups({f"n1{n}": 1 for n in range(4)}, "test.csv")
+    if case == "a name in valid":
+        change = {"file_name": "N11.JPG"}
+        edit_annotations(Path("dataset/valid"), lambda content: content["images"][0].update(change))
     if case == "unlisted":
         shutil.copy("more/images/n12.png", "dataset/train/n11.png")
     refuse_download(*flags, words=words)
@@ -314,15 +318,6 @@ def test_grey_stored_as_colours_is_the_same_image_and_black_slices_are_not(here)
     known = [("train", Path("grey.png")), ("train", Path("black_grey.png"))]
     assert find_known(known, "train", new) == {"colours.png": ("train", "grey.png")}
     assert find_known(known, "test", new).keys() == {"colours.png", "near.png"}
-
-
-def test_names_of_any_split_are_taken(grown):
-    stem = Path(annotations("valid")["images"][0]["file_name"].upper()).stem
-    labelme(stem, AREA, image=False, imagePath="x.jpg")
-    save(photo(77), "lm/x.jpg")
-    refuse_download(*LM, words=["dataset/valid", "--prefix"])
-    run_download(*LM, "--prefix", "valid-")
-    assert f"valid-{stem}" in stored()
 
 
 def test_labels_count_by_name_whatever_their_order(grown):

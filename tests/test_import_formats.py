@@ -15,6 +15,7 @@ import pytest
 from helpers import (
     ALL,
     PHOTO,
+    annotations,
     box,
     class_names,
     coco_file,
@@ -35,7 +36,6 @@ from helpers import (
 from numpy.testing import assert_array_equal, assert_equal
 from PIL import Image, ImageDraw
 
-from medseg.coco import SPLITS
 from medseg.importing.labelme import draw_shapes
 
 NFC, NFD = (unicodedata.normalize(form, "Läsion é") for form in ("NFC", "NFD"))
@@ -385,22 +385,21 @@ def arrays(name, values, labels, keys=("image", "label")):
 
 
 def test_npz_files_of_cases(here):
-    """Floating point and one window for all; the slices of a case stay together."""
+    """Floating point and one window for all; the slices of a case are a group."""
     ramp = np.linspace(0, 1, 1200, dtype=np.float32).reshape(PHOTO[::-1])
-    for number in range(12):
-        name = f"z/case{number // 3:04}_slice{number:03}.npz"
+    for number in range(4):
+        name = f"z/case{number // 2:04}_slice{number:03}.npz"
         arrays(name, ramp * (1 + number % 2), label_map((3, TWO[0]), (7, TWO[1])))
-    run_download("--arrays", "z", "--split", 50, 25, 25, "--classes", "liver,spleen")
-    wanted, seen = {"liver": square_mask(*TWO[0]), "spleen": square_mask(*TWO[1])}, {}
+    run_download("--arrays", "z", *ALL, "--classes", "liver,spleen")
+    wanted = {"liver": square_mask(*TWO[0]), "spleen": square_mask(*TWO[1])}
     low, high = np.percentile([ramp, 2 * ramp], (0.5, 99.5))
-    for split in SPLITS:
-        for stem, masks in stored(split).items():
-            assert seen.setdefault(stem[:8], split) == split
-            assert_equal(masks, wanted)
-            got = read_rgb(f"dataset/{split}/{stem}.png")[..., 0] / 255
-            grey = np.clip((ramp * (1 + int(stem[-1]) % 2) - low) / (high - low), 0, 1)
-            assert abs(got - grey).max() < 0.51 / 255
-    assert len(seen) == 4
+    groups = [int(image["group"].removeprefix("case")) for image in annotations("train")["images"]]
+    assert groups == [0, 0, 1, 1]
+    for stem, masks in stored().items():
+        assert_equal(masks, wanted)
+        got = read_rgb(f"dataset/train/{stem}.png")[..., 0] / 255
+        grey = np.clip((ramp * (1 + int(stem[-1]) % 2) - low) / (high - low), 0, 1)
+        assert abs(got - grey).max() < 0.51 / 255
     refuse_download("--arrays", "z", "--force", "--classes", "liver", words=["3, 7"])
 
 
@@ -415,24 +414,22 @@ def test_figshare_brain_tumours(here, monkeypatch):
     """As MATLAB stores them: columns first, text as numbers."""
     h5py, names = pytest.importorskip("h5py"), ["meningioma", "glioma", "pituitary"]
     Path("m").mkdir()
-    pixels, kinds = np.arange(1200, dtype=np.int16).reshape(PHOTO[::-1]), [1, 2, 3, 2, 1, 3]
-    for number, kind in enumerate(kinds):
-        patient = np.array([[ord(sign)] for sign in f"MR0{number // 2}"], np.uint16)
-        with h5py.File(f"m/{number}.mat", "w") as file:
-            data = {"image": pixels.T, "tumorMask": square_mask(3, 4, 6, 9).T.astype(np.uint8)}
-            for key, value in {**data, "label": [[float(kind)]], "PID": patient}.items():
+    pixels, mask = np.arange(1200, dtype=np.int16).reshape(PHOTO[::-1]), square_mask(3, 4, 6, 9)
+    for kind in (1, 2, 3):
+        patient = np.array([[ord(sign)] for sign in f"MR0{kind}"], np.uint16)
+        with h5py.File(f"m/{kind}.mat", "w") as file:
+            data = {"image": pixels.T, "tumorMask": mask.T.astype(np.uint8), "PID": patient}
+            for key, value in {**data, "label": [[float(kind)]]}.items():
                 file[f"cjdata/{key}"] = value
-    run_download("--arrays", "m", "--split", 34, 33, 33)
+    run_download("--arrays", "m", *ALL)
     assert class_names() == names
-    for split in SPLITS:
-        first, second = sorted(stored(split))
-        assert int(first) // 2 == int(second) // 2
-        for stem, masks in stored(split).items():
-            assert_equal(masks, {names[kinds[int(stem)] - 1]: square_mask(3, 4, 6, 9)})
-            grey = read_rgb(f"dataset/{split}/{stem}.png")[..., 0]
-            assert (np.diff(grey.astype(int).ravel()) >= 0).all() and grey.max() == 255
+    assert [image["group"] for image in annotations("train")["images"]] == ["MR01", "MR02", "MR03"]
+    for stem, masks in stored().items():
+        assert_equal(masks, {names[int(stem) - 1]: mask})
+        grey = read_rgb(f"dataset/train/{stem}.png")[..., 0]
+        assert (np.diff(grey.astype(int).ravel()) >= 0).all() and grey.max() == 255
     monkeypatch.setitem(sys.modules, "h5py", None)
-    refuse_download("--arrays", "m", "--force", words=["m/0.mat", "pip install h5py"])
+    refuse_download("--arrays", "m", "--force", words=["m/1.mat", "pip install h5py"])
 
 
 # ---- files that are wrong ------------------------------------------------------------------------

@@ -22,15 +22,12 @@ FOLDER = ("dataset/test", "--output", "out")
 TRAIN = ("--epochs", 1, *SMALL, "--skip-bad", "--overwrite", "--out", "run")
 WRITTEN = {  # file: (the command that writes it)
     "x_mask.png": ("predict", "x.png"),
-    "x_probability.png": ("predict", "x.png", "--write", "probability"),
     "mask.png": ("predict", "x.png", "--output", "mask.png"),
     "out/0_test_overlay.jpg": ("predict", *FOLDER),
     "out/predictions.csv": ("predict", *FOLDER),
     "out/predictions.json": ("predict", *FOLDER),
     "out/report.json": ("predict", *FOLDER),
-    "out/report.png": ("predict", *FOLDER),
     "brain_mask.nii.gz": ("predict", "brain.nii.gz"),
-    "brain_montage.png": ("predict", "brain.nii.gz"),
     "run/metrics.csv": ("train", *TRAIN),
     "run/predictions.png": ("train", *TRAIN),
     "run/skipped.txt": ("train", *TRAIN),

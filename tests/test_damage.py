@@ -1,0 +1,170 @@
+"""Kills and damaged files, at random.
+
+A training that is killed ends as one that was left alone. A command that reads a damaged file ends
+well, or in status 2 and one line, and changes no other file.
+"""
+
+import random
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    SMALL,
+    assert_done,
+    box,
+    fork_script,
+    labelme,
+    make_dataset,
+    outcome,
+    save,
+    script_here,
+    shape,
+    skip_pictures,
+    tree,
+    wait_until,
+    write_nifti,
+)
+from PIL import Image
+
+from medseg.weights import load_weights
+from net import UNet
+
+KILLS = 12
+CASES = 40  # of each damaged file
+
+
+def kill_after(process, seconds):
+    """Kill a process after some seconds; returns whether it was still running."""
+    process.join(seconds)
+    running = process.exitcode is None
+    process.kill()
+    process.join()
+    return running
+
+
+def wait_for_checkpoint(process, out, before):
+    """Wait until another last.pth is there than at the time `before`, or the process has ended."""
+    last = out / "last.pth"
+    wait_until(lambda: not process.is_alive() or (last.exists() and last.stat().st_mtime > before))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
+    """Trainings in forks, which save after every step."""
+    data = ("--data", make_dataset(tmp_path / "dataset"), *SMALL)
+    more = "--dropout channels --epochs 15 --patience 15 --save-every 0"
+    torch.set_num_threads(1)  # threads do not survive a fork
+
+    def start(folder, *again):
+        command = ("train.py", *data, *more.split(), "--out", tmp_path / folder, *again)
+        return fork_script(*command, log=tmp_path / "log", prepare=skip_pictures)
+
+    assert not kill_after(start("calm"), 120)  # makes the cache of the images, too
+    process = start("timed")
+    wait_for_checkpoint(process, tmp_path / "timed", 0)
+    began = time.monotonic()
+    assert not kill_after(process, 120)
+    seconds, chance, kills, again, ended = time.monotonic() - began, random.Random(), 0, (), 0
+    while kills < KILLS and ended < KILLS:
+        out, before = tmp_path / f"run{ended}", time.time()
+        process = start(out.name, *again)
+        if chance.random() < 0.8:  # while it trains, else at any time
+            wait_for_checkpoint(process, out, before)
+        kills += kill_after(process, chance.uniform(0, seconds))
+        for path in out.glob("*.pth"):
+            load_weights(path)  # complete, whenever the kill came
+        again = ("--resume",) if any(out.glob("last*.pth")) else ("--overwrite",)
+        if process.exitcode == 0:
+            ended, again = ended + 1, ()
+    if again:
+        assert not kill_after(start(out.name, *again), 120)
+    assert kills > KILLS / 3
+    outcomes = [outcome(path) for path in (tmp_path / "calm", *tmp_path.glob("run*"))]
+    assert len(outcomes) > 1 and all(one == outcomes[0] for one in outcomes)
+    assert not list(tmp_path.glob("run*/.*.tmp"))
+
+
+MODES = "RGB.png P.png I;16.tif F.tif CMYK.jpg RGB.bmp RGB.webp P.gif".split()
+PREDICT = ("predict.py", "--device", "cpu", "--output", "out", "--model", "good/best_model.pth")
+TRAIN = ("train.py", *SMALL, "--epochs", 1, "--data", "good/dataset", "--out")
+IMPORT = ("download.py", "--split", 100, 0, 0, "--data", "out/data")
+KINDS = {  # the file that is damaged, and the command that reads it
+    **{f"good/pictures/{mode}": (*PREDICT, "good/pictures") for mode in MODES},
+    "good/scan.nii": (*PREDICT, "good/scan.nii"),
+    "good/best_model.pth": (*PREDICT, "good/pictures/RGB.png"),
+    "good/run/last.pth": ("train.py", "--resume", "--out", "out", "--epochs", 2),
+    "good/dataset/train/_annotations.coco.json": (*TRAIN, "out"),
+    "good/data.zip": ("download.py", "--zip", "good/data.zip", "--data", "out/data"),
+    "good/lm/a.json": (*IMPORT, "--labelme", "good/lm"),
+    "good/pairs/1_mask.png": (*IMPORT, "--masks", "good/pairs/{id}.png", "good/pairs/{id}_mask.*"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with good files of each kind, in good/."""
+    place = tmp_path_factory.mktemp("damage")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(place)
+        make_dataset(Path("good/dataset"))
+        torch.save(UNet(n_filters=2, image_size=32).state_dict(), "good/best_model.pth")
+        pixels = np.random.default_rng(0).integers(0, 255, (40, 50), np.uint8)
+        for name in MODES:
+            picture = Image.fromarray(pixels).convert(name.partition(".")[0])
+            save(picture, f"good/pictures/{name}")
+        write_nifti(Path("good/scan.nii"), pixels[..., None].astype(np.int16))
+        with zipfile.ZipFile("good/data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(Path("good/dataset").rglob("*.*")):
+                archive.write(path, path.relative_to("good/dataset"))
+        labelme("a", [shape("x", box(1, 2, 9))], folder="good/lm")
+        for number in range(3):
+            save(Image.fromarray(pixels), f"good/pairs/{number}.png")
+            save(Image.fromarray(pixels // 200 * 255), f"good/pairs/{number}_mask.png")
+        assert_done(script_here(*TRAIN, "good/run", cwd=place))
+    return place
+
+
+def damage(content, chance):
+    """Cut off, as a broken download is, or with a few bytes changed, lost or repeated."""
+    content = bytearray(content)
+    if chance.random() < 0.3:
+        return bytes(content[: chance.randrange(len(content))])
+    for _ in range(chance.randint(1, 6)):
+        start, length = chance.randrange(len(content)), chance.randint(1, 40)
+        part = content[start : start + length]
+        changed = chance.randbytes(len(part)), bytes(len(part)), b"", part * chance.randint(2, 20)
+        content[start : start + length] = chance.choice(changed)
+    return bytes(content)
+
+
+def files(folder):
+    return {name: state for name, state in tree(folder).items() if ".cache" not in name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", KINDS)
+def test_damaged_files_end_in_one_line(file, place, no_pictures):
+    path, (name, *arguments) = place / file, KINDS[file]
+    good, statuses = path.read_bytes(), set()
+    try:
+        for case in range(5 if "pictures" in file else CASES):
+            path.write_bytes(damage(good, random.Random(f"{file} {case}")))
+            shutil.rmtree(place / "out", ignore_errors=True)
+            (place / "out").mkdir()
+            if path.name == "last.pth":
+                shutil.copy(path, place / "out")
+            before = files(place / "good")
+            result = script_here(name, *arguments, cwd=place)
+            lines = [line for line in result.stderr.splitlines() if "WARNING" not in line]
+            shown = f"case {case}: {result.returncode} {result.stderr}"
+            assert result.returncode == 0 or (result.returncode, len(lines)) == (2, 1), shown
+            assert files(place / "good") == before, shown
+            statuses.add(result.returncode)
+    finally:
+        path.write_bytes(good)
+    assert 2 in statuses
