@@ -29,43 +29,30 @@ def install(root, write_splits):
     returns, and raises what it raises.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with import_lock(root), tempfile.TemporaryDirectory(prefix=NEW, dir=root) as new:
-        new = Path(new)
-        result = write_splits(new)
-        (new / COMPLETE).touch()  # from here on `finish_import` completes it
-        try:
-            _move_out(new)
-        except BaseException:  # Ctrl-C too
-            (new / COMPLETE).unlink()
-            raise
-    return result
-
-
-@contextlib.contextmanager
-def import_lock(root):
-    """Hold the lock of the imports into a data set, after what killed ones left is finished."""
     busy = f"{root}: another import is writing to it: wait until it has ended"
     with file_lock(root / LOCK, busy=busy):
         _finish(root)
-        yield
+        with tempfile.TemporaryDirectory(prefix=NEW, dir=root) as new:
+            new = Path(new)
+            result = write_splits(new)
+            (new / COMPLETE).touch()  # from here on `finish_import` completes it
+            try:
+                _move_out(new)
+            except BaseException:  # Ctrl-C too
+                (new / COMPLETE).unlink()
+                raise
+    return result
 
 
 def finish_import(root):
     """Complete or remove what a killed import left in the data set `root`; a line says so.
 
-    A running import is left alone while it writes, and waited for while it moves its files.
+    An import that is running is left alone: the data set is as it was.
     """
-    left = _find_left(root)
-    if not left:
-        return
-    moving = any((folder / COMPLETE).exists() for folder in left)
-    try:
-        busy = f"{root}: an import is moving its files: waiting until it has ended"
-        with file_lock(root / LOCK, busy=busy, wait=moving) as locked:
-            if locked or moving:  # without locks, nothing tells whether it still runs
+    if _find_left(root):
+        with contextlib.suppress(ValueError), file_lock(root / LOCK, busy="") as locked:
+            if locked:
                 _finish(root)
-    except ValueError:  # it runs; the data set is as it was
-        return
 
 
 def _finish(root):

@@ -41,7 +41,7 @@ from PIL import Image
 
 from data import load_split
 from medseg import phantoms
-from medseg.dataset_folder import import_lock
+from medseg.files import file_lock
 from medseg.importing import collect
 from medseg.importing.adding import find_known
 from medseg.importing.writing import Example, deal_examples
@@ -436,7 +436,7 @@ def test_folders_of_a_user_stay_and_a_running_import_is_left_alone(grown):
     Path("dataset/.new-settings/notes.txt").touch()
     output_of("data.py", cwd=grown)
     assert Path("dataset/.new-settings/notes.txt").exists()
-    with import_lock(Path("dataset")):
+    with file_lock(Path("dataset/.importing.lock"), busy=""):
         Path("dataset/.new-abcdefgh/train").mkdir(parents=True)
         output_of("data.py", cwd=grown)
         assert Path("dataset/.new-abcdefgh/train").exists()

@@ -1,6 +1,5 @@
 """More images into a split that is there, of which nothing changes."""
 
-import itertools
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from medseg.dataset_folder import install
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
 from medseg.files import parallel_map, read_json
 from medseg.images import read_image
-from medseg.importing.writing import check_classes, print_counts, write_split
+from medseg.importing.writing import as_coco, check_classes, print_counts, write_split
 from medseg.patterns import same_form
 from medseg.splits import link_or_copy, present_splits
 
@@ -38,47 +37,42 @@ def add_images(root, examples, classes, *, into, duplicates=None, any_order=Fals
     ids = {}
     for category in contents[into]["categories"]:
         ids.setdefault(str(category.get("name")), category["id"])  # of several the first
-    head = {"categories": [{"id": own, "name": name} for name, own in ids.items()]}
 
     def write_whole(folder):
         new = folder / into
         with tqdm(desc="importing", total=len(examples), unit="image", disable=None) as bar:
-            written = write_split(new, examples, head, bar)
+            written = write_split(new, examples, ids, bar)
         names = [record["file_name"] for record, _ in written]
         kept = leave_out_known(root, into, records, [new / name for name in names], duplicates)
         check_names(root, records, kept)
         for name in set(names).difference(kept):
             (new / name).unlink()
+        written = [own for own in written if own[0]["file_name"] in kept]
         content = {"categories": [], **read_json(root / into / ANNOTATIONS)}
-        _append(content, read_json(new / ANNOTATIONS), kept)
+        _append(content, written)
         (new / ANNOTATIONS).write_text(json.dumps(content))
         _link_all(root / into, new)
-        return [own for own in written if own[0]["file_name"] in kept], len(content["images"])
+        return written, len(content["images"])
 
     added, total = install(root, write_whole)
     print_counts(into, added, list(ids), total)
 
 
-def _append(content, more, kept):
-    """Append the images of `more` that are `kept`, with their annotations, to `content`.
-
-    Both are annotation files, kept is a set of file names. What is there keeps its ids.
-    """
-    images = [record for record in more["images"] if record["file_name"] in kept]
-    numbers = _free_ids(content["images"])
-    ids = {record["id"]: next(numbers) for record in images}
-    outlines = [own for own in more["annotations"] if own["image_id"] in ids]
-    numbers = _free_ids(content["annotations"])
-    content["images"] += [{**record, "id": ids[record["id"]]} for record in images]
-    content["annotations"] += [
-        {**own, "id": next(numbers), "image_id": ids[own["image_id"]]} for own in outlines
-    ]
+def _append(content, written):
+    """Append what `write_split` returned to the content of an annotation file, whose ids stay."""
+    first, number = _free_id(content["images"]), _free_id(content["annotations"])
+    for record, annotations in written:
+        record["id"] += first
+        for annotation in annotations.values():
+            annotation |= {"id": annotation["id"] + number, "image_id": record["id"]}
+    for key, more in as_coco(written).items():
+        content[key] += more
 
 
-def _free_ids(records):
-    """Numbers above every id of the records, and above the places that stand in for missing ids."""
+def _free_id(records):
+    """A number above every id of the records, and above their places: what missing ids are."""
     ids = [record["id"] for record in records if type(record.get("id")) is int]
-    return itertools.count(max([*ids, len(records) - 1]) + 1)
+    return max([*ids, len(records) - 1]) + 1
 
 
 def _link_all(folder, new):

@@ -6,6 +6,7 @@ the split and writes it. Images are read as they are written, a few at a time, o
 
 import contextlib
 import functools
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -73,7 +74,7 @@ def deal_examples(examples, percentages, into, seed):
     return draw_splits(examples, percentages, seed)
 
 
-def write_dataset(root, dealt, classes, *, info=None, any_order=False, source=None):
+def write_dataset(root, dealt, classes, *, info, any_order, source):
     """Write {split: Examples} to `root`, whole or not at all, and print what each split holds.
 
     The splits replace those of their names; others are never touched. classes: names, which become
@@ -86,20 +87,19 @@ def write_dataset(root, dealt, classes, *, info=None, any_order=False, source=No
     root, total = Path(root), sum(map(len, dealt.values()))
     stay = [name for name in present_splits(root) if name not in dealt]
     classes = check_classes(root, stay, classes, any_order)
-    categories = [
-        {"id": number, "name": name, "supercategory": "none"}
-        for number, name in enumerate(classes, start=1)
-    ]
-    head = {"info": {"description": OWN, **(info or {})}, "categories": categories}
-    written = {}
+    ids = {name: number for number, name in enumerate(classes, start=1)}
+    categories = [{"id": own, "name": name, "supercategory": "none"} for name, own in ids.items()]
+    info, written = {"description": OWN, **info}, {}
 
     def write_splits(folder):
         with tqdm(desc="importing", total=total, unit="image", disable=None) as bar:
             for split, examples in dealt.items():
-                written[split] = write_split(folder / split, examples, head, bar)
-        if not any(areas.keys() - {IGNORE} for images in written.values() for _, areas in images):
+                written[split] = write_split(folder / split, examples, ids, bar)
+                content = {"info": info, "categories": categories, **as_coco(written[split])}
+                (folder / split / ANNOTATIONS).write_text(json.dumps(content))
+        if not any(own.keys() - {IGNORE} for images in written.values() for _, own in images):
             what = f"the masks or outlines of all {total} images cover no pixel"
-            raise ValueError(f"{source or root}: {what}")
+            raise ValueError(f"{source}: {what}")
 
     install(root, write_splits)
     for split, images in written.items():
@@ -121,7 +121,7 @@ def check_free(root, splits, force):
         )
 
 
-def check_classes(root, stay, classes, any_order=False):
+def check_classes(root, stay, classes, any_order):
     """The names in `classes` with those that the splits `stay` have besides.
 
     Raises ValueError for a name that cannot be one, where a split that stays lacks one of them,
@@ -177,26 +177,28 @@ def present_settings(root, stay):
 # ---------------------------------------------------------------- one split
 
 
-def write_split(folder, examples, head, bar):
-    """Write a split to the new `folder`; returns [(record, {class name: pixels})] of its images.
+def write_split(folder, examples, ids, bar):
+    """Write the images of a split to the new `folder`; its annotation file is left to the caller.
 
-    head: what its annotation file begins with, "categories" among it; each class has one.
+    ids: {class name: category id}. Returns [(record, {class name: annotation})], as COCO has them.
     """
     folder.mkdir()
-    written, annotations = [], []
-    ids = {category["name"]: category["id"] for category in head["categories"]}
+    written, numbers = [], itertools.count(1)
     convert = functools.partial(_convert, folder=folder, ids=ids)
     # Closed at once where something fails: the threads write into a folder that then goes.
     with contextlib.closing(parallel_map(convert, examples, catch=())) as converted:
-        for index, (record, of_image) in enumerate(converted):
-            areas = {name: annotation["area"] for name, annotation in of_image.items()}
-            written.append(({"id": index, **record}, areas))
-            for annotation in of_image.values():
-                annotations.append({"id": len(annotations) + 1, "image_id": index, **annotation})
+        for index, (record, annotations) in enumerate(converted):
+            for annotation in annotations.values():
+                annotation |= {"id": next(numbers), "image_id": index}
+            written.append(({"id": index, **record}, annotations))
             bar.update()
-    content = {**head, "annotations": annotations, "images": [record for record, _ in written]}
-    (folder / ANNOTATIONS).write_text(json.dumps(content))
     return written
+
+
+def as_coco(written):
+    """The lists of images and annotations of what `write_split` returns, in a dict."""
+    annotations = [annotation for _, own in written for annotation in own.values()]
+    return {"images": [record for record, _ in written], "annotations": annotations}
 
 
 def _convert(example, folder, ids):
@@ -257,7 +259,7 @@ def print_counts(split, images, classes, total=None):
     pixels = sum(record["width"] * record["height"] for record, _ in images)
     areas = Counter()
     for _, own in images:
-        areas.update(own)
+        areas.update({name: annotation["area"] for name, annotation in own.items()})
     shown = classes[:MAX_CLASSES]
     width = max(map(len, shown), default=0)
     for name in shown:
