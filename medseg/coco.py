@@ -9,7 +9,6 @@ from pycocotools import mask as coco_mask
 
 from medseg.coco_dialects import (
     FRACTIONS,
-    GUESSED,
     are_fractions,
     drop_without_outline,
     mend_records,
@@ -32,9 +31,9 @@ GET_ONE = "give the path of one, or run `python download.py`, which makes datase
 def read_annotations(folder, skipped=None, forgiven=None):
     """The annotations of one split folder as a dict with lists of images, annotations, categories.
 
-    skipped: a list; images whose record, or that of one of their annotations, is damaged are left
-    out. Each such record adds a line to it; after the first MAX_PROBLEMS, a line says how many
-    more there are. Without it, they are a ValueError. forgiven: as for `read_coco`.
+    skipped: a list; damaged records of images and annotations of no image are left out. Each adds
+    a line to it; after the first MAX_PROBLEMS, a line says how many more there are. Without it,
+    they are a ValueError. forgiven: as for `read_coco`.
     Raises FileNotFoundError for a missing folder or file; ValueError for what is not COCO: every
     image needs an id, a file_name, a width and a height, every annotation the image_id of one.
     """
@@ -68,10 +67,8 @@ def read_coco(path, skipped=None, *, advice="", forgiven=None, boxes=False):
     advice: ends the message that counts several damaged records. forgiven: a Counter, to which each
     of these is added, in words. boxes: annotations with a box stay.
     """
-    forgiven, guessed = Counter() if forgiven is None else forgiven, []
-    content = read_json(path, guessed=guessed)
-    if guessed:
-        forgiven[GUESSED] += 1
+    forgiven = Counter() if forgiven is None else forgiven
+    content = read_json(path, forgiven)
     if isinstance(content, dict):
         content.setdefault("categories", [])
     for key in ("images", "annotations", "categories"):

@@ -6,7 +6,6 @@ FRACTIONS = (
     "the outlines are fractions of the image's size, from 0 to 1: multiply x by the width, y by "
     "the height"
 )
-GUESSED = "files are read as GB18030 (GBK), for they are not UTF-8: look at the names"
 FRACTION = 1.1  # outlines without a larger coordinate are fractions of their image's size
 
 

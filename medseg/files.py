@@ -200,15 +200,15 @@ def is_sealed(path):
     return begin >= 0 and seal(picture[:begin] + picture[end:]) == picture
 
 
-def read_json(path, *, guessed=None):
+def read_json(path, forgiven=None):
     """The content of a JSON file (a Path). ValueError for what is not JSON in Unicode.
 
-    guessed: a list; a file in GB18030 (GBK), as far as its characters tell, is read and added to
-    it.
+    forgiven: a Counter; a file in GB18030 (GBK), as far as its characters tell, is read and added
+    to it, in words.
     """
     content = path.read_bytes()
-    if guessed is not None and (text := _decode_chinese(content)):
-        guessed.append(path)
+    if forgiven is not None and (text := _decode_chinese(content)):
+        forgiven["files are read as GB18030 (GBK), for they are not UTF-8: look at the names"] += 1
         content = text
     try:
         return json.loads(content)

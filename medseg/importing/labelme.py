@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medseg.coco import IGNORE, MAX_CLASSES, listed
-from medseg.coco_dialects import FRACTIONS, GUESSED, are_fractions, print_forgiven
+from medseg.coco_dialects import FRACTIONS, are_fractions, print_forgiven
 from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
-from medseg.files import parallel_map, read_json
+from medseg.files import read_json
 from medseg.images import SUFFIXES, read_image
 from medseg.importing.coco_files import by_name, choose_classes, find_images
 from medseg.importing.collect import find_groups, is_text, list_files, read_upright, unique_names
@@ -102,20 +102,14 @@ def _count_labels(paths):
     Prints what is not as LabelMe writes it, and what is left out. ValueError where all points are
     fractions.
     """
-
-    def list_shapes(path):
-        forgiven = Counter()
-        return read_labelme(path, forgiven)["shapes"], forgiven
-
     counts, left_out, forgiven, fractions = Counter(), Counter(), Counter(), []
-    with contextlib.closing(parallel_map(list_shapes, paths, catch=())) as results:
-        for shapes, own_forgiven in results:
-            forgiven.update(own_forgiven)
-            areas = [shape for shape in shapes if shape["shape_type"] not in LEFT_OUT]
-            counts.update(shape["label"] for shape in areas)
-            left_out.update(own["shape_type"] for own in shapes if own["shape_type"] in LEFT_OUT)
-            if areas:
-                fractions.append(are_fractions([shape.get("points") for shape in areas]))
+    for path in paths:
+        shapes = read_labelme(path, forgiven)["shapes"]
+        areas = [shape for shape in shapes if shape["shape_type"] not in LEFT_OUT]
+        counts.update(shape["label"] for shape in areas)
+        left_out.update(own["shape_type"] for own in shapes if own["shape_type"] in LEFT_OUT)
+        if areas:
+            fractions.append(are_fractions([shape.get("points") for shape in areas]))
     if fractions and all(fractions):
         raise ValueError(f"{paths[0]}: {FRACTIONS}")
     print_forgiven(forgiven)
@@ -155,10 +149,8 @@ def read_labelme(path, forgiven=None):
     Raises FileNotFoundError; ValueError for what is not LabelMe: a list of shapes, each with a
     label and a known shape_type.
     """
-    forgiven, guessed = Counter() if forgiven is None else forgiven, []
-    content = read_json(path, guessed=guessed)
-    if guessed:
-        forgiven[GUESSED] += 1
+    forgiven = Counter() if forgiven is None else forgiven
+    content = read_json(path, forgiven)
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise ValueError(f"{path}: not a LabelMe file (no list of shapes): move it elsewhere")
     for number, shape in enumerate(content["shapes"]):
