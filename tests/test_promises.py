@@ -191,23 +191,6 @@ def test_a_full_disk_is_named_with_what_helps(trained, small_disk, refused):
     refused("predict", images, *model, "--output", disk, words=[disk, "_mask.png", "--output"])
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])  # the one is copied, the other converted
-def test_a_disk_that_fills_while_masks_are_imported(tmp_path, small_disk, refused, dtype):
-    noise = np.random.default_rng(0).integers(0, 256, (8, 200, 200))
-    for folder, images in (("images", noise.astype(dtype)), ("masks", (noise > 9).astype("u1"))):
-        (tmp_path / folder).mkdir()
-        for number, pixels in enumerate(images):
-            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
-    disk = small_disk(2)
-    fill(disk, 100_000)  # bytes, of which an image takes some 40,000
-    command = ("--masks", "images", "masks", "--data", disk / "mine")
-    line = refused("download", *command, words=[disk / "mine", "No space", "--data"])
-    assert "python download.py --data" not in line  # which would get another data set
-    assert [path.name for path in disk.rglob("*")] == ["filler"]
-    (disk / "filler").unlink()
-    assert_done(script_here("download.py", *command, cwd=tmp_path))
-
-
 # ---- a run that has gone wrong ---------------------------------------------------------------
 
 
@@ -304,20 +287,10 @@ def test_out_of_memory_is_one_line(trained, tmp_path):
     assert "out of memory" in line and "--batch-size 6" in line
 
 
-@pytest.mark.parametrize(
-    "name, where, error, words",
-    [
-        ("data", "medseg.planning.command.audit", MemoryError("3.2 GiB"), "memory"),
-        ("data", "medseg.planning.command.audit", OSError(28, "No space"), "--out"),
-        ("train", "train.run.make_network", torch.OutOfMemoryError("CUDA"), "GPU --batch-size 32"),
-    ],
-)
-def test_no_memory_and_no_space_are_one_line_anywhere(
-    name, where, error, words, dataset, refused, monkeypatch
-):
+def test_a_gpu_without_memory_is_one_line(dataset, refused, monkeypatch):
     """The error is raised by hand: there may be no GPU here."""
-    monkeypatch.setattr(where, Mock(side_effect=error))
-    refused(name, *(("--device", "cpu") if name == "train" else ()), words=words.split())
+    monkeypatch.setattr(train.run, "make_network", Mock(side_effect=torch.OutOfMemoryError("CUDA")))
+    refused("train", "--device", "cpu", words=["GPU", "--batch-size 32"])
 
 
 # ---- damaged data ----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import signal
 from functools import partial
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -368,7 +368,12 @@ def test_stopping_saves_and_resuming_ends_as_if_it_had_not_stopped(dataset, tmp_
 def test_stopped_before_a_checkpoint_it_names_no_way_to_go_on(
     error, status, said, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "train_and_test", Mock(side_effect=error))
+    def stop(*_):
+        with pytest.raises(ValueError, match="busy"), file_lock(tmp_path / ".lock", busy="busy"):
+            pass  # no other training writes to the folder meanwhile
+        raise error
+
+    monkeypatch.setattr(train, "train_and_test", stop)
     result = script_here("train.py", *SMALL, cwd=tmp_path)
     assert result.returncode == status and "to go on" not in result.stderr
     assert said in result.stderr and len(result.stderr.splitlines()) == 1
@@ -531,59 +536,28 @@ def test_the_next_command_works(flags, expected, monkeypatch, tmp_path):
     assert list(tmp_path.rglob("*_mask.png"))
 
 
-@pytest.fixture
-def given(dataset, tmp_path, monkeypatch, no_pictures):
-    """given(*flags): what `main` hands on: {"train": options of its Batches, ..., "model": ...}."""
-    seen = {}
-
-    class Recorder(Batches):
-        def __init__(self, rows, order, *arguments, transform, **options):
-            super().__init__(rows, order, *arguments, transform=transform, **options)
-            own = {**vars(order), **vars(transform), "images": len(rows)}
-            seen[("train", "valid", "test")[len(seen)]] = own
-
-    def record(model, train_loader, val_loader, criterion, optimizer, epochs, device, **own):
-        with pytest.raises(ValueError, match="busy"), file_lock(tmp_path / ".lock", busy="busy"):
-            pass  # no other training writes to the folder meanwhile
-        seen["model"] = {**vars(own["options"]), **optimizer.param_groups[0], "epochs": epochs}
-        seen["model"]["loss"] = criterion(torch.tensor([0.5]), torch.ones(1)).item()
-        return []
-
-    def run(*flags):
-        seen.clear()
-        run_small(tmp_path, *flags, "--overwrite")
-        return dict(seen)
-
-    monkeypatch.setattr(data, "Batches", Recorder)
-    monkeypatch.setattr(train, "train_model", record)
-    return run
-
-
-def test_only_training_images_are_shuffled_changed_and_cropped(given):
-    whole = given("--augment", "flip=0.5,rotate=5", "--seed", 7, "--foreground", 0.5)
-    assert [whole[split]["images"] for split in ("train", "valid", "test")] == [6, 4, 4]
-    expected = {"shuffle": True, "seed": 7, "foreground": 0.5}
-    assert expected.items() <= whole["train"].items()
-    assert whole["train"]["strengths"] == {"flip": 0.5, "rotate": 5}
-    crops = given("--crop", 16, "--image-size", 256, "--depth", 2)
-    assert crops["train"]["crop"] == 16
-    for own in (seen[split] for seen in (whole, crops) for split in ("valid", "test")):
-        assert not (own["shuffle"] or own["strengths"] or own["crop"] or own["foreground"])
-
-
-def test_what_the_optimizer_and_the_loop_are_given(given):
-    flags = "--lr 0.02 --weight-decay 0.3 --ema 0.7 --patience 3 --epochs 7 --save-every 9"
-    more = "--warmup 4 --schedule cosine --loss bce=3"
-    options = given(*flags.split(), *more.split())["model"]
-    assert options["loss"] == pytest.approx(3 * math.log(2))
-    expected = {"initial_lr": 0.02, "weight_decay": 0.3, "ema": 0.7, "patience": 3, "epochs": 7}
-    assert {**expected, "save_every": 9, "grace": 300}.items() <= options.items()
-    # Three steps an epoch: it rises over four of 21 and falls over seventeen.
-    (factor,) = options["schedule"].lr_lambdas
-    last = (1 + math.cos(math.pi * 16 / 17)) / 2
-    assert [factor(step) for step in (0, 3, 4, 20)] == pytest.approx([0.2, 0.8, 1, last])
-    assert given("--min-steps", 7)["model"]["grace"] == 7
-    assert given("--min-steps", 7, "--warmup", 9)["model"]["grace"] == 9
+def test_what_the_training_is_given(dataset, tmp_path):
+    flags = "--lr 0.02 --weight-decay 0.3 --ema 0.7 --patience 3 --epochs 7 --save-every 9 --seed 5"
+    more = "--warmup 4 --min-steps 3 --schedule cosine --loss bce=3 --augment flip --foreground 0.5"
+    command = ("train.py", *SMALL[2:], *flags.split(), *more.split(), "--crop", 16, "--depth", 2)
+    with patch.object(train, "train_model", side_effect=KeyboardInterrupt) as training:
+        script_here(*command, cwd=tmp_path)
+    _, changed, plain, criterion, optimizer, epochs, _ = training.call_args.args
+    options = training.call_args.kwargs["options"]
+    assert criterion(torch.tensor([0.5]), torch.ones(1)).item() == pytest.approx(3 * math.log(2))
+    (group,) = optimizer.param_groups
+    assert (group["initial_lr"], group["weight_decay"], epochs) == (0.02, 0.3, 7)
+    assert (options.ema, options.patience, options.save_every, options.grace) == (0.7, 3, 9, 4)
+    # Nine crops an image, 27 steps an epoch: it rises over four of 189 and falls over the others.
+    (factor,) = options.schedule.lr_lambdas
+    last = (1 + math.cos(math.pi * 184 / 185)) / 2
+    assert [factor(step) for step in (0, 3, 4, 188)] == pytest.approx([0.2, 0.8, 1, last])
+    # Only training images are shuffled, changed and cropped.
+    order, transform = changed.order, changed.transform
+    assert (order.shuffle, order.seed, order.foreground) == (True, 5, 0.5)
+    assert (transform.strengths, transform.crop) == ({"flip": 1}, 16)
+    order, transform = plain.order, plain.transform
+    assert not (order.shuffle or order.foreground or transform.strengths or transform.crop)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -669,19 +643,14 @@ def test_files_that_are_no_weights_to_start_from(refused, tmp_path):
 # ---- pictures --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """What predictions.png is to show: [(cases, captions)]."""
-    calls = []
-
-    def plot(cases, *_, captions, **__):
-        calls.append((cases, captions))
-
-    monkeypatch.setattr(train.plots, "plot_predictions", plot)
-    return calls
+def draw(model, loader):
+    """(cases, captions) of what predictions.png is to show of two images."""
+    with patch.object(train.plots, "plot_predictions") as plot:
+        train.visualize_predictions(model, loader, "cpu", num_samples=2)
+    return plot.call_args.args[0], plot.call_args.kwargs["captions"]
 
 
-def test_predictions_are_drawn_over_their_own_image(drawn):
+def test_predictions_are_drawn_over_their_own_image():
     """A bright left half is predicted; the masks are rows, one more for each image."""
     images, masks = torch.full((4, 3, 8, 8), -1.0), torch.zeros(4, 1, 8, 8)
     for index in range(4):
@@ -689,8 +658,7 @@ def test_predictions_are_drawn_over_their_own_image(drawn):
     model = pixel_model().requires_grad_(False)
     model[0].weight.fill_(1)  # the probability is over 0.5 where the sum of the channels is over 0
     model[0].bias.zero_()
-    train.visualize_predictions(model, [(images, masks)], "cpu", num_samples=2)
-    ((cases, _),) = drawn
+    cases, _ = draw(model, [(images, masks)])
     for index, (picture, target, pred, title) in zip((0, 3), cases, strict=True):  # spread over 4
         grey = images[index, :, 0, 0].numpy() * STD + MEAN
         np.testing.assert_allclose(picture[0, 0], grey.clip(0, 1), atol=1e-6)
@@ -699,8 +667,7 @@ def test_predictions_are_drawn_over_their_own_image(drawn):
         assert title == f"Dice {2 * 4 * (index + 1) / (32 + 8 * (index + 1)):.2f}"
 
 
-def test_predictions_are_named_after_their_images(dataset, drawn):
+def test_predictions_are_named_after_their_images(dataset):
     split = data.open_split(dataset, "test", 32)
     loader = Batches(load_split(dataset, "test", 32), Order(4), dataset=split)
-    train.visualize_predictions(UNet(n_filters=2), loader, "cpu", num_samples=2)
-    assert drawn[0][1] == ["0_test.png", "3_test.png"]
+    assert draw(UNet(n_filters=2), loader)[1] == ["0_test.png", "3_test.png"]
