@@ -316,17 +316,18 @@ def train_and_test(args, checkpoint, signals):
                 # 4. Training
                 if dist.is_first():
                     checkpoints.prepare_folder(out, checkpoint)
-                splits = loaders["train"], loaders["valid"]
-                own = {"options": options, "out": out, "checkpoint": checkpoint}
                 history = train_model(
                     model,
-                    *splits,
+                    loaders["train"],
+                    loaders["valid"],
                     criterion,
                     optimizer,
                     args.epochs,
                     device,
+                    options=options,
+                    out=out,
+                    checkpoint=checkpoint,
                     log=tracker.log,
-                    **own,
                 )
                 feature_statistics.record_statistics(model, loaders, out, autocast)
                 if args.tune_prediction:

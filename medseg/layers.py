@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch.nn as nn
 
@@ -49,9 +49,6 @@ class Architecture:
             if (value := getattr(self, name)) not in choices:
                 known = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} {value!r:.20}: it must be one of {known}")
-
-    def as_dict(self):
-        return asdict(self)
 
     def conv3x3(self, in_channels, out_channels, stride=1):
         options = {"padding_mode": self.padding, "bias": self.bias}

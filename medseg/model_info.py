@@ -1,6 +1,6 @@
 """`ModelInfo`: what travels with weights besides the tensors, as metadata of their state dict."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from medseg.images import IMAGE_SIZE
 from medseg.inference import Inference, read_flips, read_inference
@@ -89,7 +89,7 @@ class ModelInfo:
         """Plain values, which JSON has too."""
         return {
             **vars(self),
-            "architecture": asdict(self.architecture),
+            "architecture": dict(vars(self.architecture)),
             "inference": self.inference and self.inference._asdict(),
             "feature_statistics": self.feature_statistics and self.feature_statistics.as_dict(),
             "exclusive": self.exclusive,

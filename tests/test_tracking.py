@@ -394,7 +394,7 @@ def test_without_a_service_it_is_offline_soon(harm, monkeypatch, capsys):
 @pytest.mark.slow
 def test_auto_follows_the_users_settings(monkeypatch, capsys):
     monkeypatch.setenv("SWANLAB_API_KEY", "x")
-    settings = {"offline": True, "local": True, "disabled": None, "no such mode": None}
+    settings = {"offline": True, "disabled": None, "no such mode": None}
     for setting, offline in settings.items():
         monkeypatch.setenv("SWANLAB_MODE", setting)
         tracker, _ = start()

@@ -135,7 +135,7 @@ def try_pretrained(root):
 def time_plan(plan, look, device):
     """The `Times` of the network that the flags of a plan make."""
     flags = {"arch": plan.given.get("arch", "tutorial"), **plan.flags}
-    layers = architecture_of(SimpleNamespace(**flags)).as_dict()
+    layers = vars(architecture_of(SimpleNamespace(**flags)))
     n_classes = look.n_classes if plan.classes == "each" else 1
     network = UNet(plan.n_channels, n_classes, plan.n_filters, **layers)
     precision = plan.given.get("precision", "auto")

@@ -134,9 +134,6 @@ class Checkpointer:
         self.out, self.objects, self.options = out, objects, options
         self.best_saved, self.next_save = 0, time.monotonic() + options.save_every
 
-    def due(self):
-        return is_first() and time.monotonic() >= self.next_save
-
     def save(self, *, last_chance=False):
         """Write best_model.pth where the best epoch changed, then last.pth.
 
@@ -145,15 +142,13 @@ class Checkpointer:
         state = {name: thing.state_dict() for name, thing in self.objects.items()}
         if not is_first():
             return
-        started, progress = time.monotonic(), self.objects["progress"]
+        progress = self.objects["progress"]
         with self.disk(last_chance):
             if self.best_saved != progress.best_epoch:
                 save_weights(self.out / BEST, progress.best_weights)
                 self.best_saved = progress.best_epoch
             save_weights(self.out / LAST, {**state, "flags": self.options.flags})
-        # On a slow disk, writing stays under a twentieth of the run.
-        now, every = time.monotonic(), self.options.save_every
-        self.next_save = now + (max(every, 20 * (now - started)) if every else 0)
+        self.next_save = time.monotonic() + self.options.save_every
 
     def poll(self):
         """After a batch: save where it is time, stop where asked to or where no step succeeds.
@@ -161,7 +156,8 @@ class Checkpointer:
         Raises Stopped, and ValueError after NON_FINITE_LIMIT skipped steps in a row.
         """
         in_a_row = self.objects["guarded_step"].skipped_in_a_row()
-        stop, due, in_a_row = all_reduce_max(self.options.signals.received, self.due(), in_a_row)
+        due = is_first() and time.monotonic() >= self.next_save
+        stop, due, in_a_row = all_reduce_max(self.options.signals.received, due, in_a_row)
         failed = in_a_row >= NON_FINITE_LIMIT
         if stop or due or failed:
             self.save(last_chance=bool(stop or failed))

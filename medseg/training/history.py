@@ -70,7 +70,7 @@ def print_epoch(history, num_epochs, better):
     """A line on the epoch that just ended."""
     row, width = history[-1], len(str(num_epochs))
     elapsed = sum(epoch["seconds"] for epoch in history)
-    left = min(elapsed / len(history) * (num_epochs - len(history)), 1e9)  # else no timedelta
+    left = elapsed / len(history) * (num_epochs - len(history))
     validated = "no foreground in valid"
     if not math.isnan(row["val_dice"]):
         scores = ("acc", "dice", "iou")
@@ -155,22 +155,17 @@ def print_run(args, root, model, loaders, machine):
         flush=True,
     )
     if not args.test_only:
-        _print_training(args, loaders, sizes)
+        _print_training(args, loaders)
     if RECIPES[args.recipe]:
         values = {name: getattr(args, name) for name in RECIPES[args.recipe]}
         print(f"recipe {args.recipe}: {spell_flags(values)}", flush=True)
 
 
-def _print_training(args, loaders, sizes):
+def _print_training(args, loaders):
     """How many steps there will be, and of which classes; a warning where they are too few."""
     per_epoch = len(loaders["train"])
     steps = args.epochs * per_epoch
-    print(
-        f"{args.epochs} epochs of {per_epoch} steps, {steps} in all, with a batch size of "
-        f"{args.batch_size}; the epochs are scored at {sizes}, each class above 0.5; the test and "
-        "--tune-prediction by the masks that predict.py writes, at the size of each image",
-        flush=True,
-    )
+    print(f"{args.epochs} epochs of {per_epoch} steps, {steps} in all", flush=True)
     names = list(used_categories(loaders["valid"].dataset.coco))
     if args.recipe == "auto":  # the plan has told
         return

@@ -91,7 +91,7 @@ def _new_network(args, root):
         class_names=names,
         trained_flips=learned_flips(args.augment),
         **coco.recorded_settings(folder),
-        **architecture_of(args).as_dict(),
+        **vars(architecture_of(args)),
     )
     if args.prior:  # Lin et al.: "Focal Loss", ICCV 2017, section 4.1
         torch.nn.init.constant_(model.outc.bias, np.log(args.prior / (1 - args.prior)))
@@ -99,15 +99,15 @@ def _new_network(args, root):
 
 
 def settle_precision(name, device, checkpoint):
-    """--precision `name` as 'fp32', 'fp16' or 'bf16'; of several processes, the first's.
+    """--precision `name` as 'fp32', 'fp16' or 'bf16'.
 
     'auto' stays what it was in the checkpoint, or None, on the same kind of device.
     """
-    known = ("fp32", "fp16", "bf16")
-    kind, chosen = (checkpoint or {}).get("flags", {}).get("computed_in", (None, None))
-    if name != "auto" or kind != device.type:
-        chosen = choose_precision(name, device)
-    return known[int(dist.all_reduce_max(known.index(chosen) if dist.is_first() else 0)[0])]
+    if checkpoint and name == "auto":
+        kind, chosen = checkpoint["flags"]["computed_in"]
+        if kind == device.type:
+            return chosen
+    return choose_precision(name, device)
 
 
 def recorded_flags(args, root, computed_in, checkpoint):

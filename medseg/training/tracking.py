@@ -101,8 +101,8 @@ def swanlab_modes(mode, project):
         raise ValueError("--swanlab online: no API key: run `swanlab login`, or give offline")
     if mode == "auto":
         mode = settings.mode if "mode" in settings.model_fields_set else "online"
-        if mode == "local" or (mode == "online" and not settings.api_key):
-            mode = "offline"  # its local mode needs more packages
+        if mode == "online" and not settings.api_key:
+            mode = "offline"
     return {"online": ["online", "offline"], "disabled": []}.get(mode, [mode])
 
 
