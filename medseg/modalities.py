@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from medseg.images import read_image
-from medseg.samples import count_pages
 from medseg.volumes import StackedVolume, open_volume
 
 
@@ -64,9 +63,6 @@ def read_channels(image, window=None, read=read_image):
 
     Raises ValueError where a file is not one picture of so many channels, all of one size.
     """
-    for path in image.paths:
-        if (pages := count_pages(path)) > 1:
-            raise ValueError(f"{path}: has {pages} pages: an image of named channels has one")
     pictures = [read(path, window) for path in image.paths]
     first, planes = pictures[0], [picture.pixels for picture in pictures]
     if len(planes) == 1 < len(image.names):

@@ -13,13 +13,7 @@ import numpy as np
 
 from medseg.files import ITK_SUFFIXES, NIFTI_SUFFIXES, atomic_write, import_reader, name_file
 from medseg.samples import check_size
-from medseg.settings import (
-    MAX_CHANNELS,
-    context_offsets,
-    is_spacing,
-    window_limits,
-    window_to_uint8,
-)
+from medseg.settings import context_offsets, is_spacing, window_limits, window_to_uint8
 from medseg.volume_files import read_header, write_itk, write_nifti
 
 SAMPLE = 1 << 20  # voxels, at most, that the percentiles of a channel are taken from
@@ -89,16 +83,14 @@ class Volume:
         self._voxels = self.turn(self.header.read().reshape((*sides, extra), order="F"))
 
     def _split_shape(self, time):
-        """(x, y, z, number of volumes) of the file; ValueError where there are too many."""
+        """(x, y, z, number of volumes) of the file; ValueError where nobody says what these are."""
         shape = self.header.shape
-        extra, said = math.prod(shape[3:]), " x ".join(map(str, shape))
+        extra = math.prod(shape[3:])
         if extra > 1 and time is None and not self.header.has_vectors:
             raise ValueError(
-                f"holds more than one volume ({said}): --channels A,B names them as channels of "
-                "each slice, --time takes them as volumes in time"
+                f"holds more than one volume ({' x '.join(map(str, shape))}): --channels A,B names "
+                "them as channels of each slice, --time takes them as volumes in time"
             )
-        if extra > MAX_CHANNELS and not time:
-            raise ValueError(f"has {extra} channels ({said}), and {MAX_CHANNELS} are the most")
         return (*shape, 1, 1)[:3] + (extra,)
 
     def __len__(self):
@@ -271,7 +263,8 @@ def _find_turn(stored, wanted):
         return _orientations().axcodes2ornt("RAS")  # axis 0 stays 0, 1 stays 1, 2 stays 2
     if stored is None:
         raise ValueError(
-            f"its affine tells no orientation, so it cannot be turned to {wanted}: mend its header"
+            f"its affine tells no orientation, so it cannot be turned to {wanted}, that of others: "
+            "mend its header, or leave it out"
         )
     as_arrays = (_orientations().axcodes2ornt(codes) for codes in (stored, wanted))
     return _orientations().ornt_transform(*as_arrays)

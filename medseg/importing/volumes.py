@@ -77,18 +77,12 @@ def volume_examples(sources, class_names, classes, args, present):
 def _common_orientation(images, present):
     """The orientation to turn all volumes to, with how many are stored in another printed.
 
-    That of the splits that stay, else of the first volume. None where no affine tells one;
-    ValueError where some do.
+    That of the splits that stay, else of the first volume that tells one; None where none does.
     """
     stored = [read_orientation(image) for image in images]
     told = [(own["orientation"], folder) for folder, own in present]
     told += [(own, image.name) for own, image in zip(stored, images, strict=True)]
     wanted, source = next((one for one in told if one[0]), (None, None))
-    if wanted and None in stored:
-        raise ValueError(
-            f"{images[stored.index(None)]}: its affine tells no orientation, so it cannot be "
-            f"turned to {wanted}, that of {source}: mend its header, or leave it out"
-        )
     if turned := sum(orientation != wanted for orientation in stored):
         print(
             f"orientation: {turned} of {len(images)} volumes turned to {wanted}, that of {source}"
