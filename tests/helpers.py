@@ -330,7 +330,6 @@ def png_bytes(values, size=None):
     return written
 
 
-NIBABEL_DATA = Path(nibabel.__file__).parent / "tests" / "data"
 STORED = np.array([[0, 100, 150], [200, 300, 1000]], np.uint16)  # 2 rows, 3 columns
 
 
