@@ -1,13 +1,14 @@
-"""The documents say what the scripts do: commands run, flags, links and requirements exist."""
+"""The documents say what the scripts do: commands and notebook run, flags and links exist."""
 
 import ast
 import importlib
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
-from helpers import ROOT, assert_done, script, script_here
+from helpers import ROOT, SMALL, assert_done, script, script_here
 from packaging.version import Version
 
 README, OWN = ROOT / "README.md", ROOT / "docs" / "own-data.md"
@@ -86,6 +87,28 @@ def test_the_first_commands_train_on_phantoms_and_predict(tmp_path):
         assert any(said.startswith(start) for said in printed), line
     assert_done(script(*first[1], cwd=tmp_path))
     assert list(tmp_path.glob("*_prediction.png")) and list(tmp_path.glob("*_mask.png"))
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_notebook_runs(tmp_path):
+    """In a copy of the repository."""
+    nbclient = pytest.importorskip("nbclient")  # of tests/requirements.txt, and what it needs
+    import nbformat
+
+    for pattern in ("*.py", "requirements.txt", "notebooks", "medseg", "dataset/tumor.pth"):
+        for path in ROOT.glob(pattern):
+            target = tmp_path / path.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, target)
+    notebook = nbformat.read(ROOT / "notebooks" / "first_hour.ipynb", 4)
+    small = " ".join(map(str, (*SMALL, "--epochs", 1, "--overwrite")))
+    for cell in notebook.cells:  # trainings are shorter, and a command that fails ends it
+        source = cell.source.replace("--overwrite", small)
+        cell.source = re.sub(r"^( *)(!.*)", r"\1\2\n\1assert not _exit_code", source, flags=re.M)
+    folder = {"metadata": {"path": tmp_path / "notebooks"}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
+    shown = {path.name for path in (tmp_path / "runs" / "notebook").rglob("*.*g")}
+    assert {"curves.png", "predictions.png", "report.png", "contact_sheet.jpg"} <= shown
 
 
 def test_python_examples_name_what_exists():
