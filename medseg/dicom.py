@@ -139,12 +139,12 @@ class DicomFrames(Sequence):
         with np.errstate(all="ignore"):
             values = apply_modality_lut(frame, macro)
         ends = [self.header.get(f"PixelPadding{end}") for end in ("Value", "RangeLimit")]
-        if type(ends[0]) is not int:
+        ends = [end for end in ends if type(end) is int]
+        if not ends:
             return values
         # As they are stored: files give -2000 as 63536, and the other way around.
-        ends = [end for end in ends if type(end) is int]
-        low, *_, high = sorted(np.array(ends * 2).astype(frame.dtype))
-        return np.where((frame >= low) & (frame <= high), np.nan, values)
+        ends = np.array(ends).astype(frame.dtype)
+        return np.where((frame >= ends.min()) & (frame <= ends.max()), np.nan, values)
 
     def _own_limits(self, index):
         """(low, high) of the first window that the file gives for a frame, or None."""

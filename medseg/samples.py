@@ -284,7 +284,7 @@ def _decode_by_pillow(image):
         colours = np.reshape(image.getpalette(), (-1, 3)).astype(np.uint8)
         palette = np.pad(colours, ((0, 256 - len(colours)), (0, 0)))
     elif image.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and image.mode[0] != "I":
-        image = image.convert("RGBA" if "A" in image.mode else "RGB")
+        image = image.convert("RGB")
     return pixels_of(image), image.mode in ("LA", "RGBA"), palette
 
 

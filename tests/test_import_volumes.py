@@ -55,24 +55,19 @@ def recorded(split="train", root="dataset"):
     return {key: value for key, value in info.items() if key != "description"}
 
 
-def write_pair(voxels, numbers, image, mask, zooms=(1, 3, 1)):
-    """Write a volume to vi/ and its mask to vm/."""
-    for path, array in ((f"vi/{image}.nii.gz", voxels), (f"vm/{mask}.nii.gz", numbers)):
-        Path(path).parent.mkdir(exist_ok=True)
-        write_nifti(path, array, zooms=zooms)
-    return voxels, numbers
-
-
-def volume(number, classes=2):
+def volume(number, classes=2, times=()):
     """(voxels, class numbers), cut along axis 1 into 4 slices and `number` more, the first empty.
 
     The files are vi/case_000_0000.nii.gz, vm/case_000.nii.gz.
     """
     rng, name = np.random.default_rng(number), f"case_{number:03}"
-    voxels = rng.integers(0, 1000, (12, 4 + number, 10)).astype(np.int16)
+    voxels = rng.integers(0, 1000, (12, 4 + number, 10, *times)).astype(np.int16)
     numbers = rng.integers(0, classes + 1, voxels.shape).astype(np.uint8)
     numbers[:, 0] = 0
-    return write_pair(voxels, numbers, f"{name}_0000", name)
+    for path, array in ((f"vi/{name}_0000.nii.gz", voxels), (f"vm/{name}.nii.gz", numbers)):
+        Path(path).parent.mkdir(exist_ok=True)
+        write_nifti(path, array, zooms=(1, 3, 1, 1)[: array.ndim])
+    return voxels, numbers
 
 
 def test_volumes_become_slices(here):
@@ -196,14 +191,6 @@ def predicted(name, *flags, output=None):
     return np.asarray(read(output)), said
 
 
-def four(number):
-    """(voxels, class numbers), written to vi/ and vm/ as three volumes in time."""
-    rng, name = np.random.default_rng(number), f"c{number}"
-    voxels = rng.integers(0, 1000, (12, 10, 4, 3)).astype(np.int16)
-    numbers = rng.integers(0, 2, voxels.shape).astype(np.uint8)
-    return write_pair(voxels, numbers, name, name, (1, 1, 3, 1))
-
-
 def shown(voxels):
     """As the percentiles of all of it show them, 0 to 255."""
     low, high = np.percentile(voxels, [0.5, 99.5])
@@ -211,32 +198,34 @@ def shown(voxels):
 
 
 def test_four_axes_are_volumes_in_time_or_channels(here):
-    made = [four(number) for number in range(2)]
-    refuse_download(*VOLUMES, *ALL, words=["vi/c0.nii.gz", "--channels", "--time"])
-    run_download(*VOLUMES, *ALL, "--time")
-    masks, (voxels, numbers) = stored(), made[1]
-    assert len(masks) == 2 * 3 * 4
+    voxels, numbers = (np.moveaxis(own, 1, 2) for own in volume(0, 1, times=(3,)))
+    pair = ("--masks", IMAGE, MASK, *ALL)
+    refuse_download(*pair, words=[IMAGE, "--channels", "--time"])
+    run_download(*pair, "--time")
+    masks = stored()
+    assert len(masks) == 3 * 4
     for index in range(12):
         time, z = divmod(index, 4)
-        assert_array_equal(masks[f"c1_z{index:03}"]["foreground"], numbers[..., z, time] == 1)
-        assert_array_equal(picture(f"c1_z{index:03}"), shown(voxels)[..., z, time])
+        name = f"case_000_0000_z{index:03}"
+        drawn = masks[name].get("foreground", False)
+        assert_array_equal(numbers[..., z, time] == 1, drawn)
+        assert_array_equal(picture(name), shown(voxels)[..., z, time])
     save_weights()
-    predict.main(["vi/c0.nii.gz", "--device", "cpu", "--output", "all"])  # one by one
-    pixels = (np.asarray(nibabel.load("all/c0_mask.nii.gz").dataobj) > 0).sum((0, 1, 2))
+    predict.main([str(IMAGE), "--device", "cpu", "--output", "all"])  # one by one
+    pixels = (np.asarray(nibabel.load("all/case_000_0000_mask.nii.gz").dataobj) > 0).sum((0, 1, 2))
     with open("all/predictions.csv", encoding="utf-8-sig") as file:
         rows = [(row["image"], int(row["pixels"])) for row in csv.DictReader(file)]
-    assert rows == [(f"c0.nii.gz, time {time}", count) for time, count in enumerate(pixels)]
-    run_download(*VOLUMES, *ALL, "--time", "--context", 1, "--force")  # of the same time
-    assert_array_equal(picture("c1_z007"), shown(voxels)[..., [3, 2, 3], 1])
-    assert_array_equal(picture("c1_z008"), shown(voxels)[..., [0, 0, 1], 2])
-    for number, (_, numbers) in enumerate(made):
-        write_nifti(Path(f"vm/c{number}.nii.gz"), numbers[..., 0], zooms=(1, 1, 3))
-    refuse_download(*VOLUMES, *ALL, "--time", "--force", words=["vm/c0.nii.gz", "12 x 10 x 4 x 3"])
-    run_download(*VOLUMES, *ALL, "--force", "--channels", "t1,t2,flair")
+    assert rows == [(f"{IMAGE.name}, time {time}", count) for time, count in enumerate(pixels)]
+    run_download(*pair, "--time", "--context", 1, "--force")  # of the same time
+    assert_array_equal(picture("case_000_0000_z007"), shown(voxels)[..., [3, 2, 3], 1])
+    assert_array_equal(picture("case_000_0000_z008"), shown(voxels)[..., [0, 0, 1], 2])
+    write_nifti(MASK, np.moveaxis(numbers[..., 0], 2, 1), zooms=(1, 3, 1))
+    refuse_download(*pair, "--time", "--force", words=[MASK, "12 x 4 x 10 x 3"])
+    run_download(*pair, "--force", "--channels", "t1,t2,flair")
     assert annotations("train")["info"]["channels"] == ["t1", "t2", "flair"]
-    assert_array_equal(stored()["c1_z002"]["foreground"], made[1][1][..., 2, 0] == 1)
+    assert_array_equal(stored()["case_000_0000_z002"]["foreground"], numbers[..., 2, 0] == 1)
     for channel in range(3):  # each has its own percentiles
-        pixels = picture("c1_z002")[..., channel]
+        pixels = picture("case_000_0000_z002")[..., channel]
         assert_array_equal(pixels, shown(voxels[..., channel])[:, :, 2])
 
 
