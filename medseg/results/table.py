@@ -19,7 +19,6 @@ COLUMNS = (
     *("largest_diameter_mm", "largest_z", "series", "agreement", "unlike"),
     *("mean_pixels", "median_pixels", "first_object"),
 )
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is computed by spreadsheets
 ROOT = Path(__file__).parents[2]
 
 
@@ -57,21 +56,16 @@ def table_text(rows):
     """Rows, dicts with keys of COLUMNS and maybe others, as the text of a CSV file.
 
     Other keys become columns after COLUMNS. It begins with a byte order mark, by which Excel knows
-    UTF-8, and a text that a spreadsheet would take for a formula gets an apostrophe before it.
+    UTF-8.
     """
     columns = dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({column: _cell(value) for column, value in row.items()})
+        cells = {key: f"{one:.9g}" if isinstance(one, float) else one for key, one in row.items()}
+        writer.writerow(cells)
     return "\ufeff" + out.getvalue()
-
-
-def _cell(value):
-    if isinstance(value, str):
-        return f"'{value}" if value.startswith(FORMULA) else value
-    return f"{value:.9g}" if isinstance(value, float) else value
 
 
 def write_text(path, text):
