@@ -136,101 +136,95 @@ def runs(place):
 # ---- in a browser ----------------------------------------------------------------------------
 
 
-class Tab:
-    """The page in a browser."""
-
-    def __init__(self, page, address):
-        self.page, self.hosts = page, set()
-        page.set_default_timeout(60_000)
-        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).hostname))
-        page.goto(address)
-        page.wait_for_selector("#examples img")
-
-    def wait_for_text(self, words):
-        """The lines below the pictures, once the words are among them."""
-        lines = self.page.locator("#text textarea")
-        wait_until(lambda: words in lines.input_value())
-        return lines.input_value()
-
-    def change(self, name, value):
-        """Move a slider, type into a field or tick a box; wait until the overlay changes."""
-        before, control = self.overlay(), self.page.locator(f"#{name} input").first
-        if control.get_attribute("type") == "checkbox":
-            control.set_checked(value)
-        else:
-            control.fill(str(value))
-            control.press("Enter")
-        wait_until(lambda: self.overlay() != before)
-
-    def overlay(self):
-        """The address of the picture that lies on the image."""
-        return self.page.locator("#overlay img").nth(1).get_attribute("src")
-
-    def table(self):
-        """{name of a column: its text} of the first class of the picture that is shown."""
-        heads, cells = (
-            self.page.locator(f"#rows {tag}").all_text_contents() for tag in ("th", "td")
-        )
-        return dict(zip([head.split()[0] for head in heads], map(str.strip, cells), strict=False))
-
-
 @pytest.fixture
 def tab(address):
     """The page as it opens, which has to ask for nothing but what its own server has."""
-    reason = "a browser test: pip install playwright"
+    reason, hosts = "a browser test: pip install playwright", set()
     playwright = pytest.importorskip("playwright.sync_api", reason=reason)
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip("a browser test: apt-get install chromium")
     with playwright.sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=path, args=SANDBOX)
-        tab = Tab(chromium.new_page(), address)
+        tab = chromium.new_page()
+        tab.set_default_timeout(60_000)
+        tab.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+        tab.goto(address)
+        tab.wait_for_selector("#examples img")
         yield tab
         chromium.close()
-    assert tab.hosts <= {"127.0.0.1", None, ""}, tab.hosts  # data: and blob: have none
+    assert hosts <= {"127.0.0.1", None, ""}, hosts  # data: and blob: have none
+
+
+def wait_for_text(tab, words):
+    """The lines below the pictures, once the words are among them."""
+    lines = tab.locator("#text textarea")
+    wait_until(lambda: words in lines.input_value())
+    return lines.input_value()
+
+
+def overlay_of(tab):
+    """The address of the picture that lies on the image."""
+    return tab.locator("#overlay img").nth(1).get_attribute("src")
+
+
+def change(tab, name, value):
+    """Move a slider, type into a field or tick a box; wait until the overlay changes."""
+    before, control = overlay_of(tab), tab.locator(f"#{name} input").first
+    if control.get_attribute("type") == "checkbox":
+        control.set_checked(value)
+    else:
+        control.fill(str(value))
+        control.press("Enter")
+    wait_until(lambda: overlay_of(tab) != before)
+
+
+def measured(tab):
+    """{name of a column: its text} of the first class of the picture that is shown."""
+    heads, cells = (tab.locator(f"#rows {tag}").all_text_contents() for tag in ("th", "td"))
+    return dict(zip([head.split()[0] for head in heads], map(str.strip, cells), strict=False))
 
 
 @pytest.mark.slow
 def test_every_switch_changes_what_it_names(tab, place):
     """Flips alone run the network again."""
-    assert "best_model.pth" in tab.page.title()
-    assert "Not for clinical use" in tab.page.inner_text("#head")
-    assert tab.page.locator("#examples button img").count() == 3
-    tab.page.locator("#examples button").nth(1).click()
-    assert tab.wait_for_text("highest probability").startswith("3.png: foreground ")
+    assert "best_model.pth" in tab.title() and "Not for clinical use" in tab.inner_text("#head")
+    assert tab.locator("#examples button img").count() == 3
+    tab.locator("#examples button").nth(1).click()
+    assert wait_for_text(tab, "highest probability").startswith("3.png: foreground ")
     before = runs(place)
-    tab.page.locator("#tta input").check()
-    wait_until(lambda: runs(place) == before + 1 and "agreement" in tab.table())
-    tab.change("threshold", 0.6)  # which is not that of the masks that agree
-    wait_until(lambda: "agreement" not in tab.table())
-    tab.page.locator("#files button[aria-label='Clear']").click()
-    tab.wait_for_text("Drop an image")
+    tab.locator("#tta input").check()
+    wait_until(lambda: runs(place) == before + 1 and "agreement" in measured(tab))
+    change(tab, "threshold", 0.6)  # which is not that of the masks that agree
+    wait_until(lambda: "agreement" not in measured(tab))
+    tab.locator("#files button[aria-label='Clear']").click()
+    wait_for_text(tab, "Drop an image")
     speckled().save(place / "one.png")
     (place / "bad.png").write_text("no picture")
     paths = place / "one.png", place / "own/test/8.png", place / "bad.png"
-    tab.page.set_input_files("#files input[type=file]", list(map(str, paths)))
-    assert "\nbad.png: " in tab.wait_for_text("one.png: foreground ")
+    tab.set_input_files("#files input[type=file]", list(map(str, paths)))
+    assert "\nbad.png: " in wait_for_text(tab, "one.png: foreground ")
     before = runs(place)
     for button, name in (("next", "8.png"), ("previous", "one.png")):
-        tab.page.click(f"#{button}")
-        tab.wait_for_text(f"{name}: foreground ")
-    wait_until(lambda: tab.table()["pieces"] == "2")
-    tab.change("largest", True)
-    wait_until(lambda: tab.table()["pieces"] == "1")
-    tab.change("opacity", 0)
-    below, _ = tab.page.locator("#overlay img").all()
-    assert tab.overlay() == below.get_attribute("src")  # nothing is seen on the image
-    tab.change("outline", True)
-    tab.change("min-area", 100000)
-    wait_until(lambda: tab.table()["pixels"] == "0")
-    with tab.page.expect_download() as started:
-        tab.page.click("#table")
+        tab.click(f"#{button}")
+        wait_for_text(tab, f"{name}: foreground ")
+    wait_until(lambda: measured(tab)["pieces"] == "2")
+    change(tab, "largest", True)
+    wait_until(lambda: measured(tab)["pieces"] == "1")
+    change(tab, "opacity", 0)
+    below = tab.locator("#overlay img").first
+    assert overlay_of(tab) == below.get_attribute("src")  # nothing is seen on the image
+    change(tab, "outline", True)
+    change(tab, "min-area", 100000)
+    wait_until(lambda: measured(tab)["pixels"] == "0")
+    with tab.expect_download() as started:
+        tab.click("#table")
     assert started.value.suggested_filename == "predictions.csv"
     assert Path(started.value.path()).read_bytes().count(b"\n") == 3
-    pictures = tab.overlay()
-    tab.page.locator("#min-mm2 input").fill("5")  # the file does not say how large a pixel is
-    tab.page.wait_for_selector("text=does not tell the size of its pixels")
-    assert tab.overlay() == pictures and runs(place) == before
+    pictures = overlay_of(tab)
+    tab.locator("#min-mm2 input").fill("5")  # the file does not say how large a pixel is
+    tab.wait_for_selector("text=does not tell the size of its pixels")
+    assert overlay_of(tab) == pictures and runs(place) == before
 
 
 # ---- the server ------------------------------------------------------------------------------
