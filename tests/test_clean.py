@@ -11,11 +11,9 @@ from helpers import brightness_model, output_of, save
 from PIL import Image
 from scipy import ndimage
 
-import predict
 from medseg.inference import Inference
 from medseg.metrics import count_image
 from medseg.pieces import clean_masks, number_pieces, read_clean
-from medseg.predicting.page import Session
 from medseg.results.masks import make_masks
 from net import ModelInfo
 
@@ -155,8 +153,6 @@ def place(here):
 
 
 def test_predictions_are_cleaned_and_say_so(place, refused):
-    """On the command line and on the page, which share what is recorded of the pixels' size."""
-
     def predict_scans(*flags, output):
         printed = output_of("predict.py", "scans", "--output", output, *flags, cwd=place)
         return np.asarray(Image.open(f"{output}/a_mask.png")) > 0, printed
@@ -167,15 +163,10 @@ def test_predictions_are_cleaned_and_say_so(place, refused):
     assert count == 3
     kept = np.isin(numbers, np.flatnonzero(sizes >= limit) + 1)
     text = f"min-mm2={limit * 0.08},fill"
-    area, _ = predict_scans("--clean", text, "--pixel-size", "0.4x0.2", output="mm")
-    np.testing.assert_array_equal(area, ndimage.binary_fill_holes(kept))
+    mask, _ = predict_scans("--clean", text, "--pixel-size", "0.4x0.2", output="mm")
+    np.testing.assert_array_equal(mask, ndimage.binary_fill_holes(kept))
     assert json.loads(Path("mm/predictions.json").read_text())["clean"] == text
-    session = Session(place, predict.open_models(["best_model.pth"], "cpu"), pixel_size=(0.2, 0.4))
-    session.predict([place / "scans" / "a.png"], 0.5)
-    written = session.download("masks", 0.5, read_clean(text))
-    np.testing.assert_array_equal(np.asarray(Image.open(written)) > 0, area)
     line = f"{sizes.sum()} pixels above 0.5, {sizes[sizes >= limit].sum()} after min-area={limit}"
-    assert line in session.view(0, 0.5, read_clean(f"min-area={limit}"))[1][0]
     assert line in predict_scans("--clean", f"min-area={limit}", output="out")[1]
     refused("predict", "scans", "--clean", "min-mm2=4", words=["scans/a.png", "--pixel-size"])
     assert not Path("predictions").exists()

@@ -416,7 +416,8 @@ def test_an_upload_that_is_too_large_is_refused_and_names_stay_in_their_folder(a
 
 
 def predicted(place, *paths, folder, tta=False):
-    session = page.Session(folder, open_models([place / "best_model.pth"], "cpu"))
+    model = open_models([place / "best_model.pth"], "cpu")
+    session = page.Session(folder, model, pixel_size=(0.5, 0.4))
     session.predict(paths, 0.5, tta)
     return session
 
@@ -442,8 +443,9 @@ def test_downloads_are_what_the_command_line_writes(place, tmp_path):
     Image.fromarray(pixels[:, ::-1].copy()).save(folder / "two.tif")
     write_dicom(folder / "frames.dcm", np.stack([pixels, pixels]))
     write_nifti(folder / "v.nii.gz", np.stack([pixels.T, pixels.T], 2), zooms=(1, 1, 5))
-    command = ("predict.py", folder, "--tta", "--clean=largest,fill", "--output")
-    flags, clean = ("--model", "best_model.pth", "--device", "cpu"), {"largest": 1.0, "fill": 1.0}
+    command = ("predict.py", folder, "--tta", "--clean=min-mm2=100,fill", "--output")
+    flags = ("--model", "best_model.pth", "--device", "cpu", "--pixel-size", "0.4x0.5")
+    clean = {"min-mm2": 100.0, "fill": 1.0}
     session = predicted(place, *sorted(folder.iterdir()), folder=tmp_path, tta=True)
     assert_done(script_here(*command, out, *flags, cwd=place))
     given = unzip(session.download("all", 0.5, clean))
