@@ -26,8 +26,8 @@ def class_colors(n_classes):
         return [(255, 0, 0)]
     colors = list(PALETTE[:n_classes])
     for number in range(len(colors), n_classes):  # hues a golden angle apart
-        red, green, blue = colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 0.9)
-        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+        color = colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 0.9)
+        colors.append(tuple(round(255 * part) for part in color))
     return colors
 
 

@@ -26,6 +26,7 @@ WRITTEN = {  # file: (the command that writes it)
     "out/0_test_overlay.jpg": ("predict", *FOLDER),
     "out/predictions.csv": ("predict", *FOLDER),
     "out/predictions.json": ("predict", *FOLDER),
+    "out/predictions.coco.json": ("predict", *FOLDER, "--write", "coco"),
     "out/report.json": ("predict", *FOLDER),
     "brain_mask.nii.gz": ("predict", "brain.nii.gz"),
     "run/metrics.csv": ("train", *TRAIN),

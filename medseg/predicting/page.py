@@ -85,6 +85,7 @@ class Session:
             progress((number, None), frame.title)
             with self._noting_problems():
                 self._add(frame)
+        self.problems = [why.replace(f"{self._folder}{os.sep}", "") for why in self.problems]
         if len({one.frame.path for one in self.predictions}) == 1:  # the slice with most foreground
             self.first = int(np.argmax([one.marked for one in self.predictions]))
 
@@ -94,15 +95,11 @@ class Session:
             files = inputs.expand([self._own_copy(path) for path in paths], self.model.info)
             self._files |= {file.path: file for file in files}
             frames, volumes, problems = inputs.sort_files(files, self._window, self._pixel_size)
-            for _, why in problems:
-                self._note(why)
+            self.problems += [why for _, why in problems]
             yield from frames
             for file in volumes:
                 with self._noting_problems():
-                    yield from self._open_volume(file)[0]
-
-    def _open_volume(self, file):
-        return inputs.open_file(file, self._window, self.model.info)
+                    yield from inputs.open_file(file, self._window, self.model.info)[0]
 
     def _own_copy(self, path):
         """The path of the file in the folder; the second scan.png becomes 2_scan.png."""
@@ -111,15 +108,12 @@ class Session:
             own = own.with_name(f"2_{own.name}")
         return Path(shutil.copyfile(path, own))
 
-    def _note(self, problem):
-        self.problems.append(cli.one_line(problem).replace(f"{self._folder}{os.sep}", ""))
-
     @contextlib.contextmanager
     def _noting_problems(self):
         try:
             yield
         except (FileNotFoundError, ValueError) as error:
-            self._note(error)
+            self.problems.append(cli.one_line(error))
 
     def _add(self, frame):
         image, model = frame.read(), self.model
@@ -181,9 +175,9 @@ class Session:
         for path, group in groupby(self.predictions, lambda one: one.frame.path):
             predicted = ((one, self._load(one, threshold, clean)[1]) for one in group)
             if file_format(path) == "volume":
-                file = self._files[path]
                 slices = ((one.frame, one, prediction) for one, prediction in predicted)
-                results.add_volume(file, self._open_volume(file)[1], slices, self._window)
+                _, volume = inputs.open_file(self._files[path], self._window, self.model.info)
+                results.add_volume(self._files[path], volume, slices, self._window)
                 continue
             if what == "all":
                 path = Path(shutil.copy(path, folder))  # LabelMe needs it beside its file
