@@ -140,13 +140,13 @@ def test_items_batches_and_prediction_against_torchvision(tmp_path):
     write_split(folder, images, annotations)
     edit_annotations(folder, lambda content: content["annotations"][3].update(iscrowd=1))
     dataset = COCOSegmentationDataset(load_coco(folder), folder)
-    ((batch, _),) = Batches(load_split(tmp_path, "train"), Order(6))
-    assert len(dataset) == 6
+    ((batch, marked),) = Batches(load_split(tmp_path, "train"), Order(6))
+    assert len(dataset) == 6 and batch.is_contiguous(memory_format=torch.channels_last)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     for index, (picture, drawn) in enumerate(zip(images.values(), masks, strict=True)):
         image, mask = dataset[index]
         assert image.shape == (3, 256, 256) and image.dtype == mask.dtype == torch.float32
-        assert torch.equal(mask, nearest(drawn, 256, 256))
+        assert torch.equal(mask, nearest(drawn, 256, 256)) and torch.equal(mask, marked[index])
         plain = v2.functional.to_image(picture).float() / 255
         plain = v2.functional.resize(plain, [256, 256], antialias=True)
         levels = (image * std + mean - plain).abs() * 255
