@@ -169,11 +169,7 @@ class COCOSegmentationDataset(Dataset):
 
         size: its (width, height), if it was read already.
         """
-        if size is None:
-            record, path = self.coco.imgs[self.image_ids[index]], self.path(index)
-            # Where height and width are exchanged, the record may have either size.
-            turned = samples.stored_orientation(path)[0] > 4
-            size = self.read(index).size if turned else (record["width"], record["height"])
+        size = size or coco_json.shown_size(self.path(index))
         shape = (self.n_classes, *size[::-1])
         return ClassMasks(self.outlines(index, size), shape)
 
