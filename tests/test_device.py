@@ -148,12 +148,3 @@ def test_cudnn_tries_its_algorithms_where_the_sizes_are_fixed(monkeypatch):
     for kind, one_size in (("cpu", True), ("cuda", True), ("cuda", False)):
         device.tune_convolutions(torch.device(kind), one_size=one_size)
         assert torch.backends.cudnn.benchmark == (kind == "cuda" and one_size)
-
-
-def test_a_gpu_is_named_and_its_memory_told(monkeypatch):
-    cuda = torch.device("cuda", 3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda which: f"Example {which.index}")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda which: which.index << 30)
-    assert device.describe_device(cuda) == "cuda (Example 3)"
-    assert device.describe_device(CPU) == "cpu"
-    assert device.peak_memory(cuda) == 3 and device.peak_memory(CPU) is None

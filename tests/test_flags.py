@@ -62,17 +62,6 @@ def test_a_plan_keeps_what_is_given_and_the_network_and_classes_of_the_weights(f
     assert kept.get("n_filters") == (3 if flags else None) and "image_size" not in kept
 
 
-def test_help_shows_the_parsers_own_defaults_whatever_is_given_besides(capsys):
-    shown = set()
-    for given in ((), ("--recipe", "vessels"), ("--resume",)):
-        with pytest.raises(SystemExit) as leaving:
-            parse(*given, "--help")
-        assert leaving.value.code == 0
-        shown.add(capsys.readouterr().out)
-    (text,) = shown
-    assert "(default: dice=0.6,bce=0.4)" in text
-
-
 @pytest.mark.parametrize(
     "flags, words",
     [

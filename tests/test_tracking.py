@@ -4,7 +4,7 @@ import json
 import os
 import pty
 import re
-import subprocess
+import shlex
 import sys
 import textwrap
 import threading
@@ -294,46 +294,37 @@ def program(text):
 # ---- SwanLab: what is recorded ---------------------------------------------------------------
 
 
-PROGRAM = """
-    tracker, runs = start(*%s, "--out", "it's a folder")
-    print("run", *runs.values())
-    tracker.log({"train/loss": 0.5, "val/dice": 0.25, "val/iou": float("nan")}, step=1)
-    tracker.log({"train/loss": 0.125}, step=2)
-    tracker.image("predictions", "p.png")
-    tracker.finish()
-    raise SystemExit(7)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--swanlab auto", "--tracker wandb"])
-def test_without_key_and_network_nothing_prompts_and_a_command_uploads_it(flags, monkeypatch):
-    """At a terminal, and the command goes to a shell, as when a person pastes it."""
+def test_without_key_and_network_nothing_prompts_and_a_command_is_told(flags, monkeypatch):
+    """At a terminal."""
+    text = """
+        tracker, runs = start(*%s, "--out", "it's a folder")
+        print("run", *runs.values())
+        tracker.log({"train/loss": 0.5, "val/iou": float("nan")}, step=1)
+        tracker.image("predictions", "p.png")
+        tracker.finish()
+        raise SystemExit(7)
+    """
     said = []
 
     def read(descriptor):
         said.append(os.read(descriptor, 4096))
         return said[-1]
 
-    with monkeypatch.context() as offline:
-        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-            offline.setenv(name, NOWHERE)
-        offline.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        arguments = program(PROGRAM % flags.split())
-        status = pty.spawn(["timeout", str(LIMIT), sys.executable, *arguments], read)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, NOWHERE)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    arguments = program(text % flags.split())
+    status = pty.spawn(["timeout", str(LIMIT), sys.executable, *arguments], read)
     printed = b"".join(said).decode().replace("\r", "")
     assert os.waitstatus_to_exitcode(status) == 7 and "Traceback" not in printed, printed
-    assert "Enter your choice" not in printed and " sync " in printed
-    if flags == "--tracker wandb":
-        return
-    (run_id,) = re.findall("^run (.*)$", printed, re.MULTILINE)
-    (command,) = re.findall("swanlab sync .* --id .*", printed)
-    with service() as server:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, **server.account, "PATH": path}
-        subprocess.run(command, shell=True, check=True, env=environment, timeout=LIMIT)
-        expected = {("train/loss", 1): 0.5, ("val/dice", 1): 0.25, ("train/loss", 2): 0.125}
-        assert uploaded(server, run_id) == (expected, ["predictions"], "FINISHED")
+    assert "Enter your choice" not in printed
+    # It can be pasted, whatever the name of the folder.
+    command = shlex.split(re.findall(": to see this run: (.*)", printed)[-1])
+    assert command[1] == "sync" and "it's a folder" in command[2] and Path(command[2]).is_dir()
+    if flags == "--swanlab auto":
+        assert command[3:] == ["--id", *re.findall("^run (.*)$", printed, re.MULTILINE)]
 
 
 @pytest.mark.slow

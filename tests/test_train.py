@@ -290,6 +290,65 @@ def test_the_scale_of_half_precision_is_gone_on_with():
     assert second.scaler.get_scale() == 32 and second.steps == 2
 
 
+# ---- steps that are not finite ----------------------------------------------------------------
+
+
+def spoil(batch, where, value):
+    """A batch whose first pixel of the images (where=0) or masks (1) is not finite."""
+    parts = [part.clone() for part in batch]
+    parts[where][0, 0, 0, 0] = value
+    return parts
+
+
+def train_with_bad_steps(batches, optimizer, out, epochs=2):
+    """The history of a network without dropout, which a skipped step would draw numbers for."""
+
+    def criterion(pred, target):
+        """Not a number where the target is none, though its gradient is."""
+        return combined_loss(pred, target.nan_to_num(0)) + 0 * target.sum()
+
+    torch.manual_seed(0)
+    model = UNet(n_filters=2, depth=1, norm="batch", dropout="none")
+    arguments = batches, random_batches(1, 8), criterion, optimizer(model.parameters())
+    return train_model(model, *arguments, epochs, "cpu", out=out)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [partial(torch.optim.Adam, fused=True), partial(torch.optim.SGD, momentum=0.9)],
+    ids=["adam", "momentum"],
+)
+@pytest.mark.parametrize("where, value", [(0, math.nan), (0, math.inf), (1, math.nan)])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    where, value, optimizer, tmp_path
+):
+    """Three good steps with a bad one between them end with the bits of three good ones."""
+    ends, (first, *others) = [], random_batches(3, 8)
+    for batches in ([first, *others], [first, spoil(first, where, value), *others]):
+        history = train_with_bad_steps(batches, partial(optimizer, lr=0.1), tmp_path)
+        assert [row["skipped"] for row in history] == [len(batches) - 3] * 2
+        weights = load_weights(tmp_path / "last.pth")["model"]
+        weights = {name: own.tolist() for name, own in weights.items() if "num_batc" not in name}
+        scores = [(row["train_loss"], row["train_dice"], row["val_loss"]) for row in history]
+        ends.append([scores, weights])
+    assert ends[0] == ends[1]
+
+
+def test_it_stops_after_too_many_in_a_row_and_names_the_step(tmp_path):
+    adam, (good,) = partial(torch.optim.Adam, lr=0.1, fused=True), random_batches(1, 8)
+    bad = spoil(good, 0, math.nan)
+    train_with_bad_steps([good] * 3, adam, tmp_path, epochs=1)
+    before = load_weights(tmp_path / "last.pth")["model"]
+    best = (tmp_path / "best_model.pth").read_bytes()
+    with pytest.raises(ValueError, match=r"epoch 1, step 23: .* 20 steps in a row.*--lr"):
+        train_with_bad_steps([good] * 3 + [bad] * 30, adam, tmp_path)
+    after = load_weights(tmp_path / "last.pth")["model"]
+    assert all(torch.equal(after[name], before[name]) for name in after if "num_" not in name)
+    assert (tmp_path / "best_model.pth").read_bytes() == best
+    (row,) = train_with_bad_steps(([bad] * 15 + [good]) * 3, adam, tmp_path, epochs=1)
+    assert row["skipped"] == 45  # not in a row
+
+
 # ---- the command -----------------------------------------------------------------------------
 
 
