@@ -11,7 +11,7 @@ import torch
 from data import open_split
 from medseg.cache import fingerprint
 from medseg.cli import one_line
-from medseg.dist import all_reduce_max, is_first
+from medseg.dist import all_reduce_max, is_first, restart_count
 from medseg.files import file_lock, remove_partial_writes
 from medseg.signals import Stopped
 from medseg.weights import load_weights, save_weights
@@ -33,6 +33,19 @@ def read_checkpoint(out):
     if not (isinstance(state, dict) and KEYS <= state.keys()):
         raise ValueError(f"{path}: not written by train.py (of this version): {AFRESH}")
     return {**state, "path": path}
+
+
+def find_checkpoint(out, *, wanted, test_only):
+    """The checkpoint in the folder whose flags are to be taken, or None. wanted: by --resume."""
+    exists = (out / LAST).exists()
+    if wanted or (exists and restart_count()):  # torchrun: after a process died
+        return read_checkpoint(out)
+    if test_only and exists:
+        try:
+            return read_checkpoint(out)
+        except ValueError as error:  # best_model.pth may be good all the same
+            print(f"WARNING: {error}: testing with the flags given", file=sys.stderr)
+    return None
 
 
 def run_lock(out):

@@ -12,19 +12,23 @@ from medseg.cli import (
     named_values,
     number,
     spell_flags,
+    spell_value,
 )
 from medseg.images import IMAGE_SIZE
 from medseg.layers import ARCHITECTURES, CHOICES, arch_flags, network_flags
 from medseg.samples import set_pixel_limit
 from medseg.settings import MAX_CHANNELS
-from medseg.training import resume
+from medseg.training.checkpoint import find_checkpoint
 from medseg.training.cross_validation import check_folds, read_folds
 from medseg.training.recipes import PHANTOMS, RECIPES
-from medseg.training.resume import ANEW, FREE, KEPT
 from medseg.training.tracking import TRACKERS, check_tracker
 from net import load_model
 
 POSITIVE, AT_LEAST_0, REAL = number(1), number(0), number(0.0, type=float)  # types of flags
+# What --resume makes of a flag, see `_group`.
+KEPT = "kept"  # it decides the result, and has to be as it was
+FREE = "free"  # it may change
+ANEW = "anew"  # it is not restored: each command says it
 
 
 def make_parser(doc, losses=(), weights=None):
@@ -182,7 +186,7 @@ def parse_arguments(parser, argv):
         raise ValueError("--resume trains and --test-only does not: give one of them")
     if first.crop and given.get("image_size", IMAGE_SIZE) != IMAGE_SIZE:
         raise ValueError("--crop takes images at their own size: leave --image-size away")
-    checkpoint = read_folds(first) or resume.find_checkpoint(
+    checkpoint = read_folds(first) or find_checkpoint(
         Path(first.out), wanted=first.resume, test_only=first.test_only
     )
     if checkpoint:
@@ -199,8 +203,25 @@ def parse_arguments(parser, argv):
     if args.test_only:
         return args, checkpoint, {}
     if checkpoint:
-        resume.check_same_run(vars(args), checkpoint, parser.on_resume)
+        _check_same_run(vars(args), checkpoint, parser.on_resume)
     return args, checkpoint, {**kept, **given}
+
+
+def _check_same_run(flags, checkpoint, on_resume):
+    """ValueError where a flag that decides the result differs from the checkpoint's."""
+    kept = [name for name, what in on_resume.items() if what == KEPT]
+    if flags["folds"]:
+        kept += ["data", "epochs", "patience"]  # the folds that are done had these
+    elif flags["schedule"] != "constant":
+        kept.append("epochs")  # with which it ends
+    for name in kept:
+        now, before = flags[name], checkpoint["flags"].get(name, flags[name])
+        if now != before:
+            flag, now, before = flag_name(name), spell_value(now), spell_value(before)
+            raise ValueError(
+                f"{checkpoint['path']}: was trained with {flag} {before}, not {now}: leave {flag} "
+                "away, or start afresh without --resume"
+            )
 
 
 def _fresh_flags(first, given):
