@@ -301,16 +301,10 @@ def edit(change):
     return lambda root: edit_annotations(root / "train", change)
 
 
-def update(key, index, **values):
-    """A function that changes one record of train: content[key][index]."""
-    return edit(lambda content: content[key][index].update(values))
-
-
 def divide(content):
     """Outlines as other programs write them, as fractions of the image's size."""
     for annotation in content["annotations"]:
-        (own,) = annotation["segmentation"]
-        annotation["segmentation"] = [[value / SIZE for value in own]]
+        annotation["segmentation"] = square(0.1, 0.2, 0.3)
 
 
 # name: (a function that spoils the data set, what the message names, ...)
@@ -319,13 +313,13 @@ BAD = {
     "no split": (lambda root: shutil.rmtree(root / "valid"), "valid"),
     "no annotations": (lambda root: (root / "train" / ANNOTATIONS).unlink(), ANNOTATIONS),
     "not JSON": (lambda root: (root / "train" / ANNOTATIONS).write_text("{"), ANNOTATIONS, "JSON"),
-    "no images key": (edit(lambda content: content.pop("images")), "list of images"),
-    "two records": (edit(lambda content: content["images"].extend("ab")), "images[6]", "(2 such"),
-    "id used twice": (update("images", 1, id=0), "images[1] has id 0"),
-    "of no image": (update("annotations", 1, image_id=99), "image_id 99"),
-    "empty split": (edit(lambda content: content.update(images=[], annotations=[])), ANNOTATIONS),
-    "another size": (update("images", 3, width=50), "3_train.png", "50x48", "48x48"),
-    "climbs out": (update("images", 3, file_name="../../secret.png"), "../../secret.png"),
+    "no images key": (edit(lambda own: own.pop("images")), "list of images"),
+    "two records": (edit(lambda own: own["images"].extend("ab")), "images[6]", "(2 such"),
+    "id used twice": (edit(lambda own: own["images"][1].update(id=0)), "images[1] has id 0"),
+    "of no image": (edit(lambda own: own["annotations"][1].update(image_id=99)), "image_id 99"),
+    "empty split": (edit(lambda own: own.update(images=[], annotations=[])), ANNOTATIONS),
+    "another size": (edit(lambda own: own["images"][3].update(width=50)), "3_train.png", "50x48"),
+    "climbs out": (edit(lambda own: own["images"][3].update(file_name="../s.png")), "../s.png"),
     "fractions": (edit(divide), "fractions"),
 }
 
@@ -432,8 +426,7 @@ def test_near_duplicates_and_neighbours_by_hand():
     assert near_duplicates([("b", own[0])], train[:1]).startswith("100.0%")  # one alone
 
 
-@pytest.fixture
-def numbered(tmp_path):
+def write_numbered(root):
     """60 images numbered 1 to 60, given to the splits in turn, and four duplicates.
 
     The duplicates are images 3, 6, 9 and 12 of train, as 101 to 104 in valid.
@@ -445,9 +438,8 @@ def numbered(tmp_path):
         splits[SPLITS[number % 3]][f"{number}_x.png"] = pictures[number]
     splits["valid"] |= {f"{100 + number}_x.png": pictures[3 * number] for number in range(1, 5)}
     for split, images in splits.items():
-        annotations = [(index, square(index % 9, 2, 8)) for index in range(len(images))]
-        write_split(tmp_path / "numbered" / split, images, annotations)
-    return tmp_path / "numbered"
+        write_split(root / split, images, [(n, square(n % 9, 2, 8)) for n in range(len(images))])
+    return root
 
 
 def segmentations_by_name(folder):
@@ -457,7 +449,8 @@ def segmentations_by_name(folder):
     return {record["file_name"]: outlines[record["id"]] for record in content["images"]}
 
 
-def test_a_grouped_split_keeps_neighbours_together(numbered, tmp_path, refused, capsys):
+def test_a_grouped_split_keeps_neighbours_together(tmp_path, refused, capsys):
+    numbered = write_numbered(tmp_path / "numbered")
     assert audit(numbered, tmp_path) == []
     out = capsys.readouterr().out
     # valid has 24 images: 4 duplicates; and 1, 4, ... 58, all of which but the first follow a
