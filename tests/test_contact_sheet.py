@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from fontTools.ttLib import TTFont
-from helpers import SIZE, brightness_model, edit_annotations, output_of, scan, square, write_split
+from helpers import SIZE, brightness_model, output_of, scan, square, write_split
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -78,9 +78,8 @@ def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeyp
     annotations = [(n, square(0, 0, side)) for n, side in enumerate(sides.values())]
     write_split(tmp_path / "set" / "train", images, annotations)
     write_split(tmp_path / "set" / "valid", {"empty.png": Image.new("RGB", (9, 9))})
-    monkeypatch.setattr(
-        "medseg.planning.audit.save_contact_sheet", lambda given, *_: rows.extend(given)
-    )
+    sheet = "medseg.planning.audit.save_contact_sheet"
+    monkeypatch.setattr(sheet, lambda given, *_: rows.extend(given))
     audit(tmp_path / "set", tmp_path, 2)
     (small, large), (empty,) = rows
     assert empty[1:] == ("valid/empty.png", "0 % foreground")
@@ -94,12 +93,9 @@ def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeyp
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 40), (10, 2000)])
 def test_images_of_any_shape_and_masks_of_a_pixel_are_seen(size, tmp_path):
-    write_split(tmp_path / "set" / "train", {f"{ODD}.png": Image.new("RGB", size)}, [(0, [])])
     outline = {"size": [size[1], size[0]], "counts": [size[0] * size[1] - 1, 1]}
-    edit_annotations(
-        tmp_path / "set" / "train",
-        lambda content: content["annotations"][0].update(segmentation=outline),
-    )
+    image = {f"{ODD}.png": Image.new("RGB", size)}
+    write_split(tmp_path / "set" / "train", image, [(0, outline)])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of glyphs that a font has not
         audit(tmp_path / "set", tmp_path)
