@@ -210,9 +210,6 @@ def _convert(example, folder, ids):
     file_name, (width, height) = _save_image(image, folder, example.name)
     annotations = {}
     for name, runs in masks.items():
-        if runs.shape != (height, width):
-            size = "x".join(map(str, runs.shape[::-1]))
-            raise ValueError(f"{example.name}: a mask of {name!r}, {size}, on {width}x{height}")
         if runs.area:
             annotations[name] = {
                 "category_id": ids[name],
