@@ -233,8 +233,6 @@ def get_args(argv):
         args = _with_layout(parser, args, argv)
     elif args.dry_run:
         parser.error("--dry-run: goes with a FOLDER")
-    if args.two_classes and not args.synthetic:
-        parser.error("--two-classes: goes with --synthetic")
     check_arguments(parser, args)
     return args
 

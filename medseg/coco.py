@@ -229,10 +229,10 @@ def _image_problem(image, earlier):
     own = _get_id(image, "id")
     if own is None or own in earlier:
         return f"has id {own!r:.40}, which is missing or used twice"
-    if not isinstance(image.get("file_name"), str):
-        return "has no file_name"
-    if any(type(image.get(side)) is not int or image[side] < 0 for side in ("width", "height")):
-        return "has no whole, positive width and height"
+    sides = image.get("width"), image.get("height")
+    whole = all(type(side) is int and side >= 0 for side in sides)
+    if not isinstance(image.get("file_name"), str) or not whole:
+        return "has no file_name, or no whole, positive width and height"
     return None
 
 

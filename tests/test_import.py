@@ -78,16 +78,6 @@ def test_two_calls_keep_a_published_split(here):
 # ---- splits and groups ---------------------------------------------------------------------------
 
 
-def test_split_is_drawn_by_the_seed(here):
-    save_pairs(20)
-    for data, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_download(*UNSPLIT, "--data", data, "--seed", seed)
-    assert counts("a") == counts("c") == {"train": 14, "valid": 3, "test": 3}
-    assert set(stored("test", "a")) == set(stored("test", "b")) != set(stored("test", "c"))
-    everything = [set(stored(split, "a")) for split in SPLITS]
-    assert set.union(*everything) == {str(number) for number in range(20)}
-
-
 def test_every_split_gets_an_image():
     for count in range(3, 30):
         items = [Example(str(number), "", None) for number in range(count)]
@@ -95,6 +85,7 @@ def test_every_split_gets_an_image():
         assert deal_examples(items[::-1], (90, 5, 5), None, 0) == dealt
         sizes = [len(own) for own in dealt.values()]
         assert sum(sizes) == count and min(sizes) >= 1 and abs(sizes[0] - 0.9 * count) < 2.1
+    assert deal_examples(items, (90, 5, 5), None, 1) != dealt
     with pytest.raises(ValueError, match="3 splits"):
         deal_examples(items[:2], (90, 5, 5), None, 0)
 
@@ -356,8 +347,8 @@ def content(root):
     return names
 
 
-def killed(arguments, script, call):
-    """Run a command in a process that kills itself at its call-th change of a folder.
+def killed(arguments, call):
+    """Run download.py in a process that kills itself at its call-th change of a folder.
 
     Returns whether it was killed: not where it ended before.
     """
@@ -374,7 +365,7 @@ def killed(arguments, script, call):
 
             setattr(os, name, change)
 
-    process = fork_script(script, *arguments, log="log", prepare=prepare)
+    process = fork_script("download.py", *arguments, log="log", prepare=prepare)
     process.join(60)
     assert process.exitcode in (0, -signal.SIGKILL), Path("log").read_text()
     return process.exitcode != 0
@@ -390,7 +381,7 @@ def test_a_killed_import_is_completed_or_taken_back(grown, flags):
     for call in itertools.count():
         shutil.rmtree("dataset")
         shutil.copytree("before", "dataset")
-        if not killed(flags, "download.py", call):
+        if not killed(flags, call):
             break
         left = {path.name for path in Path("dataset").iterdir()} - {*SPLITS, ".importing.lock"}
         assert ("killed" in output_of("data.py", "dataset", cwd=grown)) == bool(left), (call, left)
@@ -408,7 +399,6 @@ def test_a_killed_grouped_split_is_removed(here):
 
 COMMANDS = {
     "train": ("--epochs", 1, "--n-filters", 2, "--image-size", 16, "--device", "cpu"),
-    "data": (),
     "download": (*LM, "--classes", "cup"),
     "predict": ("dataset/test", "--model", "m.pth"),
 }

@@ -88,6 +88,7 @@ GOES_WITH = {  # flag: those that it needs one of
     "empty_unmasked": ("masks",),
     "boxes": ("coco", "yolo"),
     "unreviewed": ("labelme",),
+    "two_classes": ("synthetic",),
     "add": ("into",),
     "duplicates": ("add",),
 }
