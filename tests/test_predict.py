@@ -472,7 +472,7 @@ def test_a_report_is_in_words_and_its_ticks_lie_apart(graded, tmp_path, monkeypa
     figure = figure_of(monkeypatch, write_report, tmp_path, odd, graded, valid, ["foreground"])
     words = texts_of(figure)
     assert all(name in words for name in (odd, "pixel accuracy", "Dice per image", "\n(1)"))
-    assert not any(key in words for key in ("acc ", "image_dice", "background_acc", "miou"))
+    assert not any(key in words for key in ("acc ", "image_dice", "background_acc", "miou", "more"))
     (sweep,) = (axis for axis in figure.axes if axis.get_xlabel() == "threshold")
     assert [0.5, 0.5] in [list(line.get_xdata()) for line in sweep.lines]
     for axis in figure.axes:
