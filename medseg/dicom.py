@@ -128,8 +128,9 @@ class DicomFrames(Sequence):
         if self.photometric in COLOUR:
             return (frame >> max(self.header.BitsStored - 8, 0)).astype(np.uint8)
         limits = self._limits or self._own_limits(index) or self._range
-        inverted = self.photometric == "MONOCHROME1"
-        return window_to_uint8(self._rescale(frame, index), *limits, inverted=inverted)
+        if self.photometric == "MONOCHROME1":
+            limits = limits[::-1]
+        return window_to_uint8(self._rescale(frame, index), *limits)
 
     def _rescale(self, frame, index):
         """A grey frame as stored -> its values, NaN where it is padding (PS3.3 C.7.5.1.1.2)."""

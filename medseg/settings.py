@@ -19,23 +19,19 @@ def window_limits(window):
     return center - width / 2, center + width / 2
 
 
-def window_to_uint8(values, low, high, *, inverted=False):
-    """Array of numbers -> uint8 array: low and below 0, high and above 255, linear between.
+def window_to_uint8(values, low, high):
+    """Array of numbers -> uint8 array: low is 0, high 255, linear between, clipped beyond.
 
-    NaN becomes 0. Where high is not above low, everything above low becomes 255. inverted: low is
-    255 and high 0.
+    Where low is above high the picture is inverted. NaN becomes 0. Where they are equal, everything
+    above becomes 255.
     """
     scaled = np.array(values, np.float64)  # a copy, and no other: a slice may have 89 megapixels
-    high = max(high, np.nextafter(low, np.inf))
     with np.errstate(all="ignore"):
-        np.clip(scaled, low, high, out=scaled)
         scaled -= low
         scaled *= 255
         scaled /= high - low
-        picture = np.nan_to_num(scaled, copy=False).round(out=scaled).astype(np.uint8)
-    if inverted:
-        np.subtract(255, picture, out=picture, where=~np.isnan(values))
-    return picture
+    np.nan_to_num(scaled, copy=False, posinf=255, neginf=0).clip(0, 255, out=scaled)
+    return scaled.round(out=scaled).astype(np.uint8)
 
 
 def is_spacing(numbers):

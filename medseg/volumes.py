@@ -118,6 +118,8 @@ class Volume:
         on either side are channels too, the nearest first; at the ends the last one is repeated.
         """
         limits = [window_limits(window)] * self.n_channels if window else self.limits
+        if self.header.inverted:
+            limits = [one[::-1] for one in limits]
         return VolumePictures(self, limits, context)
 
     def turn(self, stored):
@@ -217,10 +219,8 @@ class VolumePictures(Sequence):
         return np.concatenate([self._picture(place) for place in places.tolist()], axis=-1)
 
     def _picture(self, index):
-        values, inverted = self._volume[index], self._volume.header.inverted
-        channels = zip(np.moveaxis(values, -1, 0), self._limits, strict=True)
-        pixels = [window_to_uint8(own, *limits, inverted=inverted) for own, limits in channels]
-        return np.stack(pixels, axis=-1)
+        channels = zip(np.moveaxis(self._volume[index], -1, 0), self._limits, strict=True)
+        return np.stack([window_to_uint8(own, *limits) for own, limits in channels], axis=-1)
 
 
 class StackedVolume(Volume):

@@ -33,9 +33,10 @@ PADDING = 0x00280120
     "pixels, fields, wanted",
     [
         (STORED, WINDOWED, [[0, 64, 128], [191, 255, 255]]),  # 63.75 127.5 / 191.25
-        (STORED, {**WINDOWED, **MONO1}, [[255, 191, 127], [64, 0, 0]]),
+        (STORED, {**WINDOWED, **MONO1}, [[255, 191, 128], [64, 0, 0]]),
         (STORED, {"WindowCenter": "0", "WindowWidth": "0"}, WHOLE_RANGE),  # useless
         (SIGNED, {}, WHOLE_RANGE),
+        (STORED * 0, {}, [[0, 0, 0], [0, 0, 0]]),
         (STORED, {**PADDED, **WINDOWED}, [[0, 64, 128], [191, 255, 0]]),
         (STORED, {"PixelPaddingValue": 200, "PixelPaddingRangeLimit": 0}, [[0, 0, 0], [0, 0, 255]]),
         (SIGNED, {"PixelPaddingValue": pydicom.DataElement(PADDING, "US", 64536)}, SIGNED_PADDED),
@@ -140,7 +141,7 @@ def test_a_series_is_a_volume(tmp_path, axes, fields):
     low, high = volume.limits[0]
     clipped = (slices_of(volume).clip(low, high) - low) * 255 / (high - low)
     pictures = np.stack([*volume.pictures()])[..., 0]
-    assert_array_equal(pictures, abs(255 * bool(fields) - clipped.round()))
+    assert_array_equal(pictures, abs(255 * bool(fields) - clipped).round())
 
 
 def test_padding_of_a_series_and_frames_of_one_file(tmp_path):
