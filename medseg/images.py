@@ -13,7 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from medseg import drawing, samples
 from medseg.files import name_file, write_picture
-from medseg.samples import RANGES
 from medseg.settings import MAX_CHANNELS
 
 MEASURED, MEASURED_PIXELS = 64, 1 << 16  # files, and values of each, that tell a window
@@ -107,17 +106,16 @@ def measure_window(paths):
     but for the highest 0.5 % of all, so that single pixels do not count; or where the values fill
     less than FILLED of that, from the 0.5 to the 99.5 percentile.
     """
-    values, ends = [], ()
+    values = []
     for path in paths[:: -(-len(paths) // MEASURED)]:
         with name_file(path):
             one, white, _ = samples.read_samples(samples.Page(path, 0))
         if one.dtype.itemsize == 1:
             return None
-        ends = (white,) if white else (1, *RANGES) if one.dtype.kind == "f" else RANGES
-        one = one.ravel()[:: -(-one.size // MEASURED_PIXELS)].astype(np.float64)
-        values.append(one[np.isfinite(one)])
+        some = one.ravel()[:: -(-one.size // MEASURED_PIXELS)].astype(np.float64)
+        values.append(some[np.isfinite(some)])
     low, high = np.percentile(np.concatenate(values), (0.5, 99.5)).tolist()
-    end = next((end for end in ends if high <= end), high)
+    end = white or samples.range_end(high, one.dtype)
     if low >= 0 and high - low >= FILLED * end:
         low, high = 0, end
     return ((low + high) / 2, high - low) if low < high else None

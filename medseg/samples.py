@@ -119,11 +119,16 @@ def to_uint8(values, white=None, window=None):
         high = float(values.max())
         if not (values.min() >= 0 and high < math.inf):
             raise ValueError("has negative or non-finite pixels: rescale it to 0..65535 first")
-        ranges = (1, *RANGES) if values.dtype.kind == "f" else RANGES
-        limits = 0, white or next((top for top in ranges if high <= top), high)
+        limits = 0, white or range_end(high, values.dtype)
     if values.dtype in (np.uint8, np.uint16):  # by a table, which takes less memory
         return window_to_uint8(np.arange(1 << 16), *limits)[values]
     return window_to_uint8(values, *limits)
+
+
+def range_end(high, dtype):
+    """The end of the first range of a type that holds a value, or the value where none does."""
+    ranges = (1, *RANGES) if dtype.kind == "f" else RANGES
+    return next((end for end in ranges if high <= end), high)
 
 
 @contextlib.contextmanager
