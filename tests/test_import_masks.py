@@ -1,7 +1,6 @@
 """download.py --masks: channels, groups and classes by the names of files; pictures as shown."""
 
 import shlex
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import tifffile
 from helpers import (
     ALL,
+    MASKS,
     PHOTO,
     STORED_TURNED,
     annotations,
@@ -20,6 +20,7 @@ from helpers import (
     refuse_download,
     run_download,
     save,
+    save_pair,
     save_turned,
     script,
     stored,
@@ -191,12 +192,15 @@ def test_slices_that_may_be_of_patients_are_told(here, pattern):
 
 
 def test_classes_are_those_of_the_names(here):
-    wanted = {"IDRiD_1": {}, "IDRiD_2": {}}  # the first has one class, the second three
-    for number, (folder, end) in enumerate((("1. MA", "_MA"), ("2. HE", "_HE"), ("5. OD", "_OD"))):
-        for stem in list(wanted)[number > 0 :]:
-            image(f"fundus/{stem}.jpg")
-            wanted[stem][folder] = mask(f"truth/{folder}/{stem}{end}.tif", number)
-    run_download(*LESIONS)
+    """Of three, two and none of them, which --empty-unmasked takes for a healthy case."""
+    wanted = {"I_1": {}, "I_2": {}, "I_3": {}}
+    for number, name in enumerate(("1. MA", "2. HE", "5. OD")):
+        for stem in ("I_1", "I_2")[: 1 + number]:
+            wanted[stem][name] = mask(f"truth/{name}/{stem}_{name[3:]}.tif", number)
+    for stem in wanted:
+        image(f"fundus/{stem}.jpg")
+    refuse_download(*LESIONS, words=["1 of 3", "fundus/I_3.jpg", "--skip-unpaired"])
+    assert "empty: 1 of 3" in run_download(*LESIONS, "--empty-unmasked")
     assert class_names() == ["1. MA", "2. HE", "5. OD"]
     compare(wanted)
     run_download(*LESIONS, "--force", "--classes", "5. OD,1. MA", "--skip-unpaired")
@@ -217,34 +221,19 @@ def test_all_values_of_a_file_are_its_class(here):
     refuse_download(*CLASSES, "--force", "--classes", "1=cell", words=["--classes"])
 
 
-def test_images_without_a_mask_are_empty_where_a_flag_says_so(here):
-    wanted = {"1": {}, "2": {}}
-    for number, name in enumerate(("axon", "myelin")):
-        wanted["1"][name] = mask(f"classes/1_{name}.png", number)
-    assert (wanted["1"]["axon"] & wanted["1"]["myelin"]).any()  # files of classes may overlap
-    for stem in wanted:
-        image(f"scans/{stem}.png")
-    refuse_download(*CLASSES, words=["1 of 2", "scans/2.png", "--skip-unpaired"])
-    assert "empty: 1 of 2" in run_download(*CLASSES, "--empty-unmasked")
-    compare(wanted)
-
-
 def test_a_volume_for_each_organ(here):
     """A class may be empty in all of its files, and a scan without any."""
-    wanted = {}
     for seed, name in enumerate(("s0", "s1")):
         volume(f"S/{name}/ct.nii.gz", seed, 900)
-        path = f"S/{name}/segmentations/{{}}.nii.gz".format
-        masks = {o: volume(path(o), seed + 2 * len(o)) == 1 for o in ("liver", "spleen")}
-        volume(path("aorta"), 0, 1)
-        for z in range(VOXELS[2]):
-            wanted[f"{name}_z{z:03}"] = {organ: own[..., z] for organ, own in masks.items()}
-    run_download(*SCANS)
+    path, wanted = "S/s0/segmentations/{}.nii.gz", {}
+    masks = {organ: volume(path.format(organ), len(organ)) == 1 for organ in ("liver", "spleen")}
+    volume(path.format("aorta"), 0, 1)
+    run_download(*SCANS, "--empty-unmasked")
     assert class_names() == ["aorta", "liver", "spleen"]
+    for z in range(VOXELS[2]):
+        wanted[f"s0_z{z:03}"] = {organ: own[..., z] for organ, own in masks.items()}
+        wanted[f"s1_z{z:03}"] = {}
     compare(wanted)
-    shutil.rmtree("S/s1/segmentations")
-    run_download(*SCANS, "--empty-unmasked", "--force")
-    compare({name: own if name[:2] == "s0" else {} for name, own in wanted.items()})
 
 
 REFUSED = {  # the arguments of --masks, what the message names
@@ -256,7 +245,6 @@ REFUSED = {  # the arguments of --masks, what the message names
     "i/{id}.bmp j/{id}.png": ["j/{id}.png", "such as S"],
     "i/1.bmp i/1.png --channels a,b": ["i/1.bmp", "3 channels", "a, b"],
     "S/{id}/ct.nii.gz i/{id}.png --skip-unpaired": ["i/1.png"],
-    "own/test/{id}.jpg own/test/{id}_m.png --into test --data own --force": ["own/test"],
 }
 
 
@@ -266,47 +254,30 @@ def test_wrong_arguments_are_one_line_and_write_nothing(here, arguments):
         image(f"i/{number}.bmp", number)
         mask(f"i/{number}.png", number)
     volume("S/1/ct.nii.gz", 1)
-    image("own/test/a.jpg")
-    mask("own/test/a_m.png")
-    split = () if "--into" in arguments else ALL
-    refuse_download("--masks", *arguments.split(" "), *split, words=REFUSED[arguments])
+    refuse_download("--masks", *arguments.split(" "), *ALL, words=REFUSED[arguments])
 
 
 # ---------------------------------------------------------------- files
 
 
-def test_a_damaged_image_or_an_empty_folder_leaves_nothing(here):
-    for stem in "ab":
-        image(f"i/{stem}.png")
-        mask(f"m/{stem}.png")
-    Path("i/b.png").write_bytes(Path("i/b.png").read_bytes()[:500])
-    refuse_download("--masks", "i", "m", *ALL, words=["b.png"])
+def test_one_wrong_image_or_mask_or_an_empty_folder_leaves_nothing(here):
+    save_pair("a")
+    save_pair("b")
+    save(Image.new("L", (30, 40), 1), "masks/b.png")
+    refuse_download(*MASKS, words=["masks/b.png", "30x40", "images/b.png", "40x30"])
+    Path("images/b.png").write_bytes(Path("images/b.png").read_bytes()[:500])
+    refuse_download(*MASKS, words=["b.png"])
     Path("nothing").mkdir()
-    refuse_download("--masks", "i", "nothing", *ALL, words=["nothing"])
+    refuse_download("--masks", "images", "nothing", *ALL, words=["nothing"])
 
 
 def test_names_that_cannot_be_printed(here):
-    for stem in ("a\udcff", "b\nc"):
-        image(f"i/{stem}.png")
-        mask(f"m/{stem}.png")
-    result = script("download.py", "--masks", "i", "m", *ALL, cwd=here)
+    save_pair("a\udcff")
+    save_pair("b\nc")
+    result = script("download.py", *MASKS, cwd=here)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "such as i/a\\udcff.png with m/a\\udcff.png\n" in result.stdout
+    assert "such as images/a\\udcff.png with masks/a\\udcff.png\n" in result.stdout
     assert set(stored()) == {"a_", "b_c"}
-
-
-def test_several_masks_of_an_image_are_united(here):
-    """Of several encodings; classes may overlap, and both are kept."""
-    one, two = labels(0, 2), labels(1, 2)
-    image("i/x.png")
-    save(grey([0, 1, 2])(one), "m/x_mask.tif")
-    save(grey([0, 1, 2])(two).convert("RGBA"), "m/x_mask_1.png")
-    patterns = ("--masks", "i/{id}.png", "m/{id}_mask{part}.*", *ALL)
-    assert "1 times several masks, united" in run_download(*patterns)
-    assert ((one == 1) & (two == 2)).any()
-    compare({"x": {f"{number}": (one == number) | (two == number) for number in (1, 2)}})
-    save(Image.new("L", (30, 40), 1), "m/x_mask_1.png")
-    refuse_download(*patterns, "--force", words=["x_mask_1.png", "30x40", "x.png", "40x30"])
 
 
 @pytest.mark.parametrize("folders", ["data data/masks", "data/images data", "data/i data/m"])
@@ -338,24 +309,24 @@ def test_what_predict_draws_is_no_mask_unless_it_stands_alone(here):
 
 @pytest.mark.parametrize("suffix, orientation", [(".jpg", 6), (".png", 4), (".tif", 6)])
 def test_images_are_stored_upright(here, suffix, orientation):
-    Path("i").mkdir()
-    save_turned(photo(), f"i/a{suffix}", orientation)
-    image = Image.open(f"i/a{suffix}")
+    Path("images").mkdir()
+    save_turned(photo(), f"images/a{suffix}", orientation)
+    image = Image.open(f"images/a{suffix}")
     if suffix != ".tif":
         image = ImageOps.exif_transpose(image)
     shown = np.asarray(image.convert("RGB"))
     label_map = labels(1, size=shown.shape[1::-1])  # drawn on the picture as it is shown
-    save(grey([0, 1])(label_map), "m/a.png")
-    run_download("--masks", "i", "m", *ALL)
+    save(grey([0, 1])(label_map), "masks/a.png")
+    run_download(*MASKS)
     (file,) = (path for path in Path("dataset/train").iterdir() if path.suffix != ".json")
     assert_array_equal(read_rgb(file), shown)
-    assert (file.read_bytes() == Path(f"i/a{suffix}").read_bytes()) == (suffix == ".tif")
+    assert (file.read_bytes() == Path(f"images/a{suffix}").read_bytes()) == (suffix == ".tif")
     compare({"a": {"foreground": label_map == 1}})
     # A mask that says its own orientation, and one of the size before turning, are turned along.
-    save_turned(label_map.astype(np.uint8), "m/a.png", 6)
-    run_download("--masks", "i", "m", *ALL, "--force")
+    save_turned(label_map.astype(np.uint8), "masks/a.png", 6)
+    run_download(*MASKS, "--force")
     compare({"a": {"foreground": label_map == 1}})
     if orientation >= 5:
-        save(Image.fromarray(STORED_TURNED[orientation](label_map.astype(np.uint8))), "m/a.png")
-        run_download("--masks", "i", "m", *ALL, "--force")
+        save(Image.fromarray(STORED_TURNED[orientation](label_map.astype(np.uint8))), "masks/a.png")
+        run_download(*MASKS, "--force")
         compare({"a": {"foreground": label_map == 1}})

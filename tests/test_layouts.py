@@ -25,8 +25,6 @@ from helpers import (
     shape,
     stored,
     tree,
-    write_dicom,
-    write_itk,
     write_nifti,
 )
 from PIL import Image
@@ -54,10 +52,7 @@ BIDS : sub-{}/anat/sub-{}_T1w.nii.gz
 TotalSegmentator : s{}/ct.nii.gz > s{}/segmentations/liver.nii.gz|s{}/segmentations/spleen.nii.gz
 ACDC : t/p{}/p{}_frame01.nii.gz > t/p{}/p{}_frame01_gt.nii.gz > t/p{}/p{}_4d.nii.gz
   : D/t/{group}/{group}_frame{id}.nii.gz D/t/{group}/{group}_frame{id}_gt.nii.gz
-PROMISE12 : Case{}.mhd > Case{}_segmentation.mhd
 LiTS : v/volume-{}.nii > v/segmentation-{}.nii
-CHAOS : MR/{}/T2SPIR/DICOM_anon/IMG-0004-000{}.dcm > MR/{}/T2SPIR/Ground/IMG-0004-000{}.png
-  : D/MR/{group}/T2SPIR/DICOM_anon/{id}.dcm D/MR/{group}/T2SPIR/Ground/{id}.png
 IDRiD : 1. Original Images/a. Training Set/IDRiD_{}.jpg
   > 2. Groundtruths/1. MA/IDRiD_{}_MA.tif|2. Groundtruths/2. HE/IDRiD_{}_HE.tif
 STARE : images/im{}.ppm > labels/im{}.ah.ppm
@@ -70,7 +65,7 @@ DRIVE : training/images/{}_training.tif > training/1st_manual/{}_manual1.gif
 splits : {}/images/0.png > {}/masks/0.png
 two suffixes : {}.bmp > {}.png
 beginnings : images/img_{}.png > masks/mask_{}.png
-no separator : image/image{}.png > label/label{}.png
+no separator : image/image{}.PNG > label/label{}.png
 a reader : {}.jpg > {}_1stHO.png
 """
 SETS = [" ".join(row.split("\n  ")) for row in re.findall(r"\S.*(?:\n  .*)*", SETS)]
@@ -80,14 +75,11 @@ def write(path, seed, is_mask):
     """A picture or a volume of noise, or a mask of it, by the suffix; returns the mask."""
     path = Path("D", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.name.endswith((".nii", ".nii.gz", ".mhd")):
+    if path.name.endswith((".nii", ".nii.gz")):
         values = np.random.default_rng(seed).integers(0, 900, (8, 6, 3)).astype(np.int16)
-        write_volume = write_itk if path.suffix == ".mhd" else write_nifti
         voxels = (values > 700).astype(np.int16) if is_mask else values
-        write_volume(path, voxels, np.diag([1, 1, 3, 1]))
+        write_nifti(path, voxels, zooms=(1, 1, 3))
         return values > 700
-    if path.suffix == ".dcm":
-        return write_dicom(path, np.asarray(photo(seed))[..., 0].astype(np.uint16))
     mask = labels(seed) * (labels(seed + 99) == 1)  # a fourth of the pixels
     options = {"quality": 100} if path.suffix == ".jpg" else {}
     save(grey([0, 255])(mask) if is_mask else photo(seed), path, **options)
@@ -129,7 +121,7 @@ def test_a_data_set_as_it_is_laid_out(here, case, capsys):
     for record, (path, mask) in zip(records, wanted, strict=True):
         own = masks[Path(record["file_name"]).stem]
         np.testing.assert_array_equal(np.any([*own.values()], 0), mask, path)
-        if mask.shape == PHOTO[::-1] and not path.endswith(".dcm"):
+        if mask.shape == PHOTO[::-1]:
             pixels = read_rgb(Path("dataset/train", record["file_name"]))
             np.testing.assert_array_equal(pixels, read_rgb(Path("D", path)))
 
