@@ -24,7 +24,6 @@ SIDES = {"images": (*IDENTITY, "channel"), "masks": (*IDENTITY, "class", "part")
 PLACEHOLDERS = ("id", "n", "group", "channel", "class", "part")
 KNOWN = "|".join(map(re.escape, (*SUFFIXES, ".npy", *VOLUME_SUFFIXES, *DICOM_SUFFIXES)))
 TOKEN = re.compile(r"(\*+)|\{([^{}]*,[^{}]*)\}|\{([^{},]*)\}|(.)", re.DOTALL)
-ANY_FOLDER = re.compile(".*", re.DOTALL)
 
 
 class Pair(NamedTuple):
@@ -236,12 +235,9 @@ def walk(top, parts):
     After a pattern that ends in / these are folders. Folders that cannot lead to a match are left
     out, and so are hidden ones; links are followed, but not in a circle.
     """
-    levels = []  # the expressions of the folders at each depth
-    for number, part in enumerate(parts[:-1], 1):
-        levels.append(ANY_FOLDER if part == "**" else compile_parts((*parts[:number], "")))
-    if several := [number for number, part in enumerate(parts) if part == "**" or ":**}" in part]:
-        levels[several[0] :] = [ANY_FOLDER]
-    endless = levels[-1:] == [ANY_FOLDER]
+    several = [number for number, part in enumerate(parts) if part == "**" or ":**}" in part]
+    depths = range(1, several[0] + 1 if several else len(parts))  # at which names are known
+    expressions = [compile_parts((*parts[:depth], "")) for depth in depths]
     pending = [("", ())]
     while pending:
         place, links = pending.pop()
@@ -252,15 +248,17 @@ def walk(top, parts):
             name, above = place + entry.name, links
             is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
             if not is_folder:
-                if parts[-1] and (entry.is_symlink() or entry.is_file()):
+                if parts[-1]:
                     yield name
                 continue
             name += "/"
             if not parts[-1]:
                 yield name
-            if depth >= len(levels) and not endless:
-                continue
-            if not levels[min(depth, len(levels) - 1)].fullmatch(same_form(name)):
+            if depth < len(expressions):
+                leads_on = expressions[depth].fullmatch(same_form(name))
+            else:
+                leads_on = several
+            if not leads_on:
                 continue
             if entry.is_symlink():
                 above = (*links, os.path.join(os.path.realpath(here), ""))

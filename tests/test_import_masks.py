@@ -241,8 +241,6 @@ REFUSED = {  # the arguments of --masks, what the message names
     "i/1.bmp i/2.bmp i/1.png": ["3 names", "quotes"],
     "i i/001.tif": ["i/001.tif: no such"],
     "i i/1.png": ["i: ", "a folder"],
-    "i i/{id}.png": ["i:", "{id}"],
-    "i/{id}.bmp j/{id}.png": ["j/{id}.png", "such as S"],
     "i/1.bmp i/1.png --channels a,b": ["i/1.bmp", "3 channels", "a, b"],
     "S/{id}/ct.nii.gz i/{id}.png --skip-unpaired": ["i/1.png"],
 }
