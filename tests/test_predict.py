@@ -310,16 +310,23 @@ def test_a_damaged_image_has_no_report(place, dataset, refused):
 
 
 def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
-    """Other annotations in test leave the choice as it is. Without foreground, none is chosen."""
-    test, valid = dataset / "test", dataset / "valid"
-    first = report_on(test)["valid"]
+    """Of two models; other annotations in test leave the choice as it is.
+
+    Without foreground, none is chosen.
+    """
+    test, valid, other = dataset / "test", dataset / "valid", brightness_model()
+    torch.nn.init.constant_(other.outc.bias, -2.0)
+    torch.save(other.state_dict(), "other.pth")
+    models = ("--model", "best_model.pth", "other.pth")
+    first = report_on(test, *models)["valid"]
     by_threshold = dict(zip(first["thresholds"], first["dice"], strict=True))
     for threshold in (0.1, 0.9):
-        dice = report_on(valid, "--threshold", str(threshold))["scores"]["dice"]
+        dice = report_on(valid, *models, "--threshold", str(threshold))["scores"]["dice"]
         assert by_threshold[threshold] == pytest.approx(dice)
     assert first["chosen_threshold"] == max(by_threshold, key=by_threshold.get)
+    assert max(first["dice"]) > 0.9 > 0.5 > min(first["dice"])
     edit_annotations(test, lambda content: content["annotations"].clear())
-    assert report_on(test)["valid"]["dice"] == first["dice"]
+    assert report_on(test, *models)["valid"]["dice"] == first["dice"]
     edit_annotations(valid, lambda content: content["annotations"].clear())
     assert report_on(test)["valid"] is None
 

@@ -1,7 +1,6 @@
 """From images to probabilities: tiles, several models as one, and how far to rely on them."""
 
 import csv
-import json
 import math
 import random
 import threading
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, brightness_model, make_dataset, output_of, save
+from helpers import SMALL, output_of, save
 from PIL import Image, ImageChops
 from scipy.spatial.distance import mahalanobis
 
@@ -140,28 +139,6 @@ def test_models_and_images_are_told_apart_in_any_order():
     ):
         args = parse_arguments(words.split(), "")
         assert (args.model, args.inputs) == (models, names)
-
-
-def test_a_folder_is_scored_as_its_masks_are_written(here):
-    """The mean of p, 0.9 and 0.2 is above 0.5 where p is above 0.4."""
-    make_dataset(Path("dataset"))
-    torch.save(brightness_model().state_dict(), "best_model.pth")
-    for name, probability in (("often.pth", 0.9), ("seldom.pth", 0.2)):
-        model = UNet(n_filters=2, image_size=32)
-        torch.nn.init.zeros_(model.outc.weight)
-        torch.nn.init.constant_(model.outc.bias, math.log(probability / (1 - probability)))
-        torch.save(model.state_dict(), name)
-    reports, test = [], ("dataset/test", "--device", "cpu", "--output")
-    several = ("--model", "often.pth", "best_model.pth", "seldom.pth")
-    for name, flags in {"one": ("--threshold", 0.4), "all": several}.items():
-        output_of("predict.py", *test, name, *flags, cwd=here)
-        reports.append(json.loads(Path(name, "report.json").read_text()))
-    alone, together = reports
-    assert together["scores"] == alone["scores"] and alone["scores"]["dice"] > 0.9
-    dice = together["valid"]["dice"]  # at 0.05, 0.1, ...: at 0.5 as the one model's at 0.4
-    assert dice[9] == alone["valid"]["dice"][7] and dice[0] < 0.5
-    masks = [Path(name, "0_test_mask.png").read_bytes() for name in ("one", "all")]
-    assert masks[0] == masks[1]
 
 
 def test_what_models_have_in_common():
