@@ -1,6 +1,7 @@
 """A folder with annotations: its predictions compared with them, and reported."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +39,15 @@ class FolderScores:
         """Compare the probabilities, float32 (C, S, S), of an image with its annotations.
 
         size: (width, height) of the image. May be called from several threads. Returns the Dice of
-        each class, (C,), or None where the image has no record. Raises ValueError where its
-        annotations are damaged.
+        each class, (C,), or None where the image has no record or its annotations are damaged:
+        `missing` has it.
         """
         index = self._indices.get(path.resolve())
-        return None if index is None else self.compare(index, size, probabilities)
+        with suppress(ValueError):
+            return None if index is None else self.compare(index, size, probabilities)
 
     def compare(self, index, size, probabilities):
-        """As `add`, of an image by its index."""
+        """As `add`, of an image by its index; ValueError where its annotations are damaged."""
         from pycocotools import mask as coco_mask
 
         targets, spacing = self.dataset.true_masks(index, size), self._spacings[index]
