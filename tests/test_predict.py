@@ -298,8 +298,11 @@ def test_a_folder_with_annotations_is_scored(place, dataset):
     assert report_on(f"{test}/../valid")["valid"] is None  # valid itself
 
 
-def test_a_damaged_image_has_no_report(place, dataset, refused):
+def test_a_damaged_image_or_annotation_leaves_no_report_but_masks(place, dataset, refused):
     folder = dataset / "test"
+    edit_annotations(folder, lambda content: content["annotations"][2].update(segmentation="x"))
+    refused("predict", folder, words=["2_test.png: annotation 2"])
+    assert len(pictures(place / "predictions", "mask.png")) == 4
     (folder / "1_test.png").write_bytes(b"damaged")
     options = ("predict", folder, "--output", "scored")
     refused(*options, words=["1 of 4", "1_test.png", f"{folder} has no report"])
