@@ -243,6 +243,7 @@ REFUSED = {  # the arguments of --masks, what the message names
     "i i/1.png": ["i: ", "a folder"],
     "i/1.bmp i/1.png --channels a,b": ["i/1.bmp", "3 channels", "a, b"],
     "S/{id}/ct.nii.gz i/{id}.png --skip-unpaired": ["i/1.png"],
+    "i/{id}.bmp S/1/{id}.nii.gz --skip-unpaired --empty-unmasked": ["S/1/ct.nii.gz"],
 }
 
 
@@ -267,6 +268,13 @@ def test_one_wrong_image_or_mask_or_an_empty_folder_leaves_nothing(here):
     refuse_download(*MASKS, words=["b.png"])
     Path("nothing").mkdir()
     refuse_download("--masks", "images", "nothing", *ALL, words=["nothing"])
+
+
+def test_masks_that_are_all_empty(here):
+    save_pair("a", grey([0, 0])(labels(0)))
+    refuse_download("--masks", "images/{id}.png", "masks/{id}.{class}", *ALL, words=["no pixel"])
+    for flags in ((), ("--classes", "1=x"), ("--classes", "*=x"), ("--invert",)):
+        refuse_download(*MASKS, *flags, words=["masks"])
 
 
 def test_names_that_cannot_be_printed(here):

@@ -157,7 +157,6 @@ ASKED = {  # what is written, a command that is offered or ""
     "field of view alone": (view, "'D/**/mask/{id:**}_mask.*'"),
     "two readers": (("{}.jpg", "{}_1stHO.png|{}_2ndHO.png"), "'D/{id:**}_1stHO.*'"),
     "two labels": (("images/{}.jpg", "labels/{}.png|gt/{}.png"), "'D/**/gt/{id:**}.*'"),
-    "photographs alone": (("images/{}.jpg|other/{}.jpg", "x/{}.txt.png"), ""),
     "photographs twice": (photographs, ""),
     "no words": (("im/{}.png", "ms/{}.png"), ""),
 }

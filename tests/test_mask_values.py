@@ -7,26 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import (
-    ALL,
-    MASKS,
-    PHOTO,
-    class_names,
-    coco_file,
-    grey,
-    labels,
-    palette,
-    photo,
-    polygon,
-    refuse_download,
-    run_download,
-    save_pair,
-)
+from helpers import PHOTO, grey, labels, palette, photo
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from medseg.images import save_mask
-from medseg.importing.class_names import parse_classes
+from medseg.importing.class_names import parse_classes, parse_labels
 from medseg.importing.values import Counted, classes_of_counts, find_classes
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -230,11 +216,9 @@ def test_wrong_classes_are_named(text):
         masks_of([ONE(labels())], text)
 
 
-def test_a_file_of_labels_for_coco():
-    coco_file([(0, 2, polygon(3, 4, 6)), (0, 3, polygon(9, 4, 6))])
+def test_a_file_of_labels_for_outlines():
     Path("labels.txt").write_text("__ignore__\n_background_\nk3\nk2\n")
-    run_download("--coco", "c.json", "images", *ALL, "--classes", "labels.txt")
-    assert class_names() == ["k3", "k2"]
+    assert parse_labels("labels.txt") == parse_labels("k3, k2") == ["k3", "k2"]
 
 
 # ---------------------------------------------------------------- strays, numbers of objects
@@ -347,22 +331,11 @@ def test_classes_beside_255_stay_classes(case):
 
 @pytest.mark.parametrize("suffix", [".tif", ".jpg"])
 def test_smoothed_and_lossy_masks_take_halves_or_ranges(suffix):
-    soft = averaged(0, 2)
-    for text, first, end in (
-        *((None, 128, 256), ("255=x", 128, 256), ("*=x", 128, 256), ("0=x", 0, 128)),
-        *(("60-255=x", 60, 256), ("60-999=x", 60, 256)),
-    ):
-        (masks,), classes = masks_of([soft], text, suffix)
+    halves = {None: (128, 256), "255=x": (128, 256), "*=x": (128, 256), "0=x": (0, 128)}
+    for text, (first, end) in (halves | {"60-255=x": (60, 256), "60-999=x": (60, 256)}).items():
+        (masks,), classes = masks_of([averaged(0, 2)], text, suffix)
         values = np.asarray(Image.open(f"masks/0{suffix}"))
-        wanted = (values >= first) & (values < end)
-        assert_array_equal(masks[classes.names[0]], wanted)
-
-
-def test_masks_that_are_all_empty():
-    save_pair("a", grey([0, 0])(labels(0)))
-    refuse_download("--masks", "images/{id}.png", "masks/{id}.{class}", *ALL, words=["no pixel"])
-    for flags in ((), ("--classes", "1=x"), ("--classes", "*=x"), ("--invert",)):
-        refuse_download(*MASKS, *flags, words=["masks"])
+        assert_array_equal(masks[classes.names[0]], (values >= first) & (values < end))
 
 
 def test_masks_that_cannot_be_inverted():

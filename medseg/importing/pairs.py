@@ -55,7 +55,8 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False, *, emp
         )
     image_files, mask_files = image_side.find(channels), mask_side.find()
     for path in find_drawn([*image_files, *mask_files]):
-        image_files.pop(path, None), mask_files.pop(path, None)
+        image_files.pop(path, None)
+        mask_files.pop(path, None)
     mask_files, orphans = _assign_masks(image_files, mask_files, names)
     cases, problem = make_cases(image_files.values(), names, image_side, channels)
     problems = [problem] if problem else []
@@ -72,7 +73,7 @@ def pair(images, masks, channels=None, classes=None, skip_unpaired=False, *, emp
         total = len(mask_files) + len(orphans)
         problems.append(f"{len(orphans)} of {total} masks have no image ({min(orphans).path})")
     pairs = [case for case in pairs if case.masks or empty_unmasked]
-    if not pairs:
+    if not any(case.masks for case in pairs):
         raise ValueError(f"{images}: no image has a mask: {' and '.join(problems)}")
     if problems and not skip_unpaired:
         raise ValueError(f"{' and '.join(problems)}; --skip-unpaired goes on without them")
