@@ -116,22 +116,28 @@ def test_predictions_are_shown_at_the_size_of_their_images(tmp_path, monkeypatch
     images = {name: scan(160, 64, *box) for name, box in boxes.items()}
     write_split(tmp_path / "test", images, [(index, square(25, 5, 40)) for index in range(3)])
     (tmp_path / "test" / "broken.png").write_bytes(b"no picture")
-    drawn, skipped = {}, []
+    drawn, skipped = [], []
 
     def keep(cases, *_, captions, **options):
-        drawn.update(zip(captions, cases, strict=True))
+        drawn.append((cases, captions))
 
     monkeypatch.setattr(train.plots, "plot_predictions", keep)
     rows = data.load_split(tmp_path, "test", 32, skipped=skipped)
     dataset = data.open_split(tmp_path, "test", 32).without(skipped)
-    train.visualize_predictions(brightness_model(), Batches(rows, Order(2), dataset=dataset), "cpu")
-    assert list(drawn) == ["a.png", "b.png"]
-    for name, (picture, (target,), (pred,), title) in drawn.items():
+    loader = Batches(rows, Order(2), dataset=dataset)
+    for batches in (loader, list(loader)):  # the second are those of any loader
+        train.visualize_predictions(brightness_model(), batches, "cpu")
+    (cases, names), (plain, unnamed) = drawn
+    assert (names, unnamed) == (["a.png", "b.png"], ())
+    for name, (picture, (target,), (pred,), title) in zip(names, cases, strict=True):
         shown = np.asarray(images[name])
         np.testing.assert_array_equal(picture, np.repeat(shown[..., None], 3, 2))
         assert target[5:45, 25:65].all() and target.sum() == 1600
         assert (pred != (shown > 99)).mean() < 0.1
         assert title == f"Dice {2 * (pred & target).sum() / (pred.sum() + 1600):.2f}"
+    for row, (picture, (target,), (pred,), _) in zip(rows, plain, strict=True):
+        np.testing.assert_allclose(255 * picture, row[..., :3], atol=0.01)
+        assert (target == row[..., 3]).all() and (pred != (row[..., 0] > 99)).mean() < 0.1
 
 
 @pytest.fixture
