@@ -32,7 +32,7 @@ import predict
 from medseg import plots
 from medseg.drawing import class_colors
 from medseg.inference import Inference
-from medseg.metrics import SWEEP, RunningScores, image_dice
+from medseg.metrics import SWEEP, image_dice
 from medseg.predicting import inputs
 from medseg.predicting.figure import choose_cases
 from medseg.predicting.inputs import EXAMPLE
@@ -461,26 +461,16 @@ def test_a_report_shows_of_few_images_each_once():
         assert dice[shown[0]] == dice.max() and dice[shown[-1]] == dice.min()
 
 
-def figure_of(monkeypatch, plot, *arguments, **options):
-    """The matplotlib figure that a function of medseg.plots draws, as it is when it is written."""
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    plot(*arguments, **options)
-    figures[0].draw_without_rendering()
-    return figures[0]
-
-
-def texts_of(figure):
-    return "\n".join(text.get_text() for text in figure.findobj(Text))
-
-
 def test_a_report_is_in_words_and_its_ticks_lie_apart(graded, tmp_path, monkeypatch):
     """The threshold is the one in use; names may hold what matplotlib takes for formulas."""
-    odd, report = r"a $\frac$ b", "medseg.predicting.report"
+    odd, module, figures = r"a $\frac$ b", "medseg.predicting.report", []
     valid = {"thresholds": SWEEP, "dice": [0.5] * len(SWEEP), "chosen_threshold": 0.3}
-    monkeypatch.setattr(f"{report}.group_images", lambda *_: (["g"], np.zeros(3, int)))
-    figure = figure_of(monkeypatch, write_report, tmp_path, odd, graded, valid, ["foreground"])
-    words = texts_of(figure)
+    monkeypatch.setattr(f"{module}.group_images", lambda *_: (["g"], np.zeros(3, int)))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    write_report(tmp_path, odd, graded, valid, ["foreground"])
+    (figure,) = figures
+    figure.draw_without_rendering()
+    words = "\n".join(text.get_text() for text in figure.findobj(Text))
     assert all(name in words for name in (odd, "pixel accuracy", "Dice per image", "\n(1)"))
     assert not any(key in words for key in ("acc ", "image_dice", "background_acc", "miou", "more"))
     (sweep,) = (axis for axis in figure.axes if axis.get_xlabel() == "threshold")
@@ -490,15 +480,3 @@ def test_a_report_is_in_words_and_its_ticks_lie_apart(graded, tmp_path, monkeypa
             boxes = [label.get_window_extent() for label in labels if label.get_text()]
             for one, other in itertools.combinations(boxes, 2):
                 assert not one.overlaps(other), axis.get_title()
-
-
-def test_curves_have_whole_epochs(monkeypatch):
-    keys = [f"{split}_{key}" for split in ("train", "val") for key in RunningScores("cpu").keys()]
-    row = dict.fromkeys(keys, 0.0)
-    history = [{**row, "epoch": n + 1, "val_loss": 1 / (n + 1)} for n in range(3)]
-    figure = figure_of(monkeypatch, plots.plot_curves, history, None, title=r"a $\frac$")
-    assert "best weights (epoch 3)" in texts_of(figure)
-    for axis in figure.axes:
-        low, high = axis.get_xlim()
-        ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
-        assert ticks and all(tick == round(tick) for tick in ticks)
