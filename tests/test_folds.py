@@ -249,7 +249,7 @@ def test_classes_of_a_data_set_without_valid_and_test(copied):
     flags = (*SMALL, "--classes", "each", "--epochs", 1, "--folds", 2)
     said, result = run(*flags, "--out", "two"), read("two")
     assert result["class_names"] == ["a", "b"] and "dice/b" in result["confidence_95"]
-    assert result["images"] == 6 and "  b: " in said and "predict.py IMAGE --model" in said
+    assert result["images"] == 6 and "  b: pooled" in said and "predict.py IMAGE --model" in said
     for place in Path("two/folds").iterdir():
         assert files(place / "test") == files(place / "valid") and len(files(place / "train")) == 3
     # A class of one image is in no train but those of the other folds.
