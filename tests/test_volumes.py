@@ -206,6 +206,8 @@ def test_a_mask_volume_lies_where_the_volume_lies(tmp_path, suffix, make, shape)
     image.to_filename(tmp_path / "a.nii")
     volume, path = open_volume(tmp_path / "a.nii"), tmp_path / f"a_mask{suffix}"
     masks = rng.integers(0, 3, slices_of(volume).shape).astype(np.uint8)
+    with pytest.raises(ValueError):
+        write_mask(path, volume, iter(masks[1:]))
     write_mask(path, volume, iter(masks))
     back = nibabel.load(path)
     assert isinstance(back, make) and back.shape == shape and back.get_data_dtype() == np.uint8
