@@ -241,8 +241,8 @@ def predict_inputs(args, model, window):
     inputs.print_left_aside(paths, files)
     frames, volumes, problems = inputs.sort_files(files, window, args.pixel_size)
     total = len(frames) + len(volumes) + len(problems)
-    named = files[0].path == Path(paths[0]) or not Path(paths[0]).is_dir()
-    single, lines = named and len(files) == total == 1, total <= MAX_LINES
+    first, lines = Path(paths[0]), total <= MAX_LINES
+    single = len(files) == total == 1 and (files[0].path == first or not first.is_dir())
     folder, scored = inputs.annotated_folder(paths), False
     frames = inputs.add_spacings(frames, folder) if folder else frames
     for frame in frames:
