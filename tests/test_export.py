@@ -237,7 +237,7 @@ def test_half_precision_is_half_the_file(place, refused):
 def test_torch_hub_loads_a_clone(tmp_path):
     hub = partial(torch.hub.load, str(ROOT), "unet", source="local")
     model = hub(n_filters=4, norm="batch")
-    assert model.training and model.n_filters == 4 and model.down1.norm1.num_features == 4
+    assert model.training and model.n_filters == 4
     torch.save(make_model("group").state_dict(), tmp_path / "weights.pth")
     model = hub(weights=str(tmp_path / "weights.pth"))
     assert not model.training and model.n_classes == 2
