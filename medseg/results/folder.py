@@ -230,12 +230,9 @@ def summarize(rows):
     if len(rows) == len(classes):  # one image, which has its own lines
         return []
     for name, own in classes.items():
-        share, marked = (
-            np.mean([row["share"] for row in own]),
-            sum(row["pixels"] > 0 for row in own),
-        )
-        count = f"in {marked} of {len(own)} images"
-        lines.append(f"  {name:12} {100 * share:5.2f} % of an image on average, {count}")
+        share = 100 * np.mean([row["share"] for row in own])
+        count = f"in {sum(row['pixels'] > 0 for row in own)} of {len(own)} images"
+        lines.append(f"  {name:12} {share:5.2f} % of an image on average, {count}")
     for name, volumes in list(series.items())[:MAX_LINES]:
         parts = ", ".join(f"{of} {volume:.4g} mL" for of, volume in volumes.items())
         lines.append(f"series {name}: {parts}")

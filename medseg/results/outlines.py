@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 
 from medseg.pieces import class_masks, inside, number_pieces
 
+SINGLE = np.array([(0.2, 0.2), (0.8, 0.2), (0.5, 0.8)])  # a polygon within a pixel
+
 
 def trace_labels(labels, simplify=0):
     """[(number, points)]: polygons that, one drawn over the other, give back labels to the pixel.
@@ -55,9 +57,7 @@ def _trace_region(region, corner, simplify):
         line = thinned
     corners = line[:, 0] + corner
     if len(corners) == 1:  # a single pixel
-        return [
-            tuple((corners[0] + part).tolist()) for part in ((0.2, 0.2), (0.8, 0.2), (0.5, 0.8))
-        ]
+        return [tuple(point) for point in (corners + SINGLE).tolist()]
     if len(corners) == 2:  # a straight line, there and back
         corners = np.append(corners, corners[:1], 0)
     points, first_again = corners + 0.5, (corners == corners[0]).all(1)
