@@ -286,9 +286,9 @@ def test_via_shapes_and_classes(here):
         "dot": {"name": "point", "cx": 3, "cy": 3},
     }
     several = [region(own, kind=name) for name, own in shapes.items()]
-    via_file({"a.png": several, "b.png": [region(RECT, kind="")], "empty.png": None})
+    via_file({"a.png": several, "b.png": [region(RECT, kind="")] * 2, "empty.png": None})
     out = run_download(*VIA)
-    assert "1 regions without an area" in out and "1 regions without kind" in out
+    assert "1 regions without an area" in out and "2 regions without kind" in out
     assert class_names() == ["box", "circle", "line", "oval", "polygon"]
     got = stored()
     assert got["b"] == got["empty"] == {}
