@@ -20,6 +20,7 @@ from helpers import (
     class_names,
     coco_file,
     labelme,
+    labels,
     photo,
     png,
     polygon,
@@ -366,37 +367,26 @@ def test_yolo_splits_are_kept_and_missing_ones_dealt(here, layout):
     assert 8 <= len(stored("train", "anew")) <= 12
 
 
-# ---- Roboflow's masks, arrays --------------------------------------------------------------------
+# ---- arrays --------------------------------------------------------------------------------------
 
 
-def label_map(*squares):
-    values = np.zeros(PHOTO[::-1])
-    for value, own in squares:
-        values[square_mask(*own)] = value
-    return values
-
-
-TWO = ((3, 4, 6, 6), (20, 5, 7, 9))
-
-
-def arrays(name, values, labels, keys=("image", "label")):
+def arrays(name, values, mask, keys=("image", "label")):
     Path(name).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(name, **dict(zip(keys, (values, labels), strict=True)))
+    np.savez(name, **dict(zip(keys, (values, mask), strict=True)))
 
 
 def test_npz_files_of_cases(here):
     """Floating point and one window for all; the slices of a case are a group."""
     ramp = np.linspace(0, 1, 1200, dtype=np.float32).reshape(PHOTO[::-1])
+    mask = np.array([0.0, 3, 7])[labels(0, 2)]
     for number in range(4):
-        name = f"z/case{number // 2:04}_slice{number:03}.npz"
-        arrays(name, ramp * (1 + number % 2), label_map((3, TWO[0]), (7, TWO[1])))
+        arrays(f"z/case{number // 2:04}_slice{number:03}.npz", ramp * (1 + number % 2), mask)
     run_download("--arrays", "z", *ALL, "--classes", "liver,spleen")
-    wanted = {"liver": square_mask(*TWO[0]), "spleen": square_mask(*TWO[1])}
     low, high = np.percentile([ramp, 2 * ramp], (0.5, 99.5))
     groups = [int(image["group"].removeprefix("case")) for image in annotations("train")["images"]]
     assert groups == [0, 0, 1, 1]
     for stem, masks in stored().items():
-        assert_equal(masks, wanted)
+        assert_equal(masks, {"liver": mask == 3, "spleen": mask == 7})
         got = read_rgb(f"dataset/train/{stem}.png")[..., 0] / 255
         grey = np.clip((ramp * (1 + int(stem[-1]) % 2) - low) / (high - low), 0, 1)
         assert abs(got - grey).max() < 0.51 / 255
@@ -404,10 +394,10 @@ def test_npz_files_of_cases(here):
 
 
 def test_npz_files_of_colour(here):
-    arrays("z/x.npz", np.asarray(photo()), label_map((1, TWO[0])) > 0, ("img", "mask"))
+    arrays("z/x.npz", np.asarray(photo()), labels() == 1, ("img", "mask"))
     run_download("--arrays", "z", *ALL)
     assert_array_equal(read_rgb("dataset/train/x.png"), photo())
-    assert_equal(stored()["x"], {"foreground": square_mask(*TWO[0])})
+    assert_equal(stored()["x"], {"foreground": labels() == 1})
 
 
 def test_figshare_brain_tumours(here, monkeypatch):
@@ -480,8 +470,8 @@ BAD = [  # ((flags, a function that writes the files), what the message names)
     (bad_yolo("2" + SQUARE[1:]), "labels/a.txt: line 1"),
     (bad_yolo(SQUARE, names="nc: 2\n"), "data.yaml"),
     (bad_yolo(), "labels/a.txt"),
-    (bad_npz(label_map().T, "image", "label"), "z/x.npz"),
-    (bad_npz(label_map(), "imgs", "label"), "z/x.npz"),
+    (bad_npz(labels().T, "image", "label"), "z/x.npz"),
+    (bad_npz(labels(), "imgs", "label"), "z/x.npz"),
 ]
 
 
