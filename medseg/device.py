@@ -81,11 +81,6 @@ def describe_device(device):
     return f"{device.type} ({torch.cuda.get_device_name(device)})"
 
 
-def peak_memory(device):
-    """GiB that tensors have taken on a GPU at most, so far; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-
 def make_autocast(precision, device):
     """The context in which the network runs; in 'fp32' it does nothing."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16

@@ -41,7 +41,7 @@ from medseg.phantoms import make_phantoms
 from medseg.signals import Stopped
 from medseg.training.checkpoint import Progress
 from medseg.training.optim import GuardedStep, TrainingOptions, make_schedule
-from medseg.weights import PRETRAINED, load_weights
+from medseg.weights import load_weights
 from net import UNet, load_model
 from train import combined_loss, dice_loss, focal_loss, train_model
 
@@ -274,20 +274,16 @@ def test_the_running_mean_of_the_weights_by_hand(tmp_path):
 
 
 def test_the_scale_of_half_precision_is_gone_on_with():
-    first, second = (
-        GuardedStep(
-            model := pixel_model(),
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            torch.device("cpu"),
-            TrainingOptions(scaler=torch.amp.GradScaler("cpu", 8.0, growth_interval=1)),
-        )
-        for _ in range(2)
-    )
+    model, steps = pixel_model(), []
+    for _ in range(2):
+        options = TrainingOptions(scaler=torch.amp.GradScaler("cpu", 8.0, growth_interval=1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        steps.append(GuardedStep(model, optimizer, torch.device("cpu"), options))
     for _ in range(2):  # each doubles the scale
-        first.begin()
-        first.finish(first.model(torch.ones(1, 3, 2, 2)).mean())
-    second.load_state_dict(first.state_dict())
-    assert second.scaler.get_scale() == 32 and second.steps == 2
+        steps[0].begin()
+        steps[0].finish(model(torch.ones(1, 3, 2, 2)).mean())
+    steps[1].load_state_dict(steps[0].state_dict())
+    assert steps[1].scaler.get_scale() == 32 and steps[1].steps == 2
 
 
 # ---- steps that are not finite ----------------------------------------------------------------
@@ -666,13 +662,6 @@ def test_it_takes_network_size_and_weights(begun, tmp_path):
     # With crops images keep their own size, whatever the weights had.
     begun({"depth": 2}, "--crop", 32)
     assert load_model(tmp_path / "best_model.pth").info.image_size is None
-
-
-def test_it_starts_from_the_weights_of_the_repository(begun):
-    _, saved = begun({}, "--init", PRETRAINED)
-    first = load_weights(PRETRAINED)["down1.conv1.weight"]  # in float16
-    assert torch.equal(saved["model"]["down1.conv1.weight"], first.float())
-    assert (saved["flags"]["n_filters"], saved["flags"]["image_size"]) == (8, 128)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from data import count_channels
 from medseg import coco, dist, plots
 from medseg.cli import output_folder
-from medseg.device import choose_precision, out_of_memory, peak_memory
+from medseg.device import choose_precision, out_of_memory
 from medseg.inference import learned_flips
 from medseg.layers import architecture_of
 from medseg.own_files import check_outputs
@@ -149,9 +149,10 @@ def memory_advice(args):
 
 def finish(args, root, device, history, tracker):
     """Draw the curves of a finished run, log what is drawn, and print what comes next."""
-    out, memory = Path(args.out), peak_memory(device)
-    if memory is not None:
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**30
         print(f"peak GPU memory {memory:.2f} GiB", flush=True)
+    out = Path(args.out)
     drawn = out / "predictions.png"
     tracker.image("predictions", drawn)
     if history:
