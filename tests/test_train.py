@@ -341,6 +341,10 @@ def test_it_stops_after_too_many_in_a_row_and_names_the_step(tmp_path):
     after = load_weights(tmp_path / "last.pth")["model"]
     assert all(torch.equal(after[name], before[name]) for name in after if "num_" not in name)
     assert (tmp_path / "best_model.pth").read_bytes() == best
+    # What cannot be written then is not passed over.
+    full = patch("medseg.training.checkpoint.save_weights", side_effect=OSError(28, "No space"))
+    with full, pytest.raises(ValueError, match="No space"):
+        train_with_bad_steps([good] * 3 + [bad] * 30, adam, tmp_path)
     (row,) = train_with_bad_steps(([bad] * 15 + [good]) * 3, adam, tmp_path, epochs=1)
     assert row["skipped"] == 45  # not in a row
 
