@@ -14,54 +14,11 @@ from medseg.importing.pairs import pair, patterns_of_folders
 
 pytestmark = pytest.mark.usefixtures("here")
 
-# Two patterns, the pairs of files that they stand for, and what else lies there: a line each.
-DOCUMENTED = """
-D/{id}.bmp D/{id}.png
-    D/1.bmp < D/1.png
-D/{id}.jpg D/{id}_1stHO.png
-    D/x.jpg < D/x_1stHO.png
-D/*/{id}.png D/*/{id}_mask{part}.png
-    D/b/b (1).png < D/b/b (1)_mask.png + D/b/b (1)_mask_1.png
-D/*/{id}.png D/{class}/{id}_mask{part}.png
-    D/b/b 1.png < b=D/b/b 1_mask.png + b=D/b/b 1_mask_1.png
-DRIVE/*/images/{id}_*.tif DRIVE/*/1st_manual/{id}_*.gif
-    DRIVE/test/images/01_test.tif < DRIVE/test/1st_manual/01_manual1.gif
-    DRIVE/training/images/21_training.tif < DRIVE/training/1st_manual/21_manual1.gif
-    also DRIVE/test/mask/01_test_mask.gif
-D/{n}/images/{id}.png D/{n}/masks/{id}.png
-    D/a/images/0.png < D/a/masks/0.png
-    D/b/images/0.png < D/b/masks/0.png
-D/{id}/images/*.png D/{id}/masks/{part}.png
-    D/0a/images/0a.png < D/0a/masks/c.png + D/0a/masks/d.png
-    D/b/images/b.png < D/b/masks/e.png
-PH2/**/{id}_Dermoscopic_Image/*.bmp PH2/**/{id}_lesion/*.bmp
-    PH2/i/D1/D1_Dermoscopic_Image/D1.bmp < PH2/i/D1/D1_lesion/D1_lesion.bmp
-    also PH2/i/D1/D1_roi/D1_R1.bmp
-kaggle_3m/{group}/{id}.tif kaggle_3m/{group}/{id}_mask.tif
-    [C_1] kaggle_3m/C_1/C_1_1.tif < kaggle_3m/C_1/C_1_1_mask.tif
-I/{id}.png M/{id}_{class}.png
-    I/a.png < x=M/a_x.png
-    I/a_1.png < x=M/a_1_x.png + y_z=M/a_1_y_z.png
-CXR_png/{id}.png ManualMask/{class}/{id}.png
-    CXR_png/M_1.png < left=ManualMask/left/M_1.png + right=ManualMask/right/M_1.png
-S/{id}/ct.nii.gz S/{id}/segmentations/{class}.nii.gz
-    S/s1/ct.nii.gz < aorta=S/s1/segmentations/aorta.nii.gz
-imagesTr/{id}_{channel}.nii.gz labelsTr/{id}.nii.gz
-    0000=imagesTr/B_1_0000.nii.gz + 0001=imagesTr/B_1_0001.nii.gz < labelsTr/B_1.nii.gz
-B/sub-*/**/{id}_T1w.nii.gz B/derivatives/**/{id}_T1w_*mask.nii.gz
-    B/sub-01/anat/sub-01_T1w.nii.gz < B/derivatives/m/sub-01/sub-01_T1w_lesion_mask.nii.gz
-D/{group}/{group}_frame{id}.nii.gz D/{group}/{group}_frame{id}_gt.nii.gz
-    [p1] D/p1/p1_frame01.nii.gz < D/p1/p1_frame01_gt.nii.gz
-    also D/p1/p1_4d.nii.gz
-D/{id}.mhd D/{id}_segmentation.mhd
-    D/C0.mhd < D/C0_segmentation.mhd
-D/{id}/{id}_{channel}.nii D/{id}/*_{seg,Segm}.nii
-    t1=D/B_1/B_1_t1.nii + t1ce=D/B_1/B_1_t1ce.nii < D/B_1/B_1_seg.nii
-    t1=D/B_3/B_3_t1.nii + t1ce=D/B_3/B_3_t1ce.nii < D/B_3/W39_1998.09.19_Segm.nii
-ct/{id}/ labels/{id}.nii.gz
-    also ct/1/IM0
-    ct/1 < labels/1.nii.gz
-"""  # all of docs/own-data.md; of two readings of a name the longest {id} is meant
+DOCUMENTED = re.findall(
+    r"'([^' ]*\{[^' ]*)' '([^' ]*\{[^' ]*)'", (ROOT / "docs" / "own-data.md").read_text("utf-8")
+)
+# Two patterns, the pairs of files that they stand for, and what else lies there: a line each. Of
+# two readings of a name the longest {id} is meant.
 RULES = """
 {train,val}/i/{id}.{jpg,p*} */m/{id}.png
     train/i/0.png < train/m/0.png
@@ -101,7 +58,7 @@ WRONG = [  # files, the patterns, what the message has
     ("i/a.png", "i/{id}{n}.png m/{id}.png", ["between"]),
     ("i/a.png m/1/a.png", "i/{id}.png m/{n}/{id}.png", ["{n}", "*"]),
     ("i/2_t.png m/2_m.png", "i/{id}.png m/{id}.png", ["2_t", "2_m"]),
-    (" ".join(LUNGS), "i/{id}.png m/{id}.png", ["i/b.png", "m/c.png", "--skip-unpaired"]),
+    (" ".join(LUNGS), "i/{id}.png m/{id}.png", ["i/b.png", "1 of 2 masks", "m/c.png"]),
     ("t/i/0.png v/i/0.png t/m/0.png", "*/i/{id}.png t/m/{id}.png", ["t/i/0.png", "v/i/0.png"]),
     ("x.jpg x_1.png x_2.png", "{id}.jpg {id}_*.png", ["x_1.png", "x_2.png", "{part}", "{class}"]),
     ("a.png a.bmp", "{id}.* {id}.*", ["{id}.*"]),
@@ -132,19 +89,38 @@ def pairs(*patterns, **options):
     return [spell(case) for case in pair(*patterns, **options)]
 
 
-def rows_of(table):
-    return [row.split("\n    ") for row in re.split(r"\n(?! )", table.strip())]
+def fill(pattern, name):
+    """A path that a pattern stands for, but for {channel}, {class} and {part}."""
+    for placeholder, text in {"id": name, "n": f"n{name}", "group": f"g{name}"}.items():
+        pattern = pattern.replace(f"{{{placeholder}}}", text)
+    pattern = re.sub(r"\{(\w+),[^{}]*\}", r"\1", pattern)  # the first of alternatives
+    return pattern.replace("**", "some/folders").replace("*", "w")
 
 
-def test_all_documented_patterns_are_here():
-    text = (ROOT / "docs" / "own-data.md").read_text("utf-8")
-    documented = re.findall(r"'([^' ]*\{[^' ]*)' '([^' ]*\{[^' ]*)'", text)
-    assert {" ".join(own) for own in documented} == {row[0] for row in rows_of(DOCUMENTED)}
+def variants(path, placeholder, texts):
+    """{text: the path with it}, {None: the path} without this placeholder."""
+    place = f"{{{placeholder}}}"
+    return {text: path.replace(place, text) for text in texts} if place in path else {None: path}
 
 
-@pytest.mark.parametrize("row", rows_of(DOCUMENTED) + rows_of(RULES), ids=lambda row: row[0])
+@pytest.mark.parametrize("images, masks", DOCUMENTED)
+def test_documented_patterns_pair_what_they_stand_for(images, masks):
+    wanted = []
+    for name in ("a", "a_1"):
+        files = variants(fill(images, name), "channel", ("t1", "t2"))
+        drawn = variants(fill(masks, name), "class", ("x", "y"))
+        drawn = {own: [*variants(path, "part", "pq").values()] for own, path in drawn.items()}
+        make_files(f"{path}slice" if path[-1] == "/" else path for path in files.values())
+        make_files(path for paths in drawn.values() for path in paths)
+        files = {own: Path(path) for own, path in files.items()}
+        drawn = {own: [*map(Path, paths)] for own, paths in drawn.items()}
+        wanted.append((f"g{name}" if "{group}" in images else "", files, drawn))
+    assert [(case.group, case.images, case.masks) for case in pair(images, masks)] == wanted
+
+
+@pytest.mark.parametrize("row", re.split(r"\n(?! )", RULES.strip()))
 def test_files_are_paired(row):
-    patterns, *lines = row
+    patterns, *lines = row.split("\n    ")
     wanted = [line for line in lines if " < " in line]
     files = re.split(" [<+] |, ", " + ".join(lines).replace("also ", ""))
     make_files(re.sub(r"^\[.*?\] |^\w+=", "", file) for file in files)
