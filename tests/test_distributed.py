@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import HOME, ROOT, SMALL, fork_script, output_of, read_metrics, wait_until
+from helpers import HOME, ROOT, SMALL, output_of, read_metrics, wait_until
 
 from data import Batches, Order
 from medseg.dist import SharedDropout, all_reduce_max, process_group
@@ -44,7 +44,6 @@ def torchrun(*arguments, out, restarts=0):
         start_new_session=True,
         env={**os.environ, "HOME": HOME, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
-
     try:
         wait_until((out / "metrics.csv").exists)
         command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
@@ -56,36 +55,12 @@ def torchrun(*arguments, out, restarts=0):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def environments():
-    """What torchrun tells each of two processes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    both["GLOO_SOCKET_IFNAME"] = "lo"
-    return [{**both, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-
-
-def train_in_two(*arguments, cwd):
-    """Run train.py in two processes forked from this one; what they print.
-
-    They find the environment that torchrun makes. Forks need not import PyTorch.
-    """
-
-    def start(log, environment):
-        def prepare():
-            os.environ.update(environment)
-            os.chdir(cwd)
-
-        return fork_script("train.py", *arguments, log=log, prepare=prepare)
-
-    logs = [cwd / "log0", cwd / "log1"]
-    processes = list(map(start, logs, environments()))
-    for process in processes:
-        process.join(120)
-        process.kill()
-    said = "".join(log.read_text() for log in logs)
-    assert [process.exitcode for process in processes] == [0, 0], said
-    return said
+def train_in_two(*arguments, out):
+    """What two processes print that end well."""
+    with torchrun(*arguments, out=out) as (process, _):
+        pass
+    assert process.returncode == 0, process.said
+    return process.said
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -114,12 +89,11 @@ def curve(folder):
 # In batches of 5 of 6 images, and of 3 of 4, the last one has a single image: none for the second
 # process.
 @pytest.mark.parametrize("batch_size", [5, 3])
-@pytest.mark.usefixtures("no_pictures")
 def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
     flags = (*SMALL, "--batch-size", batch_size, "--epochs", 4, "--lr", 1e-2)
     flags = (*flags, "--augment", "flip", "--tune-prediction")
     one = output_of("train.py", *flags, "--out", "one", cwd=tmp_path)
-    two = train_in_two(*flags, "--out", "two", cwd=tmp_path)
+    two = train_in_two(*flags, out=tmp_path / "two")
     assert "2 x cpu" in two and two.count("epoch 1/4") == 1
     assert two.count("test with the best weights") == 1
     places = tmp_path / "one", tmp_path / "two"
@@ -133,21 +107,28 @@ def test_two_processes_learn_as_one(dataset, tmp_path, batch_size):
     chosen = [load_model(place / "best_model.pth").info.inference for place in places]
     assert chosen[0] == chosen[1] is not None
     # What one process wrote, two resume.
-    train_in_two("--resume", "--epochs", 5, "--out", "one", cwd=tmp_path)
+    train_in_two("--resume", "--epochs", 5, out=tmp_path / "one")
     assert len(curve(tmp_path / "one")) == 5
 
 
 def run_pair(function):
-    """function(rank) in two processes that make a process group, forked from this one."""
+    """function(rank) in two processes that make a process group, forked from this one.
 
-    def run(environment):
-        os.environ.update(environment)
+    They find the environment that torchrun makes.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+
+    def run(rank):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ.update({**own, **place})
         sys.setswitchinterval(1000)  # nobody is given the GIL who does not wait for long
         with process_group(torch.device("cpu")):
-            function(int(environment["RANK"]))
+            function(rank)
 
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run, args=(own,)) for own in environments()]
+    processes = [fork.Process(target=run, args=(rank,)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
@@ -176,10 +157,9 @@ def test_dropout_of_two_processes_is_that_of_one():
     run_pair(compare)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_worker_is_restarted_and_the_result_is_the_same(dataset, tmp_path):
     flags = (*SMALL, "--epochs", 12, "--save-every", 0)
-    train_in_two(*flags, "--out", "calm", cwd=tmp_path)
+    train_in_two(*flags, out=tmp_path / "calm")
     with torchrun(*flags, out=tmp_path / "hit", restarts=2) as (hit, workers):
         os.kill(max(workers), signal.SIGKILL)
     assert hit.returncode == 0, hit.said

@@ -598,12 +598,14 @@ def test_the_next_command_works(flags, expected, monkeypatch, tmp_path):
 def test_what_the_training_is_given(dataset, tmp_path):
     flags = "--lr 0.02 --weight-decay 0.3 --ema 0.7 --patience 3 --epochs 7 --save-every 9 --seed 5"
     more = "--warmup 4 --min-steps 3 --schedule cosine --loss bce=3 --augment flip --foreground 0.5"
+    more += " --classes each"
     command = ("train.py", *SMALL[2:], *flags.split(), *more.split(), "--crop", 16, "--depth", 2)
     with patch.object(train, "train_model", side_effect=KeyboardInterrupt) as training:
         script_here(*command, cwd=tmp_path)
-    _, changed, plain, criterion, optimizer, epochs, _ = training.call_args.args
+    model, changed, plain, criterion, optimizer, epochs, _ = training.call_args.args
     options = training.call_args.kwargs["options"]
     assert criterion(torch.tensor([0.5]), torch.ones(1)).item() == pytest.approx(3 * math.log(2))
+    assert model.info.class_names == ("tumour",)
     (group,) = optimizer.param_groups
     assert (group["initial_lr"], group["weight_decay"], epochs) == (0.02, 0.3, 7)
     assert (options.ema, options.patience, options.save_every, options.grace) == (0.7, 3, 9, 4)
