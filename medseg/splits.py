@@ -215,14 +215,9 @@ def given_settings(folder):
 
 @contextlib.contextmanager
 def whole_folder(target):
-    """A new folder to fill, which becomes `target` at the end, or is gone where that fails.
-
-    What a killed process left of it is removed.
-    """
+    """A new folder to fill, which becomes `target` at the end, or is gone where that fails."""
     building = target.with_name(f".{target.name}.new.tmp")
-    if building.exists():
-        shutil.rmtree(building)
-        print(f"{building}: removed, a killed process left it", flush=True)
+    shutil.rmtree(building, ignore_errors=True)  # what a killed process left
     try:
         yield building
         os.replace(building, target)
@@ -240,18 +235,15 @@ def link_split(folder, entries, categories, info, ways=(os.link, shutil.copy2)):
         for annotation in entry.annotations:
             annotations.append({**annotation, "id": len(annotations), "image_id": index})
     lists = {"images": images, "annotations": annotations, "categories": categories}
-    content = {"info": info, **lists} if info else lists
-    (folder / ANNOTATIONS).write_text(json.dumps(content))
+    (folder / ANNOTATIONS).write_text(json.dumps({"info": info, **lists}))
 
 
 def link_or_copy(path, target, ways=(os.link, shutil.copy2)):
     """Call the first of `ways` that raises no OSError: not all disks and accounts have links."""
-    for way in ways:
-        try:
+    for way in ways[:-1]:
+        with contextlib.suppress(OSError):
             return way(path, target)
-        except OSError:
-            if way is ways[-1]:
-                raise
+    return ways[-1](path, target)
 
 
 def next_training(root):

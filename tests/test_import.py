@@ -390,13 +390,6 @@ def test_a_killed_import_is_completed_or_taken_back(grown, flags):
     assert outcomes == {0, 1} and content("dataset") == expected[1] and call > 6
 
 
-def test_a_killed_grouped_split_is_removed(here):
-    run_download(*("--synthetic", "--phantoms", 60, 60, 60, "--data", "many"))
-    Path(".grouped.new.tmp/train").mkdir(parents=True)
-    assert "killed" in output_of("data.py", "many", "--grouped-split", "grouped", cwd=here)
-    assert not list(here.glob(".grouped.*.tmp")) and content("grouped")
-
-
 COMMANDS = {
     "train": ("--epochs", 1, "--n-filters", 2, "--image-size", 16, "--device", "cpu"),
     "download": (*LM, "--classes", "cup"),
