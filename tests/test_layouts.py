@@ -53,6 +53,8 @@ TotalSegmentator : s{}/ct.nii.gz > s{}/segmentations/liver.nii.gz|s{}/segmentati
 ACDC : t/p{}/p{}_frame01.nii.gz > t/p{}/p{}_frame01_gt.nii.gz > t/p{}/p{}_4d.nii.gz
   : D/t/{group}/{group}_frame{id}.nii.gz D/t/{group}/{group}_frame{id}_gt.nii.gz
 LiTS : v/volume-{}.nii > v/segmentation-{}.nii
+Carvana : train/c_{}.jpg > train_masks/c_{}_mask.gif
+arrays of NumPy : p{}/1.png > p{}/1_seg.npy
 IDRiD : 1. Original Images/a. Training Set/IDRiD_{}.jpg
   > 2. Groundtruths/1. MA/IDRiD_{}_MA.tif|2. Groundtruths/2. HE/IDRiD_{}_HE.tif
 STARE : images/im{}.ppm > labels/im{}.ah.ppm
@@ -81,6 +83,9 @@ def write(path, seed, is_mask):
         write_nifti(path, voxels, zooms=(1, 1, 3))
         return values > 700
     mask = labels(seed) * (labels(seed + 99) == 1)  # a fourth of the pixels
+    if path.suffix == ".npy":
+        np.save(path, mask == 1)
+        return mask == 1
     options = {"quality": 100} if path.suffix == ".jpg" else {}
     save(grey([0, 255])(mask) if is_mask else photo(seed), path, **options)
     return mask == 1

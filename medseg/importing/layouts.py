@@ -22,7 +22,7 @@ from medseg.coco import ANNOTATIONS, SPLITS
 from medseg.files import base_name, file_format, read_json
 from medseg.images import read_image
 from medseg.importing.pairs import find_drawn, pair
-from medseg.masks import read_mask
+from medseg.masks import ARRAY, read_mask
 from medseg.own_files import OWN_JSON
 from medseg.patterns import KNOWN, compile_parts, same_form, walk
 from medseg.samples import Page
@@ -51,6 +51,7 @@ leftImg8bit/**/{id}_leftImg8bit.png    gtFine/**/{id}_gtFine_labelIds.png
 **/{n}/<I>/{id}.*                      **/{n}/<M>/{id}<E>.*
 **/<I>/{id}_*.*                        **/<M>/{id}_*.*
 **/<I>/{id}.*                          **/<M>/{id}.{ah,vk}.*
+**/train/{id}.*                        **/train_masks/{id}<E>.*
 **/<I>/{image,img}_{id}.*              **/<M>/{mask,label,seg}_{id}.*
 **/<I>/{image,img}{id}.*               **/<M>/{mask,label,seg}{id}.*
 **/<I>/**/{id}.*                       **/<M>/**/{class}/{id}.*
@@ -251,7 +252,7 @@ def _count(path):
             volume = open_volume(path)
             values = volume[len(volume) // 2]
         else:
-            values = read_mask(Page(path, 0))[1]
+            _, values = read_mask(path if path.suffix.lower() == ARRAY else Page(path, 0))
     except ValueError:  # of a photograph, or DICOM
         return 0.0, 1.0
     counts = np.sort(np.unique(values, return_counts=True)[1])[-FEW_VALUES:]
