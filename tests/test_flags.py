@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import SMALL, assert_refused, script_here
+from helpers import SMALL, script_here
 
 import train
 from medseg.files import file_lock
@@ -142,30 +142,17 @@ def test_what_is_given_again_as_it_was_is_taken(tmp_path):
 # ---- a plan ----------------------------------------------------------------------------------
 
 
-class Planned(Exception):
-    pass
-
-
-@pytest.fixture
-def start(tmp_path, monkeypatch):
-    """start(*flags): train.py --recipe auto, up to its plan or, with words, refused before it."""
-
-    def run(*flags, words=()):
-        command = ("train.py", *SMALL[4:], "--recipe", "auto", "--out", "run", *flags)
-        if words:
-            assert_refused(script_here(*command, cwd=tmp_path), *words)
-        else:
-            pytest.raises(Planned, script_here, *command, cwd=tmp_path)
-
-    monkeypatch.setattr(train, "planned_flags", Mock(side_effect=Planned))
-    return run
-
-
-def test_nothing_is_planned_for_a_command_that_is_refused(start, tmp_path):
+def test_nothing_is_planned_for_a_command_that_is_refused(tmp_path, monkeypatch, refused):
     """Planning takes its time: a folder with another run, and flags that do not go together."""
-    start("--minutes", 5)
+    monkeypatch.setattr(train, "planned_flags", Mock(side_effect=KeyboardInterrupt))
+    auto = (*SMALL[4:], "--recipe", "auto", "--out", "run")
+
+    def plans(*flags):
+        return script_here("train.py", *auto, *flags, cwd=tmp_path).returncode == 130
+
+    assert plans("--minutes", 5)
     for flags in ("--crop 64 --image-size 64", "--loss dice=0", "--n-filters 5 --init w"):
-        start(*flags.split(), words=[flags.split()[0]])
+        refused("train", *auto, *flags.split(), words=[flags.split()[0]])
     run, fold = tmp_path / "run", tmp_path / "run" / "fold1"
     fold.mkdir()
     for path, folds in (
@@ -173,11 +160,12 @@ def test_nothing_is_planned_for_a_command_that_is_refused(start, tmp_path):
         (fold / "best_model.pth", ("--folds", 2)),
     ):
         path.touch()
-        start(*folds, words=[path.relative_to(tmp_path), "--resume", "--overwrite"])
-        start(*folds, "--overwrite")
+        words = [path.relative_to(tmp_path), "--resume", "--overwrite"]
+        refused("train", *auto, *folds, words=words)
+        assert plans(*folds, "--overwrite")
         path.unlink()
         (path.parent / "metrics.csv").write_text("mine")
-        start(*folds, "--overwrite", words=["metrics.csv"])
+        refused("train", *auto, *folds, "--overwrite", words=["metrics.csv"])
         (path.parent / "metrics.csv").unlink()
     with file_lock(run / ".lock", busy=""):
-        start("--overwrite", words=["run"])
+        refused("train", *auto, "--overwrite", words=["run"])
