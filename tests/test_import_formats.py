@@ -152,7 +152,8 @@ CORNERS = [[4, 3], [9, 3], [9, 8], [4, 8]]  # 6 x 6 pixels
 
 def test_labelme_shapes_of_other_programs(here):
     closed = shape("a", [*CORNERS, CORNERS[0]], "rectangle")
-    labelme("x", [closed, shape("b", CORNERS, "rotation", direction=0.3)])
+    usual = shape("a", CORNERS[::2], "rectangle")
+    labelme("x", [closed, usual, shape("b", CORNERS, "rotation", direction=0.3)])
     labelme("y", [shape(1.0, CORNERS)])
     out = run_download(*LABELME)
     assert "note: 1 rect" in out and "note: 1 labels" in out
