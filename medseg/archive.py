@@ -1,7 +1,6 @@
 """A zip of the three splits: unpacked, and what it lacks of them dealt from train."""
 
 import json
-import lzma
 import os
 import zipfile
 import zlib
@@ -24,7 +23,7 @@ from medseg.splits import (
 ALIASES = {split: (split,) for split in SPLITS} | {"valid": ("valid", "val", "validation")}
 
 # What zipfile raises for an archive that is damaged, or packed in a way that it does not know.
-DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 
 
 def is_intact(archive):

@@ -197,11 +197,8 @@ def find_images(name, folder, named):
     """
     for form in map(PureWindowsPath, name_forms(name)):
         candidates = named.get(same_form(form.name), [])
-        meant = os.path.normpath(folder / form.as_posix())
-        for compare in (str, same_form):
-            exact = [own for own in candidates if compare(os.path.normpath(own)) == compare(meant)]
-            if exact:
-                return exact
+        meant = same_form(os.path.normpath(folder / form.as_posix()))
+        exact = [own for own in candidates if same_form(os.path.normpath(own)) == meant]
         if candidates:
-            return candidates
+            return exact or candidates
     return []
