@@ -1,15 +1,13 @@
 """Device and precision: what 'auto' chooses, what a run records of it, and what a GPU is told."""
 
 import copy
-import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, make_dataset
+from helpers import ROOT, SMALL, output_of
 
 from medseg import device
 from medseg.training.optim import AdamW, GuardedStep, TrainingOptions, make_schedule
@@ -58,37 +56,27 @@ def test_devices(monkeypatch):
 # ---- what a run records ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch, no_pictures):
-    """A folder with a data set; its processor computes in bf16."""
+@pytest.mark.usefixtures("no_pictures")
+def test_the_choice_is_printed_recorded_and_kept(dataset, tmp_path, monkeypatch, refused):
+    def run(out, *flags):
+        said = output_of("train.py", *SMALL, "--out", out, *flags, cwd=tmp_path)
+        return said, load_weights(tmp_path / out / "last.pth")
+
     monkeypatch.setattr(device, "describe_cpu", lambda: {"amx_bf16"})
-    make_dataset(tmp_path / "dataset")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train_here(out, *flags):
-    train = importlib.import_module("train")
-    train.main(list(map(str, (*SMALL, "--out", out, *flags))))
-    return load_weights(Path(out) / "last.pth")
-
-
-def test_the_choice_is_printed_recorded_and_kept(place, monkeypatch, capsys):
-    whole = train_here("whole", "--epochs", 2)
-    assert "cpu, bf16;" in capsys.readouterr().out
-    assert whole["flags"]["computed_in"] == ["cpu", "bf16"]
-    train_here("parts", "--epochs", 1)
+    said, straight = run("whole", "--epochs", 2)
+    assert "cpu, bf16;" in said and straight["flags"]["computed_in"] == ["cpu", "bf16"]
+    run("parts", "--epochs", 1)
     monkeypatch.setattr(device, "describe_cpu", set)  # another machine
-    again = train_here("parts", "--epochs", 2, "--resume", "--precision", "auto")
-    for name, weight in whole["model"].items():
-        assert torch.equal(weight, again["model"][name])
+    resume = ("--resume", "--precision", "auto", "--epochs")
+    _, parts = run("parts", *resume, 2)
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, parts["model"][name])
     # A run that moves to another kind of device chooses anew.
-    again["flags"]["computed_in"] = ["cuda", "fp16"]
-    save_weights(Path("parts") / "last.pth", again)
-    moved = train_here("parts", "--epochs", 3, "--resume")
-    assert moved["flags"]["computed_in"] == ["cpu", "fp32"]
-    with pytest.raises(ValueError, match="--precision"):
-        train_here("parts", "--epochs", 4, "--resume", "--precision", "bf16")
+    parts["flags"]["computed_in"] = ["cuda", "fp16"]
+    save_weights(tmp_path / "parts" / "last.pth", parts)
+    assert run("parts", *resume, 3)[1]["flags"]["computed_in"] == ["cpu", "fp32"]
+    other = (*SMALL, "--out", "parts", "--resume", "--precision", "bf16")
+    refused("train", *other, words=["--precision"])
 
 
 # ---- the start of a process ------------------------------------------------------------------

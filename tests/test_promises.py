@@ -1,6 +1,6 @@
 """What the README promises of breakdowns, tested by causing them.
 
-Processes are killed, disks are full, folders are gone, data are damaged.
+Checkpoints and images are damaged, disks are full, memory runs out, two start at once.
 """
 
 import os
