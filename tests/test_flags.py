@@ -75,7 +75,6 @@ def test_a_plan_keeps_what_is_given_and_the_network_and_classes_of_the_weights(f
         ("--crop 64 --image-size 128", "--crop --image-size"),
         ("--minutes 5", "--minutes auto"),
         ("--recipe auto --folds 1", "--folds 2"),
-        ("--resume --test-only", "--resume --test-only"),
         ("--batch_size=4", "--batch-size?"),
         ("--init w --arch study", "--arch tutorial study"),
         ("--device warp", "warp"),

@@ -182,8 +182,6 @@ def parse_arguments(parser, argv):
     recipe = RECIPES[given.get("recipe", defaults["recipe"])]
     first = argparse.Namespace(**{**defaults, **recipe, **given})
     set_pixel_limit(first.max_megapixels)
-    if first.resume and first.test_only:
-        raise ValueError("--resume trains and --test-only does not: give one of them")
     if first.crop and given.get("image_size", IMAGE_SIZE) != IMAGE_SIZE:
         raise ValueError("--crop takes images at their own size: leave --image-size away")
     checkpoint = read_folds(first) or find_checkpoint(
