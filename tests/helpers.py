@@ -99,9 +99,7 @@ def script_here(name, *arguments, cwd):
 
 def output_of(name, *arguments, cwd):
     """What a script prints to stdout that is to succeed; it runs in this process."""
-    result = script_here(name, *arguments, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return assert_done(script_here(name, *arguments, cwd=cwd))
 
 
 def fork_script(name, *arguments, log, prepare=lambda: None):
@@ -228,11 +226,10 @@ SMALL = (
     *("--swanlab", "disabled", "--device", "cpu"),
 )
 
-TIMES = ("seconds", "images_per_second")  # these differ between any two runs
-
 
 def without_times(row):
-    return {key: value for key, value in row.items() if key not in TIMES}
+    """A row of the history but for what differs between any two runs."""
+    return {key: row[key] for key in row.keys() - {"seconds", "images_per_second"}}
 
 
 def read_metrics(folder):
@@ -462,13 +459,6 @@ def refuse_download(*flags, words=()):
     return result.stderr
 
 
-def write_groups(groups, path="groups.csv"):
-    """A table of {image: group} for --groups; returns the flags."""
-    rows = "".join(f"{image},{group}\n" for image, group in groups.items())
-    Path(path).write_text(f"image,group\n{rows}")
-    return "--groups", path
-
-
 def annotations(split, root="dataset"):
     return json.loads(Path(root, split, "_annotations.coco.json").read_text())
 
@@ -564,9 +554,12 @@ def box(x, y, side):
     return [[x, y], [far_x, y], [far_x, far_y], [x, far_y]]
 
 
-def labelme(stem, shapes, folder="lm", image=True, **more):
-    """Write FOLDER/STEM.json and, with `image`, its picture."""
-    save(photo(), f"{folder}/{stem}.png") if image else Path(folder).mkdir(exist_ok=True)
+PICTURE = photo()
+
+
+def labelme(stem, shapes, folder="lm", image=PICTURE, **more):
+    """Write FOLDER/STEM.json and its picture, if any."""
+    save(image, f"{folder}/{stem}.png") if image else Path(folder).mkdir(exist_ok=True)
     record = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": f"{stem}.png"}
     record |= {"imageData": None, "imageHeight": PHOTO[1], "imageWidth": PHOTO[0], **more}
     Path(folder, f"{stem}.json").write_text(json.dumps(record))
@@ -592,9 +585,3 @@ def coco_file(outlines, names=("a.png",)):
     categories = [{"id": n, "name": f"k{n}", "supercategory": "none"} for n in (0, 3, 2)]
     content = {"images": images, "annotations": entries, "categories": categories}
     Path("c.json").write_text(json.dumps(content))
-
-
-def square_mask(x, y, width, height):
-    mask = np.zeros(PHOTO[::-1], bool)
-    mask[y : y + height, x : x + width] = True
-    return mask

@@ -24,7 +24,6 @@ from helpers import (
     labels,
     output_of,
     photo,
-    read_rgb,
     refuse_download,
     run_download,
     save,
@@ -34,7 +33,6 @@ from helpers import (
     shape,
     stored,
     tree,
-    write_groups,
 )
 from numpy.testing import assert_array_equal, assert_equal
 from PIL import Image
@@ -47,32 +45,42 @@ from medseg.importing.adding import find_known
 from medseg.importing.writing import Example, deal_examples
 from medseg.splits import ANNOTATIONS, SPLITS
 
-THIRDS = ("--split", 34, 33, 33)
 UNSPLIT = ("--masks", "images", "masks")
 
 
-def save_pairs(count):
-    for number in range(count):
+def counts():
+    return {path.name: len(annotations(path.name)["images"]) for path in Path("dataset").iterdir()}
+
+
+def write_groups(groups, path="groups.csv"):
+    rows = "".join(f"{image},{group}\n" for image, group in groups.items())
+    Path(path).write_text(f"image,group\n{rows}")
+
+
+def test_nothing_is_replaced_unasked(here):
+    for number in range(20):
         save_pair(f"{number}", seed=number)
-
-
-def counts(root="dataset"):
-    return {path.name: len(annotations(path.name, root)["images"]) for path in Path(root).iterdir()}
-
-
-def test_two_calls_keep_a_published_split(here):
-    save_pairs(20)
-    out = run_download(*UNSPLIT, "--split", 80, 20, 0, "--data", "mine")
-    assert counts("mine") == {"train": 16, "valid": 4}
+    out = run_download(*UNSPLIT, "--split", 80, 20, 0)
+    assert counts() == {"train": 16, "valid": 4}
     assert "missing: test" in out and "--into test" in out and "train.py --" not in out
     foreground = np.mean([labels(number) == 1 for number in range(20)])
     assert f"class foreground: value 1, {100 * foreground:.2f} % of the pixels" in out
-    before, into = tree("mine"), (*UNSPLIT, "--into", "test", "--data", "mine")
-    out = run_download(*into)
-    assert out.endswith("next: python train.py --data mine --recipe auto\n")
-    assert counts("mine") == {"train": 16, "valid": 4, "test": 20}
-    assert before.items() <= tree("mine").items()
-    refuse_download(*into, words=["mine/test", "--force"])
+    before, into = tree("dataset"), (*UNSPLIT, "--into", "test")
+    assert "next: python train.py --recipe auto\n" in run_download(*into)
+    assert counts() == {"train": 16, "valid": 4, "test": 20}
+    assert before.items() <= tree("dataset").items()
+    Path("dataset/notes.txt").write_text("mine")
+    for flags in (into, UNSPLIT, ("--synthetic",), (), ("--zip", "a.zip")):
+        refuse_download(*flags, words=["dataset", "--force"])
+    run_download(*UNSPLIT, "--force", "--seed", 3)
+    assert Path("dataset/notes.txt").read_text() == "mine"
+    inside = ("--masks", "dataset/train", "masks", "--force", "--skip-unpaired")
+    refuse_download(*inside, words=["dataset/train"])
+    refuse_download("--labelme", ".", "--into", "test", "--force", words=["--data"])
+    phantoms.make_phantoms("drawn", (1, 1, 1), size=64)
+    refuse_download(*UNSPLIT, "--data", "drawn", words=["drawn/train", "--force"])
+    shutil.rmtree("drawn/test")
+    refuse_download(*into, "--data", "drawn", "--classes", "tumour", words=["drawn/train"])
 
 
 # ---- splits and groups ---------------------------------------------------------------------------
@@ -95,9 +103,9 @@ def test_groups_stay_together(here):
         for number in range(patient % 3 + 1):
             save_pair(f"p{patient}/{number}")
     names = [path.relative_to("images").as_posix() for path in Path("images").rglob("*.png")]
-    flags = (*UNSPLIT, "--split", 50, 25, 25, "--force")
-    table = write_groups({name: name.split("/")[0] for name in names})
-    assert "groups: 8 of groups.csv" in run_download(*flags, *table)
+    flags = (*UNSPLIT, "--split", 50, 25, 25, "--force", "--groups", "groups.csv")
+    write_groups({name: name.split("/")[0] for name in names})
+    assert "groups: 8 of groups.csv" in run_download(*flags)
     patients = [{stem.split("_")[0] for stem in stored(split)} for split in SPLITS]
     assert sum(map(len, patients)) == len(set.union(*patients)) == 8
     for record in annotations("train")["images"]:
@@ -108,49 +116,23 @@ def test_groups_stay_together(here):
         ({"1.png,p\n1.png": "q"}, "1.png"),
     ):
         write_groups(groups)
-        refuse_download(*flags, *table, words=[word])
-    refuse_download(*flags, "--groups", "none.csv", words=["none.csv"])
+        refuse_download(*flags, words=[word])
+    refuse_download(*flags[:-1], "none.csv", words=["none.csv"])
 
 
-def test_bids_names_are_subjects():
+def test_groups_are_subjects_of_bids_or_come_from_a_table(here):
     paths = [f"sub-{subject}_T{number}w.png" for subject in (1, 10, "b2") for number in (1, 2)]
     paths += ["a/sub-z.png", "SUB-1_T1w.png", "my_sub-1_T1w.png", "sub-_1.png", "sub-1é_T1w.png"]
-    groups = collect.find_groups(paths)
-    assert groups[:7] == ["sub-1"] * 2 + ["sub-10"] * 2 + ["sub-b2"] * 2 + ["sub-z"]
-    assert not any(groups[7:])
-
-
-def test_a_table_of_groups_names_files_or_paths_in_any_case(here):
+    subjects = ["sub-1"] * 2 + ["sub-10"] * 2 + ["sub-b2"] * 2 + ["sub-z"]
+    assert collect.find_groups(paths) == subjects + [""] * 4
     write_groups({"a": 1, "C/b.PNG": 2, "c.png": 3})
     assert collect.find_groups(["x/a.png", "x/c/b.png"], "groups.csv") == ["1", "2"]
-
-
-# ---- whole or not at all -------------------------------------------------------------------------
-
-
-def test_nothing_is_replaced_unasked(here):
-    save_pairs(4)
-    run_download(*UNSPLIT)
-    Path("dataset/notes.txt").write_text("mine")
-    for flags in (UNSPLIT, ("--synthetic",), (), ("--zip", "a.zip")):
-        refuse_download(*flags, words=["dataset", "--force"])
-    run_download(*UNSPLIT, "--force", "--seed", 3)
-    assert Path("dataset/notes.txt").read_text() == "mine"
-    inside = ("--masks", "dataset/train", "masks", "--force", "--skip-unpaired")
-    refuse_download(*inside, words=["dataset/train"])
-    refuse_download("--labelme", ".", "--into", "test", "--force", words=["--data"])
-    phantoms.make_phantoms("drawn", (1, 1, 1), size=64)
-    refuse_download(*UNSPLIT, "--data", "drawn", words=["drawn/train", "--force"])
-    shutil.rmtree("drawn/test")
-    into = (*UNSPLIT, "--data", "drawn", "--into", "test", "--classes", "tumour")
-    refuse_download(*into, words=["drawn/train"])
 
 
 WRONG = [  # flags; the one that the message names
     ("--masks a", "--masks"),
     ("--labelme a --coco b c", "--coco"),
     ("--labelme a --split 50 20 20", "--split"),
-    ("--labelme a --into test --split 80 20 0", "--split"),
     ("--labelme a --boxes", "--coco"),
     ("--masks a b --window 40 0", "--window"),
     ("--into test --synthetic", "--into"),
@@ -191,10 +173,7 @@ AREA = [shape("cup", box(2, 3, 5))]
 
 
 def pairs(folder, *names, size=(40, 30)):
-    """FOLDER/images and FOLDER/masks with a noise image and a mask of 0, 1 and 2 for each name.
-
-    The seed of both is the number that the name ends with.
-    """
+    """Noise images and masks of 0, 1 and 2; names end with a seed of two digits."""
     for name in names:
         seed = int(name[-2:])
         save(photo(seed, size), f"{folder}/images/{name}.png")
@@ -205,7 +184,7 @@ def pairs(folder, *names, size=(40, 30)):
 def grown(here):
     """dataset/ with six images, and four more in more/."""
     pairs("first", *(f"p{n}_{n:02}" for n in range(6)))
-    run_download("--masks", "first/images", "first/masks", *CLASSES, *THIRDS)
+    run_download("--masks", "first/images", "first/masks", *CLASSES, "--split", 34, 33, 33)
     pairs("more", "n10", "n11")
     pairs("more", "n12", "n13", size=(50, 64))
     return here
@@ -245,7 +224,6 @@ REFUSED = {  # flags; what the message names
     "another order": ((*NEW, "--classes", "disc,cup"), ["dataset/train", "disc, cup"]),
     "a new class": (NEW, ["dataset/train", "1, 2", "--classes"]),
     "a group of test": ((*ADD, "--groups", "test.csv"), ["dataset/test", "--into test"]),
-    "a split there": ((*NEW[:5], *CLASSES), ["dataset/train", "--add", "--force"]),
     "no split there": ((*NEW, "--data", "none"), ["none/train", "--add"]),
     "itself": (("--masks", "dataset/train", "more/masks", *NEW[3:]), ["dataset/train"]),
     "a name in valid": (ADD, ["dataset/valid", "n11.png", "--prefix"]),
@@ -282,24 +260,8 @@ def test_the_same_images_again_are_one_line(grown):
     assert_array_equal(stored()["b_a10"]["cup"], stored()["n10"]["cup"])
 
 
-def test_images_of_other_splits_are_told(grown):
-    """They would make its score too good, even where train has one that is more alike."""
-    (stem, *_) = stored("test")
-    pixels = read_rgb(f"dataset/test/{stem}.png") // 2
-    for name, level in (("first", 9), ("second", 10)):
-        save(Image.fromarray(pixels + np.uint8(level)), f"{name}/{name}.png")
-        labelme(name, AREA, name, image=False)
-    labelme("other", AREA, "second", image=False)
-    save(photo(77), "second/other.png")
-    add = ("--into", "train", "--add", "--duplicates")
-    run_download("--labelme", "first", *add, "keep")
-    words = ["1 of the 2", "dataset/test", f"second.png as {stem}.png", "--duplicates skip"]
-    refuse_download("--labelme", "second", *add[:3], words=words)
-    run_download("--labelme", "second", *add, "skip")
-    assert "other" in stored() and "second" not in stored()
-
-
-def test_grey_stored_as_colours_is_the_same_image_and_black_slices_are_not(here):
+def test_copies_and_near_duplicates_of_other_splits_are_known(here):
+    """Grey stored as colours is a copy, black slices are none; other splits are named first."""
     for name, mode in (("grey", "L"), ("colours", "RGB")):
         photo(1).convert("L").convert(mode).save(f"{name}.png")
         Image.new(mode, (40, 30)).save(f"black_{name}.png")
@@ -309,28 +271,28 @@ def test_grey_stored_as_colours_is_the_same_image_and_black_slices_are_not(here)
     known = [("train", Path("grey.png")), ("train", Path("black_grey.png"))]
     assert find_known(known, "train", new) == {"colours.png": ("train", "grey.png")}
     assert find_known(known, "test", new).keys() == {"colours.png", "near.png"}
+    for seed in range(3, 9):  # what all images have in common does not count
+        photo(seed).save(f"{seed}.png")
+        known.append(("train", Path(f"{seed}.png")))
+    known.append(("test", Path("near.png")))  # less like it than grey.png is
+    assert find_known(known, "train", new[:1]) == {"colours.png": ("test", "near.png")}
 
 
-def test_labels_count_by_name_whatever_their_order(grown):
-    """Sorted, as LabelMe files have them, and not as the data set has them."""
+def test_labels_count_by_name_and_healthy_images_are_added(grown):
+    """Labels come sorted, as LabelMe files have them, and not as the data set has them."""
     for split in SPLITS:
         set_classes(Path("dataset", split), ("disc", "cup"), lambda number: number % 2 + 1)
-    labelme("x", [*AREA, shape("disc", box(20, 3, 4))], image=False)
-    save(photo(77), "lm/x.png")
+    labelme("x", [*AREA, shape("disc", box(20, 3, 4))], image=photo(77))
     refuse_download(*LM, "--classes", "cup,disc", words=["disc, cup", "cup, disc"])
     run_download(*LM)
     assert {name: mask.sum() for name, mask in stored()["x"].items()} == {"cup": 25, "disc": 16}
-
-
-@pytest.mark.parametrize("flags", [("--masks", "h/images", "h/masks"), LM[:2]])
-def test_healthy_images_are_added(grown, flags):
-    save(Image.new("L", (40, 30)), "h/masks/h.png")
-    labelme("h", [], "lm", image=False)
-    for folder in ("h/images", "lm"):
-        save(photo(50), f"{folder}/h.png")
-    refuse_download(*flags, "--data", "new", words=["empty", "--add"])
-    run_download(*flags, "--into", "train", "--add")
-    assert stored()["h"] == {}
+    save(photo(50), "h/images/masks.png")
+    save(Image.new("L", (40, 30)), "h/masks/masks.png")
+    labelme("labelme", [], "healthy", image=photo(51))
+    for flags in (("--masks", "h/images", "h/masks"), ("--labelme", "healthy")):
+        refuse_download(*flags, "--data", "new", words=["empty", "--add"])
+        run_download(*flags, "--into", "train", "--add")
+        assert stored()[flags[0].strip("-")] == {}
 
 
 # ---- stopped and killed --------------------------------------------------------------------------
