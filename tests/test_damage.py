@@ -33,9 +33,6 @@ from PIL import Image
 from medseg.weights import load_weights
 from net import UNet
 
-KILLS = 12
-CASES = 40  # of each damaged file
-
 
 def kill_after(process, seconds):
     """Kill a process after some seconds; returns whether it was still running."""
@@ -58,11 +55,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
         return fork_script(*command, log=tmp_path / "log", prepare=skip_pictures)
 
     calm, runs, kills, again = tmp_path / "calm", [tmp_path / "run0"], 0, ()
-    assert not kill_after(start(calm), 120)  # makes the cache of the images, too
-    began = time.monotonic()
-    assert not kill_after(start(calm, "--overwrite"), 120)
-    seconds, chance = time.monotonic() - began, random.Random()
-    while kills < KILLS:
+    began, chance = time.monotonic(), random.Random()
+    assert not kill_after(start(calm), 120)
+    seconds = time.monotonic() - began
+    while kills < 12:
         out = runs[-1]
         if kill_after(start(out, *again), chance.uniform(0, seconds)):
             kills += 1
@@ -95,7 +91,6 @@ KINDS = {  # the file that is damaged, and the command that reads it
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with good files of each kind, in good/."""
     place = tmp_path_factory.mktemp("damage")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(place)
@@ -130,8 +125,8 @@ def damage(content, chance):
     return bytes(content)
 
 
-def files(folder):
-    return {name: state for name, state in tree(folder).items() if ".cache" not in name}
+def good_files(place):
+    return {name: state for name, state in tree(place / "good").items() if ".cache" not in name}
 
 
 @pytest.mark.slow
@@ -140,18 +135,18 @@ def test_damaged_files_end_in_one_line(file, place, no_pictures):
     path, (name, *arguments) = place / file, KINDS[file]
     good, statuses = path.read_bytes(), set()
     try:
-        for case in range(5 if "pictures" in file else CASES):
+        for case in range(5 if "pictures" in file else 40):
             path.write_bytes(damage(good, random.Random(f"{file} {case}")))
             shutil.rmtree(place / "out", ignore_errors=True)
             (place / "out").mkdir()
             if path.name == "last.pth":
                 shutil.copy(path, place / "out")
-            before = files(place / "good")
+            before = good_files(place)
             result = script_here(name, *arguments, cwd=place)
             lines = [line for line in result.stderr.splitlines() if "WARNING" not in line]
             shown = f"case {case}: {result.returncode} {result.stderr}"
             assert result.returncode == 0 or (result.returncode, len(lines)) == (2, 1), shown
-            assert files(place / "good") == before, shown
+            assert good_files(place) == before, shown
             statuses.add(result.returncode)
     finally:
         path.write_bytes(good)
