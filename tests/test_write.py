@@ -29,7 +29,7 @@ from scipy import ndimage
 from scipy.spatial.distance import pdist
 
 import predict
-from medseg.inference import Inference, full_size_masks
+from medseg.inference import Inference
 from medseg.predicting.inputs import Frame
 from medseg.predictor import Prediction
 from medseg.results.folder import Results
@@ -68,6 +68,8 @@ def test_outlines_give_back_every_pixel(classes):
         for number, mask in draw_as_labelme(shapes, labels.shape[::-1]).items():
             drawn[mask] = number
         np.testing.assert_array_equal(drawn, labels)
+    between = np.array([[1, 1, 2], [1, 0, 2], [1, 1, 2]], np.uint8)  # no polygon covers the 0
+    assert [number for number, _ in trace_labels(between)] == [1, 2]
 
 
 # ---- annotations -----------------------------------------------------------------------------
@@ -98,25 +100,39 @@ def mask_of(path):
     return np.asarray(Image.open(path)) > 0
 
 
-def test_labelme_files_are_read_back_bit_for_bit(place):
-    """Beside their images, and in a folder of their own from where they lead there."""
+def test_annotations_are_read_back_bit_for_bit(place):
+    """LabelMe files beside their images and in a folder of their own; the COCO file."""
     for folder in ("scans", "m"):
-        predict.main(["scans", "--write", "labelme,mask", "--output", folder])
+        predict.main(["scans", "--write", "labelme,coco,mask", "--output", folder])
         content = json.loads(Path(folder, "a.json").read_text())
         assert {"version", "flags", "shapes", "imagePath", "imageData"} <= content.keys()
         assert content["imagePath"] == ("a.png" if folder == "scans" else "../scans/a.png")
         assert (content["imageHeight"], content["imageWidth"]) == (48, 64)
         masks = {name: mask_of(f"{folder}/{name}_mask.png") for name in "ab"}
-        assert not masks["a"][15, 15] and masks["a"][19, 19]  # a hole, and a piece in it
-        np.testing.assert_array_equal(masks["b"], SHOWN > 100)  # not as it is stored
-        drawing = draw_as_labelme(content["shapes"], (64, 48))["foreground"]
-        np.testing.assert_array_equal(drawing, masks["a"])
         for path in Path(folder).glob("*_mask.png"):
             path.unlink()
-        run_download("--labelme", folder, *ALL, "--data", f"{folder}_set")
+        run_download("--labelme", folder, *ALL, "--data", folder + "_set")
         for name, mask in masks.items():
-            own = stored("train", f"{folder}_set")[name]["foreground"]
+            own = stored("train", folder + "_set")[name]["foreground"]
             np.testing.assert_array_equal(own, mask)
+    assert not masks["a"][15, 15] and masks["a"][19, 19]  # a hole, and a piece in it
+    np.testing.assert_array_equal(masks["b"], SHOWN > 100)  # not as it is stored
+    drawing = draw_as_labelme(content["shapes"], (64, 48))["foreground"]
+    np.testing.assert_array_equal(drawing, masks["a"])
+    run_download("--coco", "m/predictions.coco.json", "scans", *ALL)
+    coco = COCO("m/predictions.coco.json")
+    for number, name, count in ((1, "a.png", 3), (2, "b.tif", 2)):
+        mask, (image,) = masks[name[0]], coco.loadImgs([number])
+        assert (image["file_name"], image["height"], image["width"]) == (name, *mask.shape)
+        outlines = coco.loadAnns(coco.getAnnIds(imgIds=[number]))
+        pieces = [coco.annToMask(outline) for outline in outlines]
+        assert len(pieces) == count
+        for outline, piece in zip(outlines, pieces, strict=True):
+            (top, left), (bottom, right) = np.argwhere(piece).min(0), np.argwhere(piece).max(0)
+            assert outline["area"] == piece.sum()
+            assert outline["bbox"] == [left, top, right - left + 1, bottom - top + 1]
+        np.testing.assert_array_equal(np.sum(pieces, 0), mask)
+        np.testing.assert_array_equal(stored()[name[0]]["foreground"], mask)
 
 
 def test_predictions_that_nobody_has_saved_since_are_told_apart(place, refused):
@@ -137,7 +153,6 @@ def test_predictions_that_nobody_has_saved_since_are_told_apart(place, refused):
     assert set(stored("valid")) == {"a", "b", "nb"}
     corrected.unlink()
     refused("download", *add, "--unreviewed", "skip", words=["scans: 1 of 1 files"])
-    refused("download", "--coco", "c", "i", "--unreviewed", "skip", words=["--labelme"])
 
 
 def test_dicom_frames_become_pictures_for_labelme(place, refused):
@@ -152,27 +167,6 @@ def test_dicom_frames_become_pictures_for_labelme(place, refused):
     Path("out/a.json").unlink()
     Image.new("L", (4, 4)).save("out/a.png")  # another one than was written
     refused("predict", *again, words=["out/a.png"])
-
-
-def test_a_coco_file_is_read_by_pycocotools_and_read_back(place):
-    predict.main(["scans", "--write", "coco,mask"])
-    coco = COCO("predictions/predictions.coco.json")
-    sizes = [(one["file_name"], one["width"], one["height"]) for one in coco.loadImgs([1, 2])]
-    assert sizes == [("a.png", 64, 48), ("b.tif", 40, 64)]
-    run_download("--coco", "predictions/predictions.coco.json", "scans", *ALL)
-    for number, name, count in ((1, "a", 3), (2, "b", 2)):
-        mask = mask_of(f"predictions/{name}_mask.png")
-        outlines = coco.loadAnns(coco.getAnnIds(imgIds=[number]))
-        assert len(outlines) == count
-        union = np.zeros(mask.shape, int)
-        for outline in outlines:
-            piece = coco.annToMask(outline)
-            (top, left), (bottom, right) = np.argwhere(piece).min(0), np.argwhere(piece).max(0)
-            assert outline["area"] == piece.sum()
-            assert outline["bbox"] == [left, top, right - left + 1, bottom - top + 1]
-            union += piece
-        np.testing.assert_array_equal(union, mask)
-        np.testing.assert_array_equal(stored()[name]["foreground"], mask)
 
 
 def test_several_classes(place, refused):
@@ -222,7 +216,7 @@ def test_objects_are_numbered_class_by_class(here):
     assert (numbers[0, 63], numbers[20, 30], numbers[23, 33]) == (3, 4, 4)
     np.testing.assert_array_equal(numbers > 0, masks.any(0))
     assert [row["pieces"] for row in rows] == [2, 0, 2]
-    assert [row["first_object"] for row in rows] == [1, None, 3]
+    assert [row["first_object"] for row in rows] == [1, None, 3] and rows[0]["area_mm2"] is None
     assert (rows[0]["mean_pixels"], rows[2]["median_pixels"]) == (62, 2.5)
     found = [(one["category_id"], one["area"]) for one in record["annotations"]]
     assert found == [(1, 24), (1, 100), (3, 1), (3, 4)]
@@ -242,35 +236,13 @@ def test_objects_are_numbered_class_by_class(here):
 
 def test_outlines_are_thinned(place):
     y, x = np.mgrid[:48, :64]
-    disc = (np.hypot(x - 32, y - 24) < 20).astype(np.uint8)
-    Image.fromarray(235 * disc).save("scans/a.png")
-    flags = ("--write", "labelme,mask", "--output", "out", "--simplify", "1")
-    predict.main(["scans/a.png", *flags])
-    (shape,), mask = json.loads(Path("out/a.json").read_text())["shapes"], mask_of("out/a_mask.png")
-    ((_, exact),) = trace_labels(mask.astype(np.uint8))
-    assert len(shape["points"]) < len(exact) / 2
+    disc = np.hypot(x - 32, y - 24) < 20
+    save(Image.fromarray(235 * disc.astype(np.uint8)), "scans/a.png")
+    predict.main(["scans/a.png", "--write", "labelme", "--output", "out", "--simplify", "1"])
+    (shape,) = json.loads(Path("out/a.json").read_text())["shapes"]
+    assert len(shape["points"]) < 25
     drawing = draw_as_labelme([shape], (64, 48))["foreground"]
-    assert (drawing != mask).sum() <= 2 * np.pi * 20
-
-
-def test_probabilities_of_16_bits(place, refused):
-    torch.save(brightness_model(32).state_dict(), "best_model.pth")
-    predict.main(["scans", "--write", "probability,mask"])
-    levels = np.asarray(Image.open("predictions/a_probability.png"))
-    assert levels.dtype == np.uint16 and levels.shape == (48, 64)
-    model = predict.open_models(["best_model.pth"], "cpu")
-    probabilities = predict.predict_image(model, Image.open("scans/a.png")).probabilities
-    resized = Image.fromarray(probabilities[0]).resize((64, 48), Image.Resampling.BILINEAR)
-    assert np.abs(levels / 65535 - np.asarray(resized)).max() < 0.51 / 65535
-    labels = full_size_masks(probabilities, (64, 48), 0.5)
-    np.testing.assert_array_equal(levels > 0.5 * 65535, labels > 0)
-    row, _ = read_table()
-    mean = levels[labels > 0].mean() / 65535
-    assert float(row["mean_probability"]) == pytest.approx(mean, abs=1e-5)
-    assert row["area_mm2"] == row["largest_diameter_mm"] == ""  # nothing tells the size of a pixel
-    predict.main(["scans", "--write", "mask,overlay,objects"])
-    # Nothing of ours is predicted again.
-    refused("predict", "predictions", "--output", "twice", words=["no images"])
+    assert (drawing != disc).sum() <= 2 * np.pi * 20
 
 
 @pytest.mark.parametrize(
@@ -279,7 +251,6 @@ def test_probabilities_of_16_bits(place, refused):
         (("scans", "--write", "masks"), ["--write", "did you mean mask?"]),
         (("scans/a.png", "--write", "coco", "--output", "a.png"), ["--write", "a.png"]),
         (("v.nii", "--write", "labelme"), ["v.nii", "--write labelme", "3D Slicer"]),
-        (("scans", "--pixel-size", "1x2x3"), ["--pixel-size"]),
         (("scans", "--pixel-size", "nan"), ["--pixel-size"]),
     ],
 )
@@ -304,21 +275,17 @@ def test_pieces_against_scipy(dimensions):
         mask = rng.random(rng.integers(1, 9, dimensions)) < share
         spacing = tuple(rng.random(dimensions) + 0.1)
         numbers, count = ndimage.label(mask, np.ones((3,) * dimensions))
-        masks = Masks(mask, np.stack([mask & False, mask]), [0, 1], [0, 0])
-        none, row = measure(masks, "ab", spacing)
-        assert none["pixels"] == none["pieces"] == none["largest_pixels"] == 0
-        assert none["largest_x"] is None and row["pieces"] == count
+        (row,) = measure(Masks(mask, mask[None], [0], [0]), "a", spacing)
+        assert (row["pixels"], row["pieces"]) == (mask.sum(), count)
         if not count:
             continue
         sizes = ndimage.sum_labels(mask, numbers, range(1, count + 1))
         pixels = np.argwhere(numbers == 1 + sizes.argmax())
         center = [row[f"largest_{axis}"] for axis in ("yx" if dimensions == 2 else "xyz")]
         assert row["largest_pixels"] == sizes.max() and center == pytest.approx(pixels.mean(0))
-        own = row["mean_pixels"], row["median_pixels"]
-        assert own == pytest.approx((sizes.mean(), np.median(sizes)))
         distances = [pdist(pixels * unit).max(initial=0) for unit in (1, spacing)]
-        own = row["largest_diameter"], row["largest_diameter_mm"]
-        assert own == pytest.approx(tuple(distances))
+        own = [row["largest_diameter"], row["largest_diameter_mm"]]
+        assert own == pytest.approx(distances)
 
 
 def test_the_version_is_the_commit(tmp_path, monkeypatch):
@@ -331,25 +298,37 @@ def test_the_version_is_the_commit(tmp_path, monkeypatch):
     assert program_version() == commit.stdout.strip()
 
 
-def test_a_folder_of_pictures_and_a_picture_alone(place):
+def test_a_folder_of_pictures_and_a_picture_alone(place, refused):
+    torch.save(brightness_model(32).state_dict(), "best_model.pth")
     save(Image.fromarray(bright(48, 64, (8, 4, 20, 10, 235), (40, 30, 8, 4, 235))), "scans/a.png")
     save(Image.new("L", (64, 48), 20), "scans/b.tif")
-    flags = ("--pixel-size", "0.5x0.25")
+    flags = ("--pixel-size", "0.5x0.25", "--write", "mask,overlay,objects,probability")
     printed = output_of("predict.py", "scans", *flags, cwd=place)
     assert "in 1 of 2 images" in printed and "measured: predictions/predictions.csv" in printed
     first, second = read_table()
     assert tuple(first) == COLUMNS and first["image"] == "a.png"
-    mask = mask_of("predictions/a_mask.png")
+    mask, levels = mask_of("predictions/a_mask.png"), Image.open("predictions/a_probability.png")
     assert 200 < mask.sum() < 300  # the network blurs the edges of the 232 pixels
     assert int(first["pixels"]) == mask.sum() and first["pieces"] == "2"
     assert float(first["area_mm2"]) == pytest.approx(mask.sum() * 0.125)
     assert float(first["share"]) == pytest.approx(mask.mean())
     assert (second["image"], second["pixels"], second["largest_x"]) == ("b.tif", "0", "")
+    levels = np.asarray(levels)
+    assert levels.dtype == np.uint16 and levels.shape == (48, 64)
+    model = predict.open_models(["best_model.pth"], "cpu")
+    probabilities = predict.predict_image(model, Image.open("scans/a.png")).probabilities[0]
+    resized = Image.fromarray(probabilities).resize((64, 48), Image.Resampling.BILINEAR)
+    assert np.abs(levels / 65535 - np.asarray(resized)).max() < 0.51 / 65535
+    np.testing.assert_array_equal(levels > 0.5 * 65535, mask)
+    mean = levels[mask].mean() / 65535
+    assert float(first["mean_probability"]) == pytest.approx(mean, abs=1e-5)
     settings = json.loads(Path("predictions/predictions.json").read_text())
     assert settings["models"][0]["file"] == "best_model.pth"
     assert settings["pixel_size_mm"] == [0.25, 0.5] and settings["threshold"] == 0.5
     assert settings["images"] == 2 and settings["left_out"] == []
-    predict.main(["scans/a.png", "--output", "one", *flags])
+    # Nothing of ours is predicted again.
+    refused("predict", "predictions", "--output", "twice", words=["no images"])
+    predict.main(["scans/a.png", "--output", "one", *flags[:2]])
     figures = {"a_mask.png", "a_overlay.jpg", "a_prediction.png"}
     written = {path.name for path in Path("one").iterdir()}
     assert written == {*figures, "predictions.csv", "predictions.json"}
@@ -404,26 +383,20 @@ def test_a_volume(here):
     np.testing.assert_array_equal(numbers, ndimage.label(mask, np.ones((3, 3, 3)))[0])
     (row,), largest = read_table("out"), np.argwhere(numbers == 1)
     assert (row["image"], row["pieces"], row["area_mm2"]) == ("v.nii", "2", "")
-    assert int(row["pixels"]) == mask.astype(bool).sum()
-    assert int(row["largest_pixels"]) == len(largest)
     center = [float(row[f"largest_{axis}"]) for axis in "xyz"]
     assert center == pytest.approx(largest.mean(0).tolist())
-    assert float(row["highest_probability"]) == pytest.approx(probabilities.max(), abs=1e-4)
     volume = np.sum(mask > 0) * np.prod(spacing) / 1000
     assert float(row["volume_ml"]) == pytest.approx(volume)
     assert float(row["largest_diameter_mm"]) == pytest.approx(pdist(largest * spacing).max())
 
 
 def test_texts_that_programs_would_misread():
-    rows = [
-        {"image": name, "class": "x", "share": 0.1 + 0.2} for name in ('a,b\n"c".png', "脑 é.png")
-    ]
-    text = table_text([*rows, {"image": "x.png", "class": "x", "disagreement": 0.5}])
+    name = 'a,b\n"脑".png'
+    text = table_text([{"image": name, "share": 0.1 + 0.2, "disagreement": 0.5}])
     assert text.startswith("\ufeffimage,class,")  # by which Excel knows UTF-8
-    *found, last = csv.DictReader(io.StringIO(text[1:]))
-    assert tuple(last) == (*COLUMNS, "disagreement") and last["disagreement"] == "0.5"
-    assert [row["image"] for row in found] == [row["image"] for row in rows]
-    assert found[0]["share"] == "0.3" and found[0]["pixels"] == last["share"] == ""
+    (row,) = csv.DictReader(io.StringIO(text[1:]))
+    assert tuple(row) == (*COLUMNS, "disagreement") and row["image"] == name
+    assert (row["share"], row["disagreement"], row["pixels"]) == ("0.3", "0.5", "")
 
 
 def test_a_table_that_is_locked_is_kept_beside(place, refused, monkeypatch):
