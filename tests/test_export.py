@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,10 +40,7 @@ NETWORKS = {
 
 
 def make_model(name, **arguments):
-    """A network whose weights are drawn anew: bright and dark pixels are on two sides of 0.5.
-
-    Or of the threshold that it has.
-    """
+    """A network of new weights: bright and dark pixels are on two sides of its threshold."""
     torch.manual_seed(0)
     sizes = {"n_filters": 2, "depth": 1, "image_size": 32}
     model = UNet(**{**sizes, **NETWORKS[name], **arguments})
@@ -67,30 +65,21 @@ def small_checks():
         yield
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """exported(name, suffix) -> path of a network's export, written once; its .pth is beside."""
-    folder = tmp_path_factory.mktemp("exported")
+def write_export(name, path):
+    """Export a network; its .pth is beside."""
+    model = make_model(name)
+    torch.save(model.state_dict(), path.with_suffix(".pth"))
+    assert export.export(model, path) < 1e-5
+    return path
 
-    def write(name, suffix):
-        path = folder / f"{name}{suffix}"
-        if not path.exists():
-            model = make_model(name)
-            torch.save(model.state_dict(), path.with_suffix(".pth"))
-            assert export.export(model, path) < 1e-5
-        return path
-
-    return write
-
-
-# ---- what other programs read ----------------------------------------------------------------
 
 CASES = [(name, ".onnx") for name in (*ARCHITECTURES, "group")] + [("group", ".torchscript")]
 
 
 @pytest.mark.parametrize("name, suffix", CASES)
-def test_probabilities_are_those_of_pytorch(name, suffix, exported):
-    model, run = make_model(name), export.FORMATS[suffix][1](exported(name, suffix))
+def test_probabilities_are_those_of_pytorch(name, suffix, tmp_path):
+    model = make_model(name)
+    run = export.FORMATS[suffix][1](write_export(name, tmp_path / f"m{suffix}"))
     for batch, height, width in ((1, 1, 1), (1, 255, 257), (3, 40, 33)):
         images = torch.randn(batch, model.n_channels, height, width)
         with torch.no_grad():
@@ -100,23 +89,22 @@ def test_probabilities_are_those_of_pytorch(name, suffix, exported):
         assert min(height, width) == 1 or expected.std() > 0.01
 
 
-METADATA = {
-    **{"n_channels": 6, "mean": [0.449] * 6, "std": [0.226] * 6, "image_size": 32},
-    **{"exclusive": True, "trained_flips": [], "draw_order": [], "class_names": ["foreground"]},
-    **{"orientation": "LPS", "channels": ["t1", "t2", "t1 -1", "t2 -1", "t1 +1", "t2 +1"]},
-}
-
-
-def test_metadata(exported, tmp_path):
-    path, files = exported("slices", ".onnx"), {export.METADATA_FILE: ""}
+def test_metadata(tmp_path):
+    metadata = {
+        **{"n_channels": 6, "mean": [0.449] * 6, "std": [0.226] * 6, "image_size": 32},
+        **{"exclusive": True, "trained_flips": [], "draw_order": [], "orientation": "LPS"},
+        **{"class_names": ["foreground"]},
+        **{"channels": ["t1", "t2", "t1 -1", "t2 -1", "t1 +1", "t2 +1"]},
+    }
+    path, files = write_export("slices", tmp_path / "m.onnx"), {export.METADATA_FILE: ""}
     proto = onnx.load(path)
     onnx.checker.check_model(proto)
-    assert {entry.key: json.loads(entry.value) for entry in proto.metadata_props} == METADATA
+    assert {entry.key: json.loads(entry.value) for entry in proto.metadata_props} == metadata
     assert str(ROOT).encode() not in path.read_bytes()
     assert [value.name for value in proto.graph.input] == ["images"]
     assert [value.name for value in proto.graph.output] == ["probabilities"]
-    torch.jit.load(exported("slices", ".torchscript"), _extra_files=files)
-    assert json.loads(files["metadata.json"]) == METADATA
+    torch.jit.load(write_export("slices", tmp_path / "m.torchscript"), _extra_files=files)
+    assert json.loads(files["metadata.json"]) == metadata
     # The script takes pictures alone.
     result = run_python(ROOT / "docs" / "predict_onnx.py", path, "a.tif", cwd=tmp_path)
     assert result.returncode == 2 and "t1, t2, t1 -1" in result.stderr
@@ -147,23 +135,23 @@ def save_pictures(folder):
 
 
 @pytest.mark.parametrize("name", ["group", "regions", "window"])
-def test_masks_without_pytorch_are_those_of_predict(name, exported, tmp_path):
-    path, scans, home = exported(name, ".onnx"), tmp_path / "scans", tmp_path / "home"
-    save_pictures(scans)
-    home.mkdir()
-    flags = ("--output", "torch", "--device", "cpu", "--precision", "fp32")
-    model = path.with_suffix(".pth")
-    assert_done(script_here("predict.py", scans, "--model", model, *flags, cwd=tmp_path))
-    command = (ROOT / "docs" / "predict_onnx.py", path, *scans.iterdir(), "--output", "onnx")
-    environment = {"HOME": str(home), "XDG_CACHE_HOME": "", "ORT_DISABLE_TELEMETRY": "0"}
-    assert_done(run_python("-c", WITHOUT_TORCH, *command, cwd=tmp_path, **environment))
-    assert not list(home.iterdir())  # onnxruntime would leave a device id and a database
+def test_masks_without_pytorch_are_those_of_predict(name, here):
+    path = write_export(name, here / "m.onnx")
+    save_pictures(Path("scans"))
+    Path("home").mkdir()
+    flags = ("--model", "m.pth", "--output", "torch", "--device", "cpu", "--precision", "fp32")
+    assert_done(script_here("predict.py", "scans", *flags, cwd=here))
+    script = (ROOT / "docs" / "predict_onnx.py", path, *Path("scans").iterdir())
+    environment = {"HOME": str(here / "home"), "XDG_CACHE_HOME": "", "ORT_DISABLE_TELEMETRY": "0"}
+    command = ("-c", WITHOUT_TORCH, *script, "--output", "onnx")
+    assert_done(run_python(*command, cwd=here, **environment))
+    assert not list(Path("home").iterdir())  # onnxruntime would leave a device id and a database
     expected = {
-        path.name: np.asarray(Image.open(path)) for path in (tmp_path / "torch").glob("*_mask.png")
+        path.name: np.asarray(Image.open(path)) for path in Path("torch").glob("*_mask.png")
     }
-    assert {path.name for path in (tmp_path / "onnx").iterdir()} == expected.keys()
+    assert {path.name for path in Path("onnx").iterdir()} == expected.keys()
     for name, mask in expected.items():
-        np.testing.assert_array_equal(Image.open(tmp_path / "onnx" / name), mask, name)
+        np.testing.assert_array_equal(Image.open(f"onnx/{name}"), mask, name)
     assert len(expected) == 14
     assert 0.02 < np.mean([np.mean(mask > 0) for mask in expected.values()]) < 0.98
 
@@ -171,32 +159,21 @@ def test_masks_without_pytorch_are_those_of_predict(name, exported, tmp_path):
 # ---- the command -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def place(here):
-    """A folder with best_model.pth and an image, which is the current one."""
+def test_the_command_exports_and_refuses(here, refused, monkeypatch, capsys):
+    """With the oldest PyTorch allowed: one that new has the older exporter as well."""
     model = make_model("group", class_names=["gland", "Läsion"])
     torch.save(model.state_dict(), "best_model.pth")
     Image.new("RGB", (40, 30)).save("scan.png")
-    return here
-
-
-def test_the_command_exports(place, monkeypatch, capsys):
-    """With the oldest PyTorch allowed: one that new has the older exporter as well."""
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
     predict.main(["--export", "m.onnx"])
     (said,) = capsys.readouterr().out.splitlines()
     assert re.search(r" \d\.\de-\d\d", said)  # the difference
-    assert {path.name for path in place.iterdir()} == {"best_model.pth", "scan.png", "m.onnx"}
     texts = {entry.key: entry.value for entry in onnx.load("m.onnx").metadata_props}
     assert json.loads(texts["class_names"]) == ["gland", "Läsion"]
     images = torch.randn(3, 1, 45, 31)
     with torch.no_grad():
         expected = predict.load_model("best_model.pth", "cpu")(images).numpy()
     np.testing.assert_allclose(export.FORMATS[".onnx"][1]("m.onnx")(images), expected, atol=1e-5)
-
-
-def test_exports_that_are_refused(place, refused, monkeypatch):
-    before = sorted(place.iterdir())
     for flags, word in {
         "--export model.pt2": ".onnx, .torchscript, .pth",
         "scan.png --export m.torchscript": "--export",
@@ -204,22 +181,23 @@ def test_exports_that_are_refused(place, refused, monkeypatch):
         "--export scan.png/m.torchscript": "scan.png",
     }.items():
         refused("predict", *flags.split(), words=[word])
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "onnxscript", None)
-        refused("predict", "--export", "m.onnx", words=["m.onnx", "pip install onnxscript"])
     write, load, limit = export.FORMATS[".torchscript"]
     for change, difference in {2e-4: "2.0e-04", float("nan"): "nan"}.items():
         wrong = (write, lambda path, by=change: lambda images: load(path)(images) + by, limit)
         monkeypatch.setitem(export.FORMATS, ".torchscript", wrong)
         refused("predict", "--export", "m.torchscript", words=["m.torchscript", difference])
-    assert sorted(place.iterdir()) == before
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    refused("predict", "--export", "m.onnx", words=["m.onnx", "pip install onnxscript"])
+    assert {path.name for path in here.iterdir()} == {"best_model.pth", "scan.png", "m.onnx"}
 
 
-def test_half_precision_is_half_the_file(place, refused):
+def test_half_precision_is_half_the_file(here, refused):
     """Every weight is the nearest float16; what is not a convolution's weight stays as it was."""
     model = make_model("tutorial", n_filters=8, norm="batch")
     torch.save(model.state_dict(), "own.pth")
     predict.main(["--model", "own.pth", "--export", "half.pth"])
+    # Weights that were trained are not replaced.
+    refused("predict", "--model", "half.pth", "--export", "own.pth", words=["own.pth"])
     assert os.path.getsize("half.pth") < 0.52 * os.path.getsize("own.pth")
     half = predict.load_model("half.pth", "cpu")
     assert half.architecture == model.architecture and half.info.image_size == model.info.image_size
@@ -228,10 +206,8 @@ def test_half_precision_is_half_the_file(place, refused):
         np.testing.assert_array_equal(half.state_dict()[name].numpy(), rounded, name)
     model.down1.conv1.weight.data[0, 0, 0, 0] = 1e6  # float16 ends at 65504
     torch.save(model.state_dict(), "own.pth")
-    before = {path: path.read_bytes() for path in place.iterdir()}
-    for name in ("new.pth", "best_model.pth"):  # weights that were trained are not replaced
-        refused("predict", "--model", "own.pth", "--export", name, words=[name])
-    assert {path: path.read_bytes() for path in place.iterdir()} == before
+    refused("predict", "--model", "own.pth", "--export", "new.pth", words=["new.pth"])
+    assert {path.name for path in here.iterdir()} == {"own.pth", "half.pth"}
 
 
 def test_torch_hub_loads_a_clone(tmp_path):
