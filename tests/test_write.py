@@ -100,7 +100,7 @@ def mask_of(path):
     return np.asarray(Image.open(path)) > 0
 
 
-def test_annotations_are_read_back_bit_for_bit(place):
+def test_annotations_are_read_back_bit_for_bit(place, refused):
     """LabelMe files beside their images and in a folder of their own; the COCO file."""
     for folder in ("scans", "m"):
         predict.main(["scans", "--write", "labelme,coco,mask", "--output", folder])
@@ -119,6 +119,8 @@ def test_annotations_are_read_back_bit_for_bit(place):
     np.testing.assert_array_equal(masks["b"], SHOWN > 100)  # not as it is stored
     drawing = draw_as_labelme(content["shapes"], (64, 48))["foreground"]
     np.testing.assert_array_equal(drawing, masks["a"])
+    # What may have been corrected since is not written again.
+    refused("predict", "scans", "--write=labelme", "--output=m", words=["m/a.json", "--output"])
     run_download("--coco", "m/predictions.coco.json", "scans", *ALL)
     coco = COCO("m/predictions.coco.json")
     for number, name, count in ((1, "a.png", 3), (2, "b.tif", 2)):
@@ -153,20 +155,6 @@ def test_predictions_that_nobody_has_saved_since_are_told_apart(place, refused):
     assert set(stored("valid")) == {"a", "b", "nb"}
     corrected.unlink()
     refused("download", *add, "--unreviewed", "skip", words=["scans: 1 of 1 files"])
-
-
-def test_dicom_frames_become_pictures_for_labelme(place, refused):
-    """What may have been corrected since is not written again."""
-    pixels, window = bright(48, 64, *RING), {"WindowCenter": 127.5, "WindowWidth": 255}
-    write_dicom("a.dcm", pixels.astype(np.uint16), **window)
-    again = ("a.dcm", "--write", "labelme", "--output", "out")
-    predict.main(list(again))
-    assert json.loads(Path("out/a.json").read_text())["imagePath"] == "a.png"
-    np.testing.assert_array_equal(Image.open("out/a.png").convert("L"), pixels)
-    refused("predict", *again, words=["out/a.json", "--output"])
-    Path("out/a.json").unlink()
-    Image.new("L", (4, 4)).save("out/a.png")  # another one than was written
-    refused("predict", *again, words=["out/a.png"])
 
 
 def test_several_classes(place, refused):
