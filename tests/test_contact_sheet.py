@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from fontTools.ttLib import TTFont
-from helpers import SIZE, brightness_model, output_of, scan, square, write_split
+from helpers import SIZE, brightness_model, scan, script_here, square, write_split
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -21,14 +21,6 @@ from medseg.results.folder import montage
 from medseg.run_lengths import encode
 
 ODD = "$\\frac$ 病人_7"  # what matplotlib takes for a formula; characters that few fonts have
-
-
-def test_shown_channels_are_named():
-    assert rgb_image(np.uint8([[[40, 80]]])).getpixel((0, 0)) == (40, 40, 40)
-    assert describe_shown(["t1", "t2"], "a, ") == "a, shown: t1"
-    assert rgb_image(np.uint8([[[40, 80, 120, 160]]])).getpixel((0, 0)) == (40, 80, 120)
-    assert describe_shown(["t1", "t2", "flair", "x"]) == "shown: red t1, green t2, blue flair"
-    assert describe_shown(()) == describe_shown(["t1"], "a, ") == ""
 
 
 @pytest.fixture
@@ -57,15 +49,13 @@ def test_a_name_is_drawn_with_a_font_that_has_its_characters(chinese_font, monke
     assert drawable("病人_7") == (["\\u75c5\\u4eba_7"], None)
 
 
-@pytest.mark.parametrize("name", ["short.png", "b" * 120 + "0123456789" * 8])
-def test_a_name_is_broken_and_cut_in_the_middle(name):
-    font = pillow_font(None, 11)
+def test_a_name_is_broken_and_cut_in_the_middle():
+    font, name = pillow_font(None, 11), "b" * 120 + "0123456789" * 8
+    assert fit_lines("short.png", font, 152, 4) == ["short.png"]
     lines = fit_lines(name, font, 152, 4)
-    assert len(lines) <= 4 and all(font.getlength(line) <= 152 for line in lines)
-    start, cut, end = "".join(lines).partition("...")
-    assert name.startswith(start) and name.endswith(end) and (cut or start == name)
-    assert bool(cut) == (font.getlength(name) > 4 * 152)
-    assert not cut or abs(len(start) - len(end)) <= 1
+    assert len(lines) == 4 and all(font.getlength(line) <= 152 for line in lines)
+    start, _, end = "".join(lines).partition("...")
+    assert name.startswith(start) and name.endswith(end) and abs(len(start) - len(end)) <= 1
 
 
 def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeypatch):
@@ -80,7 +70,7 @@ def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeyp
     write_split(tmp_path / "set" / "valid", {"empty.png": Image.new("RGB", (9, 9))})
     sheet = "medseg.planning.audit.save_contact_sheet"
     monkeypatch.setattr(sheet, lambda given, *_: rows.extend(given))
-    audit(tmp_path / "set", tmp_path, 2)
+    script_here("data.py", "set", "--show", 2, cwd=tmp_path)
     (small, large), (empty,) = rows
     assert empty[1:] == ("valid/empty.png", "0 % foreground")
     assert small[1:] == ("train/c.png", f"{100 * 8 * 8 / 48 / 96:.3g} % foreground")
@@ -89,6 +79,8 @@ def test_each_image_of_the_sheet_has_its_name_and_its_own_mask(tmp_path, monkeyp
         assert tile.size == (76, 152)  # in proportion
         red = np.argwhere((np.asarray(tile) == (255, 0, 0)).all(2))
         assert red.min() == 0 and red.max() == pytest.approx(side * 152 / 96 - 1, abs=1)
+    path = save_contact_sheet([[small] * 20], [], tmp_path / "twenty.jpg")  # in lines of 8
+    assert Image.open(path).size == (8 * 160, 3 * (152 + 2 * 14 + 16) + 8)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 40), (10, 2000)])
@@ -101,13 +93,6 @@ def test_images_of_any_shape_and_masks_of_a_pixel_are_seen(size, tmp_path):
         audit(tmp_path / "set", tmp_path)
     tile = np.asarray(Image.open(tmp_path / "contact_sheet.jpg")).astype(int)[:170]
     assert (tile[..., 0] - tile[..., 1:].max(2) > 60).any()  # red
-
-
-def test_more_images_are_shown_where_they_are_asked_for(dataset, tmp_path):
-    assert ".jpg, 6 images;" in output_of("data.py", dataset, "--show", 2, cwd=tmp_path)
-    tiles = [(Image.new("RGB", (152, 152)), "a.png", "no foreground")] * 20  # in three lines of 8
-    path = save_contact_sheet([tiles], [], tmp_path / "twenty.jpg")
-    assert Image.open(path).size == (8 * 160, 3 * (152 + 2 * 14 + 16) + 8)
 
 
 def test_predictions_are_shown_at_the_size_of_their_images(tmp_path, monkeypatch):
@@ -142,7 +127,7 @@ def test_predictions_are_shown_at_the_size_of_their_images(tmp_path, monkeypatch
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures of matplotlib that are saved."""
+    """The figures that are saved."""
     drawn, save = [], plots.save_figure
     monkeypatch.setattr(plots, "save_figure", lambda *given: (drawn.append(given[0]), save(*given)))
     return drawn
@@ -153,10 +138,11 @@ def ribbons(width, size=200):
     return (np.arange(size) % 40 < width)[:, None] & np.ones((1, size), bool)
 
 
-@pytest.mark.parametrize("mask, thin", [(ribbons(3), True), (ribbons(12), False)])
-def test_thin_structures_are_marked_pixel_by_pixel(mask, thin, figures, tmp_path):
+@pytest.mark.parametrize("width, thin", [(3, True), (12, False)])
+def test_thin_structures_are_marked_pixel_by_pixel(width, thin, figures, tmp_path):
     """Vessels as right, missed and wrong pixels; what is broader by its outlines."""
-    pred, picture = np.roll(mask, 1, 0), np.full((200, 200, 3), 90, np.uint8)
+    mask, picture = ribbons(width), np.full((200, 200, 3), 90, np.uint8)
+    pred = np.roll(mask, 1, 0)
     case, path = (picture, mask[None], pred[None], "title"), tmp_path / "predictions.png"
     plots.plot_predictions([case], path, title="", class_names=["vessel"])
     (axis,) = (axis for axis in figures[0].axes if axis.images)
@@ -170,14 +156,11 @@ def test_thin_structures_are_marked_pixel_by_pixel(mask, thin, figures, tmp_path
     expected = [mask & pred, mask & ~pred, pred & ~mask, ~mask & ~pred]
     for where, color in zip(expected, [*plots.PIXEL_COLORS.values(), "#5a5a5a"], strict=True):
         assert where.any() and np.allclose(pixels[where], to_rgb(color))
-
-
-def test_thin_structures_of_the_contact_sheet_are_tinted():
-    """A vessel of 3 pixels covers less than one of the sheet, which shows the image below it."""
+    # A vessel of 3 pixels covers less than one of the contact sheet: the image is seen below it.
     mask = encode(ribbons(3, 600).T)
     tile = np.asarray(draw_tile(Image.new("RGB", (600, 600), (0, 0, 200)), {0: mask}, 1))
     assert tile[..., 0].mean() / 255 == pytest.approx(0.8 * 3 / 40, rel=0.05)
-    assert tile[..., 2].min() > 30  # no pixel is covered
+    assert tile[..., 2].min() > 30
 
 
 def test_the_names_below_predictions_are_no_formulas(tmp_path, figures, chinese_font):
@@ -193,7 +176,12 @@ def test_the_names_below_predictions_are_no_formulas(tmp_path, figures, chinese_
     assert box.width <= axes.width * 1.1 and second.get_text().count("\n") == 2
 
 
-def test_the_montage_shows_the_slices_with_foreground():
+def test_the_channels_and_the_slices_that_are_shown():
+    assert rgb_image(np.uint8([[[40, 80]]])).getpixel((0, 0)) == (40, 40, 40)
+    assert describe_shown(["t1", "t2"], "a, ") == "a, shown: t1"
+    assert rgb_image(np.uint8([[[40, 80, 120, 160]]])).getpixel((0, 0)) == (40, 80, 120)
+    assert describe_shown(["t1", "t2", "flair", "x"]) == "shown: red t1, green t2, blue flair"
+    assert describe_shown(()) == describe_shown(["t1"], "a, ") == ""
     pictures = [np.full((40, 80), 3 * index, np.uint8) for index in range(60)]
     masks, shown = np.zeros((60, 40, 80), np.uint8), []
     masks[10:13, 5:10, 5:10] = 2

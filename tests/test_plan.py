@@ -21,12 +21,9 @@ from PIL import Image
 
 import train
 from medseg.images import read_image
-from medseg.planning import fingerprint as fingerprints
-from medseg.planning import plan as plans
-from medseg.planning import rules, timing
+from medseg.planning import rules
 from medseg.planning.fingerprint import SIDES, Fingerprint, take_fingerprint
-from medseg.planning.plan import plan_training
-from medseg.planning.rules import Plan
+from medseg.planning.plan import plan_training, planned_flags
 from medseg.planning.timing import Times
 from medseg.run_lengths import encode
 from medseg.weights import load_weights
@@ -34,7 +31,7 @@ from medseg.weights import load_weights
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch):
-    monkeypatch.setattr(timing, "SECONDS", 0.05)
+    monkeypatch.setattr("medseg.planning.timing.SECONDS", 0.05)
 
 
 QUICK = ("--device", "cpu", "--swanlab", "disabled")
@@ -92,19 +89,16 @@ def measure(root, mask):
     return take_fingerprint(write_set(root, {"0.png": picture(*mask.shape[::-1])}, [(0, outline)]))
 
 
-def test_thickness_is_the_width_of_a_stripe_and_the_radius_of_a_disc(tmp_path):
-    stripe = abs(np.subtract(*np.mgrid[:600, :600])) <= 6 * math.sqrt(2)  # 12 pixels, slanting
+def test_thickness_and_what_masks_keep_when_they_are_resized(tmp_path):
+    slanting = abs(np.subtract(*np.mgrid[:600, :600])) <= 6 * math.sqrt(2)  # 12 pixels wide
     large = np.pad(disc(40, 100), ((0, 0), (0, 4200)))  # measured at a part of its pixels
-    for number, (mask, thickness) in enumerate(((disc(40, 200), 40), (stripe, 12), (large, 40))):
+    for number, (mask, thickness) in enumerate(((disc(40, 200), 40), (slanting, 12), (large, 40))):
         look = measure(tmp_path / str(number), mask)
         assert look.thickness == pytest.approx(thickness, rel=0.13)
         assert look.largest == max(mask.shape) and look.boxes == 0
         assert look.foreground == [pytest.approx(mask.mean())]
-
-
-def test_what_masks_keep_of_themselves_when_they_are_resized(tmp_path):
     stripes = np.arange(256)[:, None] % 8 < np.full((1, 256), 2)  # of a row of eight, two
-    look = measure(tmp_path / "set", stripes)
+    look = measure(tmp_path / "stripes", stripes)
     assert list(look.kept) == list(SIDES) and look.kept[256] == look.kept[1024] == 1
     # By PyTorch's own resizing: nearest-exact down, bilinear up.
     target = torch.from_numpy(stripes)[None, None].float()
@@ -115,29 +109,24 @@ def test_what_masks_keep_of_themselves_when_they_are_resized(tmp_path):
         assert look.kept[side] == pytest.approx(float(expected), abs=0.01)
 
 
-ORIENTED = [
-    (0, set()),  # noise alone
-    (np.linspace(200, 0, 64)[:, None], {"flip", "turn"}),  # bright above
-    (np.linspace(200, 0, 64), {"mirror", "turn"}),  # bright left
-    (200 * disc(20, 64), set()),
-    (np.linspace(30, 0, 64)[:, None], set()),  # hardly bright above
-]
-
-
-@pytest.mark.parametrize("shades, expected", ORIENTED)
-def test_the_orientation_of_images(shades, expected, tmp_path):
-    rng, images = np.random.default_rng(0), {}
-    for number in range(12):
-        blocks = rng.integers(0, 55, (8, 8)).repeat(8, 0).repeat(8, 1)
-        images[f"{number}.png"] = Image.fromarray((shades + blocks).astype(np.uint8))
-    look = take_fingerprint(write_set(tmp_path / "set", images, [(0, square(4, 4, 9))]))
-    assert {change for change, differs in look.oriented.items() if differs} == expected
+def test_the_orientation_of_images(tmp_path):
+    """Bright above, hardly so, bright left, bright in the middle."""
+    fall, rng = np.linspace(200, 0, 64), np.random.default_rng(0)
+    shades = [fall[:, None], 0.15 * fall[:, None], fall, 200 * disc(20, 64)]
+    expected = [{"flip", "turn"}, set(), {"mirror", "turn"}, set()]
+    for case, (shade, changes) in enumerate(zip(shades, expected, strict=True)):
+        images = {}
+        for number in range(12):
+            blocks = rng.integers(0, 55, (8, 8)).repeat(8, 0).repeat(8, 1)
+            images[f"{number}.png"] = Image.fromarray((shade + blocks).astype(np.uint8))
+        look = take_fingerprint(write_set(tmp_path / str(case), images, [(0, square(4, 4, 9))]))
+        assert {change for change, differs in look.oriented.items() if differs} == changes
 
 
 def test_images_from_first_to_last_are_read_and_measured(tmp_path, monkeypatch):
     """Of eight images the first four have thin masks and are grey, the others neither."""
-    monkeypatch.setattr(fingerprints, "MAX_READ", 5)
-    monkeypatch.setattr(fingerprints, "MAX_MEASURED", 2)
+    monkeypatch.setattr("medseg.planning.fingerprint.MAX_READ", 5)
+    monkeypatch.setattr("medseg.planning.fingerprint.MAX_MEASURED", 2)
     images = {f"{n}.png": Image.new("RGB", (64, 64), (9, 9, 9 + n // 4)) for n in range(8)}
     outlines = [(n, square(2, 2, 8 if n < 4 else 40)) for n in range(8)]
     look = take_fingerprint(write_set(tmp_path / "set", images, outlines))
@@ -161,7 +150,7 @@ LOOK = Fingerprint(  # of 60 grey images of 300x200 pixels with one class
 
 def decide(given=(), device="cpu", passes=100, **changes):
     """The flags of a plan for LOOK with these changes, but for the length of the run."""
-    plan, look = Plan(dict(given)), LOOK._replace(**changes)
+    plan, look = rules.Plan(dict(given)), LOOK._replace(**changes)
     rules.choose_images(plan, look)
     rules.choose_network(plan, look, device)
     rules.choose_augmentation(plan, look, passes)
@@ -196,9 +185,7 @@ def test_each_rule_follows_what_it_looks_at():
         flags = decide(kept={own: float(own >= side) for own in SIDES}, largest=side)
         bottom = (flags["crop"] or flags["image_size"]) / 2 ** flags["depth"]
         assert 2 <= bottom <= 16
-
-
-def test_a_flag_that_is_given_wins_and_the_others_go_by_it():
+    # A flag that is given wins, and the others go by it.
     flags = decide({"image_size": 32, "augment": {}, "n_filters": 3})
     assert (flags["image_size"], flags["augment"], flags["n_filters"]) == (32, {}, 3)
     assert flags["depth"] == 3 and flags["crop"] == 0
@@ -212,7 +199,7 @@ def test_weights_that_find_the_masks_are_a_start(tmp_path, monkeypatch):
     path, count = tmp_path / "known.pth", 64  # of which every second is tried
     torch.save(brightness_model().state_dict(), path)
     monkeypatch.setattr("medseg.weights.PRETRAINED", path)
-    monkeypatch.setattr(plans, "time_plan", lambda *_: Times(step=0.1, image=0.001))
+    monkeypatch.setattr("medseg.planning.plan.time_plan", lambda *_: Times(step=0.1, image=0.001))
     images = {f"{number}.png": scan(32, 32, 4, 4, 8) for number in range(count)}
     outlines = [(n, square(4, 4, 8) if n < 48 else square(20, 20, 8)) for n in range(count)]
     root = write_set(tmp_path / "set", images, outlines)
@@ -235,14 +222,14 @@ def test_weights_that_find_the_masks_are_a_start(tmp_path, monkeypatch):
 def test_a_run_takes_the_minutes_that_there_are(minutes, images, crop):
     counts = {"train": images, "valid": max(images // 10, 1), "test": 20}
     look, times = LOOK._replace(images=counts), Times(step=0.1, image=0.01)
-    plan = Plan({"crop": crop})
+    plan, spent = rules.Plan({"crop": crop}), 12 * minutes  # a fifth of them went by with planning
     rules.choose_images(plan, look)
     rules.choose_network(plan, look, "cpu")
-    _, seconds = rules.choose_length(plan, look, times, minutes)
+    _, seconds = rules.choose_length(plan, look, times, minutes, spent)
     flags, tiles = plan.flags, round(300 * 200 / 64**2) if crop else 1
     per_epoch = math.ceil(round(flags["repeat"] * images * tiles) / flags["batch_size"])
     if counts["valid"] * tiles * times.image < 10:  # else three evaluations take over a minute
-        assert 0.8 * minutes * 60 < seconds < 1.05 * minutes * 60
+        assert 0.8 * minutes * 60 < seconds + spent < 1.05 * minutes * 60
     assert flags["patience"] == flags["epochs"]  # the schedule ends with the run
     assert flags["warmup"] <= flags["epochs"] * per_epoch / 5
 
@@ -255,13 +242,12 @@ def make_plan(monkeypatch):
     """
 
     def make(step, minutes=0.0, changes=(), **given):
-        def time_plan(plan, *_):
-            return Times(step(plan) if callable(step) else step, 0.001)
-
-        look = LOOK._replace(**dict(changes))
-        monkeypatch.setattr(plans, "take_fingerprint", lambda *_, **__: look)
-        monkeypatch.setattr(plans, "time_plan", time_plan)
-        monkeypatch.setattr(plans, "try_pretrained", lambda *_: None)
+        look, seconds = LOOK._replace(**dict(changes)), step if callable(step) else lambda _: step
+        monkeypatch.setattr("medseg.planning.plan.take_fingerprint", lambda *_, **__: look)
+        monkeypatch.setattr(
+            "medseg.planning.plan.time_plan", lambda plan, *_: Times(seconds(plan), 0.001)
+        )
+        monkeypatch.setattr("medseg.planning.plan.try_pretrained", lambda *_: None)
         plan = plan_training(".", {"device": "cpu", **given}, minutes=minutes)
         flag = re.search(r"WARNING: .*--(minutes|epochs) (\d+)", "\n".join(plan.lines))
         return plan.flags, flag and (flag[1], int(flag[2])), plan
@@ -287,22 +273,19 @@ def test_fewer_steps_than_teach_something_are_told(make_plan):
     # From weights a third of the steps will do; a minute holds 120 to 250.
     assert make_plan(0.2, 1)[1] and make_plan(0.2, 1, init="w.pth")[1] is None
     assert make_plan(0.2, 0.3, init="w.pth")[1][1] < 3
-
-    def step(plan):
-        return 5.0 if plan.side > 64 else 2.0
-
     # Masks of 64x64, which lose too much, are taken only where others leave less than 40 steps.
-    kept = {"kept": {96: 1.0, 64: 0.5}}
-    flags, (_, minutes), _ = make_plan(step, 1, kept)
+    slow = {"step": lambda plan: 5.0 if plan.side > 64 else 2.0}
+    slow["changes"] = {"kept": {96: 1.0, 64: 0.5}}
+    flags, (_, minutes), _ = make_plan(minutes=1, **slow)
     assert flags["image_size"] == 64 and minutes > 400 * 5 / 60
-    flags, warning, _ = make_plan(step, minutes, kept)
+    flags, warning, _ = make_plan(minutes=minutes, **slow)
     assert warning is None and flags["image_size"] == 96
 
 
 def test_folds_share_the_minutes_and_the_images(make_plan, capsys):
     """Of 20 and 80 images in train and valid each of 5 folds trains on 80, in a fifth of them."""
     make_plan(0.05, 4, {"images": {"train": 20, "valid": 80, "test": 20}})
-    flags = plans.planned_flags({"data": ".", "device": "cpu", "folds": 5, "minutes": 20.0})
+    flags = planned_flags({"data": ".", "device": "cpu", "folds": 5, "minutes": 20.0})
     per_epoch = math.ceil(round(flags["repeat"] * 80) / flags["batch_size"])
     assert 0.8 * 240 < flags["epochs"] * per_epoch * 0.05 < 240
     assert "about 4 minute(s) for each of 5 folds" in capsys.readouterr().out
@@ -311,10 +294,10 @@ def test_folds_share_the_minutes_and_the_images(make_plan, capsys):
 def test_size_then_filters_then_crops_give_way_to_a_short_time(make_plan):
     """A step takes 40 ms at 64x64 with 8 filters, and 400 of them are wanted."""
 
-    def sizes(given=(), **changes):
-        def step(plan):
-            return 0.04 * (plan.side / 64) ** 2 * plan.n_filters / 8
+    def step(plan):
+        return 0.04 * (plan.side / 64) ** 2 * plan.n_filters / 8
 
+    def sizes(given=(), **changes):
         changes["images"] = {"train": 500, "valid": 2, "test": 2}
         flags, *_ = make_plan(step, 0.7, changes, **dict(given))
         return [flags.get(name) for name in ("crop", "image_size", "n_filters")]
@@ -326,10 +309,7 @@ def test_size_then_filters_then_crops_give_way_to_a_short_time(make_plan):
     assert sizes(kept=LINES, width=900, height=900) == [128, None, 8]
     huge = {"kept": LINES, "largest": 5000, "width": 5000, "height": 4000}
     assert sizes(**huge) == [0, 256, 8] and sizes({"crop": 128}, **huge)[0] == 128
-
-
-def test_many_images_take_more_steps_and_so_a_smaller_network(make_plan):
-    """The time holds 940 steps of 8 images: 125 passes over 60 images, 3 over 2,400."""
+    # 940 steps of 8 images are 125 passes over 60 images, but 3 over 2,400, which takes more.
     for images, filters in {60: 16, 2400: 8, 100_000: 8}.items():
         counts = {"images": {"train": images, "valid": 20, "test": 20}}
         flags, _, plan = make_plan(0.3, 5, counts, image_size=96)
@@ -378,8 +358,7 @@ def noise(width, height):
 
 ONE = {"a.png": noise(40, 40)}
 ABSURD = {  # data sets that no rule was made for: images, outlines, those of valid and of test
-    "one pixel": (ONE, [(0, square(7, 7, 1))]),
-    "empty valid": (ONE, [(0, square(8, 8, 16))], (ONE, [])),
+    "one pixel, none in valid": (ONE, [(0, square(7, 7, 1))], (ONE, [])),
     "long and thin": ({"a.png": noise(2000, 3)}, [(0, square(8, 0, 3))]),
     "other sizes": ({f"{n}.png": noise(n, 2 * n) for n in (3, 30, 300)}, [(2, square(20, 20, 90))]),
     "40 classes": ({"a.png": noise(64, 64)}, [(0, square(n, n, 3)) for n in range(40)]),
