@@ -272,8 +272,7 @@ def edit(change):
     return lambda root: edit_annotations(root / "train", change)
 
 
-def divide(content):
-    """Outlines as fractions of the image's size."""
+def fractions(content):
     for annotation in content["annotations"]:
         annotation["segmentation"] = square(0.1, 0.2, 0.3)
 
@@ -282,14 +281,13 @@ def divide(content):
 BAD = {
     "no folder": (shutil.rmtree, "dataset:", "download.py"),
     "no annotations": (lambda root: (root / "train" / ANNOTATIONS).unlink(), ANNOTATIONS),
-    "not JSON": (lambda root: (root / "train" / ANNOTATIONS).write_text("{"), ANNOTATIONS, "JSON"),
     "two records": (edit(lambda own: own["images"].extend("ab")), "images[6]", "(2 such"),
     "id used twice": (edit(lambda own: own["images"][1].update(id=0)), "images[1] has id 0"),
     "of no image": (edit(lambda own: own["annotations"][1].update(image_id=99)), "image_id 99"),
     "empty split": (edit(lambda own: own.update(images=[], annotations=[])), ANNOTATIONS),
     "another size": (edit(lambda own: own["images"][3].update(width=50)), "3_train.png", "50x48"),
     "climbs out": (edit(lambda own: own["images"][3].update(file_name="../s.png")), "../s.png"),
-    "fractions": (edit(divide), "fractions"),
+    "fractions": (edit(fractions), "fractions"),
 }
 
 
@@ -387,29 +385,26 @@ def test_a_grouped_split_keeps_neighbours_together(tmp_path, refused, capsys):
         outlines = [(n, square(n % 9, 2, 8)) for n in range(len(images))]
         write_split(numbered / split, images, outlines)
 
-    def segmentations(root):
-        """{split: {file name: segmentation}}, by json alone."""
-        named = {}
-        for split in SPLITS:
-            content = json.loads((root / split / ANNOTATIONS).read_text())
-            names = {record["id"]: record["file_name"] for record in content["images"]}
-            entries = content["annotations"]
-            named[split] = {names[own["image_id"]]: own["segmentation"] for own in entries}
-        return named
+    def segmentations(root, split):
+        """{file name: [segmentation]}"""
+        coco = load_coco(root / split)
+        of_image = {key: [own["segmentation"] for own in coco.imgToAnns[key]] for key in coco.imgs}
+        return {coco.imgs[key]["file_name"]: outlines for key, outlines in of_image.items()}
 
     assert audit(numbered, tmp_path) == []
     out = capsys.readouterr().out
     # valid has 24 images: 4 duplicates; and 1, 4, ... 58, all of which but the first follow a
     # multiple of 3, while 101 to 104 have no neighbour. test has 2, 5, ... 59: all have one.
-    assert re.search(
-        r"valid beside train: 16\.7% .* such as 10\d_x.png of \d+_x.png, .*, 79\.2% a neighbour",
-        out,
+    beside = (
+        r"valid beside train: 16\.7% .* such as 10\d_x.png of \d+_x.png, .*, 79\.2% a neighbour"
     )
+    assert re.search(beside, out)
     assert re.search(r"test beside train: 0\.0% .*, 100\.0% a neighbour", out)
     target = grouped_split(numbered, tmp_path / "new", block=8)
-    before, numbers, pairs = segmentations(numbered), [], 0
-    outlines = {**before["train"], **before["valid"], **before["test"]}
-    for split, after in segmentations(target).items():
+    before = {split: segmentations(numbered, split) for split in SPLITS}
+    outlines, numbers, pairs = {**before["train"], **before["valid"], **before["test"]}, [], 0
+    for split in SPLITS:
+        after = segmentations(target, split)
         assert abs(len(after) - len(before[split])) <= 8  # about the shares of before
         own = [slice_number(name) for name in after]
         pairs += sum(number + 1 in own for number in own)
