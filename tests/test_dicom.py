@@ -1,7 +1,6 @@
 """DICOM frames and series, against values by hand, pydicom's own files and its reader."""
 
 import shutil
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,9 @@ def read_frames(path):
 RESCALED = {"RescaleSlope": "2", "RescaleIntercept": "-100"}  # -100 100 200 / 300 500 1900
 WINDOWED = {**RESCALED, "WindowCenter": ["200", "5"], "WindowWidth": ["400", "5"]}  # 0..400
 MONO1 = {"PhotometricInterpretation": "MONOCHROME1"}
-PADDED = {"PixelPaddingValue": 1000}  # the others are 0..300
 WHOLE_RANGE = [[0, 26, 38], [51, 76, 255]]  # 25.5, 38.25, 51, 76.5 of 0..1000
 SIGNED = STORED.astype(np.int16) - 1000
-SIGNED_PADDED = [[0, 0, 14], [28, 57, 255]]  # of -900..0: 14.2, 28.3, 56.7
-PADDING = 0x00280120
+SIGNED_PADDING = pydicom.DataElement(0x00280120, "US", 64536)
 
 
 @pytest.mark.parametrize(
@@ -37,9 +34,9 @@ PADDING = 0x00280120
         (STORED, {"WindowCenter": "0", "WindowWidth": "0"}, WHOLE_RANGE),  # useless
         (SIGNED, {}, WHOLE_RANGE),
         (STORED * 0, {}, [[0, 0, 0], [0, 0, 0]]),
-        (STORED, {**PADDED, **WINDOWED}, [[0, 64, 128], [191, 255, 0]]),
+        (STORED, {"PixelPaddingValue": 1000, **WINDOWED}, [[0, 64, 128], [191, 255, 0]]),
         (STORED, {"PixelPaddingValue": 200, "PixelPaddingRangeLimit": 0}, [[0, 0, 0], [0, 0, 255]]),
-        (SIGNED, {"PixelPaddingValue": pydicom.DataElement(PADDING, "US", 64536)}, SIGNED_PADDED),
+        (SIGNED, {"PixelPaddingValue": SIGNED_PADDING}, [[0, 0, 14], [28, 57, 255]]),  # -900..0
     ],
 )
 def test_frames_by_hand(tmp_path, pixels, fields, wanted):
@@ -93,15 +90,6 @@ def test_deflated_jpeg_2000_and_colour_whatever_the_window():
     assert [one.name[-5:] for one in pictures] == ["_f000", "_f001"]
 
 
-def test_frames_are_decoded_one_at_a_time(tmp_path):
-    path = write_dicom(tmp_path / "a.dcm", np.zeros((200, 100, 100), np.uint16))
-    read_dicom(path)[0]
-    tracemalloc.start()
-    assert sum(frame.shape == (100, 100) for frame in read_dicom(path)) == 200
-    assert tracemalloc.get_traced_memory()[1] < 1_500_000  # all frames are 4 MB
-    tracemalloc.stop()
-
-
 def test_what_cannot_be_read_is_one_line(tmp_path):
     path = tmp_path / "a.dcm"
     for keep in (0, 133, 400, 39000):
@@ -111,6 +99,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         refuse(read_frames, sample(f"{name}.dcm"))
     refuse(read_frames, sample("JPEG-lossy.dcm"), "`pip install")
     refuse(read_frames, write_dicom(path, Rows=65535, Columns=65535), "--max-megapixels")
+    (tmp_path / "empty").mkdir()
+    refuse(open_volume, tmp_path / "empty")
     for values in ({"NumberOfFrames": 3}, {"Rows": 3}, {"PhotometricInterpretation": "HSV"}):
         refuse(read_frames, write_dicom(path, **values))
 
@@ -165,10 +155,10 @@ def test_padding_of_a_series_and_frames_of_one_file(tmp_path):
     assert_array_equal(slices_of(volume).transpose(0, 2, 1), SERIES[[1, 2, 0]])
 
 
-def add_slice(z=0, x=5, **fields):
+def add_slice(z=0, **fields):
     """Add a slice to a series, whose slices lie from -10 to -2 mm, 2 mm apart."""
     fields = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [0.5, 0.8], **fields}
-    fields = {"ImagePositionPatient": [x, 70, z], "SeriesInstanceUID": "1.2.9", **fields}
+    fields = {"ImagePositionPatient": [5, 70, z], "SeriesInstanceUID": "1.2.9", **fields}
     return lambda folder: write_dicom(folder / "other.dcm", SERIES[0], **fields)
 
 
@@ -185,7 +175,6 @@ def tilt(folder):
         (add_slice(SeriesInstanceUID="1.2.10"), "2 series"),
         (add_slice(-6), "0 to 2 mm"),
         (add_slice(1), "2 to 3 mm"),
-        (add_slice(x=9), "above"),
         (add_slice(PixelSpacing=[0.5, 0.9]), "PixelSpacing"),
         (add_slice(ImagePositionPatient=None), "place"),
         (add_slice(ImageOrientationPatient=[0, 1, 0, 0, 0, 1]), "direction"),
@@ -197,6 +186,3 @@ def test_what_is_no_series_of_even_slices_is_one_line(tmp_path, change, words):
     folder = write_series(tmp_path / "s", SERIES)
     change(folder)
     refuse(open_volume, folder, words, "dcm2niix")
-    shutil.rmtree(folder)
-    folder.mkdir()
-    refuse(open_volume, folder)
