@@ -16,14 +16,12 @@ from helpers import (
     SIZE,
     SMALL,
     annotations,
-    assert_refused,
     brightness_model,
     edit_annotations,
     make_dataset,
     output_of,
     run_download,
     save_pair,
-    script_here,
     set_classes,
     skip_pictures,
     tree,
@@ -39,8 +37,6 @@ from medseg.splits import next_training
 from medseg.training import cross_validation
 from medseg.training.cross_validation import deal_groups, deal_images, pool_scores, score_fold
 from net import UNet
-
-# ---- the deal --------------------------------------------------------------------------------
 
 
 def write_data(root, folds):
@@ -60,13 +56,13 @@ def files(folder):
     return {path.name for path in folder.glob("*.png")}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_groups_stay_whole_and_folds_are_even(seed):
+def test_groups_stay_whole_and_folds_are_even():
     groups = [*"aaaaa", *"bb", *"cc", "d", *[""] * 5]
-    fold_of = deal_groups(groups, 3, seed)
-    assert sorted(Counter(fold_of).values()) == [5, 5, 5]
-    assert len({*zip(groups[:10], fold_of, strict=False)}) == 4
-    assert fold_of == deal_groups(groups, 3, seed) != deal_groups(groups, 3, seed + 1)
+    for seed in range(3):
+        fold_of = deal_groups(groups, 3, seed)
+        assert sorted(Counter(fold_of).values()) == [5, 5, 5]
+        assert len({*zip(groups[:10], fold_of, strict=False)}) == 4
+        assert fold_of == deal_groups(groups, 3, seed) != deal_groups(groups, 3, seed + 1)
 
 
 def test_each_image_is_in_the_valid_of_one_fold_and_in_the_train_of_the_others(dataset, here):
@@ -139,8 +135,6 @@ def test_folds_keep_the_groups_of_the_import(here):
     assert next_training(Path("dataset")).endswith("--folds 2")
 
 
-# ---- the runs --------------------------------------------------------------------------------
-
 FLAGS = (*SMALL, "--precision", "fp32", "--init", "bright.pth", "--lr", 0.1, "--epochs", 2)
 
 
@@ -165,10 +159,6 @@ def copied(done, here, no_pictures):
 
 def run(*flags):
     return output_of("train.py", *flags, cwd=Path.cwd())
-
-
-def refuse(*flags, words):
-    assert_refused(script_here("train.py", *flags, cwd=Path.cwd()), *words)
 
 
 def read(path):
@@ -224,7 +214,7 @@ def test_the_intervals_of_all_folds_are_of_groups():
     assert without["confidence_95"]["image_dice"][0] > 0.45
 
 
-def test_resumed_it_trains_what_is_missing_and_no_more(copied, done):
+def test_resumed_it_trains_what_is_missing_and_no_more(copied, done, refused):
     expected, before, record = read("run"), tree("run/fold1"), read("run")
     for key in ("scores", "confidence_95", "images", "class_names"):
         del record[key]
@@ -232,7 +222,7 @@ def test_resumed_it_trains_what_is_missing_and_no_more(copied, done):
     Path("run/folds.json").write_text(json.dumps(record))
     shutil.rmtree("run/fold3")  # not begun; fold2 was stopped in its test
     with file_lock(Path("run/fold2/.lock"), busy=""):  # by another process
-        refuse("--resume", "--out", "run", words=["run/fold2", "another training"])
+        refused("train", "--resume", "--out", "run", words=["run/fold2", "another training"])
     said = run("--resume", "--out", "run")
     assert read("run") == expected and tree("run/fold1") == before
     before, _, after = said.partition("fold 3 of 3")
@@ -242,7 +232,7 @@ def test_resumed_it_trains_what_is_missing_and_no_more(copied, done):
     assert run("--resume", "--out", "run").splitlines() == done[1].splitlines()[-8:]
 
 
-def test_classes_of_a_data_set_without_valid_and_test(copied):
+def test_classes_of_a_data_set_without_valid_and_test(copied, refused):
     for split in ("valid", "test"):
         shutil.rmtree(f"dataset/{split}")
     set_classes(copied / "dataset/train", ["a", "b"], lambda number: 1 + number % 2)
@@ -254,16 +244,16 @@ def test_classes_of_a_data_set_without_valid_and_test(copied):
         assert files(place / "test") == files(place / "valid") and len(files(place / "train")) == 3
     # A class of one image is in no train but those of the other folds.
     set_classes(copied / "dataset/train", ["a", "b"], lambda number: 2 if number == 1 else 1)
-    refuse(*flags, "--out", "one", words=["class b", "--seed"])
+    refused("train", *flags, "--out", "one", words=["class b", "--seed"])
     assert not Path("one/folds.json").exists()
 
 
-def test_damaged_images_are_left_out_and_no_weights_of_an_earlier_one_stay(copied):
+def test_damaged_images_are_left_out_and_no_earlier_weights_stay(copied, refused):
     Path("dataset/train/0_train.png").unlink()
     Path("dataset/valid/0_valid.png").write_bytes(b"damaged")
     Path("run/.folds.new.tmp").mkdir()  # of a process that was killed
     flags, before = (*FLAGS, "--folds", 2, "--out", "run", "--overwrite"), read("run")
-    refuse(*flags, words=["0_train.png"])
+    refused("train", *flags, words=["0_train.png"])
     assert read("run") == before
     run(*flags, "--skip-bad")
     result, left = read("run"), Path("run").glob("fold*/best_model.pth")
@@ -291,27 +281,22 @@ def test_a_fold_scores_classes_as_their_masks_are_written(order, first, dataset)
     assert result["groups"] == ["p", "", "", ""] and result["images"] == 4
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--folds 11 --out new", ["--folds 11", "10"]),
-        ("--test-only --out run", ["--test-only", "run/fold1"]),
-        ("--folds 2 --out taken", ["taken/folds"]),
-        ("--resume --out run --epochs 9", ["run/folds.json", "--epochs"]),
-        ("--resume --out run/fold1 --folds 3", ["run/fold1/last.pth", "--folds"]),
-        ("--resume --out damaged", ["damaged/folds.json"]),
-    ],
-)
-def test_wrong_use_is_one_line_and_changes_nothing(flags, words, copied):
+def test_wrong_use_is_one_line_and_changes_nothing(copied, refused, monkeypatch):
     for folder in ("taken/folds", "damaged", "new"):
         Path(folder).mkdir(parents=True)
     Path("damaged/folds.json").write_text('{"flags": {}')
     before = tree(".")
-    refuse(*(FLAGS if flags.startswith("--folds") else ()), *flags.split(), words=words)
-    assert tree(".") == before
-
-
-def test_several_processes_are_refused(dataset, refused, monkeypatch):
+    for flags, words in (
+        ("--folds 11 --out new", ["--folds 11", "10"]),
+        ("--folds 2 --out taken", ["taken/folds"]),
+        ("--test-only --out run", ["--test-only", "run/fold1"]),
+        ("--resume --out run --epochs 9", ["run/folds.json", "--epochs"]),
+        ("--resume --out run/fold1 --folds 3", ["run/fold1/last.pth", "--folds"]),
+        ("--resume --out damaged", ["damaged/folds.json"]),
+    ):
+        more = FLAGS if flags.startswith("--folds") else ()
+        refused("train", *more, *flags.split(), words=words)
     for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    refused("train", "--data", dataset, "--folds", 2, words=["--folds", "torchrun"])
+    refused("train", *FLAGS, "--folds", 2, "--out", "new", words=["--folds", "torchrun"])
+    assert tree(".") == before

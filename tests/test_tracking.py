@@ -46,16 +46,6 @@ def start(*flags, runs=None):
 # ---- what all share --------------------------------------------------------------------------
 
 
-def test_the_experiment_is_named_after_batch_size_epochs_and_recipe(monkeypatch):
-    begun = []
-    stub = ("", lambda *given: begun.append(given[1:3]), ["local"])
-    monkeypatch.setitem(tracking.TRACKERS, "mlflow", stub)
-    for flags in ("", "--batch-size 8 --epochs 20 --recipe strong", "--experiment-name mine"):
-        start("--tracker", "mlflow", *flags.split())
-    names = ["bs32-epoch40", "bs8-epoch20-strong", "mine"]
-    assert begun == [("Brain", name) for name in names]
-
-
 def stub(function):
     """begin(mode) of a tracker whose calls are all function(...)."""
     return lambda mode: Run("id", function, function, function, ["see", "it"], local=False)
@@ -76,8 +66,8 @@ def test_errors_are_told_once_and_stop_nothing(capsys):
 
 def test_what_hangs_is_waited_for_once(monkeypatch, capsys):
     calls, never = [], threading.Event()
-    monkeypatch.setattr(tracking, "CALL", 0.2)
-    monkeypatch.setattr(tracking, "START", 0.2)
+    for limit in ("CALL", "START"):
+        monkeypatch.setattr(tracking, limit, 0.2)
 
     def hang(*given):
         calls.append(given)
@@ -87,10 +77,9 @@ def test_what_hangs_is_waited_for_once(monkeypatch, capsys):
     for step in (1, 2):
         tracker.log({"train/loss": 0.5, "val/iou": float("nan")}, step=step)
     tracker.finish()
-    assert calls == [("train/loss", 0.5, 1)]
     assert "see it" in capsys.readouterr().out  # for not all was uploaded
     Tracker("Stub", hang, ["online", "offline"])  # which may wait for a lock of the first
-    assert calls[1:] == [("online",)]
+    assert calls == [("train/loss", 0.5, 1), ("online",)]
     never.set()
 
 
@@ -105,22 +94,27 @@ def test_flags_that_cannot_be_served_are_refused(monkeypatch, refused):
         refused("train", "--tracker", name, words=["--tracker", f"pip install {name}"])
 
 
-def test_nothing_is_recorded_where_that_is_asked_for(monkeypatch):
+def test_the_experiment_is_named_after_its_flags_and_nothing_recorded_unasked(monkeypatch):
+    begun = []
     for name, (title, _, modes) in tracking.TRACKERS.items():
-        monkeypatch.setitem(tracking.TRACKERS, name, (title, None, modes))
-    for flags in (("--swanlab", "disabled"), ("--tracker", "none"), ("--test-only",)):
-        tracker, runs = start(*flags, runs={"swanlab": "kept"})
+        stub = (title, lambda *given: begun.append(given[1:3]), modes)
+        monkeypatch.setitem(tracking.TRACKERS, name, stub)
+    for flags in ("", "--batch-size 8 --epochs 20 --recipe strong", "--experiment-name mine"):
+        start("--tracker", "mlflow", *flags.split())
+    names = ["bs32-epoch40", "bs8-epoch20-strong", "mine"]
+    assert begun == [("Brain", name) for name in names]
+    for flags in ("--swanlab disabled", "--tracker none", "--test-only"):
+        tracker, runs = start(*flags.split(), runs={"swanlab": "kept"})
         tracker.log({"train/loss": 0.5}, step=1)
-        tracker.image("predictions", "missing.png")
         tracker.finish(failed=True)
-        assert runs == {"swanlab": "kept"}
+        assert runs == {"swanlab": "kept"} and len(begun) == 3
 
 
 # ---- TensorBoard, Weights & Biases, MLflow: read back with their own libraries ---------------
 
 
 def read_tensorboard(run_id):
-    """({key: [(step, value)]}, how many pictures), as the other two."""
+    """({key: [(step, value)]}, how many pictures), like the other two."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(f"a run/tensorboard/{run_id}").Reload()
@@ -131,10 +125,7 @@ def read_tensorboard(run_id):
 
 
 def read_wandb(run_id):
-    """Of offline runs: W&B's messages, which another process writes, hold keys and numbers as text.
-
-    The step of the run that is first is 1.
-    """
+    """W&B's messages hold keys and numbers as text; the step of the run that is first is 1."""
 
     def read():
         values = {}
@@ -144,7 +135,7 @@ def read_wandb(run_id):
                 values.setdefault(key.decode(), set()).add((step, float(text)))
         return {key: sorted(own) for key, own in values.items()}
 
-    wait_until(lambda: "test/dice" in read())
+    wait_until(lambda: "test/dice" in read())  # another process writes them
     return read(), len(list(Path("a run/wandb").rglob("media/images/predictions*.png")))
 
 
@@ -214,8 +205,8 @@ class Service(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path, status = self.path.split("?")[0], 200
         self.server.requests.append((self.command, path, body))
-        if self.server.hangs(path):
-            self.server.stop.wait(LIMIT)
+        if self.server.answer == b"":
+            time.sleep(LIMIT)
         user, project = {"username": "u", "name": "u"}, {"cuid": "p", "name": "Brain"}
         project |= {"path": "/u/Brain", "group": user, "_count": {"experiments": 0}, "version": 1}
         urls = [f"http://127.0.0.1:{self.server.server_port}/picture"]
@@ -228,7 +219,7 @@ class Service(BaseHTTPRequestHandler):
             run_id = json.loads(body)["cuid"]
             status = 200 if run_id == "earlier" else 201
             reply = {"cuid": run_id, "slug": run_id, "name": "bs32", "createdAt": f"2026-{DAY}"}
-        data = self.server.nonsense or json.dumps(reply).encode()
+        data = self.server.answer or json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -246,24 +237,18 @@ DAY = "01-01T00:00:00.000Z"
 
 
 @contextmanager
-def service(hangs=lambda path: False, nonsense=None):
+def service(answer=None):
     """A server that runs within the context; its `account` are variables for a user of it.
 
-    hangs(path): whether a request gets no response. nonsense: bytes to respond with instead.
+    answer: bytes to respond with whatever is asked; if there are none, nothing gets a response.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
-    server.daemon_threads, server.block_on_close = True, False
-    server.requests, server.stop = [], threading.Event()
-    server.hangs, server.nonsense = hangs, nonsense
-    host = f"http://127.0.0.1:{server.server_port}"
-    server.account = {"SWANLAB_API_HOST": host, "SWANLAB_API_KEY": "x"}
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        server.requests, server.answer = [], answer
+        host = f"http://127.0.0.1:{server.server_port}"
+        server.account = {"SWANLAB_API_HOST": host, "SWANLAB_API_KEY": "x"}
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
-    finally:
-        server.stop.set()
         server.shutdown()
-        server.server_close()
 
 
 def uploaded(server, run_id):
@@ -283,15 +268,9 @@ def uploaded(server, run_id):
 
 
 def program(text):
-    """Arguments of Python: a program that can call `start`, in a process of its own.
-
-    SwanLab remembers the server it has logged in to, and some of it acts when the process exits.
-    """
+    """Arguments of Python for a process of its own: SwanLab remembers where it has logged in."""
     head = "import os, signal, sys, time\nfrom test_tracking import start, tracking\n"
     return "-c", head + textwrap.dedent(text)
-
-
-# ---- SwanLab: what is recorded ---------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -360,21 +339,17 @@ def test_online_uploads_continues_a_run_and_leaves_signals_and_exit_status_to_us
         assert sum(path == "/picture" for _, path, _ in server.requests) == 2
 
 
-# ---- what must not happen --------------------------------------------------------------------
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", [None, {"hangs": bool}, {"nonsense": b"<html>hotel wifi</html>"}])
-def test_without_a_service_it_is_offline_soon(harm, monkeypatch, capsys):
+@pytest.mark.parametrize("answer", [None, b"", b"<html>hotel wifi</html>"])
+def test_without_a_service_it_is_offline_soon(answer, monkeypatch, capsys):
     """There is no network, or a server that never answers or is another one."""
     monkeypatch.setattr(tracking, "ANSWER", 1)
-    with service(**harm or {}) as server:
-        for name, value in server.account.items():
-            monkeypatch.setenv(name, value)
-        if harm is None:
-            monkeypatch.setenv("SWANLAB_API_HOST", NOWHERE)
+    with service(answer) as server:
+        host = NOWHERE if answer is None else server.account["SWANLAB_API_HOST"]
+        monkeypatch.setenv("SWANLAB_API_KEY", "x")
+        monkeypatch.setenv("SWANLAB_API_HOST", host)
         began = time.monotonic()
-        tracker, _ = start("--swanlab", "auto" if harm else "online")
+        tracker, _ = start("--swanlab", "online" if answer is None else "auto")
         assert time.monotonic() - began < 6 and tracker.run.local
         tracker.finish()
     assert not tracker.hung
@@ -384,11 +359,10 @@ def test_without_a_service_it_is_offline_soon(harm, monkeypatch, capsys):
 @pytest.mark.slow
 def test_auto_follows_the_users_settings(monkeypatch, capsys):
     monkeypatch.setenv("SWANLAB_API_KEY", "x")
-    settings = {"offline": True, "disabled": None, "no such mode": None}
-    for setting, offline in settings.items():
+    for setting in ("offline", "disabled", "no such mode"):
         monkeypatch.setenv("SWANLAB_MODE", setting)
         tracker, _ = start()
-        assert (tracker.run.local if tracker.run else None) == offline
+        assert tracker.run.local if setting == "offline" else tracker.run is None
         message = "SwanLab: going on without it: " in capsys.readouterr().out
         assert message == (setting == "no such mode")
         tracker.finish()

@@ -31,10 +31,6 @@ from medseg.weights import load_weights
 from net import UNet, load_model
 
 ALL_FLIPS = ("horizontal", "vertical", "both")
-TUNED = Inference(0.35, ("horizontal",), {"largest": 1.0})
-
-
-# ---- flips -----------------------------------------------------------------------------------
 
 
 BY_NUMPY = {  # of (B, H, W, C), there and back
@@ -58,8 +54,7 @@ def average_by_numpy(model, pixels, flips):
     return total / (1 + len(flips))
 
 
-@pytest.mark.parametrize("flips", [(), ALL_FLIPS, *((one,) for one in VIEWS)])
-def test_the_average_over_flips_by_numpy(flips):
+def test_the_average_over_flips_by_numpy():
     """Of images that are not square, too."""
     pixels = np.random.default_rng(2).integers(0, 256, (3, 33, 50, 3), np.uint8)
     network = UNet(3, 2, 4, image_size=32, depth=2).eval()
@@ -67,24 +62,19 @@ def test_the_average_over_flips_by_numpy(flips):
     for weight in network.parameters():  # else what it gives is the same everywhere
         if weight.dim() == 4:
             torch.nn.init.kaiming_normal_(weight)
-    model = Predictor([network], "cpu")
-    plain, expected = (average_by_numpy(model, pixels, names) for names in ((), flips))
-    model.inference = PLAIN._replace(flips=flips)
-    mean = probabilities_of(model, pixels)
-    np.testing.assert_allclose(mean, expected, atol=1e-6)
-    assert np.abs(mean - plain).max() > 0.01 if flips else (mean == plain).all()
+    model, plain = Predictor([network], "cpu"), probabilities_of(network, pixels)
+    for flips in (ALL_FLIPS, *((one,) for one in VIEWS)):
+        model.inference = PLAIN._replace(flips=flips)
+        mean = probabilities_of(model, pixels)
+        np.testing.assert_allclose(mean, average_by_numpy(network, pixels, flips), atol=1e-6)
+        assert np.abs(mean - plain).max() > 0.01
 
 
 def test_only_flips_that_were_trained_are_tried():
-    assert learned_flips({"flip": 1.0, "rotate": 30.0}) == ALL_FLIPS
     assert learned_flips({"flip": 0.5, "mirror": 1.0}) == ALL_FLIPS
     assert learned_flips({"mirror": 1.0}) == ("horizontal",)
     assert learned_flips({"flip": 0.0, "turn": 1.0}) == ("both", "turn90", "turn270")
-    assert learned_flips({"flip": 1.0, "turn": 1.0}) == VIEWS
     assert learned_flips({"mirror": 1.0, "turn": 1.0}) == VIEWS and learned_flips({}) == ()
-
-
-# ---- the choice ------------------------------------------------------------------------------
 
 
 def counts_of(*dice, size=100):
@@ -94,23 +84,19 @@ def counts_of(*dice, size=100):
 
 
 def test_a_gain_is_seen_in_many_images_and_in_the_split():
-    def gained(*after):
-        return gains(counts_of(*[0.5] * len(after)), counts_of(*after))
-
-    assert gained(0.6, 0.58, 0.5, 0.55) and gained(0.6, 0.6) and not gained(0.5, 0.5)
-    # One image alone: the mean is as large as its standard error, and here a bit smaller.
-    assert not gained(0.9, 0.5, 0.5, 0.49)
-    assert not gained(0.8, 0.49)  # mean 0.145, standard error 0.155
-
-    def of(*dice):  # of a large image and three small ones
-        return np.concatenate([counts_of(dice[0], size=10_000), counts_of(*dice[1:])])
-
-    before = of(*[0.5] * 4)
-    assert not gains(before, of(0.48, 0.6, 0.6, 0.6))  # the large image lost pixels
-    assert gains(before, of(0.51, 0.6, 0.6, 0.6))
-    assert not gains(before, of(0.6, 0.4, 0.4, 0.4), expected=True)  # it alone gained
-    large = [counts_of(*[0.5 + change] * 4, size=10**6) for change in (0, 0.0019, 0.0021)]
-    assert not gains(large[0], large[1]) and gains(large[0], large[2])
+    # Of one image alone the mean is as large as its standard error, and here a bit smaller.
+    for after, gained in (((0.6, 0.58, 0.5, 0.55), True), ((0.9, 0.5, 0.5, 0.49), False)):
+        assert gains(counts_of(*[0.5] * 4), counts_of(*after)) == gained
+    assert not gains(counts_of(0.5, 0.5), counts_of(0.8, 0.49))  # mean 0.145, error 0.155
+    before, large = counts_of(*[0.5] * 4), np.array([100, 1, 1, 1])[:, None, None]
+    for after, expected, gained in (
+        ((0.48, 0.6, 0.6, 0.6), False, False),  # the large image lost pixels
+        ((0.51, 0.6, 0.6, 0.6), False, True),
+        ((0.6, 0.4, 0.4, 0.4), True, False),  # it alone gained
+    ):
+        assert gains(before * large, counts_of(*after) * large, expected=expected) == gained
+    before, less, enough = (counts_of(*[dice] * 4, size=10**6) for dice in (0.5, 0.5019, 0.5021))
+    assert not gains(before, less) and gains(before, enough)
 
 
 def choice(targets, plain, flipped=None, flips=()):
@@ -136,40 +122,26 @@ def lesions(count=5, *, inside=0.9, halo=0.0, speck=0.0, side=20):
     return targets, probabilities
 
 
-@pytest.mark.parametrize(
-    "drawn, expected",
-    [
-        ({}, PLAIN),
-        # By hand: above the halo the square alone is left, and its Dice is 1.
-        ({"inside": 0.9, "halo": 0.62}, Inference(0.65)),
-        ({"speck": 0.95}, Inference(clean={"largest": 1.0})),
-        ({"inside": 0.32, "halo": 0.12, "speck": 0.4}, Inference(0.15, (), {"largest": 1.0})),
-    ],
-)
-def test_threshold_and_pieces_by_hand(drawn, expected):
-    assert choice(*lesions(4, **drawn))[0] == expected
-    chosen, (line,) = choice(*lesions(3, **drawn))  # of three images neither is chosen
-    assert chosen == PLAIN and "too few images (3)" in line
+def test_threshold_and_pieces_by_hand():
+    """Above the halo the square alone is left, and its Dice is 1."""
+    all_three = {"inside": 0.32, "halo": 0.12, "speck": 0.4}
+    assert choice(*lesions(4))[0] == PLAIN
+    assert choice(*lesions(4, halo=0.62))[0] == Inference(0.65)
+    assert choice(*lesions(4, speck=0.95))[0] == Inference(clean={"largest": 1.0})
+    assert choice(*lesions(4, **all_three))[0] == Inference(0.15, (), {"largest": 1.0})
+    chosen, (line,) = choice(*lesions(3, **all_three))  # too few images for either
+    assert chosen == PLAIN and "(3)" in line
 
 
-@pytest.mark.parametrize(
-    "background, inside, expected",
-    [
-        (0.17, 0.18, 0.5),  # up to 0.15 all is marked, and then nothing
+def test_thresholds_that_are_not_chosen():
+    targets, probabilities = lesions(side=60)
+    for background, inside, expected in (
         (0.01, 0.08, 0.5),  # perfect at 0.05 alone: a lower one may be better
         (0.93, 0.97, 0.5),  # perfect at 0.95 alone
-        (0.01, 0.32, 0.1),  # 0.05 is no better than those beside it
         (0.12, 0.17, 0.15),  # 0.1 marks everything, 0.15 the lesions
-    ],
-)
-def test_no_threshold_at_the_edge_or_that_marks_everything(background, inside, expected):
-    targets, probabilities = lesions()
-    probabilities = np.where(targets, inside, background).astype(np.float32)
-    assert choice(targets, probabilities)[0].threshold == expected
-
-
-def test_no_threshold_that_marks_nearly_nothing_but_where_a_class_is_missed_everywhere():
-    targets, probabilities = lesions(side=60)
+    ):
+        drawn = np.where(targets, inside, background).astype(np.float32)
+        assert choice(targets, drawn)[0].threshold == expected
     probabilities[:] = 0.62  # up to 0.6 all is marked, then 4 of the 64 pixels of each lesion
     for number, one in enumerate(probabilities):
         one[0, 2 + number : 4 + number, 5:7] = 0.72
@@ -199,9 +171,6 @@ def test_flips_are_taken_where_they_gain_also_by_another_threshold():
     assert taken(bad, np.concatenate([good[:1], bad[1:]])).flips == ALL_FLIPS
 
 
-# ---- predict.py ------------------------------------------------------------------------------
-
-
 def lopsided_model():
     """It marks what lies a pixel right of and below bright ones: each flip has other masks."""
     model = brightness_model(48)
@@ -211,18 +180,8 @@ def lopsided_model():
     return model
 
 
-@pytest.fixture
-def place(here):
-    """A folder with weights that were tuned, tuned.pth, and the same without it, plain.pth."""
-    model = lopsided_model()
-    torch.save(model.state_dict(), "plain.pth")
-    model.info.inference = TUNED
-    torch.save(model.state_dict(), "tuned.pth")
-    return here
-
-
-def blobs(seed=0):
-    """A picture with several bright squares of a brightness of their own; uint8 (48, 48)."""
+def blobs(seed):
+    """A picture with several bright squares, each of one brightness; uint8 (48, 48)."""
     rng = np.random.default_rng(seed)
     pixels = np.full((48, 48), 20, np.uint8)
     for _ in range(6):
@@ -248,42 +207,37 @@ def run(place, *arguments):
     return output_of("predict.py", *arguments, *flags, cwd=place)
 
 
-@pytest.mark.parametrize(
-    "weights, flags, expected",
-    [
-        ("tuned", (), TUNED),
-        ("tuned", ("--no-tta",), TUNED._replace(flips=())),
+def test_what_was_chosen_counts_and_flags_win(here):
+    model, chosen = lopsided_model(), Inference(0.35, ("horizontal",), {"largest": 1.0})
+    torch.save(model.state_dict(), "plain.pth")
+    model.info.inference = chosen
+    torch.save(model.state_dict(), "tuned.pth")
+    Image.fromarray(blobs(0)).save("a.png")
+    for weights, flags, expected in (
+        ("tuned", (), chosen),
+        ("tuned", ("--no-tta",), chosen._replace(flips=())),
         ("tuned", ("--clean=none", "--no-tta", "--threshold=0.5"), PLAIN),
         ("plain", ("--tta",), Inference(flips=ALL_FLIPS)),
-    ],
-)
-def test_what_was_chosen_counts_and_flags_win(weights, flags, expected, place):
-    Image.fromarray(blobs()).save("a.png")
-    said = run(place, "a.png", "--model", f"{weights}.pth", *flags)
-    lines = [line for line in said.splitlines() if "chosen on valid" in line]
-    assert len(lines) == (weights == "tuned")
-    for line in lines:
-        assert line.startswith(f"{expected}: ") and "tuned.pth" in line
-        assert all(flag.partition("=")[0] in line for flag in flags)
-    assert ("WARNING: --tta" in said) == (weights == "plain")  # neither chosen nor trained
-    np.testing.assert_array_equal(
-        np.asarray(Image.open("a_mask.png")) > 0, by_hand(blobs(), expected)
-    )
-
-
-def test_slices_of_a_volume_have_the_masks_of_pictures(place):
+    ):
+        said = run(here, "a.png", "--model", f"{weights}.pth", *flags)
+        lines = [line for line in said.splitlines() if "chosen on valid" in line]
+        assert len(lines) == (weights == "tuned")
+        for line in lines:
+            assert line.startswith(f"{expected}: ") and "tuned.pth" in line
+            assert all(flag.partition("=")[0] in line for flag in flags)
+        assert ("WARNING: --tta" in said) == (weights == "plain")  # neither chosen nor trained
+        mask = np.asarray(Image.open("a_mask.png")) > 0
+        np.testing.assert_array_equal(mask, by_hand(blobs(0), expected))
+    # Slices of a volume have the masks of pictures.
     pictures = [blobs(seed) for seed in range(4)]
     write_nifti("v.nii.gz", np.stack(pictures, 2), zooms=(1, 1, 5))
-    flags = ("--model", "tuned.pth", "--window", 127.5, 255)
-    run(place, "v.nii.gz", "--output", "m.nii.gz", *flags)
+    run(here, "v.nii.gz", "--output=m.nii.gz", "--model=tuned.pth", "--window", 127.5, 255)
     volume = np.asarray(nibabel.load("m.nii.gz").dataobj) > 0
-    expected = [by_hand(pixels, TUNED) for pixels in pictures]
+    expected = [by_hand(pixels, chosen) for pixels in pictures]
     np.testing.assert_array_equal(volume.transpose(2, 0, 1), expected)
 
 
 # ---- train.py --------------------------------------------------------------------------------
-
-FLAGS = (*SMALL, *"--precision fp32 --epochs 3 --norm batch --lr 1e-2 --augment flip".split())
 
 
 @pytest.fixture(scope="module")
@@ -296,14 +250,15 @@ def trained(tmp_path_factory):
     make_dataset(place / "dataset")
     with pytest.MonkeyPatch.context() as patch:
         skip_pictures(patch)
-        said["plain"] = output_of("train.py", *FLAGS, "--out", "plain", cwd=place)
+        flags = "--precision fp32 --epochs 3 --norm batch --lr 1e-2 --augment flip --out plain"
+        said["plain"] = output_of("train.py", *SMALL, *flags.split(), cwd=place)
         shutil.copytree(place / "plain", place / "tuned")
         flags = ("--resume", "--tune-prediction", "--out", "tuned")
         said["tuned"] = output_of("train.py", *flags, cwd=place)
     return place, said
 
 
-def test_a_training_records_its_choice_and_is_else_the_same(trained, monkeypatch):
+def test_a_training_records_its_choice_and_is_else_the_same(trained, no_pictures, monkeypatch):
     place, said = trained
     tuned, plain = (load_weights(place / run / "best_model.pth") for run in ("tuned", "plain"))
     assert all(torch.equal(tuned[name], plain[name]) for name in tuned.keys() | plain.keys())
@@ -320,6 +275,10 @@ def test_a_training_records_its_choice_and_is_else_the_same(trained, monkeypatch
     shutil.copytree(place / "tuned", place / "more")
     more = ("--resume", "--epochs", 4, "--out", "more")
     assert "chosen on valid: " in output_of("train.py", *more, cwd=place)
+    # --init takes no choice over.
+    init = ("--init", "tuned/best_model.pth", "--epochs", 1, "--out", "next")
+    output_of("train.py", *SMALL[4:], *init, cwd=place)
+    assert load_model(place / "next" / "best_model.pth").info.inference is None
 
 
 def test_the_choice_is_that_of_valid_counted_by_hand_and_tested_as_by_predict_py(trained):
@@ -350,10 +309,3 @@ def test_the_choice_is_that_of_valid_counted_by_hand_and_tested_as_by_predict_py
     printed = re.findall(r"(?:Dice|IoU|precision|recall) ([\d.]+)", line)
     names = ("dice", "iou", "miou", "precision", "recall", "image_dice")
     assert [float(number) for number in printed] == [round(scores[name], 4) for name in names]
-
-
-def test_init_takes_no_choice_over(trained, no_pictures):
-    place, _ = trained
-    init = ("--init", "tuned/best_model.pth", "--epochs", 1, "--out", "next")
-    output_of("train.py", *SMALL[4:], *init, cwd=place)
-    assert load_model(place / "next" / "best_model.pth").info.inference is None
