@@ -171,15 +171,6 @@ def test_flips_are_taken_where_they_gain_also_by_another_threshold():
     assert taken(bad, np.concatenate([good[:1], bad[1:]])).flips == ALL_FLIPS
 
 
-def lopsided_model():
-    """It marks what lies a pixel right of and below bright ones: each flip has other masks."""
-    model = brightness_model(48)
-    with torch.no_grad():
-        weight = model.down1.conv1.weight
-        weight.copy_(weight.roll((-1, -1), (2, 3)))
-    return model
-
-
 def blobs(seed):
     """A picture with several bright squares, each of one brightness; uint8 (48, 48)."""
     rng = np.random.default_rng(seed)
@@ -190,17 +181,6 @@ def blobs(seed):
     return pixels
 
 
-def by_hand(pixels, inference):
-    """The mask of a picture of the network's size, from its probabilities, flips and a fill."""
-    colours, model = np.repeat(pixels[None, ..., None], 3, 3), lopsided_model()
-    mask = average_by_numpy(model, colours, inference.flips)[0, 0] > inference.threshold
-    if not inference.clean:
-        return mask
-    numbers, count = ndimage.label(mask, np.ones((3, 3)))
-    assert count > 1  # else there is nothing to see
-    return numbers == np.bincount(numbers[mask]).argmax()
-
-
 def run(place, *arguments):
     """What predict.py prints."""
     flags = ("--device", "cpu", "--precision", "fp32")
@@ -208,10 +188,24 @@ def run(place, *arguments):
 
 
 def test_what_was_chosen_counts_and_flags_win(here):
-    model, chosen = lopsided_model(), Inference(0.35, ("horizontal",), {"largest": 1.0})
+    model, chosen = brightness_model(48), Inference(0.35, ("horizontal",), {"largest": 1.0})
+    # It marks what lies a pixel right of and below bright ones: each flip has other masks.
+    weight = model.down1.conv1.weight.data
+    weight.copy_(weight.roll((-1, -1), (2, 3)))
+
+    def by_hand(pixels, inference):
+        colours = np.repeat(pixels[None, ..., None], 3, 3)
+        mask = average_by_numpy(model, colours, inference.flips)[0, 0] > inference.threshold
+        if not inference.clean:
+            return mask
+        numbers, count = ndimage.label(mask, np.ones((3, 3)))
+        assert count > 1  # else there is nothing to see
+        return numbers == np.bincount(numbers[mask]).argmax()
+
     torch.save(model.state_dict(), "plain.pth")
     model.info.inference = chosen
     torch.save(model.state_dict(), "tuned.pth")
+    model.info.inference = None
     Image.fromarray(blobs(0)).save("a.png")
     for weights, flags, expected in (
         ("tuned", (), chosen),
