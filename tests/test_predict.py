@@ -35,7 +35,6 @@ from medseg.inference import Inference
 from medseg.metrics import SWEEP, image_dice
 from medseg.predicting import inputs
 from medseg.predicting.figure import choose_cases
-from medseg.predicting.inputs import EXAMPLE
 from medseg.predicting.report import TOLERANCE, surface_scores, write_report
 from medseg.predicting.scoring import FolderScores
 from medseg.weights import PRETRAINED
@@ -62,9 +61,6 @@ def pictures(folder, ending=""):
 
 def dice_of(masks, targets):
     return 2 * (masks & targets).sum() / (masks.sum() + targets.sum())
-
-
-# ---- functions -------------------------------------------------------------------------------
 
 
 def test_the_tutorials_functions(place):
@@ -97,9 +93,6 @@ def test_the_figure_has_a_legend_and_its_colours_in_the_mask(tmp_path):
     assert (figure[:24, :100] < 60).any()  # the name
 
 
-# ---- the command -----------------------------------------------------------------------------
-
-
 def test_one_image(place, capsys):
     """Into this folder, into a file, and into a folder with a dot in its name."""
     own = {"scan_mask.png", "scan_overlay.jpg", "scan_prediction.png"}
@@ -118,19 +111,6 @@ def test_one_image(place, capsys):
     predict.main(["scan.png", "--output", "m.png"])
     assert pictures(place) == {*before, "m.png"}
     assert Path("m.png").read_bytes() == Path("scan_mask.png").read_bytes()
-
-
-def test_what_a_folder_holds_besides_is_counted_in_one_line(place, refused):
-    write_scans(place / "scans", ["a", "b_mask"])
-    (place / "scans" / "deeper").mkdir()
-    # macOS writes the file with two dots before its name.
-    for name in ("a.mat", "b.MAT", "README", "._a.png", "_annotations.coco.json"):
-        (place / "scans" / name).write_text("no picture")
-    assert [file.path.name for file in inputs.expand(["scans"])] == ["a.png"]
-    aside = ".mat (2), files of these scripts (1), folders (1), no suffix (1)"
-    assert inputs.left_aside(place / "scans") == aside
-    (place / "scans" / "a.png").unlink()
-    refused("predict", "scans", words=["scans: no images", aside])
 
 
 def test_images_that_differ_in_their_suffix_keep_it(place, refused):
@@ -176,14 +156,23 @@ def test_long_and_odd_names_lose_nothing_and_no_more_is_loaded_than_needed(place
 
 
 def test_files_that_cannot_be_read_are_counted_and_the_others_predicted(place, refused):
-    """A picture, and one frame of two. They have no row, and the settings say why."""
-    write_scans(place / "scans", ["a"])
+    """A picture, and one frame of two. They have no row, and the settings say why.
+
+    What the folder holds besides is counted.
+    """
+    write_scans(place / "scans", ["a", "b_mask"])
     Path("scans/b.png").write_bytes(b"damaged")
+    Path("scans/deeper").mkdir()
+    # macOS writes the file with two dots before its name.
+    for name in ("a.mat", "b.MAT", "README", "._a.png"):
+        Path("scans", name).write_text("no picture")
     frames = Path(sample("SC_rgb_rle_2frame.dcm")).read_bytes()
     Path("scans/one.dcm").write_bytes(frames[:2600])
     words = ["2 of 4 left out", "b.png", "one.dcm"]
     refused("predict", "scans", "--output", "out", "--write", "mask,coco", words=words)
     assert pictures(place / "out", "_mask.png") == {"a_mask.png", "one_f000_mask.png"}
+    aside = ".mat (2), files of these scripts (1), folders (1), no suffix (1)"
+    assert inputs.left_aside(place / "scans") == aside
     titles = ["a.png", "one.dcm, frame 0"]
     settings = json.loads(Path("out/predictions.json").read_text())
     left_out = {(one["file"], Path(one["file"]).name in one["why"]) for one in settings["left_out"]}
@@ -200,7 +189,11 @@ def test_files_that_cannot_be_read_are_counted_and_the_others_predicted(place, r
 def test_a_strangers_first_prediction(place, refused, monkeypatch, capsys):
     """Without an image it takes the example; without best_model.pth the repository's weights."""
     refused("predict", words=["download.py"])
-    for path in (Path("dataset/synthetic/test/9.png"), EXAMPLE.with_name("1.jpg"), EXAMPLE):
+    for path in (
+        Path("dataset/synthetic/test/9.png"),
+        inputs.EXAMPLE.with_name("1.jpg"),
+        inputs.EXAMPLE,
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         scan(64, 64, 10, 10, 20).save(path)
         predict.main([])
@@ -218,10 +211,13 @@ def test_bad_input(place, refused):
     write_scans(place / "other", "a")
     (place / "text.png").write_text("no picture")
     (place / "text").write_text("no folder")
+    (place / "empty").mkdir()
+    (place / "empty" / "a.mat").write_text("no picture")
     before = sorted(place.rglob("*"))
     for command, word in {
         "text.png": "text.png",
         "nothing.png": "nothing.png",
+        "empty": ".mat (1)",
         "scans/a.png --model missing.pth": "missing.pth",
         "scans/a.png --threshold 1.5": "--threshold",
         "scans/a.png other/a.png": "both",
@@ -236,9 +232,6 @@ def test_bad_input(place, refused):
         line = refused("predict", *command.split(), words=[word])
         assert ".tmp" not in line  # the file that was to become the named one
     assert sorted(place.rglob("*")) == before
-
-
-# ---- scores of a folder with annotations -----------------------------------------------------
 
 
 def report_on(folder, *flags):
@@ -315,7 +308,7 @@ def test_a_damaged_image_or_annotation_leaves_no_report_but_masks(place, dataset
 def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
     """Of two models; other annotations in test leave the choice as it is.
 
-    Without foreground, none is chosen.
+    Without foreground, none is chosen. An image in a folder below is in the report, too.
     """
     test, valid, other = dataset / "test", dataset / "valid", brightness_model()
     torch.nn.init.constant_(other.outc.bias, -2.0)
@@ -331,17 +324,11 @@ def test_the_threshold_is_chosen_on_valid_alone(place, dataset):
     edit_annotations(test, lambda content: content["annotations"].clear())
     assert report_on(test, *models)["valid"]["dice"] == first["dice"]
     edit_annotations(valid, lambda content: content["annotations"].clear())
-    assert report_on(test)["valid"] is None
-
-
-def test_images_in_folders_below_are_in_the_report(place, dataset):
-    """They are not listed."""
-    test = dataset / "test"
     (test / "deeper").mkdir()
     (test / "1_test.png").rename(test / "deeper" / "1.png")
     edit_annotations(test, lambda content: content["images"][1].update(file_name="deeper/1.png"))
-    names = ["0_test.png", "deeper/1.png", "2_test.png", "3_test.png"]
-    assert list(report_on(test)["per_image"]) == names
+    report, names = report_on(test), ["0_test.png", "deeper/1.png", "2_test.png", "3_test.png"]
+    assert report["valid"] is None and list(report["per_image"]) == names
 
 
 BOXES = [(4, 4, 20), (20, 8, 10), (10, 20, 16)]  # x, y, side: lesions of the images below
@@ -366,10 +353,15 @@ def graded(tmp_path):
 
 
 def test_a_report_by_hand(graded, tmp_path, monkeypatch):
-    """Scores with the threshold from valid, calibration, and the cases of the figure."""
-    monkeypatch.setattr("medseg.predicting.report.plot_report", lambda *_: None)
-    valid = {"thresholds": SWEEP, "dice": [0.5] * len(SWEEP), "chosen_threshold": 0.3}
-    report = write_report(tmp_path, "test", graded, valid, ["foreground"])
+    """Scores with the threshold from valid, calibration, the cases and the words of the figure.
+
+    Names may hold what matplotlib takes for formulas.
+    """
+    valid, figures = {"thresholds": SWEEP, "dice": [0.5] * len(SWEEP), "chosen_threshold": 0.3}, []
+    groups = ["g"], np.zeros(3, int)
+    monkeypatch.setattr("medseg.predicting.report.group_images", lambda *_: groups)
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    report = write_report(tmp_path, r"a $\frac$ b", graded, valid, ["foreground"])
     assert json.loads((tmp_path / "report.json").read_text()) == report
     sides = np.array([side for _, _, side in BOXES])
     with_it, lesion, right = report["valid"]["scores_with_it"], (sides**2).sum(), 4 * sides.sum()
@@ -390,6 +382,20 @@ def test_a_report_by_hand(graded, tmp_path, monkeypatch):
         expected[0, y : y + side, x : x + side] = True
         assert (picture == 40 * number).all() and picture.shape == (48, 48, 3)
         assert (target == expected).all() and (pred == expected).all()
+
+    (figure,) = figures
+    figure.draw_without_rendering()
+    words = "\n".join(text.get_text() for text in figure.findobj(Text))
+    shown = (r"a $\frac$ b", "pixel accuracy", "Dice per image", "\n(1)")
+    assert all(name in words for name in shown)
+    assert not any(key in words for key in ("acc ", "image_dice", "background_acc", "miou", "more"))
+    (sweep,) = (axis for axis in figure.axes if axis.get_xlabel() == "threshold")
+    assert [0.5, 0.5] in [list(line.get_xdata()) for line in sweep.lines]  # the one in use
+    for axis in figure.axes:
+        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+            boxes = [label.get_window_extent() for label in labels if label.get_text()]
+            for one, other in itertools.combinations(boxes, 2):
+                assert not one.overlaps(other), axis.get_title()
 
 
 def test_the_sweep_and_the_distances_in_mm_are_of_the_cleaned_masks(tmp_path):
@@ -429,9 +435,6 @@ def test_lesion_sizes_false_alarms_and_distances_by_hand(graded, tmp_path, monke
     assert report["surface_dice"] == {"mean": 0.5, "median": 0.5, "left_out": 7}
 
 
-# ---- figures ---------------------------------------------------------------------------------
-
-
 def test_a_report_names_false_alarms_and_missed_lesions():
     cases = {  # true positives, false positives, false negatives, true negatives
         "perfect": (32, 0, 0, 32),
@@ -450,33 +453,9 @@ def test_a_report_names_false_alarms_and_missed_lesions():
         "worst: beside, no overlap",
     ]
     assert [index for index, _ in cases] == [0, 1, 5, 2, 3, 4]
-
-
-def test_a_report_shows_of_few_images_each_once():
-    for count in range(2, 14):
+    for count in range(2, 14):  # of few images each once
         dice = np.random.default_rng(count).permutation(count) / 20 + 0.1
         cases = choose_cases([f"{n}.png" for n in range(count)], dice, np.ones((count, 4), int))
         shown = [index for index, _ in cases]
         assert len(set(shown)) == len(cases) == min(count, 8)
         assert dice[shown[0]] == dice.max() and dice[shown[-1]] == dice.min()
-
-
-def test_a_report_is_in_words_and_its_ticks_lie_apart(graded, tmp_path, monkeypatch):
-    """The threshold is the one in use; names may hold what matplotlib takes for formulas."""
-    odd, module, figures = r"a $\frac$ b", "medseg.predicting.report", []
-    valid = {"thresholds": SWEEP, "dice": [0.5] * len(SWEEP), "chosen_threshold": 0.3}
-    monkeypatch.setattr(f"{module}.group_images", lambda *_: (["g"], np.zeros(3, int)))
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    write_report(tmp_path, odd, graded, valid, ["foreground"])
-    (figure,) = figures
-    figure.draw_without_rendering()
-    words = "\n".join(text.get_text() for text in figure.findobj(Text))
-    assert all(name in words for name in (odd, "pixel accuracy", "Dice per image", "\n(1)"))
-    assert not any(key in words for key in ("acc ", "image_dice", "background_acc", "miou", "more"))
-    (sweep,) = (axis for axis in figure.axes if axis.get_xlabel() == "threshold")
-    assert [0.5, 0.5] in [list(line.get_xdata()) for line in sweep.lines]
-    for axis in figure.axes:
-        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
-            boxes = [label.get_window_extent() for label in labels if label.get_text()]
-            for one, other in itertools.combinations(boxes, 2):
-                assert not one.overlaps(other), axis.get_title()
