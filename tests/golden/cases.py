@@ -32,8 +32,10 @@ from helpers import (
     assert_done,
     box,
     brightness_model,
+    grey,
     labelme,
     polygon,
+    save,
     script_here,
     shape,
     write_dicom,
@@ -47,28 +49,23 @@ from net import UNet
 
 EXPECTED = Path(__file__).with_name("expected.json")
 TUMOR = Path(__file__).parents[2] / "dataset" / "tumor.pth"
-SIZE = 40, 30  # width, height
 
 # ---- inputs ----------------------------------------------------------------------------------
 
 
-def picture(seed, size=SIZE):
+def picture(seed):
     """Colours that differ from pixel to pixel, and from corner to corner."""
-    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    return np.stack([x * 5, y * 7, (x + 2 * y + 30 * seed) % 200], axis=-1).astype(np.uint8)
+    x, y = np.meshgrid(np.arange(40), np.arange(30))
+    pixels = np.stack([x * 5, y * 7, (x + 2 * y + 30 * seed) % 200], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
-def label_map(seed, classes=2, size=SIZE):
+def label_map(seed, classes=2):
     """Class numbers: a rectangle of each class, without symmetry."""
-    labels = np.zeros(size[::-1], np.uint8)
+    labels = np.zeros((30, 40), np.uint8)
     for number in range(1, classes + 1):
         labels[3 + seed % 5 : 9 + 3 * number, 9 * number : 9 * number + 6 + seed % 4] = number
     return labels
-
-
-def save(pixels, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
 
 
 def pairs(count=10, values=(0, 255), images="images", first=0):
@@ -77,7 +74,7 @@ def pairs(count=10, values=(0, 255), images="images", first=0):
         labels = label_map(seed, len(values) - 1)
         save(picture(seed), f"{images}/p{seed}.png")
         masks = images.replace("image", "mask")
-        save(np.array(values, np.uint8)[labels], f"{masks}/p{seed}_mask.png")
+        save(grey(values)(labels), f"{masks}/p{seed}_mask.png")
 
 
 def class_files():
@@ -86,7 +83,7 @@ def class_files():
     for seed in range(3):
         save(picture(seed), f"images/p{seed}.png")
         for number, name in enumerate(names, 1):
-            mask = np.uint8(255) * (label_map(seed, 4) == number)
+            mask = Image.fromarray(np.uint8(255) * (label_map(seed, 4) == number))
             save(mask, f"masks/{name.format(seed)}.png")
 
 
@@ -110,9 +107,10 @@ def coco():
     images = [{"id": n, "file_name": f"p{n}.png", "width": 40, "height": 30} for n in (1, 2, 3)]
     for image in images:
         save(picture(image["id"]), f"images/{image['file_name']}")
-    annotations = []
-    for number, ((image, category), fields) in enumerate(outlines.items()):
-        annotations.append({"id": number, "image_id": image, "category_id": category, **fields})
+    annotations = [
+        {"id": number, "image_id": image, "category_id": category, **fields}
+        for number, ((image, category), fields) in enumerate(outlines.items())
+    ]
     categories = [{"id": 3, "name": "dog"}, {"id": 1, "name": "cat"}]
     content = {"images": images, "categories": categories, "annotations": annotations}
     Path("c.json").write_text(json.dumps(content))
@@ -138,30 +136,31 @@ def volumes():
         write_nifti(f"labels/v{seed}.nii.gz", labels, affine)
 
 
-def dicom_series(folder="ct", masks=False):
-    """Slices 2, 2 and 4 mm apart, in no order; with a mask picture of each where wanted."""
-    Path(folder).mkdir()
+def dicom_series():
+    """Slices 2, 2 and 4 mm apart, in no order, and a mask picture of each."""
+    Path("ct").mkdir()
     for name, z in {"a": 4, "b": 0, "c": 8, "d": 2}.items():
         pixels = np.zeros((64, 64), np.uint16)
         pixels[10 : 20 + z, 30:50] = 900
         fields = {"ImagePositionPatient": [5, 70, z], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
         fields |= {"WindowCenter": 500, "WindowWidth": 1000, "PixelSpacing": [0.5, 0.8]}
-        write_dicom(f"{folder}/{name}.dcm", pixels, SeriesInstanceUID="1.2.9", **fields)
-        if masks:
-            save(np.uint8(255) * (pixels > 0), f"masks/{name}.png")
+        write_dicom(f"ct/{name}.dcm", pixels, SeriesInstanceUID="1.2.9", **fields)
+        save(Image.fromarray(np.uint8(255) * (pixels > 0)), f"masks/{name}.png")
 
 
-def phantoms(two_classes=False, counts=(8, 4, 4), size=64):
+def phantoms(size=64, counts=(8, 4, 4), two_classes=False):
     make_phantoms("data", counts, size, two_classes=two_classes)
+
+
+def large_phantoms():
+    phantoms(128)
 
 
 def scans():
     """Phantoms without annotations, one of them not square."""
     make_phantoms("data", (1, 1, 3), 128, seed=5)
     for number, path in enumerate(sorted(Path("data/test").glob("*.jpg"))):
-        image = Image.open(path)
-        Path("scans").mkdir(exist_ok=True)
-        image.crop((0, 0, 128, 128 - 20 * number)).save(f"scans/s{number}.png")
+        save(Image.open(path).crop((0, 0, 128, 128 - 20 * number)), f"scans/s{number}.png")
 
 
 def mosaic():
@@ -170,7 +169,8 @@ def mosaic():
     model = UNet.from_state_dict(torch.load(TUMOR, weights_only=True))
     model.info.image_size = None
     torch.save(model.state_dict(), "model.pth")
-    save(np.tile(np.asarray(Image.open("scans/s0.png").convert("RGB")), (13, 16, 1)), "mosaic.png")
+    tiled = np.tile(np.asarray(Image.open("scans/s0.png").convert("RGB")), (13, 16, 1))
+    Image.fromarray(tiled).save("mosaic.png")
 
 
 def squares(size=None, classes=1, names=None):
@@ -189,7 +189,7 @@ def squares(size=None, classes=1, names=None):
     for x, y, side, value in drawn:
         pixels[y : y + side, x : x + side] = value
     pixels[15:20, 20:24] = 0  # the hole
-    save(pixels, "bright.png")
+    Image.fromarray(pixels).save("bright.png")
 
 
 # ---- measures --------------------------------------------------------------------------------
@@ -356,7 +356,11 @@ START = f"{TRAIN} --init {TUMOR} --image-size 128 --lr 1e-4 --epochs 2"
 TRAINED = "metrics run/metrics.csv; scores -"
 IMPORT = "download.py --data own"
 MASKS, BRIGHT = f"{IMPORT} --masks images masks", f"{PREDICT} bright.png --model model.pth"
-MEASURES = {"import": "dataset own", "train": TRAINED}  # of cases whose name begins so
+SCANS = f"{PREDICT} scans --output out"
+TABLE = "table out/predictions.csv"
+REPORT = f"report out/report.json; {TABLE}"
+# of cases whose name begins so
+MEASURES = {"import": "dataset own", "train": TRAINED, "predict": TABLE}
 
 # name: inputs; commands, one a line; measures, each a function and the file that it measures, or
 # those of MEASURES.
@@ -380,10 +384,7 @@ CASES = {
         f"{IMPORT} --masks scans/v0.nii.gz labels/v0.nii.gz --window 400 300 --classes 1=a "
         "--into test",
     ),
-    "import_dicom": (
-        lambda: dicom_series(masks=True),
-        f"{IMPORT} --masks ct masks --into train",
-    ),
+    "import_dicom": (dicom_series, f"{IMPORT} --masks ct masks --into train"),
     "import_add": (
         lambda: (pairs(4), pairs(3, images="more_images", first=3)),
         f"{MASKS} --split 50 25 25\n"
@@ -393,57 +394,42 @@ CASES = {
     "plan": (phantoms, "data.py data --plan", "flags -"),
     "train_tutorial": (phantoms, f"{TRAIN} --image-size 32 --n-filters 4 --epochs 2"),
     "train_strong": (
-        lambda: phantoms(size=100),
+        lambda: phantoms(100),
         f"{START} --recipe strong --warmup 2 --ema 0.5",
     ),
     "train_vessels": (
         phantoms,
         f"{TRAIN} --recipe vessels --init {TUMOR} --crop 64 --lr 2e-4 --ema 0.5 --epochs 2",
     ),
-    "train_auto": (
-        lambda: phantoms(size=128),
-        f"{START} --recipe auto --warmup 2 --ema 0.5 --repeat 2",
-    ),
-    "train_classes": (lambda: phantoms(True, size=128), f"{START} --classes each"),
+    "train_auto": (large_phantoms, f"{START} --recipe auto --warmup 2 --ema 0.5 --repeat 2"),
+    "train_classes": (lambda: phantoms(128, two_classes=True), f"{START} --classes each"),
     "train_resume": (
         phantoms,
         f"{START} --image-size 64 --epochs 4\ntrain.py --resume --out run --epochs 9",
     ),
     "train_folds": (
-        lambda: phantoms(size=128, counts=(4, 2, 1)),
+        lambda: phantoms(128, counts=(4, 2, 1)),
         f"{START} --epochs 1 --folds 3",
         "report run/folds.json",
     ),
     "train_augment": (
-        lambda: phantoms(size=128),
+        large_phantoms,
         f"{START} --augment rotate=30,scale=0.1,shift=0.05,contrast=0.1,brightness=0.1,flip=1,"
         "turn=1,elastic=0.05,gamma=0.2,noise=0.05 --schedule cosine --loss focal=1",
     ),
     "predict_image": (scans, f"{PREDICT} scans/s1.png", "near s1_mask.png"),
     "predict_folder": (
         scans,
-        f"{PREDICT} scans --output out --write mask,probability --pixel-size 0.5x0.7",
-        "table out/predictions.csv; near out/s2_mask.png; near out/s2_probability.png",
+        f"{SCANS} --write mask,probability --pixel-size 0.5x0.7",
+        f"{TABLE}; near out/s2_mask.png; near out/s2_probability.png",
     ),
-    "predict_flips": (
-        scans,
-        f"{PREDICT} scans --output out --tta",
-        "table out/predictions.csv; near out/s2_mask.png",
-    ),
-    "predict_threshold": (
-        scans,
-        f"{PREDICT} scans --output out --threshold 0.2 --clean largest,fill",
-        "table out/predictions.csv",
-    ),
-    "predict_annotated": (
-        lambda: phantoms(size=128),
-        f"{PREDICT} data/test --output out",
-        "report out/report.json; table out/predictions.csv",
-    ),
+    "predict_flips": (scans, f"{SCANS} --tta", f"{TABLE}; near out/s2_mask.png"),
+    "predict_threshold": (scans, f"{SCANS} --threshold 0.2 --clean largest,fill"),
+    "predict_annotated": (large_phantoms, f"{PREDICT} data/test --output out", REPORT),
     "predict_annotated_classes": (
         lambda: (phantoms(two_classes=True), squares(64, 2, ("bright", "dark"))),
         f"{PREDICT} data/test --model model.pth --output out",
-        "report out/report.json; table out/predictions.csv",
+        REPORT,
     ),
     "predict_tiles": (mosaic, f"{PREDICT} mosaic.png --model model.pth", "near mosaic_mask.png"),
     "predict_exact": (squares, BRIGHT, "exact bright_mask.png"),
@@ -453,19 +439,17 @@ CASES = {
     "predict_resized": (lambda: squares(size=32), BRIGHT, "near bright_mask.png"),
     "predict_volume": (
         lambda: (volumes(), squares(classes=2)),
-        f"{PREDICT} scans --model model.pth --output out",
-        "exact out/v0_mask.nii.gz; exact out/v1_mask.nii.gz; geometry out/v1_mask.nii.gz; "
-        "table out/predictions.csv",
+        f"{SCANS} --model model.pth",
+        f"exact out/v0_mask.nii.gz; exact out/v1_mask.nii.gz; geometry out/v1_mask.nii.gz; {TABLE}",
     ),
     "predict_dicom": (
         lambda: (dicom_series(), squares()),
         f"{PREDICT} ct --model model.pth --output out",
-        "table out/predictions.csv; exact out/a_mask.png",
+        f"{TABLE}; exact out/a_mask.png",
     ),
     "predict_ensemble": (
         lambda: (scans(), squares(size=128)),
-        f"{PREDICT} scans --model {TUMOR} model.pth --output out",
-        "table out/predictions.csv",
+        f"{SCANS} --model {TUMOR} model.pth",
     ),
     "labelme_there_and_back": (
         lambda: squares(classes=2),
@@ -474,7 +458,7 @@ CASES = {
     ),
     "coco_there_and_back": (
         lambda: (scans(), squares(size=64)),
-        f"{PREDICT} scans --model model.pth --write coco --output out\n"
+        f"{SCANS} --model model.pth --write coco\n"
         f"{IMPORT} --coco out/predictions.coco.json scans --into test",
         "dataset own",
     ),
@@ -499,21 +483,16 @@ def run_case(name):
 
 def differences(name, values):
     """Lines that say what is not as expected."""
-    expected = json.loads(EXPECTED.read_text())[name]
-    tolerance = 2e-3 if name.startswith("train_") else 1e-4
-    return [
-        f"{name}: {key}: expected {expected.get(key)}, got {values.get(key)}"
-        for key in sorted({*expected, *values})
-        if not agree(expected.get(key), values.get(key), tolerance)
-    ]
-
-
-def agree(expected, value, tolerance):
-    if isinstance(expected, list) and isinstance(value, list) and len(expected) == len(value):
-        return all(agree(*both, tolerance) for both in zip(expected, value, strict=True))
-    if isinstance(expected, float) and isinstance(value, float | int):
-        return abs(expected - value) <= tolerance * max(1, abs(expected))
-    return type(expected) is type(value) and expected == value
+    expected, values = flat(json.loads(EXPECTED.read_text())[name]), flat(values)
+    tolerance, lines = 2e-3 if name.startswith("train_") else 1e-4, []
+    for key in sorted({*expected, *values}):
+        one, other = expected.get(key), values.get(key)
+        equal = type(one) is type(other) and one == other
+        if isinstance(one, float) and isinstance(other, float | int):
+            equal = abs(one - other) <= tolerance * max(1, abs(one))
+        if not equal:
+            lines.append(f"{name}: {key}: expected {one}, got {other}")
+    return lines
 
 
 def record(names):
@@ -521,19 +500,12 @@ def record(names):
     content, cases = json.loads(EXPECTED.read_text()), []
     for name in names:
         os.chdir(tempfile.mkdtemp())
-        content[name] = run_case(name)
+        text = json.dumps(run_case(name))
+        content[name] = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
     for name, values in sorted(content.items()):
-        lines = [
-            f"  {json.dumps(key)}: {json.dumps(rounded(values[key]))}" for key in sorted(values)
-        ]
+        lines = [f"  {json.dumps(key)}: {json.dumps(values[key])}" for key in sorted(values)]
         cases.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
     EXPECTED.write_text("{\n" + ",\n".join(cases) + "\n}\n")
-
-
-def rounded(value):
-    if isinstance(value, list):
-        return [rounded(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
