@@ -1,13 +1,10 @@
 """Device and precision: what 'auto' chooses, what a run records of it, and what a GPU is told."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, output_of
+from helpers import SMALL, output_of, run_python
 
 from medseg import device
 from medseg.training.optim import AdamW, GuardedStep, TrainingOptions, make_schedule
@@ -81,26 +78,21 @@ def test_the_choice_is_printed_recorded_and_kept(dataset, tmp_path, monkeypatch,
 
 # ---- the start of a process ------------------------------------------------------------------
 
-START = """
+
+def test_threads_spin_briefly_and_the_compiler_stays_away(tmp_path, monkeypatch):
+    program = """
 import sys
 import train
 import torch
 from medseg.training.optim import AdamW, GuardedStep, TrainingOptions
-
 model = torch.nn.Linear(2, 1)
-optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
-step = GuardedStep(model, optimizer, torch.device("cpu"), TrainingOptions())
+step = GuardedStep(model, AdamW(model.parameters()), torch.device("cpu"), TrainingOptions())
 step.begin()
 step.finish(model(torch.ones(3, 2)).sum())
 assert "torch._dynamo" not in sys.modules, "the compiler takes a second, and only for --compile"
 """
-
-
-def test_threads_spin_briefly_and_the_compiler_stays_away():
-    environment = {name: os.environ[name] for name in os.environ if not name.startswith("GOMP_")}
-    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", START]
-    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # importing torch here has set it
+    result = run_python("-c", program, cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE")
     assert result.returncode == 0, result.stderr
     if "GOMP_" not in result.stderr:
         pytest.skip("this PyTorch has no libgomp")
@@ -126,9 +118,6 @@ def test_the_optimizer_is_pytorchs_to_the_last_bit():
     for number, state in theirs["state"].items():
         assert all(torch.equal(value, ours["state"][number][name]) for name, value in state.items())
     optimizer.load_state_dict(ours)  # PyTorch's reads it
-
-
-# ---- a GPU, which is not here ------------------------------------------------------------------
 
 
 def test_cudnn_tries_its_algorithms_where_the_sizes_are_fixed(monkeypatch):
