@@ -80,8 +80,6 @@ def test_values_that_are_refused(flags, words, refused):
     refused("train", *flags.split(), words=words.split())
 
 
-# ---- on --resume -----------------------------------------------------------------------------
-
 NOT_OF_A_RUN = {"help", "out", "resume", "test_only", "overwrite", "max_megapixels"}
 ABOUT_THE_RUN = {  # what it is called, where it runs and how long, which may be another thing later
     *("data", "device", "compile", "save_every", "tracker", "swanlab", "project"),
@@ -132,9 +130,6 @@ def test_what_is_given_again_as_it_was_is_taken(tmp_path):
     for again in ([], given):
         now = parse(*again, "--resume", "--epochs", 5, "--out", tmp_path)[0]
         assert now == {**flags, "epochs": 5, "out": str(tmp_path), "resume": True}
-
-
-# ---- a plan ----------------------------------------------------------------------------------
 
 
 def test_nothing_is_planned_for_a_command_that_is_refused(tmp_path, monkeypatch, refused):

@@ -51,9 +51,6 @@ def train_here(place, out, *more):
     return output_of("train.py", *flags(place, out, *more), cwd=place)
 
 
-# ---- resuming --------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a data set, and in run/ a training of two epochs, saved after every step."""
@@ -95,9 +92,6 @@ def test_resuming_wants_the_same_data(split, copy, refused):
     refused("train", *flags(copy, "run", "--resume"), words=["last.pth", "--data", "--resume"])
 
 
-# ---- stopping --------------------------------------------------------------------------------
-
-
 def test_a_second_signal_ends_at_once():
     """The first comes in the middle of a step; the second must not wait for its end."""
 
@@ -111,9 +105,6 @@ def test_a_second_signal_ends_at_once():
     process.start()
     process.join(10)
     assert process.exitcode == 130
-
-
-# ---- files -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -165,9 +156,6 @@ def test_a_full_disk_is_named_with_what_helps(trained, disk, refused):
     refused("predict", images, *model, "--output", disk, words=[disk, "_mask.png", "--output"])
 
 
-# ---- memory ----------------------------------------------------------------------------------
-
-
 def test_out_of_memory_is_one_line(trained, tmp_path):
     """Truly out of memory: 1.5 GiB more than now, and 0.8 GB for every map of 32 channels."""
 
@@ -191,9 +179,6 @@ def test_a_gpu_without_memory_is_one_line(dataset, refused, monkeypatch):
     """The error is raised by hand: there may be no GPU here."""
     monkeypatch.setattr(train.run, "make_network", Mock(side_effect=torch.OutOfMemoryError("CUDA")))
     refused("train", "--device", "cpu", words=["GPU", "--batch-size 32"])
-
-
-# ---- damaged data ----------------------------------------------------------------------------
 
 
 def test_damaged_images_are_refused_or_left_out_and_listed(dataset, refused):
@@ -235,9 +220,6 @@ def test_damaged_images_are_refused_or_left_out_and_listed(dataset, refused):
     refused("train", *command, "--skip-bad", words=["all 4 images in test"])
 
 
-# ---- two at once -----------------------------------------------------------------------------
-
-
 def test_one_waits_while_another_makes_the_cache(dataset):
     cache, log = dataset / ".cache", dataset / "log"
     cache.mkdir()
@@ -249,9 +231,6 @@ def test_one_waits_while_another_makes_the_cache(dataset):
         assert not list(cache.glob("*.npy"))
     process.join(60)
     assert process.exitcode == 0 and len(list(cache.glob("*.npy"))) == 3
-
-
-# ---- nothing from outside is trusted -----------------------------------------------------------
 
 
 def test_every_load_is_of_weights_only():

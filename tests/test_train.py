@@ -189,9 +189,6 @@ def random_batches(count, side=32):
     return list(zip(images, masks.float(), strict=True))
 
 
-# ---- the learning rate, the running mean, half precision ---------------------------------------
-
-
 def pixel_model():
     return torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid())
 
@@ -232,9 +229,6 @@ def test_the_scale_of_half_precision_is_gone_on_with():
         steps[0].finish(model(torch.ones(1, 3, 2, 2)).mean())
     steps[1].load_state_dict(steps[0].state_dict())
     assert steps[1].scaler.get_scale() == 32 and steps[1].steps == 2
-
-
-# ---- steps that are not finite ----------------------------------------------------------------
 
 
 def spoil(batch, where, value):
@@ -407,9 +401,6 @@ def test_stopped_at_every_step_and_resumed_it_ends_with_the_same_bits(norm, data
         assert all(torch.equal(resumed[key], weights[key]) for key in weights)
 
 
-# ---- going on with a run that has come to an end ---------------------------------------------
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_more_patience_ends_as_if_it_had_been_there_from_the_start(dataset, tmp_path, monkeypatch):
     end_epoch, losses = Progress.end_epoch, (0.9, 0.5, 0.6, 0.7, 0.8, 0.6, 0.4)  # on valid
@@ -433,7 +424,8 @@ def test_more_patience_ends_as_if_it_had_been_there_from_the_start(dataset, tmp_
     assert_refused(longer, "early/last.pth", "--epochs 7, not 9")
 
 
-def test_a_finished_run_is_tested_again(straight, tmp_path, monkeypatch, no_pictures):
+@pytest.mark.usefixtures("no_pictures")
+def test_a_finished_run_is_tested_again_or_replaced(straight, tmp_path, monkeypatch, refused):
     """A signal may come during the test; and torchrun restarts processes that have done it all."""
     place, said = straight
     scores = next(line for line in said.splitlines() if line.startswith("test with the best"))
@@ -453,9 +445,14 @@ def test_a_finished_run_is_tested_again(straight, tmp_path, monkeypatch, no_pict
         tested = script_here("train.py", *flags, cwd=tmp_path)
     assert scores in tested.stdout
     assert "WARNING" in tested.stderr and "last.pth" in tested.stderr
-
-
-# ---- what is refused -------------------------------------------------------------------------
+    # It is replaced where that is asked for, but not where what was asked for fails.
+    best = (run / "best_model.pth").read_bytes()
+    again = ("train", *SMALL, "--out", "run")
+    refused(*again, words=["best_model.pth", "--resume", "--overwrite", "--out"])
+    refused(*again, "--data", "nowhere", "--overwrite", words=["nowhere"])
+    assert (run / "best_model.pth").read_bytes() == best
+    run_small(tmp_path, "--epochs", 3, "--out", "run", "--overwrite")
+    assert outcome(run) == before  # the same seed, the same digits
 
 
 def test_folders_and_weights_that_do_not_do(dataset, tmp_path, refused):
@@ -468,21 +465,6 @@ def test_folders_and_weights_that_do_not_do(dataset, tmp_path, refused):
     torch.save(UNet(n_filters=2, up="nearest").state_dict(), tmp_path / "odd.pth")
     for name in ("missing.pth", "odd.pth"):
         refused("train", "--init", name, words=[name])
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_another_run_is_overwritten_where_that_is_asked_for(straight, refused, tmp_path):
-    place, _ = straight
-    (tmp_path / "best_model.pth").write_bytes(b"another run")
-    refused("train", *SMALL, words=["best_model.pth", "--resume", "--overwrite", "--out"])
-    # Nor is it lost where what was asked for fails.
-    refused("train", *SMALL, "--data", "nowhere", "--overwrite", words=["nowhere"])
-    assert (tmp_path / "best_model.pth").read_bytes() == b"another run"
-    run_small(tmp_path, "--data", place / "dataset", "--epochs", 3, "--overwrite")
-    assert outcome(tmp_path) == outcome(place / "run")  # the same seed, the same digits
-
-
-# ---- runs of other kinds ---------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -541,13 +523,13 @@ def test_what_the_training_is_given(dataset, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("prior, told", [(0.001, True), (0.9, False)])
-def test_masks_that_stayed_empty_are_told_after_the_test(prior, told, dataset, tmp_path):
-    flags = (*SMALL, "--recipe", "strong", "--epochs", 1, "--lr", 0, "--prior", prior)
-    result = script_here("train.py", *flags, cwd=tmp_path)
-    assert ("nothing was learned" in result.stderr) == told
-    # The recipe is printed as it was used.
-    assert f"recipe strong: --norm batch --prior {prior} --lr 0" in result.stdout
+def test_masks_that_stayed_empty_are_told_after_the_test(dataset, tmp_path):
+    flags = (*SMALL, "--recipe", "strong", "--epochs", 1, "--lr", 0, "--overwrite", "--prior")
+    for prior, told in ((0.001, True), (0.9, False)):
+        result = script_here("train.py", *flags, prior, cwd=tmp_path)
+        assert ("nothing was learned" in result.stderr) == told
+        # The recipe is printed as it was used.
+        assert f"recipe strong: --norm batch --prior {prior} --lr 0" in result.stdout
 
 
 # ---- --init ----------------------------------------------------------------------------------
@@ -607,17 +589,7 @@ def test_a_head_of_other_classes_starts_anew(names, classes, kept, begun):
         assert saved["outc.bias"].sigmoid().tolist() == pytest.approx([0.3, 0.3])
 
 
-# ---- pictures --------------------------------------------------------------------------------
-
-
-def draw(model, loader):
-    """(cases, captions) of what predictions.png is to show of two images."""
-    with patch.object(train.plots, "plot_predictions") as plot:
-        train.visualize_predictions(model, loader, "cpu", num_samples=2)
-    return plot.call_args.args[0], plot.call_args.kwargs["captions"]
-
-
-def test_predictions_are_drawn_over_their_own_image():
+def test_predictions_are_drawn_over_their_own_image_and_named_after_it(dataset):
     """A bright left half is predicted; the masks are rows, one more for each image."""
     images, masks = torch.full((4, 3, 8, 8), -1.0), torch.zeros(4, 1, 8, 8)
     for index in range(4):
@@ -625,16 +597,17 @@ def test_predictions_are_drawn_over_their_own_image():
     model = pixel_model().requires_grad_(False)
     model[0].weight.fill_(1)  # the probability is over 0.5 where the sum of the channels is over 0
     model[0].bias.zero_()
-    cases, _ = draw(model, [(images, masks)])
+    of_files = load_split(dataset, "test", 32), Order(4)
+    named, shown = Batches(*of_files, dataset=data.open_split(dataset, "test", 32)), []
+    for loader in ([(images, masks)], named):
+        with patch.object(train.plots, "plot_predictions") as plot:
+            train.visualize_predictions(model, loader, "cpu", num_samples=2)
+        shown.append(plot.call_args)
+    (cases, _), _ = shown[0]
+    assert shown[1].kwargs["captions"] == ["0_test.png", "3_test.png"]
     for index, (picture, target, pred, title) in zip((0, 3), cases, strict=True):  # spread over 4
         grey = images[index, :, 0, 0].numpy() * STD + MEAN
         np.testing.assert_allclose(picture[0, 0], grey.clip(0, 1), atol=1e-6)
         np.testing.assert_array_equal(target, masks[index] > 0)
         assert pred[0, :, :4].all() and not pred[0, :, 4:].any()
         assert title == f"Dice {2 * 4 * (index + 1) / (32 + 8 * (index + 1)):.2f}"
-
-
-def test_predictions_are_named_after_their_images(dataset):
-    split = data.open_split(dataset, "test", 32)
-    loader = Batches(load_split(dataset, "test", 32), Order(4), dataset=split)
-    assert draw(UNet(n_filters=2), loader)[1] == ["0_test.png", "3_test.png"]
