@@ -14,18 +14,15 @@ from net import UNet
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    "words, expected",
-    [
+def test_what_auto_chooses(monkeypatch):
+    for words, expected in (
         ({"amx_bf16", "avx512_bf16", "GenuineIntel"}, "bf16"),
         ({"avx512_bf16", "AuthenticAMD"}, "bf16"),
         ({"avx512_bf16", "GenuineIntel"}, "fp32"),  # Intel's vectors of bf16 are no faster
         ({"avx2", "AuthenticAMD"}, "fp32"),
-    ],
-)
-def test_what_auto_chooses(words, expected, monkeypatch):
-    monkeypatch.setattr(device, "describe_cpu", lambda: words)
-    assert device.choose_precision("auto", CPU) == expected
+    ):
+        monkeypatch.setattr(device, "describe_cpu", lambda words=words: words)
+        assert device.choose_precision("auto", CPU) == expected
     assert device.choose_precision("fp16", CPU) == "fp16"
     assert device.choose_precision("auto", torch.device("mps")) == "fp32"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -78,7 +75,8 @@ import train
 import torch
 from medseg.training.optim import AdamW, GuardedStep, TrainingOptions
 model = torch.nn.Linear(2, 1)
-step = GuardedStep(model, AdamW(model.parameters()), torch.device("cpu"), TrainingOptions())
+optimizer = AdamW(model.parameters(), fused=True)
+step = GuardedStep(model, optimizer, torch.device("cpu"), TrainingOptions())
 step.begin()
 step.finish(model(torch.ones(3, 2)).sum())
 assert "torch._dynamo" not in sys.modules, "the compiler takes a second, and only for --compile"

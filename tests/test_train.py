@@ -4,7 +4,6 @@ import contextlib
 import math
 import re
 import shlex
-import shutil
 import signal
 from functools import partial
 from unittest.mock import patch
@@ -23,6 +22,7 @@ from helpers import (
     read_metrics,
     script_here,
     set_classes,
+    skip_pictures,
     start_python,
     wait_until,
     without_times,
@@ -120,9 +120,6 @@ def test_scores_are_sums_over_images():
         assert (result["image_dice"], result["dice"]) == pytest.approx((5 / 12, 8 / 14))
     assert in_parts.result()["loss"] == pytest.approx((1 * 1 + 3 * 3) / 4)
     assert in_parts.running_loss() == pytest.approx((2.5, 4))
-
-
-# ---- the loop --------------------------------------------------------------------------------
 
 
 LOGGED = "train/loss train/acc train/epoch train/dice train/lr val/loss val/acc val/dice val/iou"
@@ -297,17 +294,9 @@ def run_small(place, *flags):
     return output_of("train.py", *SMALL, *flags, cwd=place)
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """(a folder with a data set, and in run/ an uninterrupted training of three epochs; stdout)."""
-    place = tmp_path_factory.mktemp("straight")
-    make_dataset(place / "dataset")
-    return place, run_small(place, "--epochs", 3, "--out", "run")
-
-
-def test_a_training_writes_its_files_and_scores(straight):
-    place, said = straight
-    run = place / "run"
+def test_a_run_is_written_tested_again_and_replaced(dataset, tmp_path, monkeypatch, refused):
+    run, flags = tmp_path / "run", ("--epochs", 3, "--out", "run")
+    said = run_small(tmp_path, *flags)
     written = {"best_model.pth", "last.pth", "metrics.csv", "curves.png", "predictions.png"}
     assert {path.name for path in run.iterdir()} == written
     assert len(read_metrics(run)) == 3 and said.count("epoch ") == 3
@@ -320,6 +309,31 @@ def test_a_training_writes_its_files_and_scores(straight):
     assert printed == pytest.approx(1 - 16 * 16 / 48**2, abs=0.02)
     # 9 steps are few, which is said, with what to give.
     assert "9 in all" in said and "WARNING: 9 steps" in said and "--recipe auto" in said
+    # A signal may come during the test; and torchrun restarts processes that have done it all.
+    skip_pictures(monkeypatch)
+    scores = next(line for line in said.splitlines() if line.startswith("test with the best"))
+    before = outcome(run)
+    again = output_of("train.py", "--resume", "--out", "run", cwd=tmp_path)
+    assert scores in again and "after 3 epochs" in again
+    with monkeypatch.context() as restarted:
+        restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert scores in run_small(tmp_path, *flags)
+    assert outcome(run) == before
+    # --test-only: where last.pth is damaged, too, and while another training writes there.
+    (run / "last.pth").write_bytes(b"damaged")
+    test = ("--test-only", "--device", "cpu", "--batch-size", 2, "--out", "run")
+    with file_lock(run / ".lock", busy=""):
+        tested = script_here("train.py", *test, cwd=tmp_path)
+    assert scores in tested.stdout
+    assert "WARNING" in tested.stderr and "last.pth" in tested.stderr
+    # It is replaced where that is asked for, but not where what was asked for fails.
+    best = (run / "best_model.pth").read_bytes()
+    again = ("train", *SMALL, "--out", "run")
+    refused(*again, words=["best_model.pth", "--resume", "--overwrite", "--out"])
+    refused(*again, "--data", "nowhere", "--overwrite", words=["nowhere"])
+    assert (run / "best_model.pth").read_bytes() == best
+    run_small(tmp_path, *flags, "--overwrite")
+    assert outcome(run) == before  # the same seed, the same digits
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -424,37 +438,6 @@ def test_more_patience_ends_as_if_it_had_been_there_from_the_start(dataset, tmp_
     assert_refused(longer, "early/last.pth", "--epochs 7, not 9")
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_a_finished_run_is_tested_again_or_replaced(straight, tmp_path, monkeypatch, refused):
-    """A signal may come during the test; and torchrun restarts processes that have done it all."""
-    place, said = straight
-    scores = next(line for line in said.splitlines() if line.startswith("test with the best"))
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    run = tmp_path / "run"
-    before = outcome(run)
-    again = output_of("train.py", "--resume", "--out", "run", cwd=tmp_path)
-    assert scores in again and "after 3 epochs" in again
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert scores in run_small(tmp_path, "--epochs", 3, "--out", "run")
-    assert outcome(run) == before
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    # --test-only: where last.pth is damaged, too, and while another training writes there.
-    (run / "last.pth").write_bytes(b"damaged")
-    flags = ("--test-only", "--device", "cpu", "--batch-size", 2, "--out", "run")
-    with file_lock(run / ".lock", busy=""):
-        tested = script_here("train.py", *flags, cwd=tmp_path)
-    assert scores in tested.stdout
-    assert "WARNING" in tested.stderr and "last.pth" in tested.stderr
-    # It is replaced where that is asked for, but not where what was asked for fails.
-    best = (run / "best_model.pth").read_bytes()
-    again = ("train", *SMALL, "--out", "run")
-    refused(*again, words=["best_model.pth", "--resume", "--overwrite", "--out"])
-    refused(*again, "--data", "nowhere", "--overwrite", words=["nowhere"])
-    assert (run / "best_model.pth").read_bytes() == best
-    run_small(tmp_path, "--epochs", 3, "--out", "run", "--overwrite")
-    assert outcome(run) == before  # the same seed, the same digits
-
-
 def test_folders_and_weights_that_do_not_do(dataset, tmp_path, refused):
     refused("train", "--resume", "--out", "nothing", words=["nothing/last.pth", "no such file"])
     refused("train", "--test-only", "--out", "nothing", words=["nothing/best_model.pth"])
@@ -530,9 +513,6 @@ def test_masks_that_stayed_empty_are_told_after_the_test(dataset, tmp_path):
         assert ("nothing was learned" in result.stderr) == told
         # The recipe is printed as it was used.
         assert f"recipe strong: --norm batch --prior {prior} --lr 0" in result.stdout
-
-
-# ---- --init ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
