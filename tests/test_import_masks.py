@@ -1,5 +1,7 @@
-"""download.py --masks: channels, groups and classes by the names of files; pictures as shown."""
+"""What download.py --masks and download.py FOLDER import, of files as authors lay them out."""
 
+import json
+import re
 import shlex
 from pathlib import Path
 
@@ -12,30 +14,33 @@ from helpers import (
     PHOTO,
     STORED_TURNED,
     annotations,
+    box,
     class_names,
+    coco_file,
     grey,
+    labelme,
     labels,
     photo,
+    polygon,
     read_rgb,
     refuse_download,
     run_download,
     save,
     save_pair,
     save_turned,
-    script,
+    shape,
     stored,
+    tree,
     write_nifti,
 )
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 from medseg.images import read_image
+from medseg.importing.layouts import find_layout
 
 VOXELS = (8, 6, 5)  # cut across the last axis
 BRATS = ("--masks", "B/{id}/{id}_{channel}.nii", "B/{id}/*_{seg,Segm}.nii")
-SCANS = ("--masks", "S/{id}/ct.nii.gz", "S/{id}/segmentations/{class}.nii.gz", *ALL)
-LESIONS = ("--masks", "fundus/{id}.jpg", "truth/{class}/{id}_*.tif", *ALL)
-CLASSES = ("--masks", "scans/{id}.png", "classes/{id}_{class}.png", *ALL)
 
 
 def image(path, seed=0):
@@ -49,11 +54,11 @@ def mask(path, seed=0):
     return drawn == 1
 
 
-def volume(path, seed=0, values=2, zooms=(1, 1, 3)):
+def volume(path, seed=0, values=2):
     """Write a volume of numbers below `values`; returns it."""
     voxels = np.random.default_rng(seed).integers(0, values, VOXELS).astype(np.int16)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_nifti(path, voxels, zooms=zooms)
+    write_nifti(path, voxels, zooms=(1, 1, 3))
     return voxels
 
 
@@ -70,21 +75,6 @@ def compare(wanted):
             assert_array_equal(found[stem][name], drawn, f"{stem}, {name}")
 
 
-# ---------------------------------------------------------------- {channel}
-
-
-def brats(*cases, modalities=("flair", "t1", "t1ce", "t2")):
-    """Cases with a mask of 0, 1, 2 and 4, the last of another name: {case: {modality: voxels}}."""
-    made = {}
-    for number, case in enumerate(cases):
-        paths = {name: f"B/{case}/{case}_{name}.nii" for name in modalities}
-        own = made[case] = {n: volume(path, 10 * number + len(n), 900) for n, path in paths.items()}
-        own["seg"] = np.array([0, 1, 2, 4], np.int16)[volume("x.nii", number, 4)]
-        seg = f"B/{case}/{case}_seg" if case != cases[-1] else f"B/{case}/W39_Segm"
-        write_nifti(f"{seg}.nii", own["seg"], zooms=(1, 1, 3))
-    return made
-
-
 def assert_pixels(channels, name):
     """An image holds these slices, each from the 0.5 to 99.5 percentiles of its volume."""
     z, shown = int(name[-3:]), []
@@ -94,8 +84,15 @@ def assert_pixels(channels, name):
     assert_array_equal(tifffile.imread(f"dataset/train/{name}.tif"), np.stack(shown, -1))
 
 
-def test_modalities_become_the_channels_of_each_slice(here):
-    made, names = brats("B_1", "B_2", "B_355"), {1: "core", 2: "oedema", 4: "enhancing"}
+def test_modalities_become_channels_and_wrong_ones_are_named(here):
+    made, names = {}, {1: "core", 2: "oedema", 4: "enhancing"}
+    segs = {"B_1": "B_1_seg", "B_2": "B_2_seg", "B_355": "W39_Segm"}  # as its authors named them
+    for number, (case, seg) in enumerate(segs.items()):
+        own = made[case] = {}
+        for seed, name in enumerate(("flair", "t1", "t1ce", "t2"), 10 * number):
+            own[name] = volume(f"B/{case}/{case}_{name}.nii", seed, 900)
+        own["seg"] = np.array([0, 1, 2, 4], np.int16)[volume("x.nii", number, 4)]
+        write_nifti(f"B/{case}/{seg}.nii", own["seg"], zooms=(1, 1, 3))
     run_download(*BRATS, *ALL, "--classes", "1=core,2=oedema,4=enhancing")
     assert groups("train") == set(made)
     info = annotations("train")["info"]
@@ -107,25 +104,22 @@ def test_modalities_become_the_channels_of_each_slice(here):
             wanted[f"{case}_z{z:03}"] = {n: own["seg"][..., z] == v for v, n in names.items()}
             assert_pixels([own[channel] for channel in info["channels"]], f"{case}_z{z:03}")
     compare(wanted)
-    run_download(*BRATS, *ALL, "--channels", "t2,flair", "--force")
-    assert annotations("train")["info"]["channels"] == ["t2", "flair"]
-    assert_pixels([made["B_1"][name] for name in ("t2", "flair")], "B_1_z002")
-    refuse_download(*BRATS, "--into", "valid", words=["t2, flair", "--channels"])
-    run_download(*BRATS, "--into", "valid", "--channels", "t2,flair")
-
-
-def test_wrong_modalities_are_named(here):
-    made = brats("B_1", "B_2", modalities=("t1", "t1ce", "t2"))
+    again = (*BRATS, *ALL, "--force")
+    refuse_download(*again, "--context", 7, "--channels", "t1,t1ce", words=["--context 7"])
     Path("B/B_2/B_2_t1ce.nii").unlink()
-    refuse_download(*BRATS, *ALL, words=["B/B_2/B_2_t1ce.nii", "--skip-unpaired"])
-    run_download(*BRATS, *ALL, "--skip-unpaired")
-    assert groups("train") == {"B_1"}
+    refuse_download(*again, words=["B/B_2/B_2_t1ce.nii", "--skip-unpaired"])
+    run_download(*again, "--skip-unpaired")
+    assert groups("train") == {"B_1", "B_355"}
     shifted = np.diag([1.0, 1, 3, 1])
     shifted[0, 3] = 7.5
-    write_nifti("B/B_1/B_1_t2.nii", made["B_1"]["t2"], shifted)
-    both = (*BRATS, *ALL, "--skip-unpaired", "--force")
-    refuse_download(*both, words=["B_1_t2.nii", "7.5 mm"])
-    refuse_download(*both, "--context", 7, "--channels", "t1,t1ce", words=["--context 7"])
+    write_nifti("B/B_1/B_1_t1ce.nii", made["B_1"]["t1ce"], shifted)
+    refuse_download(*again, "--skip-unpaired", words=["B_1_t1ce.nii", "7.5 mm"])
+    run_download(*again, "--channels", "t2,flair")  # two that all cases have
+    assert annotations("train")["info"]["channels"] == ["t2", "flair"]
+    assert_pixels([made["B_1"][name] for name in ("t2", "flair")], "B_1_z002")
+    into = (*BRATS, "--into", "valid", "--skip-unpaired")
+    refuse_download(*into, words=["t2, flair", "--channels"])
+    run_download(*into, "--channels", "t2,flair")
 
 
 def test_pictures_are_channels_too(here):
@@ -159,9 +153,6 @@ def test_the_channels_of_one_picture_are_named(here, n_channels, names):
     refuse_download("--masks", "i", "m", *ALL, *flags, "--force", words=words)
 
 
-# ---------------------------------------------------------------- {group}
-
-
 def test_groups_stay_together_and_images_have_the_names_of_their_ids(here):
     for seed, (patient, number) in enumerate((p, n) for p in "pqr" for n in "12"):
         image(f"k/{patient}/{number}.tif", seed)
@@ -177,7 +168,6 @@ def test_groups_stay_together_and_images_have_the_names_of_their_ids(here):
 
 @pytest.mark.parametrize("pattern", ["{group}/{id}", "{group}_{id}"])
 def test_slices_that_may_be_of_patients_are_told(here, pattern):
-    """The line says how a pattern keeps them together, and that one does."""
     for number in range(18):
         name = pattern.format(group=f"p{number % 6}", id=f"{number:02}")
         image(f"i/{name}.png", number)
@@ -188,9 +178,6 @@ def test_slices_that_may_be_of_patients_are_told(here, pattern):
     assert "groups: 6" in out and "note: " not in out
 
 
-# ---------------------------------------------------------------- {class}
-
-
 def test_classes_are_those_of_the_names(here):
     """Of three, two and none of them, which --empty-unmasked takes for a healthy case."""
     wanted = {"I_1": {}, "I_2": {}, "I_3": {}}
@@ -199,13 +186,14 @@ def test_classes_are_those_of_the_names(here):
             wanted[stem][name] = mask(f"truth/{name}/{stem}_{name[3:]}.tif", number)
     for stem in wanted:
         image(f"fundus/{stem}.jpg")
-    refuse_download(*LESIONS, words=["1 of 3", "fundus/I_3.jpg", "--skip-unpaired"])
-    assert "empty: 1 of 3" in run_download(*LESIONS, "--empty-unmasked")
+    lesions = ("--masks", "fundus/{id}.jpg", "truth/{class}/{id}_*.tif", *ALL)
+    refuse_download(*lesions, words=["1 of 3", "fundus/I_3.jpg", "--skip-unpaired"])
+    assert "empty: 1 of 3" in run_download(*lesions, "--empty-unmasked")
     assert class_names() == ["1. MA", "2. HE", "5. OD"]
     compare(wanted)
-    run_download(*LESIONS, "--force", "--classes", "5. OD,1. MA", "--skip-unpaired")
+    run_download(*lesions, "--force", "--classes", "5. OD,1. MA", "--skip-unpaired")
     assert class_names() == ["5. OD", "1. MA"]
-    refuse_download(*LESIONS, "--force", "--classes", "OD", words=["OD"])
+    refuse_download(*lesions, "--force", "--classes", "OD", words=["OD"])
 
 
 def test_all_values_of_a_file_are_its_class(here):
@@ -214,97 +202,55 @@ def test_all_values_of_a_file_are_its_class(here):
     image("scans/1.png")
     save(grey(range(300), np.uint16)(numbers), "classes/1_cells.png")
     drawn = mask("classes/1_wall.png", 1)
-    run_download(*CLASSES)
+    arguments = ("--masks", "scans/{id}.png", "classes/{id}_{class}.png", *ALL, "--force")
+    run_download(*arguments)
     compare({"1": {"cells": numbers > 0, "wall": drawn}})
-    run_download(*CLASSES, "--classes", "wall", "--force", "--invert")
+    run_download(*arguments, "--classes", "wall", "--invert")
     compare({"1": {"wall": ~drawn}})
-    refuse_download(*CLASSES, "--force", "--classes", "1=cell", words=["--classes"])
+    refuse_download(*arguments, "--classes", "1=cell", words=["--classes"])
 
 
-def test_a_volume_for_each_organ(here):
-    """A class may be empty in all of its files, and a scan without any."""
-    for seed, name in enumerate(("s0", "s1")):
-        volume(f"S/{name}/ct.nii.gz", seed, 900)
-    path, wanted = "S/s0/segmentations/{}.nii.gz", {}
-    masks = {organ: volume(path.format(organ), len(organ)) == 1 for organ in ("liver", "spleen")}
-    volume(path.format("aorta"), 0, 1)
-    run_download(*SCANS, "--empty-unmasked")
-    assert class_names() == ["aorta", "liver", "spleen"]
-    for z in range(VOXELS[2]):
-        wanted[f"s0_z{z:03}"] = {organ: own[..., z] for organ, own in masks.items()}
-        wanted[f"s1_z{z:03}"] = {}
-    compare(wanted)
-
-
-REFUSED = {  # the arguments of --masks, what the message names
-    "i": ["i", "two"],
-    "i/1.bmp i/2.bmp i/1.png": ["3 names", "quotes"],
-    "i i/001.tif": ["i/001.tif: no such"],
-    "i i/1.png": ["i: ", "a folder"],
-    "i/1.bmp i/1.png --channels a,b": ["i/1.bmp", "3 channels", "a, b"],
-    "S/{id}/ct.nii.gz i/{id}.png --skip-unpaired": ["i/1.png"],
-    "i/{id}.bmp S/1/{id}.nii.gz --skip-unpaired --empty-unmasked": ["S/1/ct.nii.gz"],
-}
-
-
-@pytest.mark.parametrize("arguments", REFUSED)
-def test_wrong_arguments_are_one_line_and_write_nothing(here, arguments):
-    for number in (1, 2, 3):
-        image(f"i/{number}.bmp", number)
-        mask(f"i/{number}.png", number)
+def test_wrong_arguments_are_one_line_and_write_nothing(here):
+    image("i/1.bmp")
+    mask("i/1.png")
     volume("S/1/ct.nii.gz", 1)
-    refuse_download("--masks", *arguments.split(" "), *ALL, words=REFUSED[arguments])
+    for arguments, words in (
+        ("i/1.bmp i/2.bmp i/1.png", ["3 names", "quotes"]),
+        ("i i/001.tif", ["i/001.tif: no such"]),
+        ("i i/1.png", ["i: ", "a folder"]),
+        ("i/1.bmp i/1.png --channels a,b", ["i/1.bmp", "3 channels", "a, b"]),
+        ("S/{id}/ct.nii.gz i/{id}.png --skip-unpaired", ["i/1.png"]),
+        ("i/{id}.bmp S/1/{id}.nii.gz --skip-unpaired --empty-unmasked", ["S/1/ct.nii.gz"]),
+    ):
+        refuse_download("--masks", *arguments.split(" "), *ALL, words=words)
 
 
-# ---------------------------------------------------------------- files
-
-
-def test_one_wrong_image_or_mask_or_an_empty_folder_leaves_nothing(here):
-    save_pair("a")
+def test_one_wrong_image_or_mask_or_none_with_a_pixel_leaves_nothing(here):
+    save_pair("a", grey([0, 0])(labels(0)))
+    for flags in ((), ("--classes", "1=x"), ("--invert",)):
+        refuse_download(*MASKS, *flags, words=["masks"])
     save_pair("b")
     save(Image.new("L", (30, 40), 1), "masks/b.png")
     refuse_download(*MASKS, words=["masks/b.png", "30x40", "images/b.png", "40x30"])
     Path("images/b.png").write_bytes(Path("images/b.png").read_bytes()[:500])
     refuse_download(*MASKS, words=["b.png"])
-    Path("nothing").mkdir()
-    refuse_download("--masks", "images", "nothing", *ALL, words=["nothing"])
 
 
-def test_masks_that_are_all_empty(here):
-    save_pair("a", grey([0, 0])(labels(0)))
-    refuse_download("--masks", "images/{id}.png", "masks/{id}.{class}", *ALL, words=["no pixel"])
-    for flags in ((), ("--classes", "1=x"), ("--classes", "*=x"), ("--invert",)):
-        refuse_download(*MASKS, *flags, words=["masks"])
-
-
-def test_names_that_cannot_be_printed(here):
-    save_pair("a\udcff")
-    save_pair("b\nc")
-    result = script("download.py", *MASKS, cwd=here)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "such as images/a\\udcff.png with masks/a\\udcff.png\n" in result.stdout
-    assert set(stored()) == {"a_", "b_c"}
-
-
-@pytest.mark.parametrize("folders", ["data data/masks", "data/images data", "data/i data/m"])
-def test_nested_folders_and_one_inside_the_other(here, folders):
-    """The patterns that they stand for are printed, and do the same."""
-    images, masks = folders.split()
-    for seed, folder in enumerate("pq"):
+@pytest.mark.parametrize("images, masks", [("data", "data/masks"), ("data/images", "data")])
+def test_nested_folders_one_inside_the_other(here, images, masks):
+    wanted = {}
+    for seed, (folder, stem) in enumerate({"p\udcff": "p__1", "q": "q_1"}.items()):
         image(f"{images}/{folder}/1_img.png")
-        mask(f"{masks}/{folder}/1_m.png", seed)
+        wanted[stem] = {"foreground": mask(f"{masks}/{folder}/1_m.png", seed)}
     image(f"{images}/.hidden/2.jpg")
-    command, pairs, *_ = run_download("--masks", images, masks, *ALL).splitlines()
-    before = stored()
-    assert "pairs: 2 " in pairs and set(before) == {"p_1", "q_1"}
-    run_download(*shlex.split(command.removeprefix("the same as: ")), *ALL, "--force")
-    compare(before)
+    assert "/p\\udcff/1_img.png with " in run_download("--masks", images, masks, *ALL)
+    compare(wanted)
 
 
 def test_what_predict_draws_is_no_mask_unless_it_stands_alone(here):
     image("i/x.png")
-    drawn, pictures = mask("m/x_mask.png"), ("x_overlay", "x_2_probability", "report")
-    for name in pictures:
+    drawn = mask("m/x_mask.png")
+    for name in ("x_overlay", "x_2_probability", "report"):
         image(f"m/{name}.png")
     run_download("--masks", "i", "m", *ALL)
     compare({"x": {"foreground": drawn}})
@@ -313,10 +259,10 @@ def test_what_predict_draws_is_no_mask_unless_it_stands_alone(here):
     compare({"x": {"foreground": drawn}})
 
 
-@pytest.mark.parametrize("suffix, orientation", [(".jpg", 6), (".png", 4), (".tif", 6)])
-def test_images_are_stored_upright(here, suffix, orientation):
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_images_are_stored_upright(here, suffix):
     Path("images").mkdir()
-    save_turned(photo(), f"images/a{suffix}", orientation)
+    save_turned(photo(), f"images/a{suffix}", 6)
     image = Image.open(f"images/a{suffix}")
     if suffix != ".tif":
         image = ImageOps.exif_transpose(image)
@@ -332,7 +278,178 @@ def test_images_are_stored_upright(here, suffix, orientation):
     save_turned(label_map.astype(np.uint8), "masks/a.png", 6)
     run_download(*MASKS, "--force")
     compare({"a": {"foreground": label_map == 1}})
-    if orientation >= 5:
-        save(Image.fromarray(STORED_TURNED[orientation](label_map.astype(np.uint8))), "masks/a.png")
-        run_download(*MASKS, "--force")
-        compare({"a": {"foreground": label_map == 1}})
+    save(Image.fromarray(STORED_TURNED[6](label_map.astype(np.uint8))), "masks/a.png")
+    run_download(*MASKS, "--force")
+    compare({"a": {"foreground": label_map == 1}})
+
+
+# ---------------------------------------------------------------- a folder without patterns
+
+
+NUMBERS = range(1, 5)
+# A set : the files of an image > of its masks > of what is beside, each with | between several :
+# the arguments of --masks where download.py D asks.
+SETS = """
+two folders : images/{}.jpg > masks/{}.png
+ISIC 2018 : ISIC2018_Task1-2_Training_Input/ISIC_{}.jpg
+  > ISIC2018_Task1_Training_GroundTruth/ISIC_{}_segmentation.png
+BUSI : benign/benign ({}).png > benign/benign ({})_mask.png|benign/benign ({})_mask_1.png
+Montgomery : CXR_png/M_{}_0.png > ManualMask/leftMask/M_{}_0.png|ManualMask/rightMask/M_{}_0.png
+Shenzhen : CXR_png/CHNCXR_{}_0.png > mask/CHNCXR_{}_0_mask.png > CXR_png/CHNCXR_{}_1.png
+  : D/CXR_png/{id}.png D/mask/{id}_mask.png --skip-unpaired
+LGG : TCGA_{}/TCGA_{}_1.tif > TCGA_{}/TCGA_{}_1_mask.tif
+BraTS 2020 : B_{}/B_{}_t1.nii|B_{}/B_{}_t1ce.nii > B_{}/W{}_1998.09.19_Segm.nii
+nnU-Net : imagesTr/c_{}_0000.nii.gz|imagesTr/c_{}_0001.nii.gz > labelsTr/c_{}.nii.gz
+BIDS : sub-{}/anat/sub-{}_T1w.nii.gz
+  > derivatives/labels/sub-{}/anat/sub-{}_T1w_label-lesion_mask.nii.gz
+  > sub-{}/anat/sub-{}_T2w.nii.gz
+  : D/sub-*/**/{id}_T1w.nii.gz D/derivatives/**/{id}_T1w_*mask.nii.gz
+TotalSegmentator : s{}/ct.nii.gz > s{}/segmentations/liver.nii.gz|s{}/segmentations/spleen.nii.gz
+ACDC : t/p{}/p{}_frame01.nii.gz > t/p{}/p{}_frame01_gt.nii.gz > t/p{}/p{}_4d.nii.gz
+  : D/t/{group}/{group}_frame{id}.nii.gz D/t/{group}/{group}_frame{id}_gt.nii.gz
+LiTS : v/volume-{}.nii > v/segmentation-{}.nii
+Carvana : train/c_{}.jpg > train_masks/c_{}_mask.gif
+arrays of NumPy : p{}/1.png > p{}/1_seg.npy
+IDRiD : 1. Original Images/a. Training Set/IDRiD_{}.jpg
+  > 2. Groundtruths/1. MA/IDRiD_{}_MA.tif|2. Groundtruths/2. HE/IDRiD_{}_HE.tif
+STARE : images/im{}.ppm > labels/im{}.ah.ppm
+Cityscapes : leftImg8bit/a/a_{}_leftImg8bit.png > gtFine/a/a_{}_gtFine_labelIds.png
+PH2 : PH2/I{}/I{}_Dermoscopic_Image/I{}.bmp > PH2/I{}/I{}_lesion/I{}_lesion.bmp
+  > PH2/I{}/I{}_roi/I{}_R1.bmp : D/PH2/**/{id}_Dermoscopic_Image/*.bmp D/PH2/**/{id}_lesion/*.bmp
+DSB : s/{}/images/{}.png > s/{}/masks/u{}.png|s/{}/masks/mask.png
+DRIVE : training/images/{}_training.tif > training/1st_manual/{}_manual1.gif
+  > training/mask/{}_training_mask.gif : D/*/images/{id}_*.tif D/*/1st_manual/{id}_*.gif
+splits : {}/images/0.png > {}/masks/0.png
+two suffixes : {}.bmp > {}.png
+beginnings : images/img_{}.png > masks/mask_{}.png
+no separator : image/image{}.PNG > label/label{}.png
+"""
+SETS = [" ".join(row.split("\n  ")) for row in re.findall(r"\S.*(?:\n  .*)*", SETS)]
+
+
+def write(path, seed, is_mask):
+    """A picture or a volume of noise, or a mask of it, by the suffix; returns the mask."""
+    path = Path("D", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith((".nii", ".nii.gz")):
+        values = np.random.default_rng(seed).integers(0, 900, (8, 6, 3)).astype(np.int16)
+        voxels = (values > 700).astype(np.int16) if is_mask else values
+        write_nifti(path, voxels, zooms=(1, 1, 3))
+        return values > 700
+    mask = labels(seed) * (labels(seed + 99) == 1)  # a fourth of the pixels
+    if path.suffix == ".npy":
+        np.save(path, mask == 1)
+        return mask == 1
+    save(grey([0, 255])(mask) if is_mask else photo(seed), path)
+    return mask == 1
+
+
+def make(images, masks, beside=""):
+    """The files of NUMBERS images; returns [(first file, mask)] of all images, or slices."""
+    wanted = []
+    for number in NUMBERS:
+        files, drawn = [], []
+        for index, text in enumerate([*images.split("|"), *filter(None, beside.split("|"))]):
+            files.append(text.replace("{}", f"{number:02}"))
+            write(files[-1], 10 * number + index, False)
+        for index, text in enumerate(masks.split("|"), 5):
+            drawn.append(write(text.replace("{}", f"{number:02}"), 10 * number + index, True))
+        united = np.any(drawn, 0)
+        slices = np.moveaxis(united, 2, 0) if united.ndim == 3 else [united]
+        wanted += [(files[0], mask) for mask in slices]
+    return wanted
+
+
+@pytest.mark.parametrize("case", SETS, ids=lambda case: case.partition(" : ")[0])
+def test_a_data_set_as_it_is_laid_out(here, case, capsys):
+    _, files, *arguments = case.split(" : ")
+    wanted = make(*files.split(" > "))
+    if arguments:
+        with pytest.raises(ValueError, match="^D: "):
+            find_layout("D")
+        assert "the same as" not in capsys.readouterr().out
+        flags = ["--masks", *arguments[0].split(" ")]
+    else:
+        flags = find_layout("D")
+        printed = capsys.readouterr().out.rstrip("\n").rpartition("the same as: ")[2]
+        assert shlex.split(printed) == ["python", "download.py", *flags]
+    run_download(*flags, *ALL)
+    masks = stored()
+    records = sorted(annotations("train")["images"], key=lambda record: record["file_name"])
+    for record, (path, mask) in zip(records, wanted, strict=True):
+        own = masks[Path(record["file_name"]).stem]
+        assert_array_equal(np.any([*own.values()], 0), mask, path)
+        if mask.shape == PHOTO[::-1]:
+            pixels = read_rgb(Path("dataset/train", record["file_name"]))
+            assert_array_equal(pixels, read_rgb(Path("D", path)))
+
+
+def test_what_is_not_sure_is_asked_about(here, capsys):
+    def asked(folder):
+        with pytest.raises(ValueError, match=f"^{folder}: "):
+            find_layout(folder)
+        printed = capsys.readouterr().out
+        assert "the same as" not in printed
+        return printed
+
+    make("none/im/{}.png", "none/ms/{}.png")
+    assert asked("D/none") == ""
+    make("two/{}.jpg", "two/{}_1stHO.png|two/{}_2ndHO.png")
+    assert "'D/two/{id:**}_1stHO.*'" in asked("D/two")
+    make("one/PNG/images/{}.png", "one/PNG/mask/{}.png")
+    path = Path("D/one/PNG/images/01.png")
+    first = path.read_bytes()
+    path.write_bytes(path.with_name("02.png").read_bytes())
+    printed = asked("D/one")
+    assert "'D/one/**/mask/{id:**}.*'" in printed and "there twice" in printed
+    path.write_bytes(first)
+    for folder in ("images", "mask"):  # the same pixels in another format
+        save(Image.open(f"D/one/PNG/{folder}/01.png"), f"D/one/TIF/{folder}/01.tif")
+    printed = asked("D/one")
+    assert "'D/one/**/{n}/mask/{id}.*'" in printed and "there twice" in printed
+    masks = [*Path("D/one").glob("*/mask/*")]
+    for path in masks:
+        Image.fromarray(np.pad(np.full((26, 36), 255, np.uint8), 2)).save(path)
+    assert "is foreground" in asked("D/one")  # a field of view
+    for number, path in enumerate(masks, 50):
+        photo(number).save(path)
+    assert "which are masks" in asked("D/one")
+
+
+def test_a_folder_is_imported_as_its_explicit_command_does(here):
+    make("images/{}.jpg", "masks/{}.png")
+    before = tree(here)
+    assert "--masks" in run_download("D", "--dry-run", *ALL)
+    assert tree(here) == before
+    printed = run_download("--data", "D", "--prefix", "x", "D", *ALL)  # into itself
+    command = printed.partition("the same as: ")[2].splitlines()[0]
+    run_download(*shlex.split(command)[2:], "--data", "other")
+    np.testing.assert_equal(stored(root="D"), stored(root="other"))
+    assert len(stored(root="D")) == len(NUMBERS)
+    refuse_download("D", words=["D: "])
+    refuse_download("none", words=["none: no such folder"])
+
+
+def test_files_of_arrays_and_of_outlines_are_told(here):
+    for name, flag in (("A/x.npz", "--arrays"), ("Y/data.yaml", "--yolo")):
+        Path(name).parent.mkdir()
+        Path(name).touch()
+        assert find_layout(name[0]) == (flag, name[0])
+    drawn = {"shape_attributes": {"name": "rect", "x": 2, "y": 3, "width": 5, "height": 5}}
+    entry = {"filename": "a.png", "regions": [drawn | {"region_attributes": {"k": "x"}}]}
+    labelme("a", [shape("x", box(2, 3, 5))], "L")
+    for folder, content in (("V", {"a": entry}), ("W", {"_via_img_metadata": {"a": entry}})):
+        save(photo(1), f"{folder}/a.png")
+        Path(folder, "via.json").write_text(json.dumps(content))
+    coco_file([(0, 3, polygon(2, 3, 5))])
+    Path("c.json").rename("images/c.json")
+    Path("images/d.json").write_text(json.dumps({"images": "of a note"}))
+    for folder in ("V", "W", "L", "images"):
+        run_download(folder, *ALL, "--data", f"of {folder}")
+        ((mask,),) = (own.values() for own in stored(root=f"of {folder}").values())
+        assert mask.sum() == 25
+    Path("images/d.json").write_text(Path("images/c.json").read_text())
+    refuse_download("images", *ALL, words=["images: "])
+    make("images/{}.jpg", "masks/{}.png")
+    Path("L/a.json").rename("D/images/01.json")
+    refuse_download("D", *ALL, words=["D: "])
