@@ -1,10 +1,12 @@
-"""The layout of the code: which file imports which."""
+"""The layout of the code: which file imports which, and what packages it needs."""
 
 import ast
+import re
+import sys
 from graphlib import TopologicalSorter
 
-import pytest
 from helpers import ROOT, run_python
+from packaging.version import Version
 
 # Ground -> net -> data -> wings -> commands: who may import what. `net` and `data` are libraries.
 LIBRARIES = {"ground", "net", "data"}
@@ -29,10 +31,17 @@ FILES = {
 }
 COMMAND = "medseg.planning.command"  # the command line of data.py, which stands on data.py
 HEAVY = ("matplotlib", "torchvision", "swanlab", "wandb", "mlflow", "pycocotools.coco")
+# Packages that are imported under another name, and those that no script imports.
+IMPORTED_AS = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml"}
+# Imported when used; the error names the pip command.
+OPTIONAL = {"pydicom", "nibabel", "h5py", "gradio", "onnx", "onnxscript", "onnxruntime"}
+OPTIONAL |= {"tensorboard", "wandb", "mlflow"}
+WITH_GRADIO = {"fastapi", "uvicorn", "python_multipart"}
+NOT_IMPORTED = {"torchvision", "six"}  # the tutorial's transforms, and what kaggle does not declare
 
 
-def imported_files(path):
-    """The files of the repository that a file imports, at its top or within a function."""
+def imports(path):
+    """The names that a file imports, at its top or within a function."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -40,7 +49,7 @@ def imported_files(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return imported & FILES.keys() - {COMMAND}
+    return imported
 
 
 def room(module):
@@ -49,13 +58,10 @@ def room(module):
     return parts[0] if parts[0] != "medseg" else parts[1] if len(parts) == 3 else "ground"
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_imports_go_in_one_direction(module):
-    assert set(map(room, imported_files(FILES[module]))) <= MAY_IMPORT[room(module)]
-
-
-def test_there_is_no_import_cycle():
-    graph = {module: imported_files(path) for module, path in FILES.items()}
+def test_imports_go_in_one_direction():
+    graph = {name: imports(path) & FILES.keys() - {COMMAND} for name, path in FILES.items()}
+    for name, imported in graph.items():
+        assert set(map(room, imported)) <= MAY_IMPORT[room(name)], name
     list(TopologicalSorter(graph).static_order())  # CycleError names the cycle
 
 
@@ -65,3 +71,17 @@ def test_importing_does_nothing(tmp_path):
     result = run_python("-c", code, cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def requirements(name):
+    """{package: version} of a file of requirements, without what it includes."""
+    lines = re.findall(r"^([\w-]+)[=>]=([\d.]+)", (ROOT / name).read_text("utf-8"), re.MULTILINE)
+    return {package: Version(version) for package, version in lines}
+
+
+def test_requirements_list_what_is_imported_and_the_oldest_versions_are_tested():
+    bounds = requirements("requirements.txt")
+    assert requirements("tests/oldest.txt") == bounds | requirements("tests/requirements.txt")
+    imported = {name.split(".")[0] for path in FILES.values() for name in imports(path)}
+    imported -= {"medseg", *FILES} | sys.stdlib_module_names | OPTIONAL | WITH_GRADIO
+    assert imported == {IMPORTED_AS.get(name, name) for name in bounds.keys() - NOT_IMPORTED}

@@ -5,29 +5,16 @@ import importlib
 import re
 import shlex
 import shutil
-import sys
 
 import pytest
 from helpers import ROOT, SMALL, assert_done, script, script_here
-from packaging.version import Version
 
-README, OWN = ROOT / "README.md", ROOT / "docs" / "own-data.md"
+README = ROOT / "README.md"
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "dataset" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = ("train.py", "predict.py", "data.py", "download.py")
 FLAG = r"(?<![\w-])--[a-z][a-z-]*"
 OTHERS = {"--system-site-packages", "--max-restarts", "--id", "--check"}  # venv, torchrun, ruff
 OTHERS |= {"--build-arg", "--gpus", "--rm", "--ipc"}  # docker
-
-# Packages that are imported under another name, and those that no script imports.
-IMPORTED_AS = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml"}
-# Imported when used; the error names the pip command.
-OPTIONAL = {"pydicom", "nibabel", "h5py", "gradio", "onnx", "onnxscript", "onnxruntime"}
-OPTIONAL |= {"tensorboard", "wandb", "mlflow"}
-WITH_GRADIO = {"fastapi", "uvicorn", "python_multipart"}
-NOT_IMPORTED = {"torchvision", "six"}  # the tutorial's transforms, and what kaggle does not declare
-
-each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-both_pages = pytest.mark.parametrize("english", [README, OWN], ids=lambda path: path.name)
 
 
 def text(path):
@@ -48,32 +35,19 @@ def without_blocks(path):
     return re.sub(r"^```.*?^```", "", text(path), flags=re.MULTILINE | re.DOTALL)
 
 
-def inline_code(path):
-    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_blocks(path))]
-
-
-# ---- commands and flags ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def known_flags(tmp_path_factory):
-    """{script: its flags}."""
-    place = tmp_path_factory.mktemp("help")
-    helps = {name: script_here(name, "--help", cwd=place).stdout for name in SCRIPTS}
+def test_flags_exist(tmp_path):
+    helps = {name: script_here(name, "--help", cwd=tmp_path).stdout for name in SCRIPTS}
     helps |= {path.name: text(path) for path in ROOT.glob("tools/*.py")}
-    flags = {name: set(re.findall(FLAG, said)) for name, said in helps.items()}
-    flags["quality.py"] |= flags["train.py"]  # hands on what it does not know
-    return flags
-
-
-@each_document
-def test_flags_exist(path, known_flags):
-    for command in commands(path) + inline_code(path):
-        for name, flags in known_flags.items():
-            _, named, after = command.partition(f"{name} ")
-            assert not named or set(re.findall(FLAG, after)) <= flags, command
-        if "torchrun" not in command:
-            assert set(re.findall(FLAG, command)) <= set().union(*known_flags.values(), OTHERS)
+    known = {name: set(re.findall(FLAG, said)) for name, said in helps.items()}
+    known["quality.py"] |= known["train.py"]  # hands on what it does not know
+    for path in DOCUMENTS:
+        inline = re.findall(r"`([^`]+)`", without_blocks(path))
+        for command in [*commands(path), *(" ".join(code.split()) for code in inline)]:
+            for name, flags in known.items():
+                after = command.partition(f"{name} ")[2]
+                assert set(re.findall(FLAG, after)) <= flags, command
+            if "torchrun" not in command:
+                assert set(re.findall(FLAG, command)) <= set().union(*known.values(), OTHERS)
 
 
 @pytest.mark.slow
@@ -120,68 +94,30 @@ def test_python_examples_name_what_exists():
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
-def requirements(name):
-    """{package: version} of a file of requirements, without what it includes."""
-    lines = re.findall(r"^([\w-]+)[=>]=([\d.]+)", text(ROOT / name), re.MULTILINE)
-    return {package: Version(version) for package, version in lines}
-
-
-def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
-    bounds = requirements("requirements.txt") | requirements("tests/requirements.txt")
-    assert requirements("tests/oldest.txt") == bounds
-
-
-def test_requirements_list_what_is_imported():
-    imported, local = set(), {"medseg", *(path.stem for path in ROOT.glob("*.py"))}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("medseg/**/*.py")]:
-        for node in ast.walk(ast.parse(text(path))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add(node.module.split(".")[0])
-    listed = requirements("requirements.txt").keys() - NOT_IMPORTED
-    names = {IMPORTED_AS.get(name, name) for name in listed}
-    assert imported - local - sys.stdlib_module_names - OPTIONAL - WITH_GRADIO == names
-
-
-# ---- links and tables ------------------------------------------------------------------------
-
-
 def links(path):
     return re.findall(r"\]\(([^)\s]+)\)", text(path))
 
 
-def anchors(path):
-    """The anchors that GitHub makes of the headings."""
-    headings = re.findall(r"^#+ (.*)$", without_blocks(path), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@each_document
-def test_links_resolve(path):
-    for link in links(path):
-        if not link.startswith("https://"):
+def test_links_resolve():
+    for path in DOCUMENTS:
+        for link in (link for link in links(path) if not link.startswith("https://")):
             file, _, anchor = link.partition("#")
             target = (path.parent / file).resolve() if file else path
-            assert target.is_relative_to(ROOT) and target.is_file(), link
-            assert not anchor or anchor in anchors(target), link
+            assert target.is_relative_to(ROOT) and target.is_file(), (path, link)
+            if anchor:  # as GitHub makes them of the headings
+                headings = re.findall(r"^#+ (.*)$", without_blocks(target).lower(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w\- ]", "", own).replace(" ", "-") for own in headings]
+                assert anchor in anchors, (path, link)
 
 
-# ---- the Chinese pages -----------------------------------------------------------------------
-
-
-@both_pages
-def test_the_chinese_page_says_the_same(english):
-    chinese = english.with_suffix(".zh-CN.md")
+@pytest.mark.parametrize("page", ["README", "docs/own-data"])
+def test_the_chinese_page_says_the_same(page):
+    """A page in either language is one target, a mirror is for readers in China."""
+    english, chinese = (ROOT / f"{page}{suffix}.md" for suffix in ("", ".zh-CN"))
     assert commands(chinese) == commands(english)
     assert blocks(chinese, "text") == blocks(english, "text")
-    for find in (targets_of, decimals_of):
-        assert find(chinese) == find(english), find.__name__
-
-
-def targets_of(path):  # a page in either language is one target, a mirror is for readers in China
-    return {link.replace(".zh-CN.md", ".md") for link in links(path) if link[0] != "#"}
-
-
-def decimals_of(path):
-    return sorted(re.findall(r"\d+\.\d+", without_blocks(path)))
+    targets, decimals = [], []
+    for path in (english, chinese):
+        targets.append({link.replace(".zh-CN.md", ".md") for link in links(path) if link[0] != "#"})
+        decimals.append(sorted(re.findall(r"\d+\.\d+", without_blocks(path))))
+    assert targets[0] == targets[1] and decimals[0] == decimals[1]
