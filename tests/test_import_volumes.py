@@ -16,7 +16,6 @@ from helpers import (
     annotations,
     assert_refused,
     brightness_model,
-    edit_annotations,
     output_of,
     photo,
     refuse_download,
@@ -278,17 +277,7 @@ def test_the_window_of_the_weights_counts_without_being_told(here, name):
     assert_array_equal(predicted(name)[0], untold)
 
 
-def test_a_training_copies_window_and_orientation_into_its_weights(here, dataset, no_pictures):
-    values = {"window": [40, 400], "orientation": "LPS"}
-    for split in ("train", "valid", "test"):
-        edit_annotations(dataset / split, lambda content: content.update(info=values))
-    flags = ("--data", dataset, *SMALL, "--depth", 1, "--epochs", 1)
-    output_of("train.py", *flags, cwd=here)
-    info = load_model("best_model.pth").info
-    assert (info.window, info.orientation) == ((40, 400), "LPS")
-
-
-def test_a_split_that_is_added_has_window_and_orientation_of_the_others(here):
+def test_window_and_orientation_pass_to_splits_that_are_added_and_to_weights(here, no_pictures):
     write_pairs({"a": stored_as(brain(), "LPS"), "b": stored_as(brain(), "SAR")})
     first, new = (("--masks", f"vi/{name}.nii.gz", f"vm/{name}.nii.gz") for name in "ab")
     window = ("--window", -600.25, 1500)
@@ -303,6 +292,11 @@ def test_a_split_that_is_added_has_window_and_orientation_of_the_others(here):
     assert "orientation: 1 of 1 volumes turned to LPS, that of dataset/train" in told
     assert recorded("test") == recorded("train")
     assert_same_images(("train",), ("test",), lambda name: name.replace("a", "b", 1))
+    run_download(*new, *window, "--into", "valid")
+    flags = ("--data", "dataset", *SMALL, "--depth", 1, "--epochs", 1)
+    output_of("train.py", *flags, cwd=here)
+    info = load_model("best_model.pth").info
+    assert (info.window, info.orientation) == ((-600.25, 1500), "LPS")
     coco = ("--coco", "dataset/train/_annotations.coco.json", "dataset/train")
     save_pair("p")
     for flags in (coco, MASKS[:3]):  # pictures, of which no window is recorded
