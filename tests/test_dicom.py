@@ -13,11 +13,6 @@ from medseg.dicom import read_dicom
 from medseg.predicting.inputs import expand, open_file
 from medseg.volumes import open_volume
 
-
-def read_frames(path):
-    return list(read_dicom(path))
-
-
 RESCALED = {"RescaleSlope": "2", "RescaleIntercept": "-100"}  # -100 100 200 / 300 500 1900
 WINDOWED = {**RESCALED, "WindowCenter": ["200", "5"], "WindowWidth": ["400", "5"]}  # 0..400
 MONO1 = {"PhotometricInterpretation": "MONOCHROME1"}
@@ -79,7 +74,7 @@ def test_deflated_jpeg_2000_and_colour_whatever_the_window():
     frames = list(read_dicom(path, (0, 1)))
     assert_array_equal(frames, pydicom.dcmread(path).pixel_array)
     assert frames[0].shape == (100, 100, 3) and frames[0][5, 5].tolist() == [255, 0, 0]
-    assert_array_equal(read_frames(sample("SC_rgb_rle_16bit_2frame.dcm")), frames)
+    assert_array_equal(read_dicom(sample("SC_rgb_rle_16bit_2frame.dcm")), frames)
     ybr = read_dicom(sample("SC_ybr_full_422_uncompressed.dcm"))[0]  # the same test picture
     assert np.abs(ybr[5, 5].astype(int) - [255, 0, 0]).max() < 5
     palette = pydicom.dcmread(sample("examples_palette.dcm"))
@@ -91,6 +86,9 @@ def test_deflated_jpeg_2000_and_colour_whatever_the_window():
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path):
+    def read_frames(path):
+        return list(read_dicom(path))
+
     path = tmp_path / "a.dcm"
     for keep in (0, 133, 400, 39000):
         path.write_bytes(Path(sample("CT_small.dcm")).read_bytes()[:keep])
@@ -118,8 +116,8 @@ def test_a_series_is_a_volume(tmp_path, axes, fields):
     shutil.copy(sample("rtplan.dcm"), folder / "plan.dcm")  # without pixels
     (folder / "notes.txt").write_text("notes")
     volume, normal = open_volume(folder), np.cross(axes[:3], axes[3:])
-    files = map(pydicom.dcmread, folder.glob("?_*.dcm"))
-    files = sorted(files, key=lambda one: np.dot(one.ImagePositionPatient, normal))
+    files = [pydicom.dcmread(path) for path in folder.glob("?_*.dcm")]
+    files.sort(key=lambda one: np.dot(one.ImagePositionPatient, normal))
     assert (len(volume), volume.shape, volume.axis) == (5, (4, 6, 5), 2)
     assert_allclose(volume.stored_spacing, (0.8, 0.5, 2))
     for values, one in zip(slices_of(volume), files, strict=True):
@@ -173,7 +171,6 @@ def tilt(folder):
     "change, words",
     [
         (add_slice(SeriesInstanceUID="1.2.10"), "2 series"),
-        (add_slice(-6), "0 to 2 mm"),
         (add_slice(1), "2 to 3 mm"),
         (add_slice(PixelSpacing=[0.5, 0.9]), "PixelSpacing"),
         (add_slice(ImagePositionPatient=None), "place"),
