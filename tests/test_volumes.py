@@ -49,21 +49,20 @@ def test_the_format_is_told_by_suffix_and_without_one_by_content(tmp_path, versi
 # ---- slices ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
 @pytest.mark.parametrize("shape", [(1, 8, 9), (8, 1, 9), (8, 9)])
-def test_a_picture_that_is_stored_as_a_volume_is_one_slice(tmp_path, suffix, shape):
+def test_a_picture_that_is_stored_as_a_volume_is_one_slice(tmp_path, shape):
     axis, voxels = (*shape, 1).index(1), np.arange(72, dtype=np.int16).reshape(shape)
-    path, mask = tmp_path / f"a{suffix}", tmp_path / f"m{suffix}"
-    if suffix == ".nii.gz":  # of larger pixels than the slice is thick
-        write_nifti(path, voxels, np.diag([1 if n == 1 else 2 for n in (*shape, 1)][:3] + [1]))
-    else:
-        write_itk(path, voxels)
-    volume = open_volume(path)
-    assert (volume.axis, len(volume)) == (axis, 1)
-    assert_array_equal(volume[0][..., 0], voxels.reshape(8, 9))
-    write_mask(mask, volume, [voxels.reshape(8, 9) > 50])
-    assert open_volume(mask).header.shape == volume.header.shape
-    assert_array_equal(open_volume(mask)[0][..., 0], voxels.reshape(8, 9) > 50)
+    sides = np.insert(np.full(3, 2), axis, 1)[:3]  # the pixels are larger than the slice is thick
+    write_nifti(tmp_path / "a.nii.gz", voxels, np.diag([*sides, 1]))
+    write_itk(tmp_path / "a.mha", voxels)
+    for suffix in (".nii.gz", ".mha"):
+        volume = open_volume(tmp_path / f"a{suffix}")
+        assert (volume.axis, len(volume)) == (axis, 1)
+        assert_array_equal(volume[0][..., 0], voxels.reshape(8, 9))
+        write_mask(tmp_path / f"m{suffix}", volume, [voxels.reshape(8, 9) > 50])
+        mask = open_volume(tmp_path / f"m{suffix}")
+        assert mask.header.shape == volume.header.shape
+        assert_array_equal(mask[0][..., 0], voxels.reshape(8, 9) > 50)
 
 
 def test_spacing_is_in_mm_where_the_file_tells_it(tmp_path):
