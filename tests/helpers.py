@@ -47,8 +47,7 @@ def start_python(*arguments, cwd, log=None, **environment):
 
     Returns a Popen; its output is text in two pipes, or goes to the file `log`.
     """
-    accounts = ("SWANLAB",)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(accounts)}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SWANLAB")}
     if "-c" in arguments:
         clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     with open(log or os.devnull, "w") as file:
@@ -229,7 +228,8 @@ SMALL = (
 
 def without_times(row):
     """A row of the history but for what differs between any two runs."""
-    return {key: row[key] for key in row.keys() - {"seconds", "images_per_second"}}
+    times = ("seconds", "images_per_second")
+    return {key: value for key, value in row.items() if key not in times}
 
 
 def read_metrics(folder):
@@ -358,38 +358,30 @@ def write_dicom(path, pixels=STORED, **values):
     return path
 
 
-def write_series(folder, voxels, *, spacing=(0.5, 0.8, 2), axes=(1, 0, 0, 0, 1, 0), **values):
-    """A DICOM file of each of the slices (N, H, W), whose names are not in their order.
+def write_series(folder, voxels, *, axes=(1, 0, 0, 0, 1, 0), **values):
+    """A DICOM file of each of the slices (N, H, W), 2 mm apart; names are not in their order.
 
-    spacing: mm from row to row, column to column and slice to slice. values: of every file, or
-    functions of the number of its slice.
+    values: of every file, or functions of the number of its slice.
     """
     folder.mkdir()
-    normal = np.cross(axes[:3], axes[3:])
     for number, pixels in enumerate(voxels):
-        position = np.array([5, 70, -10]) + number * spacing[2] * normal
+        position = np.array([5, 70, -10]) + 2 * number * np.cross(axes[:3], axes[3:])
         fields = {"ImagePositionPatient": position, "ImageOrientationPatient": axes}
         fields = {key: [f"{one:.10g}" for one in value] for key, value in fields.items()}
-        fields |= {"PixelSpacing": list(spacing[:2]), "SeriesInstanceUID": "1.2.9", **values}
+        fields |= {"PixelSpacing": [0.5, 0.8], "SeriesInstanceUID": "1.2.9", **values}
         fields = {key: one(number) if callable(one) else one for key, one in fields.items()}
         write_dicom(folder / f"{number * 5 % 7}_{number}.dcm", pixels, **fields)
     return folder
 
 
-def write_nifti(path, voxels, affine=None, *, version=1, slope=None, intercept=0, zooms=None):
+def write_nifti(path, voxels, affine=None, *, version=1, slope=None, intercept=None, zooms=None):
     make = nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image
     image = make(voxels, np.eye(4) if affine is None else affine)
+    image.header.set_slope_inter(slope, intercept)  # the voxels are stored as given
     if zooms:
         image.header.set_zooms(zooms)
         image.set_sform(np.diag([*zooms[:3], 1]), 1)
-    if slope is not None:
-        image.header.set_slope_inter(slope, intercept)
     image.to_filename(path)
-    if slope is not None:  # nibabel divides by the slope when it writes: store the voxels as given
-        content = bytearray(Path(path).read_bytes())
-        content[352:] = voxels.tobytes(order="F")
-        content[112:120] = struct.pack("<2f", slope, intercept)
-        Path(path).write_bytes(content)
     return path
 
 
@@ -544,8 +536,8 @@ def png(pixels):
 
 def shape(label, points, shape_type="polygon", **more):
     """A shape of a LabelMe file."""
-    typed = {"shape_type": shape_type} if shape_type else {}
-    return {"label": label, "points": points, "group_id": None, "flags": {}, **typed, **more}
+    fields = {"points": points, "shape_type": shape_type, "group_id": None, "flags": {}}
+    return {"label": label, **fields, **more}
 
 
 def box(x, y, side):

@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,16 @@ from medseg.splits import ANNOTATIONS, SPLITS
 UNSPLIT = ("--masks", "images", "masks")
 
 
-def counts():
-    return {path.name: len(annotations(path.name)["images"]) for path in Path("dataset").iterdir()}
+def content(root="dataset"):
+    """{split: names of its images}, where the files and the annotations agree."""
+    names = {}
+    for split in SPLITS:
+        if Path(root, split).exists():
+            images = [record["file_name"] for record in annotations(split, root)["images"]]
+            files = [path.name for path in Path(root, split).iterdir()]
+            assert sorted(files) == sorted([*images, ANNOTATIONS])
+            names[split] = sorted(images)
+    return names
 
 
 def write_groups(groups, path="groups.csv"):
@@ -61,13 +70,13 @@ def test_nothing_is_replaced_unasked(here):
     for number in range(20):
         save_pair(f"{number}", seed=number)
     out = run_download(*UNSPLIT, "--split", 80, 20, 0)
-    assert counts() == {"train": 16, "valid": 4}
+    assert [len(names) for names in content().values()] == [16, 4]
     assert "missing: test" in out and "--into test" in out and "train.py --" not in out
     foreground = np.mean([labels(number) == 1 for number in range(20)])
     assert f"class foreground: value 1, {100 * foreground:.2f} % of the pixels" in out
     before, into = tree("dataset"), (*UNSPLIT, "--into", "test")
     assert "next: python train.py --recipe auto\n" in run_download(*into)
-    assert counts() == {"train": 16, "valid": 4, "test": 20}
+    assert [len(names) for names in content().values()] == [16, 4, 20]
     assert before.items() <= tree("dataset").items()
     Path("dataset/notes.txt").write_text("mine")
     for flags in (into, UNSPLIT, ("--synthetic",), (), ("--zip", "a.zip")):
@@ -191,15 +200,15 @@ def grown(here):
 
 
 def test_what_is_there_stays_and_what_is_new_comes(grown):
-    def as_others_write_it(content):
-        content["categories"] = [{"id": 7, "name": "cup"}, {"id": "z", "name": "disc", "x": 1}]
-        content["images"][0] |= {"id": 5, "licence": 3}
-        content["images"][1]["id"] = "one"
-        for number, annotation in enumerate(content["annotations"]):
+    def as_others_write_it(coco):
+        coco["categories"] = [{"id": 7, "name": "cup"}, {"id": "z", "name": "disc", "x": 1}]
+        coco["images"][0] |= {"id": 5, "licence": 3}
+        coco["images"][1]["id"] = "one"
+        for number, annotation in enumerate(coco["annotations"]):
+            annotation["id"] = number
             annotation["category_id"] = {1: 7, 2: "z"}[annotation["category_id"]]
             annotation["image_id"] = [5, "one"][annotation["image_id"]]
-            annotation["id"] = number
-        del content["annotations"][-1]["id"]
+        del coco["annotations"][-1]["id"]
 
     edit_annotations(Path("dataset/train"), as_others_write_it)
     Path("dataset/train/notes.txt").write_text("mine")
@@ -298,17 +307,6 @@ def test_labels_count_by_name_and_healthy_images_are_added(grown):
 # ---- stopped and killed --------------------------------------------------------------------------
 
 
-def content(root):
-    """{split: names of its images}, where the files and the annotations agree."""
-    names = {}
-    for split in SPLITS:
-        images = [record["file_name"] for record in annotations(split, root)["images"]]
-        files = [path.name for path in Path(root, split).iterdir()]
-        assert sorted(files) == sorted([*images, ANNOTATIONS])
-        names[split] = sorted(images)
-    return names
-
-
 def killed(arguments, call):
     """Run download.py in a process that kills itself at its call-th change of a folder.
 
@@ -316,16 +314,13 @@ def killed(arguments, call):
     """
 
     def prepare():
-        count = itertools.count()
-        for name in ("rename", "replace", "mkdir", "rmdir", "unlink"):
-            original = getattr(os, name)
+        count, changes = itertools.count(), ("os.rename", "os.mkdir", "os.rmdir", "os.remove")
 
-            def change(*args, original=original, **options):
-                if next(count) == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **options)
+        def hook(event, _):
+            if event in changes and next(count) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-            setattr(os, name, change)
+        sys.addaudithook(hook)
 
     process = fork_script("download.py", *arguments, log="log", prepare=prepare)
     process.join(60)
@@ -348,8 +343,8 @@ def test_a_killed_import_is_completed_or_taken_back(grown, flags):
         left = {path.name for path in Path("dataset").iterdir()} - {*SPLITS, ".importing.lock"}
         assert ("killed" in output_of("data.py", "dataset", cwd=grown)) == bool(left), (call, left)
         assert {path.name for path in Path("dataset").iterdir()} - {".importing.lock"} == {*SPLITS}
-        outcomes.add(expected.index(content("dataset")))
-    assert outcomes == {0, 1} and content("dataset") == expected[1] and call > 6
+        outcomes.add(expected.index(content()))
+    assert outcomes == {0, 1} and content() == expected[1] and call > 6
 
 
 COMMANDS = {
@@ -363,17 +358,17 @@ COMMANDS = {
 def test_every_command_completes_an_import(grown, no_pictures, command):
     """It was killed between the renames."""
     run_download(*FORCE, "--data", "fresh")
-    Path("fresh").rename("dataset/.new-abcdefgh")
-    Path("dataset/.new-abcdefgh/complete").touch()
-    Path("dataset/.new-abcdefgh/old").mkdir()
-    Path("dataset/train").rename("dataset/.new-abcdefgh/old/train")
-    Path("dataset/.new-abcdefgh/train").rename("dataset/train")
-    Path("dataset/test").rename("dataset/.new-abcdefgh/old/test")
+    new = Path("fresh").rename("dataset/.new-abcdefgh")
+    (new / "complete").touch()
+    (new / "old").mkdir()
+    Path("dataset/train").rename(new / "old" / "train")
+    (new / "train").rename("dataset/train")
+    Path("dataset/test").rename(new / "old" / "test")
     torch.save(brightness_model(32).state_dict(), "m.pth")
     labelme("x", AREA)
     printed = assert_done(script_here(f"{command}.py", *COMMANDS[command], cwd=grown))
     assert printed.count("killed") == 1 and not list(Path("dataset").glob(".new*"))
-    assert all(name.startswith("n1") for name in content("dataset")["test"])
+    assert all(name.startswith("n1") for name in content()["test"])
 
 
 def test_folders_of_a_user_stay_and_a_running_import_is_left_alone(grown):
