@@ -1,7 +1,7 @@
-"""Kills and damaged files, at random.
+"""What a user has stays: files of theirs are not replaced, kills and damage cost nothing else.
 
-A training that is killed ends as one that was left alone. A command that reads a damaged file ends
-well, or in status 2 and one line, and changes no other file.
+A training that is killed at random ends as one that was left alone. A command that reads a file
+damaged at random ends well, or in status 2 and one line, and changes no other file.
 """
 
 import random
@@ -10,6 +10,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -17,11 +18,13 @@ from helpers import (
     SMALL,
     assert_done,
     box,
+    brightness_model,
     fork_script,
     labelme,
     make_dataset,
     outcome,
     save,
+    scan,
     script_here,
     shape,
     skip_pictures,
@@ -29,9 +32,86 @@ from helpers import (
     write_nifti,
 )
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from medseg.weights import load_weights
 from net import UNet
+
+# ---- what a run may replace: what an earlier run of ours wrote -----------------------------------
+
+FOLDER = ("dataset/test", "--output", "out")
+OVERWRITE = ("--epochs", 1, *SMALL, "--skip-bad", "--overwrite", "--out", "run")
+WRITTEN = {  # file: (the command that writes it)
+    "x_mask.png": ("predict", "x.png"),
+    "mask.png": ("predict", "x.png", "--output", "mask.png"),
+    "out/0_test_overlay.jpg": ("predict", *FOLDER),
+    "out/predictions.csv": ("predict", *FOLDER),
+    "out/predictions.json": ("predict", *FOLDER),
+    "out/predictions.coco.json": ("predict", *FOLDER, "--write", "coco"),
+    "out/report.json": ("predict", *FOLDER),
+    "brain_mask.nii.gz": ("predict", "brain.nii.gz"),
+    "run/metrics.csv": ("train", *OVERWRITE),
+    "run/predictions.png": ("train", *OVERWRITE),
+    "run/skipped.txt": ("train", *OVERWRITE),
+    "contact_sheet.jpg": ("data",),
+    "model.onnx": ("predict", "--export", "model.onnx"),
+}
+MARKS = {"model.onnx": pytest.mark.slow}
+
+
+@pytest.fixture
+def users_place(here):
+    """best_model.pth, x.png, brain.nii.gz, and dataset/ with a damaged image."""
+    torch.save(brightness_model(32).state_dict(), "best_model.pth")
+    scan(40, 36, 5, 5, 20).save("x.png")
+    voxels = np.zeros((20, 18, 3), np.int16)
+    voxels[2:15, 4:9, 1] = 900
+    write_nifti("brain.nii.gz", voxels)
+    make_dataset(here / "dataset")
+    return here
+
+
+@pytest.mark.parametrize("name", [pytest.param(own, marks=MARKS.get(own, ())) for own in WRITTEN])
+def test_what_we_write_replaces_ours_alone(users_place, refused, name):
+    (command, *flags), path = WRITTEN[name], Path(name)
+    if command == "train":
+        Path("dataset/train/0_train.png").write_bytes(b"damaged")
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".gz":  # what some other program could have written
+        write_nifti(path, np.ones((20, 20, 3), np.uint8))
+    elif path.suffix in (".png", ".jpg"):
+        Image.new("L", (40, 36), 255).save(path)
+    else:
+        path.write_text('{"folder": "mine"}')
+    content, before = path.read_bytes(), set(users_place.rglob("*"))
+    refused(command, *flags, words=[name])
+    assert path.read_bytes() == content
+    assert {own for own in users_place.rglob("*") if ".cache" not in own.parts} == before
+    path.unlink()
+    for _ in range(2):  # the second time over our own
+        assert_done(script_here(f"{command}.py", *flags, cwd=users_place))
+    assert path.read_bytes() != content
+
+
+@pytest.mark.parametrize("name", ["x_mask.png", "x_prediction.png", "brain_mask.nii.gz"])
+def test_a_prediction_that_was_corrected_is_the_users(users_place, refused, name):
+    source = "x.png" if name.startswith("x") else "brain.nii.gz"
+    assert_done(script_here("predict.py", source, cwd=users_place))
+    if name.endswith(".png"):
+        with Image.open(name) as image:
+            pixels, text = np.array(image), PngInfo()
+            text.add_text("medseg", image.text["medseg"])  # kept, as ImageMagick does
+        pixels[0, 0] = 255 - pixels[0, 0]
+        Image.fromarray(pixels).save(name, pnginfo=text)
+    else:
+        volume = nibabel.load(name)
+        voxels = np.array(volume.dataobj)
+        voxels[0, 0, 0] = 1
+        nibabel.save(nibabel.Nifti1Image(voxels, None, volume.header), name)  # keeps its text
+    refused("predict", source, words=[name, "--output"])
+
+
+# ---- kills and damaged files ---------------------------------------------------------------------
 
 
 def kill_after(process, seconds):
