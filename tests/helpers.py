@@ -1,6 +1,5 @@
 """Tiny data sets, made here, and ways to run the scripts."""
 
-import base64
 import contextlib
 import csv
 import hashlib
@@ -527,13 +526,6 @@ def save_pair(stem, mask=None, suffix=".png", seed=0, **options):
     save(mask, f"masks/{stem}{suffix}", **options)
 
 
-def png(pixels):
-    """Base64 of a PNG."""
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return base64.b64encode(out.getvalue()).decode()
-
-
 def shape(label, points, shape_type="polygon", **more):
     """A shape of a LabelMe file."""
     fields = {"points": points, "shape_type": shape_type, "group_id": None, "flags": {}}
@@ -551,7 +543,9 @@ PICTURE = photo()
 
 def labelme(stem, shapes, folder="lm", image=PICTURE, **more):
     """Write FOLDER/STEM.json and its picture, if any."""
-    save(image, f"{folder}/{stem}.png") if image else Path(folder).mkdir(exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if image:
+        image.save(f"{folder}/{stem}.png")
     record = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": f"{stem}.png"}
     record |= {"imageData": None, "imageHeight": PHOTO[1], "imageWidth": PHOTO[0], **more}
     Path(folder, f"{stem}.json").write_text(json.dumps(record))

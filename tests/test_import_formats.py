@@ -3,6 +3,7 @@
 Against masks drawn by hand, pycocotools and LabelMe's own rasteriser.
 """
 
+import base64
 import json
 import math
 import sys
@@ -22,7 +23,7 @@ from helpers import (
     labelme,
     labels,
     photo,
-    png,
+    png_bytes,
     polygon,
     read_rgb,
     refuse_download,
@@ -52,18 +53,21 @@ def square_mask(x, y, width, height):
 LABELME = ("--labelme", "lm", *ALL)
 AREA = [shape("a", box(2, 3, 5))]
 
-# Corners of masks may be fractions, in any order, and span a pixel more or less than the mask.
-MASKS = [([23.4, 23.2], [20.4, 20.2]), ([30, 20], [32, 22]), ([4.9, 20], [0.1, 24])]
-DIAGONAL = png(np.eye(4, dtype=np.uint8))
+
+def base64_png(pixels):
+    return base64.b64encode(png_bytes(pixels)).decode()
 
 
 def test_labelme_shapes_their_order_and_holes(here):
+    diagonal = base64_png(np.eye(4, dtype=np.uint8)[..., None])
+    # Corners of masks may be fractions, in any order, and span a pixel more or less than the mask.
+    masks = ([23.4, 23.2], [20.4, 20.2]), ([30, 20], [32, 22]), ([4.9, 20], [0.1, 24])
     shapes = [
         shape("b", box(2, 3, 10)),
         shape("a", box(6, 3, 10), None),  # a missing shape_type is a polygon
         shape("_background_", box(3, 4, 2)),
         shape("a", [[30, 9], [22, 5]], "rectangle"),  # corners in any order
-        *(shape("b", corners, "mask", mask=DIAGONAL) for corners in MASKS),
+        *(shape("b", corners, "mask", mask=diagonal) for corners in masks),
         shape("a", [[38, 27], [44, 27], [44, 40], [38, 40]], "oriented_rectangle"),
         *(shape("c", [[1, 1], [5, 5]], kind) for kind in ("point", "line", "linestrip")),
         shape("__ignore__", box(15, 12, 1)),
@@ -102,38 +106,30 @@ def test_labelme_classes_are_picked_and_ordered(here):
 
 def test_labelme_image_places(here):
     """In whichever Unicode form they are stored; what imagePath leads to comes first."""
-    places = {  # name of the file: (imagePath, where the picture lies)
-        "outside": ("../outside/o.png", "outside/o.png"),
-        NFC: (f"..\\lm\\{NFC}\\{NFD}.png", f"lm/{NFD}/{NFC}.png"),
-        "drive": (f"D:\\scans\\y{NFC}.png", f"lm/y{NFD}.png"),
+    places = {  # LabelMe file: (imagePath, where the picture lies)
+        "lm/outside": ("../outside/o.png", "outside/o.png"),
+        f"lm/{NFC}": (f"..\\lm\\{NFC}\\{NFD}.png", f"lm/{NFD}/{NFC}.png"),
+        "lm/drive": (f"D:\\scans\\y{NFC}.png", f"lm/y{NFD}.png"),
+        "lm/p/json/x": ("x.png", "lm/p/img/x.png"),
+        "lm/q/json/x": ("x.png", "lm/q/img/x.png"),
     }
     save(photo(99), "lm/o.png")
-    for seed, (name, (path, place)) in enumerate(places.items()):
-        labelme(name, [shape(NFD, box(2, 3, 5))], image=False, imagePath=path)
+    for seed, (file, (path, place)) in enumerate(places.items()):
+        folder, stem = file.rsplit("/", 1)
+        labelme(stem, [shape(NFD, box(2, 3, 5))], folder, image=None, imagePath=path)
         save(photo(seed), place)
-    assert "1 of 3 LabelMe files have their image elsewhere" in run_download(*LABELME)
-    for seed, name in enumerate(places):
+    assert "3 of 5 LabelMe files have their image elsewhere" in run_download(*LABELME)
+    for seed, name in enumerate(["outside", NFC, "drive", "p_json_x", "q_json_x"]):
         assert_array_equal(read_rgb(f"dataset/train/{name}.png"), photo(seed))
         assert stored()[name][NFC].sum() == 25
-
-
-def test_labelme_images_in_a_folder_beside_that_of_the_files(here):
-    for seed, place in enumerate("pq"):
-        labelme("x", AREA, f"lm-{place}", image=False)
-        Path(f"lm/{place}").mkdir(parents=True)
-        Path(f"lm-{place}").rename(f"lm/{place}/json")
-        save(photo(seed), f"lm/{place}/img/x.png")
-    run_download(*LABELME)
-    for seed, place in enumerate("pq"):
-        assert_array_equal(read_rgb(f"dataset/train/{place}_json_x.png"), photo(seed))
-    save(photo(3), "lm/p/other/x.png")
+    save(photo(9), "lm/p/other/x.png")
     refuse_download(*LABELME, "--force", words=["x.json", "img/x.png", "other/x.png"])
 
 
 def test_labelme_image_data_where_image_path_names_another_picture(here):
     """LabelMe shows imageData, and its points refer to that; a better copy of it is preferred."""
     meant = photo(7)
-    data = png(np.asarray(meant))
+    data = base64_png(np.asarray(meant))
     better = meant.point(lambda value: value // 2 + 9)
     pictures = {  # what imagePath leads to; what is taken; imageData
         "nothing": (None, meant, data),
@@ -149,14 +145,12 @@ def test_labelme_image_data_where_image_path_names_another_picture(here):
         assert_array_equal(read_rgb(f"dataset/train/{name}.png"), taken)
 
 
-CORNERS = [[4, 3], [9, 3], [9, 8], [4, 8]]  # 6 x 6 pixels
-
-
 def test_labelme_shapes_of_other_programs(here):
-    closed = shape("a", [*CORNERS, CORNERS[0]], "rectangle")
-    usual = shape("a", CORNERS[::2], "rectangle")
-    labelme("x", [closed, usual, shape("b", CORNERS, "rotation", direction=0.3)])
-    labelme("y", [shape(1.0, CORNERS)])
+    corners = box(4, 3, 6)
+    closed = shape("a", [*corners, corners[0]], "rectangle")
+    usual = shape("a", corners[::2], "rectangle")
+    labelme("x", [closed, usual, shape("b", corners, "rotation", direction=0.3)])
+    labelme("y", [shape(1.0, corners)])
     out = run_download(*LABELME)
     assert "note: 1 rect" in out and "note: 1 labels" in out
     square = square_mask(4, 3, 6, 6)
