@@ -277,6 +277,7 @@ def fractions(content):
 BAD = {
     "no folder": (shutil.rmtree, "dataset:", "download.py"),
     "no annotations": (lambda root: (root / "train" / ANNOTATIONS).unlink(), ANNOTATIONS),
+    "no images key": (edit(lambda own: own.pop("images")), "list of images"),
     "two records": (edit(lambda own: own["images"].extend("ab")), "images[6]", "(2 such"),
     "id used twice": (edit(lambda own: own["images"][1].update(id=0)), "images[1] has id 0"),
     "of no image": (edit(lambda own: own["annotations"][1].update(image_id=99)), "image_id 99"),
