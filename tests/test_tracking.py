@@ -43,9 +43,6 @@ def start(*flags, runs=None):
     return tracker, recorded["tracker_runs"]
 
 
-# ---- what all share --------------------------------------------------------------------------
-
-
 def stub(function):
     """begin(mode) of a tracker whose calls are all function(...)."""
     return lambda mode: Run("id", function, function, function, ["see", "it"], local=False)
@@ -83,12 +80,18 @@ def test_what_hangs_is_waited_for_once(monkeypatch, capsys):
     never.set()
 
 
-def test_flags_that_cannot_be_served_are_refused(monkeypatch, refused):
+def test_flags_that_cannot_be_served_are_refused_and_settings_followed(monkeypatch, refused):
     for project in ("two words", "a/b", "", "é", "x" * 101, "a\n"):
         with pytest.raises(ValueError, match="^--project .*$"):
             tracking.swanlab_modes("offline", project)
     with pytest.raises(ValueError, match="--swanlab online"):  # without a key
         start("--swanlab", "online")
+    assert tracking.swanlab_modes("auto", "Brain") == ["offline"]
+    monkeypatch.setenv("SWANLAB_API_KEY", "x")
+    assert tracking.swanlab_modes("auto", "Brain") == ["online", "offline"]
+    for mode, modes in {"offline": ["offline"], "disabled": [], "no such mode": []}.items():
+        monkeypatch.setenv("SWANLAB_MODE", mode)
+        assert tracking.swanlab_modes("auto", "Brain") == modes
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     for name in ("swanlab", "tensorboard", "wandb", "mlflow"):
         refused("train", "--tracker", name, words=["--tracker", f"pip install {name}"])
@@ -108,9 +111,6 @@ def test_the_experiment_is_named_after_its_flags_and_nothing_recorded_unasked(mo
         tracker.log({"train/loss": 0.5}, step=1)
         tracker.finish(failed=True)
         assert runs == {"swanlab": "kept"} and len(begun) == 3
-
-
-# ---- TensorBoard, Weights & Biases, MLflow: read back with their own libraries ---------------
 
 
 def read_tensorboard(run_id):
@@ -346,15 +346,3 @@ def test_without_a_service_it_is_offline_soon(answer, monkeypatch, capsys):
         tracker.finish()
     assert not tracker.hung
     assert capsys.readouterr().out.count("SwanLab: could not start online: ") == 1
-
-
-@pytest.mark.slow
-def test_auto_follows_the_users_settings(monkeypatch, capsys):
-    monkeypatch.setenv("SWANLAB_API_KEY", "x")
-    for setting in ("offline", "disabled", "no such mode"):
-        monkeypatch.setenv("SWANLAB_MODE", setting)
-        tracker, _ = start()
-        assert tracker.run.local if setting == "offline" else tracker.run is None
-        message = "SwanLab: going on without it: " in capsys.readouterr().out
-        assert message == (setting == "no such mode")
-        tracker.finish()

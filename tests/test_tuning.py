@@ -31,6 +31,7 @@ from medseg.weights import load_weights
 from net import UNet, load_model
 
 ALL_FLIPS = ("horizontal", "vertical", "both")
+CPU = ("--device", "cpu", "--precision", "fp32")
 
 
 BY_NUMPY = {  # of (B, H, W, C), there and back
@@ -181,12 +182,6 @@ def blobs(seed):
     return pixels
 
 
-def run(place, *arguments):
-    """What predict.py prints."""
-    flags = ("--device", "cpu", "--precision", "fp32")
-    return output_of("predict.py", *arguments, *flags, cwd=place)
-
-
 def test_what_was_chosen_counts_and_flags_win(here):
     model, chosen = brightness_model(48), Inference(0.35, ("horizontal",), {"largest": 1.0})
     # It marks what lies a pixel right of and below bright ones: each flip has other masks.
@@ -213,7 +208,8 @@ def test_what_was_chosen_counts_and_flags_win(here):
         ("tuned", ("--clean=none", "--no-tta", "--threshold=0.5"), PLAIN),
         ("plain", ("--tta",), Inference(flips=ALL_FLIPS)),
     ):
-        said = run(here, "a.png", "--model", f"{weights}.pth", *flags)
+        model_flags = ("--model", f"{weights}.pth", *CPU)
+        said = output_of("predict.py", "a.png", *flags, *model_flags, cwd=here)
         lines = [line for line in said.splitlines() if "chosen on valid" in line]
         assert len(lines) == (weights == "tuned")
         for line in lines:
@@ -225,7 +221,8 @@ def test_what_was_chosen_counts_and_flags_win(here):
     # Slices of a volume have the masks of pictures.
     pictures = [blobs(seed) for seed in range(4)]
     write_nifti("v.nii.gz", np.stack(pictures, 2), zooms=(1, 1, 5))
-    run(here, "v.nii.gz", "--output=m.nii.gz", "--model=tuned.pth", "--window", 127.5, 255)
+    names = ("v.nii.gz", "--output=m.nii.gz", "--model=tuned.pth")
+    output_of("predict.py", *names, "--window", 127.5, 255, *CPU, cwd=here)
     volume = np.asarray(nibabel.load("m.nii.gz").dataobj) > 0
     expected = [by_hand(pixels, chosen) for pixels in pictures]
     np.testing.assert_array_equal(volume.transpose(2, 0, 1), expected)
@@ -297,7 +294,8 @@ def test_the_choice_is_that_of_valid_counted_by_hand_and_tested_as_by_predict_py
     flipped = f"flips: Dice {dice_of(chosen):.4f} instead of {best:.4f}, chosen"
     assert flipped in said["tuned"] and "largest piece" in said["tuned"]  # was tried
 
-    run(place, "dataset/test", "--model", "tuned/best_model.pth", "--output", "scored")
+    names = ("dataset/test", "--model=tuned/best_model.pth", "--output=scored")
+    output_of("predict.py", *names, *CPU, cwd=place)
     scores = json.loads((place / "scored" / "report.json").read_text())["scores"]
     (line,) = (line for line in said["tuned"].splitlines() if ", as chosen on valid: " in line)
     printed = re.findall(r"(?:Dice|IoU|precision|recall) ([\d.]+)", line)
