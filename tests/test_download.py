@@ -322,15 +322,9 @@ def test_force_replaces_only_the_splits_by_others(there):
 @pytest.mark.parametrize("fails_at", range(1, 7))
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), KeyboardInterrupt()])
 def test_failed_replacement_is_rolled_back(there, monkeypatch, fails_at, error):
-    before, replace, calls = tree(there), os.replace, []
-
-    def failing(a, b):
-        calls.append(a)
-        if len(calls) == fails_at:
-            raise error
-        replace(a, b)
-
-    monkeypatch.setattr(os, "replace", failing)
+    before, replace = tree(there), os.replace
+    results = [replace] * (fails_at - 1) + [mock.Mock(side_effect=error)] + [replace] * 20
+    monkeypatch.setattr(os, "replace", lambda *paths: results.pop(0)(*paths))
     result = script_here("download.py", "--zip", "more.zip", "--force", cwd=there.parent)
     assert result.returncode == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert len(result.stderr.splitlines()) == 1 and tree(there) == before

@@ -95,15 +95,6 @@ def test_labelme_circles_and_polygons():
         assert_array_equal(drawn, 300 * np.asarray(as_labelme))
 
 
-def test_labelme_classes_are_picked_and_ordered(here):
-    labelme("x", [shape("a", box(2, 3, 10)), shape("b", box(2, 3, 4)), shape("c", box(20, 3, 4))])
-    labelme("y", [])
-    refuse_download(*LABELME, "--classes", "d", words=["'d'", "a, b, c"])
-    run_download(*LABELME, "--classes", "c,a")
-    assert class_names() == ["c", "a"] and stored()["y"] == {}
-    assert stored()["x"]["a"].sum() == 100  # b, left out, does not cover it
-
-
 def test_labelme_image_places(here):
     """In whichever Unicode form they are stored; what imagePath leads to comes first."""
     places = {  # LabelMe file: (imagePath, where the picture lies)
@@ -145,7 +136,7 @@ def test_labelme_image_data_where_image_path_names_another_picture(here):
         assert_array_equal(read_rgb(f"dataset/train/{name}.png"), taken)
 
 
-def test_labelme_shapes_of_other_programs(here):
+def test_labelme_shapes_of_other_programs_and_classes_that_are_picked(here):
     corners = box(4, 3, 6)
     closed = shape("a", [*corners, corners[0]], "rectangle")
     usual = shape("a", corners[::2], "rectangle")
@@ -155,6 +146,11 @@ def test_labelme_shapes_of_other_programs(here):
     assert "note: 1 rect" in out and "note: 1 labels" in out
     square = square_mask(4, 3, 6, 6)
     assert_equal(stored(), {"x": {"b": square}, "y": {"1": square}})  # b covers a
+    flags = (*LABELME, "--force", "--classes")
+    refuse_download(*flags, "d", words=["'d'", "1, a, b"])
+    run_download(*flags, "a,1")
+    assert class_names() == ["a", "1"]
+    assert_equal(stored(), {"x": {"a": square}, "y": {"1": square}})  # b is left out
 
 
 def test_more_classes_than_a_network_tells_apart(here):
