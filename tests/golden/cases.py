@@ -344,8 +344,6 @@ def flags(out):
     }
 
 
-PRINTED = {"scores": scores, "flags": flags}  # of the last command
-
 # ---- cases -----------------------------------------------------------------------------------
 
 CPU = "--precision fp32 --device cpu"
@@ -356,8 +354,7 @@ START = f"{TRAIN} --init {TUMOR} --image-size 128 --lr 1e-4 --epochs 2"
 TRAINED = "metrics run/metrics.csv; scores -"
 IMPORT = "download.py --data own"
 MASKS, BRIGHT = f"{IMPORT} --masks images masks", f"{PREDICT} bright.png --model model.pth"
-SCANS = f"{PREDICT} scans --output out"
-TABLE = "table out/predictions.csv"
+SCANS, TABLE = f"{PREDICT} scans --output out", "table out/predictions.csv"
 REPORT = f"report out/report.json; {TABLE}"
 # of cases whose name begins so
 MEASURES = {"import": "dataset own", "train": TRAINED, "predict": TABLE}
@@ -393,10 +390,7 @@ CASES = {
     ),
     "plan": (phantoms, "data.py data --plan", "flags -"),
     "train_tutorial": (phantoms, f"{TRAIN} --image-size 32 --n-filters 4 --epochs 2"),
-    "train_strong": (
-        lambda: phantoms(100),
-        f"{START} --recipe strong --warmup 2 --ema 0.5",
-    ),
+    "train_strong": (lambda: phantoms(100), f"{START} --recipe strong --warmup 2 --ema 0.5"),
     "train_vessels": (
         phantoms,
         f"{TRAIN} --recipe vessels --init {TUMOR} --crop 64 --lr 2e-4 --ema 0.5 --epochs 2",
@@ -447,10 +441,7 @@ CASES = {
         f"{PREDICT} ct --model model.pth --output out",
         f"{TABLE}; exact out/a_mask.png",
     ),
-    "predict_ensemble": (
-        lambda: (scans(), squares(size=128)),
-        f"{SCANS} --model {TUMOR} model.pth",
-    ),
+    "predict_ensemble": (lambda: (scans(), squares(128)), f"{SCANS} --model {TUMOR} model.pth"),
     "labelme_there_and_back": (
         lambda: squares(classes=2),
         f"{BRIGHT} --write labelme --output .\n{IMPORT} --labelme . --into test",
@@ -475,7 +466,7 @@ def run_case(name):
     result = {}
     for measure in measures.split("; "):
         kind, path = measure.split(" ")
-        values = PRINTED[kind](out) if kind in PRINTED else globals()[kind](path)
+        values = globals()[kind](out if path == "-" else path)  # -: what was printed last
         where = "printed" if path == "-" else path
         result |= {f"{where} {key}".rstrip(): value for key, value in values.items()}
     return json.loads(json.dumps(result))
