@@ -13,6 +13,7 @@ from helpers import (
     brightness_model,
     edit_annotations,
     output_of,
+    photo,
     read_metrics,
     set_classes,
     square,
@@ -42,12 +43,8 @@ SQUARES = {1: (4, 4, 20), 2: (16, 16, 20), 3: (8, 8, 6)}  # cyst lies within cor
 
 
 def write_classes(folder, sizes, outlines, names=NAMES):
-    """A split of noise, {file name: (width, height)}, with (image, class from 1, square) each."""
-    rng = np.random.default_rng(3)
-    images = {
-        name: Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
-        for name, size in sizes.items()
-    }
+    """A split of noise of these (width, height), with (image, class from 1, square) each."""
+    images = {f"{number}.png": photo(number, size) for number, size in enumerate(sizes)}
     write_split(folder, images, [(number, square(*where)) for number, _, where in outlines])
     set_classes(folder, names, lambda number: outlines[number][1])
 
@@ -57,7 +54,7 @@ def three(here):
     """Three classes in 48x48 images, of which the last has nothing."""
     outlines = [(number, *one) for number in range(3) for one in SQUARES.items()]
     for split in SPLITS:
-        write_classes(here / split, {f"{number}.png": (48, 48) for number in range(4)}, outlines)
+        write_classes(here / split, [(48, 48)] * 4, outlines)
     return here
 
 
@@ -190,7 +187,7 @@ def test_a_split_without_foreground_has_no_score(three, capsys):
     assert report["no_lesion"]["images"] == len(report["per_image"])
 
 
-SIDES = {"0.png": (61, 47), "1.png": (83, 40), "2.png": (50, 50)}  # width, height; network: 32
+SIDES = (61, 47), (83, 40), (50, 50)  # width, height; of the network: 32
 
 
 @pytest.fixture
@@ -222,9 +219,9 @@ def test_the_scores_are_those_of_the_files_that_were_written(apart, flags, thres
     options = ("--model", "model.pth", "--threshold", threshold, "--device", "cpu", *flags)
     predict.main(["test", "--output", "out", *options])
     test, overlaps, sizes = open_split(Path(), "test", classes=list(NAMES[:2])), [], []
-    for index, name in enumerate(SIDES):
-        labels, target = np.asarray(Image.open(f"out/{name[0]}_mask.png")), test.load(index)[1] > 0
-        assert labels.shape == SIDES[name][::-1]
+    for index, size in enumerate(SIDES):
+        labels, target = np.asarray(Image.open(f"out/{index}_mask.png")), test.load(index)[1] > 0
+        assert labels.shape == size[::-1]
         pred = np.stack([labels == number for number in (1, 2)])
         overlaps.append((pred & target).sum((1, 2)))
         sizes.append(pred.sum((1, 2)) + target.sum((1, 2)))
@@ -284,20 +281,14 @@ def test_a_class_within_another_is_drawn_over_it(here, names):
     assert shares["whole"] == pytest.approx(whole.mean())
 
 
-@pytest.mark.parametrize(
-    "first, second, order",
-    [
-        ((2, 2, 22), (23, 2, 22), ()),  # they share a border
-        ((2, 2, 22), (8, 8, 9), (1, 2)),
-        ((8, 8, 9), (2, 2, 22), (2, 1)),  # now the first lies in the second
-    ],
-)
-def test_whether_classes_overlap_is_seen_in_the_training_masks(tmp_path, first, second, order):
-    images = {"a.png": (48, 48), "b.png": (48, 48)}
-    outlines = [(0, 1, (2, 2, 9)), (0, 2, (20, 20, 9)), (1, 1, first), (1, 2, second)]
-    write_classes(tmp_path / "train", images, outlines, NAMES[:2])
-    rows = load_split(tmp_path, "train", 48, classes=list(NAMES[:2]))
-    assert find_draw_order(rows, 3, 2) == order
+def test_whether_classes_overlap_is_seen_in_the_training_masks(tmp_path):
+    large, beside, within = (2, 2, 22), (23, 2, 22), (8, 8, 9)  # the first two share a border
+    cases = (large, beside, ()), (large, within, (1, 2)), (within, large, (2, 1))
+    for number, (first, second, order) in enumerate(cases):
+        outlines = [(0, 1, (2, 2, 9)), (0, 2, (20, 20, 9)), (1, 1, first), (1, 2, second)]
+        write_classes(tmp_path / f"{number}/train", [(48, 48)] * 2, outlines, NAMES[:2])
+        rows = load_split(tmp_path / f"{number}", "train", 48, classes=list(NAMES[:2]))
+        assert find_draw_order(rows, 3, 2) == order
 
 
 @pytest.mark.parametrize("clean", [{}, {"largest": 1.0}])
