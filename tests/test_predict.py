@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -79,14 +78,11 @@ def test_the_tutorials_functions(place):
     predict.visualize_result(picture, mask)
     assert Image.open("predictions.png").width > 3 * 256
 
-
-def test_the_figure_has_a_legend_and_its_colours_in_the_mask(tmp_path):
-    """Each on the share of the panel that its pixels have of the mask: an eighth."""
-    labels, path = np.zeros((1, 1, 40, 80), np.uint8), tmp_path / "figure.png"
-    labels[..., 20:30], labels[..., 40:50], labels[..., 60:70] = 1, 2, 3
-    options = {"class_names": "abc", "name": "a name that is long" * 20, "path": path}
+    labels = np.zeros((1, 1, 40, 80), np.uint8)
+    labels[..., 20:30], labels[..., 40:50], labels[..., 60:70] = 1, 2, 3  # an eighth each
+    options = {"class_names": "abc", "name": "a name that is long" * 20, "path": Path("f.png")}
     predict.visualize_result(Image.new("RGB", (80, 40)), labels, **options)
-    figure = np.asarray(Image.open(path).convert("RGB"))
+    figure = np.asarray(Image.open("f.png").convert("RGB"))
     for color in class_colors(3):
         assert (figure == color).all(2).sum() == pytest.approx(400 * 200 / 8, rel=0.1)
         assert (figure[250:, :21] == color).all(2).sum() > 100  # the legend, below the panels
@@ -114,7 +110,7 @@ def test_one_image(place, capsys):
 
 
 def test_images_that_differ_in_their_suffix_keep_it(place, refused):
-    """Not a volume, nor a frame of another image."""
+    """A volume does not: its masks are volumes."""
     write_scans(place / "scans", "v")
     sides = {"a.png": 40, "a.jpg": 41, "b.bmp": 43, "c.tif": 44, "c.TIF": 45}
     for name, side in sides.items():
@@ -128,26 +124,21 @@ def test_images_that_differ_in_their_suffix_keep_it(place, refused):
     expected = {"a_png": 40, "a_jpg": 41, "b": 43, "c_tif": 44, "c_TIF": 45, "v_png": 40}
     assert masks == {f"{name}_mask.png": side for name, side in expected.items()}
     assert pictures(place / "out", "_mask.nii.gz") == {"v_mask.nii.gz", "w_mask.nii.gz"}
-    write_scans(place / "frames", ["two_f001"])
-    shutil.copy(sample("SC_rgb_rle_2frame.dcm"), "frames/two.dcm")
-    refused("predict", "frames", words=["two.dcm", "two_f001.png", "--output"])
 
 
-RUN = """
+def test_long_and_odd_names_lose_nothing_and_no_more_is_loaded_than_needed(place):
+    """Names of 250 bytes, equal but for their ends, and one of bytes that are no text."""
+    code = """
 import sys, predict
 from medseg.cli import run_main
 run_main(predict.main)
 print(sorted({'torchvision', 'swanlab', 'matplotlib.pyplot'} & set(sys.modules)))
 """
-
-
-def test_long_and_odd_names_lose_nothing_and_no_more_is_loaded_than_needed(place):
-    """Names of 250 bytes, equal but for their ends, and one of bytes that are no text."""
     odd = os.fsdecode(b"\xff")
     write_scans(place / "scans", ["x" * 245 + "a", "x" * 245 + "b", "é" * 122, odd])
     write_nifti(place / "scans" / f"{'v' * 248}.nii", np.zeros((9, 9, 2), np.uint8))
     environment = {"PYTHONIOENCODING": "utf-8:strict", "LC_ALL": "C.UTF-8"}
-    out = assert_done(run_python("-c", RUN, "scans", cwd=place, **environment))
+    out = assert_done(run_python("-c", code, "scans", cwd=place, **environment))
     assert "saved 8 files in predictions" in out and out.strip().endswith("[]")
     masks = pictures(place / "predictions", "_mask.png")
     assert sorted(name[:90] for name in masks) == ["x" * 90] * 2 + ["é" * 90, f"{odd}_mask.png"]
