@@ -131,14 +131,14 @@ def test_models_and_images_are_told_apart_in_any_order():
 def test_what_models_have_in_common():
     """The threshold is the mean; flips and clean-up are those that all have."""
     chosen = Inference(0.2, ("both",), {"largest": 1.0})
-    one, two = (UNet(n_filters=2, inference=chosen, trained_flips=("both",)) for _ in range(2))
+    one = UNet(n_filters=2, inference=chosen, trained_flips=("both",))
     plain, other = UNet(n_filters=2), UNet(n_filters=2, inference=Inference(0.8, ("both",)))
-    for networks, expected, flips in (
-        ([one, two], chosen, ("both",)),
-        ([one, plain], (0.35, (), {}), ()),
-        ([other, one], (0.5, ("both",), {}), ()),
+    for network, expected, flips in (
+        (one, chosen, ("both",)),
+        (plain, (0.35, (), {}), ()),
+        (other, (0.5, ("both",), {}), ()),
     ):
-        info = common_info(networks)
+        info = common_info([one, network])
         assert (info.inference, info.trained_flips) == (expected, flips)
 
 
@@ -156,9 +156,8 @@ def test_models_that_differ_are_refused_by_name(here, refused):
         assert all(word in str(error.value) for word in (*words, "often.pth", "other.pth"))
     torch.save(network(image_size=32).state_dict(), "often.pth")
     torch.save(model.state_dict(), "other.pth")
-    command = ("predict", "scan.png", "--model", "often.pth")
-    refused(*command, "other.pth", words=["often.pth", "other.pth"])
-    refused(*command, "gone.pth", words=["gone.pth"])
+    names = ["often.pth", "other.pth"]
+    refused("predict", "scan.png", "--model", *names, words=names)
 
 
 def agreement_of(*masks):
@@ -180,16 +179,15 @@ def test_agreement_by_hand():
 def test_the_distance_is_scipys():
     """Few directions have a variance of their own: Tipping and Bishop, equation 8."""
     rng = np.random.default_rng(1)
-    for n_images, size, count in ((60, 9, 8), (16, 30, 4)):
-        features = rng.normal(size=(n_images, size)) @ rng.normal(size=(size, size)) + 3
-        statistics, mean, deviation = fit(features), features.mean(0), features.std(0)
-        assert statistics.components.shape == (count, size)
-        values, vectors = np.linalg.eigh(np.cov(((features - mean) / deviation).T, bias=True))
-        values[:-count] = values[:-count].mean()
-        inverse = np.linalg.inv(vectors @ np.diag(values) @ vectors.T)
-        for image in rng.normal(size=(5, size)) * 10:
-            expected = mahalanobis((image - mean) / deviation, np.zeros(size), inverse)
-            assert statistics.distances(image[None])[0] == pytest.approx(expected, rel=1e-3)
+    features = rng.normal(size=(16, 30)) @ rng.normal(size=(30, 30)) + 3
+    statistics, mean, deviation = fit(features), features.mean(0), features.std(0)
+    assert statistics.components.shape == (4, 30)
+    values, vectors = np.linalg.eigh(np.cov(((features - mean) / deviation).T, bias=True))
+    values[:-4] = values[:-4].mean()
+    inverse = np.linalg.inv(vectors @ np.diag(values) @ vectors.T)
+    for image in rng.normal(size=(5, 30)) * 10:
+        expected = mahalanobis((image - mean) / deviation, np.zeros(30), inverse)
+        assert statistics.distances(image[None])[0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_threshold_leaves_new_images_of_the_same_kind_alone():
