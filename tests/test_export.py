@@ -120,31 +120,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def save_pictures(folder):
-    """Pictures of noise and squares: colour, grey, 16 bits, palette, alpha, turned."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("name", ["group", "regions", "window"])
+def test_masks_without_pytorch_are_those_of_predict(name, here):
+    """Of noise and squares: colour, grey, 16 bits, palette, alpha, turned."""
+    path, rng = write_export(name, here / "m.onnx"), np.random.default_rng(0)
+    for folder in ("home", "scans"):
+        Path(folder).mkdir()
     for number, mode in enumerate(("RGB", "L", "I;16", "P", "RGBA", "LA", "1")):
         pixels = rng.integers(0, 80, (50 + number, 70, 3), np.uint8)
         pixels[10:30, 20:45] = 230
         image = Image.fromarray(pixels)
         if mode == "I;16":
             image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 17)  # of 12 bits
-        image.convert(mode).save(folder / f"{number}.png")
-        save_turned(pixels, folder / f"turned{number}.jpg", number + 2)
-
-
-@pytest.mark.parametrize("name", ["group", "regions", "window"])
-def test_masks_without_pytorch_are_those_of_predict(name, here):
-    path = write_export(name, here / "m.onnx")
-    save_pictures(Path("scans"))
-    Path("home").mkdir()
+        image.convert(mode).save(f"scans/{number}.png")
+        save_turned(pixels, f"scans/turned{number}.jpg", number + 2)
     flags = ("--model", "m.pth", "--output", "torch", "--device", "cpu", "--precision", "fp32")
     assert_done(script_here("predict.py", "scans", *flags, cwd=here))
-    script = (ROOT / "docs" / "predict_onnx.py", path, *Path("scans").iterdir())
+    command = (ROOT / "docs" / "predict_onnx.py", path, *Path("scans").iterdir(), "--output=onnx")
     environment = {"HOME": str(here / "home"), "XDG_CACHE_HOME": "", "ORT_DISABLE_TELEMETRY": "0"}
-    command = ("-c", WITHOUT_TORCH, *script, "--output", "onnx")
-    assert_done(run_python(*command, cwd=here, **environment))
+    assert_done(run_python("-c", WITHOUT_TORCH, *command, cwd=here, **environment))
     assert not list(Path("home").iterdir())  # onnxruntime would leave a device id and a database
     expected = {
         path.name: np.asarray(Image.open(path)) for path in Path("torch").glob("*_mask.png")

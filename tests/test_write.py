@@ -180,10 +180,7 @@ def test_several_classes(place, refused):
 
 
 def save_one(write, masks, order=()):
-    """The files of masks, bool (C, H, W), as --write says, in this folder.
-
-    order: of the classes where they overlap. Returns rows of the table and a record of COCO.
-    """
+    """Write files of masks, bool (C, H, W), here; returns rows of the table, a record of COCO."""
     frame = Frame(Path("scans/a.png"), "a", "a.png", None)
     info = ModelInfo(class_names=("a/b", "a b", "脑"), draw_order=order)
     results = Results(Path("."), SimpleNamespace(info=info, inference=Inference()), write)
