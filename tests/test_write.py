@@ -117,8 +117,11 @@ def test_annotations_are_read_back_bit_for_bit(place, refused):
             np.testing.assert_array_equal(own, mask)
     assert not masks["a"][15, 15] and masks["a"][19, 19]  # a hole, and a piece in it
     np.testing.assert_array_equal(masks["b"], SHOWN > 100)  # not as it is stored
-    drawing = draw_as_labelme(content["shapes"], (64, 48))["foreground"]
-    np.testing.assert_array_equal(drawing, masks["a"])
+    drawn = draw_as_labelme(content["shapes"], (64, 48))
+    np.testing.assert_array_equal(drawn["foreground"], masks["a"])
+    assert drawn.keys() == {"foreground", "_background_"}
+    save(Image.new("L", (9, 9)), "scans/a_foreground.png")
+    refused("predict", "scans", "--write=mask,classes", words=["a_foreground_mask.png"])
     # What may have been corrected since is not written again.
     refused("predict", "scans", "--write=labelme", "--output=m", words=["m/a.json", "--output"])
     run_download("--coco", "m/predictions.coco.json", "scans", *ALL)
@@ -157,28 +160,6 @@ def test_predictions_that_nobody_has_saved_since_are_told_apart(place, refused):
     refused("download", *add, "--unreviewed", "skip", words=["scans: 1 of 1 files"])
 
 
-def test_several_classes(place, refused):
-    """Bright pixels are of both, and the second is less probable."""
-    model = brightness_model(None, n_classes=2, class_names=("cell", "nucleus"))
-    with torch.no_grad():
-        model.outc.weight[:, 0] = 8
-        model.outc.bias[:] = torch.tensor([-4.0, -5.0])
-    torch.save(model.state_dict(), "best_model.pth")
-    kinds = "probability,labelme,coco,mask,classes"
-    predict.main(["scans/a.png", "--write", kinds, "--output", "out"])
-    wanted = {"mask", "1_probability", "2_probability", "cell_mask", "nucleus_mask"}
-    names = {path.name for path in Path("out").glob("a*")}
-    assert names == {"a.json", *(f"a_{kind}.png" for kind in wanted)}
-    shapes = json.loads(Path("out/a.json").read_text())["shapes"]
-    assert {shape["label"] for shape in shapes} == {"cell", "_background_"}
-    content = json.loads(Path("out/predictions.coco.json").read_text())
-    assert [category["name"] for category in content["categories"]] == ["cell", "nucleus"]
-    first, second = (np.asarray(Image.open(f"out/a_{n}_probability.png")) for n in (1, 2))
-    assert (first > second).all()
-    Path("scans/a.png").rename("scans/b_nucleus.png")
-    refused("predict", "scans", "--write", "classes,mask", words=["b_nucleus_mask.png"])
-
-
 def save_one(write, masks, order=()):
     """Write files of masks, bool (C, H, W), here; returns rows of the table, a record of COCO."""
     frame = Frame(Path("scans/a.png"), "a", "a.png", None)
@@ -194,7 +175,10 @@ def test_objects_are_numbered_class_by_class(here):
     masks = np.zeros((3, 48, 64), bool)
     masks[0, 30:40, 40:50] = masks[0, 2:5, 2:6] = masks[0, 5:9, 6:9] = True
     masks[2, range(20, 24), range(30, 34)] = masks[2, 0, 63] = True
-    rows, record = save_one(("objects", "classes", "coco"), masks)
+    kinds = ("objects", "classes", "coco", "labelme", "probability")
+    rows, record = save_one(kinds, masks)
+    shapes = json.loads(Path("a.json").read_text())["shapes"]
+    assert {shape["label"] for shape in shapes} == {"a/b", "脑"}
     numbers = np.asarray(Image.open("a_objects.png"))
     assert numbers.dtype == np.uint16
     assert np.unique(numbers[masks[0]]).tolist() == [1, 2] and numbers[3, 3] == numbers[7, 7]
@@ -205,8 +189,10 @@ def test_objects_are_numbered_class_by_class(here):
     assert (rows[0]["mean_pixels"], rows[2]["median_pixels"]) == (62, 2.5)
     found = [(one["category_id"], one["area"]) for one in record["annotations"]]
     assert found == [(1, 24), (1, 100), (3, 1), (3, 4)]
-    for name, mask in zip(("a_a_b_1", "a_a_b_2", "a_脑"), masks, strict=True):
-        np.testing.assert_array_equal(Image.open(f"{name}_mask.png"), 255 * mask)
+    for index, name in enumerate(("a_b_1", "a_b_2", "脑")):
+        np.testing.assert_array_equal(Image.open(f"a_{name}_mask.png"), 255 * masks[index])
+        levels = np.asarray(Image.open(f"a_{index + 1}_probability.png"))
+        np.testing.assert_array_equal(levels, 65535 * masks[index])
     # A class within another: its objects are drawn over, and both are measured in full.
     masks = np.zeros((3, 20, 20), bool)
     masks[0, 5:9, 5:9], masks[2, 2:18, 2:18] = True, True
