@@ -213,7 +213,7 @@ def test_outlines_are_thinned(place):
     (shape,) = json.loads(Path("out/a.json").read_text())["shapes"]
     assert len(shape["points"]) < 25
     drawing = draw_as_labelme([shape], (64, 48))["foreground"]
-    assert (drawing != disc).sum() <= 2 * np.pi * 20
+    assert (drawing != disc).sum() < 40  # of some 126 at its border
 
 
 @pytest.mark.parametrize(
