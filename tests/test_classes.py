@@ -82,6 +82,7 @@ def test_each_class_has_a_mask_of_its_own_and_the_union_is_the_tutorials(three, 
     assert said.count("lacks") == 1 and "lacks        cyst" in said
 
 
+@pytest.mark.slow
 def test_scores_of_each_class_against_monai():
     from monai.metrics import compute_dice, get_confusion_matrix
 

@@ -56,7 +56,6 @@ WRITTEN = {  # file: (the command that writes it)
     "contact_sheet.jpg": ("data",),
     "model.onnx": ("predict", "--export", "model.onnx"),
 }
-MARKS = {"model.onnx": pytest.mark.slow}
 
 
 @pytest.fixture
@@ -71,7 +70,8 @@ def users_place(here):
     return here
 
 
-@pytest.mark.parametrize("name", [pytest.param(own, marks=MARKS.get(own, ())) for own in WRITTEN])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITTEN)
 def test_what_we_write_replaces_ours_alone(users_place, refused, name):
     (command, *flags), path = WRITTEN[name], Path(name)
     if command == "train":

@@ -68,6 +68,7 @@ def test_the_choice_is_printed_recorded_and_kept(dataset, tmp_path, monkeypatch,
     refused("train", *other, words=["--precision"])
 
 
+@pytest.mark.slow
 def test_threads_spin_briefly_and_the_compiler_stays_away(tmp_path, monkeypatch):
     program = """
 import sys

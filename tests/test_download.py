@@ -151,7 +151,9 @@ def test_auto_goes_on_to_the_mirror_and_downloads_once(site, monkeypatch):
 
 # Python 3.10 gets kaggle 1.7: another protocol, which wants an account for public data too.
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="kaggle 2.2 and newer need Python 3.11")
-@pytest.mark.parametrize("case", ["cut", "damaged before", "refused"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("cut", marks=pytest.mark.slow), "damaged before", "refused"]
+)
 def test_the_client_of_kaggle(site, case):
     site.body = pack(good_files(), 3 * 2**20)
     site.statuses = {"/kaggle": 403} if case == "refused" else {}

@@ -354,6 +354,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_completes_an_import(grown, no_pictures, command):
     """It was killed between the renames."""

@@ -5,6 +5,7 @@ import re
 import sys
 from graphlib import TopologicalSorter
 
+import pytest
 from helpers import ROOT, run_python
 from packaging.version import Version
 
@@ -65,6 +66,7 @@ def test_imports_go_in_one_direction():
     list(TopologicalSorter(graph).static_order())  # CycleError names the cycle
 
 
+@pytest.mark.slow
 def test_importing_does_nothing(tmp_path):
     scripts = ", ".join(module for module in FILES if "." not in module)
     code = f"import sys, {scripts}; print([name for name in {HEAVY} if name in sys.modules])"

@@ -276,6 +276,7 @@ class Visitor:
         return next(one for one in messages if one["msg"] == "process_completed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_stopped_while_it_predicts_it_leaves_nothing_and_told_nobody(tmp_path, name):
     """Behind a password, and on another address."""

@@ -126,6 +126,7 @@ def test_images_that_differ_in_their_suffix_keep_it(place, refused):
     assert pictures(place / "out", "_mask.nii.gz") == {"v_mask.nii.gz", "w_mask.nii.gz"}
 
 
+@pytest.mark.slow
 def test_long_and_odd_names_lose_nothing_and_no_more_is_loaded_than_needed(place):
     """Names of 250 bytes, equal but for their ends, and one of bytes that are no text."""
     code = """

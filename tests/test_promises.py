@@ -152,6 +152,7 @@ def test_a_full_disk_is_named_with_what_helps(trained, disk, refused):
     refused("predict", images, *model, "--output", disk, words=[disk, "_mask.png", "--output"])
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_one_line(trained, tmp_path):
     """Truly out of memory: 1.5 GiB more than now, and 0.8 GB for every map of 32 channels."""
 

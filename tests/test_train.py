@@ -336,6 +336,7 @@ def test_a_run_is_written_tested_again_and_replaced(dataset, tmp_path, monkeypat
     assert outcome(run) == before  # the same seed, the same digits
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_stopping_saves_and_resuming_ends_as_if_it_had_not_stopped(dataset, tmp_path):
     flags = (*SMALL, "--epochs", 3000, "--patience", 3000, "--out", "stopped")
