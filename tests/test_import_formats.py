@@ -95,6 +95,14 @@ def test_labelme_circles_and_polygons():
         assert_array_equal(drawn, 300 * np.asarray(as_labelme))
 
 
+def test_the_window_is_that_of_the_images_not_of_masks_beside_them(here):
+    deep = np.random.default_rng(0).integers(0, 4000, PHOTO[::-1]).astype(np.uint16)
+    labelme("x", AREA, image=Image.fromarray(deep))
+    save(photo(), "lm/x_mask.png")
+    run_download(*LABELME)
+    assert annotations("train")["info"]["window"] == [4095 / 2, 4095]
+
+
 def test_labelme_image_places(here):
     """In whichever Unicode form they are stored; what imagePath leads to comes first."""
     places = {  # LabelMe file: (imagePath, where the picture lies)

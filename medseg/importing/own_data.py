@@ -19,6 +19,7 @@ from medseg.importing.mask_folders import mask_examples
 from medseg.importing.pairs import find_pairs
 from medseg.importing.via import via_examples
 from medseg.importing.yolo import yolo_examples
+from medseg.own_files import is_own
 from medseg.patterns import literal_folder
 from medseg.settings import check_window
 from medseg.splits import next_training, present_splits, wanted_splits
@@ -79,7 +80,10 @@ def _read_outlines(args, values, options, present):
 
     values: of its flag, the folder of images among them.
     """
-    window = writing.picture_window(list_files(values[:2][-1], SUFFIXES), None, present)
+    pictures = list_files(values[:2][-1], SUFFIXES)
+    # What predict.py writes beside them is of 8 bits.
+    pictures = [path for path in pictures if not is_own(path)]
+    window = writing.picture_window(pictures, None, present)
     check_window(present, window)
     if args.labelme:
         unreviewed = args.unreviewed or (None if args.add else "keep")
