@@ -4,9 +4,8 @@
     python tools/gpu_check.py --device 1      # another
     python tools/gpu_check.py --device cpu    # the CPU with itself: that the check runs
 
-Both trainings are train.py's, in fp32, from the same weights and in the same order, without
-dropout, which a GPU draws from other random numbers. Exit status 1 where a loss differs by more
-than the tolerance.
+Both are train.py's, in fp32, from the same weights, in the same order and without dropout, whose
+random numbers differ. Exit status 1 where a loss differs by more than the tolerance.
 """
 
 import argparse
@@ -30,9 +29,10 @@ FLAGS = (
 def train_on(device, place, name):
     """The rows of metrics.csv of a training on the device."""
     where = ("--data", place, "--out", place / name, "--device", device)
-    subprocess.run([sys.executable, TRAIN, *FLAGS, *map(str, where)], check=True)
-    with open(place / name / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    status = subprocess.run([sys.executable, TRAIN, *FLAGS, *map(str, where)]).returncode
+    if status:  # train.py has said why
+        sys.exit(status)
+    return list(csv.DictReader((place / name / "metrics.csv").read_text().splitlines()))
 
 
 def main():
