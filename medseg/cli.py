@@ -191,6 +191,9 @@ def run_main(main, *, exit_at_once=False):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader that has gone, as in `| head`
+        status, exit_at_once = 141, True
     except SystemExit as leaving:
         status = leaving.code or 0
     except KeyboardInterrupt:
@@ -201,7 +204,7 @@ def run_main(main, *, exit_at_once=False):
         status = 2
     if exit_at_once:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a reader that has gone, as in `| head`
+            with contextlib.suppress(OSError):  # a reader that has gone
                 stream.flush()
         os._exit(status)
     if status:

@@ -30,6 +30,7 @@ from helpers import (
     output_of,
     script_here,
     skip_pictures,
+    start_python,
     tree,
     wait_until,
 )
@@ -86,6 +87,13 @@ def test_a_last_that_does_not_fit_is_one_line_and_stays(harm, trained, tmp_path,
     before = tree(last.parent)
     refused("train", *flags(tmp_path, "run", "--resume", "--epochs", 3), words=[last])
     assert tree(last.parent) == before
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_ends_it_without_a_word(dataset, tmp_path):
+    process = start_python(ROOT / "data.py", dataset, cwd=tmp_path)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 141)
 
 
 def test_a_second_signal_ends_at_once():
