@@ -83,15 +83,14 @@ def fetch_from_kaggle(folder):
     with timeouts(), contextlib.redirect_stdout(unwanted):
         try:
             import kaggle
-
-            quiet = not sys.stderr.isatty()
-            with contextlib.suppress(ValueError):  # another length than was announced
-                kaggle.api.dataset_download_files(SLUG, path=str(folder), quiet=quiet)
         except ImportError:
             raise ValueError("Kaggle's client is missing: run `pip install kaggle`") from None
-        except (SystemExit, NotADirectoryError, PermissionError) as error:
+        except (SystemExit, OSError) as error:  # the latter: its old versions without an account
             ways = "set KAGGLE_API_TOKEN, or KAGGLE_CONFIG_DIR to a folder that it may write to"
             raise ValueError(f"Kaggle's client gave up ({error}): {ways}") from None
+        quiet = not sys.stderr.isatty()
+        with contextlib.suppress(ValueError):  # another length than was announced
+            kaggle.api.dataset_download_files(SLUG, path=str(folder), quiet=quiet)
     return archive
 
 
