@@ -17,7 +17,7 @@ from medseg.coco_dialects import (
 from medseg.dataset_folder import ANNOTATIONS, SPLITS, finish_import
 from medseg.files import name_file, read_json
 from medseg.run_lengths import RunLengths, decompress_counts, encode_counts, unite
-from medseg.samples import open_picture
+from medseg.samples import open_picture, size_as_shown
 from medseg.settings import is_spacing, read_settings
 
 MAX_PROBLEMS = 100  # lines about the damaged records of one file
@@ -189,7 +189,7 @@ def shown_size(path):
     """(width, height) of an image as it is shown; (0, 0) where it cannot be read."""
     try:
         with name_file(path), open_picture(path) as picture:
-            return picture.size[::-1] if picture.orientation() > 4 else picture.size
+            return size_as_shown(picture)
     except (OSError, ValueError):
         return 0, 0
 

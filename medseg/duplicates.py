@@ -15,13 +15,17 @@ NAMED = 3  # near-duplicates that are named
 FLAT = 1.0  # grey levels; a thumbnail that deviates less shows nothing
 
 
-def thumbnail(picture):
-    """A `Picture` as 16x16 grey values, each less the mean of the nine around it.
+def shrink(picture):
+    """A `Picture` as grey values, float32 (16, 16)."""
+    small = picture.rgb().convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, np.float32)
+
+
+def thumbnail(values):
+    """What `shrink` gives, each value less the mean of the nine around it, float32 (256,).
 
     So the brightness of large areas, which images of one kind have in common, counts for little.
     """
-    small = picture.rgb().convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    values = np.asarray(small, np.float32)
     padded = np.pad(values, 1, mode="edge")
     nine = sliding_window_view(padded, (3, 3)).mean((2, 3))
     return (values - nine).ravel()

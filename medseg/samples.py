@@ -157,6 +157,11 @@ def count_pages(path):
         return len(_list_pictures(file))
 
 
+def size_as_shown(picture):
+    """(width, height) of what `open_picture` gives, once it is turned."""
+    return picture.size[::-1] if picture.orientation() > 4 else picture.size
+
+
 def stored_orientation(path):
     """The EXIF orientation of an image file, 1 to 8, and whether it is a TIFF file."""
     with name_file(path), open_picture(path) as picture:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from medseg.coco import ANNOTATIONS, image_path, listed, read_annotations
 from medseg.dataset_folder import install
-from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
+from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, shrink, thumbnail
 from medseg.files import parallel_map, read_json
 from medseg.images import read_image
 from medseg.importing.writing import as_coco, check_classes, print_counts, write_split
@@ -142,7 +142,7 @@ def leave_out_known(root, into, records, new, duplicates=None):
     if not known or duplicates == "keep":
         return names
     left = names - known.keys()
-    splits = " and ".join({str(root / split): None for split, _ in known.values()})
+    splits = " and ".join(dict.fromkeys(str(root / split) for split, _ in known.values()))
     pairs = listed([f"{name} as {like}" for name, (_, like) in known.items()], 3)
     what = f"{len(known)} of the {len(names)} new images are in {splits}, or nearly ({pairs})"
     if duplicates is None or not left:
@@ -177,7 +177,7 @@ def find_known(there, into, new):
 
 
 def _look(path):
-    return thumbnail(read_image(path))
+    return thumbnail(shrink(read_image(path)))
 
 
 def _shows_some(look):

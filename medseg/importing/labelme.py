@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from medseg.coco import IGNORE, MAX_CLASSES, listed
 from medseg.coco_dialects import FRACTIONS, are_fractions, print_forgiven
-from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, thumbnail
+from medseg.duplicates import NEAR_DUPLICATE, correlate, is_flat, shrink, thumbnail
 from medseg.files import read_json
 from medseg.images import SUFFIXES, read_image
 from medseg.importing.coco_files import by_name, choose_classes, find_images
@@ -203,8 +203,8 @@ def _are_alike(upright, inside):
     if upright.size != inside.size:
         return False
     image = upright.image
-    one = thumbnail(read_image(image) if isinstance(image, Path) else image)
-    other = thumbnail(inside.image)
+    one = thumbnail(shrink(read_image(image) if isinstance(image, Path) else image))
+    other = thumbnail(shrink(inside.image))
     return is_flat(one) or is_flat(other) or correlate([one], [other])[0, 0] >= NEAR_DUPLICATE
 
 

@@ -29,7 +29,7 @@ from medseg.dataset_folder import install
 from medseg.files import parallel_map
 from medseg.images import SUFFIXES, Picture, measure_window, save_picture
 from medseg.phantoms import is_phantom
-from medseg.samples import open_picture
+from medseg.samples import open_picture, size_as_shown
 from medseg.settings import window_limits
 from medseg.splits import (
     PERCENTAGES,
@@ -234,9 +234,7 @@ def _save_image(image, folder, name):
     if isinstance(image, Picture):
         return save_picture(image, folder / name).name, image.size
     with open_picture(image) as picture:
-        size, file_format = picture.size, picture.format
-        if picture.orientation() > 4:
-            size = size[::-1]
+        size, file_format = size_as_shown(picture), picture.format
     suffix = image.suffix.lower()
     if suffix not in SUFFIXES:
         suffix = SUFFIXES[0] if file_format == "JPEG" else f".{file_format.lower()}"

@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from medseg.duplicates import thumbnail
+from medseg.duplicates import shrink, thumbnail
 from medseg.files import parallel_map
 from medseg.images import is_grey
 from medseg.run_lengths import unite
@@ -48,7 +47,7 @@ def examine(dataset, numbers):
         areas = [masks[channel].area if channel in masks else 0 for channel in range(n_classes)]
         union = unite(list(masks.values())) if masks else None
         area, (_, _, width, height) = (union.area, union.box) if masks else (0, (0, 0, 0, 0))
-        grey = image.rgb().convert("L").resize((16, 16), Image.Resampling.BOX)
+        grey = shrink(image)
         return Examined(
             index,
             image.size,
@@ -60,8 +59,8 @@ def examine(dataset, numbers):
             area=area,
             box=area == width * height > 0,
             ignored=ignored.area if ignored else 0,
-            thumbnail=(path.name, thumbnail(image)),
-            picture=np.asarray(grey, np.float32),
+            thumbnail=(path.name, thumbnail(grey)),
+            picture=grey,
         )
 
     n_classes, examined, errors = dataset.n_classes, [], []

@@ -53,14 +53,13 @@ class FolderScores:
         targets, spacing = self.dataset.true_masks(index, size), self._spacings[index]
         options = {"exclusive": self._exclusive, "spacing": spacing}
         preds = self.inference.masks(probabilities, size, **options)
-        distances, encoded, reduced, known = [], [], [], targets.known()
+        distances, encoded, reduced, known = [], [], [], metrics.known_pixels(targets)
         for target, pred in zip(targets, preds, strict=True):
-            if known is not None:
-                pred = pred & known
+            pred = pred & known
             distances.append(surface_scores(pred, target, spacing or (1, 1)))
             encoded.append(coco_mask.encode(np.asfortranarray(pred, dtype=np.uint8)))
             reduced.append(resize_nearest(target, *probabilities.shape[1:]))
-        counted = 1 if known is None else resize_nearest(known, *probabilities.shape[1:])
+        counted = resize_nearest(known, *probabilities.shape[1:])
         calibration = count_calibration(reduced, probabilities, counted)
         clean = self.inference.clean
         counts = metrics.count_image(targets, probabilities, self.thresholds, clean, **options)
